@@ -1,0 +1,38 @@
+"""Where prepared models live on disk, and how a model's name becomes a folder."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+EMBEDDED_MODEL = "smollm2-135m"
+MANIFEST = "tidewright.json"  # written last into a prepared folder: its presence means "complete"
+
+
+class ModelNotPreparedError(FileNotFoundError):
+    """The model is neither a prepared name nor a prepared folder."""
+
+
+def cache_dir() -> Path:
+    """`$TIDEWRIGHT_CACHE`, else `~/.cache/tidewright`."""
+    return Path(os.environ.get("TIDEWRIGHT_CACHE") or Path.home() / ".cache" / "tidewright").expanduser()
+
+
+def prepared_path(model: str) -> Path:
+    """The folder that `tidewright prepare MODEL` fills: `<cache>/models/<slug of MODEL>`."""
+    if Path(model).exists():
+        model = Path(model).resolve().as_posix()
+    return cache_dir() / "models" / re.sub(r"[^A-Za-z0-9._-]+", "--", model).strip("-")
+
+
+def find_prepared(model: str) -> Path:
+    """The ready folder of `model`: a prepared folder itself, or a name, file or hub id prepared before.
+
+    Raises:
+        ModelNotPreparedError: says which command prepares it.
+    """
+    for folder in (Path(model), prepared_path(model)):
+        if (folder / MANIFEST).is_file():
+            return folder.resolve()
+    raise ModelNotPreparedError(f"model {model!r} is not prepared; run: tidewright prepare {model}")

@@ -1,0 +1,1 @@
+"""The engine process: scheduler, model runner, sampler and the loop that joins them."""

@@ -1,0 +1,114 @@
+"""What the bridge and the engine process say to each other: msgpack structs over one local socket.
+
+Bridge to engine: one `Configure`, then any of `Submit`, `Abort`, `Shutdown`.
+Engine to bridge: one `Ready` or `StartFailed`, then `StepOutputs` and `Heartbeat`.
+"""
+
+from __future__ import annotations
+
+from typing import Union
+
+import msgspec
+
+from tidewright.schema import FinishReason, SamplingParams
+
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the engine process needs to know; made from `tidewright.config.Settings`."""
+
+    model_dir: str
+    device: str = "cpu"  # "cpu", "cuda", "cuda:1"
+    dtype: str = "bfloat16"  # "bfloat16", "float16", "float32"
+    threads: int = 0  # 0: torch's default
+    attention: str = "reference"
+    block_size: int = 16  # tokens a block
+    kv_cache_bytes: int = 1 << 30
+    max_model_len: int = 0  # tokens; 0: the model's own limit
+    max_batched_tokens: int = 2048  # token budget of one step
+    max_running: int = 64  # sequences in one step
+    heartbeat_interval: float = 0.5  # seconds
+
+
+class Configure(msgspec.Struct, frozen=True, tag="configure", array_like=True):
+    config: EngineConfig
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
+    """A validated request. `sampling.seed` is always set."""
+
+    request_id: int
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
+    """Stop a request without a further output; unknown ids are ignored (it may just have ended)."""
+
+    request_id: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
+    pass
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
+    pid: int
+    device: str
+    dtype: str
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    vocab_size: int
+    load_seconds: float
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag="start_failed", array_like=True):
+    """The engine can't start; `message` is one line that says what to change."""
+
+    message: str
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+    rank: int  # 1 is the most likely token
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request. `logprobs[i]` is of `token_ids[i]`: the chosen token first, then the top n."""
+
+    request_id: int
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+    logprobs: list[list[TokenLogprob]] | None = None
+
+
+class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
+    outputs: list[SequenceOutput]
+
+
+class EngineStats(msgspec.Struct, frozen=True, array_like=True):
+    """Gauges at one moment, and counters since the engine started."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int
+    steps: int
+    prompt_tokens: int
+    generated_tokens: int
+    preemptions: int
+
+
+class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
+    """Sent every `heartbeat_interval` while the engine's loop turns, busy or idle."""
+
+    stats: EngineStats
+
+
+ToEngine = Union[Configure, Submit, Abort, Shutdown]
+ToBridge = Union[Ready, StartFailed, StepOutputs, Heartbeat]
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_to_bridge = msgspec.msgpack.Decoder(ToBridge).decode

@@ -1,0 +1,101 @@
+"""The one place that names what crosses Triton: tensors and sampling parameters.
+
+The config.pbtxt files, the bridge and the docs follow this module (a test holds them to it).
+Names follow Triton's vLLM backend, so its clients work unchanged. It imports no other part.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, get_args
+
+import msgspec
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A Triton tensor: `dtype` as config.pbtxt writes it, `dims` without the batch dimension."""
+
+    name: str
+    dtype: str
+    dims: tuple[int, ...]
+    optional: bool = False
+
+
+def _flag(name: str) -> TensorSpec:
+    return TensorSpec(name, "TYPE_BOOL", (1,), optional=True)
+
+
+TEXT_INPUT = TensorSpec("text_input", "TYPE_STRING", (1,), optional=True)
+INPUT_IDS = TensorSpec("input_ids", "TYPE_INT32", (-1,), optional=True)
+MESSAGES = TensorSpec("messages", "TYPE_STRING", (1,), optional=True)
+
+GENERATION_OPTIONS = (
+    _flag("stream"),
+    TensorSpec("sampling_parameters", "TYPE_STRING", (1,), optional=True),
+    _flag("exclude_input_in_output"),
+    _flag("return_finish_reason"),
+    _flag("return_num_input_tokens"),
+    _flag("return_num_output_tokens"),
+    _flag("return_logprobs"),
+    _flag("return_cumulative_logprob"),
+)
+
+TOKENIZER_INPUTS = (TEXT_INPUT, MESSAGES)
+TOKENIZER_OUTPUTS = (TensorSpec("input_ids", "TYPE_INT32", (-1,)),)
+
+DECODER_INPUTS = (TEXT_INPUT, INPUT_IDS, *GENERATION_OPTIONS)
+DECODER_OUTPUTS = (
+    TensorSpec("text_output", "TYPE_STRING", (-1,)),
+    TensorSpec("output_ids", "TYPE_INT32", (-1,)),
+    TensorSpec("finish_reason", "TYPE_STRING", (-1,)),
+    TensorSpec("num_input_tokens", "TYPE_UINT32", (1,)),
+    TensorSpec("num_output_tokens", "TYPE_UINT32", (-1,)),
+    TensorSpec("logprobs", "TYPE_STRING", (-1,)),
+    TensorSpec("cumulative_logprob", "TYPE_FP32", (-1,)),
+)
+
+GENERATE_INPUTS = (TEXT_INPUT, MESSAGES, *GENERATION_OPTIONS)
+GENERATE_OUTPUTS = DECODER_OUTPUTS
+
+# Why a request ended. Every request ends exactly once, with one of these.
+FinishReason = Literal[
+    "stop", "length", "cancelled", "timeout", "overloaded", "invalid", "engine_failed"
+]
+FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
+
+MAX_LOGPROBS = 20
+
+_NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """How to choose the next token and when to stop. Names and defaults follow vLLM.
+
+    Decoding with `msgspec.convert(..., strict=False)` validates types and ranges, names an unknown field,
+    and accepts numbers written as strings, as clients of the vLLM backend send them.
+    """
+
+    temperature: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] = 1.0
+    """0 means greedy."""
+    top_k: Annotated[int, msgspec.Meta(ge=-1)] = -1
+    """Keep the k most likely tokens; 0 or -1 keeps all."""
+    top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches p."""
+    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**63)] | None = None
+    """Same seed, same prompt: same tokens, whatever else is in the batch. Unset: a random seed."""
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 16
+    min_tokens: _NonNegative = 0
+    """EOS, stop token ids and stop strings are ignored before so many tokens."""
+    stop: str | list[str] | None = None
+    """Strings that end the text; never part of the output."""
+    stop_token_ids: list[_NonNegative] = []
+    ignore_eos: bool = False
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Log-probabilities of the chosen token and of so many most likely ones, for each position."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
