@@ -1,0 +1,205 @@
+"""Starts the engine process, talks to it, notices when it dies or hangs, and starts it again."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from tidewright.engine.messages import (
+    Configure,
+    EngineConfig,
+    EngineStats,
+    Heartbeat,
+    Ready,
+    SequenceOutput,
+    Shutdown,
+    StartFailed,
+    StepOutputs,
+    ToEngine,
+    decode_to_bridge,
+    encode,
+)
+from tidewright.errors import EngineUnavailableError
+
+log = logging.getLogger(__name__)
+
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.1, 10.0  # seconds between two starts
+POLL_INTERVAL = 0.25  # seconds; how often deadlines are looked at
+STOP_TIMEOUT = 3.0  # seconds from the polite request to SIGKILL
+
+
+class EngineStartError(RuntimeError):
+    """The engine did not start; the message is its own."""
+
+
+@dataclass(frozen=True)
+class EngineEvents:
+    """What the client reports, always from its one thread."""
+
+    outputs: Callable[[list[SequenceOutput]], None]
+    stats: Callable[[EngineStats], None]
+    up: Callable[[Ready], None]
+    lost: Callable[[str], None]
+    """The engine is gone, with the cause; every request given to it is lost."""
+
+
+class EngineClient:
+    """One engine process, restarted with backoff whenever it ends unasked.
+
+    Its thread starts the process, so that the kernel's parent-death signal is bound to a thread that lives as
+    long as the client does.
+    """
+
+    def __init__(
+        self, config: EngineConfig, events: EngineEvents, *, start_timeout: float, heartbeat_timeout: float
+    ) -> None:
+        self._config = config
+        self._events = events
+        self._start_timeout = start_timeout
+        self._heartbeat_timeout = heartbeat_timeout
+        self._send_lock = threading.Lock()
+        self._connection: Connection | None = None  # set while the engine takes requests
+        self._process: subprocess.Popen[bytes] | None = None
+        self._stopping = threading.Event()
+        self._first_start_over = threading.Event()
+        self._cause = "the engine is starting"
+        self._thread = threading.Thread(target=self._supervise, name="engine-client", daemon=True)
+        self.restarts = 0
+
+    def start(self) -> None:
+        """Start the engine and wait until it has loaded its model.
+
+        Raises:
+            EngineStartError: it could not; nothing is left running.
+        """
+        self._thread.start()
+        self._first_start_over.wait()
+        if self._connection is None:
+            self._thread.join()
+            raise EngineStartError(self._cause)
+
+    @property
+    def available(self) -> bool:
+        """An engine is up and takes requests."""
+        return self._connection is not None
+
+    def send(self, message: ToEngine) -> None:
+        """Send one message.
+
+        Raises:
+            EngineUnavailableError: no engine is there to take it.
+        """
+        with self._send_lock:
+            if self._connection is None:
+                raise EngineUnavailableError(f"the engine is not available ({self._cause}); try again shortly")
+            try:
+                self._connection.send_bytes(encode(message))
+            except OSError as error:
+                raise EngineUnavailableError(f"the engine just went away ({error}); try again shortly") from None
+
+    def stop(self) -> None:
+        """End the engine and the client's thread; at most about `STOP_TIMEOUT`."""
+        self._stopping.set()
+        try:
+            self.send(Shutdown())
+        except EngineUnavailableError:
+            pass
+        self._thread.join()
+
+    def _supervise(self) -> None:
+        backoff = FIRST_BACKOFF
+        while not self._stopping.is_set():
+            started = time.monotonic()
+            self._cause = self._run_engine()
+            if self._stopping.is_set():
+                break
+            if not self._first_start_over.is_set():
+                break  # a first start that fails is for the operator, not for a retry
+            if time.monotonic() - started > 10 * LONGEST_BACKOFF:
+                backoff = FIRST_BACKOFF
+            log.error("engine lost: %s; starting it again in %.1f s", self._cause, backoff)
+            self._stopping.wait(backoff)
+            backoff = min(2 * backoff, LONGEST_BACKOFF)
+            self.restarts += 1
+        self._first_start_over.set()
+
+    def _run_engine(self) -> str:
+        """Run one engine process until it ends, by itself or by us; return why it ended."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [_python(), "-m", "tidewright.engine", str(theirs.fileno())]
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        connection = Connection(ours.detach())
+        try:
+            connection.send_bytes(encode(Configure(self._config)))
+            cause = self._read_messages(connection)
+        except (EOFError, OSError):
+            cause = ""
+        with self._send_lock:
+            was_up, self._connection = self._connection is not None, None
+        connection.close()
+        ended = self._end_process()
+        cause = cause or ended
+        if was_up:
+            self._cause = cause
+            self._events.lost(cause)
+        return cause
+
+    def _read_messages(self, connection: Connection) -> str:
+        """Hand on what the engine says until a deadline passes or (EOFError) it is gone; return the cause."""
+        deadline = time.monotonic() + self._start_timeout
+        while True:
+            if not connection.poll(POLL_INTERVAL):
+                if time.monotonic() > deadline:
+                    return (
+                        f"no heartbeat for {self._heartbeat_timeout:g} s"
+                        if self._connection
+                        else f"the model was not loaded within {self._start_timeout:g} s (start_timeout)"
+                    )
+                if self._stopping.is_set() and self._connection is None:
+                    return "stopped while starting"
+                continue
+            message = decode_to_bridge(connection.recv_bytes())
+            deadline = time.monotonic() + self._heartbeat_timeout
+            if isinstance(message, StepOutputs):
+                self._events.outputs(message.outputs)
+            elif isinstance(message, Heartbeat):
+                self._events.stats(message.stats)
+            elif isinstance(message, StartFailed):
+                return message.message
+            else:
+                self._events.up(message)
+                self._connection = connection
+                self._first_start_over.set()
+                log.info("engine %d ready: %d KV blocks on %s", message.pid, message.num_blocks, message.device)
+
+    def _end_process(self) -> str:
+        """Make sure that the process is gone; return how it ended."""
+        assert self._process is not None
+        try:
+            # It may be about to exit by itself (crash, shutdown); its own exit code says more than our kill.
+            code = self._process.wait(STOP_TIMEOUT if self._stopping.is_set() else 0.5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            code = self._process.wait()
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, see its log above"
+
+
+def _python() -> str:
+    """The interpreter of this environment. Inside Triton's stub `sys.executable` may be the stub itself."""
+    if Path(sys.executable or "").name.startswith("python"):
+        return sys.executable
+    for name in (f"{sys.prefix}/bin/python3", shutil.which("python3")):
+        if name and Path(name).is_file():
+            return name
+    raise EngineStartError(f"no python3 found in {sys.prefix}/bin or on PATH to start the engine with")

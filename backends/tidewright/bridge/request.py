@@ -1,0 +1,184 @@
+"""From input tensors to a validated request. Everything that can be refused is refused here, before it queues."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import msgspec
+import numpy as np
+
+from tidewright.engine.messages import Ready
+from tidewright.errors import InvalidRequestError
+from tidewright.schema import SamplingParams
+from tidewright.tokenization import InvalidPromptError, Tokenizer
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 256  # characters
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """Which optional output tensors the caller asked for."""
+
+    finish_reason: bool = False
+    num_input_tokens: bool = False
+    num_output_tokens: bool = False
+    logprobs: bool = False
+    cumulative_logprob: bool = False
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    prompt_token_ids: list[int]
+    echo: str  # text put before the output: the prompt or nothing
+    stream: bool
+    sampling: SamplingParams
+    returns: OutputOptions
+
+
+def decode_text(value: object, name: str) -> str:
+    """The text in one element of a BYTES tensor."""
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"{name} is not valid UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def single(tensors: Mapping[str, np.ndarray], name: str) -> object | None:
+    """The only element of an optional tensor, None if it was not sent."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        return None
+    if tensor.size != 1:
+        raise InvalidRequestError(f"{name} must hold exactly one element, got shape {list(tensor.shape)}")
+    return tensor.reshape(-1)[0]
+
+
+def parse_sampling(text: str | None, parameters: str) -> SamplingParams:
+    """Sampling parameters from the JSON tensor and from Triton's request parameters, checked.
+
+    Raises:
+        InvalidRequestError: names the parameter that is unknown, out of range, or given twice.
+    """
+    fields: dict[str, object] = msgspec.json.decode(parameters, type=dict) if parameters else {}
+    if text is not None:
+        try:
+            from_tensor = msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
+            raise InvalidRequestError(f"sampling_parameters is not JSON: {error}") from None
+        if not isinstance(from_tensor, dict):
+            raise InvalidRequestError("sampling_parameters must be a JSON object such as {\"max_tokens\": 64}")
+        if twice := sorted(fields.keys() & from_tensor.keys()):
+            raise InvalidRequestError(
+                f"{', '.join(twice)} given both in sampling_parameters and as a request parameter; send one"
+            )
+        fields |= from_tensor
+    if unknown := sorted(fields.keys() - set(SamplingParams.__struct_fields__)):
+        known = ", ".join(SamplingParams.__struct_fields__)
+        raise InvalidRequestError(f"unknown sampling parameter: {', '.join(unknown)}; known are {known}")
+    try:
+        return msgspec.convert(fields, SamplingParams, strict=False)
+    except msgspec.ValidationError as error:
+        raise InvalidRequestError(f"sampling parameters: {error}".replace(" - at `$.", " for `")) from None
+
+
+def check_sampling(sampling: SamplingParams, engine: Ready) -> None:
+    """What a type can't say: values that must agree with each other and with the model."""
+    if not sampling.temperature == sampling.temperature:
+        raise InvalidRequestError("temperature must be a number, got NaN")
+    if sampling.max_tokens > engine.max_model_len:
+        raise InvalidRequestError(
+            f"max_tokens is {sampling.max_tokens}, more than the model's context of {engine.max_model_len} tokens"
+        )
+    if sampling.min_tokens > sampling.max_tokens:
+        raise InvalidRequestError(
+            f"min_tokens is {sampling.min_tokens}, more than max_tokens, {sampling.max_tokens}"
+        )
+    if len(sampling.stop_strings) > MAX_STOP_STRINGS:
+        raise InvalidRequestError(f"{len(sampling.stop_strings)} stop strings, at most {MAX_STOP_STRINGS}")
+    for text in sampling.stop_strings:
+        if not 0 < len(text) <= MAX_STOP_LENGTH:
+            raise InvalidRequestError(f"a stop string must have 1 to {MAX_STOP_LENGTH} characters")
+    for token_id in sampling.stop_token_ids:
+        if token_id >= engine.vocab_size:
+            raise InvalidRequestError(f"stop_token_ids: {token_id} is outside the vocabulary of {engine.vocab_size}")
+
+
+def check_prompt(prompt_token_ids: list[int], sampling: SamplingParams, engine: Ready) -> None:
+    """Length against the model's context and against the whole KV cache; ids against the vocabulary."""
+    length = len(prompt_token_ids)
+    if length >= engine.max_model_len:
+        raise InvalidRequestError(
+            f"prompt has {length} tokens; with one token of output the model takes at most "
+            f"{engine.max_model_len - 1}"
+        )
+    longest = min(length + sampling.max_tokens, engine.max_model_len)
+    capacity = engine.num_blocks * engine.block_size
+    if longest > capacity:
+        raise InvalidRequestError(
+            f"prompt and max_tokens come to {longest} tokens, but the KV cache holds {capacity}: "
+            "lower max_tokens, or raise kv_cache_memory"
+        )
+    if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= engine.vocab_size:
+        raise InvalidRequestError(
+            f"input_ids: each must be from 0 to {engine.vocab_size - 1}, got "
+            f"{min(prompt_token_ids)} to {max(prompt_token_ids)}"
+        )
+
+
+def parse_request(
+    tensors: Mapping[str, np.ndarray], parameters: str, tokenizer: Tokenizer, engine: Ready
+) -> GenerationRequest:
+    """Check the input tensors and Triton's request parameters (JSON) and make a request of them.
+
+    Raises:
+        InvalidRequestError: with a message for the caller.
+    """
+
+    def flag(name: str, default: bool = False) -> bool:
+        value = single(tensors, name)
+        return default if value is None else bool(value)
+
+    stream = flag("stream")
+    exclude_input = flag("exclude_input_in_output", default=stream)
+    if stream and not exclude_input:
+        raise InvalidRequestError("exclude_input_in_output = false is not possible when streaming")
+    returns = OutputOptions(
+        finish_reason=flag("return_finish_reason"),
+        num_input_tokens=flag("return_num_input_tokens"),
+        num_output_tokens=flag("return_num_output_tokens"),
+        logprobs=flag("return_logprobs"),
+        cumulative_logprob=flag("return_cumulative_logprob"),
+    )
+
+    options = single(tensors, "sampling_parameters")
+    sampling = parse_sampling(
+        None if options is None else decode_text(options, "sampling_parameters"), parameters
+    )
+    check_sampling(sampling, engine)
+    if sampling.seed is None:
+        sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
+    if (returns.logprobs or returns.cumulative_logprob) and sampling.logprobs is None:
+        sampling = msgspec.structs.replace(sampling, logprobs=0)
+
+    text = single(tensors, "text_input")
+    if (text is None) == ("input_ids" not in tensors):
+        raise InvalidRequestError("send either text_input or input_ids" + (", not both" if text else ""))
+    if text is not None:
+        prompt = decode_text(text, "text_input")
+        try:
+            prompt_token_ids = tokenizer.encode(prompt)
+        except InvalidPromptError as error:
+            raise InvalidRequestError(str(error)) from None
+    else:
+        prompt_token_ids = tensors["input_ids"].reshape(-1).tolist()
+        if not prompt_token_ids:
+            raise InvalidRequestError("input_ids is empty; send at least one token")
+    check_prompt(prompt_token_ids, sampling, engine)
+    if exclude_input:
+        prompt = ""
+    elif text is None:
+        prompt = tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
+    return GenerationRequest(prompt_token_ids, prompt, stream, sampling, returns)

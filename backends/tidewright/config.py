@@ -1,0 +1,164 @@
+"""The one configuration object: flags, environment (`TIDEWRIGHT_*`) and a YAML file, validated once at start.
+
+Precedence: flags, then environment, then the YAML file, then the defaults here. `tidewright serve --help`
+and docs/configuration.md are made from these fields.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+from tidewright.cache import EMBEDDED_MODEL
+from tidewright.engine.messages import EngineConfig
+
+CONFIG_FILE_VARIABLE = "TIDEWRIGHT_CONFIG"
+
+_SIZE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_memory(text: str, total: int) -> int:
+    """Bytes meant by "1GiB", "512 MB" or "80%" (of `total`).
+
+    Raises:
+        ValueError: the text is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*", text)
+    unit = match[2].lower() if match else "?"
+    if match and unit == "%" and 0 < float(match[1]) <= 100:
+        return int(total * float(match[1]) / 100)
+    if not match or unit not in _SIZE_UNITS:
+        raise ValueError(f"{text!r} is not an amount of memory; write e.g. 1GiB, 512MiB or 80%")
+    return int(float(match[1]) * _SIZE_UNITS[unit])
+
+
+class Settings(BaseSettings):
+    """Options of `tidewright serve`; each is also `TIDEWRIGHT_<NAME>` and a key of the YAML file."""
+
+    model_config = SettingsConfigDict(env_prefix="TIDEWRIGHT_", extra="forbid", frozen=True)
+
+    model: str = Field(
+        EMBEDDED_MODEL, description="Prepared name, model folder, GGUF file or hub id to serve."
+    )
+    host: str = Field("127.0.0.1", description="Address that Triton listens on; 0.0.0.0 for all.")
+    http_port: int = Field(8000, ge=1, le=65535, description="Triton's HTTP port.")
+    grpc_port: int = Field(8001, ge=1, le=65535, description="Triton's gRPC port.")
+    metrics_port: int = Field(8002, ge=1, le=65535, description="Triton's Prometheus metrics port.")
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Where the model runs: auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.",
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        "bfloat16", description="Number format of weights and KV cache."
+    )
+    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 lets torch choose.")
+    attention: Literal["reference"] = Field("reference", description="Attention implementation.")
+    block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of the KV cache.")
+    kv_cache_memory: str = Field(
+        "auto",
+        description="Memory of the KV cache: 1GiB, 512MiB, or 80% of the device's memory. "
+        "auto: 1GiB on a CPU, 80% on a GPU.",
+    )
+    max_model_len: int = Field(
+        0, ge=0, description="Longest prompt plus output, in tokens; 0 takes the model's own limit."
+    )
+    max_batched_tokens: int = Field(2048, ge=1, description="Tokens computed in one engine step, at most.")
+    max_running: int = Field(64, ge=1, le=4096, description="Sequences computed in one engine step, at most.")
+    max_waiting: int = Field(
+        512, ge=0, description="Requests that may wait; one more is refused as overloaded."
+    )
+    heartbeat_interval: float = Field(
+        0.5, gt=0, le=60, description="Seconds between two heartbeats of the engine."
+    )
+    heartbeat_timeout: float = Field(
+        30.0, gt=0, description="Seconds without a heartbeat after which the engine is killed and restarted."
+    )
+    start_timeout: float = Field(120.0, gt=0, description="Seconds the engine may take to load its model.")
+    shutdown_grace: float = Field(
+        10.0, ge=0, description="Seconds that running requests get to finish after Ctrl-C or SIGTERM."
+    )
+    log_level: Literal["info", "warning", "error"] = Field("warning", description="Lowest level to log.")
+
+    @field_validator("kv_cache_memory")
+    @classmethod
+    def _memory_is_readable(cls, value: str) -> str:
+        if value != "auto":
+            parse_memory(value, 1)
+        return value
+
+    @model_validator(mode="after")
+    def _values_agree(self) -> Settings:
+        ports = [self.http_port, self.grpc_port, self.metrics_port]
+        if len(set(ports)) != len(ports):
+            raise ValueError(f"http_port, grpc_port and metrics_port must differ, but are {ports}")
+        if self.heartbeat_timeout < 2 * self.heartbeat_interval:
+            raise ValueError("heartbeat_timeout must be at least twice heartbeat_interval")
+        return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        sources = (init_settings, env_settings)
+        if file := os.environ.get(CONFIG_FILE_VARIABLE):
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"{CONFIG_FILE_VARIABLE}: no such file: {file}")
+            return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=file))
+        return sources
+
+    def as_environment(self) -> dict[str, str]:
+        """The variables from which the same settings are read again, in Triton's stub processes."""
+        values: dict[str, Any] = self.model_dump()
+        return {f"TIDEWRIGHT_{name.upper()}": str(value) for name, value in values.items()}
+
+    def engine_config(self, model_dir: Path) -> EngineConfig:
+        """What the engine process needs; resolves `auto` values without importing torch."""
+        device = self.device
+        if device == "auto":
+            device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
+        kv_cache_memory = self.kv_cache_memory
+        if kv_cache_memory == "auto":
+            kv_cache_memory = "1GiB" if device == "cpu" else "80%"
+        total = psutil.virtual_memory().total if device == "cpu" else _gpu_memory(device)
+        return EngineConfig(
+            model_dir=str(model_dir),
+            device=device,
+            dtype=self.dtype,
+            threads=self.threads,
+            attention=self.attention,
+            block_size=self.block_size,
+            kv_cache_bytes=parse_memory(kv_cache_memory, total),
+            max_model_len=self.max_model_len,
+            max_batched_tokens=self.max_batched_tokens,
+            max_running=self.max_running,
+            heartbeat_interval=self.heartbeat_interval,
+        )
+
+
+def _gpu_memory(device: str) -> int:
+    """Bytes of the GPU's memory, asked of the driver so that torch stays out of this process."""
+    try:
+        import pynvml
+    except ImportError:
+        raise RuntimeError(
+            "a share of GPU memory needs nvidia-ml-py: pip install 'tidewright[gpu]', "
+            "or set kv_cache_memory to an amount such as 20GiB"
+        ) from None
+    pynvml.nvmlInit()
+    try:
+        index = int(device.partition(":")[2] or 0)
+        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).total)
+    finally:
+        pynvml.nvmlShutdown()

@@ -1,0 +1,29 @@
+"""Errors that a request can end with. Each carries the finish reason; `model.py` maps it to a Triton code."""
+
+from __future__ import annotations
+
+from tidewright.schema import FinishReason
+
+
+class RequestError(Exception):
+    """A request that ends without (further) text. The message says what the caller can change."""
+
+    reason: FinishReason = "engine_failed"
+
+
+class InvalidRequestError(RequestError):
+    reason: FinishReason = "invalid"
+
+
+class OverloadedError(RequestError):
+    reason: FinishReason = "overloaded"
+
+
+class CancelledError(RequestError):
+    reason: FinishReason = "cancelled"
+
+
+class EngineUnavailableError(RequestError):
+    """The engine is starting, restarting, or died under the request; trying again later is right."""
+
+    reason: FinishReason = "engine_failed"

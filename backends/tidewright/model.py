@@ -1,0 +1,139 @@
+"""The Triton side of the bridge: `backend: "tidewright"` runs this in Triton's Python stub process.
+
+Only translates between Triton's objects and `tidewright.bridge`; the model itself runs in the engine process.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import msgspec
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from tidewright.bridge.bridge import Bridge, Chunk
+from tidewright.bridge.metrics import BridgeMetrics
+from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_request
+from tidewright.cache import find_prepared
+from tidewright.config import Settings
+from tidewright.errors import EngineUnavailableError, RequestError
+from tidewright.schema import DECODER_INPUTS, FinishReason
+from tidewright.tokenization import Tokenizer
+
+log = logging.getLogger("tidewright")
+
+_INPUT_NAMES = tuple(spec.name for spec in DECODER_INPUTS)
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_ERROR_CODES: dict[FinishReason, int] = {
+    "invalid": pb_utils.TritonError.INVALID_ARG,
+    "cancelled": pb_utils.TritonError.CANCELLED,
+    "overloaded": pb_utils.TritonError.UNAVAILABLE,
+    "timeout": pb_utils.TritonError.UNAVAILABLE,
+    "engine_failed": pb_utils.TritonError.UNAVAILABLE,
+}
+
+
+class TritonPythonModel:
+    """What Triton calls. Responses go out later, from the bridge's sender thread."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        settings = Settings()
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            stream=sys.stderr,
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        )
+        model_dir = find_prepared(settings.model)
+        self._tokenizer = Tokenizer(model_dir)
+        self._bridge = Bridge(settings, settings.engine_config(model_dir), self._tokenizer)
+        self._bridge.start()
+        self._metrics = BridgeMetrics(self._bridge, pb_utils.MetricFamily)
+        self._metrics.start()
+
+    def execute(self, requests: list) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                parsed = self._parse(request)
+                self._bridge.submit(parsed, _TritonResponder(sender, parsed, self._tokenizer))
+            except RequestError as error:
+                _send_error(sender, error)
+            except Exception:
+                # A mistake of ours must not take the stub down: Triton does not restart it.
+                log.exception("a request could not be taken")
+                _send_error(sender, RequestError("internal error; see the server's log"))
+
+    def finalize(self) -> None:
+        self._metrics.stop()
+        self._bridge.stop()
+
+    def _parse(self, request: object) -> GenerationRequest:
+        if self._bridge.engine is None:
+            raise EngineUnavailableError("the engine has not started")
+        tensors = {}
+        for name in _INPUT_NAMES:
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            if tensor is not None:
+                tensors[name] = tensor.as_numpy()
+        return parse_request(tensors, request.parameters(), self._tokenizer, self._bridge.engine)  # type: ignore[attr-defined]
+
+
+class _TritonResponder:
+    """Sends one request's chunks as Triton responses."""
+
+    def __init__(self, sender: object, request: GenerationRequest, tokenizer: Tokenizer) -> None:
+        self._sender = sender
+        self._returns = request.returns
+        self._num_input_tokens = len(request.prompt_token_ids)
+        self._tokenizer = tokenizer
+
+    def send(self, chunk: Chunk, final: bool) -> None:
+        tensors = _output_tensors(chunk, self._returns, self._num_input_tokens, self._tokenizer)
+        response = pb_utils.InferenceResponse(output_tensors=tensors)
+        self._sender.send(response, flags=_FINAL if final else 0)  # type: ignore[attr-defined]
+
+    def fail(self, error: RequestError) -> None:
+        _send_error(self._sender, error)
+
+    def is_cancelled(self) -> bool:
+        return bool(self._sender.is_cancelled())  # type: ignore[attr-defined]
+
+
+def _send_error(sender: object, error: RequestError) -> None:
+    triton_error = pb_utils.TritonError(str(error), _ERROR_CODES[error.reason])
+    sender.send(pb_utils.InferenceResponse(error=triton_error), flags=_FINAL)  # type: ignore[attr-defined]
+
+
+def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int, tokenizer: Tokenizer) -> list:
+    """The tensors of one response, in the formats of Triton's vLLM backend."""
+    tensors = [
+        pb_utils.Tensor("text_output", np.array([chunk.text.encode()], dtype=np.object_)),
+        pb_utils.Tensor("output_ids", np.array(chunk.token_ids, dtype=np.int32)),
+    ]
+    if returns.finish_reason:
+        reason = str(chunk.finish_reason).encode()
+        tensors.append(pb_utils.Tensor("finish_reason", np.array([reason], dtype=np.object_)))
+    if returns.num_input_tokens:
+        tensors.append(pb_utils.Tensor("num_input_tokens", np.array([num_input_tokens], dtype=np.uint32)))
+    if returns.num_output_tokens:
+        count = np.array([len(chunk.token_ids)], dtype=np.uint32)
+        tensors.append(pb_utils.Tensor("num_output_tokens", count))
+    if returns.logprobs:
+        positions = [
+            {
+                str(entry.token_id): {
+                    "logprob": entry.logprob,
+                    "rank": entry.rank,
+                    "decoded_token": tokenizer.decode([entry.token_id], skip_special_tokens=False),
+                }
+                for entry in entries
+            }
+            for entries in chunk.logprobs
+        ]
+        encoded = np.array([msgspec.json.encode(positions)], dtype=np.object_)
+        tensors.append(pb_utils.Tensor("logprobs", encoded))
+    if returns.cumulative_logprob:
+        total = np.array([chunk.cumulative_logprob], dtype=np.float32)
+        tensors.append(pb_utils.Tensor("cumulative_logprob", total))
+    return tensors

@@ -1,0 +1,51 @@
+"""Triton model `tokenizer`: text or chat messages to token ids, each request of a batch on its own."""
+
+from __future__ import annotations
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from tidewright.bridge.request import decode_text, single
+from tidewright.cache import find_prepared
+from tidewright.config import Settings
+from tidewright.errors import InvalidRequestError
+from tidewright.tokenization import InvalidPromptError, Tokenizer
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        settings = Settings()
+        self._tokenizer = Tokenizer(find_prepared(settings.model))
+        self._max_model_len = settings.max_model_len or self._tokenizer.max_model_len
+
+    def execute(self, requests: list) -> list:
+        return [self._respond(request) for request in requests]
+
+    def _respond(self, request: object) -> object:
+        tensors = {}
+        for name in ("text_input", "messages"):
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            if tensor is not None:
+                tensors[name] = tensor.as_numpy()
+        try:
+            token_ids = self._tokenize(tensors)
+        except (InvalidRequestError, InvalidPromptError) as error:
+            return pb_utils.InferenceResponse(
+                error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG)
+            )
+        ids = pb_utils.Tensor("input_ids", np.array([token_ids], dtype=np.int32))
+        return pb_utils.InferenceResponse(output_tensors=[ids])
+
+    def _tokenize(self, tensors: dict[str, np.ndarray]) -> list[int]:
+        if len(tensors) != 1:
+            raise InvalidRequestError("send either text_input or messages" + (", not both" if tensors else ""))
+        ((name, _),) = tensors.items()
+        text = decode_text(single(tensors, name), name)
+        encode = self._tokenizer.encode if name == "text_input" else self._tokenizer.encode_chat
+        token_ids = encode(text)
+        if self._max_model_len and len(token_ids) >= self._max_model_len:
+            raise InvalidRequestError(
+                f"prompt has {len(token_ids)} tokens; with one token of output the model takes at most "
+                f"{self._max_model_len - 1}"
+            )
+        return token_ids
