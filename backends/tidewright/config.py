@@ -13,7 +13,12 @@ from typing import Any, Literal
 
 import psutil
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
 
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.engine.messages import EngineConfig
@@ -43,9 +48,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TIDEWRIGHT_", extra="forbid", frozen=True)
 
-    model: str = Field(
-        EMBEDDED_MODEL, description="Prepared name, model folder, GGUF file or hub id to serve."
-    )
+    model: str = Field(EMBEDDED_MODEL, description="Prepared name, model folder, GGUF file or hub id to serve.")
     host: str = Field("127.0.0.1", description="Address that Triton listens on; 0.0.0.0 for all.")
     http_port: int = Field(8000, ge=1, le=65535, description="Triton's HTTP port.")
     grpc_port: int = Field(8001, ge=1, le=65535, description="Triton's gRPC port.")
@@ -71,12 +74,8 @@ class Settings(BaseSettings):
     )
     max_batched_tokens: int = Field(2048, ge=1, description="Tokens computed in one engine step, at most.")
     max_running: int = Field(64, ge=1, le=4096, description="Sequences computed in one engine step, at most.")
-    max_waiting: int = Field(
-        512, ge=0, description="Requests that may wait; one more is refused as overloaded."
-    )
-    heartbeat_interval: float = Field(
-        0.5, gt=0, le=60, description="Seconds between two heartbeats of the engine."
-    )
+    max_waiting: int = Field(512, ge=0, description="Requests that may wait; one more is refused as overloaded.")
+    heartbeat_interval: float = Field(0.5, gt=0, le=60, description="Seconds between two heartbeats of the engine.")
     heartbeat_timeout: float = Field(
         30.0, gt=0, description="Seconds without a heartbeat after which the engine is killed and restarted."
     )

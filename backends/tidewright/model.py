@@ -15,6 +15,7 @@ import triton_python_backend_utils as pb_utils
 from tidewright.bridge.bridge import Bridge, Chunk
 from tidewright.bridge.metrics import BridgeMetrics
 from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_request
+from tidewright.bridge.start_error import report_start_error
 from tidewright.cache import find_prepared
 from tidewright.config import Settings
 from tidewright.errors import EngineUnavailableError, RequestError
@@ -44,10 +45,14 @@ class TritonPythonModel:
             stream=sys.stderr,
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
-        model_dir = find_prepared(settings.model)
-        self._tokenizer = Tokenizer(model_dir)
-        self._bridge = Bridge(settings, settings.engine_config(model_dir), self._tokenizer)
-        self._bridge.start()
+        try:
+            model_dir = find_prepared(settings.model)
+            self._tokenizer = Tokenizer(model_dir)
+            self._bridge = Bridge(settings, settings.engine_config(model_dir), self._tokenizer)
+            self._bridge.start()
+        except Exception as error:
+            report_start_error(error)
+            raise
         self._metrics = BridgeMetrics(self._bridge, pb_utils.MetricFamily)
         self._metrics.start()
 

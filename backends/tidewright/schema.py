@@ -59,9 +59,7 @@ GENERATE_INPUTS = (TEXT_INPUT, MESSAGES, *GENERATION_OPTIONS)
 GENERATE_OUTPUTS = DECODER_OUTPUTS
 
 # Why a request ended. Every request ends exactly once, with one of these.
-FinishReason = Literal[
-    "stop", "length", "cancelled", "timeout", "overloaded", "invalid", "engine_failed"
-]
+FinishReason = Literal["stop", "length", "cancelled", "timeout", "overloaded", "invalid", "engine_failed"]
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 
 MAX_LOGPROBS = 20

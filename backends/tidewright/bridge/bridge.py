@@ -17,7 +17,15 @@ from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.bridge.request import GenerationRequest
 from tidewright.bridge.text_stream import TextStream
 from tidewright.config import Settings
-from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit, TokenLogprob
+from tidewright.engine.messages import (
+    Abort,
+    EngineConfig,
+    EngineStats,
+    Ready,
+    SequenceOutput,
+    Submit,
+    TokenLogprob,
+)
 from tidewright.errors import CancelledError, EngineUnavailableError, OverloadedError, RequestError
 from tidewright.schema import FinishReason
 from tidewright.tokenization import Tokenizer

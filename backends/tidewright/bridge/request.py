@@ -69,7 +69,7 @@ def parse_sampling(text: str | None, parameters: str) -> SamplingParams:
         except msgspec.DecodeError as error:
             raise InvalidRequestError(f"sampling_parameters is not JSON: {error}") from None
         if not isinstance(from_tensor, dict):
-            raise InvalidRequestError("sampling_parameters must be a JSON object such as {\"max_tokens\": 64}")
+            raise InvalidRequestError('sampling_parameters must be a JSON object such as {"max_tokens": 64}')
         if twice := sorted(fields.keys() & from_tensor.keys()):
             raise InvalidRequestError(
                 f"{', '.join(twice)} given both in sampling_parameters and as a request parameter; send one"
@@ -93,9 +93,7 @@ def check_sampling(sampling: SamplingParams, engine: Ready) -> None:
             f"max_tokens is {sampling.max_tokens}, more than the model's context of {engine.max_model_len} tokens"
         )
     if sampling.min_tokens > sampling.max_tokens:
-        raise InvalidRequestError(
-            f"min_tokens is {sampling.min_tokens}, more than max_tokens, {sampling.max_tokens}"
-        )
+        raise InvalidRequestError(f"min_tokens is {sampling.min_tokens}, more than max_tokens, {sampling.max_tokens}")
     if len(sampling.stop_strings) > MAX_STOP_STRINGS:
         raise InvalidRequestError(f"{len(sampling.stop_strings)} stop strings, at most {MAX_STOP_STRINGS}")
     for text in sampling.stop_strings:
@@ -111,8 +109,7 @@ def check_prompt(prompt_token_ids: list[int], sampling: SamplingParams, engine: 
     length = len(prompt_token_ids)
     if length >= engine.max_model_len:
         raise InvalidRequestError(
-            f"prompt has {length} tokens; with one token of output the model takes at most "
-            f"{engine.max_model_len - 1}"
+            f"prompt has {length} tokens; with one token of output the model takes at most {engine.max_model_len - 1}"
         )
     longest = min(length + sampling.max_tokens, engine.max_model_len)
     capacity = engine.num_blocks * engine.block_size
@@ -154,9 +151,7 @@ def parse_request(
     )
 
     options = single(tensors, "sampling_parameters")
-    sampling = parse_sampling(
-        None if options is None else decode_text(options, "sampling_parameters"), parameters
-    )
+    sampling = parse_sampling(None if options is None else decode_text(options, "sampling_parameters"), parameters)
     check_sampling(sampling, engine)
     if sampling.seed is None:
         sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))

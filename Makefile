@@ -1,0 +1,54 @@
+# The two commands that matter: `make serve` and `make test`. Each sets up what it needs the first time.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# ARGS go to the command: make serve ARGS="--http-port 9000"
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test lint format bench doctor clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+serve: $(VENV)/.server  ## Set up and serve the embedded model through Triton
+	@exec $(BIN)/tidewright serve $(ARGS)
+
+doctor: $(VENV)/.server  ## Check this machine and say what to fix
+	@$(BIN)/tidewright doctor
+
+test: $(VENV)/.dev  ## Set up and run all tests, against the real Triton and the real model
+	@$(BIN)/tidewright prepare
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+
+lint: $(VENV)/.dev  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## Put the code into the house style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## Measure W1-W4, start time and memory beside transformers
+	@$(BIN)/tidewright prepare
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+clean:  ## Remove the virtual environment and what tests and tools left (prepared models stay in the cache)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* dist build
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	  { echo "Tidewright needs Python 3.10 to 3.13; choose one: make PYTHON=python3.11 ..."; exit 1; }
+	@echo "Creating the virtual environment $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+$(VENV)/.server: $(BIN)/python pyproject.toml constraints.txt
+	@echo "Installing the server (torch and Triton: several hundred MB the first time)"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,triton-wheel]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.server
+	@echo "Installing what tests and benchmarks need"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,triton-wheel,dev]'
+	@touch $@

@@ -1,0 +1,268 @@
+"""Runs one tritonserver: starts it, waits until it really generates, and leaves nothing behind when it ends."""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import math
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+
+from tidewright.bridge.start_error import ERROR_FILE_VARIABLE
+from tidewright.config import CONFIG_FILE_VARIABLE, Settings
+from tidewright.launch.errors import LaunchError
+from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
+
+KILL_AFTER = 2.0  # seconds from the end of the grace time, or from idle, to SIGKILL
+_PR_SET_PDEATHSIG = 1
+_TAIL_LINES = 20
+
+
+class ServerStartError(LaunchError):
+    """tritonserver did not come up; the message says why and what to change."""
+
+
+class TritonServer:
+    """One tritonserver with Tidewright's models, its stubs and its engine process.
+
+    Used as: `start()`, `wait_ready()`, and in any case `stop()`.
+    """
+
+    def __init__(self, settings: Settings, model_dir: Path) -> None:
+        self.settings = settings.model_copy(update={"model": str(model_dir)})
+        self.log_tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        self._quiet = True
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pump: threading.Thread | None = None
+        self._run_dir: Path | None = None
+        self._shm_prefix = f"tidewright_{os.getpid()}_{os.urandom(3).hex()}_"
+
+    @property
+    def http_url(self) -> str:
+        return f"http://{_reachable(self.settings.host)}:{self.settings.http_port}"
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll() if self._process else None
+
+    def start(self) -> None:
+        """Start tritonserver; returns at once.
+
+        Raises:
+            LaunchError: a port is taken, or there is no usable Triton.
+        """
+        for option in ("http_port", "grpc_port", "metrics_port"):
+            _check_port(self.settings.host, getattr(self.settings, option), option)
+        install = find_triton()
+        self._run_dir = Path(tempfile.mkdtemp(prefix="tidewright-"))
+        backends = assemble_backend_dir(install, self._run_dir / "backends")
+        self._process = subprocess.Popen(
+            self._command(install.binary, backends),
+            env=self._environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, and the session finds orphans
+            preexec_fn=_terminate_with_parent,
+        )
+        self._pump = threading.Thread(target=self._pump_log, name="triton-log", daemon=True)
+        self._pump.start()
+
+    def wait_ready(self) -> None:
+        """Wait until a real one-token generation through the whole chain has succeeded.
+
+        Raises:
+            ServerStartError: Triton ended, or the model can't be loaded, or start_timeout passed.
+        """
+        body = {"text_input": "Hello", "max_tokens": 1, "temperature": 0.0}
+        deadline = time.monotonic() + self.settings.start_timeout + 10
+        with httpx.Client(trust_env=False) as client:
+            while time.monotonic() < deadline:
+                if not self.running:
+                    raise ServerStartError(self._why_it_ended())
+                try:
+                    # The connection must not stay: Triton waits for idle ones when it ends.
+                    answer = client.post(
+                        f"{self.http_url}/v2/models/generate/generate",
+                        json=body,
+                        headers={"Connection": "close"},
+                        timeout=self.settings.start_timeout,
+                    )
+                    if answer.status_code == 200:
+                        self._quiet = False
+                        return
+                except httpx.TransportError:
+                    pass
+                time.sleep(0.05)
+        raise ServerStartError(f"no token was generated within {self.settings.start_timeout:g} s (start_timeout)")
+
+    def wait(self) -> int:
+        """Wait until tritonserver ends; returns its exit code."""
+        assert self._process is not None
+        return self._process.wait()
+
+    def terminate(self) -> None:
+        """Ask Triton to end: it takes no new requests, running ones may finish."""
+        if self.running:
+            os.kill(self._process.pid, signal.SIGTERM)  # type: ignore[union-attr]
+
+    def stop(self, grace: float = 0.0) -> None:
+        """End everything within about `grace` + `KILL_AFTER` seconds, sooner when no request is running."""
+        if self._process is not None:
+            self.terminate()
+            deadline = time.monotonic() + grace
+            while self.running and time.monotonic() < deadline and self._busy():
+                time.sleep(0.1)
+            self._wait_at_most(KILL_AFTER)
+        self.kill()
+
+    def kill(self) -> None:
+        """End everything now, whatever state it is in, and remove its traces."""
+        if self._process is not None:
+            for process in self._session_processes():
+                try:
+                    process.kill()
+                except psutil.NoSuchProcess:
+                    pass
+            self._process.wait()
+            psutil.wait_procs(self._session_processes(), timeout=2)
+            assert self._pump is not None
+            self._pump.join(timeout=1)
+        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
+            region.unlink(missing_ok=True)
+        if self._run_dir is not None:
+            shutil.rmtree(self._run_dir, ignore_errors=True)
+
+    def _command(self, binary: Path, backends: Path) -> list[str]:
+        settings, repositories = self.settings, _repositories()
+        shown = ["info", "warning", "error"].index(settings.log_level)
+        return [
+            str(binary),
+            f"--backend-directory={backends}",
+            *(f"--model-repository={folder}" for folder in repositories),
+            # Explicit, so that a model can be unloaded and loaded again; * loads all at start.
+            "--model-control-mode=explicit",
+            "--load-model=*",
+            "--disable-auto-complete-config",
+            f"--http-address={settings.host}",
+            f"--http-port={settings.http_port}",
+            f"--grpc-address={settings.host}",
+            f"--grpc-port={settings.grpc_port}",
+            f"--metrics-address={settings.host}",
+            f"--metrics-port={settings.metrics_port}",
+            "--metrics-interval-ms=500",
+            f"--exit-timeout-secs={math.ceil(settings.shutdown_grace)}",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--log-info={int(shown == 0)}",
+            f"--log-warning={int(shown <= 1)}",
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        """The stubs must find this Python environment, libpython and the settings."""
+        environment = {**os.environ, **self.settings.as_environment()}
+        environment.pop(CONFIG_FILE_VARIABLE, None)  # its values are in the settings already
+        environment[ERROR_FILE_VARIABLE] = str(self._run_dir and self._run_dir / "start_error")
+        environment["PATH"] = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{environment.get('PATH', os.defpath)}"
+        if sys.prefix != sys.base_prefix:
+            environment["VIRTUAL_ENV"] = sys.prefix
+        libraries = [*libpython_dirs(), environment.get("LD_LIBRARY_PATH", "")]
+        environment["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, libraries))
+        return environment
+
+    def _pump_log(self) -> None:
+        """Keep the last lines of Triton's log; once it is up, pass every line on."""
+        assert self._process is not None
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            text = line.decode(errors="replace")
+            self.log_tail.append(text)
+            if not self._quiet or self.settings.log_level == "info":
+                sys.stderr.write(text)
+                sys.stderr.flush()
+
+    def _why_it_ended(self) -> str:
+        assert self._run_dir is not None
+        cause = self._run_dir / "start_error"
+        if cause.is_file():
+            return cause.read_text().strip()
+        assert self._pump is not None
+        self._pump.join(timeout=1)
+        return f"tritonserver ended with code {self.exit_code}; its last lines:\n{''.join(self.log_tail)}"
+
+    def _busy(self) -> bool:
+        """Requests are in flight, as the bridge counts them."""
+        url = f"http://{_reachable(self.settings.host)}:{self.settings.metrics_port}/metrics"
+        try:
+            text = httpx.get(url, timeout=1, trust_env=False, headers={"Connection": "close"}).text
+        except httpx.TransportError:
+            return False
+        match = re.search(r"^tidewright_requests_active(?:\{\})? (\S+)", text, re.MULTILINE)
+        return match is not None and float(match[1]) > 0
+
+    def _wait_at_most(self, seconds: float) -> None:
+        assert self._process is not None
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+
+    def _session_processes(self) -> list[psutil.Process]:
+        """tritonserver and all that came of it: they share the session that it leads."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if os.getsid(process.pid) == self.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except (ProcessLookupError, psutil.NoSuchProcess):
+                pass
+        return found
+
+
+def _repositories() -> list[Path]:
+    """`model_repository/` and `ensemble/`: in an installed package beside it, else in the checkout."""
+    package = Path(__file__).resolve().parent.parent
+    root = package / "share"
+    if not root.is_dir():
+        root = package.parent.parent
+    return [root / "model_repository", root / "ensemble"]
+
+
+def _check_port(host: str, port: int, option: str) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            flag = "--" + option.replace("_", "-")
+            raise ServerStartError(f"can't listen on {host}:{port} ({error.strerror}); choose another {flag}") from None
+
+
+def _reachable(host: str) -> str:
+    """An address to call a server on that listens on `host`."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]" if ":" in host else host
+
+
+def _terminate_with_parent() -> None:
+    """In the child: SIGTERM when the thread that started it ends, so that killing `serve` leaves no server."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

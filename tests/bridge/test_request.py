@@ -1,0 +1,127 @@
+"""What is refused before it queues, and how inputs become a request."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tidewright.bridge.request import GenerationRequest, parse_request
+from tidewright.engine.messages import Ready
+from tidewright.errors import InvalidRequestError
+from tidewright.tokenization import Tokenizer
+
+ENGINE = Ready(
+    pid=1,
+    device="cpu",
+    dtype="float32",
+    block_size=16,
+    num_blocks=8,
+    max_model_len=256,
+    vocab_size=49152,
+    load_seconds=0.1,
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> Tokenizer:
+    return Tokenizer(model_dir)
+
+
+def tensors(**values: object) -> dict[str, np.ndarray]:
+    made = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            value = json.dumps(value)
+        if isinstance(value, str):
+            value = value.encode()
+        dtype = {bytes: np.object_, bool: np.bool_, list: np.int32}[type(value)]
+        made[name] = np.array(value if isinstance(value, list) else [value], dtype=dtype)
+    return made
+
+
+def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> GenerationRequest:
+    return parse_request(tensors(**values), parameters, tokenizer, ENGINE)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "either text_input or input_ids"),
+        ({"text_input": "a", "input_ids": [1]}, "not both"),
+        ({"text_input": ""}, "empty"),
+        ({"input_ids": []}, "empty"),
+        ({"text_input": b"a\xff"}, "text_input is not valid UTF-8"),
+        ({"input_ids": [1, 49152]}, "from 0 to 49151"),
+        ({"input_ids": [-1]}, "from 0 to 49151"),
+        ({"input_ids": [1] * 256}, "at most 255"),
+        ({"input_ids": [1] * 100, "sampling_parameters": {"max_tokens": 29}}, "KV cache holds 128"),
+        ({"text_input": "a", "sampling_parameters": "{nope"}, "not JSON"),
+        ({"text_input": "a", "sampling_parameters": b"\xff"}, "sampling_parameters is not valid UTF-8"),
+        ({"text_input": "a", "sampling_parameters": "[1]"}, "must be a JSON object"),
+        ({"text_input": "a", "sampling_parameters": {"temprature": 1}}, "unknown sampling parameter: temprature"),
+        ({"text_input": "a", "sampling_parameters": {"temperature": -0.1}}, "temperature"),
+        ({"text_input": "a", "sampling_parameters": {"temperature": "hot"}}, "temperature"),
+        ({"text_input": "a", "sampling_parameters": {"temperature": "nan"}}, "temperature"),
+        ({"text_input": "a", "sampling_parameters": {"temperature": "inf"}}, "temperature"),
+        ({"text_input": "a", "sampling_parameters": {"top_p": 0}}, "top_p"),
+        ({"text_input": "a", "sampling_parameters": {"top_p": 1.1}}, "top_p"),
+        ({"text_input": "a", "sampling_parameters": {"top_p": "nan"}}, "top_p"),
+        ({"text_input": "a", "sampling_parameters": {"top_k": -2}}, "top_k"),
+        ({"text_input": "a", "sampling_parameters": {"max_tokens": 0}}, "max_tokens"),
+        ({"text_input": "a", "sampling_parameters": {"max_tokens": 257}}, "context of 256"),
+        ({"text_input": "a", "sampling_parameters": {"min_tokens": 17}}, "more than max_tokens"),
+        ({"text_input": "a", "sampling_parameters": {"stop": [""]}}, "stop string"),
+        ({"text_input": "a", "sampling_parameters": {"stop": ["x"] * 17}}, "17 stop strings"),
+        ({"text_input": "a", "sampling_parameters": {"stop_token_ids": [49152]}}, "stop_token_ids"),
+        ({"text_input": "a", "sampling_parameters": {"logprobs": 21}}, "logprobs"),
+        ({"text_input": "a", "sampling_parameters": {"seed": -1}}, "seed"),
+        ({"text_input": "a", "stream": True, "exclude_input_in_output": False}, "not possible when streaming"),
+    ],
+)
+def test_bad_input_is_refused_with_its_name(tokenizer: Tokenizer, values: dict, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        parse(tokenizer, **values)
+
+
+def test_two_prompts_in_one_tensor_are_refused(tokenizer: Tokenizer) -> None:
+    two = {"text_input": np.array([b"a", b"b"], dtype=np.object_)}
+    with pytest.raises(InvalidRequestError, match="exactly one element"):
+        parse_request(two, "", tokenizer, ENGINE)
+
+
+def test_numbers_may_be_strings_as_clients_of_the_vllm_backend_send_them(tokenizer: Tokenizer) -> None:
+    options = {"temperature": "0.5", "top_p": "0.9", "max_tokens": "7", "ignore_eos": "true"}
+    sampling = parse(tokenizer, text_input="a", sampling_parameters=options).sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.ignore_eos) == (0.5, 0.9, 7, True)
+
+
+def test_request_parameters_and_the_tensor_are_joined_but_must_not_repeat(tokenizer: Tokenizer) -> None:
+    sampling = parse(tokenizer, '{"max_tokens": 3}', text_input="a", sampling_parameters={"top_k": 5}).sampling
+    assert (sampling.max_tokens, sampling.top_k) == (3, 5)
+    with pytest.raises(InvalidRequestError, match="max_tokens given both"):
+        parse(tokenizer, '{"max_tokens": 3}', text_input="a", sampling_parameters={"max_tokens": 3})
+
+
+def test_the_prompt_is_echoed_as_the_vllm_backend_does(tokenizer: Tokenizer) -> None:
+    assert parse(tokenizer, text_input="Hello").echo == "Hello"
+    assert parse(tokenizer, text_input="Hello", stream=True).echo == ""
+    assert parse(tokenizer, text_input="Hello", exclude_input_in_output=True).echo == ""
+    ids = tokenizer.encode("Hello <|im_end|>")
+    assert parse(tokenizer, input_ids=ids).echo == "Hello <|im_end|>"
+
+
+def test_each_unseeded_request_gets_a_seed_of_its_own(tokenizer: Tokenizer) -> None:
+    seeds = {parse(tokenizer, text_input="a").sampling.seed for _ in range(5)}
+    assert len(seeds) == 5
+    assert None not in seeds
+    assert parse(tokenizer, text_input="a", sampling_parameters={"seed": 9}).sampling.seed == 9
+
+
+def test_asking_for_logprobs_turns_them_on(tokenizer: Tokenizer) -> None:
+    assert parse(tokenizer, text_input="a").sampling.logprobs is None
+    assert parse(tokenizer, text_input="a", return_logprobs=True).sampling.logprobs == 0
+    options = {"logprobs": 3}
+    assert parse(tokenizer, text_input="a", return_logprobs=True, sampling_parameters=options).sampling.logprobs == 3

@@ -1,0 +1,85 @@
+"""Incremental detokenization against the tokenizer's own decoding of the whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tidewright.bridge.text_stream import TextStream
+from tidewright.tokenization import Tokenizer
+
+TEXTS = [
+    "The quick brown fox.",
+    "日本語のテキスト、中文字符，한국어",
+    "👩‍👩‍👧‍👦 family 🏳️‍🌈 flags 👍🏽",
+    "שלום עולם مرحبا بالعالم",
+    "def f(x):\n\treturn x ** 2\n",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 and é and a\u0301",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_dir: Path) -> Tokenizer:
+    return Tokenizer(model_dir)
+
+
+def run(tokenizer: Tokenizer, token_ids: list[int], stop: tuple[str, ...] = (), min_tokens: int = 0) -> list[str]:
+    stream = TextStream(tokenizer, stop, min_tokens)
+    pieces = []
+    for token_id in token_ids:
+        pieces.append(stream.push(token_id))
+        if stream.stopped:
+            return pieces
+    pieces.append(stream.finish())
+    return pieces
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_join_to_the_text_and_hold_whole_characters(tokenizer: Tokenizer, text: str) -> None:
+    pieces = run(tokenizer, tokenizer.encode(text))
+    assert "".join(pieces) == text
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@settings(max_examples=300, deadline=None)
+@given(token_ids=st.lists(st.integers(0, 49151), max_size=60))
+def test_any_tokens_join_to_what_the_tokenizer_decodes(tokenizer: Tokenizer, token_ids: list[int]) -> None:
+    assert "".join(run(tokenizer, token_ids)) == tokenizer.decode(token_ids, skip_special_tokens=True)
+
+
+def test_a_character_cut_off_at_the_end_appears_once_it_is_over(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("ok 👍🏽")[:-1]
+    pieces = run(tokenizer, token_ids)
+    assert "".join(pieces) == tokenizer.decode(token_ids, skip_special_tokens=True)
+    assert not any("\ufffd" in piece for piece in pieces[:-1])
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data(), text=st.text(st.sampled_from("ab👍\n "), min_size=1, max_size=40))
+def test_stop_strings_end_the_text_at_their_first_appearance(tokenizer: Tokenizer, data: st.DataObject, text: str) -> None:
+    stop = tuple(data.draw(st.lists(st.text(st.sampled_from("ab👍\n "), min_size=1, max_size=4), min_size=1, max_size=3)))
+    streamed = "".join(run(tokenizer, tokenizer.encode(text), stop))
+    assert not any(string in streamed for string in stop)
+    assert text.startswith(streamed)
+    if not any(string in text for string in stop):
+        assert streamed == text
+
+
+def test_nothing_of_a_stop_string_leaks_across_tokens(tokenizer: Tokenizer) -> None:
+    token_ids = [token for character in "Hello END. more" for token in tokenizer.encode(character)]
+    pieces = run(tokenizer, token_ids, stop=("END.",))
+    assert "".join(pieces) == "Hello "
+
+
+def test_what_only_looked_like_a_stop_string_comes_out(tokenizer: Tokenizer) -> None:
+    token_ids = [token for character in "an EN route" for token in tokenizer.encode(character)]
+    assert "".join(run(tokenizer, token_ids, stop=("END",))) == "an EN route"
+    assert "".join(run(tokenizer, tokenizer.encode("the EN"), stop=("END",))) == "the EN"
+
+
+def test_stop_strings_count_only_after_min_tokens(tokenizer: Tokenizer) -> None:
+    token_ids = [token for character in "x.y.z" for token in tokenizer.encode(character)]
+    assert "".join(run(tokenizer, token_ids, stop=(".",), min_tokens=3)) == "x.y"

@@ -1,0 +1,32 @@
+"""Fixtures that need a real server or the real model; a server is started once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.triton import RunningServer
+
+from tidewright.cache import EMBEDDED_MODEL
+from tidewright.launch.prepare import prepare
+
+
+@pytest.fixture(scope="session")
+def model_dir() -> Path:
+    """The embedded model, prepared."""
+    return prepare(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="session")
+def server(model_dir: Path) -> Iterator[RunningServer]:
+    """The real thing in float32, in which its tokens can be held against transformers'."""
+    with RunningServer(model_dir, dtype="float32", max_waiting=200, max_model_len=4096) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def bf16_server(model_dir: Path) -> Iterator[RunningServer]:
+    """The real thing as users run it."""
+    with RunningServer(model_dir) as running:
+        yield running

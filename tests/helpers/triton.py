@@ -1,0 +1,182 @@
+"""A real Triton on free ports, and a small gRPC client for it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import re
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import tritonclient.grpc as grpcclient
+
+from tidewright.config import Settings
+from tidewright.launch.server import TritonServer
+
+_DTYPES = {"BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32}
+STREAM_TIMEOUT = 120  # seconds without a response: something hangs
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]
+
+
+def tensor(name: str, value: Any) -> grpcclient.InferInput:
+    """An input tensor: text and bytes as BYTES, bool as BOOL, ints as INT32."""
+    values = list(value) if isinstance(value, (list, tuple)) else [value]
+    datatype = "BOOL" if isinstance(values[0:1] and values[0], bool) else "INT32"
+    if values and isinstance(values[0], (str, bytes)):
+        datatype = "BYTES"
+        values = [item.encode() if isinstance(item, str) else item for item in values]
+    made = grpcclient.InferInput(name, [len(values)], datatype)
+    made.set_data_from_numpy(np.array(values, dtype=_DTYPES[datatype]))
+    return made
+
+
+@dataclass
+class Generation:
+    """All responses to one request, joined."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    chunks: list[str] = field(default_factory=list)
+    outputs: dict[str, Any] = field(default_factory=dict)  # of the last response
+    error: Exception | None = None
+    ended: int = 0  # how often the final flag came
+
+    def take(self, result: grpcclient.InferResult | None, error: Exception | None) -> bool:
+        """Add a response; True if it was the last."""
+        if error is not None:
+            self.error = error
+            self.ended += 1
+            return True
+        response = result.get_response()
+        for output in response.outputs:
+            self.outputs[output.name] = result.as_numpy(output.name)
+        if response.outputs:
+            delta = result.as_numpy("text_output")[0].decode()
+            self.chunks.append(delta)
+            self.text += delta
+            self.token_ids += result.as_numpy("output_ids").tolist()
+        final = response.parameters["triton_final_response"].bool_param
+        self.ended += final
+        return final
+
+
+class Stream:
+    """One gRPC stream, over which requests go out and their responses come back by request id."""
+
+    def __init__(self, url: str) -> None:
+        self.client = grpcclient.InferenceServerClient(url)
+        self._arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
+        self.generations: dict[str, Generation] = {}
+        self._last_id: str = ""
+        self.client.start_stream(lambda result, error: self._arrived.put((result, error)))
+
+    def send(self, request_id: str, model: str = "decoder", parameters: dict | None = None, **inputs: Any) -> None:
+        if isinstance(inputs.get("sampling_parameters"), dict):
+            inputs["sampling_parameters"] = json.dumps(inputs["sampling_parameters"])
+        self.generations[request_id] = Generation()
+        self.client.async_stream_infer(
+            model,
+            [tensor(name, value) for name, value in inputs.items()],
+            request_id=request_id,
+            enable_empty_final_response=True,
+            parameters=parameters,
+        )
+
+    def next(self, timeout: float = STREAM_TIMEOUT) -> tuple[str, bool]:
+        """Take one response; returns its request id and whether it was the last of that request."""
+        result, error = self._arrived.get(timeout=timeout)
+        request_id = result.get_response().id if result is not None else self._failed_id(error)
+        return request_id, self.generations[request_id].take(result, error)
+
+    def finish(self) -> dict[str, Generation]:
+        """Wait until every request has ended."""
+        while any(not generation.ended for generation in self.generations.values()):
+            self.next()
+        return self.generations
+
+    def _failed_id(self, error: Exception) -> str:
+        """Errors carry their request id only in the text, and only from newer clients; a lone one needs none."""
+        match = re.search(r"request id: (\S+?)\W", str(error))
+        if match and match[1] in self.generations:
+            return match[1]
+        return next(key for key, generation in self.generations.items() if not generation.ended)
+
+    def close(self, cancel: bool = False) -> None:
+        self.client.stop_stream(cancel_requests=cancel)
+        self.client.close()
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(cancel=True)
+
+
+class RunningServer:
+    """A `TritonServer` with the calls that tests make."""
+
+    def __init__(self, model_dir: Path, **options: Any) -> None:
+        http, grpc, metrics = free_ports(3)
+        self.settings = Settings(http_port=http, grpc_port=grpc, metrics_port=metrics, shutdown_grace=0, **options)
+        self.triton = TritonServer(self.settings, model_dir)
+
+    def __enter__(self) -> RunningServer:
+        try:
+            self.triton.start()
+            self.triton.wait_ready()
+        except BaseException:
+            self.triton.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.triton.stop()
+
+    @property
+    def grpc_url(self) -> str:
+        return f"127.0.0.1:{self.settings.grpc_port}"
+
+    def stream(self) -> Stream:
+        return Stream(self.grpc_url)
+
+    def generate(self, model: str = "decoder", parameters: dict | None = None, **inputs: Any) -> Generation:
+        """One request over a gRPC stream of its own, to its end."""
+        with self.stream() as stream:
+            stream.send("1", model, parameters, **inputs)
+            return stream.finish()["1"]
+
+    def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+        return httpx.post(f"{self.triton.http_url}/v2/models/{path}", json=body, timeout=120, trust_env=False)
+
+    def metric(self, name: str) -> float:
+        url = f"http://127.0.0.1:{self.settings.metrics_port}/metrics"
+        text = httpx.get(url, timeout=5, trust_env=False).text
+        match = re.search(rf"^tidewright_{name}(?:\{{\}})? (\S+)", text, re.MULTILINE)
+        assert match, f"no metric tidewright_{name}"
+        return float(match[1])
+
+    def wait_idle(self, timeout: float = 60) -> None:
+        """Until nothing is in flight, and check that every block is back in the pool."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            if self.metric("requests_active") == 0 and self.metric("requests_running") == 0:
+                if self.metric("kv_blocks_free") == self.metric("kv_blocks_total") > 0:
+                    return
+            time.sleep(0.1)
+        raise AssertionError(
+            f"after {timeout} s: {self.metric('requests_active')} active, "
+            f"{self.metric('kv_blocks_free')} of {self.metric('kv_blocks_total')} blocks free"
+        )

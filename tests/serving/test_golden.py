@@ -1,0 +1,165 @@
+"""Through the real server: the same tokens as transformers, alone and in any company."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+from helpers.oracle import PROMPTS, Oracle
+from helpers.triton import RunningServer
+
+TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def oracle(model_dir: Path) -> Oracle:
+    return Oracle(model_dir)
+
+
+def greedy(**more: object) -> dict:
+    return {"temperature": 0, "max_tokens": TOKENS, **more}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_float32_alone_equals_transformers(server: RunningServer, oracle: Oracle, name: str) -> None:
+    prompt = PROMPTS[name]
+    ids = oracle.ids(prompt)
+    got = server.generate(
+        text_input=prompt,
+        sampling_parameters=greedy(),
+        return_num_input_tokens=True,
+        return_finish_reason=True,
+        exclude_input_in_output=True,
+    )
+    assert got.error is None
+    assert got.outputs["num_input_tokens"].tolist() == [len(ids)]
+    expected = oracle.greedy(ids, TOKENS)
+    assert got.token_ids == expected
+    assert got.text == oracle.tokenizer.decode(expected, skip_special_tokens=True)
+    assert got.outputs["finish_reason"][0].decode() == ("length" if len(expected) == TOKENS else "stop")
+
+
+def test_the_long_prompt_is_long(oracle: Oracle) -> None:
+    assert len(oracle.ids(PROMPTS["long"])) >= 1900
+
+
+def test_float32_in_mixed_batches_arriving_at_different_times(server: RunningServer, oracle: Oracle) -> None:
+    order = [name for name in PROMPTS if name != "long"] * 2 + ["long"]
+    random.Random(7).shuffle(order)
+    with server.stream() as stream:
+        for number, name in enumerate(order):
+            stream.send(str(number), text_input=PROMPTS[name], stream=True, sampling_parameters=greedy())
+            time.sleep(0.02 * (number % 5))
+        generations = stream.finish()
+    for number, name in enumerate(order):
+        expected = oracle.greedy(oracle.ids(PROMPTS[name]), TOKENS)
+        assert generations[str(number)].token_ids == expected, name
+    server.wait_idle()
+
+
+def test_bf16_equals_transformers_until_the_margin_is_small(bf16_server: RunningServer, oracle: Oracle) -> None:
+    names = [name for name in PROMPTS if name != "long"]
+    with bf16_server.stream() as stream:
+        for name in names:
+            stream.send(name, text_input=PROMPTS[name], stream=True, sampling_parameters=greedy())
+        generations = stream.finish()
+    compared = 0
+    for name in names:
+        ids = oracle.ids(PROMPTS[name])
+        expected = oracle.greedy(ids, TOKENS)
+        for got, want, margin in zip(generations[name].token_ids, expected, oracle.margins(ids, expected), strict=False):
+            if margin < 0.15:
+                break
+            assert got == want, name
+            compared += 1
+    assert compared > 5 * len(names)  # the rule must not have excused nearly everything
+
+
+def test_stream_deltas_join_to_the_unstreamed_text(server: RunningServer) -> None:
+    for name in ("emoji", "chinese", "english"):
+        options = greedy(max_tokens=48, ignore_eos=True)
+        whole = server.generate(text_input=PROMPTS[name], exclude_input_in_output=True, sampling_parameters=options)
+        streamed = server.generate(text_input=PROMPTS[name], stream=True, sampling_parameters=options)
+        assert streamed.text == whole.text
+        assert len(whole.chunks) == 1
+        assert len(streamed.chunks) > 10
+        assert sum("\ufffd" in chunk for chunk in streamed.chunks) <= whole.text.count("\ufffd")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings_end_the_text_and_never_appear(server: RunningServer, stream: bool) -> None:
+    prompt = "Count: one, two, three, four,"
+    options = greedy(max_tokens=40, ignore_eos=True)
+    free = server.generate(text_input=prompt, exclude_input_in_output=True, sampling_parameters=options).text
+    stop = free[11:15]  # begins and ends wherever, in the middle of tokens
+    got = server.generate(
+        text_input=prompt,
+        stream=stream,
+        exclude_input_in_output=True,
+        return_finish_reason=True,
+        sampling_parameters={**options, "stop": [stop]},
+    )
+    assert got.text == free[: free.index(stop)]
+    assert got.outputs["finish_reason"][0] == b"stop"
+    assert got.ended == 1
+    server.wait_idle()
+
+
+def test_stop_token_ids_min_tokens_and_eos(server: RunningServer, oracle: Oracle) -> None:
+    prompt = PROMPTS["english"]
+    ids = oracle.ids(prompt)
+    free = oracle.greedy(ids, TOKENS)
+    stop_at = next(i for i in range(4, TOKENS) if free[i] not in free[:i])
+    got = server.generate(text_input=prompt, sampling_parameters=greedy(stop_token_ids=[free[stop_at]]))
+    assert got.token_ids == free[: stop_at + 1]
+    later = server.generate(
+        text_input=prompt, sampling_parameters=greedy(stop_token_ids=[free[stop_at]], min_tokens=TOKENS)
+    )
+    assert len(later.token_ids) == TOKENS
+    assert free[stop_at] not in later.token_ids[: TOKENS - 1]
+
+
+def test_seeded_sampling_is_reproducible_alone_and_in_a_batch(server: RunningServer) -> None:
+    def options(seed: int) -> dict:
+        return {"temperature": 0.9, "top_p": 0.95, "top_k": 50, "seed": seed, "max_tokens": TOKENS}
+
+    prompt = PROMPTS["english"]
+    alone = {seed: server.generate(text_input=prompt, sampling_parameters=options(seed)).token_ids for seed in (1, 2)}
+    assert alone[1] != alone[2]
+    with server.stream() as stream:
+        for number, name in enumerate(["code", "emoji", "hebrew", "numbers"]):
+            stream.send(f"other {number}", text_input=PROMPTS[name], sampling_parameters=options(number))
+        for seed in (1, 2):
+            stream.send(f"seed {seed}", text_input=prompt, sampling_parameters=options(seed))
+        generations = stream.finish()
+    for seed in (1, 2):
+        assert generations[f"seed {seed}"].token_ids == alone[seed]
+
+
+def test_logprobs_are_those_of_transformers(server: RunningServer, oracle: Oracle) -> None:
+    import torch
+
+    ids = oracle.ids(PROMPTS["english"])
+    got = server.generate(
+        input_ids=ids,
+        sampling_parameters=greedy(max_tokens=5, logprobs=3),
+        return_logprobs=True,
+        return_cumulative_logprob=True,
+    )
+    with torch.inference_mode():
+        logits = oracle._model(torch.tensor([ids + got.token_ids])).logits[0, len(ids) - 1 : -1]
+    expected = logits.log_softmax(-1)
+    positions = json.loads(got.outputs["logprobs"][0])
+    assert len(positions) == 5
+    total = 0.0
+    for row, token_id, entries in zip(expected, got.token_ids, positions, strict=True):
+        assert set(map(int, entries)) == set(row.topk(3).indices.tolist()) | {token_id}
+        for key, entry in entries.items():
+            assert entry["logprob"] == pytest.approx(row[int(key)].item(), abs=1e-3)
+            assert entry["rank"] == int((row > row[int(key)]).sum()) + 1
+            assert entry["decoded_token"] == oracle.tokenizer.decode([int(key)])
+        total += row[token_id].item()
+    assert got.outputs["cumulative_logprob"][0] == pytest.approx(total, abs=1e-3)

@@ -1,0 +1,75 @@
+"""Settings: where values come from, what wins, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import pytest
+from pydantic import ValidationError
+
+from tidewright.config import Settings, parse_memory
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "serving.yaml"
+    file.write_text("http_port: 9001\ngrpc_port: 9002\nmetrics_port: 9003\n")
+    monkeypatch.setenv("TIDEWRIGHT_CONFIG", str(file))
+    monkeypatch.setenv("TIDEWRIGHT_GRPC_PORT", "9102")
+    monkeypatch.setenv("TIDEWRIGHT_METRICS_PORT", "9103")
+    settings = Settings(metrics_port=9203)
+    assert (settings.http_port, settings.grpc_port, settings.metrics_port) == (9001, 9102, 9203)
+
+
+def test_an_unknown_key_in_the_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "serving.yaml"
+    file.write_text("http_prot: 9001\n")
+    monkeypatch.setenv("TIDEWRIGHT_CONFIG", str(file))
+    with pytest.raises(ValidationError, match="http_prot"):
+        Settings()
+
+
+def test_a_missing_file_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEWRIGHT_CONFIG", "/nowhere/serving.yaml")
+    with pytest.raises(FileNotFoundError, match=r"/nowhere/serving\.yaml"):
+        Settings()
+
+
+def test_the_stubs_read_the_same_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(dtype="float32", max_waiting=7, heartbeat_timeout=12.5, kv_cache_memory="10%")
+    for name, value in settings.as_environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings() == settings
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"http_port": 8001}, "must differ"),
+        ({"http_port": 0}, "http_port"),
+        ({"device": "tpu"}, "device"),
+        ({"kv_cache_memory": "lots"}, "not an amount of memory"),
+        ({"kv_cache_memory": "120%"}, "not an amount of memory"),
+        ({"heartbeat_interval": 5, "heartbeat_timeout": 6}, "at least twice"),
+    ],
+)
+def test_bad_values_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Settings(**options)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1GiB", 2**30), ("512 MiB", 2**29), ("1.5GB", 1_500_000_000), ("100", 100), ("25%", 250), ("100%", 1000)],
+)
+def test_parse_memory(text: str, expected: int) -> None:
+    assert parse_memory(text, total=1000) == expected
+
+
+def test_engine_config_resolves_memory_for_the_device(tmp_path: Path) -> None:
+    config = Settings(device="cpu", kv_cache_memory="10%").engine_config(tmp_path)
+    assert config.kv_cache_bytes == int(psutil.virtual_memory().total * 0.1)
+    assert Settings(device="cpu").engine_config(tmp_path).kv_cache_bytes == 2**30
+    assert config.model_dir == str(tmp_path)

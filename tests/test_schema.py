@@ -1,0 +1,49 @@
+"""The config.pbtxt files say what schema.py says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from tidewright import schema
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = {
+    "model_repository/tokenizer": (schema.TOKENIZER_INPUTS, schema.TOKENIZER_OUTPUTS),
+    "model_repository/decoder": (schema.DECODER_INPUTS, schema.DECODER_OUTPUTS),
+    "ensemble/generate": (schema.GENERATE_INPUTS, schema.GENERATE_OUTPUTS),
+}
+
+
+def read_config(folder: str) -> model_config_pb2.ModelConfig:
+    return text_format.Parse((ROOT / folder / "config.pbtxt").read_text(), model_config_pb2.ModelConfig())
+
+
+@pytest.mark.parametrize("folder", CONFIGS)
+def test_config_pbtxt_has_exactly_the_tensors_of_the_schema(folder: str) -> None:
+    config = read_config(folder)
+    inputs, outputs = CONFIGS[folder]
+
+    def data_type(value: int) -> str:
+        return model_config_pb2.DataType.Name(value)
+
+    found = [schema.TensorSpec(t.name, data_type(t.data_type), tuple(t.dims), t.optional) for t in config.input]
+    assert found == list(inputs)
+    assert [schema.TensorSpec(t.name, data_type(t.data_type), tuple(t.dims)) for t in config.output] == list(outputs)
+
+
+def test_the_ensemble_passes_every_tensor_on() -> None:
+    steps = {step.model_name: step for step in read_config("ensemble/generate").ensemble_scheduling.step}
+    assert set(steps["tokenizer"].input_map) == {t.name for t in schema.TOKENIZER_INPUTS}
+    assert set(steps["decoder"].input_map) == {t.name for t in schema.DECODER_INPUTS} - {"text_input"}
+    assert set(steps["decoder"].output_map) == {t.name for t in schema.DECODER_OUTPUTS}
+    for step in steps.values():
+        assert all(key == value for mapping in (step.input_map, step.output_map) for key, value in mapping.items())
+
+
+def test_every_model_that_streams_is_decoupled() -> None:
+    assert read_config("model_repository/decoder").model_transaction_policy.decoupled
+    assert read_config("ensemble/generate").model_transaction_policy.decoupled
