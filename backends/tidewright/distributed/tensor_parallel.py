@@ -1,0 +1,209 @@
+"""Layers that are cut over tensor-parallel ranks. Each layer cuts and loads its own part of a checkpoint.
+
+With one rank they are plain layers. Which checkpoint name belongs to which layer, the model files say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class ShardingError(ValueError):
+    """The model can't be cut into so many ranks."""
+
+
+class WeightShapeError(ValueError):
+    """A checkpoint's weight has another shape than config.json announces."""
+
+
+class WeightSlice(Protocol):
+    """A tensor that is still on disk, as safetensors' `get_slice` gives it: an index reads only that part."""
+
+    def get_shape(self) -> list[int]: ...
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor: ...
+
+
+Loader = Callable[[WeightSlice], None]
+
+
+@dataclass(frozen=True)
+class TensorParallelGroup:
+    rank: int = 0
+    size: int = 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place."""
+        if self.size > 1:
+            torch.distributed.all_reduce(x)
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors, joined along the last dimension in rank order."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim=-1)
+
+    def share(self, total: int, what: str) -> int:
+        """This rank's part of `total` things, which must divide evenly."""
+        if total % self.size:
+            raise ShardingError(f"{total} {what} can't be cut into {self.size} equal parts")
+        return total // self.size
+
+
+def _weight(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(*shape), requires_grad=False)
+
+
+def _checked(source: WeightSlice, *shape: int) -> WeightSlice:
+    if tuple(source.get_shape()) != shape:
+        raise WeightShapeError(f"expected shape {shape}, found {tuple(source.get_shape())}")
+    return source
+
+
+def replicated_loader(weight: nn.Parameter) -> Loader:
+    """Loads a weight that every rank holds whole, such as that of a norm."""
+
+    def load(source: WeightSlice) -> None:
+        weight.copy_(_checked(source, *weight.shape)[tuple(slice(None) for _ in weight.shape)])
+
+    return load
+
+
+class MergedColumnParallelLinear(nn.Module):
+    """Several column-parallel projections of one input, in one matrix product. Outputs stay cut."""
+
+    def __init__(self, in_features: int, out_features: tuple[int, ...], group: TensorParallelGroup) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group = in_features, out_features, group
+        self.out_shares = tuple(group.share(out, "output features") for out in out_features)
+        self.weight = _weight(sum(self.out_shares), in_features)
+
+    def loader(self, part: int) -> Loader:
+        """Loads this rank's rows of projection number `part`."""
+        share, first_row = self.out_shares[part], self.group.rank * self.out_shares[part]
+        offset = sum(self.out_shares[:part])
+
+        def load(source: WeightSlice) -> None:
+            rows = _checked(source, self.out_features[part], self.in_features)
+            self.weight[offset : offset + share].copy_(rows[first_row : first_row + share, :])
+
+        return load
+
+    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
+        return F.linear(x_TE, self.weight)
+
+
+class ColumnParallelLinear(MergedColumnParallelLinear):
+    """One projection, cut by output features. The output stays cut."""
+
+    def __init__(self, in_features: int, out_features: int, group: TensorParallelGroup) -> None:
+        super().__init__(in_features, (out_features,), group)
+
+
+class QKVParallelLinear(nn.Module):
+    """Query, key and value projections in one product, cut by heads.
+
+    With more ranks than KV heads, neighbouring ranks hold copies of one KV head.
+    """
+
+    def __init__(
+        self, in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, group: TensorParallelGroup
+    ) -> None:
+        super().__init__()
+        self.in_features, self.head_dim = in_features, head_dim
+        self.num_heads = group.share(num_heads, "query heads")
+        if num_kv_heads % group.size and group.size % num_kv_heads:
+            raise ShardingError(f"{num_kv_heads} KV heads can't be shared by {group.size} ranks")
+        self.num_kv_heads = max(1, num_kv_heads // group.size)
+        first_kv_head = group.rank * num_kv_heads // group.size
+        # Of q, k and v each: heads in the checkpoint, this rank's first head, this rank's number of heads.
+        self._parts = (
+            (num_heads, group.rank * self.num_heads, self.num_heads),
+            (num_kv_heads, first_kv_head, self.num_kv_heads),
+            (num_kv_heads, first_kv_head, self.num_kv_heads),
+        )
+        self.weight = _weight((self.num_heads + 2 * self.num_kv_heads) * head_dim, in_features)
+
+    def loader(self, part: int) -> Loader:
+        """Loads this rank's heads of q (0), k (1) or v (2)."""
+        total, first, count = self._parts[part]
+        offset = sum(heads for _, _, heads in self._parts[:part])
+
+        def load(source: WeightSlice) -> None:
+            rows = _checked(source, total * self.head_dim, self.in_features)
+            here = self.weight[offset * self.head_dim : (offset + count) * self.head_dim]
+            here.copy_(rows[first * self.head_dim : (first + count) * self.head_dim, :])
+
+        return load
+
+    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
+        """q, k and v heads side by side: [T, num_heads + 2 * num_kv_heads, head_dim]."""
+        return F.linear(x_TE, self.weight).view(x_TE.shape[0], -1, self.head_dim)
+
+
+class RowParallelLinear(nn.Module):
+    """A projection cut by input features, after a column-parallel one; the ranks' results are summed."""
+
+    def __init__(self, in_features: int, out_features: int, group: TensorParallelGroup) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.group = in_features, out_features, group
+        self.weight = _weight(out_features, group.share(in_features, "input features"))
+
+    def loader(self) -> Loader:
+        share = self.weight.shape[1]
+        first = self.group.rank * share
+
+        def load(source: WeightSlice) -> None:
+            columns = _checked(source, self.out_features, self.in_features)
+            self.weight.copy_(columns[:, first : first + share])
+
+        return load
+
+    def forward(self, x_TF: torch.Tensor) -> torch.Tensor:
+        return self.group.all_reduce(F.linear(x_TF, self.weight))
+
+
+class VocabParallelEmbedding(nn.Module):
+    """Token embeddings cut by vocabulary; the last rank's rows are padded to an equal number."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, group: TensorParallelGroup) -> None:
+        super().__init__()
+        self.vocab_size, self.hidden_size, self.group = vocab_size, hidden_size, group
+        rows = -(-vocab_size // group.size)
+        self.first = min(group.rank * rows, vocab_size)
+        self.end = min(self.first + rows, vocab_size)
+        self.weight = _weight(rows, hidden_size)
+
+    def loader(self) -> Loader:
+        def load(source: WeightSlice) -> None:
+            rows = _checked(source, self.vocab_size, self.hidden_size)
+            self.weight[self.end - self.first :].zero_()
+            self.weight[: self.end - self.first].copy_(rows[self.first : self.end, :])
+
+        return load
+
+    def forward(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        if self.group.size == 1:
+            return F.embedding(token_ids_T, self.weight)
+        elsewhere_T = (token_ids_T < self.first) | (token_ids_T >= self.end)
+        local_ids_T = (token_ids_T - self.first).masked_fill(elsewhere_T, 0)
+        x_TE = F.embedding(local_ids_T, self.weight).masked_fill(elsewhere_T[:, None], 0)
+        return self.group.all_reduce(x_TE)
+
+
+class ParallelLMHead(VocabParallelEmbedding):
+    """From hidden states to the logits of the whole vocabulary, on every rank."""
+
+    def tie(self, embedding: VocabParallelEmbedding) -> None:
+        self.weight = embedding.weight
+
+    def forward(self, x_BE: torch.Tensor) -> torch.Tensor:
+        return self.group.all_gather(F.linear(x_BE, self.weight))[:, : self.vocab_size]

@@ -1,0 +1,64 @@
+"""Who owns which block of the KV cache: reference counts and a free list in least-recently-used order.
+
+Pure bookkeeping over block numbers; the tensors behind them stand in storage.py.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+
+class BlockPoolError(RuntimeError):
+    """The pool was asked for what it can't give, or its books don't add up: always a bug of the caller."""
+
+
+class BlockPool:
+    """Hands out blocks 0 … num_blocks - 1. Every operation costs O(1) a block."""
+
+    def __init__(self, num_blocks: int) -> None:
+        if num_blocks < 1:
+            raise BlockPoolError(f"a block pool needs at least one block, not {num_blocks}")
+        self.num_blocks = num_blocks
+        self._references = [0] * num_blocks
+        # Oldest first. An OrderedDict, for a block that is retained leaves the middle of the list in O(1).
+        self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(num_blocks))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def references(self, block: int) -> int:
+        return self._references[block]
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes the `count` blocks that have been free for longest; each starts with one reference."""
+        if count > len(self._free):
+            raise BlockPoolError(f"{count} blocks wanted, {len(self._free)} of {self.num_blocks} free")
+        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for block in blocks:
+            self._references[block] = 1
+        return blocks
+
+    def retain(self, blocks: Iterable[int]) -> None:
+        """Adds a reference to each block; a free block comes back with its content."""
+        for block in blocks:
+            if self._references[block] == 0:
+                del self._free[block]
+            self._references[block] += 1
+
+    def free(self, blocks: Iterable[int]) -> None:
+        """Drops a reference of each block. The first of those that become free is the first to be reused."""
+        for block in blocks:
+            if self._references[block] == 0:
+                raise BlockPoolError(f"block {block} is freed more often than it was taken")
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free[block] = None
+
+    def check_integrity(self) -> None:
+        """Raises BlockPoolError unless exactly the blocks without a reference are in the free list."""
+        for block, references in enumerate(self._references):
+            if references < 0 or (references == 0) != (block in self._free):
+                listed = "in" if block in self._free else "not in"
+                raise BlockPoolError(f"block {block} has {references} references and is {listed} the free list")

@@ -1,0 +1,77 @@
+"""The tensors that hold keys and values, sized from a budget in bytes. Which block is whose: block_pool.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+
+class KVCacheMemoryError(ValueError):
+    """The KV cache budget is too small to be useful, or larger than the memory there is."""
+
+
+@dataclass(frozen=True)
+class KVCacheShape:
+    """What one block of this rank's cache holds."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_block(self) -> int:
+        values = self.num_layers * self.block_size * self.num_kv_heads * self.head_dim
+        return 2 * values * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class KVCache:
+    k_cache_LNSKD: torch.Tensor
+    v_cache_LNSKD: torch.Tensor
+
+    @property
+    def num_blocks(self) -> int:
+        return self.k_cache_LNSKD.shape[1]
+
+
+def allocate_kv_cache(
+    shape: KVCacheShape, budget_bytes: int, needed_tokens: int, device: torch.device
+) -> KVCache:
+    """As many blocks as `budget_bytes` pays for.
+
+    Raises:
+        KVCacheMemoryError: fewer than `needed_tokens` tokens fit, or the memory is not there.
+    """
+    num_blocks = budget_bytes // shape.bytes_per_block
+    needed_bytes = -(-needed_tokens // shape.block_size) * shape.bytes_per_block
+    if budget_bytes < needed_bytes:
+        raise KVCacheMemoryError(
+            f"the KV cache of {_mib(budget_bytes)} holds {num_blocks * shape.block_size} tokens, but one "
+            f"sequence may need {needed_tokens}; give it at least {_mib(needed_bytes)}, or lower max_model_len"
+        )
+    available = _available_bytes(device)
+    if budget_bytes > available:
+        raise KVCacheMemoryError(
+            f"the KV cache wants {_mib(budget_bytes)}, but {device} has {_mib(available)} free; "
+            "lower the KV cache memory"
+        )
+    dimensions = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    # Zeros, not empty: a masked position is multiplied by 0, and 0 * NaN would poison its neighbours.
+    return KVCache(
+        k_cache_LNSKD=torch.zeros(dimensions, dtype=shape.dtype, device=device),
+        v_cache_LNSKD=torch.zeros(dimensions, dtype=shape.dtype, device=device),
+    )
+
+
+def _available_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
