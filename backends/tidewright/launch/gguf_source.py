@@ -70,8 +70,7 @@ def convert_gguf(path: Path, folder: Path, on_progress: Callable[[int, int], Non
         raise PrepareError(f"{path} is not a complete GGUF file: {error}") from error
     config = _model_config(metadata, {tensor.name for tensor in reader.tensors})
     tensors = [
-        _describe(tensor, config["num_attention_heads"], config["num_key_value_heads"])
-        for tensor in reader.tensors
+        _describe(tensor, config["num_attention_heads"], config["num_key_value_heads"]) for tensor in reader.tensors
     ]
     write_tokenizer(metadata, folder)
     _write_json(folder / "config.json", config)

@@ -98,9 +98,7 @@ def link_hugging_face_folder(source: Path, folder: Path) -> None:
         present = {path.name for path in weights}
         missing = sorted(set(_read_json(index).get("weight_map", {}).values()) - present)
         if missing:
-            raise PrepareError(
-                f"{source} lacks {', '.join(missing)}, named in {index.name}; download them again"
-            )
+            raise PrepareError(f"{source} lacks {', '.join(missing)}, named in {index.name}; download them again")
     elif not (source / "model.safetensors").is_file():
         raise PrepareError(f"{source} has neither model.safetensors nor {index.name}")
     for path in weights:
