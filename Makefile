@@ -32,7 +32,7 @@ format: $(VENV)/.dev  ## Put the code into the house style
 
 bench: $(VENV)/.dev  ## Measure W1-W4, start time and memory beside transformers
 	@$(BIN)/tidewright prepare
-	$(BIN)/python benchmarks/bench.py $(ARGS)
+	$(BIN)/python -m benchmarks.bench $(ARGS)
 
 clean:  ## Remove the virtual environment and what tests and tools left (prepared models stay in the cache)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* dist build

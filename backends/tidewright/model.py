@@ -25,13 +25,13 @@ from tidewright.tokenization import Tokenizer
 log = logging.getLogger("tidewright")
 
 _INPUT_NAMES = tuple(spec.name for spec in DECODER_INPUTS)
-_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-_ERROR_CODES: dict[FinishReason, int] = {
-    "invalid": pb_utils.TritonError.INVALID_ARG,
-    "cancelled": pb_utils.TritonError.CANCELLED,
-    "overloaded": pb_utils.TritonError.UNAVAILABLE,
-    "timeout": pb_utils.TritonError.UNAVAILABLE,
-    "engine_failed": pb_utils.TritonError.UNAVAILABLE,
+# Names in pb_utils.TritonError. The stub fills pb_utils in only after it has imported this module.
+_ERROR_CODES: dict[FinishReason, str] = {
+    "invalid": "INVALID_ARG",
+    "cancelled": "CANCELLED",
+    "overloaded": "UNAVAILABLE",
+    "timeout": "UNAVAILABLE",
+    "engine_failed": "UNAVAILABLE",
 }
 
 
@@ -96,7 +96,7 @@ class _TritonResponder:
     def send(self, chunk: Chunk, final: bool) -> None:
         tensors = _output_tensors(chunk, self._returns, self._num_input_tokens, self._tokenizer)
         response = pb_utils.InferenceResponse(output_tensors=tensors)
-        self._sender.send(response, flags=_FINAL if final else 0)  # type: ignore[attr-defined]
+        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)  # type: ignore[attr-defined]
 
     def fail(self, error: RequestError) -> None:
         _send_error(self._sender, error)
@@ -106,8 +106,9 @@ class _TritonResponder:
 
 
 def _send_error(sender: object, error: RequestError) -> None:
-    triton_error = pb_utils.TritonError(str(error), _ERROR_CODES[error.reason])
-    sender.send(pb_utils.InferenceResponse(error=triton_error), flags=_FINAL)  # type: ignore[attr-defined]
+    code = getattr(pb_utils.TritonError, _ERROR_CODES[error.reason])
+    response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
 
 
 def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int, tokenizer: Tokenizer) -> list:

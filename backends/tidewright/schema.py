@@ -80,7 +80,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Keep the k most likely tokens; 0 or -1 keeps all."""
     top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
     """Keep the smallest set of most likely tokens whose probability reaches p."""
-    seed: Annotated[int, msgspec.Meta(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
     """Same seed, same prompt: same tokens, whatever else is in the batch. Unset: a random seed."""
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 16
     min_tokens: _NonNegative = 0

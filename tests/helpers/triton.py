@@ -54,12 +54,7 @@ class Generation:
     error: Exception | None = None
     ended: int = 0  # how often the final flag came
 
-    def take(self, result: grpcclient.InferResult | None, error: Exception | None) -> bool:
-        """Add a response; True if it was the last."""
-        if error is not None:
-            self.error = error
-            self.ended += 1
-            return True
+    def take(self, result: grpcclient.InferResult) -> None:
         response = result.get_response()
         for output in response.outputs:
             self.outputs[output.name] = result.as_numpy(output.name)
@@ -68,9 +63,7 @@ class Generation:
             self.chunks.append(delta)
             self.text += delta
             self.token_ids += result.as_numpy("output_ids").tolist()
-        final = response.parameters["triton_final_response"].bool_param
-        self.ended += final
-        return final
+        self.ended += response.parameters["triton_final_response"].bool_param
 
 
 class Stream:
@@ -80,7 +73,7 @@ class Stream:
         self.client = grpcclient.InferenceServerClient(url)
         self._arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self.generations: dict[str, Generation] = {}
-        self._last_id: str = ""
+        self._errors: list[Exception] = []
         self.client.start_stream(lambda result, error: self._arrived.put((result, error)))
 
     def send(self, request_id: str, model: str = "decoder", parameters: dict | None = None, **inputs: Any) -> None:
@@ -95,24 +88,24 @@ class Stream:
             parameters=parameters,
         )
 
-    def next(self, timeout: float = STREAM_TIMEOUT) -> tuple[str, bool]:
-        """Take one response; returns its request id and whether it was the last of that request."""
+    def next(self, timeout: float = STREAM_TIMEOUT) -> None:
+        """Take one response."""
         result, error = self._arrived.get(timeout=timeout)
-        request_id = result.get_response().id if result is not None else self._failed_id(error)
-        return request_id, self.generations[request_id].take(result, error)
+        if error is not None:
+            self._errors.append(error)
+        else:
+            self.generations[result.get_response().id].take(result)
 
     def finish(self) -> dict[str, Generation]:
         """Wait until every request has ended."""
-        while any(not generation.ended for generation in self.generations.values()):
+        while sum(g.ended > 0 for g in self.generations.values()) + len(self._errors) < len(self.generations):
             self.next()
+        # The client library drops the request id of an error, so errors go to those that got no answer.
+        for generation, error in zip((g for g in self.generations.values() if not g.ended), self._errors, strict=True):
+            generation.error = error
+            generation.ended += 1
+        self._errors.clear()
         return self.generations
-
-    def _failed_id(self, error: Exception) -> str:
-        """Errors carry their request id only in the text, and only from newer clients; a lone one needs none."""
-        match = re.search(r"request id: (\S+?)\W", str(error))
-        if match and match[1] in self.generations:
-            return match[1]
-        return next(key for key, generation in self.generations.items() if not generation.ended)
 
     def close(self, cancel: bool = False) -> None:
         self.client.stop_stream(cancel_requests=cancel)

@@ -58,8 +58,6 @@ def find_triton() -> TritonInstall:
 def assemble_backend_dir(install: TritonInstall, target: Path) -> Path:
     """Fill `target` for --backend-directory: Triton's Python backend, and this package as `tidewright`.
 
-    Links only, replaced where they exist: the stub finds its libraries relative to its real path.
-
     Raises:
         TritonNotFoundError: the server has no stub for the running Python.
     """
@@ -70,14 +68,12 @@ def assemble_backend_dir(install: TritonInstall, target: Path) -> Path:
         )
     target.mkdir(parents=True, exist_ok=True)
     _replace_link(target / "tidewright", Path(__file__).resolve().parent.parent)
-    if not install.from_wheel:
-        _replace_link(target / "python", install.python_backend)
-        return target
-    # The wheel keeps a stub for each version of Python apart from the backend: bring the right one in.
     python = target / "python"
     python.mkdir(exist_ok=True)
-    for name in (_LIBRARY, _UTILS):
-        _replace_link(python / name, install.python_backend / name)
+    # Triton refuses a library that a link takes out of the backend folder; the stub, on the other hand, must be a
+    # link: it finds its own libraries beside its real path.
+    shutil.copy2(install.python_backend / _LIBRARY, python / _LIBRARY)
+    _replace_link(python / _UTILS, install.python_backend / _UTILS)
     _replace_link(python / _STUB, install.stub)
     return target
 

@@ -1,0 +1,135 @@
+"""Text and chat messages to token ids and back, light enough for Triton's stub processes: no torch, no transformers."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+import msgspec
+import tokenizers
+
+
+# What chat templates may name. One that the model lacks is left out: it must print as nothing, not as "None".
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+class InvalidPromptError(ValueError):
+    """A prompt that can't be tokenized; the message is for the caller."""
+
+
+class ChatMessage(msgspec.Struct, frozen=True):
+    """One turn of a chat. Which roles there are is up to the model's template."""
+
+    role: str
+    content: str
+
+
+class Tokenizer:
+    """The tokenizer and chat template of a prepared model folder."""
+
+    def __init__(self, model_dir: Path) -> None:
+        self.backend = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+        # A tokenizer file may ask for both; a served prompt must be neither cut nor filled up.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self._config = _read_json(model_dir / "tokenizer_config.json")
+        self._template = self._load_template(model_dir)
+        self._special_tokens = {
+            name: text for name in _SPECIAL_TOKENS if (text := _token_text(self._config.get(name))) is not None
+        }
+        self.max_model_len: int = _read_json(model_dir / "config.json").get("max_position_embeddings", 0)
+        """The longest sequence that the model was made for; 0 if it does not say."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt.
+
+        Raises:
+            InvalidPromptError: there are none.
+        """
+        if not text:
+            raise InvalidPromptError("the prompt is empty; send at least one character")
+        token_ids: list[int] = self.backend.encode(text).ids
+        if not token_ids:
+            raise InvalidPromptError("the prompt has no character that the model's vocabulary can express")
+        return token_ids
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return text
+
+    def encode_chat(self, messages_json: str) -> list[int]:
+        """Token ids of chat messages, given as JSON: `[{"role": "user", "content": "Hi"}]`.
+
+        Raises:
+            InvalidPromptError: they are not that, or the model has no chat template or refuses them.
+        """
+        try:
+            messages = msgspec.json.decode(messages_json, type=list[ChatMessage])
+        except msgspec.ValidationError as error:
+            raise InvalidPromptError(f"messages: {error}") from None
+        except msgspec.DecodeError as error:
+            raise InvalidPromptError(f"messages is not JSON: {error}") from None
+        if not messages:
+            raise InvalidPromptError("messages is empty; send at least one message")
+        text = self.apply_chat_template(msgspec.to_builtins(messages))
+        # The template wrote the special tokens itself.
+        token_ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return token_ids
+
+    def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
+        """The prompt that the model was trained to see for these messages, up to where its answer begins."""
+        if self._template is None:
+            raise InvalidPromptError("this model has no chat template; send text_input instead of messages")
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+        # TypeError: the template computes with something that these messages lack.
+        except (jinja2.TemplateError, TypeError) as error:
+            raise InvalidPromptError(f"the model's chat template refuses the messages: {error}") from None
+
+    def _load_template(self, model_dir: Path) -> jinja2.Template | None:
+        file = model_dir / "chat_template.jinja"
+        source = file.read_text(encoding="utf-8") if file.is_file() else self._config.get("chat_template")
+        if isinstance(source, list):  # several templates by name
+            source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
+        return _environment().from_string(source) if source else None
+
+
+def _environment() -> jinja2.Environment:
+    """The environment that chat templates are written for: that of transformers' apply_chat_template."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
+    return environment
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML, which would reach the model."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _token_text(token: Any) -> str | None:
+    """A special token, which older tokenizer configs write as an object."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
