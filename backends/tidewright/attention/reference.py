@@ -1,5 +1,7 @@
 """Attention in plain torch, on any device: the oracle of the faster implementations, and the default."""
 
+# ruff: noqa: N815 - fields, too, carry their shape
+
 from __future__ import annotations
 
 from collections.abc import Sequence

@@ -115,9 +115,8 @@ class Scheduler:
                 self._generated_tokens += 1
                 sequence.token_ids.append(token_id)
                 reason = self._finish_reason(sequence)
-                outputs.append(
-                    SequenceOutput(sequence.request_id, [token_id], reason, logprobs and [logprobs])
-                )
+                entries = None if logprobs is None else [logprobs]
+                outputs.append(SequenceOutput(sequence.request_id, [token_id], reason, entries))
                 if reason:
                     ended.append(sequence)
                     del self._by_id[sequence.request_id]

@@ -1,5 +1,7 @@
 """The tensors that hold keys and values, sized from a budget in bytes. Which block is whose: block_pool.py."""
 
+# ruff: noqa: N815 - fields, too, carry their shape
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -38,9 +40,7 @@ class KVCache:
         return self.k_cache_LNSKD.shape[1]
 
 
-def allocate_kv_cache(
-    shape: KVCacheShape, budget_bytes: int, needed_tokens: int, device: torch.device
-) -> KVCache:
+def allocate_kv_cache(shape: KVCacheShape, budget_bytes: int, needed_tokens: int, device: torch.device) -> KVCache:
     """As many blocks as `budget_bytes` pays for.
 
     Raises:

@@ -39,9 +39,7 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, group: TensorParallelGroup, attention: Attention[Any]) -> None:
         super().__init__()
         self.attention = attention
-        self.qkv = QKVParallelLinear(
-            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, group
-        )
+        self.qkv = QKVParallelLinear(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, group)
         self.output = RowParallelLinear(config.num_heads * config.head_dim, config.hidden_size, group)
 
     def loaders(self, prefix: str) -> dict[str, Loader]:
@@ -132,7 +130,9 @@ class LlamaForCausalLM(nn.Module):
         self.config = config
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group)
         self.rotary = RotaryEmbedding(config, max_positions)
-        self.layers = nn.ModuleList(LlamaLayer(config, group, attention) for _ in range(config.num_layers))
+        layers = [LlamaLayer(config, group, attention) for _ in range(config.num_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.num_kv_heads = layers[0].attention.qkv.num_kv_heads  # on this rank
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = ParallelLMHead(config.vocab_size, config.hidden_size, group)
         if config.tied_embeddings:
@@ -142,11 +142,6 @@ class LlamaForCausalLM(nn.Module):
     def read_config(config: Mapping[str, Any]) -> LlamaConfig:
         return LlamaConfig.from_json(config)
 
-    @property
-    def num_kv_heads(self) -> int:
-        """KV heads on this rank."""
-        return self.layers[0].attention.qkv.num_kv_heads
-
     def loaders(self) -> dict[str, Loader]:
         loaders = {
             "model.embed_tokens.weight": self.embedding.loader(),
@@ -155,6 +150,7 @@ class LlamaForCausalLM(nn.Module):
         if not self.config.tied_embeddings:
             loaders["lm_head.weight"] = self.head.loader()
         for index, layer in enumerate(self.layers):
+            assert isinstance(layer, LlamaLayer)
             loaders |= layer.loaders(f"model.layers.{index}")
         return loaders
 

@@ -1,5 +1,7 @@
 """Rotary position embedding: cosines and sines computed once, applied to q and k of every layer."""
 
+# ruff: noqa: N815 - fields, too, carry their shape
+
 from __future__ import annotations
 
 import math

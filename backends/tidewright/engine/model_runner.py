@@ -1,0 +1,124 @@
+"""Runs a plan on the device: loads the model and its KV cache once, then a forward and a sampling each step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tidewright.attention.base import span_order
+from tidewright.attention.registry import make_attention
+from tidewright.distributed.loading import load_weights
+from tidewright.distributed.tensor_parallel import TensorParallelGroup
+from tidewright.engine.messages import EngineConfig
+from tidewright.engine.plan import StepPlan, StepResult
+from tidewright.engine.sampler import sample
+from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
+from tidewright.models.config import ModelConfigError
+from tidewright.models.registry import model_class
+
+# A pool that holds less than this is a mistake, whatever the longest sequence may be.
+_USEFUL_TOKENS = 256
+
+
+class EngineConfigError(ValueError):
+    """The engine's configuration asks for what this machine or model doesn't have."""
+
+
+class ModelRunner:
+    """Raises EngineConfigError, ModelConfigError, CheckpointError or KVCacheMemoryError when it can't be made."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        folder = Path(config.model_dir)
+        self.device = _device(config.device)
+        self.dtype = _dtype(config.dtype)
+        model_json = read_json(folder / "config.json")
+        architecture = model_class(model_json)
+        model_config = architecture.read_config(model_json)
+        limit = model_config.max_positions
+        if config.max_model_len > limit:
+            raise EngineConfigError(f"max_model_len is {config.max_model_len}, but the model's limit is {limit}")
+        wanted = config.max_model_len or limit
+
+        self.vocab_size = model_config.vocab_size
+        self._attention = make_attention(config.attention, config.block_size, self.device)
+        with _defaults(self.device, self.dtype):
+            self.model = architecture(model_config, wanted, TensorParallelGroup(), self._attention).eval()
+        load_weights(folder, self.model.loaders(), self.model.ignored_weights())
+        shape = KVCacheShape(
+            model_config.num_layers,
+            self.model.num_kv_heads,
+            model_config.head_dim,
+            config.block_size,
+            self.dtype,
+        )
+        # Who sets a length gets that length; the model's own limit gives way to the memory.
+        needed = config.max_model_len or min(limit, _USEFUL_TOKENS)
+        self.kv_cache = allocate_kv_cache(shape, config.kv_cache_bytes, needed, self.device)
+        self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        spans = sorted(plan.sequences, key=span_order)
+        token_ids = [token for span in spans for token in span.token_ids]
+        positions = [p for span in spans for p in range(span.start, span.start + span.count)]
+        hidden_TE = self.model(
+            self._tensor(token_ids), self._tensor(positions), self.kv_cache, self._attention.prepare(spans)
+        )
+        last_rows, end = {}, 0
+        for span in spans:
+            end += span.count
+            last_rows[span.request_id] = end - 1
+        drawing = [(last_rows[planned.request_id], planned.draw) for planned in plan.sequences if planned.draw]
+        if not drawing:
+            return StepResult((), ())
+        logits_BV = self.model.logits(hidden_TE[self._tensor([row for row, _ in drawing])])
+        return sample(logits_BV, [draw for _, draw in drawing])
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ModelConfigError(f"{file} can't be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelConfigError(f"{file} does not hold a JSON object")
+    return content
+
+
+@contextmanager
+def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are made on `device`, in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise EngineConfigError(f"device {name!r} is not one; use cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise EngineConfigError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
+    if device.type not in ("cpu", "cuda"):
+        raise EngineConfigError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
+    return device
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in dtypes:
+        raise EngineConfigError(f"dtype {name!r} is not supported; use one of: {', '.join(dtypes)}")
+    return dtypes[name]
