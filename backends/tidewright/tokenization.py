@@ -9,10 +9,11 @@ from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 import msgspec
 import tokenizers
-
 
 # What chat templates may name. One that the model lacks is left out: it must print as nothing, not as "None".
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -87,7 +88,10 @@ class Tokenizer:
         if self._template is None:
             raise InvalidPromptError("this model has no chat template; send text_input instead of messages")
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special_tokens)
+            # Tools and documents are none, but known: templates ask `tools is not none`.
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
+            )
         # TypeError: the template computes with something that these messages lack.
         except (jinja2.TemplateError, TypeError) as error:
             raise InvalidPromptError(f"the model's chat template refuses the messages: {error}") from None
@@ -100,10 +104,20 @@ class Tokenizer:
         return _environment().from_string(source) if source else None
 
 
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}` marks what to train on; for serving, the marked text is just text."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _environment() -> jinja2.Environment:
     """The environment that chat templates are written for: that of transformers' apply_chat_template."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise

@@ -1,0 +1,244 @@
+"""`prepare` against transformers' own reading of the same GGUF file, and its promises about killed runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from tidewright.cache import EMBEDDED_MODEL, MANIFEST, ModelNotPreparedError, find_prepared, prepared_path
+from tidewright.launch import prepare as prepare_module
+from tidewright.launch.errors import PrepareError, UnsupportedModelError
+from tidewright.launch.gguf_source import _bf16_bits
+from tidewright.launch.gguf_tokenizer import build_tokenizer
+from tidewright.launch.model_sources import download_embedded
+from tidewright.launch.prepare import prepare
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return download_embedded(tmp_path_factory.mktemp("gguf"))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TIDEWRIGHT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def hugging_face_folder(tmp_path: Path, model_dir: Path) -> Path:
+    folder = tmp_path / "hf-model"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json"):
+        (folder / name).write_bytes((model_dir / name).read_bytes())
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_weights_equal_those_that_transformers_reads_from_the_file(model_dir: Path, gguf_file: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**load_gguf_checkpoint(gguf_file)["config"])
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(config)
+    expected = load_gguf_checkpoint(gguf_file, return_tensors=True, model_to_load=skeleton)["tensors"]
+    ours = load_file(model_dir / "model.safetensors")
+    assert ours.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(ours[name], torch.as_tensor(tensor, dtype=torch.float32).to(torch.bfloat16)), name
+
+
+def test_config_holds_what_the_file_says(model_dir: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text())
+    expected = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+        "rms_norm_eps": 1e-05,
+        "tie_word_embeddings": True,
+    }
+    assert {key: config[key] for key in expected} == expected
+    assert json.loads((model_dir / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_rounding_to_bf16_is_that_of_torch() -> None:
+    values = np.random.default_rng(0).standard_normal(100_000).astype(np.float32)
+    ties = np.array([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 0.0, -0.0, 3.4e38, 1e-40], dtype=np.float32)
+    values = np.concatenate([values, ties])
+    expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy()
+    np.testing.assert_array_equal(_bf16_bits(values).view(np.int16), expected)
+
+
+def test_a_gguf_file_becomes_the_same_folder_as_the_embedded_name(
+    cache: Path, gguf_file: Path, model_dir: Path
+) -> None:
+    folder = prepare(str(gguf_file), QUIET)
+    assert folder == prepared_path(str(gguf_file))
+    assert find_prepared(str(gguf_file)) == folder
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        assert (folder / name).read_bytes() == (model_dir / name).read_bytes()
+    assert not [path for path in folder.parent.iterdir() if path.suffix in (".partial", ".replaced")]
+
+
+def test_a_second_run_does_nothing_and_force_does_it_again(cache: Path, hugging_face_folder: Path) -> None:
+    folder = prepare(str(hugging_face_folder), QUIET)
+    before = (folder / MANIFEST).stat().st_mtime_ns
+    assert prepare(str(hugging_face_folder), QUIET) == folder
+    assert (folder / MANIFEST).stat().st_mtime_ns == before
+    assert prepare(str(folder), QUIET) == folder
+    prepare(str(hugging_face_folder), QUIET, force=True)
+    assert (folder / MANIFEST).stat().st_mtime_ns > before
+
+
+def test_a_changed_source_file_is_prepared_anew(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    converted = []
+    monkeypatch.setattr(prepare_module, "_convert", lambda *arguments: converted.append(arguments) or "hash")
+    source = tmp_path / "a.gguf"
+    source.write_bytes(b"one")
+    prepare(str(source), QUIET)
+    prepare(str(source), QUIET)
+    assert len(converted) == 1
+    source.write_bytes(b"another")
+    prepare(str(source), QUIET)
+    assert len(converted) == 2
+
+
+def test_preparing_the_embedded_model_again_imports_neither_torch_nor_gguf(model_dir: Path) -> None:
+    code = (
+        "import sys; from tidewright.launch.prepare import prepare; prepare('smollm2-135m');"
+        "assert not {'torch', 'gguf', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_weights_of_a_folder_take_no_second_space(cache: Path, hugging_face_folder: Path) -> None:
+    folder = prepare(str(hugging_face_folder), QUIET)
+    assert (folder / "model.safetensors").samefile(hugging_face_folder / "model.safetensors")
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_a_run_killed_half_way_leaves_nothing_that_looks_ready(cache: Path, gguf_file: Path) -> None:
+    code = f"from tidewright.launch.prepare import prepare; prepare({str(gguf_file)!r})"
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
+    target = prepared_path(str(gguf_file))
+    partial = target.with_name(f".{target.name}.partial")
+    deadline = time.monotonic() + 60
+    while not (partial / "model.safetensors").exists():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert partial.exists()
+    with pytest.raises(ModelNotPreparedError):
+        find_prepared(str(gguf_file))
+    folder = prepare(str(gguf_file), QUIET)
+    assert (folder / "model.safetensors").stat().st_size == 269_062_936
+    assert not partial.exists()
+
+
+def test_two_runs_at_once_make_one_folder(cache: Path, gguf_file: Path) -> None:
+    code = f"from tidewright.launch.prepare import prepare; print(prepare({str(gguf_file)!r}))"
+    runs = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    assert {out.strip() for out, _ in outputs} == {str(prepared_path(str(gguf_file)))}
+    assert sorted("Converting" in err for _, err in outputs) == [False, True]
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_an_incomplete_folder_is_refused_by_the_missing_file(
+    cache: Path, hugging_face_folder: Path, missing: str
+) -> None:
+    (hugging_face_folder / missing).unlink()
+    with pytest.raises(PrepareError, match="safetensors" if missing.startswith("model") else missing):
+        prepare(str(hugging_face_folder), QUIET)
+    assert not prepared_path(str(hugging_face_folder)).exists()
+
+
+def test_a_missing_shard_is_named(cache: Path, hugging_face_folder: Path) -> None:
+    index = {"weight_map": {"a": "model.safetensors", "b": "model-00002.safetensors"}}
+    (hugging_face_folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(PrepareError, match=r"lacks model-00002\.safetensors"):
+        prepare(str(hugging_face_folder), QUIET)
+
+
+def test_what_is_no_model_is_refused(cache: Path, tmp_path: Path) -> None:
+    broken, other = tmp_path / "broken.gguf", tmp_path / "notes.txt"
+    broken.write_bytes(b"GGUF but not really")
+    other.write_text("hello")
+    for model, message in (
+        (str(broken), "not a complete GGUF file"),
+        (str(other), "neither a .gguf file nor"),
+        ("no-such-model", "no file or folder"),
+    ):
+        with pytest.raises(PrepareError, match=message):
+            prepare(model, QUIET)
+
+
+def test_a_truncated_gguf_file_is_refused(cache: Path, tmp_path: Path, gguf_file: Path) -> None:
+    short = tmp_path / "short.gguf"
+    short.write_bytes(gguf_file.read_bytes()[:50_000_000])
+    with pytest.raises(PrepareError, match="not a complete GGUF file"):
+        prepare(str(short), QUIET)
+
+
+def test_another_architecture_is_refused_with_the_supported_ones(cache: Path, tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    path = tmp_path / "bert.gguf"
+    writer = GGUFWriter(path, "bert")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match="'bert'; supported: llama"):
+        prepare(str(path), QUIET)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"tokenizer.ggml.model": "llama"}, "byte-level BPE"),
+        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"}, "'tekken'.*smollm"),
+    ],
+)
+def test_an_unknown_tokenizer_is_refused(metadata: dict, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        build_tokenizer(metadata)
+
+
+def test_the_hub_out_of_reach_is_one_line(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(PrepareError, match="can't fetch nobody/nothing") as failure:
+        prepare("nobody/nothing", QUIET)
+    assert "\n" not in str(failure.value)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TIDEWRIGHT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(PrepareError, match="set TIDEWRIGHT_CACHE"):
+        prepare(EMBEDDED_MODEL, QUIET)
