@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.config import Settings
 from tidewright.engine.messages import Ready, Submit
@@ -62,9 +61,7 @@ class TritonTarget:
             requests.append([ids, stream, sampling])
         began = time.perf_counter()
         for number, inputs in enumerate(requests):
-            self._client.async_stream_infer(
-                "decoder", inputs, request_id=str(number), enable_empty_final_response=True
-            )
+            self._client.async_stream_infer("decoder", inputs, request_id=str(number), enable_empty_final_response=True)
         first: dict[str, float] = {}
         ended = tokens = responses = 0
         last = began

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from helpers.triton import RunningServer
-
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.launch.prepare import prepare
 

@@ -7,13 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 from pydantic import ValidationError
-
 from tidewright.config import Settings, parse_memory
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_flags_win_over_the_environment_and_that_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "serving.yaml"
     file.write_text("http_port: 9001\ngrpc_port: 9002\nmetrics_port: 9003\n")
     monkeypatch.setenv("TIDEWRIGHT_CONFIG", str(file))

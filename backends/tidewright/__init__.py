@@ -1,3 +1,3 @@
-"""Tidewright: LLM serving on NVIDIA Triton Inference Server. Imports nothing, so that every part stays cheap to import."""
+"""Tidewright: LLM serving on NVIDIA Triton Inference Server. Imports nothing: every part stays cheap to import."""
 
 __version__ = "0.1.0"

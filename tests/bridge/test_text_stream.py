@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tidewright.bridge.text_stream import TextStream
 from tidewright.tokenization import Tokenizer
 
@@ -59,8 +58,12 @@ def test_a_character_cut_off_at_the_end_appears_once_it_is_over(tokenizer: Token
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data(), text=st.text(st.sampled_from("ab👍\n "), min_size=1, max_size=40))
-def test_stop_strings_end_the_text_at_their_first_appearance(tokenizer: Tokenizer, data: st.DataObject, text: str) -> None:
-    stop = tuple(data.draw(st.lists(st.text(st.sampled_from("ab👍\n "), min_size=1, max_size=4), min_size=1, max_size=3)))
+def test_stop_strings_end_the_text_at_their_first_appearance(
+    tokenizer: Tokenizer, data: st.DataObject, text: str
+) -> None:
+    stop = tuple(
+        data.draw(st.lists(st.text(st.sampled_from("ab👍\n "), min_size=1, max_size=4), min_size=1, max_size=3))
+    )
     streamed = "".join(run(tokenizer, tokenizer.encode(text), stop))
     assert not any(string in streamed for string in stop)
     assert text.startswith(streamed)

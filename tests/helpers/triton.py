@@ -15,7 +15,6 @@ from typing import Any
 import httpx
 import numpy as np
 import tritonclient.grpc as grpcclient
-
 from tidewright.config import Settings
 from tidewright.launch.server import TritonServer
 

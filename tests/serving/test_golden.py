@@ -70,7 +70,9 @@ def test_bf16_equals_transformers_until_the_margin_is_small(bf16_server: Running
     for name in names:
         ids = oracle.ids(PROMPTS[name])
         expected = oracle.greedy(ids, TOKENS)
-        for got, want, margin in zip(generations[name].token_ids, expected, oracle.margins(ids, expected), strict=False):
+        for got, want, margin in zip(
+            generations[name].token_ids, expected, oracle.margins(ids, expected), strict=False
+        ):
             if margin < 0.15:
                 break
             assert got == want, name

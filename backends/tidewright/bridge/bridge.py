@@ -6,6 +6,7 @@ responses; the canceller asks Triton who hung up. Only the sender answers a requ
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -232,10 +233,8 @@ class Bridge:
         return final
 
     def _abort(self, request_id: int) -> None:
-        try:
+        with contextlib.suppress(EngineUnavailableError):  # then there is nothing left to abort
             self._client.send(Abort(request_id))
-        except EngineUnavailableError:
-            pass  # nothing left to abort
 
     def _cancel_loop(self) -> None:
         while not self._stopping.is_set():

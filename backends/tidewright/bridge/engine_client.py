@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import signal
@@ -110,10 +111,8 @@ class EngineClient:
     def stop(self) -> None:
         """End the engine and the client's thread; at most about `STOP_TIMEOUT`."""
         self._stopping.set()
-        try:
+        with contextlib.suppress(EngineUnavailableError):
             self.send(Shutdown())
-        except EngineUnavailableError:
-            pass
         self._thread.join()
 
     def _supervise(self) -> None:

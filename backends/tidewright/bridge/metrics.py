@@ -1,4 +1,4 @@
-"""Engine and bridge figures in Triton's own /metrics, refreshed on a timer: a metric call costs tens of microseconds."""
+"""Engine and bridge figures in Triton's own /metrics, refreshed on a timer: a metric call costs up to 90 µs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a stub tells `tidewright serve` in one line why a model can't start: Triton's own log buries it in a traceback."""
+"""How a stub tells `tidewright serve` in one line why a model can't start: Triton's log buries it in a traceback."""
 
 from __future__ import annotations
 

@@ -6,8 +6,6 @@ Engine to bridge: one `Ready` or `StartFailed`, then `StepOutputs` and `Heartbea
 
 from __future__ import annotations
 
-from typing import Union
-
 import msgspec
 
 from tidewright.schema import FinishReason, SamplingParams
@@ -106,8 +104,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
     stats: EngineStats
 
 
-ToEngine = Union[Configure, Submit, Abort, Shutdown]
-ToBridge = Union[Ready, StartFailed, StepOutputs, Heartbeat]
+ToEngine = Configure | Submit | Abort | Shutdown
+ToBridge = Ready | StartFailed | StepOutputs | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

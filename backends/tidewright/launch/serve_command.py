@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 import types
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import click
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 from rich.console import Console
+from rich.markup import escape
 
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
 from tidewright.launch.errors import LaunchError
@@ -21,8 +23,26 @@ from tidewright.launch.prepare import prepare
 from tidewright.launch.server import TritonServer
 
 
-class _Stopped(Exception):  # noqa: N818 - not an error: Ctrl-C or SIGTERM asked for it
-    pass
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM. Not an Exception: nothing on the way may take it for a failure."""
+
+
+class _StopSignals:
+    """Ctrl-C and SIGTERM: the first interrupts whatever goes on, a further one only says "now"."""
+
+    def __init__(self) -> None:
+        self.hurry = threading.Event()
+        self._first = True
+
+    def install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self._first:
+            self._first = False
+            raise _Stopped
+        self.hurry.set()
 
 
 def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -64,8 +84,8 @@ def serve(config: str | None, **flags: str | None) -> None:
 
 
 def _run(settings: Settings, console: Console) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _raise_stopped)
+    signals = _StopSignals()
+    signals.install()
     server = None
     try:
         started = time.monotonic()
@@ -79,33 +99,17 @@ def _run(settings: Settings, console: Console) -> int:
         console.print(f"[red]tritonserver ended by itself with code {code}[/]; see its log above")
         return code or 1
     except LaunchError as error:
-        console.print(f"[red]Error:[/] {error}", highlight=False, markup=True, soft_wrap=True)
+        console.print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1
     except _Stopped:
-        return _shut_down(server, settings, console)
+        if server is not None and server.ready:
+            grace = settings.shutdown_grace
+            console.print(f"\nStopping. Running requests get up to {grace:g} s to finish; Ctrl-C again to stop now.")
+            server.stop(grace, signals.hurry)
+        return 0
     finally:
-        # From here on nothing may interrupt the clean-up; it is short.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
         if server is not None:
             server.kill()
-
-
-def _shut_down(server: TritonServer | None, settings: Settings, console: Console) -> int:
-    if server is None:
-        return 130
-    console.print(
-        f"\nStopping: running requests may finish for up to {settings.shutdown_grace:g} s; Ctrl-C again to stop now"
-    )
-    try:
-        server.stop(settings.shutdown_grace)
-    except _Stopped:
-        pass  # asked twice: the caller's clean-up kills what is left
-    return 0
-
-
-def _raise_stopped(number: int, frame: types.FrameType | None) -> None:
-    raise _Stopped
 
 
 def _print_welcome(console: Console, server: TritonServer, seconds: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import math
 import os
@@ -43,7 +44,8 @@ class TritonServer:
     def __init__(self, settings: Settings, model_dir: Path) -> None:
         self.settings = settings.model_copy(update={"model": str(model_dir)})
         self.log_tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
-        self._quiet = True
+        self.ready = False
+        """It has generated a token."""
         self._process: subprocess.Popen[bytes] | None = None
         self._pump: threading.Thread | None = None
         self._run_dir: Path | None = None
@@ -109,7 +111,7 @@ class TritonServer:
                         timeout=self.settings.start_timeout,
                     )
                     if answer.status_code == 200:
-                        self._quiet = False
+                        self.ready = True
                         return
                 except httpx.TransportError:
                     pass
@@ -126,24 +128,27 @@ class TritonServer:
         if self.running:
             os.kill(self._process.pid, signal.SIGTERM)  # type: ignore[union-attr]
 
-    def stop(self, grace: float = 0.0) -> None:
-        """End everything within about `grace` + `KILL_AFTER` seconds, sooner when no request is running."""
-        if self._process is not None:
-            self.terminate()
-            deadline = time.monotonic() + grace
-            while self.running and time.monotonic() < deadline and self._busy():
-                time.sleep(0.1)
-            self._wait_at_most(KILL_AFTER)
+    def stop(self, grace: float = 0.0, hurry: threading.Event | None = None) -> None:
+        """End everything within about `grace` + `KILL_AFTER` seconds; sooner when no request is running.
+
+        Setting `hurry` ends the wait.
+        """
+        hurry = hurry or threading.Event()
+        self.terminate()
+        deadline = time.monotonic() + grace
+        while self.running and time.monotonic() < deadline and not hurry.is_set() and self._busy():
+            hurry.wait(0.1)
+        deadline = time.monotonic() + KILL_AFTER
+        while self.running and time.monotonic() < deadline and not hurry.is_set():
+            hurry.wait(0.05)
         self.kill()
 
     def kill(self) -> None:
         """End everything now, whatever state it is in, and remove its traces."""
         if self._process is not None:
             for process in self._session_processes():
-                try:
+                with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-                except psutil.NoSuchProcess:
-                    pass
             self._process.wait()
             psutil.wait_procs(self._session_processes(), timeout=2)
             assert self._pump is not None
@@ -196,7 +201,7 @@ class TritonServer:
         for line in self._process.stdout:
             text = line.decode(errors="replace")
             self.log_tail.append(text)
-            if not self._quiet or self.settings.log_level == "info":
+            if self.ready or self.settings.log_level == "info":
                 sys.stderr.write(text)
                 sys.stderr.flush()
 
@@ -218,13 +223,6 @@ class TritonServer:
             return False
         match = re.search(r"^tidewright_requests_active(?:\{\})? (\S+)", text, re.MULTILINE)
         return match is not None and float(match[1]) > 0
-
-    def _wait_at_most(self, seconds: float) -> None:
-        assert self._process is not None
-        try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pass
 
     def _session_processes(self) -> list[psutil.Process]:
         """tritonserver and all that came of it: they share the session that it leads."""

@@ -1,0 +1,215 @@
+"""The life of a server: engine killed, clean end, bad starts. Real processes, real signals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from helpers.triton import RunningServer, free_ports
+
+LONG = {"temperature": 0, "max_tokens": 1000, "ignore_eos": True}
+
+
+def child(pid: int, what: str) -> psutil.Process:
+    for process in psutil.Process(pid).children(recursive=True):
+        if what in " ".join(process.cmdline()):
+            return process
+    raise AssertionError(f"no process {what!r} under {pid}")
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+class Serve:
+    """`tidewright serve` as a user starts it."""
+
+    def __init__(self, *options: str) -> None:
+        self.http, self.grpc, self.metrics = free_ports(3)
+        ports = [f"--http-port={self.http}", f"--grpc-port={self.grpc}", f"--metrics-port={self.metrics}"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tidewright.launch.cli", "serve", *ports, *options],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.log = ""
+        self.family: list[psutil.Process] = []
+
+    def wait_ready(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log += line
+            if "Ctrl-C stops" in line:
+                self.family = psutil.Process(self.process.pid).children(recursive=True)
+                return
+        raise AssertionError(f"serve ended: {self.log}")
+
+    def wait(self, timeout: float) -> int:
+        _, rest = self.process.communicate(timeout=timeout)
+        self.log += rest
+        return self.process.returncode
+
+    def assert_nothing_left(self) -> None:
+        _, alive = psutil.wait_procs(self.family, timeout=5)
+        assert not alive
+        for port in (self.http, self.grpc, self.metrics):
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.fixture
+def serve() -> Iterator[type[Serve]]:
+    """Starts servers; whatever a failed test leaves is ended."""
+    started: list[Serve] = []
+
+    class Tracked(Serve):
+        def __init__(self, *options: str) -> None:
+            super().__init__(*options)
+            started.append(self)
+
+    before = shared_memory()
+    yield Tracked
+    for one in started:
+        for process in [*one.family, psutil.Process(one.process.pid)] if one.process.poll() is None else one.family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+    assert shared_memory() <= before
+
+
+def test_a_killed_engine_fails_its_requests_and_is_replaced(bf16_server: RunningServer) -> None:
+    restarts = bf16_server.metric("engine_restarts_total")
+    assert bf16_server.triton.pid is not None
+    with bf16_server.stream() as stream:
+        for number in range(3):
+            stream.send(str(number), text_input="Once", stream=True, sampling_parameters=LONG)
+        while not all(generation.token_ids for generation in stream.generations.values()):
+            stream.next()
+        child(bf16_server.triton.pid, "tidewright.engine").kill()
+        generations = stream.finish()
+    for generation in generations.values():
+        assert "killed by SIGKILL" in str(generation.error)
+        assert generation.ended == 1
+    meanwhile = bf16_server.generate(text_input="Once")
+    if meanwhile.error:  # it may be back already
+        assert "engine is not available" in str(meanwhile.error)
+    deadline = time.monotonic() + 60
+    while bf16_server.generate(text_input="Once").error and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert bf16_server.generate(text_input="Once", sampling_parameters={"max_tokens": 3}).error is None
+    assert bf16_server.metric("engine_restarts_total") == restarts + 1
+    bf16_server.wait_idle()
+
+
+def test_a_stuck_engine_is_replaced(model_dir: Path) -> None:
+    with RunningServer(model_dir, heartbeat_interval=0.2, heartbeat_timeout=2) as server:
+        assert server.triton.pid is not None
+        with server.stream() as stream:
+            stream.send("1", text_input="Once", stream=True, sampling_parameters=LONG)
+            stream.next()
+            child(server.triton.pid, "tidewright.engine").send_signal(signal.SIGSTOP)
+            error = stream.finish()["1"].error
+        assert "no heartbeat for 2 s" in str(error)
+        deadline = time.monotonic() + 60
+        while server.generate(text_input="Once").error and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert server.generate(text_input="Once").error is None
+
+
+def test_the_engine_ends_with_its_bridge(model_dir: Path) -> None:
+    with RunningServer(model_dir) as server:
+        assert server.triton.pid is not None
+        engine = child(server.triton.pid, "tidewright.engine")
+        child(server.triton.pid, "decoder").kill()
+        engine.wait(timeout=5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_idle_server_ends_cleanly(serve: type[Serve], number: int) -> None:
+    running = serve()
+    running.wait_ready()
+    assert re.search(r"curl -N http://127\.0\.0\.1:\d+/v2/models/decoder/generate_stream", running.log)
+    os.kill(running.process.pid, number)
+    assert running.wait(timeout=15) == 0
+    running.assert_nothing_left()
+
+
+def test_running_streams_finish_within_the_grace_time(serve: type[Serve]) -> None:
+    running = serve("--shutdown-grace", "60")
+    running.wait_ready()
+    body = {"text_input": "Once", "stream": True, "temperature": 0, "max_tokens": 60, "ignore_eos": True}
+    url = f"http://127.0.0.1:{running.http}/v2/models/decoder/generate_stream"
+    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
+        lines = response.iter_lines()
+        next(lines)
+        os.kill(running.process.pid, signal.SIGTERM)
+        count = 1 + sum(line.startswith("data:") for line in lines)
+    assert count == 60
+    assert running.wait(timeout=20) == 0
+    running.assert_nothing_left()
+
+
+def test_a_second_ctrl_c_ends_it_at_once_and_leaves_nothing(serve: type[Serve]) -> None:
+    running = serve("--shutdown-grace", "60")
+    running.wait_ready()
+    body = {"text_input": "Once", "stream": True, **LONG, "max_tokens": 8000}
+    url = f"http://127.0.0.1:{running.http}/v2/models/decoder/generate_stream"
+    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
+        next(response.iter_lines())
+        os.kill(running.process.pid, signal.SIGINT)
+        time.sleep(1)
+        assert running.process.poll() is None
+        os.kill(running.process.pid, signal.SIGINT)
+        assert running.wait(timeout=20) == 0
+    running.assert_nothing_left()
+
+
+def test_a_killed_serve_takes_its_server_along(serve: type[Serve]) -> None:
+    running = serve("--shutdown-grace", "1")
+    running.wait_ready()
+    running.process.kill()
+    _, alive = psutil.wait_procs(running.family, timeout=20)
+    assert not alive
+
+
+def test_a_taken_port_is_one_clear_line(serve: type[Serve]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        running = serve("--metrics-port", str(port))
+        assert running.wait(timeout=60) == 1
+    assert running.log.splitlines() == [
+        f"Error: can't listen on 127.0.0.1:{port} (Address already in use); choose another --metrics-port"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "no/such/model/here"], "no/such/model/here"),
+        (["--kv-cache-memory", "10000GiB"], "memory"),
+        (["--http-port", "nine"], "http_port"),
+        (["--dtype", "int3"], "dtype"),
+        (["--device", "cuda:7"], "cuda"),
+    ],
+)
+def test_a_bad_start_says_what_to_change(serve: type[Serve], options: list[str], message: str) -> None:
+    running = serve(*options)
+    assert running.wait(timeout=90) != 0
+    running.log = running.log.strip()
+    assert message in running.log
+    assert "Traceback" not in running.log
+    assert len(running.log.splitlines()) <= 3
+    running.assert_nothing_left()
