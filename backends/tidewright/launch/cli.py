@@ -1,0 +1,82 @@
+"""The `tidewright` command. Parts are imported when they run, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import click
+from rich.console import Console
+
+from tidewright import __version__
+from tidewright.cache import EMBEDDED_MODEL
+
+
+class _LazyGroup(click.Group):
+    """A group whose commands stand in other modules, imported only when one is asked for."""
+
+    elsewhere = {  # noqa: RUF012 - a table, never changed
+        "chat": "tidewright.launch.client_commands",
+        "complete": "tidewright.launch.client_commands",
+        "serve": "tidewright.launch.serve_command",
+    }
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *self.elsewhere})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.elsewhere:
+            command: click.Command = getattr(importlib.import_module(self.elsewhere[cmd_name]), cmd_name)
+            return command
+        return super().get_command(ctx, cmd_name)
+
+
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="tidewright")
+def main() -> None:
+    """Serve large language models on NVIDIA Triton.
+
+    \b
+    To begin:
+      tidewright doctor     is everything here that serving needs?
+      tidewright serve      serve the embedded model
+      tidewright chat       talk with it, from another terminal
+    """
+
+
+@main.command()
+@click.argument("model", default=EMBEDDED_MODEL)
+@click.option("--force", is_flag=True, help="Make it anew even if it is ready.")
+def prepare(model: str, force: bool) -> None:
+    """Make MODEL ready to serve, and print its folder.
+
+    MODEL is the embedded model's name (smollm2-135m, the default), a .gguf file of the Llama family,
+    a Hugging Face folder, or an id of the Hugging Face hub. What is ready already costs nothing.
+
+    \b
+    Examples:
+      tidewright prepare
+      tidewright prepare ./model.gguf
+      tidewright prepare HuggingFaceTB/SmolLM2-360M-Instruct
+    """
+    from tidewright.launch.errors import LaunchError
+    from tidewright.launch.prepare import prepare as make_ready
+
+    try:
+        click.echo(make_ready(model, Console(stderr=True), force))
+    except LaunchError as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+def doctor() -> None:
+    """Check whether this machine can serve; ends with 1 if it can't.
+
+    Each line names what was looked at, what was found and, where something is amiss, what to do about it.
+    """
+    from tidewright.launch.doctor import print_report, run_checks
+
+    checks = run_checks()
+    print_report(checks)
+    if any(check.status == "fail" for check in checks):
+        sys.exit(1)

@@ -1,0 +1,169 @@
+"""`tidewright doctor`: looks at everything that serving needs, and says how to get what is missing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import socket
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from tidewright.cache import EMBEDDED_MODEL, ModelNotPreparedError, cache_dir, find_prepared
+from tidewright.launch.errors import TritonNotFoundError
+from tidewright.launch.triton_install import find_triton, libpython_dirs
+
+_PYTHONS = ((3, 10), (3, 13))
+_PORTS = {8000: "HTTP", 8001: "gRPC", 8002: "metrics"}
+_SHARED_MEMORY = 256 << 20
+_DISK = 1 << 30  # the embedded model takes 360 MB while it is made
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing looked at. `fail` keeps a server from running, `warn` may."""
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    detail: str
+    fix: str = ""
+
+
+def run_checks() -> list[Check]:
+    """All checks, in the order in which their fixes make sense. Starts no server."""
+    parts: tuple[Callable[[], Iterator[Check]], ...] = (
+        _python,
+        _triton,
+        _torch,
+        _ports,
+        _shared_memory,
+        _cache,
+        _embedded_model,
+    )
+    return [check for part in parts for check in part()]
+
+
+def print_report(checks: list[Check], console: Console | None = None) -> None:
+    """A table of the checks, and one line that sums them up."""
+    console = console or Console()
+    marks = {"ok": "[green]ok[/]", "warn": "[yellow]warn[/]", "fail": "[red]fail[/]"}
+    table = Table("check", "", "found", "what to do", box=None, pad_edge=False)
+    table.columns[2].overflow = table.columns[3].overflow = "fold"
+    for check in checks:
+        # Texts may hold [brackets], which are not markup.
+        found, fix = (text.replace("[", r"\[") for text in (check.detail, check.fix))
+        table.add_row(check.name, marks[check.status], found, fix)
+    console.print(table)
+    failed = sum(check.status == "fail" for check in checks)
+    console.print(f"\n{failed} of {len(checks)} checks failed" if failed else "\nReady to serve: tidewright serve")
+
+
+def _python() -> Iterator[Check]:
+    version = sys.version_info[:2]
+    text = f"{sys.version.split()[0]} ({sys.executable})"
+    if _PYTHONS[0] <= version <= _PYTHONS[1]:
+        yield Check("Python", "ok", text)
+    else:
+        yield Check("Python", "fail", text, "use Python 3.10 to 3.13")
+    try:
+        folders = libpython_dirs()
+    except TritonNotFoundError as error:
+        yield Check("libpython", "fail", "no shared library", str(error))
+    else:
+        built = "built shared" if sysconfig.get_config_var("Py_ENABLE_SHARED") else "built static, library found apart"
+        yield Check("libpython", "ok", f"{built}, in {folders[0] if folders else 'the system library path'}")
+
+
+def _triton() -> Iterator[Check]:
+    try:
+        install = find_triton()
+    except TritonNotFoundError as error:
+        yield Check("Triton", "fail", "no tritonserver", str(error))
+        return
+    if install.from_wheel:
+        yield Check("Triton", "ok", f"{install.binary} (wheel nvidia-pytriton {_version('nvidia-pytriton')})")
+    else:
+        # NVIDIA's containers name their release in the environment; the binary tells it only once started.
+        yield Check("Triton", "ok", f"{install.binary} {os.environ.get('TRITON_SERVER_VERSION', '')}".strip())
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    if install.stub is None:
+        fix = "use a Python from 3.10 to 3.13, or the one of NVIDIA's container"
+        yield Check("Python backend", "fail", f"no stub for Python {python}", fix)
+    else:
+        yield Check("Python backend", "ok", f"stub for Python {python}")
+    numpy = _version("numpy")
+    if install.from_wheel and int(numpy.partition(".")[0]) >= 2:
+        yield Check("numpy", "fail", f"{numpy}: tensors come out empty in the wheel's Triton", "pip install 'numpy<2'")
+    else:
+        yield Check("numpy", "ok", numpy)
+
+
+def _torch() -> Iterator[Check]:
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Check("torch", "fail", f"can't be imported: {error}", "pip install 'tidewright[server]'")
+        return
+    yield Check("torch", "ok", torch.__version__)
+    if not torch.cuda.is_available():
+        yield Check("GPU", "ok", "none: the model runs on the CPU")
+        return
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        yield Check("GPU", "ok", f"cuda:{index} {device.name}, {device.total_memory / 2**30:.0f} GiB")
+
+
+def _ports() -> Iterator[Check]:
+    for port, use in _PORTS.items():
+        with socket.socket() as probe:
+            # As servers do: a connection that is only lingering is in nobody's way.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                fix = f"end what listens there, or: tidewright serve --{use.lower()}-port N"
+                yield Check(f"port {port}", "warn", f"in use ({use})", fix)
+            else:
+                yield Check(f"port {port}", "ok", f"free ({use})")
+
+
+def _shared_memory() -> Iterator[Check]:
+    size = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
+    text = f"{size >> 20} MiB"
+    if size >= _SHARED_MEMORY:
+        yield Check("/dev/shm", "ok", text)
+    else:
+        fix = "give it at least 256 MiB: docker run --shm-size=1g, or a memory-backed emptyDir in Kubernetes"
+        yield Check("/dev/shm", "fail", text, fix)
+
+
+def _cache() -> Iterator[Check]:
+    folder = cache_dir()
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        yield Check("cache", "fail", f"{folder} can't be written", "set TIDEWRIGHT_CACHE to a folder that can")
+        return
+    free = shutil.disk_usage(existing).free
+    text = f"{folder}, {free / 2**30:.1f} GiB free"
+    if free >= _DISK:
+        yield Check("cache", "ok", text)
+    else:
+        yield Check("cache", "warn", text, "free some space, or set TIDEWRIGHT_CACHE to a larger disk")
+
+
+def _embedded_model() -> Iterator[Check]:
+    try:
+        yield Check("model", "ok", f"{EMBEDDED_MODEL} is prepared ({find_prepared(EMBEDDED_MODEL)})")
+    except ModelNotPreparedError:
+        yield Check("model", "warn", f"{EMBEDDED_MODEL} is not prepared", "tidewright prepare (serve does it, too)")
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
