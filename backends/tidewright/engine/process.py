@@ -52,10 +52,15 @@ class EngineProcess:
             return 1
         self._interval = first.config.heartbeat_interval
         self._send(self._engine.ready())
-        while self._take_messages():
-            if self._engine.has_work:
-                self._send(StepOutputs(self._engine.step()))
-            self._beat()
+        try:
+            while self._take_messages():
+                if self._engine.has_work:
+                    self._send(StepOutputs(self._engine.step()))
+                self._beat()
+        except Exception:
+            # The state of a half-done step is not worth saving: the bridge starts a new engine and replays.
+            log.exception("the step failed")
+            return 1
         return 0
 
     def _listen(self) -> None:

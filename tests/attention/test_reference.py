@@ -1,0 +1,103 @@
+"""attention/reference.py against dense attention in float64, written as the formula says."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+
+import pytest
+import torch
+from tidewright.attention.base import span_order
+from tidewright.attention.reference import ReferenceAttention
+from tidewright.attention.registry import UnknownAttentionError, make_attention
+
+KV_HEADS, HEAD_DIM, NUM_BLOCKS = 2, 8, 128
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    start: int
+    count: int
+    block_table: tuple[int, ...]
+
+
+def dense(q_THD: torch.Tensor, k_CKD: torch.Tensor, v_CKD: torch.Tensor, start: int) -> torch.Tensor:
+    """Each query alone: softmax over the keys up to its position."""
+    out_THD = torch.empty_like(q_THD)
+    group = q_THD.shape[1] // k_CKD.shape[1]
+    for t, q_HD in enumerate(q_THD):
+        for h, q_D in enumerate(q_HD):
+            k_CD, v_CD = (x[: start + t + 1, h // group] for x in (k_CKD, v_CKD))
+            out_THD[t, h] = (k_CD @ q_D / math.sqrt(HEAD_DIM)).softmax(0) @ v_CD
+    return out_THD
+
+
+def check(lengths: list[tuple[int, int]], block_size: int, heads: int, seed: int = 0) -> None:
+    """One step over sequences given as (start, count), in a cache whose other blocks hold rubbish."""
+    torch.manual_seed(seed)
+    free = list(range(NUM_BLOCKS))
+    random.Random(seed).shuffle(free)
+    spans = []
+    for start, count in lengths:
+        # One block more than needed: a table may be longer than the context.
+        table = tuple(free.pop() for _ in range((start + count) // block_size + 1))
+        spans.append(Tokens(start, count, table))
+    spans.sort(key=span_order)
+    shape = (NUM_BLOCKS, block_size, KV_HEADS, HEAD_DIM)
+    k_cache_NSKD, v_cache_NSKD = (torch.full(shape, 1e4, dtype=torch.float64) for _ in range(2))
+    q, k, v, expected = [], [], [], []
+    for span in spans:
+        end = span.start + span.count
+        k_CKD, v_CKD = (torch.randn(end, KV_HEADS, HEAD_DIM, dtype=torch.float64) for _ in range(2))
+        q_THD = torch.randn(span.count, heads, HEAD_DIM, dtype=torch.float64)
+        for position in range(span.start):
+            block, offset = span.block_table[position // block_size], position % block_size
+            k_cache_NSKD[block, offset], v_cache_NSKD[block, offset] = k_CKD[position], v_CKD[position]
+        expected.append(dense(q_THD, k_CKD, v_CKD, span.start))
+        q.append(q_THD)
+        k.append(k_CKD[span.start :])
+        v.append(v_CKD[span.start :])
+    attention = ReferenceAttention(block_size, CPU)
+    before = k_cache_NSKD.clone()
+    out_THD = attention.forward(
+        torch.cat(q), torch.cat(k), torch.cat(v), k_cache_NSKD, v_cache_NSKD, attention.prepare(spans)
+    )
+    torch.testing.assert_close(out_THD, torch.cat(expected))
+    for span, new_k in zip(spans, k, strict=True):
+        for t, position in enumerate(range(span.start, span.start + span.count)):
+            place = (span.block_table[position // block_size], position % block_size)
+            assert torch.equal(k_cache_NSKD[place], new_k[t])
+            before[place] = new_k[t]
+    assert torch.equal(k_cache_NSKD, before)  # and nothing else was written
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+def test_mixed_step(block_size: int, heads: int) -> None:
+    check([(0, 5), (3, 1), (7, 6), (15, 1), (0, 1), (16, 1), (4, 4)], block_size, heads)
+
+
+@pytest.mark.parametrize("lengths", [[(0, 1)], [(0, 9)], [(8, 3)], [(40, 1)], [(i, 1) for i in range(10)]])
+def test_uniform_steps(lengths: list[tuple[int, int]]) -> None:
+    check(lengths, block_size=4, heads=4)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_steps(seed: int) -> None:
+    rng = random.Random(seed)
+    lengths = [(rng.randrange(20), rng.choice([1, 1, 1, 2, 7])) for _ in range(6)]
+    check(lengths, rng.choice([2, 3, 8]), heads=4, seed=seed)
+
+
+def test_decodes_of_very_different_length_do_not_share_a_call() -> None:
+    spans = [Tokens(start, 1, tuple(range(start // 4 + 1))) for start in (0, 2, 8, 20, 23, 200)]
+    groups = ReferenceAttention(4, CPU).prepare(spans).decodes
+    assert [group.rows for group in groups] == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 6)]
+    assert [tuple(group.blocks_BM.shape) for group in groups] == [(2, 1), (1, 3), (2, 6), (1, 51)]
+
+
+def test_an_unknown_name_is_told_what_there_is() -> None:
+    with pytest.raises(UnknownAttentionError, match="attention 'fastest' does not exist; there is: reference"):
+        make_attention("fastest", 16, CPU)

@@ -1,0 +1,158 @@
+"""distributed/tensor_parallel.py: the parts of 1, 2 and 3 ranks give, together, what one plain layer gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tidewright.distributed.tensor_parallel import (
+    ColumnParallelLinear,
+    Loader,
+    MergedColumnParallelLinear,
+    ParallelLMHead,
+    QKVParallelLinear,
+    RowParallelLinear,
+    ShardingError,
+    TensorParallelGroup,
+    VocabParallelEmbedding,
+    WeightShapeError,
+)
+from torch import nn
+
+SIZES = pytest.mark.parametrize("size", [1, 2, 3])
+
+
+class AloneGroup(TensorParallelGroup):
+    """A rank whose collectives leave its part as it is; the test joins the parts."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+class OnDisk:
+    """A checkpoint's tensor that counts how much of it is read."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor, self.values_read = tensor, 0
+
+    def get_shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
+        part = self.tensor[index]
+        self.values_read += part.numel()
+        return part
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def load(loader: Loader, tensor: torch.Tensor) -> OnDisk:
+    source = OnDisk(tensor)
+    loader(source)
+    return source
+
+
+def ranks(size: int, make: Callable[[TensorParallelGroup], nn.Module]) -> list[nn.Module]:
+    return [make(AloneGroup(rank, size)) for rank in range(size)]
+
+
+@SIZES
+def test_column_parallel_outputs_lie_side_by_side(size: int) -> None:
+    weight, x_TE = random(12, 8), random(5, 8)
+    layers = ranks(size, lambda group: ColumnParallelLinear(8, 12, group))
+    for layer in layers:
+        assert load(layer.loader(0), weight).values_read == weight.numel() // size
+    torch.testing.assert_close(torch.cat([layer(x_TE) for layer in layers], -1), F.linear(x_TE, weight))
+
+
+@SIZES
+def test_merged_columns_keep_each_projection_together(size: int) -> None:
+    gate, up, x_TE = random(12, 8), random(6, 8), random(5, 8)
+    layers = ranks(size, lambda group: MergedColumnParallelLinear(8, (12, 6), group))
+    for layer in layers:
+        load(layer.loader(1), up)
+        load(layer.loader(0), gate)
+    parts = [layer(x_TE).split([12 // size, 6 // size], -1) for layer in layers]
+    torch.testing.assert_close(torch.cat([part[0] for part in parts], -1), F.linear(x_TE, gate))
+    torch.testing.assert_close(torch.cat([part[1] for part in parts], -1), F.linear(x_TE, up))
+
+
+@SIZES
+def test_row_parallel_results_add_up(size: int) -> None:
+    weight, x_TF = random(8, 12), random(5, 12)
+    layers = ranks(size, lambda group: RowParallelLinear(12, 8, group))
+    for layer in layers:
+        assert load(layer.loader(), weight).values_read == weight.numel() // size
+    parts = x_TF.chunk(size, dim=-1)
+    total = sum(layer(part) for layer, part in zip(layers, parts, strict=True))
+    torch.testing.assert_close(total, F.linear(x_TF, weight))
+
+
+@pytest.mark.parametrize(("size", "kv_heads"), [(1, 2), (2, 2), (2, 6), (3, 3), (3, 1), (6, 2), (6, 3)])
+def test_every_rank_has_the_kv_head_of_its_query_heads(size: int, kv_heads: int) -> None:
+    heads, head_dim, x_TE = 6, 4, random(5, 8)
+    q, k, v = random(heads * head_dim, 8), random(kv_heads * head_dim, 8), 2 + random(kv_heads * head_dim, 8)
+    full_q, full_k, full_v = (F.linear(x_TE, w).view(5, -1, head_dim) for w in (q, k, v))
+    layers = ranks(size, lambda group: QKVParallelLinear(8, heads, kv_heads, head_dim, group))
+    for rank, layer in enumerate(layers):
+        for part, weight in enumerate((q, k, v)):
+            load(layer.loader(part), weight)
+        own_q, own_k, own_v = layer(x_TE).split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
+        for own in range(layer.num_heads):
+            head = rank * layer.num_heads + own
+            own_kv, kv = own * layer.num_kv_heads // layer.num_heads, head * kv_heads // heads
+            torch.testing.assert_close(own_q[:, own], full_q[:, head])
+            torch.testing.assert_close(own_k[:, own_kv], full_k[:, kv])
+            torch.testing.assert_close(own_v[:, own_kv], full_v[:, kv])
+
+
+@pytest.mark.parametrize("vocab", [12, 11, 7])
+@SIZES
+def test_embedding_and_head_over_a_vocabulary_that_need_not_divide(size: int, vocab: int) -> None:
+    weight, ids_T, x_BE = random(vocab, 8), torch.arange(vocab).flip(0), random(3, 8)
+    embeddings = ranks(size, lambda group: VocabParallelEmbedding(vocab, 8, group))
+    heads = ranks(size, lambda group: ParallelLMHead(vocab, 8, group))
+    for embedding, head in zip(embeddings, heads, strict=True):
+        load(embedding.loader(), weight)
+        head.tie(embedding)
+    torch.testing.assert_close(sum(embedding(ids_T) for embedding in embeddings), weight[ids_T])
+    logits_BV = torch.cat([head(x_BE) for head in heads], -1)[:, :vocab]
+    torch.testing.assert_close(logits_BV, F.linear(x_BE, weight))
+
+
+def test_what_does_not_divide_is_refused() -> None:
+    group = AloneGroup(0, 2)
+    with pytest.raises(ShardingError, match="9 query heads can't be cut into 2 equal parts"):
+        QKVParallelLinear(8, 9, 3, 4, group)
+    with pytest.raises(ShardingError, match="3 KV heads can't be shared by 2 ranks"):
+        QKVParallelLinear(8, 6, 3, 4, group)
+
+
+def test_a_weight_of_another_shape_is_refused() -> None:
+    with pytest.raises(WeightShapeError, match=r"expected shape \(12, 8\), found \(12, 4\)"):
+        load(ColumnParallelLinear(8, 12, AloneGroup()).loader(0), random(12, 4))
+
+
+def _in_two_processes(rank: int, rendezvous: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    group = TensorParallelGroup(rank, 2)
+    weight, x_BE, ids_T = random(11, 8), random(3, 8), torch.tensor([0, 10, 5])
+    head = ParallelLMHead(11, 8, group)
+    embedding = VocabParallelEmbedding(11, 8, group)
+    load(head.loader(), weight)
+    load(embedding.loader(), weight)
+    torch.testing.assert_close(head(x_BE), F.linear(x_BE, weight))
+    torch.testing.assert_close(embedding(ids_T), weight[ids_T])
+    torch.distributed.destroy_process_group()
+
+
+def test_real_collectives(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_in_two_processes, args=(str(tmp_path / "rendezvous"),), nprocs=2)

@@ -1,0 +1,245 @@
+"""The real engine process over a socketpair: everything that the bridge may say to it, and how it ends."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tidewright.engine.messages import (
+    Abort,
+    Configure,
+    EngineConfig,
+    Heartbeat,
+    Ready,
+    SequenceOutput,
+    Shutdown,
+    StartFailed,
+    StepOutputs,
+    Submit,
+    ToBridge,
+    ToEngine,
+    decode_to_bridge,
+    encode,
+)
+from tidewright.schema import SamplingParams
+
+PATIENCE = 60.0  # seconds
+
+
+class Bridge:
+    """The other end of the socket."""
+
+    def __init__(self, *program: str) -> None:
+        ours, theirs = socket.socketpair()
+        self.process = subprocess.Popen(
+            [sys.executable, *program, str(theirs.fileno())], pass_fds=[theirs.fileno()], stderr=subprocess.PIPE
+        )
+        theirs.close()
+        self.connection = Connection(ours.detach())
+
+    def say(self, message: ToEngine) -> None:
+        self.connection.send_bytes(encode(message))
+
+    def hear(self) -> ToBridge:
+        assert self.connection.poll(PATIENCE), "the engine says nothing"
+        return decode_to_bridge(self.connection.recv_bytes())
+
+    def outputs(self, request_ids: set[int]) -> list[SequenceOutput]:
+        """All outputs until the last of the requests has ended."""
+        heard: list[SequenceOutput] = []
+        waiting = set(request_ids)
+        while waiting:
+            message = self.hear()
+            if isinstance(message, StepOutputs):
+                heard += message.outputs
+                waiting -= {output.request_id for output in message.outputs if output.finish_reason}
+        return heard
+
+    def exit_code(self) -> int:
+        return self.process.wait(PATIENCE)
+
+
+@contextmanager
+def bridge(*program: str) -> Iterator[Bridge]:
+    started = Bridge(*(program or ("-m", "tidewright.engine")))
+    try:
+        yield started
+    finally:
+        started.process.kill()
+        started.process.communicate()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(1)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.3,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def config(model: Path, **changes: Any) -> EngineConfig:
+    values = {"dtype": "float32", "threads": 1, "kv_cache_bytes": 1 << 24, "heartbeat_interval": 0.05}
+    return EngineConfig(model_dir=str(model), **(values | changes))
+
+
+@pytest.fixture
+def engine(model: Path) -> Iterator[Bridge]:
+    with bridge() as started:
+        started.say(Configure(config(model)))
+        ready = started.hear()
+        assert isinstance(ready, Ready)
+        assert ready.pid == started.process.pid
+        assert (ready.vocab_size, ready.max_model_len, ready.block_size) == (64, 4096, 16)
+        assert 0 < ready.load_seconds < PATIENCE
+        yield started
+
+
+def submit(request_id: int, prompt: int = 5, **params: Any) -> Submit:
+    values = {"max_tokens": 4, "ignore_eos": True, "seed": 3}
+    return Submit(request_id, list(range(3, 3 + prompt)), SamplingParams(**(values | params)))
+
+
+def test_requests_are_answered_token_by_token(engine: Bridge) -> None:
+    engine.say(submit(1, logprobs=2))
+    engine.say(submit(2, max_tokens=3))
+    outputs = engine.outputs({1, 2})
+    for request_id, count in ((1, 4), (2, 3)):
+        own = [output for output in outputs if output.request_id == request_id]
+        assert [len(output.token_ids) for output in own] == [1] * count
+        assert [output.finish_reason for output in own] == [None] * (count - 1) + ["length"]
+        assert [bool(output.logprobs) for output in own] == [request_id == 1] * count
+    engine.say(submit(3))
+    again = engine.outputs({3})
+    assert [o.token_ids for o in again] == [o.token_ids for o in outputs if o.request_id == 1]  # same seed
+
+
+def test_abort_ends_a_request_without_output(engine: Bridge) -> None:
+    engine.say(submit(1, max_tokens=4000))
+    engine.say(submit(2, max_tokens=20))
+    while not isinstance(engine.hear(), StepOutputs):
+        pass
+    engine.say(Abort(1))
+    engine.say(Abort(77))
+    outputs = engine.outputs({2})
+    assert not any(output.finish_reason for output in outputs if output.request_id == 1)
+    while True:
+        message = engine.hear()
+        if isinstance(message, Heartbeat) and message.stats.running == 0:
+            break
+        assert not isinstance(message, StepOutputs) or {o.request_id for o in message.outputs} <= {1}
+    assert message.stats.blocks_free == message.stats.blocks_total
+    assert message.stats.prompt_tokens == 10
+
+
+def test_a_request_that_can_never_run_is_invalid(engine: Bridge) -> None:
+    engine.say(Submit(1, [64], SamplingParams(seed=1)))
+    engine.say(submit(2))
+    outputs = engine.outputs({1, 2})
+    assert outputs[0] == SequenceOutput(1, [], "invalid")
+    assert len(outputs) == 5
+
+
+def test_heartbeats_come_busy_and_idle(engine: Bridge) -> None:
+    for _ in range(3):
+        assert isinstance(engine.hear(), Heartbeat)
+    engine.say(submit(1, max_tokens=1000))
+    busy, ended = 0, False
+    while not ended:
+        message = engine.hear()
+        if isinstance(message, Heartbeat):
+            busy += message.stats.running
+        elif isinstance(message, StepOutputs):
+            ended = bool(message.outputs[0].finish_reason)
+    assert busy > 1
+
+
+def test_shutdown_is_a_clean_exit(engine: Bridge) -> None:
+    engine.say(submit(1, max_tokens=4000))
+    engine.say(Shutdown())
+    assert engine.exit_code() == 0
+
+
+def test_end_of_the_socket_ends_the_process(engine: Bridge) -> None:
+    engine.connection.close()
+    assert engine.exit_code() == 0
+
+
+def test_end_of_the_socket_ends_the_process_amid_work(engine: Bridge) -> None:
+    engine.say(submit(1, max_tokens=4000))
+    engine.hear()
+    engine.connection.close()
+    assert engine.exit_code() == 0
+
+
+def test_ctrl_c_is_not_the_engines_business(engine: Bridge) -> None:
+    engine.process.send_signal(signal.SIGINT)
+    engine.say(submit(1))
+    assert len(engine.outputs({1})) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_dir": "/nowhere"}, "/nowhere/config.json can't be read"),
+        ({"dtype": "int3"}, "dtype 'int3' is not supported; use one of: bfloat16, float16, float32"),
+        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
+        ({"device": "toaster"}, "device 'toaster' is not one"),
+        ({"device": "meta"}, "device 'meta' is not supported"),
+        ({"attention": "magic"}, "attention 'magic' does not exist"),
+        ({"kv_cache_bytes": 1000}, "one sequence may need 256"),
+        ({"kv_cache_bytes": 1 << 19, "max_model_len": 4096}, "one sequence may need 4096"),
+        ({"kv_cache_bytes": 1 << 60}, "lower the KV cache memory"),
+        ({"max_model_len": 5000}, "max_model_len is 5000, but the model's limit is 4096"),
+        ({"block_size": 0}, "block_size must be at least 1"),
+    ],
+)
+def test_a_bad_configuration_is_explained_in_one_line(model: Path, changes: dict[str, Any], message: str) -> None:
+    with bridge() as started:
+        values = {"model_dir": str(model)} | changes
+        started.say(Configure(config(Path(values.pop("model_dir")), **values)))
+        answer = started.hear()
+        assert isinstance(answer, StartFailed)
+        assert message in answer.message
+        assert "\n" not in answer.message
+        assert started.exit_code() == 1
+
+
+def test_configure_comes_first() -> None:
+    with bridge() as started:
+        started.say(Shutdown())
+        assert started.hear() == StartFailed("the first message must be configure, not Shutdown")
+        assert started.exit_code() == 1
+
+
+def test_a_failing_step_ends_the_process_with_a_traceback(model: Path) -> None:
+    broken = (
+        "import sys; from unittest import mock; from tidewright.engine import __main__, model_runner; "
+        "model_runner.sample = mock.Mock(side_effect=RuntimeError('out of luck')); sys.exit(__main__.main())"
+    )
+    with bridge("-c", broken) as started:
+        started.say(Configure(config(model)))
+        assert isinstance(started.hear(), Ready)
+        started.say(submit(1))
+        assert started.exit_code() == 1
+        assert started.process.stderr is not None
+        assert b"RuntimeError: out of luck" in started.process.stderr.read()

@@ -1,0 +1,30 @@
+"""kv_cache/storage.py: the number of blocks follows from the budget; budgets that can't work are refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tidewright.kv_cache.storage import KVCacheMemoryError, KVCacheShape, allocate_kv_cache
+
+SHAPE = KVCacheShape(num_layers=2, num_kv_heads=3, head_dim=8, block_size=4, dtype=torch.bfloat16)
+BLOCK_BYTES = 2 * 2 * 3 * 8 * 4 * 2  # k and v, layers, heads, head size, tokens, bytes a value
+CPU = torch.device("cpu")
+
+
+def test_budget_buys_whole_blocks() -> None:
+    cache = allocate_kv_cache(SHAPE, 10 * BLOCK_BYTES + BLOCK_BYTES - 1, 4, CPU)
+    assert cache.num_blocks == 10
+    for tensor in (cache.k_cache_LNSKD, cache.v_cache_LNSKD):
+        assert tensor.shape == (2, 10, 4, 3, 8)
+        assert tensor.dtype == torch.bfloat16
+        assert not tensor.any()
+
+
+def test_a_cache_that_holds_no_whole_sequence_is_refused() -> None:
+    with pytest.raises(KVCacheMemoryError, match=r"holds 8 tokens, but one sequence may need 9"):
+        allocate_kv_cache(SHAPE, 2 * BLOCK_BYTES, 9, CPU)
+
+
+def test_a_cache_larger_than_the_memory_is_refused() -> None:
+    with pytest.raises(KVCacheMemoryError, match="lower the KV cache memory"):
+        allocate_kv_cache(SHAPE, 1 << 60, 9, CPU)
