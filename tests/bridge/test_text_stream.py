@@ -20,6 +20,9 @@ TEXTS = [
 ]
 
 
+LETTERS = st.sampled_from("ab👍\n ")
+
+
 @pytest.fixture(scope="module")
 def tokenizer(model_dir: Path) -> Tokenizer:
     return Tokenizer(model_dir)

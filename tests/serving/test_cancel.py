@@ -26,7 +26,7 @@ def test_grpc_stream_cancel(bf16_server: RunningServer) -> None:
         stream.next()
     stream.close(cancel=True)
     assert_generation_stops(bf16_server)
-    assert bf16_server.metric("generated_tokens_total") - start < 500
+    assert bf16_server.metric("generated_tokens_total") - start < 40
 
 
 def test_http_disconnect(bf16_server: RunningServer) -> None:
@@ -36,7 +36,7 @@ def test_http_disconnect(bf16_server: RunningServer) -> None:
     with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
         next(response.iter_lines())
     assert_generation_stops(bf16_server)
-    assert bf16_server.metric("generated_tokens_total") - start < 500
+    assert bf16_server.metric("generated_tokens_total") - start < 40
 
 
 def test_one_of_many_is_cancelled_and_the_others_go_on(bf16_server: RunningServer) -> None:

@@ -39,7 +39,7 @@ class Serve:
         self.http, self.grpc, self.metrics = free_ports(3)
         ports = [f"--http-port={self.http}", f"--grpc-port={self.grpc}", f"--metrics-port={self.metrics}"]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tidewright.launch.cli", "serve", *ports, *options],
+            [Path(sys.executable).with_name("tidewright"), "serve", *ports, *options],
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
