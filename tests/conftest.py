@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from helpers.triton import RunningServer
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.launch.prepare import prepare

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import psutil
 import pytest
 from pydantic import ValidationError
-from tidewright.config import Settings, parse_memory
+
+from tidewright.config import Settings
+from tidewright.kv_cache.budget import parse_memory
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -62,11 +63,10 @@ def test_bad_values_are_refused(options: dict, message: str) -> None:
     [("1GiB", 2**30), ("512 MiB", 2**29), ("1.5GB", 1_500_000_000), ("100", 100), ("25%", 250), ("100%", 1000)],
 )
 def test_parse_memory(text: str, expected: int) -> None:
-    assert parse_memory(text, total=1000) == expected
+    assert parse_memory(text, free=1000) == expected
 
 
-def test_engine_config_resolves_memory_for_the_device(tmp_path: Path) -> None:
-    config = Settings(device="cpu", kv_cache_memory="10%").engine_config(tmp_path)
-    assert config.kv_cache_bytes == int(psutil.virtual_memory().total * 0.1)
-    assert Settings(device="cpu").engine_config(tmp_path).kv_cache_bytes == 2**30
-    assert config.model_dir == str(tmp_path)
+def test_the_engine_gets_what_the_settings_say(tmp_path: Path) -> None:
+    config = Settings(device="cpu", kv_cache_memory="10%", max_running=3).engine_config(tmp_path)
+    assert (config.model_dir, config.device, config.kv_cache_memory) == (str(tmp_path), "cpu", "10%")
+    assert config.max_running == 3

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 from google.protobuf import text_format
-from tidewright import schema
 from tritonclient.grpc import model_config_pb2
+
+from tidewright import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {

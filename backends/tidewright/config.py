@@ -7,11 +7,9 @@ and docs/configuration.md are made from these fields.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -22,25 +20,9 @@ from pydantic_settings import (
 
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.engine.messages import EngineConfig
+from tidewright.kv_cache.budget import parse_memory
 
 CONFIG_FILE_VARIABLE = "TIDEWRIGHT_CONFIG"
-
-_SIZE_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
-
-
-def parse_memory(text: str, total: int) -> int:
-    """Bytes meant by "1GiB", "512 MB" or "80%" (of `total`).
-
-    Raises:
-        ValueError: the text is none of these.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*", text)
-    unit = match[2].lower() if match else "?"
-    if match and unit == "%" and 0 < float(match[1]) <= 100:
-        return int(total * float(match[1]) / 100)
-    if not match or unit not in _SIZE_UNITS:
-        raise ValueError(f"{text!r} is not an amount of memory; write e.g. 1GiB, 512MiB or 80%")
-    return int(float(match[1]) * _SIZE_UNITS[unit])
 
 
 class Settings(BaseSettings):
@@ -66,7 +48,7 @@ class Settings(BaseSettings):
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of the KV cache.")
     kv_cache_memory: str = Field(
         "auto",
-        description="Memory of the KV cache: 1GiB, 512MiB, or 80% of the device's memory. "
+        description="Memory of the KV cache: 1GiB, 512MiB, or 80% of what is free once the weights are loaded. "
         "auto: 1GiB on a CPU, 80% on a GPU.",
     )
     max_model_len: int = Field(
@@ -123,41 +105,18 @@ class Settings(BaseSettings):
         return {f"TIDEWRIGHT_{name.upper()}": str(value) for name, value in values.items()}
 
     def engine_config(self, model_dir: Path) -> EngineConfig:
-        """What the engine process needs; resolves `auto` values without importing torch."""
-        device = self.device
-        if device == "auto":
-            device = "cuda" if Path("/dev/nvidiactl").exists() else "cpu"
-        kv_cache_memory = self.kv_cache_memory
-        if kv_cache_memory == "auto":
-            kv_cache_memory = "1GiB" if device == "cpu" else "80%"
-        total = psutil.virtual_memory().total if device == "cpu" else _gpu_memory(device)
+        """What the engine process needs."""
         return EngineConfig(
             model_dir=str(model_dir),
-            device=device,
+            device=self.device,
             dtype=self.dtype,
             threads=self.threads,
             attention=self.attention,
             block_size=self.block_size,
-            kv_cache_bytes=parse_memory(kv_cache_memory, total),
+            kv_cache_memory=self.kv_cache_memory,
             max_model_len=self.max_model_len,
             max_batched_tokens=self.max_batched_tokens,
             max_running=self.max_running,
             heartbeat_interval=self.heartbeat_interval,
         )
 
-
-def _gpu_memory(device: str) -> int:
-    """Bytes of the GPU's memory, asked of the driver so that torch stays out of this process."""
-    try:
-        import pynvml
-    except ImportError:
-        raise RuntimeError(
-            "a share of GPU memory needs nvidia-ml-py: pip install 'tidewright[gpu]', "
-            "or set kv_cache_memory to an amount such as 20GiB"
-        ) from None
-    pynvml.nvmlInit()
-    try:
-        index = int(device.partition(":")[2] or 0)
-        return int(pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(index)).total)
-    finally:
-        pynvml.nvmlShutdown()

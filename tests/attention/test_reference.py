@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from tidewright.attention.base import span_order
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.attention.registry import UnknownAttentionError, make_attention

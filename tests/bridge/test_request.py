@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from tidewright.bridge.request import GenerationRequest, parse_request
 from tidewright.engine.messages import Ready
 from tidewright.errors import InvalidRequestError

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tidewright.bridge.text_stream import TextStream
 from tidewright.tokenization import Tokenizer
 

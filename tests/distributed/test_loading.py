@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
+
 from tidewright.distributed.loading import CheckpointError, load_weights
 from tidewright.distributed.tensor_parallel import Loader, replicated_loader
-from torch import nn
 
 WEIGHTS = {"a": torch.arange(4.0), "b": torch.arange(6.0).view(2, 3)}
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from tidewright.distributed.tensor_parallel import (
     ColumnParallelLinear,
     Loader,
@@ -20,7 +22,6 @@ from tidewright.distributed.tensor_parallel import (
     VocabParallelEmbedding,
     WeightShapeError,
 )
-from torch import nn
 
 SIZES = pytest.mark.parametrize("size", [1, 2, 3])
 

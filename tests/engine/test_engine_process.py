@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from tidewright.engine.messages import (
     Abort,
     Configure,
@@ -98,7 +99,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(model: Path, **changes: Any) -> EngineConfig:
-    values = {"dtype": "float32", "threads": 1, "kv_cache_bytes": 1 << 24, "heartbeat_interval": 0.05}
+    values = {"dtype": "float32", "threads": 1, "kv_cache_memory": "16MiB", "heartbeat_interval": 0.05}
     return EngineConfig(model_dir=str(model), **(values | changes))
 
 
@@ -206,9 +207,9 @@ def test_ctrl_c_is_not_the_engines_business(engine: Bridge) -> None:
         ({"device": "toaster"}, "device 'toaster' is not one"),
         ({"device": "meta"}, "device 'meta' is not supported"),
         ({"attention": "magic"}, "attention 'magic' does not exist"),
-        ({"kv_cache_bytes": 1000}, "one sequence may need 256"),
-        ({"kv_cache_bytes": 1 << 19, "max_model_len": 4096}, "one sequence may need 4096"),
-        ({"kv_cache_bytes": 1 << 60}, "lower the KV cache memory"),
+        ({"kv_cache_memory": "1000"}, "one sequence may need 256"),
+        ({"kv_cache_memory": "512KiB", "max_model_len": 4096}, "one sequence may need 4096"),
+        ({"kv_cache_memory": "1000000GiB"}, "lower kv_cache_memory"),
         ({"max_model_len": 5000}, "max_model_len is 5000, but the model's limit is 4096"),
         ({"block_size": 0}, "block_size must be at least 1"),
     ],

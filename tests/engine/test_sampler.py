@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from tidewright.engine.plan import Draw
 from tidewright.engine.sampler import sample, uniform
 from tidewright.schema import SamplingParams

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tidewright.engine.messages import SequenceOutput
 from tidewright.engine.plan import StepPlan, StepResult
 from tidewright.engine.scheduler import RequestRefusedError, Scheduler, SchedulerConfig

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import tritonclient.grpc as grpcclient
+
 from tidewright.config import Settings
 from tidewright.launch.server import TritonServer
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
 from tidewright.cache import EMBEDDED_MODEL, MANIFEST, ModelNotPreparedError, find_prepared, prepared_path
 from tidewright.launch import prepare as prepare_module
 from tidewright.launch.errors import PrepareError, UnsupportedModelError
@@ -22,7 +24,6 @@ from tidewright.launch.gguf_source import _bf16_bits
 from tidewright.launch.gguf_tokenizer import build_tokenizer
 from tidewright.launch.model_sources import download_embedded
 from tidewright.launch.prepare import prepare
-from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests
 

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
 from tidewright.launch.model_sources import download_embedded
 from tidewright.tokenization import InvalidPromptError, Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 PROMPTS = [
     "Hello, world!",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+
 from tidewright.attention.base import span_order
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import EngineConfig, Submit
@@ -57,7 +58,7 @@ def save(folder: Path, shards: bool = False, **changes: Any) -> transformers.Lla
 
 
 def config(folder: Path, **changes: Any) -> EngineConfig:
-    values = {"dtype": "float32", "block_size": 4, "kv_cache_bytes": 1 << 22, "max_batched_tokens": 64}
+    values = {"dtype": "float32", "block_size": 4, "kv_cache_memory": "4MiB", "max_batched_tokens": 64}
     return EngineConfig(model_dir=str(folder), **(values | changes))
 
 
@@ -155,7 +156,7 @@ def test_preemption_changes_no_token(small: tuple[Path, transformers.LlamaForCau
     prompts = [prompt(length, seed=length) for length in (10, 12, 14)]
     wanted = [expected(model, ids, 20) for ids in prompts]
     bytes_per_token = 2 * 3 * 2 * 8 * 4
-    engine = Engine(config(folder, kv_cache_bytes=64 * bytes_per_token, max_model_len=40))
+    engine = Engine(config(folder, kv_cache_memory=str(64 * bytes_per_token), max_model_len=40))
     assert generate(engine, prompts, 20) == wanted
     assert engine.stats().preemptions > 0
     assert engine.stats().blocks_free == engine.stats().blocks_total

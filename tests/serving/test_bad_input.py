@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
+
 from helpers.triton import RunningServer
 
 PROMPT = "The capital of France is"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import httpx
+
 from helpers.triton import RunningServer
 
 LONG = {"temperature": 0, "max_tokens": 2000, "ignore_eos": True}

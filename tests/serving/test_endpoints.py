@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.triton import RunningServer
 from transformers import AutoTokenizer
+
+from helpers.triton import RunningServer
 
 PROMPT = "The capital of France is"
 OPTIONS = {"temperature": 0, "max_tokens": 8}

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from helpers.oracle import PROMPTS, Oracle
 from helpers.triton import RunningServer
 

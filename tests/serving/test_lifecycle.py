@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+
 from helpers.triton import RunningServer, free_ports
 
 LONG = {"temperature": 0, "max_tokens": 1000, "ignore_eos": True}

@@ -15,12 +15,12 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Everything the engine process needs to know; made from `tidewright.config.Settings`."""
 
     model_dir: str
-    device: str = "cpu"  # "cpu", "cuda", "cuda:1"
+    device: str = "auto"  # "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one
     dtype: str = "bfloat16"  # "bfloat16", "float16", "float32"
     threads: int = 0  # 0: torch's default
     attention: str = "reference"
     block_size: int = 16  # tokens a block
-    kv_cache_bytes: int = 1 << 30
+    kv_cache_memory: str = "auto"  # as tidewright.kv_cache.budget reads it
     max_model_len: int = 0  # tokens; 0: the model's own limit
     max_batched_tokens: int = 2048  # token budget of one step
     max_running: int = 64  # sequences in one step

@@ -13,7 +13,7 @@ import torch
 from tidewright.attention.base import span_order
 from tidewright.attention.registry import make_attention
 from tidewright.distributed.loading import load_weights
-from tidewright.distributed.tensor_parallel import TensorParallelGroup
+from tidewright.distributed.tensor_parallel import PackableLinear, TensorParallelGroup
 from tidewright.engine.messages import EngineConfig
 from tidewright.engine.plan import StepPlan, StepResult
 from tidewright.engine.sampler import sample
@@ -49,6 +49,9 @@ class ModelRunner:
         with _defaults(self.device, self.dtype):
             self.model = architecture(model_config, wanted, TensorParallelGroup(), self._attention).eval()
         load_weights(folder, self.model.loaders(), self.model.ignored_weights())
+        for module in self.model.modules():
+            if isinstance(module, PackableLinear):
+                module.pack()
         shape = KVCacheShape(
             model_config.num_layers,
             self.model.num_kv_heads,
@@ -58,7 +61,7 @@ class ModelRunner:
         )
         # Who sets a length gets that length; the model's own limit gives way to the memory.
         needed = config.max_model_len or min(limit, _USEFUL_TOKENS)
-        self.kv_cache = allocate_kv_cache(shape, config.kv_cache_bytes, needed, self.device)
+        self.kv_cache = allocate_kv_cache(shape, config.kv_cache_memory, needed, self.device)
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
 
     @torch.inference_mode()
@@ -106,6 +109,8 @@ def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:

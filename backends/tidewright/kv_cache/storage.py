@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from tidewright.kv_cache.budget import parse_memory
+
 
 class KVCacheMemoryError(ValueError):
     """The KV cache budget is too small to be useful, or larger than the memory there is."""
@@ -40,12 +42,16 @@ class KVCache:
         return self.k_cache_LNSKD.shape[1]
 
 
-def allocate_kv_cache(shape: KVCacheShape, budget_bytes: int, needed_tokens: int, device: torch.device) -> KVCache:
-    """As many blocks as `budget_bytes` pays for.
+def allocate_kv_cache(shape: KVCacheShape, budget: str, needed_tokens: int, device: torch.device) -> KVCache:
+    """As many blocks as `budget` pays for: an amount, a share of the free memory, or "auto".
 
     Raises:
         KVCacheMemoryError: fewer than `needed_tokens` tokens fit, or the memory is not there.
     """
+    available = _available_bytes(device)
+    if budget == "auto":
+        budget = "1GiB" if device.type == "cpu" else "80%"
+    budget_bytes = parse_memory(budget, available)
     num_blocks = budget_bytes // shape.bytes_per_block
     needed_bytes = -(-needed_tokens // shape.block_size) * shape.bytes_per_block
     if budget_bytes < needed_bytes:
@@ -53,11 +59,10 @@ def allocate_kv_cache(shape: KVCacheShape, budget_bytes: int, needed_tokens: int
             f"the KV cache of {_mib(budget_bytes)} holds {num_blocks * shape.block_size} tokens, but one "
             f"sequence may need {needed_tokens}; give it at least {_mib(needed_bytes)}, or lower max_model_len"
         )
-    available = _available_bytes(device)
     if budget_bytes > available:
         raise KVCacheMemoryError(
             f"the KV cache wants {_mib(budget_bytes)}, but {device} has {_mib(available)} free; "
-            "lower the KV cache memory"
+            "lower kv_cache_memory"
         )
     dimensions = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
     # Zeros, not empty: a masked position is multiplied by 0, and 0 * NaN would poison its neighbours.

@@ -176,7 +176,7 @@ class TritonServer:
             f"--metrics-address={settings.host}",
             f"--metrics-port={settings.metrics_port}",
             "--metrics-interval-ms=500",
-            f"--exit-timeout-secs={math.ceil(settings.shutdown_grace)}",
+            f"--exit-timeout-secs={max(math.ceil(settings.shutdown_grace), 2)}",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
             f"--log-info={int(shown == 0)}",
             f"--log-warning={int(shown <= 1)}",

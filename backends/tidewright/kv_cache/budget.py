@@ -1,0 +1,22 @@
+"""How much memory the KV cache may take, as people write it. Pure, so that settings can be checked without torch."""
+
+from __future__ import annotations
+
+import re
+
+_UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def parse_memory(text: str, free: int) -> int:
+    """Bytes meant by "1GiB", "512 MB" or "80%" (of `free` bytes).
+
+    Raises:
+        ValueError: the text is none of these.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*", text)
+    unit = match[2].lower() if match else "?"
+    if match and unit == "%" and 0 < float(match[1]) <= 100:
+        return int(free * float(match[1]) / 100)
+    if not match or unit not in _UNITS:
+        raise ValueError(f"{text!r} is not an amount of memory; write e.g. 1GiB, 512MiB or 80%")
+    return int(float(match[1]) * _UNITS[unit])

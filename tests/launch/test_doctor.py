@@ -1,0 +1,114 @@
+"""What `doctor` says of a machine that lacks something; the rest of the machine is the real one."""
+
+from __future__ import annotations
+
+import io
+import socket
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from tidewright.launch import doctor
+from tidewright.launch.cli import main
+from tidewright.launch.doctor import Check, print_report, run_checks
+from tidewright.launch.errors import TritonNotFoundError
+from tidewright.launch.triton_install import TritonInstall
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def by_name() -> dict[str, Check]:
+    return {check.name: check for check in run_checks()}
+
+
+def test_every_problem_comes_with_its_cure() -> None:
+    checks = run_checks()
+    assert {"Python", "libpython", "Triton", "torch", "GPU", "port 8000", "/dev/shm", "cache", "model"} <= {
+        check.name for check in checks
+    }
+    assert all(check.detail for check in checks)
+    assert all(check.fix for check in checks if check.status != "ok")
+
+
+def test_no_gpu_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert by_name()["GPU"].status == "ok"
+
+
+def test_an_old_python_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_PYTHONS", ((4, 0), (4, 1)))
+    assert by_name()["Python"].status == "fail"
+
+
+def test_no_triton_and_no_libpython_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing() -> TritonInstall:
+        raise TritonNotFoundError("get one")
+
+    monkeypatch.setattr(doctor, "find_triton", nothing)
+    monkeypatch.setattr(doctor, "libpython_dirs", nothing)
+    checks = by_name()
+    assert (checks["Triton"].status, checks["Triton"].fix) == ("fail", "get one")
+    assert checks["libpython"].status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("from_wheel", "numpy", "status"),
+    [(True, "1.26.4", "ok"), (True, "2.1.0", "fail"), (False, "2.1.0", "ok")],
+)
+def test_numpy_2_fails_with_the_wheel_only(
+    monkeypatch: pytest.MonkeyPatch, from_wheel: bool, numpy: str, status: str
+) -> None:
+    install = TritonInstall(Path("/t/bin/tritonserver"), Path("/t"), None, from_wheel)
+    monkeypatch.setattr(doctor, "find_triton", lambda: install)
+    monkeypatch.setattr(doctor, "_version", lambda package: numpy)
+    checks = by_name()
+    assert checks["numpy"].status == status
+    assert checks["Python backend"].status == "fail"
+
+
+def test_a_port_in_use_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr(doctor, "_PORTS", {port: "HTTP"})
+        check = by_name()[f"port {port}"]
+    assert check.status == "warn"
+    assert "--http-port" in check.fix
+    assert by_name()[f"port {port}"].status == "ok"
+
+
+def test_little_shared_memory_fails_and_little_disk_warns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(64 << 20, 0, 64 << 20))
+    checks = by_name()
+    assert (checks["/dev/shm"].status, checks["/dev/shm"].detail) == ("fail", "64 MiB")
+    assert checks["cache"].status == "warn"
+
+
+def test_a_cache_that_cannot_be_written_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TIDEWRIGHT_CACHE", str(tmp_path / "file" / "cache"))
+    assert by_name()["cache"].status == "fail"
+
+
+def test_an_unprepared_model_is_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TIDEWRIGHT_CACHE", str(tmp_path / "empty"))
+    check = by_name()["model"]
+    assert check.status == "warn"
+    assert "tidewright prepare" in check.fix
+    assert not (tmp_path / "empty").exists()
+
+
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
+def test_the_command_ends_with_1_if_anything_failed(monkeypatch: pytest.MonkeyPatch, status: str, code: int) -> None:
+    monkeypatch.setattr(doctor, "run_checks", lambda: [Check("thing", status, "found", "fix [it]")])
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == code
+    assert "fix [it]" in result.output
+
+
+def test_the_report_counts_failures() -> None:
+    out = io.StringIO()
+    print_report([Check("a", "ok", "x"), Check("b", "fail", "y", "z")], Console(file=out, width=100))
+    assert "1 of 2 checks failed" in out.getvalue()
