@@ -31,6 +31,8 @@ class WeightSlice(Protocol):
 
 Loader = Callable[[WeightSlice], None]
 
+_PACK_FOR_ROWS = 16  # the number of tokens that packed weights are laid out for; others work, too
+
 
 @dataclass(frozen=True)
 class TensorParallelGroup:
@@ -77,7 +79,33 @@ def replicated_loader(weight: nn.Parameter) -> Loader:
     return load
 
 
-class MergedColumnParallelLinear(nn.Module):
+class PackableLinear(nn.Module):
+    """A matrix product whose weight may, once loaded, be put into the layout that the processor likes best."""
+
+    weight: nn.Parameter
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._packed: torch.Tensor | None = None
+
+    def pack(self) -> None:
+        """On a CPU in bf16, oneDNN would otherwise rearrange the weight anew in each product."""
+        weight = self.weight
+        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _has_onednn_bf16():
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACK_FOR_ROWS)
+            del self.weight
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        if self._packed is None:
+            return F.linear(x, self.weight)
+        return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+
+
+def _has_onednn_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+class MergedColumnParallelLinear(PackableLinear):
     """Several column-parallel projections of one input, in one matrix product. Outputs stay cut."""
 
     def __init__(self, in_features: int, out_features: tuple[int, ...], group: TensorParallelGroup) -> None:
@@ -98,7 +126,7 @@ class MergedColumnParallelLinear(nn.Module):
         return load
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        return F.linear(x_TE, self.weight)
+        return self.multiply(x_TE)
 
 
 class ColumnParallelLinear(MergedColumnParallelLinear):
@@ -108,7 +136,7 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
         super().__init__(in_features, (out_features,), group)
 
 
-class QKVParallelLinear(nn.Module):
+class QKVParallelLinear(PackableLinear):
     """Query, key and value projections in one product, cut by heads.
 
     With more ranks than KV heads, neighbouring ranks hold copies of one KV head.
@@ -146,10 +174,10 @@ class QKVParallelLinear(nn.Module):
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         """q, k and v heads side by side: [T, num_heads + 2 * num_kv_heads, head_dim]."""
-        return F.linear(x_TE, self.weight).view(x_TE.shape[0], -1, self.head_dim)
+        return self.multiply(x_TE).view(x_TE.shape[0], -1, self.head_dim)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(PackableLinear):
     """A projection cut by input features, after a column-parallel one; the ranks' results are summed."""
 
     def __init__(self, in_features: int, out_features: int, group: TensorParallelGroup) -> None:
@@ -168,7 +196,7 @@ class RowParallelLinear(nn.Module):
         return load
 
     def forward(self, x_TF: torch.Tensor) -> torch.Tensor:
-        return self.group.all_reduce(F.linear(x_TF, self.weight))
+        return self.group.all_reduce(self.multiply(x_TF))
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -199,11 +227,11 @@ class VocabParallelEmbedding(nn.Module):
         return self.group.all_reduce(x_TE)
 
 
-class ParallelLMHead(VocabParallelEmbedding):
+class ParallelLMHead(VocabParallelEmbedding, PackableLinear):
     """From hidden states to the logits of the whole vocabulary, on every rank."""
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         self.weight = embedding.weight
 
     def forward(self, x_BE: torch.Tensor) -> torch.Tensor:
-        return self.group.all_gather(F.linear(x_BE, self.weight))[:, : self.vocab_size]
+        return self.group.all_gather(self.multiply(x_BE))[:, : self.vocab_size]
