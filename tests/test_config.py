@@ -70,3 +70,11 @@ def test_the_engine_gets_what_the_settings_say(tmp_path: Path) -> None:
     config = Settings(device="cpu", kv_cache_memory="10%", max_running=3).engine_config(tmp_path)
     assert (config.model_dir, config.device, config.kv_cache_memory) == (str(tmp_path), "cpu", "10%")
     assert config.max_running == 3
+
+
+def test_every_option_is_documented_as_it_is() -> None:
+    table = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| `")]
+    assert rows == [
+        f"| `{name}` | `{field.default}` | {field.description} |" for name, field in Settings.model_fields.items()
+    ]
