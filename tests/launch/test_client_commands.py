@@ -231,11 +231,16 @@ class Conversation:
     """`tidewright chat` at a terminal."""
 
     def __init__(self, double: Double) -> None:
-        self.pid, self._terminal = pty.fork()
-        if self.pid == 0:
-            code = "from tidewright.launch.cli import main; main()"
-            arguments = [sys.executable, "-c", code, "chat", "--url", double.url]
-            os.execvpe(sys.executable, arguments, {**os.environ, "TERM": "dumb"})
+        self._terminal, theirs = pty.openpty()
+        code = "from tidewright.launch.cli import main; main()"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code, "chat", "--url", double.url],
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            env={**os.environ, "TERM": "dumb"},
+        )
+        os.close(theirs)
         self._seen = b""
 
     def type(self, keys: bytes) -> None:
@@ -250,9 +255,9 @@ class Conversation:
         self._seen = self._seen.partition(text)[2]
 
     def exit_code(self) -> int:
-        _, status = os.waitpid(self.pid, 0)
+        code = self.process.wait(20)
         os.close(self._terminal)
-        return os.waitstatus_to_exitcode(status)
+        return code
 
 
 def test_a_conversation_remembers_and_survives_ctrl_c_and_errors(double: Double) -> None:
@@ -265,7 +270,7 @@ def test_a_conversation_remembers_and_survives_ctrl_c_and_errors(double: Double)
     double.events, double.endless = [], True
     talk.type(b"sing\n")
     talk.see(b"la la ")
-    talk.type(b"\x03")
+    talk.process.send_signal(signal.SIGINT)
     talk.see(b"> ")
     assert double.disconnected.wait(10)
 

@@ -69,7 +69,9 @@ def test_the_container_is_found_by_path_and_by_place(
     monkeypatch.setenv("PATH", str(container / "bin"))
     assert find_triton() == expected
     folder = assemble_backend_dir(expected, tmp_path / "backends")
-    assert (folder / "python").resolve() == backend
+    assert (folder / "python" / "triton_python_backend_stub").resolve() == backend / "triton_python_backend_stub"
+    # Triton refuses a library that a link takes out of the backend folder.
+    assert not (folder / "python" / "libtriton_python.so").is_symlink()
 
 
 def test_a_folder_assembled_before_is_brought_up_to_date(container: Path, tmp_path: Path) -> None:

@@ -104,7 +104,8 @@ def _raise_for_status(response: httpx.Response) -> None:
     if not response.is_error:
         return
     try:
-        message = str(response.json()["error"])
+        # An endpoint that streams sends its refusal as an event, too.
+        message = str(json.loads(response.content.removeprefix(b"data:"))["error"])
     except (ValueError, KeyError, TypeError):
         message = f"the server answered with status {response.status_code}; is it a Tidewright server?"
     raise RequestFailedError(message)

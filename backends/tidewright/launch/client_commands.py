@@ -14,6 +14,7 @@ from tidewright.launch.client import Client, RequestFailedError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+_UNFINISHED = (None, "None")  # on the wire a string, as in Triton's vLLM backend
 _USUAL_ENDS = ("stop", "length", "cancelled")
 
 
@@ -154,12 +155,12 @@ def _print_answer(
     with contextlib.closing(client.generate(prompt, sampling)) as events:
         for event in events:
             piece = event.get("text_output") or ""
-            click.echo(piece, nl=False)
             if answer is not None and piece:
-                answer.append(piece)
-            reason = event.get("finish_reason") or reason
+                answer.append(piece)  # first: Ctrl-C may come while it is printed
+            click.echo(piece, nl=False)
+            reason = event.get("finish_reason", reason)
     click.echo()
-    if reason is None:
+    if reason in _UNFINISHED:
         raise RequestFailedError("the answer broke off; see the server's log")
     if reason not in _USUAL_ENDS:
         raise RequestFailedError(f"the server ended the answer early: {reason}")
