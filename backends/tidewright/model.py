@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 
 import msgspec
 import numpy as np
@@ -85,24 +86,38 @@ class TritonPythonModel:
 
 
 class _TritonResponder:
-    """Sends one request's chunks as Triton responses."""
+    """Sends one request's chunks as Triton responses.
+
+    Triton (2.51) frees what `is_cancelled` looks at together with the final response, and crashes when asked
+    afterwards; so the two exclude each other, and after the end nothing is asked.
+    """
 
     def __init__(self, sender: object, request: GenerationRequest, tokenizer: Tokenizer) -> None:
         self._sender = sender
         self._returns = request.returns
         self._num_input_tokens = len(request.prompt_token_ids)
         self._tokenizer = tokenizer
+        self._end_lock = threading.Lock()
+        self._ended = False
 
     def send(self, chunk: Chunk, final: bool) -> None:
         tensors = _output_tensors(chunk, self._returns, self._num_input_tokens, self._tokenizer)
         response = pb_utils.InferenceResponse(output_tensors=tensors)
-        self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if final else 0)  # type: ignore[attr-defined]
+        if not final:
+            self._sender.send(response)  # type: ignore[attr-defined]
+            return
+        with self._end_lock:
+            self._ended = True
+            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
 
     def fail(self, error: RequestError) -> None:
-        _send_error(self._sender, error)
+        with self._end_lock:
+            self._ended = True
+            _send_error(self._sender, error)
 
     def is_cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())  # type: ignore[attr-defined]
+        with self._end_lock:
+            return not self._ended and bool(self._sender.is_cancelled())  # type: ignore[attr-defined]
 
 
 def _send_error(sender: object, error: RequestError) -> None:
