@@ -22,11 +22,11 @@ import psutil
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+
+from benchmarks.targets import EngineTarget, Target, Timing, TransformersTarget, TritonTarget, running_server
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.config import Settings
 from tidewright.launch.prepare import prepare
-
-from benchmarks.targets import EngineTarget, Target, Timing, TransformersTarget, TritonTarget, running_server
 
 VOCABULARY = range(100, 49000)  # ordinary tokens of the embedded model
 RESULTS = Path(__file__).parent / "results"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.config import Settings
 from tidewright.engine.messages import Ready, Submit

@@ -119,4 +119,3 @@ class Settings(BaseSettings):
             max_running=self.max_running,
             heartbeat_interval=self.heartbeat_interval,
         )
-

@@ -61,8 +61,7 @@ def allocate_kv_cache(shape: KVCacheShape, budget: str, needed_tokens: int, devi
         )
     if budget_bytes > available:
         raise KVCacheMemoryError(
-            f"the KV cache wants {_mib(budget_bytes)}, but {device} has {_mib(available)} free; "
-            "lower kv_cache_memory"
+            f"the KV cache wants {_mib(budget_bytes)}, but {device} has {_mib(available)} free; lower kv_cache_memory"
         )
     dimensions = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
     # Zeros, not empty: a masked position is multiplied by 0, and 0 * NaN would poison its neighbours.
