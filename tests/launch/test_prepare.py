@@ -20,10 +20,11 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from tidewright.cache import EMBEDDED_MODEL, MANIFEST, ModelNotPreparedError, find_prepared, prepared_path
 from tidewright.launch import prepare as prepare_module
 from tidewright.launch.errors import PrepareError, UnsupportedModelError
-from tidewright.launch.gguf_source import _bf16_bits
+from tidewright.launch.gguf_source import _bf16_bits, convert_gguf
 from tidewright.launch.gguf_tokenizer import build_tokenizer
 from tidewright.launch.model_sources import download_embedded
 from tidewright.launch.prepare import prepare
+from tidewright.tokenization import Tokenizer
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests
 
@@ -31,6 +32,14 @@ QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as t
 @pytest.fixture(scope="session")
 def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return download_embedded(tmp_path_factory.mktemp("gguf"))
+
+
+@pytest.fixture(scope="session")
+def converted(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Made by the code as it is now; the prepared model may be of yesterday's."""
+    folder = tmp_path_factory.mktemp("converted")
+    convert_gguf(gguf_file, folder, lambda done, total: None)
+    return folder
 
 
 @pytest.fixture
@@ -49,21 +58,21 @@ def hugging_face_folder(tmp_path: Path, model_dir: Path) -> Path:
     return folder
 
 
-def test_weights_equal_those_that_transformers_reads_from_the_file(model_dir: Path, gguf_file: Path) -> None:
+def test_weights_equal_those_that_transformers_reads_from_the_file(converted: Path, gguf_file: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(**load_gguf_checkpoint(gguf_file)["config"])
     with torch.device("meta"):
         skeleton = LlamaForCausalLM(config)
     expected = load_gguf_checkpoint(gguf_file, return_tensors=True, model_to_load=skeleton)["tensors"]
-    ours = load_file(model_dir / "model.safetensors")
+    ours = load_file(converted / "model.safetensors")
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(ours[name], torch.as_tensor(tensor, dtype=torch.float32).to(torch.bfloat16)), name
 
 
-def test_config_holds_what_the_file_says(model_dir: Path) -> None:
-    config = json.loads((model_dir / "config.json").read_text())
+def test_config_holds_what_the_file_says(converted: Path) -> None:
+    config = json.loads((converted / "config.json").read_text())
     expected = {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -78,7 +87,15 @@ def test_config_holds_what_the_file_says(model_dir: Path) -> None:
         "tie_word_embeddings": True,
     }
     assert {key: config[key] for key in expected} == expected
-    assert json.loads((model_dir / "generation_config.json").read_text())["eos_token_id"] == 2
+    assert json.loads((converted / "generation_config.json").read_text())["eos_token_id"] == 2
+
+
+def test_the_tokenizer_splits_digits_and_knows_its_special_tokens(converted: Path) -> None:
+    tokenizer = Tokenizer(converted)
+    token_ids = tokenizer.encode("1234<|im_end|>")
+    assert [tokenizer.decode([i], skip_special_tokens=False) for i in token_ids] == [*"1234", "<|im_end|>"]
+    assert tokenizer.decode(token_ids) == "1234"
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}]).endswith("assistant\n")
 
 
 def test_rounding_to_bf16_is_that_of_torch() -> None:
