@@ -75,8 +75,8 @@ def download_from_hub(repo_id: str) -> Path:
     except Exception as error:  # the hub raises some twenty types, of three libraries
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PrepareError(
-            f"can't fetch {repo_id} from the Hugging Face hub: {reason[0].rstrip('.')}. Check the name, the network and, "
-            "for a gated model, HF_TOKEN; or give a local folder or .gguf file."
+            f"can't fetch {repo_id} from the Hugging Face hub: {reason[0].rstrip('.')}. Check the name, the network "
+            "and, for a gated model, HF_TOKEN; or give a local folder or .gguf file."
         ) from error
 
 
