@@ -1,0 +1,88 @@
+"""The README's examples and the client commands, run as they stand against a real server."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.triton import RunningServer
+
+README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+COMMAND = Path(sys.executable).with_name("tidewright")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def on_ports(text: str, server: RunningServer) -> str:
+    return text.replace(":8000", f":{server.settings.http_port}").replace(":8001", f":{server.settings.grpc_port}")
+
+
+def tidewright(server: RunningServer, *arguments: str, stdin: str | None = None) -> str:
+    command = [COMMAND, *arguments, "--url", server.triton.http_url]
+    return subprocess.run(command, input=stdin, check=True, capture_output=True, text=True, timeout=120).stdout
+
+
+@pytest.mark.parametrize("script", [block for block in blocks("bash") if block.startswith("curl")])
+def test_curl(bf16_server: RunningServer, script: str) -> None:
+    run = subprocess.run(
+        ["bash", "-c", on_ports(script, bf16_server)], check=True, capture_output=True, text=True, timeout=120
+    )
+    texts = [json.loads(line.removeprefix("data: "))["text_output"] for line in run.stdout.splitlines() if line]
+    assert len("".join(texts)) > 10
+
+
+def test_python_grpc_streaming(bf16_server: RunningServer) -> None:
+    (script,) = blocks("python")
+    run = subprocess.run(
+        [sys.executable, "-c", on_ports(script, bf16_server)], check=True, capture_output=True, text=True, timeout=120
+    )
+    options = {"max_tokens": 32, "temperature": 0}
+    assert run.stdout == bf16_server.generate(text_input="The sea is", stream=True, sampling_parameters=options).text
+
+
+def test_complete(server: RunningServer) -> None:
+    options = {"max_tokens": 12, "temperature": 0}
+    expected = server.generate(text_input="The sea is", stream=True, sampling_parameters=options).text
+    assert tidewright(server, "complete", "The sea is", "--max-tokens", "12") == expected + "\n"
+    assert tidewright(server, "complete", "--max-tokens", "12", stdin="The sea is\n") == expected + "\n"
+
+
+def test_chat(server: RunningServer) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hello."}]
+    options = {"max_tokens": 12, "temperature": 0}
+    expected = server.generate("generate", messages=json.dumps(messages), stream=True, sampling_parameters=options).text
+    answer = tidewright(
+        server, "chat", "Say hello.", "--system", "Be brief.", "--temperature", "0", "--max-tokens", "12"
+    )
+    assert answer == expected + "\n"
+
+
+def test_ctrl_c_in_complete_ends_the_generation_on_the_server(bf16_server: RunningServer) -> None:
+    start = bf16_server.metric("generated_tokens_total")
+    command = [COMMAND, "complete", "1, 2, 3, 4,", "--max-tokens", "4000", "--url", bf16_server.triton.http_url]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout is not None
+        process.stdout.read(4)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=10) == 130
+    bf16_server.wait_idle(timeout=10)
+    assert bf16_server.metric("generated_tokens_total") - start < 200
+
+
+def test_a_bad_request_is_one_line(server: RunningServer) -> None:
+    command = [COMMAND, "complete", "x", "--max-tokens", "100000", "--url", server.triton.http_url]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert run.returncode == 1
+    assert run.stderr.startswith("Error: ")
+    assert "context of 4096" in run.stderr
+    assert len(run.stderr.splitlines()) == 1
