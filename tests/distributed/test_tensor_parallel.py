@@ -142,6 +142,34 @@ def test_a_weight_of_another_shape_is_refused() -> None:
         load(ColumnParallelLinear(8, 12, AloneGroup()).loader(0), random(12, 4))
 
 
+@pytest.mark.parametrize("rows", [1, 16, 100])
+def test_packing_changes_no_result(rows: int) -> None:
+    layer = ColumnParallelLinear(64, 96, AloneGroup()).bfloat16()
+    load(layer.loader(0), random(96, 64).bfloat16())
+    x_TE = random(rows, 64).bfloat16()
+    before = layer(x_TE)
+    layer.pack()
+    torch.testing.assert_close(layer(x_TE), before)
+
+
+def test_only_bfloat16_is_packed() -> None:
+    layer = RowParallelLinear(64, 96, AloneGroup())
+    weight = layer.weight
+    layer.pack()
+    assert layer.weight is weight
+
+
+def test_a_tied_head_can_be_packed_without_taking_the_embedding_away() -> None:
+    embedding, head = VocabParallelEmbedding(50, 64, AloneGroup()), ParallelLMHead(50, 64, AloneGroup())
+    embedding.bfloat16()
+    head.tie(embedding)
+    weight, x_BE = random(50, 64).bfloat16(), random(3, 64).bfloat16()
+    load(embedding.loader(), weight)
+    head.pack()
+    torch.testing.assert_close(head(x_BE), F.linear(x_BE, weight))
+    torch.testing.assert_close(embedding(torch.tensor([49])), weight[49:])
+
+
 def _in_two_processes(rank: int, rendezvous: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     group = TensorParallelGroup(rank, 2)
