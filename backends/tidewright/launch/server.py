@@ -28,6 +28,7 @@ from tidewright.launch.triton_install import assemble_backend_dir, find_triton, 
 
 KILL_AFTER = 2.0  # seconds from the end of the grace time, or from idle, to SIGKILL
 _PR_SET_PDEATHSIG = 1
+_PRCTL = ctypes.CDLL(None).prctl  # looked up here: between fork and exec, no lock of the loader may be taken
 _TAIL_LINES = 20
 
 
@@ -263,4 +264,4 @@ def _reachable(host: str) -> str:
 
 def _terminate_with_parent() -> None:
     """In the child: SIGTERM when the thread that started it ends, so that killing `serve` leaves no server."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
