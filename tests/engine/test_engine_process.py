@@ -180,9 +180,13 @@ def test_shutdown_is_a_clean_exit(engine: Bridge) -> None:
     assert engine.exit_code() == 0
 
 
-def test_end_of_the_socket_ends_the_process(engine: Bridge) -> None:
-    engine.connection.close()
-    assert engine.exit_code() == 0
+def test_end_of_the_socket_ends_an_idle_process_at_once(model: Path) -> None:
+    with bridge() as started:
+        started.say(Configure(config(model, heartbeat_interval=10 * PATIENCE)))
+        assert isinstance(started.hear(), Ready)
+        assert isinstance(started.hear(), Heartbeat)  # the only one: no failing send can give the end away
+        started.connection.close()
+        assert started.exit_code() == 0
 
 
 def test_end_of_the_socket_ends_the_process_amid_work(engine: Bridge) -> None:
