@@ -26,6 +26,7 @@ from tidewright.config import CONFIG_FILE_VARIABLE, Settings
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
 
+IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figure lags by up to 0.25 s
 KILL_AFTER = 2.0  # seconds from the end of the grace time, or from idle, to SIGKILL
 _PR_SET_PDEATHSIG = 1
 _PRCTL = ctypes.CDLL(None).prctl  # looked up here: between fork and exec, no lock of the loader may be taken
@@ -136,9 +137,13 @@ class TritonServer:
         """
         hurry = hurry or threading.Event()
         self.terminate()
-        deadline = time.monotonic() + grace
-        while self.running and time.monotonic() < deadline and not hurry.is_set() and self._busy():
+        now = idle_since = time.monotonic()
+        deadline = now + grace
+        while self.running and now < deadline and now - idle_since < IDLE_FOR and not hurry.is_set():
             hurry.wait(0.1)
+            now = time.monotonic()
+            if self._busy():
+                idle_since = now
         deadline = time.monotonic() + KILL_AFTER
         while self.running and time.monotonic() < deadline and not hurry.is_set():
             hurry.wait(0.05)
@@ -220,8 +225,10 @@ class TritonServer:
         url = f"http://{_reachable(self.settings.host)}:{self.settings.metrics_port}/metrics"
         try:
             text = httpx.get(url, timeout=1, trust_env=False, headers={"Connection": "close"}).text
-        except httpx.TransportError:
+        except httpx.ConnectError:
             return False
+        except httpx.TransportError:
+            return True  # too loaded to say
         match = re.search(r"^tidewright_requests_active(?:\{\})? (\S+)", text, re.MULTILINE)
         return match is not None and float(match[1]) > 0
 
