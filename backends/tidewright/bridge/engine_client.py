@@ -144,10 +144,11 @@ class EngineClient:
             cause = self._read_messages(connection)
         except (EOFError, OSError):
             cause = ""
+        # First of all: a send to a stuck engine blocks, with the lock held, for as long as the engine is there.
+        ended = self._end_process()
         with self._send_lock:
             was_up, self._connection = self._connection is not None, None
         connection.close()
-        ended = self._end_process()
         cause = cause or ended
         if was_up:
             self._cause = cause
