@@ -112,6 +112,8 @@ def _measure(targets: list[Target], repetitions: int, console: Console) -> dict[
     with Progress(console=console) as progress:
         bar = progress.add_task("Measuring", total=(repetitions + 1) * len(WORKLOADS) * len(targets))
         for repetition in range(repetitions + 1):
+            if not console.is_terminal:  # where no bar is drawn
+                console.print(f"Repetition {repetition} of {repetitions}" + " (warm-up)" * (repetition == 0))
             for name, workload in WORKLOADS.items():
                 # Rotated, so that none always runs right after the same other one.
                 turn = repetition % len(targets)
