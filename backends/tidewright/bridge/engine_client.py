@@ -73,6 +73,7 @@ class EngineClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._stopping = threading.Event()
         self._first_start_over = threading.Event()
+        self._came_up = False  # at least once
         self._cause = "the engine is starting"
         self._thread = threading.Thread(target=self._supervise, name="engine-client", daemon=True)
         self.restarts = 0
@@ -85,7 +86,7 @@ class EngineClient:
         """
         self._thread.start()
         self._first_start_over.wait()
-        if self._connection is None:
+        if not self._came_up:
             self._thread.join()
             raise EngineStartError(self._cause)
 
@@ -119,10 +120,10 @@ class EngineClient:
         backoff = FIRST_BACKOFF
         while not self._stopping.is_set():
             started = time.monotonic()
-            self._cause = self._run_engine()
+            self._run_engine()
             if self._stopping.is_set():
                 break
-            if not self._first_start_over.is_set():
+            if not self._came_up:
                 break  # a first start that fails is for the operator, not for a retry
             if time.monotonic() - started > 10 * LONGEST_BACKOFF:
                 backoff = FIRST_BACKOFF
@@ -132,8 +133,8 @@ class EngineClient:
             self.restarts += 1
         self._first_start_over.set()
 
-    def _run_engine(self) -> str:
-        """Run one engine process until it ends, by itself or by us; return why it ended."""
+    def _run_engine(self) -> None:
+        """Run one engine process until it ends, by itself or by us, and keep why it ended."""
         ours, theirs = socket.socketpair()
         with theirs:
             command = [_python(), "-m", "tidewright.engine", str(theirs.fileno())]
@@ -148,12 +149,10 @@ class EngineClient:
         ended = self._end_process()
         with self._send_lock:
             was_up, self._connection = self._connection is not None, None
+            self._cause = cause or ended
         connection.close()
-        cause = cause or ended
-        if was_up:
-            self._cause = cause
-            self._events.lost(cause)
-        return cause
+        if was_up and not self._stopping.is_set():
+            self._events.lost(self._cause)
 
     def _read_messages(self, connection: Connection) -> str:
         """Hand on what the engine says until a deadline passes or (EOFError) it is gone; return the cause."""
@@ -180,6 +179,7 @@ class EngineClient:
             else:
                 self._events.up(message)
                 self._connection = connection
+                self._came_up = True
                 self._first_start_over.set()
                 log.info("engine %d ready: %d KV blocks on %s", message.pid, message.num_blocks, message.device)
 
