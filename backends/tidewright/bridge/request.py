@@ -104,14 +104,19 @@ def check_sampling(sampling: SamplingParams, engine: Ready) -> None:
             raise InvalidRequestError(f"stop_token_ids: {token_id} is outside the vocabulary of {engine.vocab_size}")
 
 
+def check_prompt_length(prompt_token_ids: list[int], max_model_len: int) -> None:
+    """A prompt must leave room for one token of output."""
+    length = len(prompt_token_ids)
+    if length >= max_model_len:
+        raise InvalidRequestError(
+            f"prompt has {length} tokens; with one token of output the model takes at most {max_model_len - 1}"
+        )
+
+
 def check_prompt(prompt_token_ids: list[int], sampling: SamplingParams, engine: Ready) -> None:
     """Length against the model's context and against the whole KV cache; ids against the vocabulary."""
-    length = len(prompt_token_ids)
-    if length >= engine.max_model_len:
-        raise InvalidRequestError(
-            f"prompt has {length} tokens; with one token of output the model takes at most {engine.max_model_len - 1}"
-        )
-    longest = min(length + sampling.max_tokens, engine.max_model_len)
+    check_prompt_length(prompt_token_ids, engine.max_model_len)
+    longest = min(len(prompt_token_ids) + sampling.max_tokens, engine.max_model_len)
     capacity = engine.num_blocks * engine.block_size
     if longest > capacity:
         raise InvalidRequestError(
@@ -160,7 +165,7 @@ def parse_request(
 
     text = single(tensors, "text_input")
     if (text is None) == ("input_ids" not in tensors):
-        raise InvalidRequestError("send either text_input or input_ids" + (", not both" if text else ""))
+        raise InvalidRequestError("send either text_input or input_ids" + (", not both" if text is not None else ""))
     if text is not None:
         prompt = decode_text(text, "text_input")
         try:

@@ -13,7 +13,6 @@ from typing import Any
 
 import click
 from pydantic import ValidationError
-from pydantic_core import PydanticUndefined
 from rich.console import Console
 from rich.markup import escape
 
@@ -48,9 +47,10 @@ class _StopSignals:
 def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """One flag for each field of `Settings`; unset flags leave the word to environment and file."""
     for name, field in reversed(Settings.model_fields.items()):
-        default = "" if field.default is PydanticUndefined else f"  [default: {field.default}]"
         flag = "--" + name.replace("_", "-")
-        command = click.option(flag, name, default=None, help=f"{field.description}{default}")(command)
+        command = click.option(flag, name, default=None, help=f"{field.description}  [default: {field.default}]")(
+            command
+        )
     return command
 
 

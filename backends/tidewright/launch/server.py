@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import math
 import os
 import re
@@ -25,11 +24,10 @@ from tidewright.bridge.start_error import ERROR_FILE_VARIABLE
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
+from tidewright.parent_death import signal_on_parent_death
 
 IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figure lags by up to 0.25 s
 KILL_AFTER = 2.0  # seconds from the end of the grace time, or from idle, to SIGKILL
-_PR_SET_PDEATHSIG = 1
-_PRCTL = ctypes.CDLL(None).prctl  # looked up here: between fork and exec, no lock of the loader may be taken
 _TAIL_LINES = 20
 
 
@@ -271,4 +269,4 @@ def _reachable(host: str) -> str:
 
 def _terminate_with_parent() -> None:
     """In the child: SIGTERM when the thread that started it ends, so that killing `serve` leaves no server."""
-    _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    signal_on_parent_death(signal.SIGTERM)

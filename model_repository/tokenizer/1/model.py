@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from tidewright.bridge.request import decode_text, single
+from tidewright.bridge.request import check_prompt_length, decode_text, single
 from tidewright.cache import find_prepared
 from tidewright.config import Settings
 from tidewright.errors import InvalidRequestError
@@ -41,9 +41,6 @@ class TritonPythonModel:
         text = decode_text(single(tensors, name), name)
         encode = self._tokenizer.encode if name == "text_input" else self._tokenizer.encode_chat
         token_ids = encode(text)
-        if self._max_model_len and len(token_ids) >= self._max_model_len:
-            raise InvalidRequestError(
-                f"prompt has {len(token_ids)} tokens; with one token of output the model takes at most "
-                f"{self._max_model_len - 1}"
-            )
+        if self._max_model_len:
+            check_prompt_length(token_ids, self._max_model_len)
         return token_ids
