@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tidewright.engine.plan import Draw
+from tidewright.engine.plan import Draw, DrawnToken
 from tidewright.engine.sampler import sample, uniform
 from tidewright.schema import SamplingParams
 
@@ -18,7 +18,11 @@ def logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
 
 
 def draw(position: int = 5, banned: tuple[int, ...] = (), **params: object) -> Draw:
-    return Draw(SamplingParams(**({"seed": 1} | params)), position, banned)  # type: ignore[arg-type]
+    return Draw(0, SamplingParams(**({"seed": 1} | params)), position, banned)  # type: ignore[arg-type]
+
+
+def token_ids(drawn: list[DrawnToken]) -> tuple[int, ...]:
+    return tuple(token.token_id for token in drawn)
 
 
 def numpy_choice(row: np.ndarray, params: SamplingParams, u: float) -> int:
@@ -55,7 +59,7 @@ MIXED = [
 def test_agrees_with_numpy_row_by_row(seed: int) -> None:
     logits_BV = logits(len(MIXED), seed)
     draws = [draw(position=row + 3, seed=seed + 10, **params) for row, params in enumerate(MIXED)]
-    chosen = sample(logits_BV.clone(), draws).token_ids
+    chosen = token_ids(sample(logits_BV.clone(), draws))
     expected = [
         numpy_choice(row.numpy(), d.params, uniform(d.params.seed or 0, d.position))
         for row, d in zip(logits_BV, draws, strict=True)
@@ -66,9 +70,9 @@ def test_agrees_with_numpy_row_by_row(seed: int) -> None:
 def test_a_seed_gives_the_same_alone_and_in_any_batch() -> None:
     logits_BV = logits(len(MIXED))
     draws = [draw(position=9, seed=4, **params) for params in MIXED]
-    together = sample(logits_BV.clone(), draws).token_ids
-    alone = [sample(logits_BV[i : i + 1].clone(), [d]).token_ids[0] for i, d in enumerate(draws)]
-    backwards = sample(logits_BV.flip(0).clone(), draws[::-1]).token_ids[::-1]
+    together = token_ids(sample(logits_BV.clone(), draws))
+    alone = [sample(logits_BV[i : i + 1].clone(), [d])[0].token_id for i, d in enumerate(draws)]
+    backwards = token_ids(sample(logits_BV.flip(0).clone(), draws[::-1]))[::-1]
     assert list(together) == alone == list(backwards)
 
 
@@ -93,7 +97,7 @@ def test_frequencies_follow_the_probabilities(params: dict[str, float], kept: in
     probs = np.array([0.35, 0.25, 0.2, 0.1, 0.06, 0.04])
     size = 4000
     logits_BV = torch.tensor(np.log(probs), dtype=torch.float32).repeat(size, 1)
-    tokens = sample(logits_BV, [draw(position=i, **params) for i in range(size)]).token_ids
+    tokens = token_ids(sample(logits_BV, [draw(position=i, **params) for i in range(size)]))
     expected = probs ** (1 / params.get("temperature", 1.0))
     expected[kept:] = 0
     counts = np.bincount(tokens, minlength=6)
@@ -142,14 +146,14 @@ def test_logprobs_only_for_the_rows_that_ask() -> None:
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e-5, 1e-3])
 def test_tiny_temperatures_are_greedy(temperature: float) -> None:
     logits_BV = logits(3)
-    assert list(sample(logits_BV.clone(), [draw(temperature=temperature)] * 3).token_ids) == (
+    assert list(token_ids(sample(logits_BV.clone(), [draw(temperature=temperature)] * 3))) == (
         logits_BV.argmax(-1).tolist()
     )
 
 
 @pytest.mark.parametrize("params", MIXED)
 def test_numbers_that_are_none_stay_within_the_vocabulary(params: dict[str, float]) -> None:
-    (token,) = sample(torch.full((1, VOCAB), torch.nan), [draw(**params)]).token_ids
+    (token,) = token_ids(sample(torch.full((1, VOCAB), torch.nan), [draw(**params)]))
     assert 0 <= token < VOCAB
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -20,6 +21,15 @@ class Span(Protocol):
     def count(self) -> int: ...
     @property
     def block_table(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What attention needs to know of a layer. `window`: a token sees itself and the window - 1 before it."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None  # softcap * tanh(score / softcap), as in Gemma 2
 
 
 class Attention(ABC, Generic[Metadata]):
@@ -41,6 +51,7 @@ class Attention(ABC, Generic[Metadata]):
         k_cache_NSKD: torch.Tensor,
         v_cache_NSKD: torch.Tensor,
         metadata: Metadata,
+        layer: AttentionLayer,
     ) -> torch.Tensor:
         """Writes the new k and v into the cache in place; returns the attention output o_THD."""
 

@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from tidewright.attention.base import Attention, Span
+from tidewright.attention.base import Attention, AttentionLayer, Span
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class ReferenceAttention(Attention[ReferenceMetadata]):
         k_cache_NSKD: torch.Tensor,
         v_cache_NSKD: torch.Tensor,
         metadata: ReferenceMetadata,
+        layer: AttentionLayer,
     ) -> torch.Tensor:
         k_cache_NSKD.flatten(0, 1).index_copy_(0, metadata.slots_T, k_TKD)
         v_cache_NSKD.flatten(0, 1).index_copy_(0, metadata.slots_T, v_TKD)

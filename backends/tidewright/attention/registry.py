@@ -17,6 +17,9 @@ class UnknownAttentionError(ValueError):
 
 
 def make_attention(name: str, block_size: int, device: torch.device) -> Attention[Any]:
+    """Raises UnknownAttentionError. "auto" takes the fastest that the device has."""
+    if name == "auto":
+        name = "reference"
     if name not in _IMPLEMENTATIONS:
         known = ", ".join(sorted(_IMPLEMENTATIONS))
         raise UnknownAttentionError(f"attention {name!r} does not exist; there is: {known}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from tidewright.attention.base import span_order
 from tidewright.attention.registry import make_attention
 from tidewright.distributed.loading import load_weights
 from tidewright.distributed.tensor_parallel import PackableLinear, TensorParallelGroup
-from tidewright.engine.messages import EngineConfig
-from tidewright.engine.plan import StepPlan, StepResult
-from tidewright.engine.sampler import sample
+from tidewright.engine.messages import EngineConfig, TokenLogprob
+from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
+from tidewright.engine.sampler import prompt_logprobs, sample
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
 from tidewright.models.config import ModelConfigError
 from tidewright.models.registry import model_class
@@ -72,15 +73,33 @@ class ModelRunner:
         hidden_TE = self.model(
             self._tensor(token_ids), self._tensor(positions), self.kv_cache, self._attention.prepare(spans)
         )
-        last_rows, end = {}, 0
-        for span in spans:
-            end += span.count
-            last_rows[span.request_id] = end - 1
-        drawing = [(last_rows[planned.request_id], planned.draw) for planned in plan.sequences if planned.draw]
-        if not drawing:
-            return StepResult((), ())
-        logits_BV = self.model.logits(hidden_TE[self._tensor([row for row, _ in drawing])])
-        return sample(logits_BV, [draw for _, draw in drawing])
+        return StepResult(self._results(plan, spans, hidden_TE))
+
+    def _results(
+        self, plan: StepPlan, spans: list[ScheduledSequence], hidden_TE: torch.Tensor
+    ) -> tuple[SequenceResult, ...]:
+        first_rows = dict(zip((span.request_id for span in spans), accumulate((span.count for span in spans), initial=0)))
+        rows, draws = [], []
+        prompt: dict[int, tuple[list[TokenLogprob], ...]] = {}
+        for planned in plan.sequences:
+            first, end = first_rows[planned.request_id], first_rows[planned.request_id] + planned.count
+            rows += range(end - len(planned.draws), end)
+            draws += planned.draws
+            if planned.prompt_logprobs is not None and planned.next_prompt_ids:
+                logits_BV = self.model.logits(hidden_TE[first : first + len(planned.next_prompt_ids)])
+                prompt[planned.request_id] = prompt_logprobs(
+                    logits_BV, planned.next_prompt_ids, planned.prompt_logprobs
+                )
+        drawn = iter(self._sample(hidden_TE, rows, draws))
+        return tuple(
+            SequenceResult(tuple(islice(drawn, len(planned.draws))), prompt.get(planned.request_id, ()))
+            for planned in plan.sequences
+        )
+
+    def _sample(self, hidden_TE: torch.Tensor, rows: list[int], draws: list[Draw]) -> list[DrawnToken]:
+        if not draws:
+            return []
+        return sample(self.model.logits(hidden_TE[self._tensor(rows)]), draws)
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from tidewright.engine.messages import TokenLogprob
-from tidewright.engine.plan import Draw, StepResult
+from tidewright.engine.plan import Draw, DrawnToken
 from tidewright.schema import SamplingParams
 
 # Below this, dividing by the temperature leaves nothing but the maximum.
@@ -31,7 +31,7 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def sample(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> StepResult:
+def sample(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> list[DrawnToken]:
     """One token for each row. `logits_BV` is used up."""
     logits_BV = logits_BV.float()
     wants_logprobs = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
@@ -59,7 +59,7 @@ def sample(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> StepResult:
         counts = [draws[row].params.logprobs or 0 for row in wants_logprobs]
         for row, entry in zip(wants_logprobs, _report(logprobs_RV, tokens_B[wants_logprobs], counts), strict=True):
             logprobs[row] = entry
-    return StepResult(tuple(tokens_B.tolist()), tuple(logprobs))
+    return [DrawnToken(*pair) for pair in zip(tokens_B.tolist(), logprobs, strict=True)]
 
 
 def _is_random(params: SamplingParams) -> bool:
@@ -115,6 +115,13 @@ def _invert_cdf(probs_RV: torch.Tensor, uniforms: Sequence[float]) -> torch.Tens
     tokens_R = torch.searchsorted(cdf_RV, targets_R1, right=True)[:, 0]
     # Logits that are not numbers must not become a token that is not in the vocabulary.
     return tokens_R.clamp(max=probs_RV.shape[1] - 1)
+
+
+def prompt_logprobs(logits_BV: torch.Tensor, token_ids: Sequence[int], count: int) -> tuple[list[TokenLogprob], ...]:
+    """Of the prompt tokens that follow the rows' positions, each with the `count` most likely ones."""
+    logprobs_BV = logits_BV.float().log_softmax(dim=-1)
+    tokens_B = torch.tensor(token_ids, device=logits_BV.device)
+    return tuple(_report(logprobs_BV, tokens_B, [count] * len(token_ids)))
 
 
 def _report(logprobs_RV: torch.Tensor, tokens_R: torch.Tensor, counts: Sequence[int]) -> list[list[TokenLogprob]]:

@@ -99,18 +99,16 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         """Enters a step's result; returns the new tokens of each request that has any."""
         outputs: list[SequenceOutput] = []
-        draws = iter(zip(result.token_ids, result.logprobs, strict=True))
         members = {sequence.request_id: sequence for sequence in self._running if sequence.in_flight}
         ended: list[Sequence] = []
-        for planned in plan.sequences:
+        for planned, computed in zip(plan.sequences, result.sequences, strict=True):
             sequence = members[planned.request_id]
             sequence.in_flight = False
             sequence.num_computed += planned.count
-            drawn = next(draws) if planned.draw else None
             if sequence.cancelled:
                 ended.append(sequence)
-            elif drawn:
-                token_id, logprobs = drawn
+            elif computed.drawn:
+                token_id, logprobs = computed.drawn[0].token_id, computed.drawn[0].logprobs
                 self._prompt_tokens += 0 if sequence.num_generated else len(sequence.prompt_token_ids)
                 self._generated_tokens += 1
                 sequence.token_ids.append(token_id)
@@ -195,13 +193,13 @@ class Scheduler:
             start=start,
             token_ids=tuple(sequence.token_ids[start:end]),
             block_table=tuple(sequence.block_table),
-            draw=self._draw(sequence) if end == sequence.num_known else None,
+            draws=(self._draw(sequence),) if end == sequence.num_known else (),
         )
 
     def _draw(self, sequence: Sequence) -> Draw:
         may_stop = sequence.num_generated >= sequence.sampling.min_tokens
         banned = () if may_stop else tuple(sorted(sequence.stop_ids))
-        return Draw(sequence.sampling, sequence.num_known, banned)
+        return Draw(sequence.request_id, sequence.sampling, sequence.num_known, banned)
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         if sequence.token_ids[-1] in sequence.stop_ids:

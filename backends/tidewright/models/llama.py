@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tidewright.attention.base import Attention
+from tidewright.attention.base import Attention, AttentionLayer
 from tidewright.distributed.tensor_parallel import (
     Loader,
     MergedColumnParallelLinear,
@@ -39,6 +39,7 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig, group: TensorParallelGroup, attention: Attention[Any]) -> None:
         super().__init__()
         self.attention = attention
+        self.layer = AttentionLayer(scale=config.head_dim**-0.5)
         self.qkv = QKVParallelLinear(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, group)
         self.output = RowParallelLinear(config.num_heads * config.head_dim, config.hidden_size, group)
 
@@ -69,6 +70,7 @@ class LlamaAttention(nn.Module):
             k_cache_NSKD,
             v_cache_NSKD,
             metadata,
+            self.layer,
         )
         return self.output(out_THD.flatten(1))
 
