@@ -123,6 +123,7 @@ class Settings(BaseSettings):
             max_model_len=self.max_model_len,
             max_batched_tokens=self.max_batched_tokens,
             max_running=self.max_running,
+            max_waiting=self.max_waiting,
             prefix_caching=self.prefix_caching,
             speculative_tokens=self.speculative_tokens,
             heartbeat_interval=self.heartbeat_interval,

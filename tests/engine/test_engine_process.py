@@ -156,7 +156,8 @@ def test_a_request_that_can_never_run_is_invalid(engine: Bridge) -> None:
     engine.say(Submit(1, [64], SamplingParams(seed=1)))
     engine.say(submit(2))
     outputs = engine.outputs({1, 2})
-    assert outputs[0] == SequenceOutput(1, [], "invalid")
+    assert (outputs[0].request_id, outputs[0].finish_reason) == (1, "invalid")
+    assert outputs[0].message == "the prompt has token ids outside of 0 … 63"
     assert len(outputs) == 5
 
 

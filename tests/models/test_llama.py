@@ -14,7 +14,7 @@ from tidewright.attention.base import span_order
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.engine.model_runner import ModelRunner
-from tidewright.engine.plan import Draw, ScheduledSequence, StepPlan
+from tidewright.engine.plan import ScheduledSequence, StepPlan
 from tidewright.models.config import LlamaConfig, ModelConfigError
 from tidewright.models.registry import model_class
 from tidewright.schema import SamplingParams
@@ -103,7 +103,7 @@ def test_logits_of_every_position(tmp_path: Path, name: str) -> None:
     model = save(tmp_path, **VARIANTS[name])
     runner = ModelRunner(config(tmp_path))
     ids = prompt(120, seed=1)
-    span = ScheduledSequence(0, 0, tuple(ids), tuple(range(30)), Draw(SamplingParams(), 120))
+    span = ScheduledSequence(0, 0, tuple(ids), tuple(range(30)))
     spans = sorted(StepPlan((span,)).sequences, key=span_order)
     with torch.inference_mode():
         hidden_TE = runner.model(

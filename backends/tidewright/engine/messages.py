@@ -24,6 +24,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: int = 0  # tokens; 0: the model's own limit
     max_batched_tokens: int = 2048  # token budget of one step
     max_running: int = 64  # sequences in one step
+    max_waiting: int = 512  # requests beyond those that run; one more is refused
     prefix_caching: bool = True
     speculative_tokens: int = 0  # guessed in a step, at most; 0: no speculative decoding
     heartbeat_interval: float = 0.5  # seconds
@@ -87,6 +88,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[list[TokenLogprob]] | None = None
     cached_tokens: int = 0  # with the first tokens: prompt tokens that the prefix cache had
     message: str = ""  # says more about a finish_reason, for the caller
+    queued_seconds: float | None = None  # with the first tokens: from arrival to the first step
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate, islice
@@ -24,6 +25,8 @@ from tidewright.models.registry import model_class
 
 # A pool that holds less than this is a mistake, whatever the longest sequence may be.
 _USEFUL_TOKENS = 256
+# Logits of a long prompt would take gigabytes at once.
+_LOGPROB_ROWS = 128
 
 
 class EngineConfigError(ValueError):
@@ -63,6 +66,7 @@ class ModelRunner:
         # Who sets a length gets that length; the model's own limit gives way to the memory.
         needed = config.max_model_len or min(limit, _USEFUL_TOKENS)
         self.kv_cache = allocate_kv_cache(shape, config.kv_cache_memory, needed, self.device)
+        self.sample_seconds = 0.0  # logits and sampling, of all steps
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
 
     @torch.inference_mode()
@@ -73,28 +77,39 @@ class ModelRunner:
         hidden_TE = self.model(
             self._tensor(token_ids), self._tensor(positions), self.kv_cache, self._attention.prepare(spans)
         )
-        return StepResult(self._results(plan, spans, hidden_TE))
+        began = time.monotonic()
+        results = self._results(plan, spans, hidden_TE)
+        self.sample_seconds += time.monotonic() - began
+        return StepResult(results)
 
     def _results(
         self, plan: StepPlan, spans: list[ScheduledSequence], hidden_TE: torch.Tensor
     ) -> tuple[SequenceResult, ...]:
-        first_rows = dict(zip((span.request_id for span in spans), accumulate((span.count for span in spans), initial=0)))
-        rows, draws = [], []
+        ends = accumulate(span.count for span in spans)
+        end_rows = {span.request_id: end for span, end in zip(spans, ends, strict=True)}
+        rows: list[int] = []
+        draws: list[Draw] = []
         prompt: dict[int, tuple[list[TokenLogprob], ...]] = {}
         for planned in plan.sequences:
-            first, end = first_rows[planned.request_id], first_rows[planned.request_id] + planned.count
+            end = end_rows[planned.request_id]
             rows += range(end - len(planned.draws), end)
             draws += planned.draws
-            if planned.prompt_logprobs is not None and planned.next_prompt_ids:
-                logits_BV = self.model.logits(hidden_TE[first : first + len(planned.next_prompt_ids)])
-                prompt[planned.request_id] = prompt_logprobs(
-                    logits_BV, planned.next_prompt_ids, planned.prompt_logprobs
-                )
+            if planned.prompt_logprobs is not None:
+                prompt[planned.request_id] = self._prompt_logprobs(planned, hidden_TE[end - planned.count : end])
         drawn = iter(self._sample(hidden_TE, rows, draws))
         return tuple(
             SequenceResult(tuple(islice(drawn, len(planned.draws))), prompt.get(planned.request_id, ()))
             for planned in plan.sequences
         )
+
+    def _prompt_logprobs(self, planned: ScheduledSequence, hidden_TE: torch.Tensor) -> tuple[list[TokenLogprob], ...]:
+        entries: list[list[TokenLogprob]] = []
+        ids = planned.next_prompt_ids
+        for first in range(0, len(ids), _LOGPROB_ROWS):
+            some = ids[first : first + _LOGPROB_ROWS]
+            logits_BV = self.model.logits(hidden_TE[first : first + len(some)])
+            entries += prompt_logprobs(logits_BV, some, planned.prompt_logprobs or 0)
+        return tuple(entries)
 
     def _sample(self, hidden_TE: torch.Tensor, rows: list[int], draws: list[Draw]) -> list[DrawnToken]:
         if not draws:

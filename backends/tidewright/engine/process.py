@@ -54,6 +54,8 @@ class EngineProcess:
         self._send(self._engine.ready())
         try:
             while self._take_messages():
+                if expired := self._engine.expire():
+                    self._send(StepOutputs(expired))
                 if self._engine.has_work:
                     self._send(StepOutputs(self._engine.step()))
                 self._beat()
