@@ -1,0 +1,42 @@
+"""The elementwise pieces of the decoder, as plain functions: what a fused kernel may replace stands here only."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's type.
+
+    A float32 weight beside a narrower x (Gemma's) means that only the product is rounded.
+    """
+    if weight_E.dtype != x_TE.dtype:
+        return F.rms_norm(x_TE.to(weight_E.dtype), weight_E.shape, weight_E, eps).to(x_TE.dtype)
+    return F.rms_norm(x_TE, weight_E.shape, weight_E, eps)
+
+
+def add_rms_norm(
+    x_TE: torch.Tensor, residual_TE: torch.Tensor, weight_E: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm of x + residual, and that sum: the residual stream after this addition."""
+    residual_TE = x_TE + residual_TE
+    return rms_norm(residual_TE, weight_E, eps), residual_TE
+
+
+def silu_and_mul(gate_up_TF2: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of [gate, up] side by side."""
+    gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
+    return F.silu(gate_TF) * up_TF
+
+
+def gelu_tanh_and_mul(gate_up_TF2: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * up of [gate, up] side by side, with the tanh approximation of gelu."""
+    gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
+    return F.gelu(gate_TF, approximate="tanh") * up_TF
+
+
+def rotate(x_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of all heads. The sine's first half carries the rotation's minus sign (rotary.py)."""
+    first, second = x_THD.chunk(2, dim=-1)
+    return torch.addcmul(x_THD * cos_T1D, torch.cat((second, first), dim=-1), sin_T1D)
