@@ -89,6 +89,8 @@ def parse_sampling(text: str | None, parameters: str) -> SamplingParams:
     try:
         return msgspec.convert(fields, SamplingParams, strict=False)
     except msgspec.ValidationError as error:
+        if "`key` in `$.logit_bias`" in str(error):
+            raise InvalidRequestError('logit_bias: the keys must be token ids, as in {"5": 1.0}') from None
         raise InvalidRequestError(f"sampling parameters: {error}".replace(" - at `$.", " for `")) from None
 
 

@@ -69,7 +69,9 @@ def _grammar(params: SamplingParams) -> str:
         )
     if params.guided_regex is not None:
         _check_length(params.guided_regex)
-        return llguidance.LLMatcher.grammar_from_regex(params.guided_regex)
+        # \d, \w and \s are ASCII. Lark reads // as a comment.
+        pattern = llguidance.regex_to_lark(params.guided_regex, use_ascii="dws")
+        return llguidance.LLMatcher.grammar_from_lark(f"start: /{pattern}/" if pattern else 'start: ""')
     if params.guided_grammar is not None:
         _check_length(params.guided_grammar)
         return llguidance.LLMatcher.grammar_from_lark(params.guided_grammar)
