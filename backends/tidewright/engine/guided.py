@@ -5,7 +5,6 @@ The grammars and their matchers are llguidance's; transformers is not needed.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,6 @@ import torch
 from tidewright.engine.grammar import GrammarError, check_matcher, make_matcher
 from tidewright.engine.plan import Draw
 from tidewright.schema import SamplingParams
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -73,15 +70,15 @@ class GuidedDecoding:
             try:
                 self._allow(draws[row], bits_RI, index)
             except GrammarError as error:
-                log.warning("request %d can't be guided: %s", draws[row].request_id, error)
                 errors[row] = f"guided output failed: {error}"
-        bytes_RN = torch.from_numpy(bits_RI.view(np.uint8)).to(logits_BV.device)
-        shifts_8 = torch.arange(8, dtype=torch.uint8, device=logits_BV.device)
-        allowed_RV = (bytes_RN[:, :, None] >> shifts_8 & 1).flatten(1)[:, : self._vocab_size]
-        failed = [index for index, row in enumerate(rows) if row in errors]
-        allowed_RV[failed] = 0
-        allowed_RV[np.ix_(failed, self._eos_ids)] = 1
-        logits_BV[rows] = logits_BV[rows].masked_fill_(allowed_RV == 0, -torch.inf)
+        allowed_RV = np.unpackbits(bits_RI.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
+        for index, row in enumerate(rows):
+            if row in errors:
+                allowed_RV[index] = 0
+                allowed_RV[index, self._eos_ids] = 1
+        forbidden_RV = torch.from_numpy(allowed_RV == 0).to(logits_BV.device)
+        for row, forbidden_V in zip(rows, forbidden_RV, strict=True):
+            logits_BV[row].masked_fill_(forbidden_V, -torch.inf)
         return errors
 
     def forget(self, ended: Sequence[int]) -> None:
