@@ -91,13 +91,15 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     logit_bias: dict[int, Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]] | None = None
     """Added to the logits of token ids; in JSON the ids are strings."""
     bad_words: list[str] = []
-    """Words that must not appear in the output."""
+    """Words that must not appear in the output, as the tokenizer writes each alone and after a space."""
     guided_json: dict[str, Any] | str | None = None
-    """A JSON schema, as an object or as its text, that the output follows."""
+    """A JSON schema, as an object or as its text, that the output follows. At most one of the guided_… is given."""
     guided_regex: str | None = None
+    """A regular expression that the whole output matches: Rust's syntax, with \\d, \\w and \\s in ASCII."""
     guided_grammar: str | None = None
     """A context-free grammar in Lark syntax."""
     guided_choice: list[str] | None = None
+    """The output is one of these."""
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
     """Same seed, same prompt: same tokens, whatever else is in the batch. Unset: a random seed."""
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 16
@@ -115,7 +117,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """So many independent outputs of one prompt."""
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] = 0
     """Lower values run first, and are preempted last."""
-    timeout: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    timeout: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
     """Seconds from arrival after which the request ends with `timeout`, with the tokens it has."""
     cache_salt: str | None = None
     """Only requests with the same salt share prefixes in the KV cache; keeps tenants apart."""

@@ -16,6 +16,7 @@ from tidewright.attention.base import span_order
 from tidewright.attention.registry import make_attention
 from tidewright.distributed.loading import load_weights
 from tidewright.distributed.tensor_parallel import PackableLinear, TensorParallelGroup
+from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
 from tidewright.engine.sampler import prompt_logprobs, sample
@@ -49,6 +50,8 @@ class ModelRunner:
         wanted = config.max_model_len or limit
 
         self.vocab_size = model_config.vocab_size
+        self.eos_ids = _eos_ids(folder)
+        self._guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         self._attention = make_attention(config.attention, config.block_size, self.device)
         with _defaults(self.device, self.dtype):
             self.model = architecture(model_config, wanted, TensorParallelGroup(), self._attention).eval()
@@ -71,6 +74,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
+        self._guided.forget(plan.ended)
         spans = sorted(plan.sequences, key=span_order)
         token_ids = [token for span in spans for token in span.token_ids]
         positions = [p for span in spans for p in range(span.start, span.start + span.count)]
@@ -114,7 +118,7 @@ class ModelRunner:
     def _sample(self, hidden_TE: torch.Tensor, rows: list[int], draws: list[Draw]) -> list[DrawnToken]:
         if not draws:
             return []
-        return sample(self.model.logits(hidden_TE[self._tensor(rows)]), draws)
+        return sample(self.model.logits(hidden_TE[self._tensor(rows)]), draws, self._guided)
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -128,6 +132,18 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelConfigError(f"{file} does not hold a JSON object")
     return content
+
+
+def _eos_ids(folder: Path) -> tuple[int, ...]:
+    """From generation_config.json, which often names more of them, else from config.json."""
+    value: Any = None
+    if (folder / "generation_config.json").is_file():
+        value = read_json(folder / "generation_config.json").get("eos_token_id")
+    if value is None:
+        value = read_json(folder / "config.json").get("eos_token_id")
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 @contextmanager

@@ -56,6 +56,7 @@ class StepPlan:
 class DrawnToken:
     token_id: int
     logprobs: list[TokenLogprob] | None = None  # the chosen token's, then those of the most likely ones
+    error: str = ""  # the request can't go on, and why; the token is EOS then, if the model has one
 
 
 @dataclass(frozen=True)
