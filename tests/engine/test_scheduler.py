@@ -332,6 +332,20 @@ def test_right_guesses_are_kept_and_what_follows_a_wrong_one_is_not() -> None:
     assert (scheduler.stats().tokens_drafted, scheduler.stats().tokens_accepted) == (3, 2)
 
 
+def test_a_draw_that_failed_ends_its_request_alone() -> None:
+    scheduler, _ = make()
+    scheduler.add(sequence(1, 3))
+    scheduler.add(sequence(2, 3))
+    plan = scheduler.schedule()
+    drawn = (DrawnToken(EOS, error="the grammar is lost"), DrawnToken(7))
+    outputs = scheduler.commit(plan, StepResult(tuple(SequenceResult((token,)) for token in drawn)))
+    assert outputs == [
+        SequenceOutput(1, [], "engine_failed", message="the grammar is lost"),
+        SequenceOutput(2, [7]),
+    ]
+    assert [s.request_id for s in step(scheduler)[0].sequences] == [2]
+
+
 def next_token(history: tuple[int, ...]) -> int:
     """What the fake model generates: repeats itself now and then, so that guesses are sometimes right."""
     if len(history) % 13 == 0:

@@ -308,15 +308,19 @@ class Scheduler:
             right += 1
         accepted: list[DrawnToken] = []
         reason: FinishReason | None = None
+        message = ""
         for drawn in computed.drawn[: right + 1]:
+            if drawn.error:
+                reason, message = "engine_failed", drawn.error
+                break
             sequence.token_ids.append(drawn.token_id)
             accepted.append(drawn)
             reason = self._finish_reason(sequence)
             if reason:
                 break
-        sequence.num_computed += len(accepted) - 1
+        sequence.num_computed += max(len(accepted) - 1, 0)
         self._drafted += len(drafts)
-        self._accepted += len(accepted) - 1
+        self._accepted += min(right, len(accepted))
         self._prompt_tokens += len(sequence.prompt_token_ids) if first else 0
         self._generated_tokens += len(accepted)
         if reason:
@@ -325,9 +329,10 @@ class Scheduler:
             request_id=sequence.request_id,
             token_ids=[drawn.token_id for drawn in accepted],
             finish_reason=reason,
-            logprobs=None if accepted[0].logprobs is None else [drawn.logprobs or [] for drawn in accepted],
+            logprobs=None if sequence.sampling.logprobs is None else [drawn.logprobs or [] for drawn in accepted],
             prompt_logprobs=sequence.prompt_logprobs if first and sequence.prompt_logprobs else None,
             cached_tokens=sequence.cached_tokens if first else 0,
+            message=message,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
