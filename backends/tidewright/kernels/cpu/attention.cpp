@@ -6,6 +6,7 @@
 // results are merged at the end, as in Flash-Decoding (Dao et al., 2023). The cuts depend on the sequence alone: its
 // result is the same in any batch and with any number of threads.
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -55,20 +56,26 @@ void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, flo
         for (int v = 0; v < V; v++) store(c + r * ldc + v * LANES, total[r][v]);
 }
 
+// Calls `work` with the number of rows, 1 to TILE_ROWS, as a constant.
+template <typename Work>
+INLINE void with_rows(int64_t rows, Work work) {
+    switch (rows) {
+        case 1: return work(std::integral_constant<int, 1>());
+        case 2: return work(std::integral_constant<int, 2>());
+        case 3: return work(std::integral_constant<int, 3>());
+        case 4: return work(std::integral_constant<int, 4>());
+        case 5: return work(std::integral_constant<int, 5>());
+        default: return work(std::integral_constant<int, TILE_ROWS>());
+    }
+}
+
 template <int V>
 void product_columns(
     const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth) {
-    for (int64_t r = 0; r < rows; r += TILE_ROWS) {
-        const float* block = a + r * lda;
-        switch (std::min<int64_t>(rows - r, TILE_ROWS)) {
-            case 1: product_block<1, V>(block, lda, b, ldb, c + r * ldc, ldc, depth); break;
-            case 2: product_block<2, V>(block, lda, b, ldb, c + r * ldc, ldc, depth); break;
-            case 3: product_block<3, V>(block, lda, b, ldb, c + r * ldc, ldc, depth); break;
-            case 4: product_block<4, V>(block, lda, b, ldb, c + r * ldc, ldc, depth); break;
-            case 5: product_block<5, V>(block, lda, b, ldb, c + r * ldc, ldc, depth); break;
-            default: product_block<6, V>(block, lda, b, ldb, c + r * ldc, ldc, depth);
-        }
-    }
+    for (int64_t r = 0; r < rows; r += TILE_ROWS)
+        with_rows(std::min<int64_t>(rows - r, TILE_ROWS), [&](auto count) {
+            product_block<decltype(count)::value, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth);
+        });
 }
 
 // c[rows, columns] += a[rows, depth] b[depth, columns]; columns are a multiple of LANES.
@@ -81,35 +88,107 @@ void product(
 }
 
 template <int STEP>
-INLINE void transpose_step(Floats* x) {
-    Ints low, high;
-    for (int j = 0; j < LANES; j++) {
-        low[j] = j & STEP ? LANES + j - STEP : j;
-        high[j] = j & STEP ? LANES + j : j + STEP;
-    }
+INLINE void transpose(Floats* x) {
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; i++)
-        if (!(i & STEP)) {
-            Floats a = x[i], b = x[i + STEP];
-            x[i] = __builtin_shuffle(a, b, low);
-            x[i + STEP] = __builtin_shuffle(a, b, high);
-        }
+        if (!(i & STEP)) exchange<STEP>(x[i], x[i + STEP]);
+    if constexpr (STEP > 1) transpose<STEP / 2>(x);
 }
 
-// to[d][j] = keys[places[j]][d] for LANES keys.
+// x[d][j] = keys[places[j]][d] for LANES keys and as many words, of whose values `count` exist.
 template <typename T>
-void transpose_keys(const T* keys, const int64_t* places, float* to, int64_t size) {
-    for (int64_t d = 0; d < size; d += LANES) {
-        Floats x[LANES];
+INLINE void read_transposed(const T* keys, const int64_t* places, int64_t count, Floats* x) {
 #pragma GCC unroll 16
-        for (int j = 0; j < LANES; j++) x[j] = load(keys + places[j] + d, size - d);
-        if (LANES == 16) transpose_step<8 % LANES>(x);
-        transpose_step<4>(x);
-        transpose_step<2>(x);
-        transpose_step<1>(x);
+    for (int j = 0; j < LANES; j++) x[j] = (Floats)read_words(keys + places[j], count);
+    transpose<LANES / 2>(x);
+}
+
+template <typename T>
+INLINE void prefetch(const T* row, int64_t size) {
+    for (int64_t d = 0; d < size; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+}
+
+// A tile for many rows: the keys, transposed, and the values as floats; the latter in the order of Wide's parts. What
+// is `next` is called from memory meanwhile.
+template <typename T>
+void read_tile(
+    const T* k_cache, const T* v_cache, const int64_t* places, const int64_t* next, int count, float* keys,
+    float* values, int64_t size, int64_t width) {
+    constexpr int PARTS = Wide<T>::PARTS, WIDTH = Wide<T>::WIDTH;
+    for (int j = 0; j < count; j += LANES) {
+        for (int i = j; i < j + LANES; i++) prefetch(k_cache + next[i], size);
+        for (int64_t d = 0; d < size; d += WIDTH) {
+            Floats x[LANES];
+            read_transposed(k_cache + d, places + j, size - d, x);
 #pragma GCC unroll 16
-        for (int j = 0; j < LANES; j++) store(to + (d + j) * KEYS, x[j]);
+            for (int i = 0; i < LANES; i++) {
+                Floats parts[PARTS];
+                Wide<T>::split((Words)x[i], parts);
+                for (int p = 0; p < PARTS; p++) store(keys + (d + i * PARTS + p) * KEYS + j, parts[p]);
+            }
+        }
     }
+    for (int j = 0; j < count; j++) {
+        prefetch(v_cache + next[j], size);
+        for (int64_t d = 0; d < size; d += WIDTH) {
+            Floats parts[PARTS];
+            Wide<T>::split(read_words(v_cache + places[j] + d, size - d), parts);
+            std::memcpy(values + j * width + d, parts, sizeof parts);
+        }
+    }
+}
+
+// For R rows, few, a tile of floats would not pay: the scores of a tile straight from the keys,
+template <int R, typename T>
+void few_scores(
+    const float* queries, const T* keys, const int64_t* places, const int64_t* next, int count, float* scores,
+    int64_t size, int64_t width) {
+    constexpr int PARTS = Wide<T>::PARTS, WIDTH = Wide<T>::WIDTH;
+    for (int j = 0; j < count; j += LANES) {
+        for (int i = j; i < j + LANES; i++) prefetch(keys + next[i], size);
+        Floats total[R][PARTS] = {};
+        auto add = [&](int64_t d, int64_t left) __attribute__((always_inline)) {
+            Floats x[LANES];
+            read_transposed(keys + d, places + j, left, x);
+#pragma GCC unroll 16
+            for (int i = 0; i < LANES; i++) {
+                Floats parts[PARTS];
+                Wide<T>::split((Words)x[i], parts);
+#pragma GCC unroll 8
+                for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+                    for (int p = 0; p < PARTS; p++) total[r][p] += queries[r * width + d + i * PARTS + p] * parts[p];
+            }
+        };
+        int64_t d = 0;
+        for (; d + WIDTH <= size; d += WIDTH) add(d, WIDTH);
+        if (d < size) add(d, size - d);
+        for (int r = 0; r < R; r++) {
+            for (int p = 1; p < PARTS; p++) total[r][0] += total[r][p];
+            store(scores + r * KEYS + j, total[r][0]);
+        }
+    }
+}
+
+// and the sum of the weighted values, `left` of them from each of `count` positions, in V vectors of words.
+template <int R, int V, typename T>
+INLINE void few_values(
+    const float* weights, const T* values, const int64_t* places, int count, float* totals, int64_t left,
+    int64_t width) {
+    constexpr int PARTS = Wide<T>::PARTS, WIDTH = Wide<T>::WIDTH;
+    Floats total[R][V * PARTS];
+    for (int r = 0; r < R; r++) std::memcpy(total[r], totals + r * width, sizeof total[r]);
+    for (int j = 0; j < count; j++) {
+        Floats parts[V * PARTS];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++)
+            Wide<T>::split(read_words(values + places[j] + v * WIDTH, left - v * WIDTH), parts + v * PARTS);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int i = 0; i < V * PARTS; i++) total[r][i] += weights[r * KEYS + j] * parts[i];
+    }
+    for (int r = 0; r < R; r++) std::memcpy(totals + r * width, total[r], sizeof total[r]);
 }
 
 template <typename T>
@@ -120,12 +199,12 @@ struct Attention {
     const int32_t* tables;
     int64_t num_spans, q_stride, heads, kv_heads, size, block_size, window;
     float scale, softcap;
-    int64_t group, width;           // query heads a KV head; `size` in whole vectors
+    int64_t group, width;           // query heads a KV head; `size` in whole vectors of words
     int64_t unit_tokens, max_rows;  // tokens a unit at most; rows of the largest unit
 
     void run() {
         group = heads / kv_heads;
-        width = (size + LANES - 1) / LANES * LANES;
+        width = (size + Wide<T>::WIDTH - 1) / Wide<T>::WIDTH * Wide<T>::WIDTH;
         unit_tokens = std::max<int64_t>(1, ROWS / group);
         std::vector<Unit> units;
         std::vector<std::pair<int64_t, int64_t>> merges;  // of units: first, count
@@ -184,37 +263,54 @@ struct Attention {
         std::fill_n(scratch.totals.begin(), rows * width, 0.0f);
         std::fill_n(scratch.weights.begin(), rows, 0.0f);
         std::fill_n(scratch.highest.begin(), rows, MASKED);
+        int64_t places[KEYS], next[KEYS];
+        locate(unit, unit.first_key, next);
         for (int32_t key = unit.first_key; key < unit.end_key; key += KEYS) {
             int32_t count = std::min(KEYS, unit.end_key - key);
-            read_tile(unit, key, count, scratch);
-            std::fill_n(scratch.scores.begin(), rows * KEYS, 0.0f);
-            product(
-                scratch.queries.data(), width, scratch.keys.data(), KEYS, scratch.scores.data(), KEYS, rows, KEYS, size);
-            for (int64_t row = 0; row < rows; row++) {
-                int32_t position = spans[unit.span].start + unit.token + row / group;
-                int32_t end = std::min(position - key + 1, count);
-                weigh(row, window ? position - window + 1 - key : 0, end, scratch);
+            std::copy_n(next, KEYS, places);
+            locate(unit, key + KEYS, next);
+            float *scores = scratch.scores.data(), *totals = scratch.totals.data();
+            if (rows <= TILE_ROWS) {
+                with_rows(rows, [&](auto few) {
+                    constexpr int R = decltype(few)::value, STEP = 2 * Wide<T>::WIDTH;
+                    few_scores<R>(scratch.queries.data(), k_cache, places, next, count, scores, size, width);
+                    weigh_rows(unit, key, count, scratch);
+                    for (int j = 0; j < count; j++) prefetch(v_cache + next[j], size);
+                    int64_t d = 0;
+                    for (; d + STEP <= size; d += STEP)
+                        few_values<R, 2>(scores, v_cache + d, places, count, totals + d, STEP, width);
+                    for (; d < size; d += STEP / 2)
+                        few_values<R, 1>(scores, v_cache + d, places, count, totals + d, size - d, width);
+                });
+                continue;
             }
-            product(
-                scratch.scores.data(), KEYS, scratch.values.data(), width, scratch.totals.data(), width, rows, width,
-                count);
+            float *keys = scratch.keys.data(), *values = scratch.values.data();
+            read_tile(k_cache, v_cache, places, next, count, keys, values, size, width);
+            std::fill_n(scores, rows * KEYS, 0.0f);
+            product(scratch.queries.data(), width, keys, KEYS, scores, KEYS, rows, KEYS, size);
+            weigh_rows(unit, key, count, scratch);
+            product(scores, KEYS, values, width, totals, width, rows, width, count);
         }
     }
 
-    // The keys, transposed, and the values of `count` positions from `first` on, as floats.
-    void read_tile(const Unit& unit, int32_t first, int32_t count, Scratch& scratch) const {
+    // Where the keys and values of KEYS positions from `first` on lie. What is beyond the end is masked later, so it only
+    // has to lie somewhere.
+    void locate(const Unit& unit, int32_t first, int64_t* places) const {
         const int32_t* table = tables + spans[unit.span].table;
-        int64_t places[KEYS];
         int32_t block = first / block_size, offset = first % block_size;
         for (int j = 0; j < KEYS; j++) {
-            // What fills up the last vector of keys is masked; it only has to be there.
-            places[j] = j < count ? ((table[block] * block_size + offset) * kv_heads + unit.head) * size : places[0];
+            int64_t slot = first + j < unit.end_key ? table[block] * block_size + offset : 0;
+            places[j] = (slot * kv_heads + unit.head) * size;
             if (++offset == block_size) offset = 0, block++;
         }
-        for (int j = 0; j < KEYS; j += LANES) transpose_keys(k_cache, places + j, &scratch.keys[j], size);
-        for (int j = 0; j < count; j++)
-            for (int64_t d = 0; d < size; d += LANES)
-                store(&scratch.values[j * width + d], load(v_cache + places[j] + d, size - d));
+    }
+
+    void weigh_rows(const Unit& unit, int32_t key, int32_t count, Scratch& scratch) const {
+        for (int64_t row = 0; row < num_rows(unit); row++) {
+            int32_t position = spans[unit.span].start + unit.token + row / group;
+            int32_t end = std::min(position - key + 1, count);
+            weigh(row, window ? position - window + 1 - key : 0, end, scratch);
+        }
     }
 
     // From a row's scores of a tile to weights; only the keys [first, end) count.
@@ -247,8 +343,13 @@ struct Attention {
         int64_t first_row = spans[unit.span].first_row + unit.token;
         for (int64_t row = 0; row < num_rows(unit); row++) {
             T* to = out + ((first_row + row / group) * heads + unit.head * group + row % group) * size;
-            for (int64_t d = 0; d < size; d += LANES)
-                store(to + d, load(&scratch.totals[row * width + d]) / scratch.weights[row], size - d);
+            for (int64_t d = 0; d < size; d += Wide<T>::WIDTH) {
+                Floats parts[Wide<T>::PARTS];
+                std::memcpy(parts, &scratch.totals[row * width + d], sizeof parts);
+                for (Floats& part : parts) part /= scratch.weights[row];
+                Words words = Wide<T>::join(parts);
+                std::memcpy(to + d, &words, std::min<int64_t>(sizeof words, (size - d) * sizeof(T)));
+            }
         }
     }
 
