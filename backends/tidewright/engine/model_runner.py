@@ -46,7 +46,7 @@ class ModelRunner:
         wanted = config.max_model_len or limit
 
         self.vocab_size = model_config.vocab_size
-        self._attention = make_attention(config.attention, config.block_size, self.device)
+        self._attention = make_attention(config.attention, config.block_size, self.device, self.dtype)
         with _defaults(self.device, self.dtype):
             self.model = architecture(model_config, wanted, TensorParallelGroup(), self._attention).eval()
         load_weights(folder, self.model.loaders(), self.model.ignored_weights())
