@@ -20,9 +20,7 @@ import torch.nn.functional as F
 
 from tidewright.kernels.cpu import CpuKernels, kernels_of
 
-# The last range is measured at twice its beginning.
 _FEW, _SOME, _MANY = 8, 48, 128  # up to so many rows each
-_MEASURED_AT = {_SOME: 16, _MANY: 64, 0: 256}
 _WORTH_PACKING = 1.15  # so many times faster it must be, as it takes memory
 _PACK_FOR_ROWS = 16  # what oneDNN lays the copy out for; other numbers work, too
 _UPCAST_LIMIT = 2**24  # values: no copy of more than 64 MiB for one product
@@ -82,7 +80,8 @@ def choose_ways(dtype: torch.dtype) -> tuple[str, str, str, str]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several would be at the mercy of whatever else runs on the machine just now
     try:
-        some, many, more = (_fastest(rows, native) for rows in _MEASURED_AT.values())
+        # Beyond _MANY rows the native kernel has no chance: it does not keep x close.
+        some, many, more = _fastest(16, native), _fastest(64, native), _fastest(256, None)
     finally:
         torch.set_num_threads(threads)
     return ("native" if native else some, some, many, more)
@@ -90,22 +89,24 @@ def choose_ways(dtype: torch.dtype) -> tuple[str, str, str, str]:
 
 @torch.inference_mode()
 def _fastest(rows: int, native: CpuKernels | None) -> str:
-    """In bfloat16, of the ways on offer, by the shortest of several runs in turn."""
+    """Packed, or else native (float32 if there is none), in bfloat16, by the shortest of several runs in turn."""
     weight_FE = torch.randn(1536, 576).bfloat16()
     x_TE = torch.randn(rows, 576).bfloat16()
-    ways: dict[str, Callable[[], object]] = {"float32": lambda: F.linear(x_TE.float(), weight_FE.float()).bfloat16()}
+    ways: dict[str, Callable[[], object]] = {}
     if native:
         ways["native"] = lambda: native.linear(x_TE, weight_FE)
+    else:
+        ways["float32"] = lambda: F.linear(x_TE.float(), weight_FE.float()).bfloat16()
     if _has_onednn_bf16():
         packed = _pack(weight_FE)
         ways["packed"] = lambda: torch.ops.mkldnn._linear_pointwise(x_TE, packed, None, "none", [], "")
     times = dict.fromkeys(ways, float("inf"))
-    for _ in range(6):
+    for _ in range(8):
         for name, way in ways.items():
             start = time.perf_counter()
             way()
             times[name] = min(times[name], time.perf_counter() - start)
-    if native and "packed" in times:
+    if "packed" in times:
         times["packed"] *= _WORTH_PACKING
     return min(times, key=times.__getitem__)
 

@@ -164,11 +164,11 @@ INLINE void exchange(Floats& a, Floats& b) {
     a = first, b = second;
 }
 
-// e^x to an ulp or two; 0 below -87.7, finite above 88. x = n ln 2 + r, then the Taylor series of e^r, |r| < 0.35.
+// e^x to an ulp or two; 0 below -87.7, infinite from 88.4 on. x = n ln 2 + r, then the Taylor series of e^r, |r| < 0.35.
 INLINE Floats exponential(Floats x) {
     const Floats zero = {};
     x = x < -88.0f ? zero - 88.0f : x;
-    x = x > 88.0f ? zero + 88.0f : x;
+    x = x > 89.0f ? zero + 89.0f : x;
     const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
     Floats n = (x * 1.44269504f + shift) - shift;
     Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
