@@ -44,7 +44,7 @@ class Settings(BaseSettings):
         "bfloat16", description="Number format of weights and KV cache."
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 lets torch choose.")
-    attention: Literal["auto", "reference"] = Field(
+    attention: Literal["auto", "native", "reference"] = Field(
         "auto", description="Attention implementation; auto takes the fastest that the device has."
     )
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of the KV cache.")

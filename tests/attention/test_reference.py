@@ -140,5 +140,5 @@ def test_decodes_of_very_different_length_do_not_share_a_call() -> None:
 
 
 def test_an_unknown_name_is_told_what_there_is() -> None:
-    with pytest.raises(UnknownAttentionError, match="attention 'fastest' does not exist; there is: reference"):
-        make_attention("fastest", 16, CPU)
+    with pytest.raises(UnknownAttentionError, match="attention 'fastest' does not exist; there is: native, reference"):
+        make_attention("fastest", 16, CPU, torch.float32)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tidewright.distributed.cpu_linear import CpuLinear
+
 
 class ShardingError(ValueError):
     """The model can't be cut into so many ranks."""
@@ -30,8 +32,6 @@ class WeightSlice(Protocol):
 
 
 Loader = Callable[[WeightSlice], None]
-
-_PACK_FOR_ROWS = 16  # the number of tokens that packed weights are laid out for; others work, too
 
 
 @dataclass(frozen=True)
@@ -90,23 +90,17 @@ class PackableLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.bias = None
-        self._packed: torch.Tensor | None = None
+        self._cpu_linear: CpuLinear | None = None
 
     def pack(self) -> None:
-        """On a CPU in bf16, oneDNN would otherwise rearrange the weight anew in each product."""
-        weight = self.weight
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _has_onednn_bf16():
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACK_FOR_ROWS)
-            del self.weight
+        """To be called when the weight is loaded and stays; it is kept, and copied where a copy makes it faster."""
+        if self.weight.device.type == "cpu":
+            self._cpu_linear = CpuLinear(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed is None:
+        if self._cpu_linear is None:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-
-
-def _has_onednn_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return self._cpu_linear.multiply(x)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class ModelRunner:
         self.vocab_size = model_config.vocab_size
         self.eos_ids = _eos_ids(folder)
         self._guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
-        self._attention = make_attention(config.attention, config.block_size, self.device)
+        self._attention = make_attention(config.attention, config.block_size, self.device, self.dtype)
         with _defaults(self.device, self.dtype):
             self.model = architecture(model_config, wanted, TensorParallelGroup(), self._attention).eval()
         load_weights(folder, self.model.loaders(), self.model.ignored_weights())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from tidewright.kernels.cpu import kernels_for
+
 
 def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's type.
@@ -13,19 +15,28 @@ def rms_norm(x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Te
     """
     if weight_E.dtype != x_TE.dtype:
         return F.rms_norm(x_TE.to(weight_E.dtype), weight_E.shape, weight_E, eps).to(x_TE.dtype)
+    if native := kernels_for(x_TE):
+        return native.rms_norm(x_TE, weight_E, eps)
     return F.rms_norm(x_TE, weight_E.shape, weight_E, eps)
 
 
 def add_rms_norm(
     x_TE: torch.Tensor, residual_TE: torch.Tensor, weight_E: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The norm of x + residual, and that sum: the residual stream after this addition."""
+    """The norm of x + residual, and that sum: the residual stream after this addition.
+
+    The sum may take the place of `residual_TE` in memory.
+    """
+    if (native := kernels_for(x_TE)) and weight_E.dtype == x_TE.dtype:
+        return native.add_rms_norm(x_TE, residual_TE, weight_E, eps)
     residual_TE = x_TE + residual_TE
     return rms_norm(residual_TE, weight_E, eps), residual_TE
 
 
 def silu_and_mul(gate_up_TF2: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up of [gate, up] side by side."""
+    if native := kernels_for(gate_up_TF2):
+        return native.silu_and_mul(gate_up_TF2)
     gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
     return F.silu(gate_TF) * up_TF
 
@@ -38,5 +49,7 @@ def gelu_tanh_and_mul(gate_up_TF2: torch.Tensor) -> torch.Tensor:
 
 def rotate(x_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding of all heads. The sine's first half carries the rotation's minus sign (rotary.py)."""
+    if native := kernels_for(x_THD):
+        return native.rotate(x_THD, cos_T1D, sin_T1D)
     first, second = x_THD.chunk(2, dim=-1)
     return torch.addcmul(x_THD * cos_T1D, torch.cat((second, first), dim=-1), sin_T1D)
