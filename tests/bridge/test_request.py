@@ -94,7 +94,10 @@ def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> Gen
         ({"text_input": "a", "sampling_parameters": {"min_p": 1.5}}, "min_p"),
         ({"text_input": "a", "sampling_parameters": {"logit_bias": {"49152": 1}}}, "logit_bias: 49152 is outside"),
         ({"text_input": "a", "sampling_parameters": {"logit_bias": {"-1": 1}}}, "logit_bias: -1 is outside"),
-        ({"text_input": "a", "sampling_parameters": {"logit_bias": {"yes": 1}}}, "logit_bias: the keys must be token ids"),
+        (
+            {"text_input": "a", "sampling_parameters": {"logit_bias": {"yes": 1}}},
+            "logit_bias: the keys must be token ids",
+        ),
         ({"text_input": "a", "sampling_parameters": {"logit_bias": {"5": 101}}}, "<= 100.0 for `logit_bias"),
         ({"text_input": "a", "sampling_parameters": {"logit_bias": {"5": "nan"}}}, "logit_bias"),
         (
