@@ -214,7 +214,7 @@ def test_the_tokenizer_is_loaded_by_the_first_guided_request(tmp_path: Path) -> 
     assert "tokenizer" in decoding.mask(logits_BV, [make_draw(SamplingParams(guided_regex="a"))])[0]
 
 
-@pytest.mark.parametrize("eos_ids", [EOS, ()])
+@pytest.mark.parametrize("eos_ids", [(2, 7), ()])
 def test_trouble_ends_its_own_request_with_eos_and_a_reason(tmp_path: Path, eos_ids: tuple[int, ...]) -> None:
     broken = GuidedDecoding(tmp_path / "none.json", VOCAB, eos_ids)
     free = Draw(2, SamplingParams(seed=1), 5)
@@ -237,7 +237,7 @@ def test_an_output_that_left_its_grammar_ends(guided: GuidedDecoding, output: st
     assert f"left the grammar at its token number {len(output)}" in errors[0]
 
 
-def test_a_grammar_that_outgrows_the_limits_ends(guided: GuidedDecoding) -> None:
+def test_a_grammar_that_outgrows_the_limits_ends(guided: GuidedDecoding, tokenizer: Tokenizer) -> None:
     params = SamplingParams(guided_regex="(x{1000}){1000}y")
     output: tuple[int, ...] = ()
     for _ in range(20):
@@ -246,6 +246,13 @@ def test_a_grammar_that_outgrows_the_limits_ends(guided: GuidedDecoding) -> None
             break
         output += (drawn.token_id,)
     assert "too many" in drawn.error
+    assert drawn.token_id in EOS
+    assert set(tokenizer.decode(output, skip_special_tokens=False)) <= {"x"}
+
+
+def test_a_grammar_without_any_text_ends_at_once(guided: GuidedDecoding) -> None:
+    (drawn,) = sample(torch.zeros(1, VOCAB), [make_draw(SamplingParams(guided_grammar="start: start"), (), 85)], guided)
+    assert drawn.error
     assert drawn.token_id in EOS
 
 
@@ -259,6 +266,7 @@ def test_a_ban_gives_way_where_the_grammar_leaves_nothing_else(guided: GuidedDec
     assert drawn((yes,), banned_ids=EOS) in EOS
     prefixes = {token for token in allowed(guided, make_draw(params, (), 90))[0] if token != no}
     assert drawn((), bad_words_ids=tuple((token,) for token in prefixes)) == no
+    assert drawn((), bad_words_ids=tuple((token,) for token in {*prefixes, no})) in {*prefixes, no}
 
 
 def test_logits_that_are_no_numbers_still_follow_the_grammar(guided: GuidedDecoding) -> None:

@@ -172,6 +172,13 @@ def test_how_far_the_filters_look_changes_nothing(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(looked, sorted_RV)
 
 
+def test_equals_that_reach_beyond_the_first_window_count_for_top_p() -> None:
+    weights = np.repeat([4.0, 1.0, 0.1], [100, 300, 600])
+    probs_1V = torch.tensor(weights / weights.sum(), dtype=torch.float32)[None]
+    drop_unlikely(probs_1V, [SamplingParams(top_k=120, top_p=0.7)])
+    assert int((probs_1V > 0).sum()) == 400
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     history=st.lists(st.integers(0, 9), max_size=30),
@@ -287,6 +294,9 @@ def test_the_ends_of_the_distribution_hit_tokens_that_have_probability(u: float)
     probs_BV[0, [70, 71, 300]] = torch.tensor([0.1, 0.7, 0.1])
     tokens_B, _ = invert_cdf(probs_BV, [u])
     assert tokens_B[0] in (70, 71, 300)
+    # In float32 these sum to more than they do in float64.
+    tokens_B, _ = invert_cdf(torch.tensor([[1.0, 1.5 * 2**-24, *[0.0] * 98]]), [u])
+    assert tokens_B[0] in (0, 1)
 
 
 @settings(max_examples=60, deadline=None)
