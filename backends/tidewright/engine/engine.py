@@ -6,14 +6,12 @@ import heapq
 import logging
 import os
 import time
-from pathlib import Path
-from typing import Any
 
 import msgspec
 import torch
 
 from tidewright.engine.messages import EngineConfig, EngineStats, Ready, SequenceOutput, Submit
-from tidewright.engine.model_runner import EngineConfigError, ModelRunner, read_json
+from tidewright.engine.model_runner import EngineConfigError, ModelRunner
 from tidewright.engine.scheduler import RequestRefusedError, Scheduler, SchedulerConfig
 from tidewright.engine.sequence import Sequence
 from tidewright.kv_cache.block_pool import BlockPool
@@ -42,7 +40,7 @@ class Engine:
                 max_waiting=config.max_waiting,
                 max_model_len=self.runner.max_model_len,
                 vocab_size=self.runner.vocab_size,
-                eos_ids=_eos_ids(Path(config.model_dir)),
+                eos_ids=self.runner.eos_ids,
                 prefix_caching=config.prefix_caching,
                 speculative_tokens=config.speculative_tokens,
             ),
@@ -128,14 +126,3 @@ class Engine:
             load_seconds=self.load_seconds,
         )
 
-
-def _eos_ids(folder: Path) -> tuple[int, ...]:
-    """From generation_config.json, which often names more of them, else from config.json."""
-    value: Any = None
-    if (folder / "generation_config.json").is_file():
-        value = read_json(folder / "generation_config.json").get("eos_token_id")
-    if value is None:
-        value = read_json(folder / "config.json").get("eos_token_id")
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
