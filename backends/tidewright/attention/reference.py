@@ -41,9 +41,10 @@ class _Prefill:
     """Several new tokens of one sequence. Without earlier tokens, no block needs to be read."""
 
     rows: slice
+    start: int
     context: int
     blocks_M: torch.Tensor | None
-    positions_T: torch.Tensor
+    device: torch.device
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def is_plain(self, layer: AttentionLayer) -> bool:
@@ -54,10 +55,11 @@ class _Prefill:
         """mask_TC, made and kept in the same way."""
         window = _narrower(window, self.context)
         if window not in self.masks:
-            positions_C = torch.arange(self.context, device=self.positions_T.device)
-            mask_TC = positions_C <= self.positions_T[:, None]
+            positions_C = torch.arange(self.context, device=self.device)
+            positions_T1 = positions_C[self.start :, None]
+            mask_TC = positions_C <= positions_T1
             if window is not None:
-                mask_TC &= positions_C > self.positions_T[:, None] - window
+                mask_TC &= positions_C > positions_T1 - window
             self.masks[window] = mask_TC
         return self.masks[window]
 
@@ -140,13 +142,13 @@ class ReferenceAttention(Attention[ReferenceMetadata]):
         )
 
     def _prefill(self, span: Span, first: int) -> _Prefill:
-        context = span.start + span.count
         blocks = list(span.block_table[: self._num_blocks(span)]) if span.start else None
         return _Prefill(
             rows=slice(first, first + span.count),
-            context=context,
+            start=span.start,
+            context=span.start + span.count,
             blocks_M=None if blocks is None else self._tensor(blocks),
-            positions_T=torch.arange(span.start, context, device=self.device),
+            device=self.device,
         )
 
     def _tensor(self, values: list[int] | list[list[int]]) -> torch.Tensor:
