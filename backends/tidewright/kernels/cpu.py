@@ -231,7 +231,7 @@ class CpuKernels:
         """Its tokens may lie apart (a slice of q, k and v side by side), a token's heads may not."""
         if x_THD.dtype != self.dtype:
             raise KernelArgumentError(f"a {self.dtype} tensor is needed, not {x_THD.dtype}")
-        apart, head, one = x_THD.stride()
+        _, head, one = x_THD.stride()
         return x_THD if one == 1 and head == x_THD.shape[2] else x_THD.contiguous()
 
 
