@@ -3,6 +3,8 @@
 Matrix products run over the weights of all layers in turn, so that each comes from memory as in a real step.
 """
 
+# ruff: noqa: B023 - a function made in a loop is called right there
+
 from __future__ import annotations
 
 import argparse
@@ -121,7 +123,7 @@ def attention(dtype: torch.dtype, repeats: int) -> None:
 
             def layers() -> None:
                 for keys, values in zip(k_cache, v_cache, strict=True):
-                    implementation.forward(q, k, v, keys, values, metadata, layer)  # noqa: B023 - called right here
+                    implementation.forward(q, k, v, keys, values, metadata, layer)
 
             times.append(seconds(layers, repeats))
         line(f"attention, {sequences} x ({start} + {count}), {LAYERS} layers", k_cache.nbytes * 2, *times)

@@ -174,7 +174,7 @@ def test_packing_changes_no_result(rows: int, bias: torch.Tensor | None) -> None
     torch.testing.assert_close(layer(x_TE), before)
 
 
-def test_only_bfloat16_is_packed() -> None:
+def test_packing_keeps_the_weight() -> None:
     layer = RowParallelLinear(64, 96, AloneGroup())
     weight = layer.weight
     layer.pack()

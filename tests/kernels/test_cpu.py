@@ -122,9 +122,7 @@ def test_rotate_and_store(
     slots_T = torch.randperm(32, generator=generator)[:tokens]
     k_cache_NSKD = torch.full((32 // block_size, block_size, kv_heads, size), 7.0, dtype=dtype)
     v_cache_NSKD = k_cache_NSKD.clone()
-    q_THD = native(dtype).rotate_and_store(
-        qkv_TXD, cos_PD, sin_PD, positions_T, slots_T, k_cache_NSKD, v_cache_NSKD
-    )
+    q_THD = native(dtype).rotate_and_store(qkv_TXD, cos_PD, sin_PD, positions_T, slots_T, k_cache_NSKD, v_cache_NSKD)
     expected = turned(qkv_TXD[:, : heads + kv_heads], angles_PD[positions_T])
     close(q_THD, expected[:, :heads])
     keys, values = k_cache_NSKD.flatten(0, 1), v_cache_NSKD.flatten(0, 1)
@@ -148,7 +146,7 @@ def test_slices_of_q_k_and_v_are_taken_as_they_are(dtype: torch.dtype) -> None:
 
 def test_another_dtype_or_layout_is_refused() -> None:
     kernels, x_TE, weight_FE = native(torch.float32), torch.ones(2, 4), torch.ones(3, 4)
-    with pytest.raises(KernelArgumentError, match="float32 tensor is needed, not torch.bfloat16"):
+    with pytest.raises(KernelArgumentError, match=r"float32 tensor is needed, not torch\.bfloat16"):
         kernels.linear(x_TE.bfloat16(), weight_FE)
     with pytest.raises(KernelArgumentError, match="contiguous"):
         kernels.linear(x_TE, torch.ones(4, 3).T)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,10 @@ from tidewright.attention.native import NativeCpuAttention
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.kernels.cpu import kernels_of
 
-_IMPLEMENTATIONS = {"native": NativeCpuAttention, "reference": ReferenceAttention}
+_IMPLEMENTATIONS: dict[str, Callable[[int, torch.device], Attention[Any]]] = {
+    "native": NativeCpuAttention,
+    "reference": ReferenceAttention,
+}
 
 
 class UnknownAttentionError(ValueError):

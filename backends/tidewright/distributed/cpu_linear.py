@@ -43,7 +43,7 @@ class CpuLinear:
             "plain": self._by_plain,
         }
         if weight_FE.numel() > _UPCAST_LIMIT:
-            names = tuple(names[0] if name == "float32" else name for name in names)
+            ways["float32"] = ways[names[0]]
         self._few, self._some, self._many, self._more = (ways[name] for name in names)
 
     def multiply(self, x_TE: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,7 @@ import torch
 
 from tidewright.kernels.build import load_library
 
-MAX_LINEAR_ROWS = 16  # up to so many rows, `linear` is the fastest way that there is
-SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 _ARGUMENTS: dict[str, list[type]] = {
     "linear": [c_void_p] * 4 + [c_int64] * 3,
@@ -40,7 +39,7 @@ class CpuKernels:
         self.dtype = dtype
         self._functions: dict[str, Any] = {}
         for name, arguments in _ARGUMENTS.items():
-            function = getattr(library, f"{name}_{SUFFIXES[dtype]}")
+            function = getattr(library, f"{name}_{_SUFFIXES[dtype]}")
             function.argtypes, function.restype = arguments, None
             self._functions[name] = function
         self._linear = self._functions["linear"]
@@ -52,7 +51,7 @@ class CpuKernels:
         self._attention = self._functions["attention"]
 
     def linear(self, x_TE: torch.Tensor, weight_FE: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
-        """F.linear for few rows (about MAX_LINEAR_ROWS): reads the weight once, at the speed of memory."""
+        """F.linear for few rows (up to about 100): reads the weight once, at the speed of memory."""
         self._check(weight_FE, bias_F)
         x_TE = self._rows(x_TE)
         features, depth = weight_FE.shape
@@ -70,9 +69,7 @@ class CpuKernels:
         x_TE = self._rows(x_TE)
         out_TE = torch.empty_like(x_TE)
         size = weight_E.shape[0]
-        self._rms_norm(
-            x_TE.data_ptr(), None, weight_E.data_ptr(), out_TE.data_ptr(), x_TE.numel() // size, size, eps
-        )
+        self._rms_norm(x_TE.data_ptr(), None, weight_E.data_ptr(), out_TE.data_ptr(), x_TE.numel() // size, size, eps)
         return out_TE
 
     def add_rms_norm(
@@ -83,9 +80,7 @@ class CpuKernels:
         x_TE = self._rows(x_TE)
         out_TE = torch.empty_like(x_TE)
         rows, size = x_TE.shape
-        self._rms_norm(
-            x_TE.data_ptr(), residual_TE.data_ptr(), weight_E.data_ptr(), out_TE.data_ptr(), rows, size, eps
-        )
+        self._rms_norm(x_TE.data_ptr(), residual_TE.data_ptr(), weight_E.data_ptr(), out_TE.data_ptr(), rows, size, eps)
         return out_TE, residual_TE
 
     def silu_and_mul(self, x_T2F: torch.Tensor) -> torch.Tensor:
@@ -248,4 +243,4 @@ def kernels_of(dtype: torch.dtype) -> CpuKernels | None:
 @functools.cache
 def _by_dtype() -> dict[torch.dtype, CpuKernels]:
     library = load_library()
-    return {dtype: CpuKernels(library, dtype) for dtype in SUFFIXES} if library else {}
+    return {dtype: CpuKernels(library, dtype) for dtype in _SUFFIXES} if library else {}

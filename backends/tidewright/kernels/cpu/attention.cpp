@@ -27,10 +27,11 @@ struct Unit {
 };
 
 struct Scratch {
-    std::vector<float> queries, keys, values, scores, totals, highest, weights;
+    std::vector<float> queries, scores, totals, highest, weights;
+    std::vector<float> keys, values;  // a tile, for many rows only
     Scratch(int64_t rows, int64_t width)
-        : queries(rows * width), keys(width * KEYS), values(KEYS * width), scores(rows * KEYS), totals(rows * width),
-          highest(rows), weights(rows) {}
+        : queries(rows * width), scores(rows * KEYS), totals(rows * width), highest(rows), weights(rows),
+          keys(rows > TILE_ROWS ? width * KEYS : 0), values(keys.size()) {}
 };
 
 // c[R, V vectors] += a[R, depth] b[depth, V vectors]
@@ -95,11 +96,23 @@ INLINE void transpose(Floats* x) {
     if constexpr (STEP > 1) transpose<STEP / 2>(x);
 }
 
+template <typename T>
+__attribute__((noinline)) void read_tail(const T* keys, const int64_t* places, int64_t count, Floats* x) {
+    for (int j = 0; j < LANES; j++) x[j] = (Floats)read_words(keys + places[j], count);
+}
+
 // x[d][j] = keys[places[j]][d] for LANES keys and as many words, of whose values `count` exist.
 template <typename T>
 INLINE void read_transposed(const T* keys, const int64_t* places, int64_t count, Floats* x) {
+    if (count >= Wide<T>::WIDTH) {
 #pragma GCC unroll 16
-    for (int j = 0; j < LANES; j++) x[j] = (Floats)read_words(keys + places[j], count);
+        for (int j = 0; j < LANES; j++) x[j] = (Floats)read_words(keys + places[j]);
+    } else {
+        Floats tail[LANES];
+        read_tail(keys, places, count, tail);
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES; j++) x[j] = tail[j];
+    }
     transpose<LANES / 2>(x);
 }
 
@@ -147,9 +160,9 @@ void few_scores(
     for (int j = 0; j < count; j += LANES) {
         for (int i = j; i < j + LANES; i++) prefetch(keys + next[i], size);
         Floats total[R][PARTS] = {};
-        auto add = [&](int64_t d, int64_t left) __attribute__((always_inline)) {
+        for (int64_t d = 0; d < size; d += WIDTH) {
             Floats x[LANES];
-            read_transposed(keys + d, places + j, left, x);
+            read_transposed(keys + d, places + j, size - d, x);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) {
                 Floats parts[PARTS];
@@ -159,10 +172,7 @@ void few_scores(
 #pragma GCC unroll 2
                     for (int p = 0; p < PARTS; p++) total[r][p] += queries[r * width + d + i * PARTS + p] * parts[p];
             }
-        };
-        int64_t d = 0;
-        for (; d + WIDTH <= size; d += WIDTH) add(d, WIDTH);
-        if (d < size) add(d, size - d);
+        }
         for (int r = 0; r < R; r++) {
             for (int p = 1; p < PARTS; p++) total[r][0] += total[r][p];
             store(scores + r * KEYS + j, total[r][0]);

@@ -1,4 +1,4 @@
-// y = x w^T + bias for few rows of x: each weight is read once, so that the memory sets the pace.
+// y = x w^T + bias for few rows of x. Each weight is read once from memory, which sets the pace.
 #include <vector>
 
 #include "vectors.h"
