@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
@@ -36,6 +36,7 @@ class GenerationRequest:
     stream: bool
     sampling: SamplingParams
     returns: OutputOptions
+    bad_words_ids: list[list[int]] = field(default_factory=list)
 
 
 def decode_text(value: object, name: str) -> str:
