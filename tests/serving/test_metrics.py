@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,9 +16,9 @@ Samples = dict[tuple[str, str], float]
 
 
 @pytest.fixture
-def server(bf16_server: RunningServer) -> Iterator[RunningServer]:
+def server(bf16_server: RunningServer) -> RunningServer:
     bf16_server.wait_idle()
-    yield bf16_server
+    return bf16_server
 
 
 def change(server: RunningServer, before: Samples, expected: dict[tuple[str, str], float]) -> Samples:
