@@ -13,9 +13,7 @@ def test_tokens_that_are_there_are_the_answer(bf16_server: RunningServer) -> Non
     options = {**LONG, "timeout": 1.5}
     with bf16_server.stream() as stream:
         for name, streams in (("streamed", True), ("whole", False)):
-            stream.send(
-                name, text_input="Once", stream=streams, return_finish_reason=True, sampling_parameters=options
-            )
+            stream.send(name, text_input="Once", stream=streams, return_finish_reason=True, sampling_parameters=options)
         generations = stream.finish()
     for generation in generations.values():
         assert generation.error is None
