@@ -178,14 +178,16 @@ def test_streamed_responses_have_an_element_for_each_sequence(world: World) -> N
 
 def test_a_stop_string_ends_one_sequence_and_only_its_engine_request(world: World) -> None:
     caller = world.submit(n=2, stop=["END"])
-    world.engine.says(SequenceOutput(1, world.ids("some END and more")))
+    text, late = world.ids("some END"), world.ids(" late")
+    world.engine.says(SequenceOutput(1, text), SequenceOutput(1, late))
     deadline = time.monotonic() + PATIENCE
     while world.engine.aborted() != [1] and time.monotonic() < deadline:
         time.sleep(0.002)
     assert world.engine.aborted() == [1]
     assert caller.ends == 0
-    world.engine.says(SequenceOutput(1, world.ids(" late")), SequenceOutput(2, world.ids("free"), "length"))
+    world.engine.says(SequenceOutput(1, late), SequenceOutput(2, world.ids("free"), "length"))
     assert [(piece.text, piece.finish_reason) for piece in caller.end()] == [("some ", "stop"), ("free", "length")]
+    assert caller.chunks[0].pieces[0].token_ids == text
     world.wait_idle()
     assert world.engine.aborted() == [1]
 
@@ -314,10 +316,11 @@ def test_prompt_logprobs_come_once_and_are_asked_of_one_sequence(world: World, s
     assert [chunk.prompt_logprobs for chunk in caller.chunks] == ([prompt, None] if stream else [prompt])
 
 
-def test_tokens_that_come_while_the_last_sequences_are_submitted_wait(world: World) -> None:
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_an_end_that_comes_while_the_last_sequences_are_submitted_waits(world: World, cancelled: bool) -> None:
     """Else a call that ends right away would be aborted before it was all submitted, and the rest run unseen."""
     caller = Caller()
-    caller.cancelled = True
+    caller.cancelled = cancelled
 
     def refuse_the_first(message: ToEngine) -> None:
         if isinstance(message, Submit) and message.request_id == 2:
