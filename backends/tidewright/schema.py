@@ -53,6 +53,7 @@ DECODER_OUTPUTS = (
     TensorSpec("num_output_tokens", "TYPE_UINT32", (-1,)),
     TensorSpec("logprobs", "TYPE_STRING", (-1,)),
     TensorSpec("cumulative_logprob", "TYPE_FP32", (-1,)),
+    TensorSpec("prompt_logprobs", "TYPE_STRING", (1,)),
 )
 
 GENERATE_INPUTS = (TEXT_INPUT, MESSAGES, *GENERATION_OPTIONS)

@@ -88,7 +88,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     prompt_logprobs: list[list[TokenLogprob]] | None = None
     cached_tokens: int = 0  # with the first tokens: prompt tokens that the prefix cache had
     message: str = ""  # says more about a finish_reason, for the caller
-    queued_seconds: float | None = None  # with the first tokens: from arrival to the first step
+    queued_seconds: float = 0.0  # with the first tokens: from `Submit` to the first step that it was part of
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
