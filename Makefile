@@ -36,7 +36,7 @@ bench: $(VENV)/.dev  ## Measure this machine beside vLLM, llama.cpp and transfor
 bench-sweep: $(VENV)/.dev  ## Measure latency over the rate of requests, with a chart
 	@exec $(BIN)/tidewright bench sweep $(ARGS)
 
-bench-peers: $(VENV)/.server  ## Install vLLM and llama.cpp for `make bench` (a while, and 2 GB)
+bench-peers: $(VENV)/.server  ## Install vLLM and llama.cpp for `make bench` (a while, and 4 GB)
 	PYTHON=$(PYTHON) benchmarks/setup_peers.sh "$$($(BIN)/tidewright prepare $(ARGS))"
 
 clean:  ## Remove the virtual environment and what tests and tools left (prepared models stay in the cache)

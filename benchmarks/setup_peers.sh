@@ -39,7 +39,7 @@ install_vllm() {
 install_llama() {
   command -v cmake g++ > /dev/null || { echo "llama.cpp needs cmake and g++"; return 1; }
   mkdir -p llama.cpp/source
-  "$PYTHON" -m pip download --disable-pip-version-check --no-deps --no-binary :all: --no-build-isolation \
+  "$PYTHON" -m pip download --disable-pip-version-check --no-deps --no-binary llama-cpp-python \
     --dest llama.cpp "llama-cpp-python==$LLAMA" || return
   tar xzf "llama.cpp/llama_cpp_python-$LLAMA.tar.gz" --strip-components 1 -C llama.cpp/source || return
   cmake -S llama.cpp/source/vendor/llama.cpp -B llama.cpp/build -DCMAKE_BUILD_TYPE=Release \

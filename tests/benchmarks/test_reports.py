@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 from rich.progress import Progress
@@ -58,7 +60,9 @@ def quiet() -> Progress:
 
 def test_percentiles() -> None:
     assert [percentile(range(1, 102), p) for p in (50, 90, 99)] == [51, 91, 100]
-    assert percentile([1.0, 2.0], 50) == 1.5
+    values = [random.Random(n).random() for n in range(37)]
+    for p in (0, 12.5, 50, 90, 99, 100):
+        assert percentile(values, p) == pytest.approx(np.percentile(values, p))
     assert percentile([], 50) != percentile([], 50)  # not a number
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from rich.progress import Progress
 
 from tidewright.bench.machine import wait_idle
@@ -99,4 +99,10 @@ def summary(requests: Sequence[Request], outcomes: Sequence[Outcome], goal: Goal
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """Linear between the two nearest values; not a number where there are none."""
-    return float(np.percentile(values, percent)) if values else float("nan")
+    if not values:
+        return float("nan")
+    ranked = sorted(values)
+    place = (len(ranked) - 1) * percent / 100
+    below = math.floor(place)
+    above = min(below + 1, len(ranked) - 1)
+    return ranked[below] + (ranked[above] - ranked[below]) * (place - below)

@@ -14,8 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from tidewright.bench.workloads import Outcome, Request, failed
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.config import Settings
@@ -114,6 +112,8 @@ class TritonTarget:
         return notes.outcomes(dict(zip((n for n in range(len(requests)) if n not in ended), errors, strict=True)))
 
     def _inputs(self, request: Request) -> list[Any]:
+        import numpy as np  # here, for `tidewright --help` comes by this file
+
         options = {"temperature": 0, "max_tokens": request.max_tokens, "ignore_eos": True}
         tensors = []
         for name, datatype, value in (
