@@ -30,6 +30,8 @@ def draw(points: list[dict], title: str, file: Path) -> None:
             throughput.plot(rates, values, style, color=f"C{number}", marker=".", label=f"{system} {name}")
     for axes, name in zip(latencies, LATENCIES, strict=True):
         axes.set(title=name, yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     throughput.set(title="requests/s")
     for axes in (*latencies, throughput):
         axes.set(xlabel="arrivals, requests/s")
