@@ -192,5 +192,5 @@ def block_seconds(rounds: int = 2000) -> float:
     pool = BlockPool(4096)
     began = time.perf_counter()
     for _ in range(rounds):
-        pool.free(pool.allocate(1))
+        pool.free(pool.allocate(1)[0])
     return (time.perf_counter() - began) / rounds

@@ -125,4 +125,3 @@ class Engine:
             vocab_size=self.runner.vocab_size,
             load_seconds=self.load_seconds,
         )
-
