@@ -325,12 +325,13 @@ class Scheduler:
         self._generated_tokens += len(accepted)
         if reason:
             self._end(sequence)
+        asked = sequence.sampling.prompt_logprobs is not None
         return SequenceOutput(
             request_id=sequence.request_id,
             token_ids=[drawn.token_id for drawn in accepted],
             finish_reason=reason,
             logprobs=None if sequence.sampling.logprobs is None else [drawn.logprobs or [] for drawn in accepted],
-            prompt_logprobs=sequence.prompt_logprobs if first and sequence.prompt_logprobs else None,
+            prompt_logprobs=sequence.prompt_logprobs if first and asked else None,
             cached_tokens=sequence.cached_tokens if first else 0,
             message=message,
         )
