@@ -17,7 +17,7 @@ from tidewright.kernels.build import load_library
 
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
-_ARGUMENTS: dict[str, list[type]] = {
+_ARGUMENTS: dict[str, list[Any]] = {
     "linear": [c_void_p] * 4 + [c_int64] * 3,
     "rms_norm": [c_void_p] * 4 + [c_int64] * 2 + [c_float],
     "silu_and_mul": [c_void_p] * 2 + [c_int64] * 2,
