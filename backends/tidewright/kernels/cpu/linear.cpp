@@ -68,11 +68,6 @@ template <typename T, int N>
 INLINE void product_rows(
     const float* x, int64_t x_stride, const T* w, int64_t depth, const T* bias, T* out, int64_t rows,
     int64_t out_stride) {
-    if constexpr (N > 1)  // the more rows of x, the less it matters what widening w takes
-        for (; rows >= 8; rows -= 8, x += 8 * x_stride, out += 8 * out_stride)
-            for (int n = 0; n < N; n += N / 2)
-                product_block<T, 8, N / 2>(
-                    x, x_stride, w + n * depth, depth, bias ? bias + n : nullptr, out + n, out_stride);
     for (; rows >= 4; rows -= 4, x += 4 * x_stride, out += 4 * out_stride)
         product_block<T, 4, N>(x, x_stride, w, depth, bias, out, out_stride);
     if (rows == 3) product_block<T, 3, N>(x, x_stride, w, depth, bias, out, out_stride);
