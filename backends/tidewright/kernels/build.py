@@ -58,6 +58,7 @@ def build() -> Path:
     library = folder / f"{hashlib.sha256(chr(0).join(recipe).encode()).hexdigest()[:24]}.so"
     if library.is_file():
         return library
+    logger.warning("compiling the CPU kernels for this processor; only the first start does this, some 10 s")
     folder.mkdir(parents=True, exist_ok=True)
     # Built beside its place and then renamed, so that another process sees all of it or nothing.
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
