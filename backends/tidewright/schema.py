@@ -118,7 +118,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """So many independent outputs of one prompt."""
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] = 0
     """Lower values run first, and are preempted last."""
-    timeout: Annotated[float, msgspec.Meta(gt=0.0)] | None = None
+    timeout: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
     """Seconds from arrival after which the request ends with `timeout`, with the tokens it has."""
     cache_salt: str | None = None
     """Only requests with the same salt share prefixes in the KV cache; keeps tenants apart."""

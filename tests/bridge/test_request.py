@@ -82,7 +82,7 @@ def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> Gen
         ({"text_input": "a", "sampling_parameters": {"prompt_logprobs": True}}, "prompt_logprobs"),
         ({"text_input": "a", "sampling_parameters": {"n": 17}}, "n is 17, more than the limit of 16"),
         ({"text_input": "a", "sampling_parameters": {"n": 0}}, "`n`"),
-        ({"text_input": "a", "sampling_parameters": {"timeout": 0}}, "timeout"),
+        ({"text_input": "a", "sampling_parameters": {"timeout": -1}}, "timeout"),
         ({"text_input": "a", "sampling_parameters": {"timeout": "inf"}}, "timeout must be a finite number"),
         ({"text_input": "a", "sampling_parameters": {"timeout": "soon"}}, "timeout"),
         ({"text_input": "a", "sampling_parameters": {"priority": 1.5}}, "priority"),
