@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from tidewright.attention.base import AttentionLayer
+from tidewright.attention.base import AttentionLayer, Rotation
 from tidewright.attention.native import NativeCpuAttention
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.kernels.cpu import CpuKernels, kernels_of
@@ -80,12 +80,6 @@ def elementwise(native: CpuKernels, dtype: torch.dtype, rows: Sequence[int], rep
         x, residual = (torch.randn(count, HIDDEN, dtype=dtype) for _ in range(2))
         gate_up = torch.randn(count, 2 * FFN, dtype=dtype)
         gate, up = gate_up.chunk(2, dim=-1)
-        qk = torch.randn(count, HEADS + KV_HEADS, HEAD_DIM, dtype=dtype)
-        cos, sin = (torch.randn(count, 1, HEAD_DIM, dtype=dtype) for _ in range(2))
-
-        def turn() -> torch.Tensor:
-            first, second = qk.chunk(2, dim=-1)
-            return torch.addcmul(qk * cos, torch.cat((second, first), dim=-1), sin)
 
         def add_norm() -> torch.Tensor:
             return F.rms_norm(x + residual, weight.shape, weight, 1e-5)
@@ -99,7 +93,6 @@ def elementwise(native: CpuKernels, dtype: torch.dtype, rows: Sequence[int], rep
             ),
             ("add_rms_norm", 4 * x.nbytes, add_norm, lambda: native.add_rms_norm(x, residual, weight, 1e-5)),
             ("silu_and_mul", 3 * gate.nbytes, lambda: F.silu(gate) * up, lambda: native.silu_and_mul(gate_up)),
-            ("rotate", 2 * qk.nbytes, turn, lambda: native.rotate(qk, cos, sin)),
         ]
         for name, moved, theirs, ours in tasks:
             line(f"{name}, {count} rows", moved, seconds(theirs, repeats), seconds(ours, repeats))
@@ -113,8 +106,9 @@ def attention(dtype: torch.dtype, repeats: int) -> None:
         k_cache, v_cache = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
         spans = [Tokens(start, count, tuple(range(i * blocks, (i + 1) * blocks))) for i in range(sequences)]
         total = sequences * count
-        q = torch.randn(total, HEADS, HEAD_DIM, dtype=dtype)
-        k, v = (torch.randn(total, KV_HEADS, HEAD_DIM, dtype=dtype) for _ in range(2))
+        qkv = torch.randn(total, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=dtype)
+        tables = (torch.randn(start + count, HEAD_DIM) for _ in range(2))
+        rotation = Rotation(*tables, torch.arange(start, start + count).repeat(sequences))
         layer = AttentionLayer(HEAD_DIM**-0.5)
         times = []
         for kind in (ReferenceAttention, NativeCpuAttention):
@@ -123,7 +117,7 @@ def attention(dtype: torch.dtype, repeats: int) -> None:
 
             def layers() -> None:
                 for keys, values in zip(k_cache, v_cache, strict=True):
-                    implementation.forward(q, k, v, keys, values, metadata, layer)
+                    implementation.forward(qkv, rotation, keys, values, metadata, layer)
 
             times.append(seconds(layers, repeats))
         line(f"attention, {sequences} x ({start} + {count}), {LAYERS} layers", k_cache.nbytes * 2, *times)

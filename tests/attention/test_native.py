@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.rotation import no_rotation
 from tidewright.attention.base import AttentionLayer, span_order
 from tidewright.attention.native import NativeCpuAttention
 from tidewright.attention.reference import ReferenceAttention
@@ -42,15 +43,15 @@ class Step:
         def new(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator).to(dtype)
 
-        # Side by side, as the model has them: q, k and v are slices whose tokens lie apart.
-        qkv_TXD = new(sum(span.count for span in spans), kv_heads * (group + 2), size)
-        self.q_THD, self.k_TKD, self.v_TKD = qkv_TXD.split([kv_heads * group, kv_heads, kv_heads], dim=1)
+        self.qkv_TXD = new(sum(span.count for span in spans), kv_heads * (group + 2), size)
+        self.q_THD, self.k_TKD, self.v_TKD = self.qkv_TXD.split([kv_heads * group, kv_heads, kv_heads], dim=1)
         self.k_cache_NSKD, self.v_cache_NSKD = (new(num_blocks, block_size, kv_heads, size) for _ in range(2))
 
     def run(self, kind: type[NativeCpuAttention] | type[ReferenceAttention], layer: AttentionLayer) -> torch.Tensor:
         attention = kind(self.block_size, CPU)
         caches = self.k_cache_NSKD.clone(), self.v_cache_NSKD.clone()
-        out_THD = attention.forward(self.q_THD, self.k_TKD, self.v_TKD, *caches, attention.prepare(self.spans), layer)
+        metadata = attention.prepare(self.spans)
+        out_THD = attention.forward(self.qkv_TXD, no_rotation(self.qkv_TXD), *caches, metadata, layer)
         k_cache_NSKD, v_cache_NSKD = self.stored()
         assert torch.equal(caches[0], k_cache_NSKD)
         assert torch.equal(caches[1], v_cache_NSKD)
@@ -162,9 +163,8 @@ def test_a_sequence_gets_the_same_result_in_any_company_and_with_any_number_of_t
         rows = slice(first, first + span.count)
         first += span.count
         alone_THD = attention.forward(
-            step.q_THD[rows],
-            step.k_TKD[rows],
-            step.v_TKD[rows],
+            step.qkv_TXD[rows],
+            no_rotation(step.qkv_TXD[rows]),
             step.k_cache_NSKD,
             step.v_cache_NSKD,
             attention.prepare([span]),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from helpers.rotation import no_rotation
 from tidewright.attention.base import AttentionLayer, span_order
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.attention.registry import UnknownAttentionError, make_attention
@@ -74,10 +75,9 @@ def check(
     attention = ReferenceAttention(block_size, CPU)
     before = k_cache_NSKD.clone()
     metadata = attention.prepare(spans)
+    qkv_TXD = torch.cat([torch.cat(part) for part in (queries, k, v)], dim=1)
     for layer in layers:  # all layers of a step share the metadata
-        out_THD = attention.forward(
-            torch.cat(queries), torch.cat(k), torch.cat(v), k_cache_NSKD, v_cache_NSKD, metadata, layer
-        )
+        out_THD = attention.forward(qkv_TXD, no_rotation(qkv_TXD), k_cache_NSKD, v_cache_NSKD, metadata, layer)
         expected = [
             dense(q_THD, k_CKD, v_CKD, span.start, layer)
             for span, q_THD, k_CKD, v_CKD in zip(spans, queries, keys, values, strict=True)

@@ -98,17 +98,6 @@ HEAD_SIZES = st.sampled_from([2, 16, 36, 64, 80, 128, 256])
 
 
 @quick
-@given(dtypes, rows, st.integers(1, 5), HEAD_SIZES, seeds)
-def test_rotate(dtype: torch.dtype, tokens: int, heads: int, size: int, seed: int) -> None:
-    angles_TD = random(seed, torch.float64, tokens, size // 2) * 3
-    x_TXD = random(seed, dtype, tokens, heads + 2, size)
-    cos_T1D, sin_T1D = (table[:, None].to(dtype) for table in tables(angles_TD))
-    out_THD = native(dtype).rotate(x_TXD[:, :heads], cos_T1D, sin_T1D)
-    # cos and sin are rounded, too
-    close(out_THD, turned(x_TXD[:, :heads], angles_TD), error=10 * torch.finfo(dtype).eps)
-
-
-@quick
 @given(dtypes, rows, st.integers(1, 3), st.integers(1, 3), HEAD_SIZES, st.sampled_from([1, 4, 16]), seeds)
 def test_rotate_and_store(
     dtype: torch.dtype, tokens: int, kv_heads: int, group: int, size: int, block_size: int, seed: int
@@ -132,16 +121,6 @@ def test_rotate_and_store(
     untouched[slots_T] = False
     assert (keys[untouched] == 7).all()
     assert (values[untouched] == 7).all()
-
-
-@DTYPES
-def test_slices_of_q_k_and_v_are_taken_as_they_are(dtype: torch.dtype) -> None:
-    qkv_TXD = random(0, dtype, 3, 6, 16)
-    k_cache_NSKD, v_cache_NSKD = (torch.zeros(2, 4, 2, 16, dtype=dtype) for _ in range(2))
-    slots_T = torch.tensor([5, 0, 3])
-    native(dtype).store(qkv_TXD[:, 2:4], qkv_TXD[:, 4:], slots_T, k_cache_NSKD, v_cache_NSKD)
-    assert torch.equal(k_cache_NSKD.flatten(0, 1)[slots_T], qkv_TXD[:, 2:4])
-    assert torch.equal(v_cache_NSKD.flatten(0, 1)[slots_T], qkv_TXD[:, 4:])
 
 
 def test_another_dtype_or_layout_is_refused() -> None:

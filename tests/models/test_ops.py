@@ -54,12 +54,3 @@ def test_gated_activations() -> None:
     close(ops.silu_and_mul(gate_up_TF2), gate / (1 + np.exp(-gate)) * up)
     gelu = 0.5 * gate * (1 + np.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)))
     close(ops.gelu_tanh_and_mul(gate_up_TF2), gelu * up)
-
-
-def test_rotation_turns_pairs_of_the_two_halves() -> None:
-    x_THD, angles = random(4, 3, 10), random(4, 1, 5).numpy()
-    cos, sin = np.cos(angles), np.sin(angles)
-    first, second = x_THD[..., :5].numpy(), x_THD[..., 5:].numpy()
-    wanted = np.concatenate((first * cos - second * sin, second * cos + first * sin), -1)
-    halves = (np.concatenate((cos, cos), -1), np.concatenate((-sin, sin), -1))
-    close(ops.rotate(x_THD, *(torch.from_numpy(half) for half in halves)), wanted)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tidewright.attention.base import Attention, AttentionLayer, Span
+from tidewright.attention.base import Attention, AttentionLayer, Rotation, Span
 from tidewright.kernels.cpu import kernels_for
 
 
@@ -44,17 +44,24 @@ class NativeCpuAttention(Attention[NativeMetadata]):
 
     def forward(
         self,
-        q_THD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
+        qkv_TXD: torch.Tensor,
+        rotation: Rotation,
         k_cache_NSKD: torch.Tensor,
         v_cache_NSKD: torch.Tensor,
         metadata: NativeMetadata,
         layer: AttentionLayer,
     ) -> torch.Tensor:
-        native = kernels_for(q_THD)
+        native = kernels_for(qkv_TXD)
         assert native
-        native.store(k_TKD, v_TKD, metadata.slots_T, k_cache_NSKD, v_cache_NSKD)
+        q_THD = native.rotate_and_store(
+            qkv_TXD,
+            rotation.cos_PD,
+            rotation.sin_PD,
+            rotation.positions_T,
+            metadata.slots_T,
+            k_cache_NSKD,
+            v_cache_NSKD,
+        )
         return native.paged_attention(
             q_THD,
             k_cache_NSKD,

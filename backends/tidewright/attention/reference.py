@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
-from tidewright.attention.base import Attention, AttentionLayer, Span
+from tidewright.attention.base import Attention, AttentionLayer, Rotation, Span
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,17 @@ class ReferenceAttention(Attention[ReferenceMetadata]):
 
     def forward(
         self,
-        q_THD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
+        qkv_TXD: torch.Tensor,
+        rotation: Rotation,
         k_cache_NSKD: torch.Tensor,
         v_cache_NSKD: torch.Tensor,
         metadata: ReferenceMetadata,
         layer: AttentionLayer,
     ) -> torch.Tensor:
+        kv_heads = k_cache_NSKD.shape[2]
+        # q and k lie side by side, so both turn in one go.
+        qk_TXD, v_TKD = rotation.apply(qkv_TXD[:, :-kv_heads]), qkv_TXD[:, -kv_heads:]
+        q_THD, k_TKD = qk_TXD[:, :-kv_heads], qk_TXD[:, -kv_heads:]
         k_cache_NSKD.flatten(0, 1).index_copy_(0, metadata.slots_T, k_TKD)
         v_cache_NSKD.flatten(0, 1).index_copy_(0, metadata.slots_T, v_TKD)
         out_THD = torch.empty_like(q_THD)

@@ -21,9 +21,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "linear": [c_void_p] * 4 + [c_int64] * 3,
     "rms_norm": [c_void_p] * 4 + [c_int64] * 2 + [c_float],
     "silu_and_mul": [c_void_p] * 2 + [c_int64] * 2,
-    "rotate": [c_void_p, c_int64] + [c_void_p] * 3 + [c_int64] * 3,
     "rotate_and_store": [c_void_p] * 8 + [c_int64] * 4,
-    "store_kv": [c_void_p, c_int64] * 2 + [c_void_p] * 3 + [c_int64] * 2,
     "attention": [c_void_p, c_int64] + [c_void_p] * 5 + [c_int64] * 6 + [c_float] * 2,
 }
 
@@ -45,9 +43,7 @@ class CpuKernels:
         self._linear = self._functions["linear"]
         self._rms_norm = self._functions["rms_norm"]
         self._silu_and_mul = self._functions["silu_and_mul"]
-        self._rotate = self._functions["rotate"]
         self._rotate_and_store = self._functions["rotate_and_store"]
-        self._store_kv = self._functions["store_kv"]
         self._attention = self._functions["attention"]
 
     def linear(self, x_TE: torch.Tensor, weight_FE: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,24 +87,6 @@ class CpuKernels:
         self._silu_and_mul(x_T2F.data_ptr(), out_TF.data_ptr(), rows, width // 2)
         return out_TF
 
-    def rotate(self, x_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
-        """x * cos + (x with its halves swapped) * sin, as models/rotary.py: sin's first half is negated."""
-        self._check(cos_T1D, sin_T1D)
-        x_THD = self._heads(x_THD)
-        tokens, heads, size = x_THD.shape
-        out_THD = x_THD.new_empty((tokens, heads, size))
-        self._rotate(
-            x_THD.data_ptr(),
-            x_THD.stride(0),
-            cos_T1D.data_ptr(),
-            sin_T1D.data_ptr(),
-            out_THD.data_ptr(),
-            tokens,
-            heads,
-            size,
-        )
-        return out_THD
-
     def rotate_and_store(
         self,
         qkv_TXD: torch.Tensor,
@@ -146,30 +124,6 @@ class CpuKernels:
             size,
         )
         return q_THD
-
-    def store(
-        self,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
-        slots_T: torch.Tensor,
-        k_cache_NSKD: torch.Tensor,
-        v_cache_NSKD: torch.Tensor,
-    ) -> None:
-        """Puts keys and values into slots_T (int64, block * S + offset) of the cache."""
-        self._check(k_cache_NSKD, v_cache_NSKD)
-        k_TKD, v_TKD = self._heads(k_TKD), self._heads(v_TKD)
-        tokens, kv_heads, size = k_TKD.shape
-        self._store_kv(
-            k_TKD.data_ptr(),
-            k_TKD.stride(0),
-            v_TKD.data_ptr(),
-            v_TKD.stride(0),
-            slots_T.data_ptr(),
-            k_cache_NSKD.data_ptr(),
-            v_cache_NSKD.data_ptr(),
-            tokens,
-            kv_heads * size,
-        )
 
     def paged_attention(
         self,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tidewright.attention.base import Attention, AttentionLayer
+from tidewright.attention.base import Attention, AttentionLayer, Rotation
 from tidewright.distributed.tensor_parallel import (
     Loader,
     MergedColumnParallelLinear,
@@ -24,7 +24,7 @@ from tidewright.distributed.tensor_parallel import (
 )
 from tidewright.kv_cache.storage import KVCache
 from tidewright.models.config import DecoderConfig, LayerConfig
-from tidewright.models.ops import add_rms_norm, gelu_tanh_and_mul, rms_norm, rotate, silu_and_mul
+from tidewright.models.ops import add_rms_norm, gelu_tanh_and_mul, rms_norm, silu_and_mul
 from tidewright.models.rotary import RotaryEmbedding
 
 
@@ -79,27 +79,18 @@ class LlamaAttention(nn.Module):
     def forward(
         self,
         x_TE: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotation: Rotation,
         k_cache_NSKD: torch.Tensor,
         v_cache_NSKD: torch.Tensor,
         metadata: Any,
     ) -> torch.Tensor:
-        heads, kv_heads = self.qkv.num_heads, self.qkv.num_kv_heads
         qkv_TXD = self.qkv(x_TE)
-        # q and k lie side by side, so both turn in one go.
-        qk_TXD = qkv_TXD[:, : heads + kv_heads]
         if self.q_norm and self.k_norm:
-            qk_TXD = torch.cat((self.q_norm(qk_TXD[:, :heads]), self.k_norm(qk_TXD[:, heads:])), dim=1)
-        qk_TXD = rotate(qk_TXD, *rotary)
-        out_THD = self.attention.forward(
-            qk_TXD[:, :heads],
-            qk_TXD[:, heads:],
-            qkv_TXD[:, heads + kv_heads :],
-            k_cache_NSKD,
-            v_cache_NSKD,
-            metadata,
-            self.layer,
-        )
+            q_THD, k_TKD, v_TKD = qkv_TXD.tensor_split(
+                (self.qkv.num_heads, self.qkv.num_heads + self.qkv.num_kv_heads), dim=1
+            )
+            qkv_TXD = torch.cat((self.q_norm(q_THD), self.k_norm(k_TKD), v_TKD), dim=1)
+        out_THD = self.attention.forward(qkv_TXD, rotation, k_cache_NSKD, v_cache_NSKD, metadata, self.layer)
         return self.output(out_THD.flatten(1))
 
 
@@ -216,10 +207,10 @@ class LlamaForCausalLM(nn.Module):
         """Hidden states of the last layer. `metadata` is what the attention prepared for this step."""
         x_TE = self.embed(token_ids_T)
         residual_TE: torch.Tensor | None = None
-        turns = [rotary(positions_T, x_TE.dtype) for rotary in self.rotaries]
+        rotations = [rotary(positions_T) for rotary in self.rotaries]
         caches = zip(kv_cache.k_cache_LNSKD, kv_cache.v_cache_LNSKD, strict=True)
         for layer, rotary, (k_cache_NSKD, v_cache_NSKD) in zip(self.layers, self._rotary_of_layer, caches, strict=True):
-            x_TE, residual_TE = layer(x_TE, residual_TE, turns[rotary], k_cache_NSKD, v_cache_NSKD, metadata)
+            x_TE, residual_TE = layer(x_TE, residual_TE, rotations[rotary], k_cache_NSKD, v_cache_NSKD, metadata)
         assert residual_TE is not None  # there is at least one layer
         return x_TE + residual_TE
 

@@ -45,11 +45,3 @@ def gelu_tanh_and_mul(gate_up_TF2: torch.Tensor) -> torch.Tensor:
     """gelu(gate) * up of [gate, up] side by side, with the tanh approximation of gelu."""
     gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
     return F.gelu(gate_TF, approximate="tanh") * up_TF
-
-
-def rotate(x_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of all heads. The sine's first half carries the rotation's minus sign (rotary.py)."""
-    if native := kernels_for(x_THD):
-        return native.rotate(x_THD, cos_T1D, sin_T1D)
-    first, second = x_THD.chunk(2, dim=-1)
-    return torch.addcmul(x_THD * cos_T1D, torch.cat((second, first), dim=-1), sin_T1D)

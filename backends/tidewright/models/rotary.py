@@ -1,4 +1,4 @@
-"""Cosines and sines of the rotary position embedding, computed once; `ops.rotate` applies them to q and k."""
+"""Cosines and sines of the rotary position embedding, computed once; attention applies them to q and k."""
 
 # ruff: noqa: N815 - fields, too, carry their shape
 
@@ -9,6 +9,7 @@ import math
 import torch
 from torch import nn
 
+from tidewright.attention.base import Rotation
 from tidewright.models.config import LinearScaling, Llama3Scaling, Rope
 
 
@@ -25,9 +26,8 @@ class RotaryEmbedding(nn.Module):
         # The minus sign of a rotation's first half, put here once instead of into every layer.
         self.register_buffer("sin_PD", torch.cat((-angles.sin(), angles.sin()), dim=-1))
 
-    def forward(self, positions_T: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos_T1D and sin_T1D for `rotate`."""
-        return self.cos_PD[positions_T, None].to(dtype), self.sin_PD[positions_T, None].to(dtype)
+    def forward(self, positions_T: torch.Tensor) -> Rotation:
+        return Rotation(self.cos_PD, self.sin_PD, positions_T)
 
 
 def _scaled(frequencies: torch.Tensor, scaling: Llama3Scaling | LinearScaling | None) -> torch.Tensor:

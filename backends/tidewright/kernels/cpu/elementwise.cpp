@@ -59,15 +59,6 @@ INLINE void rotate_head(const T* x, const Table* cos, const Table* sin, T* out, 
 }
 
 template <typename T>
-void rotate(
-    const T* x, int64_t x_stride, const T* cos, const T* sin, T* out, int64_t tokens, int64_t heads, int64_t size) {
-#pragma omp parallel for schedule(static) if (tokens * heads * size > WORTH_THREADS)
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t h = 0; h < heads; h++)
-            rotate_head(x + t * x_stride + h * size, cos + t * size, sin + t * size, out + (t * heads + h) * size, size);
-}
-
-template <typename T>
 void rotate_and_store(
     const T* qkv, const float* cos, const float* sin, const int64_t* positions, const int64_t* slots, T* q, T* k_cache,
     T* v_cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size) {
@@ -84,16 +75,6 @@ void rotate_and_store(
     }
 }
 
-template <typename T>
-void store_kv(
-    const T* k, int64_t k_stride, const T* v, int64_t v_stride, const int64_t* slots, T* k_cache, T* v_cache,
-    int64_t tokens, int64_t row) {
-    for (int64_t t = 0; t < tokens; t++) {
-        std::memcpy(k_cache + slots[t] * row, k + t * k_stride, row * sizeof(T));
-        std::memcpy(v_cache + slots[t] * row, v + t * v_stride, row * sizeof(T));
-    }
-}
-
 }  // namespace
 
 #define EXPORT(T, suffix)                                                                                             \
@@ -105,20 +86,10 @@ void store_kv(
     void silu_and_mul_##suffix(const T* gate_up, T* out, int64_t rows, int64_t size) {                                \
         silu_and_mul(gate_up, out, rows, size);                                                                       \
     }                                                                                                                 \
-    void rotate_##suffix(                                                                                             \
-        const T* x, int64_t x_stride, const T* cos, const T* sin, T* out, int64_t tokens, int64_t heads,              \
-        int64_t size) {                                                                                               \
-        rotate(x, x_stride, cos, sin, out, tokens, heads, size);                                                      \
-    }                                                                                                                 \
     void rotate_and_store_##suffix(                                                                                   \
         const T* qkv, const float* cos, const float* sin, const int64_t* positions, const int64_t* slots, T* q,       \
         T* k_cache, T* v_cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size) {                      \
         rotate_and_store(qkv, cos, sin, positions, slots, q, k_cache, v_cache, tokens, heads, kv_heads, size);        \
-    }                                                                                                                 \
-    void store_kv_##suffix(                                                                                           \
-        const T* k, int64_t k_stride, const T* v, int64_t v_stride, const int64_t* slots, T* k_cache, T* v_cache,     \
-        int64_t tokens, int64_t row) {                                                                                \
-        store_kv(k, k_stride, v, v_stride, slots, k_cache, v_cache, tokens, row);                                     \
     }                                                                                                                 \
     }
 EXPORT(float, f32)
