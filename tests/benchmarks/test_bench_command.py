@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,16 @@ from click.testing import CliRunner
 from helpers.triton import RunningServer
 from tidewright.bench import machine
 from tidewright.bench.targets import TransformersTarget, TritonTarget
-from tidewright.bench.workloads import ONE_BY_ONE, Request, Run, Workload
+from tidewright.bench.workloads import ONE_BY_ONE, SHORT, Request, Run, Workload
 from tidewright.launch import bench_command
 from tidewright.launch.cli import main
 
 
-def small(count: int, tokens_in: int, out: int, one_by_one: bool = False) -> Workload:
-    return Workload(
-        "", lambda rng, ids: [Request(rng.choices(ids, k=tokens_in), out) for _ in range(count)], one_by_one
-    )
+def small(count: int, tokens_in: int, out: int, one_by_one: bool = False, engine_too: bool = True) -> Workload:
+    def requests(rng: random.Random, ids: Sequence[int]) -> list[Request]:
+        return [Request(rng.choices(ids, k=tokens_in), out) for _ in range(count)]
+
+    return Workload("", requests, one_by_one, engine_too)
 
 
 SMALL = {"W1": small(1, 8, 3), "W2": small(3, 8, 3), "W3": small(2, 9, 2), "W4": small(1, 20, 1)}
@@ -62,7 +64,8 @@ def test_a_refused_request_is_one_error_and_leaves_the_others(server: RunningSer
 def test_comparison_with_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path) -> None:
     monkeypatch.setenv("TIDEWRIGHT_CACHE", str(tmp_path))
     monkeypatch.setattr(bench_command, "prepare", lambda model: model_dir)
-    monkeypatch.setattr(bench_command, "WORKLOADS", {**SMALL, ONE_BY_ONE: small(3, 8, 3, one_by_one=True)})
+    alone = {ONE_BY_ONE: small(3, 8, 3, True, engine_too=False), SHORT: small(3, 4, 1, True)}
+    monkeypatch.setattr(bench_command, "WORKLOADS", {**SMALL, **alone})
     options = ["--repetitions", "1", "--starts", "2", "--against", "vllm,transformers", "--output", str(tmp_path)]
     result = CliRunner().invoke(main, ["bench", *options])
     assert result.exit_code == 0, result.output
@@ -72,7 +75,7 @@ def test_comparison_with_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert all(value["min"] > 0 for values in report["figures"].values() for value in values.values())
     assert report["missing"] == {"vllm": "vLLM is not installed; to compare with it: make bench-peers"}
     assert report["continuous batching"]["throughput ratio"] > 0
-    assert report["runs begun on busy cores"] == 4 * 3 + 1
+    assert report["runs begun on busy cores"] == 4 * 3 + 1 + 2
     assert report["start"]["start to first token through Triton, s"] > 0
     assert report["memory, MiB (proportional set size)"]["engine"] > 100
 

@@ -16,7 +16,7 @@ from rich.progress import Progress
 from tidewright.bench import chart, compare, tables
 from tidewright.bench.sweep import Goal, percentile, summary, sweep
 from tidewright.bench.targets import TargetError
-from tidewright.bench.workloads import ONE_BY_ONE, WORKLOADS, Outcome, Request, Run, failed
+from tidewright.bench.workloads import ONE_BY_ONE, SHORT, WORKLOADS, Outcome, Request, Run, failed
 from tidewright.engine.messages import EngineStats
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -98,7 +98,7 @@ def test_comparison() -> None:
     assert batching["throughput ratio"] == pytest.approx(1)
     assert batching["latency of a request, at once / alone"] == pytest.approx(8.5)
     overhead = report["overhead of Triton and bridge"]
-    assert overhead["a request (W1 TTFT), ms"] == pytest.approx(50)
+    assert overhead["a request (TTFT of short ones), ms"] == pytest.approx(50)
     assert overhead["a token (W1), ms"] == pytest.approx(2)
     assert overhead["tokens a response (W2)"] == 1
     engine = report["engine"]
@@ -107,6 +107,7 @@ def test_comparison() -> None:
     assert 0 < engine["one block for each request, % of a step"] < 100
     assert ONE_BY_ONE not in figures
     assert set(measured[ONE_BY_ONE]) == {compare.OURS}
+    assert set(measured[SHORT]) == {compare.OURS, compare.ENGINE}
 
 
 def test_an_engine_that_keeps_no_time_has_no_shares() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from tidewright.bench.workloads import (
     ONE_BY_ONE,
+    SHORT,
     WORKLOADS,
     Outcome,
     Request,
@@ -23,7 +24,14 @@ IDS = range(100, 49152)
 
 @pytest.mark.parametrize(
     ("name", "count", "tokens_in", "out"),
-    [("W1", 1, 128, 128), ("W2", 16, 128, 64), ("W3", 16, 528, 32), ("W4", 1, 1024, 1), (ONE_BY_ONE, 16, 128, 64)],
+    [
+        ("W1", 1, 128, 128),
+        ("W2", 16, 128, 64),
+        ("W3", 16, 528, 32),
+        ("W4", 1, 1024, 1),
+        (ONE_BY_ONE, 16, 128, 64),
+        (SHORT, 40, 16, 1),
+    ],
 )
 def test_workloads_have_their_sizes(name: str, count: int, tokens_in: int, out: int) -> None:
     requests = WORKLOADS[name].requests(random.Random(1), IDS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +14,8 @@ from helpers.triton import RunningServer
 @pytest.mark.parametrize("model", ["decoder", "generate"])
 @pytest.mark.parametrize(("stream", "n"), [(False, 1), (True, 1), (False, 2)])
 def test_prompt_logprobs_are_those_of_transformers(
-    server: RunningServer, model_dir: Path, model: str, stream: bool, n: int
+    server: RunningServer, oracle: Oracle, model: str, stream: bool, n: int
 ) -> None:
-    oracle = Oracle(model_dir)
     ids = oracle.ids(PROMPTS["english"])
     got = server.generate(
         model,

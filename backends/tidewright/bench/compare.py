@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from tidewright.bench.machine import wait_idle
 from tidewright.bench.targets import EngineTarget, Target, TargetError
-from tidewright.bench.workloads import ONE_BY_ONE, Request, Run, Workload
+from tidewright.bench.workloads import ONE_BY_ONE, SHORT, Request, Run, Workload
 from tidewright.engine.messages import EngineStats
 from tidewright.kv_cache.block_pool import BlockPool
 
@@ -99,7 +99,9 @@ def measure(
 
 
 def _takers(workload: Workload, targets: Sequence[Target]) -> list[Target]:
-    return [target for target in targets if not workload.one_by_one or target.name == OURS]
+    if not workload.one_by_one:
+        return list(targets)
+    return [t for t in targets if t.name == OURS or (t.name == ENGINE and workload.engine_too)]
 
 
 def _run(target: Target, requests: Sequence[Request], workload: Workload) -> Run:
@@ -162,10 +164,14 @@ def _overhead(measured: Measured) -> dict[str, float]:
         return run.tokens / sum(outcome.responses for outcome in run.outcomes)
 
     return {
-        "a request (W1 TTFT), ms": _median(ttft_ms, ours) - _median(ttft_ms, engine),
+        "a request (TTFT of short ones), ms": _first_ms(measured[SHORT][OURS]) - _first_ms(measured[SHORT][ENGINE]),
         "a token (W1), ms": _median(token_ms, ours) - _median(token_ms, engine),
         "tokens a response (W2)": _median(tokens_a_response, measured["W2"][OURS]),
     }
+
+
+def _first_ms(runs: Iterable[Run]) -> float:
+    return 1000 * statistics.median(outcome.first for run in runs for outcome in run.outcomes)
 
 
 def _engine(measured: Measured) -> dict[str, float]:

@@ -62,7 +62,9 @@ class Workload:
     requests: Callable[[random.Random, Sequence[int]], list[Request]]
     """Made from a source of randomness and the token ids to choose from."""
     one_by_one: bool = False
-    """Each waits for the one before; only for our own server, to see what batching gains."""
+    """Each waits for the one before. Only for ourselves: what batching gains, what a request costs."""
+    engine_too: bool = True
+    """Also for our engine without Triton."""
 
 
 def _separate(count: int, tokens_in: int, tokens_out: int) -> Callable[[random.Random, Sequence[int]], list[Request]]:
@@ -74,13 +76,14 @@ def _shared_prefix(rng: random.Random, ids: Sequence[int]) -> list[Request]:
     return [Request(prefix + rng.choices(ids, k=16), 32) for _ in range(16)]
 
 
-ONE_BY_ONE = "W2 one by one"
+ONE_BY_ONE, SHORT = "W2 one by one", "short"
 WORKLOADS = {
     "W1": Workload("one request, 128 tokens in, 128 out", _separate(1, 128, 128)),
     "W2": Workload("16 at once, 128 in, 64 out", _separate(16, 128, 64)),
     "W3": Workload("16 at once sharing 512 tokens, 16 of their own, 32 out", _shared_prefix),
     "W4": Workload("one request, 1024 in, 1 out", _separate(1, 1024, 1)),
-    ONE_BY_ONE: Workload("the 16 of W2, one after the other", _separate(16, 128, 64), one_by_one=True),
+    ONE_BY_ONE: Workload("the 16 of W2, one after the other", _separate(16, 128, 64), True, engine_too=False),
+    SHORT: Workload("40 with 16 tokens in, 1 out, one after the other", _separate(40, 16, 1), True),
 }
 
 
