@@ -24,9 +24,11 @@ INLINE Floats sums(Floats* x) {
 constexpr int power_of_two(int least) { return least <= 1 ? 1 : 2 * power_of_two((least + 1) / 2); }
 
 // M rows of x, as floats in the order that the parts of w have, times N rows of w.
+// Of each step's N rows of w, those from `fetched` on, `apart` from one another, are fetched ahead: the blocks of rows of x
+// share that work, for the processor keeps no more than a dozen or so lines on their way.
 template <typename T, int M, int N>
 INLINE void product_block(
-    const float* x, int64_t x_stride, const T* w, int64_t depth, const T* bias, T* out, int64_t out_stride) {
+    int fetched, int apart, const float* x, int64_t x_stride, const T* w, int64_t depth, const T* bias, T* out, int64_t out_stride) {
     constexpr int PARTS = Wide<T>::PARTS, WIDTH = Wide<T>::WIDTH, COUNT = power_of_two(M * N);
     Floats total[COUNT] = {};
     auto step = [&](int64_t k, const T* rows, int64_t stride) __attribute__((always_inline)) {
@@ -44,7 +46,7 @@ INLINE void product_block(
     int64_t k = 0;
     for (; k + WIDTH <= depth; k += WIDTH) {
         // The processor's own prefetching stops at the end of a page.
-        for (int n = 0; n < N; n++) __builtin_prefetch((const char*)(w + n * depth + k) + PREFETCH);
+        for (int n = fetched; n < N; n += apart) __builtin_prefetch((const char*)(w + n * depth + k) + PREFETCH);
         step(k, w + k, depth);
     }
     if (k < depth) {
@@ -68,11 +70,13 @@ template <typename T, int N>
 INLINE void product_rows(
     const float* x, int64_t x_stride, const T* w, int64_t depth, const T* bias, T* out, int64_t rows,
     int64_t out_stride) {
-    for (; rows >= 4; rows -= 4, x += 4 * x_stride, out += 4 * out_stride)
-        product_block<T, 4, N>(x, x_stride, w, depth, bias, out, out_stride);
-    if (rows == 3) product_block<T, 3, N>(x, x_stride, w, depth, bias, out, out_stride);
-    if (rows == 2) product_block<T, 2, N>(x, x_stride, w, depth, bias, out, out_stride);
-    if (rows == 1) product_block<T, 1, N>(x, x_stride, w, depth, bias, out, out_stride);
+    int blocks = (rows + 3) / 4;
+    for (int block = 0; block < blocks; block++, rows -= 4, x += 4 * x_stride, out += 4 * out_stride) {
+        if (rows >= 4) product_block<T, 4, N>(block, blocks, x, x_stride, w, depth, bias, out, out_stride);
+        else if (rows == 3) product_block<T, 3, N>(block, blocks, x, x_stride, w, depth, bias, out, out_stride);
+        else if (rows == 2) product_block<T, 2, N>(block, blocks, x, x_stride, w, depth, bias, out, out_stride);
+        else product_block<T, 1, N>(block, blocks, x, x_stride, w, depth, bias, out, out_stride);
+    }
 }
 
 template <typename T>
