@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench doctor clean
+.PHONY: help serve test lint format bench bench-sweep bench-peers doctor clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
 
 serve: $(VENV)/.server  ## Set up and serve the embedded model through Triton
 	@exec $(BIN)/tidewright serve $(ARGS)
@@ -30,9 +30,14 @@ format: $(VENV)/.dev  ## Put the code into the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## Measure W1-W4, start time and memory beside transformers
-	@$(BIN)/tidewright prepare
-	$(BIN)/python -m benchmarks.bench $(ARGS)
+bench: $(VENV)/.dev  ## Measure this machine beside vLLM, llama.cpp and transformers
+	@exec $(BIN)/tidewright bench $(ARGS)
+
+bench-sweep: $(VENV)/.dev  ## Measure latency over the rate of requests, with a chart
+	@exec $(BIN)/tidewright bench sweep $(ARGS)
+
+bench-peers: $(VENV)/.server  ## Install vLLM and llama.cpp for `make bench` (a while, and 4 GB)
+	PYTHON=$(PYTHON) benchmarks/setup_peers.sh "$$($(BIN)/tidewright prepare $(ARGS))"
 
 clean:  ## Remove the virtual environment and what tests and tools left (prepared models stay in the cache)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* dist build

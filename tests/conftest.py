@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.oracle import Oracle
 from helpers.triton import RunningServer
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.launch.prepare import prepare
@@ -16,6 +17,12 @@ from tidewright.launch.prepare import prepare
 def model_dir() -> Path:
     """The embedded model, prepared."""
     return prepare(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="session")
+def oracle(model_dir: Path) -> Oracle:
+    """transformers' answers, which several modules ask for."""
+    return Oracle(model_dir)
 
 
 @pytest.fixture(scope="session")

@@ -44,7 +44,9 @@ class Settings(BaseSettings):
         "bfloat16", description="Number format of weights and KV cache."
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 lets torch choose.")
-    attention: Literal["reference"] = Field("reference", description="Attention implementation.")
+    attention: Literal["auto", "native", "reference"] = Field(
+        "auto", description="Attention implementation; auto takes the fastest that the device has."
+    )
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of the KV cache.")
     kv_cache_memory: str = Field(
         "auto",
@@ -56,6 +58,10 @@ class Settings(BaseSettings):
     )
     max_batched_tokens: int = Field(2048, ge=1, description="Tokens computed in one engine step, at most.")
     max_running: int = Field(64, ge=1, le=4096, description="Sequences computed in one engine step, at most.")
+    prefix_caching: bool = Field(True, description="Share the KV blocks of equal prompt beginnings.")
+    speculative_tokens: int = Field(
+        0, ge=0, le=16, description="Tokens guessed by prompt lookup in one step, at most; 0 switches it off."
+    )
     max_waiting: int = Field(512, ge=0, description="Requests that may wait; one more is refused as overloaded.")
     heartbeat_interval: float = Field(0.5, gt=0, le=60, description="Seconds between two heartbeats of the engine.")
     heartbeat_timeout: float = Field(
@@ -117,5 +123,8 @@ class Settings(BaseSettings):
             max_model_len=self.max_model_len,
             max_batched_tokens=self.max_batched_tokens,
             max_running=self.max_running,
+            max_waiting=self.max_waiting,
+            prefix_caching=self.prefix_caching,
+            speculative_tokens=self.speculative_tokens,
             heartbeat_interval=self.heartbeat_interval,
         )

@@ -19,6 +19,12 @@ class OverloadedError(RequestError):
     reason: FinishReason = "overloaded"
 
 
+class TimedOutError(RequestError):
+    """The request's timeout passed before its first token."""
+
+    reason: FinishReason = "timeout"
+
+
 class CancelledError(RequestError):
     reason: FinishReason = "cancelled"
 

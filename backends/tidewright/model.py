@@ -13,12 +13,14 @@ import msgspec
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from tidewright.bridge.bridge import Bridge, Chunk
+from tidewright.bridge.bridge import Bridge
+from tidewright.bridge.call import Chunk
 from tidewright.bridge.metrics import BridgeMetrics
 from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_request
 from tidewright.bridge.start_error import report_start_error
 from tidewright.cache import find_prepared
 from tidewright.config import Settings
+from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import EngineUnavailableError, RequestError
 from tidewright.schema import DECODER_INPUTS, FinishReason
 from tidewright.tokenization import Tokenizer
@@ -64,15 +66,19 @@ class TritonPythonModel:
                 parsed = self._parse(request)
                 self._bridge.submit(parsed, _TritonResponder(sender, parsed, self._tokenizer))
             except RequestError as error:
-                _send_error(sender, error)
+                self._refuse(sender, error)
             except Exception:
                 # A mistake of ours must not take the stub down: Triton does not restart it.
                 log.exception("a request could not be taken")
-                _send_error(sender, RequestError("internal error; see the server's log"))
+                self._refuse(sender, RequestError("internal error; see the server's log"))
 
     def finalize(self) -> None:
         self._metrics.stop()
         self._bridge.stop()
+
+    def _refuse(self, sender: object, error: RequestError) -> None:
+        self._bridge.statistics.finished(error.reason)
+        _send_error(sender, error)
 
     def _parse(self, request: object) -> GenerationRequest:
         if self._bridge.engine is None:
@@ -127,34 +133,43 @@ def _send_error(sender: object, error: RequestError) -> None:
 
 
 def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int, tokenizer: Tokenizer) -> list:
-    """The tensors of one response, in the formats of Triton's vLLM backend."""
+    """The tensors of one response, in the formats of Triton's vLLM backend: an element for each sequence."""
+    pieces = chunk.pieces
+    token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
     tensors = [
-        pb_utils.Tensor("text_output", np.array([chunk.text.encode()], dtype=np.object_)),
-        pb_utils.Tensor("output_ids", np.array(chunk.token_ids, dtype=np.int32)),
+        _text_tensor("text_output", [piece.text.encode() for piece in pieces]),
+        pb_utils.Tensor("output_ids", np.array(token_ids, dtype=np.int32)),
     ]
     if returns.finish_reason:
-        reason = str(chunk.finish_reason).encode()
-        tensors.append(pb_utils.Tensor("finish_reason", np.array([reason], dtype=np.object_)))
+        tensors.append(_text_tensor("finish_reason", [str(piece.finish_reason).encode() for piece in pieces]))
     if returns.num_input_tokens:
         tensors.append(pb_utils.Tensor("num_input_tokens", np.array([num_input_tokens], dtype=np.uint32)))
-    if returns.num_output_tokens:
-        count = np.array([len(chunk.token_ids)], dtype=np.uint32)
-        tensors.append(pb_utils.Tensor("num_output_tokens", count))
+    if returns.num_output_tokens or len(pieces) > 1:  # else nobody could tell whose output_ids are whose
+        counts = np.array([len(piece.token_ids) for piece in pieces], dtype=np.uint32)
+        tensors.append(pb_utils.Tensor("num_output_tokens", counts))
     if returns.logprobs:
-        positions = [
-            {
-                str(entry.token_id): {
-                    "logprob": entry.logprob,
-                    "rank": entry.rank,
-                    "decoded_token": tokenizer.decode([entry.token_id], skip_special_tokens=False),
-                }
-                for entry in entries
-            }
-            for entries in chunk.logprobs
-        ]
-        encoded = np.array([msgspec.json.encode(positions)], dtype=np.object_)
-        tensors.append(pb_utils.Tensor("logprobs", encoded))
+        positions = [[_named(entries, tokenizer) for entries in piece.logprobs] for piece in pieces]
+        tensors.append(_text_tensor("logprobs", [msgspec.json.encode(of_piece) for of_piece in positions]))
     if returns.cumulative_logprob:
-        total = np.array([chunk.cumulative_logprob], dtype=np.float32)
-        tensors.append(pb_utils.Tensor("cumulative_logprob", total))
+        totals = np.array([piece.cumulative_logprob for piece in pieces], dtype=np.float32)
+        tensors.append(pb_utils.Tensor("cumulative_logprob", totals))
+    if chunk.prompt_logprobs is not None:
+        of_prompt = [None, *(_named(entries, tokenizer) for entries in chunk.prompt_logprobs)]
+        tensors.append(_text_tensor("prompt_logprobs", [msgspec.json.encode(of_prompt)]))
     return tensors
+
+
+def _text_tensor(name: str, values: list[bytes]) -> object:
+    return pb_utils.Tensor(name, np.array(values, dtype=np.object_))
+
+
+def _named(entries: list[TokenLogprob], tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
+    """Log-probabilities at one position, by token id."""
+    return {
+        str(entry.token_id): {
+            "logprob": entry.logprob,
+            "rank": entry.rank,
+            "decoded_token": tokenizer.decode([entry.token_id], skip_special_tokens=False),
+        }
+        for entry in entries
+    }

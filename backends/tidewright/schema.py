@@ -7,7 +7,7 @@ Names follow Triton's vLLM backend, so its clients work unchanged. It imports no
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -53,6 +53,7 @@ DECODER_OUTPUTS = (
     TensorSpec("num_output_tokens", "TYPE_UINT32", (-1,)),
     TensorSpec("logprobs", "TYPE_STRING", (-1,)),
     TensorSpec("cumulative_logprob", "TYPE_FP32", (-1,)),
+    TensorSpec("prompt_logprobs", "TYPE_STRING", (1,)),
 )
 
 GENERATE_INPUTS = (TEXT_INPUT, MESSAGES, *GENERATION_OPTIONS)
@@ -80,6 +81,26 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Keep the k most likely tokens; 0 or -1 keeps all."""
     top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
     """Keep the smallest set of most likely tokens whose probability reaches p."""
+    min_p: Annotated[float, msgspec.Meta(ge=0.0, le=1.0)] = 0.0
+    """Drop tokens less likely than this share of the most likely one's probability."""
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] = 1.0
+    """Divides the positive logits, multiplies the negative ones, of tokens in prompt or output (CTRL)."""
+    presence_penalty: Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)] = 0.0
+    """Subtracted from the logits of tokens that the output already has."""
+    frequency_penalty: Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)] = 0.0
+    """Subtracted from a token's logit for each time that the output already has it."""
+    logit_bias: dict[int, Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]] | None = None
+    """Added to the logits of token ids; in JSON the ids are strings."""
+    bad_words: list[str] = []
+    """Words that must not appear in the output, as the tokenizer writes each alone and after a space."""
+    guided_json: dict[str, Any] | str | None = None
+    """A JSON schema, as an object or as its text, that the output follows. At most one of the guided_… is given."""
+    guided_regex: str | None = None
+    """A regular expression that the whole output matches: Rust's syntax, with \\d, \\w and \\s in ASCII."""
+    guided_grammar: str | None = None
+    """A context-free grammar in Lark syntax."""
+    guided_choice: list[str] | None = None
+    """The output is one of these."""
     seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
     """Same seed, same prompt: same tokens, whatever else is in the batch. Unset: a random seed."""
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 16
@@ -91,6 +112,27 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     ignore_eos: bool = False
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     """Log-probabilities of the chosen token and of so many most likely ones, for each position."""
+    prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    """The same for each prompt token but the first, which has none."""
+    n: Annotated[int, msgspec.Meta(ge=1)] = 1
+    """So many independent outputs of one prompt."""
+    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    """Lower values run first, and are preempted last."""
+    timeout: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    """Seconds from arrival after which the request ends with `timeout`, with the tokens it has."""
+    cache_salt: str | None = None
+    """Only requests with the same salt share prefixes in the KV cache; keeps tenants apart."""
+
+    @property
+    def guided(self) -> bool:
+        choices = (self.guided_json, self.guided_regex, self.guided_grammar, self.guided_choice)
+        return any(choice is not None for choice in choices)
+
+    @property
+    def needs_history(self) -> bool:
+        """The choice of a token depends on which tokens came before."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words) or self.guided
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

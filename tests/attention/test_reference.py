@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from tidewright.attention.base import span_order
+from helpers.rotation import no_rotation
+from tidewright.attention.base import AttentionLayer, span_order
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.attention.registry import UnknownAttentionError, make_attention
 
 KV_HEADS, HEAD_DIM, NUM_BLOCKS = 2, 8, 128
 CPU = torch.device("cpu")
+PLAIN = (AttentionLayer(scale=1 / math.sqrt(HEAD_DIM)),)
 
 
 @dataclass(frozen=True)
@@ -24,18 +27,27 @@ class Tokens:
     block_table: tuple[int, ...]
 
 
-def dense(q_THD: torch.Tensor, k_CKD: torch.Tensor, v_CKD: torch.Tensor, start: int) -> torch.Tensor:
-    """Each query alone: softmax over the keys up to its position."""
+def dense(
+    q_THD: torch.Tensor, k_CKD: torch.Tensor, v_CKD: torch.Tensor, start: int, layer: AttentionLayer
+) -> torch.Tensor:
+    """Each query alone: softmax over the keys up to its position, of those in the window."""
     out_THD = torch.empty_like(q_THD)
     group = q_THD.shape[1] // k_CKD.shape[1]
     for t, q_HD in enumerate(q_THD):
+        end = start + t + 1
+        first = 0 if layer.window is None else max(0, end - layer.window)
         for h, q_D in enumerate(q_HD):
-            k_CD, v_CD = (x[: start + t + 1, h // group] for x in (k_CKD, v_CKD))
-            out_THD[t, h] = (k_CD @ q_D / math.sqrt(HEAD_DIM)).softmax(0) @ v_CD
+            k_CD, v_CD = (x[first:end, h // group] for x in (k_CKD, v_CKD))
+            scores_C = k_CD @ q_D * layer.scale
+            if layer.softcap is not None:
+                scores_C = layer.softcap * torch.tanh(scores_C / layer.softcap)
+            out_THD[t, h] = scores_C.softmax(0) @ v_CD
     return out_THD
 
 
-def check(lengths: list[tuple[int, int]], block_size: int, heads: int, seed: int = 0) -> None:
+def check(
+    lengths: list[tuple[int, int]], block_size: int, heads: int, seed: int = 0, layers: Sequence[AttentionLayer] = PLAIN
+) -> None:
     """One step over sequences given as (start, count), in a cache whose other blocks hold rubbish."""
     torch.manual_seed(seed)
     free = list(range(NUM_BLOCKS))
@@ -48,24 +60,29 @@ def check(lengths: list[tuple[int, int]], block_size: int, heads: int, seed: int
     spans.sort(key=span_order)
     shape = (NUM_BLOCKS, block_size, KV_HEADS, HEAD_DIM)
     k_cache_NSKD, v_cache_NSKD = (torch.full(shape, 1e4, dtype=torch.float64) for _ in range(2))
-    q, k, v, expected = [], [], [], []
+    queries, keys, values = [], [], []
     for span in spans:
         end = span.start + span.count
         k_CKD, v_CKD = (torch.randn(end, KV_HEADS, HEAD_DIM, dtype=torch.float64) for _ in range(2))
-        q_THD = torch.randn(span.count, heads, HEAD_DIM, dtype=torch.float64)
         for position in range(span.start):
             block, offset = span.block_table[position // block_size], position % block_size
             k_cache_NSKD[block, offset], v_cache_NSKD[block, offset] = k_CKD[position], v_CKD[position]
-        expected.append(dense(q_THD, k_CKD, v_CKD, span.start))
-        q.append(q_THD)
-        k.append(k_CKD[span.start :])
-        v.append(v_CKD[span.start :])
+        queries.append(torch.randn(span.count, heads, HEAD_DIM, dtype=torch.float64))
+        keys.append(k_CKD)
+        values.append(v_CKD)
+    k = [k_CKD[span.start :] for span, k_CKD in zip(spans, keys, strict=True)]
+    v = [v_CKD[span.start :] for span, v_CKD in zip(spans, values, strict=True)]
     attention = ReferenceAttention(block_size, CPU)
     before = k_cache_NSKD.clone()
-    out_THD = attention.forward(
-        torch.cat(q), torch.cat(k), torch.cat(v), k_cache_NSKD, v_cache_NSKD, attention.prepare(spans)
-    )
-    torch.testing.assert_close(out_THD, torch.cat(expected))
+    metadata = attention.prepare(spans)
+    qkv_TXD = torch.cat([torch.cat(part) for part in (queries, k, v)], dim=1)
+    for layer in layers:  # all layers of a step share the metadata
+        out_THD = attention.forward(qkv_TXD, no_rotation(qkv_TXD), k_cache_NSKD, v_cache_NSKD, metadata, layer)
+        expected = [
+            dense(q_THD, k_CKD, v_CKD, span.start, layer)
+            for span, q_THD, k_CKD, v_CKD in zip(spans, queries, keys, values, strict=True)
+        ]
+        torch.testing.assert_close(out_THD, torch.cat(expected))
     for span, new_k in zip(spans, k, strict=True):
         for t, position in enumerate(range(span.start, span.start + span.count)):
             place = (span.block_table[position // block_size], position % block_size)
@@ -92,6 +109,29 @@ def test_random_steps(seed: int) -> None:
     check(lengths, rng.choice([2, 3, 8]), heads=4, seed=seed)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [1, 2, 5, 16, 17, 1000])
+def test_windows_caps_and_scales_of_different_layers(window: int, softcap: float | None) -> None:
+    layers = [
+        AttentionLayer(scale=0.3, window=window, softcap=softcap),
+        AttentionLayer(scale=0.7, softcap=softcap),
+        AttentionLayer(scale=0.3, window=3),
+    ]
+    lengths = [(0, 5), (3, 1), (7, 6), (15, 1), (0, 1), (16, 1), (30, 1), (4, 20), (0, 25)]
+    for heads in (2, 6):
+        check(lengths, block_size=4, heads=heads, layers=layers)
+
+
+def test_a_window_that_hides_nothing_costs_no_mask() -> None:
+    prefill = ReferenceAttention(4, CPU).prepare([Tokens(0, 9, (0, 1, 2))]).prefills[0]
+    assert prefill.is_plain(AttentionLayer(scale=1, window=9))
+    assert not prefill.is_plain(AttentionLayer(scale=1, window=8))
+    decode = ReferenceAttention(4, CPU).prepare([Tokens(7, 1, (0, 1))]).decodes[0]
+    assert decode.mask(None) is decode.mask(8)
+    assert decode.mask(None) is not decode.mask(7)
+    assert decode.mask(7) is decode.mask(7)
+
+
 def test_decodes_of_very_different_length_do_not_share_a_call() -> None:
     spans = [Tokens(start, 1, tuple(range(start // 4 + 1))) for start in (0, 2, 8, 20, 23, 200)]
     groups = ReferenceAttention(4, CPU).prepare(spans).decodes
@@ -100,5 +140,5 @@ def test_decodes_of_very_different_length_do_not_share_a_call() -> None:
 
 
 def test_an_unknown_name_is_told_what_there_is() -> None:
-    with pytest.raises(UnknownAttentionError, match="attention 'fastest' does not exist; there is: reference"):
-        make_attention("fastest", 16, CPU)
+    with pytest.raises(UnknownAttentionError, match="attention 'fastest' does not exist; there is: native, reference"):
+        make_attention("fastest", 16, CPU, torch.float32)

@@ -78,6 +78,53 @@ def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> Gen
         ({"text_input": "a", "sampling_parameters": {"stop_token_ids": [49152]}}, "stop_token_ids"),
         ({"text_input": "a", "sampling_parameters": {"logprobs": 21}}, "logprobs"),
         ({"text_input": "a", "sampling_parameters": {"seed": -1}}, "seed"),
+        ({"text_input": "a", "sampling_parameters": {"prompt_logprobs": 21}}, "<= 20 for `prompt_logprobs`"),
+        ({"text_input": "a", "sampling_parameters": {"prompt_logprobs": True}}, "prompt_logprobs"),
+        ({"text_input": "a", "sampling_parameters": {"n": 17}}, "n is 17, more than the limit of 16"),
+        ({"text_input": "a", "sampling_parameters": {"n": 0}}, "`n`"),
+        ({"text_input": "a", "sampling_parameters": {"timeout": -1}}, "timeout"),
+        ({"text_input": "a", "sampling_parameters": {"timeout": "inf"}}, "timeout must be a finite number"),
+        ({"text_input": "a", "sampling_parameters": {"timeout": "soon"}}, "timeout"),
+        ({"text_input": "a", "sampling_parameters": {"priority": 1.5}}, "priority"),
+        ({"text_input": "a", "sampling_parameters": {"cache_salt": "x" * 257}}, "cache_salt must have 1 to 256"),
+        ({"text_input": "a", "sampling_parameters": {"cache_salt": ""}}, "cache_salt must have 1 to 256"),
+        ({"text_input": "a", "sampling_parameters": {"repetition_penalty": 0}}, "repetition_penalty"),
+        ({"text_input": "a", "sampling_parameters": {"presence_penalty": 2.1}}, "presence_penalty"),
+        ({"text_input": "a", "sampling_parameters": {"frequency_penalty": "nan"}}, "frequency_penalty"),
+        ({"text_input": "a", "sampling_parameters": {"min_p": 1.5}}, "min_p"),
+        ({"text_input": "a", "sampling_parameters": {"logit_bias": {"49152": 1}}}, "logit_bias: 49152 is outside"),
+        ({"text_input": "a", "sampling_parameters": {"logit_bias": {"-1": 1}}}, "logit_bias: -1 is outside"),
+        (
+            {"text_input": "a", "sampling_parameters": {"logit_bias": {"yes": 1}}},
+            "logit_bias: the keys must be token ids",
+        ),
+        ({"text_input": "a", "sampling_parameters": {"logit_bias": {"5": 101}}}, "<= 100.0 for `logit_bias"),
+        ({"text_input": "a", "sampling_parameters": {"logit_bias": {"5": "nan"}}}, "logit_bias"),
+        (
+            {"text_input": "a", "sampling_parameters": {"logit_bias": {str(i): 1 for i in range(301)}}},
+            "logit_bias has 301 entries, at most 300",
+        ),
+        ({"text_input": "a", "sampling_parameters": {"bad_words": ["x"] * 65}}, "65 bad_words, at most 64"),
+        ({"text_input": "a", "sampling_parameters": {"bad_words": ["x" * 65]}}, "bad_words: each must have 1 to 64"),
+        ({"text_input": "a", "sampling_parameters": {"bad_words": [""]}}, "bad_words: each must have"),
+        ({"text_input": "a", "sampling_parameters": {"bad_words": [" "]}}, "not only spaces"),
+        ({"text_input": "a", "sampling_parameters": {"guided_choice": []}}, "guided_choice: the list is empty"),
+        ({"text_input": "a", "sampling_parameters": {"guided_regex": "a("}}, "guided_regex: .*unclosed group"),
+        ({"text_input": "a", "sampling_parameters": {"guided_grammar": "x"}}, "guided_grammar: "),
+        ({"text_input": "a", "sampling_parameters": {"guided_json": {"type": "x"}}}, "guided_json: Invalid type: x"),
+        ({"text_input": "a", "sampling_parameters": {"guided_json": "{"}}, "guided_json: the schema is not JSON"),
+        (
+            {"text_input": "a", "sampling_parameters": {"guided_json": {}, "guided_regex": "a"}},
+            "guided_json and guided_regex given",
+        ),
+        (
+            {"text_input": "a", "sampling_parameters": {"guided_regex": "a", "ignore_eos": True}},
+            "ignore_eos with guided_regex",
+        ),
+        (
+            {"text_input": "a", "sampling_parameters": {"guided_choice": ["a"], "min_tokens": 1}},
+            "min_tokens with guided_choice",
+        ),
         ({"text_input": "a", "stream": True, "exclude_input_in_output": False}, "not possible when streaming"),
     ],
 )
@@ -125,3 +172,33 @@ def test_asking_for_logprobs_turns_them_on(tokenizer: Tokenizer) -> None:
     assert parse(tokenizer, text_input="a", return_logprobs=True).sampling.logprobs == 0
     options = {"logprobs": 3}
     assert parse(tokenizer, text_input="a", return_logprobs=True, sampling_parameters=options).sampling.logprobs == 3
+
+
+def test_every_sampling_parameter_arrives(tokenizer: Tokenizer) -> None:
+    options = {
+        "logit_bias": {"5": 1.0, "7": "-2"},
+        "repetition_penalty": 1.1,
+        "min_p": 0.1,
+        "guided_json": {"type": "object"},
+        "n": 16,
+        "timeout": "2.5",
+        "priority": -3,
+        "cache_salt": "tenant",
+        "prompt_logprobs": 0,
+    }
+    sampling = parse(tokenizer, text_input="a", sampling_parameters=options).sampling
+    assert sampling.logit_bias == {5: 1.0, 7: -2.0}
+    assert (sampling.guided_json, sampling.n, sampling.timeout) == ({"type": "object"}, 16, 2.5)
+    assert (sampling.priority, sampling.cache_salt, sampling.prompt_logprobs) == (-3, "tenant", 0)
+
+
+def test_bad_words_become_tokens_as_they_stand_alone_and_after_a_space(tokenizer: Tokenizer) -> None:
+    def ids(*words: str) -> list[list[int]]:
+        return parse(tokenizer, text_input="a", sampling_parameters={"bad_words": list(words)}).bad_words_ids
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.backend.encode(text, add_special_tokens=False).ids
+
+    assert ids() == []
+    assert ids("cat", "  New York", "cat") == [encode(t) for t in ("cat", " cat", "New York", " New York")]
+    assert len(encode(" New York")) > 1

@@ -21,6 +21,7 @@ from tidewright.distributed.tensor_parallel import (
     TensorParallelGroup,
     VocabParallelEmbedding,
     WeightShapeError,
+    replicated_loader,
 )
 
 SIZES = pytest.mark.parametrize("size", [1, 2, 3])
@@ -61,51 +62,71 @@ def load(loader: Loader, tensor: torch.Tensor) -> OnDisk:
     return source
 
 
+def load_part(layer: nn.Module, part: int, weight: torch.Tensor, bias: torch.Tensor | None = None) -> OnDisk:
+    """Through the loaders that the model files use; returns what was read of the weight."""
+    loaders = layer.loaders("name", part)
+    assert set(loaders) == {"name.weight"} | ({"name.bias"} if bias is not None else set())
+    if bias is not None:
+        load(loaders["name.bias"], bias)
+    return load(loaders["name.weight"], weight)
+
+
 def ranks(size: int, make: Callable[[TensorParallelGroup], nn.Module]) -> list[nn.Module]:
     return [make(AloneGroup(rank, size)) for rank in range(size)]
 
 
 @SIZES
-def test_column_parallel_outputs_lie_side_by_side(size: int) -> None:
+@pytest.mark.parametrize("bias", [None, random(12)], ids=["", "bias"])
+def test_column_parallel_outputs_lie_side_by_side(size: int, bias: torch.Tensor | None) -> None:
     weight, x_TE = random(12, 8), random(5, 8)
-    layers = ranks(size, lambda group: ColumnParallelLinear(8, 12, group))
+    layers = ranks(size, lambda group: ColumnParallelLinear(8, 12, group, bias is not None))
     for layer in layers:
-        assert load(layer.loader(0), weight).values_read == weight.numel() // size
-    torch.testing.assert_close(torch.cat([layer(x_TE) for layer in layers], -1), F.linear(x_TE, weight))
+        assert load_part(layer, 0, weight, bias).values_read == weight.numel() // size
+    torch.testing.assert_close(torch.cat([layer(x_TE) for layer in layers], -1), F.linear(x_TE, weight, bias))
 
 
 @SIZES
-def test_merged_columns_keep_each_projection_together(size: int) -> None:
+@pytest.mark.parametrize("biases", [(None, None), (random(12), random(6))], ids=["", "bias"])
+def test_merged_columns_keep_each_projection_together(size: int, biases: tuple[torch.Tensor | None, ...]) -> None:
     gate, up, x_TE = random(12, 8), random(6, 8), random(5, 8)
-    layers = ranks(size, lambda group: MergedColumnParallelLinear(8, (12, 6), group))
+    layers = ranks(size, lambda group: MergedColumnParallelLinear(8, (12, 6), group, biases[0] is not None))
     for layer in layers:
-        load(layer.loader(1), up)
-        load(layer.loader(0), gate)
+        load_part(layer, 1, up, biases[1])
+        load_part(layer, 0, gate, biases[0])
     parts = [layer(x_TE).split([12 // size, 6 // size], -1) for layer in layers]
-    torch.testing.assert_close(torch.cat([part[0] for part in parts], -1), F.linear(x_TE, gate))
-    torch.testing.assert_close(torch.cat([part[1] for part in parts], -1), F.linear(x_TE, up))
+    torch.testing.assert_close(torch.cat([part[0] for part in parts], -1), F.linear(x_TE, gate, biases[0]))
+    torch.testing.assert_close(torch.cat([part[1] for part in parts], -1), F.linear(x_TE, up, biases[1]))
 
 
 @SIZES
-def test_row_parallel_results_add_up(size: int) -> None:
+@pytest.mark.parametrize("bias", [None, random(8)], ids=["", "bias"])
+def test_row_parallel_results_add_up(size: int, bias: torch.Tensor | None) -> None:
+    """The bias once, however many ranks there are."""
     weight, x_TF = random(8, 12), random(5, 12)
-    layers = ranks(size, lambda group: RowParallelLinear(12, 8, group))
+    layers = ranks(size, lambda group: RowParallelLinear(12, 8, group, bias is not None))
     for layer in layers:
-        assert load(layer.loader(), weight).values_read == weight.numel() // size
+        loaders = layer.loaders("name")
+        assert load(loaders.pop("name.weight"), weight).values_read == weight.numel() // size
+        if bias is not None:
+            load(loaders.pop("name.bias"), bias)
+        assert not loaders
     parts = x_TF.chunk(size, dim=-1)
     total = sum(layer(part) for layer, part in zip(layers, parts, strict=True))
-    torch.testing.assert_close(total, F.linear(x_TF, weight))
+    torch.testing.assert_close(total, F.linear(x_TF, weight, bias))
 
 
 @pytest.mark.parametrize(("size", "kv_heads"), [(1, 2), (2, 2), (2, 6), (3, 3), (3, 1), (6, 2), (6, 3)])
 def test_every_rank_has_the_kv_head_of_its_query_heads(size: int, kv_heads: int) -> None:
     heads, head_dim, x_TE = 6, 4, random(5, 8)
     q, k, v = random(heads * head_dim, 8), random(kv_heads * head_dim, 8), 2 + random(kv_heads * head_dim, 8)
-    full_q, full_k, full_v = (F.linear(x_TE, w).view(5, -1, head_dim) for w in (q, k, v))
-    layers = ranks(size, lambda group: QKVParallelLinear(8, heads, kv_heads, head_dim, group))
+    biases = (random(heads * head_dim), random(kv_heads * head_dim), 3 + random(kv_heads * head_dim))
+    full_q, full_k, full_v = (
+        F.linear(x_TE, w, b).view(5, -1, head_dim) for w, b in zip((q, k, v), biases, strict=True)
+    )
+    layers = ranks(size, lambda group: QKVParallelLinear(8, heads, kv_heads, head_dim, group, bias=True))
     for rank, layer in enumerate(layers):
         for part, weight in enumerate((q, k, v)):
-            load(layer.loader(part), weight)
+            load_part(layer, part, weight, biases[part])
         own_q, own_k, own_v = layer(x_TE).split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
         for own in range(layer.num_heads):
             head = rank * layer.num_heads + own
@@ -139,20 +160,21 @@ def test_what_does_not_divide_is_refused() -> None:
 
 def test_a_weight_of_another_shape_is_refused() -> None:
     with pytest.raises(WeightShapeError, match=r"expected shape \(12, 8\), found \(12, 4\)"):
-        load(ColumnParallelLinear(8, 12, AloneGroup()).loader(0), random(12, 4))
+        load_part(ColumnParallelLinear(8, 12, AloneGroup()), 0, random(12, 4))
 
 
+@pytest.mark.parametrize("bias", [None, random(96)], ids=["", "bias"])
 @pytest.mark.parametrize("rows", [1, 16, 100])
-def test_packing_changes_no_result(rows: int) -> None:
-    layer = ColumnParallelLinear(64, 96, AloneGroup()).bfloat16()
-    load(layer.loader(0), random(96, 64).bfloat16())
+def test_packing_changes_no_result(rows: int, bias: torch.Tensor | None) -> None:
+    layer = ColumnParallelLinear(64, 96, AloneGroup(), bias is not None).bfloat16()
+    load_part(layer, 0, random(96, 64).bfloat16(), bias)
     x_TE = random(rows, 64).bfloat16()
     before = layer(x_TE)
     layer.pack()
     torch.testing.assert_close(layer(x_TE), before)
 
 
-def test_only_bfloat16_is_packed() -> None:
+def test_packing_keeps_the_weight() -> None:
     layer = RowParallelLinear(64, 96, AloneGroup())
     weight = layer.weight
     layer.pack()
@@ -168,6 +190,12 @@ def test_a_tied_head_can_be_packed_without_taking_the_embedding_away() -> None:
     head.pack()
     torch.testing.assert_close(head(x_BE), F.linear(x_BE, weight))
     torch.testing.assert_close(embedding(torch.tensor([49])), weight[49:])
+
+
+def test_a_norm_that_adds_one_does_so_in_its_own_type() -> None:
+    weight = nn.Parameter(torch.empty(3), requires_grad=False)
+    load(replicated_loader(weight, plus=1.0), torch.tensor([0.001, 2.0, -1.0]).bfloat16())
+    assert weight.tolist() == [1 + torch.tensor(0.001).bfloat16().float(), 3.0, 0.0]
 
 
 def _in_two_processes(rank: int, rendezvous: str) -> None:

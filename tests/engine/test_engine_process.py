@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import signal
 import socket
 import subprocess
 import sys
+import termios
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -156,7 +159,8 @@ def test_a_request_that_can_never_run_is_invalid(engine: Bridge) -> None:
     engine.say(Submit(1, [64], SamplingParams(seed=1)))
     engine.say(submit(2))
     outputs = engine.outputs({1, 2})
-    assert outputs[0] == SequenceOutput(1, [], "invalid")
+    assert (outputs[0].request_id, outputs[0].finish_reason) == (1, "invalid")
+    assert outputs[0].message == "the prompt has token ids outside of 0 … 63"
     assert len(outputs) == 5
 
 
@@ -170,8 +174,28 @@ def test_heartbeats_come_busy_and_idle(engine: Bridge) -> None:
         if isinstance(message, Heartbeat):
             busy += message.stats.running
         elif isinstance(message, StepOutputs):
-            ended = bool(message.outputs[0].finish_reason)
+            ended = any(output.finish_reason for output in message.outputs)
     assert busy > 1
+
+
+def test_steps_go_on_while_the_bridge_does_not_read(engine: Bridge) -> None:
+    def unread_bytes() -> bytes:
+        return fcntl.ioctl(engine.connection.fileno(), termios.FIONREAD, bytes(4))
+
+    engine.say(submit(1, max_tokens=3000))
+    while not isinstance(message := engine.hear(), StepOutputs):
+        pass
+    before = b""
+    while before != unread_bytes():  # until the socket is full and a send waits
+        before = unread_bytes()
+        time.sleep(0.3)
+    outputs = [message.outputs]
+    while not outputs[-1][-1].finish_reason:
+        message = engine.hear()
+        if isinstance(message, StepOutputs):
+            outputs.append(message.outputs)
+    assert sum(map(len, outputs)) == 3000
+    assert max(map(len, outputs)) > 1  # those of several steps left together
 
 
 def test_shutdown_is_a_clean_exit(engine: Bridge) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 import numpy as np
 import tritonclient.grpc as grpcclient
+from prometheus_client.parser import text_string_to_metric_families
 
 from tidewright.config import Settings
 from tidewright.launch.server import TritonServer
@@ -50,15 +51,16 @@ class Generation:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     chunks: list[str] = field(default_factory=list)
-    outputs: dict[str, Any] = field(default_factory=dict)  # of the last response
+    responses: list[dict[str, Any]] = field(default_factory=list)  # outputs of each
+    outputs: dict[str, Any] = field(default_factory=dict)  # the last of each name
     error: Exception | None = None
     ended: int = 0  # how often the final flag came
 
     def take(self, result: grpcclient.InferResult) -> None:
         response = result.get_response()
-        for output in response.outputs:
-            self.outputs[output.name] = result.as_numpy(output.name)
         if response.outputs:
+            self.responses.append({output.name: result.as_numpy(output.name) for output in response.outputs})
+            self.outputs |= self.responses[-1]
             delta = result.as_numpy("text_output")[0].decode()
             self.chunks.append(delta)
             self.text += delta
@@ -155,12 +157,21 @@ class RunningServer:
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         return httpx.post(f"{self.triton.http_url}/v2/models/{path}", json=body, timeout=120, trust_env=False)
 
-    def metric(self, name: str) -> float:
+    def metrics(self) -> dict[tuple[str, str], float]:
+        """All of our series, as Prometheus' own parser reads them: name without prefix, value of the label or ""."""
         url = f"http://127.0.0.1:{self.settings.metrics_port}/metrics"
-        text = httpx.get(url, timeout=5, trust_env=False).text
-        match = re.search(rf"^tidewright_{name}(?:\{{\}})? (\S+)", text, re.MULTILINE)
-        assert match, f"no metric tidewright_{name}"
-        return float(match[1])
+        found = {}
+        for family in text_string_to_metric_families(httpx.get(url, timeout=5, trust_env=False).text):
+            for sample in family.samples:
+                if sample.name.startswith("tidewright_"):
+                    (label,) = sample.labels.values() or ("",)
+                    # The parser adds _total to a counter that lacks it.
+                    name = re.sub(r"_(bucket|sum|count)_total$", r"_\1", sample.name)
+                    found[name.removeprefix("tidewright_"), label] = sample.value
+        return found
+
+    def metric(self, name: str) -> float:
+        return self.metrics()[name, ""]
 
     def wait_idle(self, timeout: float = 60) -> None:
         """Until nothing is in flight for a while (metrics lag), and check that every block is back in the pool."""

@@ -12,9 +12,18 @@ from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
 def test_blocks_are_reused_in_the_order_in_which_they_became_free() -> None:
     pool = BlockPool(4)
     assert pool.allocate(4) == [0, 1, 2, 3]
-    pool.free([2, 0])
-    pool.free([3])
+    for block in (2, 0, 3):
+        pool.free(block)
     assert pool.allocate(3) == [2, 0, 3]
+
+
+def test_a_block_without_content_is_reused_before_those_that_have_some() -> None:
+    pool = BlockPool(3)
+    pool.allocate(3)
+    pool.free(0)
+    pool.free(1, reuse_first=True)
+    pool.free(2)
+    assert pool.allocate(3) == [1, 0, 2]
 
 
 def test_too_much_is_refused_and_changes_nothing() -> None:
@@ -28,8 +37,8 @@ def test_too_much_is_refused_and_changes_nothing() -> None:
 
 def test_a_shared_block_is_free_only_after_its_last_user() -> None:
     pool = BlockPool(1)
-    block = pool.allocate(1)
-    pool.retain(block)
+    (block,) = pool.allocate(1)
+    pool.retain([block])
     pool.free(block)
     assert pool.num_free == 0
     pool.free(block)
@@ -46,10 +55,10 @@ def test_a_free_block_can_be_taken_back_from_the_middle_of_the_list() -> None:
 
 def test_freeing_twice_is_an_error() -> None:
     pool = BlockPool(1)
-    blocks = pool.allocate(1)
-    pool.free(blocks)
+    (block,) = pool.allocate(1)
+    pool.free(block)
     with pytest.raises(BlockPoolError, match="block 0 is freed more often"):
-        pool.free(blocks)
+        pool.free(block)
 
 
 def test_a_pool_without_blocks_is_an_error() -> None:
@@ -76,7 +85,7 @@ def test_random_use_agrees_with_a_plain_count(size: int, operations: list[tuple[
             pool.retain([number % size])
             counts[number % size] += 1
         elif name == "free" and counts[number % size]:
-            pool.free([number % size])
+            pool.free(number % size)
             counts[number % size] -= 1
         assert [pool.references(block) for block in range(size)] == counts
         assert pool.num_free == counts.count(0)

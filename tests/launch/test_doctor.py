@@ -69,6 +69,13 @@ def test_numpy_2_fails_with_the_wheel_only(
     assert checks["Python backend"].status == "fail"
 
 
+def test_a_missing_compiler_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler -O1")
+    check = by_name()["C++ compiler"]
+    assert (check.status, check.detail) == ("warn", "no no-such-compiler")
+    assert "apt-get install g++" in check.fix
+
+
 def test_a_port_in_use_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -42,9 +42,10 @@ def test_curl(bf16_server: RunningServer, script: str) -> None:
 
 def test_python_grpc_streaming(bf16_server: RunningServer) -> None:
     (script,) = blocks("python")
-    run = subprocess.run(
-        [sys.executable, "-c", on_ports(script, bf16_server)], check=True, capture_output=True, text=True, timeout=120
-    )
+    # Should it hang, its stack shows where.
+    script = "import faulthandler; faulthandler.dump_traceback_later(90, exit=True)\n" + on_ports(script, bf16_server)
+    run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
     options = {"max_tokens": 32, "temperature": 0}
     assert run.stdout == bf16_server.generate(text_input="The sea is", stream=True, sampling_parameters=options).text
 

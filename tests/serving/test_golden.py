@@ -6,6 +6,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,11 +14,6 @@ from helpers.oracle import PROMPTS, Oracle
 from helpers.triton import RunningServer
 
 TOKENS = 24
-
-
-@pytest.fixture(scope="module")
-def oracle(model_dir: Path) -> Oracle:
-    return Oracle(model_dir)
 
 
 def greedy(**more: object) -> dict:
@@ -59,6 +55,31 @@ def test_float32_in_mixed_batches_arriving_at_different_times(server: RunningSer
         expected = oracle.greedy(oracle.ids(PROMPTS[name]), TOKENS)
         assert generations[str(number)].token_ids == expected, name
     server.wait_idle()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        # Guesses, prompts in chunks, and a pool of 640 tokens for some twenty sequences: preemptions.
+        {"speculative_tokens": 3, "max_batched_tokens": 48, "kv_cache_memory": str(640 * 46080), "max_model_len": 320},
+        {"prefix_caching": False, "attention": "reference"},
+    ],
+    ids=["everything on", "everything off"],
+)
+def test_float32_whatever_is_switched_on(model_dir: Path, oracle: Oracle, options: dict[str, Any]) -> None:
+    names = [name for name in PROMPTS if name != "long"] * 2
+    with RunningServer(model_dir, dtype="float32", **options) as server:
+        with server.stream() as stream:
+            for number, name in enumerate(names):
+                stream.send(str(number), text_input=PROMPTS[name], stream=True, sampling_parameters=greedy())
+            generations = stream.finish()
+        server.wait_idle()
+        metrics = server.metrics()
+    for number, name in enumerate(names):
+        assert generations[str(number)].token_ids == oracle.greedy(oracle.ids(PROMPTS[name]), TOKENS), name
+    everything = "speculative_tokens" in options
+    for metric in ("speculative_tokens_accepted_total", "preemptions_total", "prefix_cache_hits_total"):
+        assert (metrics[metric, ""] > 0) == everything, metric
 
 
 def test_bf16_equals_transformers_until_the_margin_is_small(bf16_server: RunningServer, oracle: Oracle) -> None:

@@ -1,9 +1,12 @@
 """What every attention implementation offers: writing new keys and values, and causal attention over the cache."""
 
+# ruff: noqa: N815 - fields, too, carry their shape
+
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -22,8 +25,42 @@ class Span(Protocol):
     def block_table(self) -> tuple[int, ...]: ...
 
 
+@dataclass(frozen=True)
+class AttentionLayer:
+    """What attention needs to know of a layer. `window`: a token sees itself and the window - 1 before it."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None  # softcap * tanh(score / softcap), as in Gemma 2
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Rotary position embedding of a step's tokens: float32 tables by position, and the tokens' positions.
+
+    The first half of a sine's row carries the minus sign of the rotation.
+    """
+
+    cos_PD: torch.Tensor
+    sin_PD: torch.Tensor
+    positions_T: torch.Tensor
+    _made: dict[torch.dtype, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # by the first layer
+
+    def apply(self, x_THD: torch.Tensor) -> torch.Tensor:
+        """All heads turned, in plain torch."""
+        cos_T1D, sin_T1D = self._of_dtype(x_THD.dtype)
+        first, second = x_THD.chunk(2, dim=-1)
+        return torch.addcmul(x_THD * cos_T1D, torch.cat((second, first), dim=-1), sin_T1D)
+
+    def _of_dtype(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        if dtype not in self._made:
+            tables = self.cos_PD[self.positions_T, None], self.sin_PD[self.positions_T, None]
+            self._made[dtype] = tables[0].to(dtype), tables[1].to(dtype)
+        return self._made[dtype]
+
+
 class Attention(ABC, Generic[Metadata]):
-    """Causal grouped-query attention over a paged cache.
+    """Rotation of queries and keys, and causal grouped-query attention over a paged cache.
 
     `prepare` runs once a step and does all the bookkeeping, so that `forward`, once a layer, is tensor work only.
     """
@@ -35,14 +72,17 @@ class Attention(ABC, Generic[Metadata]):
     @abstractmethod
     def forward(
         self,
-        q_THD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
+        qkv_TXD: torch.Tensor,
+        rotation: Rotation,
         k_cache_NSKD: torch.Tensor,
         v_cache_NSKD: torch.Tensor,
         metadata: Metadata,
+        layer: AttentionLayer,
     ) -> torch.Tensor:
-        """Writes the new k and v into the cache in place; returns the attention output o_THD."""
+        """Takes the heads of q, k and v side by side, q and k not yet rotated.
+
+        Writes the rotated k, and v, into the cache in place; returns the attention output o_THD.
+        """
 
 
 def span_order(span: Span) -> tuple[bool, int]:

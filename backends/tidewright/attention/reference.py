@@ -5,13 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 
-from tidewright.attention.base import Attention, Span
+from tidewright.attention.base import Attention, AttentionLayer, Rotation, Span
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,20 @@ class _DecodeGroup:
 
     rows: slice  # of the step's tokens
     blocks_BM: torch.Tensor
-    mask_B11C: torch.Tensor  # True where there is a token
+    contexts_B: torch.Tensor
+    width: int  # tokens in M blocks
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """mask_B11C: True where there is a token to see. Made in the step's first layer with this window, then kept."""
+        window = _narrower(window, self.width)
+        if window not in self.masks:
+            positions_C = torch.arange(self.width, device=self.contexts_B.device)
+            mask_BC = positions_C < self.contexts_B[:, None]
+            if window is not None:
+                mask_BC &= positions_C >= self.contexts_B[:, None] - window
+            self.masks[window] = mask_BC[:, None, None, :]
+        return self.masks[window]
 
 
 @dataclass(frozen=True)
@@ -28,9 +41,32 @@ class _Prefill:
     """Several new tokens of one sequence. Without earlier tokens, no block needs to be read."""
 
     rows: slice
+    start: int
     context: int
     blocks_M: torch.Tensor | None
-    mask_TC: torch.Tensor | None
+    device: torch.device
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    def is_plain(self, layer: AttentionLayer) -> bool:
+        """Torch knows the causal mask of a whole sequence, and needs none from here."""
+        return self.blocks_M is None and _narrower(layer.window, self.context) is None and layer.softcap is None
+
+    def mask(self, window: int | None) -> torch.Tensor:
+        """mask_TC, made and kept in the same way."""
+        window = _narrower(window, self.context)
+        if window not in self.masks:
+            positions_C = torch.arange(self.context, device=self.device)
+            positions_T1 = positions_C[self.start :, None]
+            mask_TC = positions_C <= positions_T1
+            if window is not None:
+                mask_TC &= positions_C > positions_T1 - window
+            self.masks[window] = mask_TC
+        return self.masks[window]
+
+
+def _narrower(window: int | None, context: int) -> int | None:
+    """None if the window hides nothing of such a context."""
+    return None if window is None or window >= context else window
 
 
 @dataclass(frozen=True)
@@ -67,18 +103,22 @@ class ReferenceAttention(Attention[ReferenceMetadata]):
 
     def forward(
         self,
-        q_THD: torch.Tensor,
-        k_TKD: torch.Tensor,
-        v_TKD: torch.Tensor,
+        qkv_TXD: torch.Tensor,
+        rotation: Rotation,
         k_cache_NSKD: torch.Tensor,
         v_cache_NSKD: torch.Tensor,
         metadata: ReferenceMetadata,
+        layer: AttentionLayer,
     ) -> torch.Tensor:
+        kv_heads = k_cache_NSKD.shape[2]
+        # q and k lie side by side, so both turn in one go.
+        qk_TXD, v_TKD = rotation.apply(qkv_TXD[:, :-kv_heads]), qkv_TXD[:, -kv_heads:]
+        q_THD, k_TKD = qk_TXD[:, :-kv_heads], qk_TXD[:, -kv_heads:]
         k_cache_NSKD.flatten(0, 1).index_copy_(0, metadata.slots_T, k_TKD)
         v_cache_NSKD.flatten(0, 1).index_copy_(0, metadata.slots_T, v_TKD)
         out_THD = torch.empty_like(q_THD)
         for group in metadata.decodes:
-            out_THD[group.rows] = _decode(q_THD[group.rows], k_cache_NSKD, v_cache_NSKD, group)
+            out_THD[group.rows] = _decode(q_THD[group.rows], k_cache_NSKD, v_cache_NSKD, group, layer)
         for prefill in metadata.prefills:
             rows = prefill.rows
             if prefill.blocks_M is None:
@@ -86,7 +126,8 @@ class ReferenceAttention(Attention[ReferenceMetadata]):
             else:
                 k_CKD = _read(k_cache_NSKD, prefill.blocks_M)[: prefill.context]
                 v_CKD = _read(v_cache_NSKD, prefill.blocks_M)[: prefill.context]
-            out_THD[rows] = _causal(q_THD[rows], k_CKD, v_CKD, prefill.mask_TC)
+            mask_TC = None if prefill.is_plain(layer) else prefill.mask(layer.window)
+            out_THD[rows] = _causal(q_THD[rows], k_CKD, v_CKD, mask_TC, layer)
         return out_THD
 
     def _num_blocks(self, span: Span) -> int:
@@ -95,26 +136,22 @@ class ReferenceAttention(Attention[ReferenceMetadata]):
     def _decode_group(self, group: list[Span], first: int) -> _DecodeGroup:
         width = max(self._num_blocks(span) for span in group)
         tables = [list(span.block_table[: self._num_blocks(span)]) for span in group]
-        contexts_B = self._tensor([span.start + 1 for span in group])
-        mask_BC = torch.arange(width * self.block_size, device=self.device) < contexts_B[:, None]
         return _DecodeGroup(
             rows=slice(first, first + len(group)),
             # A row is padded with its own first block: what it reads there is masked, and finite.
             blocks_BM=self._tensor([table + table[:1] * (width - len(table)) for table in tables]),
-            mask_B11C=mask_BC[:, None, None, :],
+            contexts_B=self._tensor([span.start + 1 for span in group]),
+            width=width * self.block_size,
         )
 
     def _prefill(self, span: Span, first: int) -> _Prefill:
-        rows = slice(first, first + span.count)
-        context = span.start + span.count
-        if span.start == 0:
-            return _Prefill(rows, context, blocks_M=None, mask_TC=None)
-        positions_T = torch.arange(span.start, context, device=self.device)
+        blocks = list(span.block_table[: self._num_blocks(span)]) if span.start else None
         return _Prefill(
-            rows,
-            context,
-            blocks_M=self._tensor(list(span.block_table[: self._num_blocks(span)])),
-            mask_TC=torch.arange(context, device=self.device) <= positions_T[:, None],
+            rows=slice(first, first + span.count),
+            start=span.start,
+            context=span.start + span.count,
+            blocks_M=None if blocks is None else self._tensor(blocks),
+            device=self.device,
         )
 
     def _tensor(self, values: list[int] | list[list[int]]) -> torch.Tensor:
@@ -127,7 +164,11 @@ def _read(cache_NSKD: torch.Tensor, blocks_M: torch.Tensor) -> torch.Tensor:
 
 
 def _decode(
-    q_BHD: torch.Tensor, k_cache_NSKD: torch.Tensor, v_cache_NSKD: torch.Tensor, group: _DecodeGroup
+    q_BHD: torch.Tensor,
+    k_cache_NSKD: torch.Tensor,
+    v_cache_NSKD: torch.Tensor,
+    group: _DecodeGroup,
+    layer: AttentionLayer,
 ) -> torch.Tensor:
     batch, heads, head_dim = q_BHD.shape
     kv_heads = k_cache_NSKD.shape[2]
@@ -136,19 +177,43 @@ def _decode(
     blocks = group.blocks_BM.flatten()
     k_BKCD = _read(k_cache_NSKD, blocks).view(batch, -1, kv_heads, head_dim).transpose(1, 2)
     v_BKCD = _read(v_cache_NSKD, blocks).view(batch, -1, kv_heads, head_dim).transpose(1, 2)
-    out_BKGD = F.scaled_dot_product_attention(q_BKGD, k_BKCD, v_BKCD, attn_mask=group.mask_B11C)
+    out_BKGD = _attend(q_BKGD, k_BKCD, v_BKCD, group.mask(layer.window), layer)
     return out_BKGD.reshape(batch, heads, head_dim)
 
 
 def _causal(
-    q_THD: torch.Tensor, k_CKD: torch.Tensor, v_CKD: torch.Tensor, mask_TC: torch.Tensor | None
+    q_THD: torch.Tensor,
+    k_CKD: torch.Tensor,
+    v_CKD: torch.Tensor,
+    mask_TC: torch.Tensor | None,
+    layer: AttentionLayer,
 ) -> torch.Tensor:
-    out_1HTD = F.scaled_dot_product_attention(
-        q_THD.transpose(0, 1)[None],
-        k_CKD.transpose(0, 1)[None],
-        v_CKD.transpose(0, 1)[None],
-        attn_mask=mask_TC,
-        is_causal=mask_TC is None,
-        enable_gqa=True,
-    )
-    return out_1HTD[0].transpose(0, 1)
+    q_1HTD, k_1KCD, v_1KCD = (x.transpose(0, 1)[None] for x in (q_THD, k_CKD, v_CKD))
+    return _attend(q_1HTD, k_1KCD, v_1KCD, mask_TC, layer)[0].transpose(0, 1)
+
+
+def _attend(
+    q_BHTD: torch.Tensor,
+    k_BKCD: torch.Tensor,
+    v_BKCD: torch.Tensor,
+    mask: torch.Tensor | None,
+    layer: AttentionLayer,
+) -> torch.Tensor:
+    """Without a mask: causal, over queries and keys of the same positions."""
+    group = q_BHTD.shape[1] // k_BKCD.shape[1]
+    if layer.softcap is None:
+        return F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BKCD,
+            v_BKCD,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=layer.scale,
+            enable_gqa=group > 1,
+        )
+    assert mask is not None
+    k_BHCD, v_BHCD = (x.repeat_interleave(group, dim=1) for x in (k_BKCD, v_BKCD))
+    scores_BHTC = layer.softcap * torch.tanh(q_BHTD @ k_BHCD.mT * (layer.scale / layer.softcap))
+    scores_BHTC = scores_BHTC.masked_fill(~mask, -torch.inf)
+    wide = torch.promote_types(q_BHTD.dtype, torch.float32)
+    return scores_BHTC.softmax(dim=-1, dtype=wide).to(q_BHTD.dtype) @ v_BHCD

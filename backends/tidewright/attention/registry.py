@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from tidewright.attention.base import Attention
+from tidewright.attention.native import NativeCpuAttention
 from tidewright.attention.reference import ReferenceAttention
+from tidewright.kernels.cpu import kernels_of
 
-_IMPLEMENTATIONS = {"reference": ReferenceAttention}
+_IMPLEMENTATIONS: dict[str, Callable[[int, torch.device], Attention[Any]]] = {
+    "native": NativeCpuAttention,
+    "reference": ReferenceAttention,
+}
 
 
 class UnknownAttentionError(ValueError):
-    """The configuration names no attention implementation that there is."""
+    """The configuration names no attention implementation that there is, or none that works here."""
 
 
-def make_attention(name: str, block_size: int, device: torch.device) -> Attention[Any]:
+def make_attention(name: str, block_size: int, device: torch.device, dtype: torch.dtype) -> Attention[Any]:
+    """Raises UnknownAttentionError. "auto" takes the fastest that the device has for `dtype`."""
+    native = device.type == "cpu" and kernels_of(dtype) is not None
+    if name == "auto":
+        name = "native" if native else "reference"
     if name not in _IMPLEMENTATIONS:
         known = ", ".join(sorted(_IMPLEMENTATIONS))
         raise UnknownAttentionError(f"attention {name!r} does not exist; there is: {known}")
+    if name == "native" and not native:
+        raise UnknownAttentionError(
+            f"attention 'native' needs a CPU, float32 or bfloat16, and a C++ compiler, not {device} and {dtype}"
+            " (the log tells if the compiler failed); choose 'auto'"
+        )
     return _IMPLEMENTATIONS[name](block_size, device)

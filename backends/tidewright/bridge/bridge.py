@@ -11,81 +11,30 @@ import itertools
 import logging
 import threading
 import time
-from dataclasses import dataclass, field
-from typing import Protocol
 
+import msgspec
+
+from tidewright.bridge.call import Call, Part, Responder
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.bridge.request import GenerationRequest
-from tidewright.bridge.text_stream import TextStream
+from tidewright.bridge.statistics import EngineFigures, RequestStatistics
 from tidewright.config import Settings
-from tidewright.engine.messages import (
-    Abort,
-    EngineConfig,
-    EngineStats,
-    Ready,
-    SequenceOutput,
-    Submit,
-    TokenLogprob,
+from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
+from tidewright.errors import (
+    CancelledError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestError,
+    TimedOutError,
 )
-from tidewright.errors import CancelledError, EngineUnavailableError, OverloadedError, RequestError
-from tidewright.schema import FinishReason
+from tidewright.schema import FinishReason, SamplingParams
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)
 
 CANCEL_POLL_INTERVAL = 0.01  # seconds
 CANCEL_POLL_SHARE = 0.05  # of one core, at most: asking Triton is a round trip to its process
-
-
-@dataclass
-class Chunk:
-    """What one response carries."""
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
-    cumulative_logprob: float = 0.0
-
-
-class Responder(Protocol):
-    """The way back to one caller."""
-
-    def send(self, chunk: Chunk, final: bool) -> None: ...
-
-    def fail(self, error: RequestError) -> None: ...
-
-    def is_cancelled(self) -> bool: ...
-
-
-class _Stream:
-    """One request in flight. The sender alone touches its text; `Bridge._changed` guards the rest."""
-
-    def __init__(self, request: GenerationRequest, responder: Responder, tokenizer: Tokenizer) -> None:
-        self.request = request
-        self.responder = responder
-        self.text = TextStream(tokenizer, request.sampling.stop_strings, request.sampling.min_tokens)
-        self.arrived: list[SequenceOutput] = []
-        self.error: RequestError | None = None
-        self.chunk = Chunk(text=request.echo)
-
-    def take(self, outputs: list[SequenceOutput]) -> None:
-        """Add tokens to the next chunk, up to and including the one that ends the sequence."""
-        chunk = self.chunk
-        for output in outputs:
-            for index, token_id in enumerate(output.token_ids):
-                chunk.text += self.text.push(token_id)
-                chunk.token_ids.append(token_id)
-                if output.logprobs is not None:
-                    chunk.logprobs.append(output.logprobs[index])
-                    chunk.cumulative_logprob += output.logprobs[index][0].logprob
-                if self.text.stopped:
-                    chunk.finish_reason = "stop"
-                    return
-            if output.finish_reason is not None:
-                chunk.text += self.text.finish()
-                chunk.finish_reason = "stop" if self.text.stopped else output.finish_reason
-                return
 
 
 class Bridge:
@@ -95,8 +44,9 @@ class Bridge:
         self._tokenizer = tokenizer
         self._limit = settings.max_running + settings.max_waiting
         self._ids = itertools.count(1)
-        self._streams: dict[int, _Stream] = {}
-        self._dirty: dict[int, _Stream] = {}  # have something for the sender; in order of arrival
+        self._calls: dict[Call, None] = {}  # in order of arrival
+        self._parts: dict[int, Part] = {}  # sequences that have not ended, by the engine's request id
+        self._dirty: dict[Call, None] = {}  # have something for the sender; in order of arrival
         self._changed = threading.Condition()
         self._stopping = threading.Event()
         self._client = EngineClient(
@@ -109,9 +59,10 @@ class Bridge:
             threading.Thread(target=self._send_loop, name="sender", daemon=True),
             threading.Thread(target=self._cancel_loop, name="canceller", daemon=True),
         ]
+        self._engine_figures = EngineFigures()
+        self.statistics = RequestStatistics()
         self.engine: Ready | None = None
         """What the running engine said of itself; kept while it restarts."""
-        self.stats: EngineStats | None = None
 
     @property
     def engine_up(self) -> bool:
@@ -122,9 +73,14 @@ class Bridge:
         return self._client.restarts
 
     @property
+    def engine_stats(self) -> EngineStats:
+        """Gauges of the running engine, zero without one; counters over all engines that there were."""
+        return self._engine_figures.read()
+
+    @property
     def active(self) -> int:
         """Requests in flight."""
-        return len(self._streams)
+        return len(self._calls)
 
     def start(self) -> None:
         """Start the engine and wait for its model; raises `EngineStartError`."""
@@ -146,50 +102,87 @@ class Bridge:
         """Queue a valid request; its answer comes through `responder`.
 
         Raises:
-            OverloadedError: as many requests as may run and wait are already in flight.
+            TimedOutError: its timeout is over already.
+            OverloadedError: as many sequences as may run and wait are already in flight.
+            InvalidRequestError: it has more sequences than may ever be in flight.
             EngineUnavailableError: the engine is restarting.
         """
-        request_id = next(self._ids)
+        arrived_at = time.monotonic()
+        sampling = request.sampling
+        deadline = None if sampling.timeout is None else arrived_at + sampling.timeout
+        if deadline is not None and deadline <= time.monotonic():
+            raise TimedOutError(f"timed out at once: timeout is {sampling.timeout:g} s; raise it or leave it out")
+        call = Call(request, responder, self._tokenizer, [next(self._ids) for _ in range(sampling.n)], arrived_at)
         with self._changed:
-            if len(self._streams) >= self._limit:
-                raise OverloadedError(
-                    f"{self._limit} requests are running or waiting, the most that max_running + max_waiting "
-                    "allow; try again later"
-                )
-            self._streams[request_id] = _Stream(request, responder, self._tokenizer)
+            self._check_room(sampling.n)
+            self._calls[call] = None
+            self._parts.update((part.request_id, part) for part in call.parts)
             self._changed.notify_all()
         try:
-            self._client.send(Submit(request_id, request.prompt_token_ids, request.sampling))
+            for index, part in enumerate(call.parts):
+                self._client.send(
+                    Submit(
+                        part.request_id,
+                        request.prompt_token_ids,
+                        _sampling_of(sampling, index),
+                        deadline,
+                        request.bad_words_ids,
+                    )
+                )
         except EngineUnavailableError:
-            with self._changed:
-                # If the engine was lost in between, the sender has the stream and answers it.
-                if self._streams.get(request_id) and self._streams[request_id].error is None:
-                    del self._streams[request_id]
-                    raise
+            self._forget(call, call.parts)
+            raise
+        with self._changed:
+            call.submitted = True
+            if call.error or any(part.arrived for part in call.parts):
+                self._wake_sender(call)
+
+    def _check_room(self, n: int) -> None:
+        if n > self._limit:
+            raise InvalidRequestError(
+                f"n is {n}, but only {self._limit} sequences (max_running + max_waiting) may be in flight"
+            )
+        if len(self._parts) + n > self._limit:
+            raise OverloadedError(
+                f"{len(self._parts)} requests are running or waiting, each of n counted, and max_running + "
+                f"max_waiting allow {self._limit}; try again later"
+            )
 
     def _on_outputs(self, outputs: list[SequenceOutput]) -> None:
         with self._changed:
             for output in outputs:
-                stream = self._streams.get(output.request_id)
-                if stream is not None:
-                    stream.arrived.append(output)
-                    self._dirty[output.request_id] = stream
-            self._changed.notify_all()
+                part = self._parts.get(output.request_id)
+                if part is not None:
+                    part.arrived.append(output)
+                    self._wake_sender(part.call)
 
     def _on_stats(self, stats: EngineStats) -> None:
-        self.stats = stats
+        self._engine_figures.update(stats)
 
     def _on_up(self, ready: Ready) -> None:
         self.engine = ready
 
     def _on_lost(self, cause: str) -> None:
+        self._engine_figures.engine_lost()
         self._fail_all(f"the engine died while it worked on this request ({cause}); it is being restarted")
 
     def _fail_all(self, message: str) -> None:
         with self._changed:
-            for request_id, stream in self._streams.items():
-                stream.error = stream.error or EngineUnavailableError(message)
-                self._dirty[request_id] = stream
+            for call in self._calls:
+                self._fail(call, EngineUnavailableError(message))
+
+    def _fail(self, call: Call, error: RequestError) -> None:
+        """With `_changed` held: let the sender end it with an error, unless it has one."""
+        call.error = call.error or error
+        self._wake_sender(call)
+
+    def _wake_sender(self, call: Call) -> None:
+        """With `_changed` held. Before all of a call is submitted it must not end: its aborts would come too early.
+
+        After its end it must not be answered again, as when a cancel is noticed while the last response goes out.
+        """
+        if call.submitted and call in self._calls:
+            self._dirty[call] = None
             self._changed.notify_all()
 
     def _send_loop(self) -> None:
@@ -198,56 +191,83 @@ class Bridge:
                 self._changed.wait_for(lambda: self._dirty or self._stopping.is_set())
                 if not self._dirty:
                     return
-                request_id = next(iter(self._dirty))
-                stream = self._dirty.pop(request_id)
-                outputs, stream.arrived = stream.arrived, []
+                call = next(iter(self._dirty))
+                del self._dirty[call]
+                arrived = [part.arrived for part in call.parts]
+                for part in call.parts:
+                    part.arrived = []
             try:
-                over = self._answer(stream, outputs)
+                reason = self._answer(call, arrived)
             except Exception:
-                log.exception("request %d could not be answered", request_id)
-                stream.responder.fail(RequestError("the response could not be made; see the server's log"))
-                over = True
-            if over:
-                with self._changed:
-                    self._streams.pop(request_id, None)
-                    self._dirty.pop(request_id, None)
-                if stream.chunk.finish_reason is None or stream.text.stopped:
-                    self._abort(request_id)
+                log.exception("a request could not be answered")
+                with contextlib.suppress(Exception):  # it may have ended before it went wrong
+                    call.responder.fail(RequestError("the response could not be made; see the server's log"))
+                reason = RequestError.reason
+                self.statistics.finished(reason)
+            self._forget(call, call.parts if reason else [part for part in call.parts if part.over])
 
-    def _answer(self, stream: _Stream, outputs: list[SequenceOutput]) -> bool:
-        """Send what there is to send of one stream; True when the request is over."""
-        stream.take(outputs)
-        chunk = stream.chunk
-        if chunk.finish_reason == "invalid":
-            # The bridge checked all that it knows, so this is a limit that only the engine knows.
-            stream.responder.fail(RequestError("the engine refused the request; see its log"))
-            return True
-        if chunk.finish_reason is None and stream.error is not None:
-            stream.responder.fail(stream.error)
-            return True
-        final = chunk.finish_reason is not None
-        if final or (stream.request.stream and chunk.token_ids):
-            stream.responder.send(chunk, final)
-            if not final:
-                stream.chunk = Chunk(cumulative_logprob=chunk.cumulative_logprob)
-        return final
+    def _answer(self, call: Call, arrived: list[list[SequenceOutput]]) -> FinishReason | None:
+        """Send what there is to send of one call; why it is over, None if it goes on."""
+        new_tokens = [part.take(outputs) for part, outputs in zip(call.parts, arrived, strict=True)]
+        if failure := call.failure:
+            call.responder.fail(failure)
+            self.statistics.finished(failure.reason)
+            return failure.reason
+        reason = call.finish_reason
+        if reason or (call.request.stream and call.has_news):
+            call.responder.send(call.chunk(), final=reason is not None)
+            for part in call.parts:
+                part.next_piece()
+        now = time.monotonic()
+        self._time_tokens(call, new_tokens, now)
+        if reason:
+            self.statistics.finished(reason, now - call.arrived_at)
+        return reason
 
-    def _abort(self, request_id: int) -> None:
-        with contextlib.suppress(EngineUnavailableError):  # then there is nothing left to abort
-            self._client.send(Abort(request_id))
+    def _time_tokens(self, call: Call, new_tokens: list[int], now: float) -> None:
+        """Tokens that leave together share the time since the sequence's last response."""
+        first = all(part.last_sent is None for part in call.parts)
+        for part, count in zip(call.parts, new_tokens, strict=True):
+            if not count:
+                continue
+            if first:
+                self.statistics.first_token(part.queued_seconds, now - call.arrived_at)
+                first = False
+            if part.last_sent is not None:
+                self.statistics.further_tokens((now - part.last_sent) / count, count)
+            elif count > 1:
+                self.statistics.further_tokens(0.0, count - 1)
+            part.last_sent = now
+
+    def _forget(self, call: Call, ended: list[Part]) -> None:
+        """Drop sequences that have ended here, and abort those that the engine still has."""
+        with self._changed:
+            dropped = [part for part in ended if self._parts.pop(part.request_id, None)]
+            if len(ended) == len(call.parts):
+                self._calls.pop(call, None)
+                self._dirty.pop(call, None)
+        for part in dropped:
+            if not part.engine_is_done:
+                with contextlib.suppress(EngineUnavailableError):  # then there is nothing left to abort
+                    self._client.send(Abort(part.request_id))
 
     def _cancel_loop(self) -> None:
         while not self._stopping.is_set():
             with self._changed:
-                self._changed.wait_for(lambda: self._streams or self._stopping.is_set())
-                streams = list(self._streams.items())
+                self._changed.wait_for(lambda: self._calls or self._stopping.is_set())
+                calls = [call for call in self._calls if call.submitted and call.error is None]
             began = time.monotonic()
-            for request_id, stream in streams:
-                if stream.error is None and stream.responder.is_cancelled():
-                    self._abort(request_id)
+            for call in calls:
+                if call.responder.is_cancelled():
                     with self._changed:
-                        stream.error = stream.error or CancelledError("cancelled by the client")
-                        self._dirty[request_id] = stream
-                        self._changed.notify_all()
+                        self._fail(call, CancelledError("cancelled by the client"))
             took = time.monotonic() - began
             self._stopping.wait(max(CANCEL_POLL_INTERVAL, took / CANCEL_POLL_SHARE))
+
+
+def _sampling_of(sampling: SamplingParams, index: int) -> SamplingParams:
+    """What the engine gets for one of n sequences: its own seed; and the prompt, which all share, is reported once."""
+    if index == 0:
+        return sampling
+    assert sampling.seed is not None
+    return msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**63, prompt_logprobs=None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import numpy as np
 
+from tidewright.engine.grammar import GrammarError, check_grammar
 from tidewright.engine.messages import Ready
 from tidewright.errors import InvalidRequestError
 from tidewright.schema import SamplingParams
@@ -16,6 +18,11 @@ from tidewright.tokenization import InvalidPromptError, Tokenizer
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256  # characters
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_LENGTH = 64  # characters
+MAX_LOGIT_BIASES = 300
+MAX_N = 16
+MAX_SALT_LENGTH = 256  # characters
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class GenerationRequest:
     stream: bool
     sampling: SamplingParams
     returns: OutputOptions
+    bad_words_ids: list[list[int]] = field(default_factory=list)
 
 
 def decode_text(value: object, name: str) -> str:
@@ -81,13 +89,16 @@ def parse_sampling(text: str | None, parameters: str) -> SamplingParams:
     try:
         return msgspec.convert(fields, SamplingParams, strict=False)
     except msgspec.ValidationError as error:
+        if "`key` in `$.logit_bias`" in str(error):
+            raise InvalidRequestError('logit_bias: the keys must be token ids, as in {"5": 1.0}') from None
         raise InvalidRequestError(f"sampling parameters: {error}".replace(" - at `$.", " for `")) from None
 
 
 def check_sampling(sampling: SamplingParams, engine: Ready) -> None:
     """What a type can't say: values that must agree with each other and with the model."""
-    if not sampling.temperature == sampling.temperature:
-        raise InvalidRequestError("temperature must be a number, got NaN")
+    _check_numbers(sampling)
+    if sampling.n > MAX_N:
+        raise InvalidRequestError(f"n is {sampling.n}, more than the limit of {MAX_N}")
     if sampling.max_tokens > engine.max_model_len:
         raise InvalidRequestError(
             f"max_tokens is {sampling.max_tokens}, more than the model's context of {engine.max_model_len} tokens"
@@ -102,6 +113,60 @@ def check_sampling(sampling: SamplingParams, engine: Ready) -> None:
     for token_id in sampling.stop_token_ids:
         if token_id >= engine.vocab_size:
             raise InvalidRequestError(f"stop_token_ids: {token_id} is outside the vocabulary of {engine.vocab_size}")
+    biases = sampling.logit_bias or {}
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise InvalidRequestError(f"logit_bias has {len(biases)} entries, at most {MAX_LOGIT_BIASES}")
+    for token_id in biases:
+        if not 0 <= token_id < engine.vocab_size:
+            raise InvalidRequestError(f"logit_bias: {token_id} is outside the vocabulary of {engine.vocab_size}")
+    if sampling.cache_salt is not None and not 0 < len(sampling.cache_salt) <= MAX_SALT_LENGTH:
+        raise InvalidRequestError(f"cache_salt must have 1 to {MAX_SALT_LENGTH} characters")
+    _check_guided(sampling)
+
+
+def _check_numbers(sampling: SamplingParams) -> None:
+    """NaN passes every range, and infinity those that are open."""
+    numbers = msgspec.structs.asdict(sampling)
+    numbers |= {f"logit_bias of {token_id}": bias for token_id, bias in (sampling.logit_bias or {}).items()}
+    for name, value in numbers.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidRequestError(f"{name} must be a finite number, got {value}")
+
+
+def _check_guided(sampling: SamplingParams) -> None:
+    names = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
+    given = [name for name in names if getattr(sampling, name) is not None]
+    if not given:
+        return
+    if len(given) > 1:
+        raise InvalidRequestError(f"{' and '.join(given)} given; an output can follow only one, send one")
+    if sampling.ignore_eos:
+        raise InvalidRequestError(
+            f"ignore_eos with {given[0]}: a complete output can only be followed by EOS; drop one"
+        )
+    if sampling.min_tokens > 0:
+        raise InvalidRequestError(f"min_tokens with {given[0]}: the output is complete when it is; drop one")
+    try:
+        check_grammar(sampling)
+    except GrammarError as error:
+        raise InvalidRequestError(str(error)) from None
+
+
+def tokenize_bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of each word as it stands at the start of a text, and as it stands after a space."""
+    if len(words) > MAX_BAD_WORDS:
+        raise InvalidRequestError(f"{len(words)} bad_words, at most {MAX_BAD_WORDS}")
+    found: list[list[int]] = []
+    for word in words:
+        if not word.strip() or len(word) > MAX_BAD_WORD_LENGTH:
+            raise InvalidRequestError(
+                f"bad_words: each must have 1 to {MAX_BAD_WORD_LENGTH} characters, not only spaces"
+            )
+        for text in (word.lstrip(), " " + word.lstrip()):
+            token_ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
+            if token_ids and token_ids not in found:
+                found.append(token_ids)
+    return found
 
 
 def check_prompt_length(prompt_token_ids: list[int], max_model_len: int) -> None:
@@ -162,6 +227,7 @@ def parse_request(
         sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
     if (returns.logprobs or returns.cumulative_logprob) and sampling.logprobs is None:
         sampling = msgspec.structs.replace(sampling, logprobs=0)
+    bad_words_ids = tokenize_bad_words(sampling.bad_words, tokenizer)
 
     text = single(tensors, "text_input")
     if (text is None) == ("input_ids" not in tensors):
@@ -181,4 +247,4 @@ def parse_request(
         prompt = ""
     elif text is None:
         prompt = tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
-    return GenerationRequest(prompt_token_ids, prompt, stream, sampling, returns)
+    return GenerationRequest(prompt_token_ids, prompt, stream, sampling, returns, bad_words_ids)

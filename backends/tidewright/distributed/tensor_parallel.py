@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tidewright.distributed.cpu_linear import CpuLinear
+
 
 class ShardingError(ValueError):
     """The model can't be cut into so many ranks."""
@@ -30,8 +32,6 @@ class WeightSlice(Protocol):
 
 
 Loader = Callable[[WeightSlice], None]
-
-_PACK_FOR_ROWS = 16  # the number of tokens that packed weights are laid out for; others work, too
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,13 @@ def _checked(source: WeightSlice, *shape: int) -> WeightSlice:
     return source
 
 
-def replicated_loader(weight: nn.Parameter) -> Loader:
-    """Loads a weight that every rank holds whole, such as that of a norm."""
+def replicated_loader(weight: nn.Parameter, plus: float = 0.0) -> Loader:
+    """Loads a weight that every rank holds whole, such as that of a norm. `plus` is added in the weight's own type."""
 
     def load(source: WeightSlice) -> None:
         weight.copy_(_checked(source, *weight.shape)[tuple(slice(None) for _ in weight.shape)])
+        if plus:
+            weight.add_(plus)
 
     return load
 
@@ -83,47 +85,70 @@ class PackableLinear(nn.Module):
     """A matrix product whose weight may, once loaded, be put into the layout that the processor likes best."""
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(self) -> None:
         super().__init__()
-        self._packed: torch.Tensor | None = None
+        self.bias = None
+        self._cpu_linear: CpuLinear | None = None
 
     def pack(self) -> None:
-        """On a CPU in bf16, oneDNN would otherwise rearrange the weight anew in each product."""
-        weight = self.weight
-        if weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _has_onednn_bf16():
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _PACK_FOR_ROWS)
-            del self.weight
+        """To be called when the weight is loaded and stays; it is kept, and copied where a copy makes it faster."""
+        if self.weight.device.type == "cpu":
+            self._cpu_linear = CpuLinear(self.weight.detach(), None if self.bias is None else self.bias.detach())
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self._packed is None:
-            return F.linear(x, self.weight)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, None, "none", [], "")
+        if self._cpu_linear is None:
+            return F.linear(x, self.weight, self.bias)
+        return self._cpu_linear.multiply(x)
 
 
-def _has_onednn_bf16() -> bool:
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+@dataclass(frozen=True)
+class _Rows:
+    """Of one projection: rows in the checkpoint, this rank's first row, and this rank's number of rows."""
+
+    total: int
+    first: int
+    count: int
 
 
-class MergedColumnParallelLinear(PackableLinear):
-    """Several column-parallel projections of one input, in one matrix product. Outputs stay cut."""
+class _ColumnParallel(PackableLinear):
+    """Projections of one input in one matrix product; each rank holds some rows of each projection's weight."""
 
-    def __init__(self, in_features: int, out_features: tuple[int, ...], group: TensorParallelGroup) -> None:
+    def __init__(self, in_features: int, parts: tuple[_Rows, ...], bias: bool) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.group = in_features, out_features, group
-        self.out_shares = tuple(group.share(out, "output features") for out in out_features)
-        self.weight = _weight(sum(self.out_shares), in_features)
+        self.in_features, self._parts = in_features, parts
+        rows = sum(part.count for part in parts)
+        self.weight = _weight(rows, in_features)
+        self.bias = _weight(rows) if bias else None
 
-    def loader(self, part: int) -> Loader:
-        """Loads this rank's rows of projection number `part`."""
-        share, first_row = self.out_shares[part], self.group.rank * self.out_shares[part]
-        offset = sum(self.out_shares[:part])
+    def loaders(self, name: str, part: int = 0) -> dict[str, Loader]:
+        """Loads this rank's rows of projection number `part`, which the checkpoint calls `name`."""
+        loaders = {f"{name}.weight": self._loader(self.weight, part)}
+        if self.bias is not None:
+            loaders[f"{name}.bias"] = self._loader(self.bias, part)
+        return loaders
+
+    def _loader(self, target: nn.Parameter, part: int) -> Loader:
+        rows = self._parts[part]
+        offset = sum(other.count for other in self._parts[:part])
 
         def load(source: WeightSlice) -> None:
-            rows = _checked(source, self.out_features[part], self.in_features)
-            self.weight[offset : offset + share].copy_(rows[first_row : first_row + share, :])
+            whole = _checked(source, rows.total, *target.shape[1:])
+            target[offset : offset + rows.count].copy_(whole[(slice(rows.first, rows.first + rows.count),)])
 
         return load
+
+
+class MergedColumnParallelLinear(_ColumnParallel):
+    """Several column-parallel projections of one input, in one matrix product. Outputs stay cut."""
+
+    def __init__(
+        self, in_features: int, out_features: tuple[int, ...], group: TensorParallelGroup, bias: bool = False
+    ) -> None:
+        shares = [group.share(out, "output features") for out in out_features]
+        parts = (_Rows(out, group.rank * share, share) for out, share in zip(out_features, shares, strict=True))
+        super().__init__(in_features, tuple(parts), bias)
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         return self.multiply(x_TE)
@@ -132,45 +157,34 @@ class MergedColumnParallelLinear(PackableLinear):
 class ColumnParallelLinear(MergedColumnParallelLinear):
     """One projection, cut by output features. The output stays cut."""
 
-    def __init__(self, in_features: int, out_features: int, group: TensorParallelGroup) -> None:
-        super().__init__(in_features, (out_features,), group)
+    def __init__(self, in_features: int, out_features: int, group: TensorParallelGroup, bias: bool = False) -> None:
+        super().__init__(in_features, (out_features,), group, bias)
 
 
-class QKVParallelLinear(PackableLinear):
+class QKVParallelLinear(_ColumnParallel):
     """Query, key and value projections in one product, cut by heads.
 
     With more ranks than KV heads, neighbouring ranks hold copies of one KV head.
     """
 
     def __init__(
-        self, in_features: int, num_heads: int, num_kv_heads: int, head_dim: int, group: TensorParallelGroup
+        self,
+        in_features: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        group: TensorParallelGroup,
+        bias: bool = False,
     ) -> None:
-        super().__init__()
-        self.in_features, self.head_dim = in_features, head_dim
-        self.num_heads = group.share(num_heads, "query heads")
+        own_heads = group.share(num_heads, "query heads")
         if num_kv_heads % group.size and group.size % num_kv_heads:
             raise ShardingError(f"{num_kv_heads} KV heads can't be shared by {group.size} ranks")
-        self.num_kv_heads = max(1, num_kv_heads // group.size)
+        own_kv_heads = max(1, num_kv_heads // group.size)
         first_kv_head = group.rank * num_kv_heads // group.size
-        # Of q, k and v each: heads in the checkpoint, this rank's first head, this rank's number of heads.
-        self._parts = (
-            (num_heads, group.rank * self.num_heads, self.num_heads),
-            (num_kv_heads, first_kv_head, self.num_kv_heads),
-            (num_kv_heads, first_kv_head, self.num_kv_heads),
-        )
-        self.weight = _weight((self.num_heads + 2 * self.num_kv_heads) * head_dim, in_features)
-
-    def loader(self, part: int) -> Loader:
-        """Loads this rank's heads of q (0), k (1) or v (2)."""
-        total, first, count = self._parts[part]
-        offset = sum(heads for _, _, heads in self._parts[:part])
-
-        def load(source: WeightSlice) -> None:
-            rows = _checked(source, total * self.head_dim, self.in_features)
-            here = self.weight[offset * self.head_dim : (offset + count) * self.head_dim]
-            here.copy_(rows[first * self.head_dim : (first + count) * self.head_dim, :])
-
-        return load
+        q = _Rows(num_heads * head_dim, group.rank * own_heads * head_dim, own_heads * head_dim)
+        kv = _Rows(num_kv_heads * head_dim, first_kv_head * head_dim, own_kv_heads * head_dim)
+        super().__init__(in_features, (q, kv, kv), bias)
+        self.num_heads, self.num_kv_heads, self.head_dim = own_heads, own_kv_heads, head_dim
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         """q, k and v heads side by side: [T, num_heads + 2 * num_kv_heads, head_dim]."""
@@ -180,12 +194,16 @@ class QKVParallelLinear(PackableLinear):
 class RowParallelLinear(PackableLinear):
     """A projection cut by input features, after a column-parallel one; the ranks' results are summed."""
 
-    def __init__(self, in_features: int, out_features: int, group: TensorParallelGroup) -> None:
+    def __init__(self, in_features: int, out_features: int, group: TensorParallelGroup, bias: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features, self.group = in_features, out_features, group
         self.weight = _weight(out_features, group.share(in_features, "input features"))
+        self._has_bias = bias
+        # The results are summed, so only one rank may add the bias.
+        self.bias = _weight(out_features) if bias and group.rank == 0 else None
 
-    def loader(self) -> Loader:
+    def loaders(self, name: str) -> dict[str, Loader]:
+        """Loads this rank's columns of the projection that the checkpoint calls `name`."""
         share = self.weight.shape[1]
         first = self.group.rank * share
 
@@ -193,10 +211,17 @@ class RowParallelLinear(PackableLinear):
             columns = _checked(source, self.out_features, self.in_features)
             self.weight.copy_(columns[:, first : first + share])
 
-        return load
+        loaders: dict[str, Loader] = {f"{name}.weight": load}
+        if self._has_bias:
+            loaders[f"{name}.bias"] = replicated_loader(self.bias) if self.bias is not None else _not_here
+        return loaders
 
     def forward(self, x_TF: torch.Tensor) -> torch.Tensor:
         return self.group.all_reduce(self.multiply(x_TF))
+
+
+def _not_here(source: WeightSlice) -> None:
+    """Of a weight that only another rank holds."""
 
 
 class VocabParallelEmbedding(nn.Module):

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 import os
 import time
-from pathlib import Path
-from typing import Any
 
+import msgspec
 import torch
 
 from tidewright.engine.messages import EngineConfig, EngineStats, Ready, SequenceOutput, Submit
-from tidewright.engine.model_runner import EngineConfigError, ModelRunner, read_json
+from tidewright.engine.model_runner import EngineConfigError, ModelRunner
 from tidewright.engine.scheduler import RequestRefusedError, Scheduler, SchedulerConfig
 from tidewright.engine.sequence import Sequence
 from tidewright.kv_cache.block_pool import BlockPool
@@ -37,36 +37,82 @@ class Engine:
                 block_size=config.block_size,
                 max_batched_tokens=config.max_batched_tokens,
                 max_running=config.max_running,
+                max_waiting=config.max_waiting,
                 max_model_len=self.runner.max_model_len,
                 vocab_size=self.runner.vocab_size,
-                eos_ids=_eos_ids(Path(config.model_dir)),
+                eos_ids=self.runner.eos_ids,
+                prefix_caching=config.prefix_caching,
+                speculative_tokens=config.speculative_tokens,
             ),
             BlockPool(self.runner.kv_cache.num_blocks),
         )
+        self._arrived: dict[int, float] = {}  # requests that have not run yet
+        self._queued: dict[int, float] = {}  # seconds, of requests that run but have no token yet
+        self._deadlines: list[tuple[float, int]] = []  # a heap; those of ended requests leave it when they are due
+        self._schedule_seconds = self._run_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
     def submit(self, request: Submit) -> SequenceOutput | None:
-        """Takes a request; the output that ends it at once, if it can never run."""
+        """Takes a request; the output that ends it at once, if it can't be taken."""
+        words = tuple(tuple(word) for word in request.bad_words_ids)
         try:
-            self.scheduler.add(Sequence(request.request_id, request.prompt_token_ids, request.sampling))
+            self.scheduler.add(Sequence(request.request_id, request.prompt_token_ids, request.sampling, words))
         except RequestRefusedError as error:
             log.warning("request %d refused: %s", request.request_id, error)
-            return SequenceOutput(request.request_id, [], "invalid")
+            return SequenceOutput(request.request_id, [], error.reason, message=str(error))
+        self._arrived[request.request_id] = time.monotonic()
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
         return None
 
     def abort(self, request_id: int) -> None:
         self.scheduler.abort(request_id)
+        self._arrived.pop(request_id, None)
+
+    def expire(self) -> list[SequenceOutput]:
+        """Ends the requests whose deadline has passed."""
+        outputs = []
+        while self._deadlines and self._deadlines[0][0] <= time.monotonic():
+            _, request_id = heapq.heappop(self._deadlines)
+            if output := self.scheduler.expire(request_id):
+                outputs.append(output)
+                self._arrived.pop(request_id, None)
+        return outputs
 
     def step(self) -> list[SequenceOutput]:
+        began = time.monotonic()
         plan = self.scheduler.schedule()
+        planned = time.monotonic()
         result = self.runner.run(plan)
-        return self.scheduler.commit(plan, result)
+        computed = time.monotonic()
+        outputs = self.scheduler.commit(plan, result)
+        for sequence in plan.sequences:
+            if arrived := self._arrived.pop(sequence.request_id, None):
+                self._queued[sequence.request_id] = began - arrived
+        outputs = [self._with_queue_time(output) for output in outputs]
+        self._schedule_seconds += planned - began + time.monotonic() - computed
+        self._run_seconds += computed - planned
+        return outputs
+
+    def _with_queue_time(self, output: SequenceOutput) -> SequenceOutput:
+        queued = self._queued.pop(output.request_id, None)
+        return output if queued is None else msgspec.structs.replace(output, queued_seconds=queued)
 
     def stats(self) -> EngineStats:
-        return self.scheduler.stats()
+        sample_seconds = self.runner.sample_seconds
+        return msgspec.structs.replace(
+            self.scheduler.stats(),
+            schedule_seconds=self._schedule_seconds,
+            forward_seconds=self._run_seconds - sample_seconds,
+            sample_seconds=sample_seconds,
+        )
+
+    def check_integrity(self) -> None:
+        """Raises BlockPoolError if the KV cache's books don't add up."""
+        self.scheduler.check_integrity()
 
     def ready(self) -> Ready:
         return Ready(
@@ -79,15 +125,3 @@ class Engine:
             vocab_size=self.runner.vocab_size,
             load_seconds=self.load_seconds,
         )
-
-
-def _eos_ids(folder: Path) -> tuple[int, ...]:
-    """From generation_config.json, which often names more of them, else from config.json."""
-    value: Any = None
-    if (folder / "generation_config.json").is_file():
-        value = read_json(folder / "generation_config.json").get("eos_token_id")
-    if value is None:
-        value = read_json(folder / "config.json").get("eos_token_id")
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)

@@ -18,12 +18,15 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one
     dtype: str = "bfloat16"  # "bfloat16", "float16", "float32"
     threads: int = 0  # 0: torch's default
-    attention: str = "reference"
+    attention: str = "auto"
     block_size: int = 16  # tokens a block
     kv_cache_memory: str = "auto"  # as tidewright.kv_cache.budget reads it
     max_model_len: int = 0  # tokens; 0: the model's own limit
     max_batched_tokens: int = 2048  # token budget of one step
     max_running: int = 64  # sequences in one step
+    max_waiting: int = 512  # requests beyond those that run; one more is refused
+    prefix_caching: bool = True
+    speculative_tokens: int = 0  # guessed in a step, at most; 0: no speculative decoding
     heartbeat_interval: float = 0.5  # seconds
 
 
@@ -32,11 +35,13 @@ class Configure(msgspec.Struct, frozen=True, tag="configure", array_like=True):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
-    """A validated request. `sampling.seed` is always set."""
+    """A validated request. `sampling.seed` is always set; `sampling.n` has no meaning here: each is its own request."""
 
     request_id: int
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    deadline: float | None = None  # on time.monotonic(), which is one clock for all processes of a host
+    bad_words_ids: list[list[int]] = []
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
@@ -79,6 +84,11 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     token_ids: list[int]
     finish_reason: FinishReason | None = None
     logprobs: list[list[TokenLogprob]] | None = None
+    # With the first tokens: of prompt tokens 1, 2, …, if asked for.
+    prompt_logprobs: list[list[TokenLogprob]] | None = None
+    cached_tokens: int = 0  # with the first tokens: prompt tokens that the prefix cache had
+    message: str = ""  # says more about a finish_reason, for the caller
+    queued_seconds: float = 0.0  # with the first tokens: from `Submit` to the first step that it was part of
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
@@ -96,6 +106,21 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     prompt_tokens: int
     generated_tokens: int
     preemptions: int
+    # Prompt tokens looked up in the prefix cache, found there, and cached blocks that were given to others.
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    prefix_evictions: int = 0
+    blocks_cached: int = 0  # free, but their content can still be found
+    # Slots of running sequences' blocks that hold no token.
+    slots_unused: int = 0
+    # Speculative decoding: tokens guessed, and guesses that were right.
+    tokens_drafted: int = 0
+    tokens_accepted: int = 0
+    # Seconds spent in all steps.
+    schedule_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    sample_seconds: float = 0.0
+    send_seconds: float = 0.0
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):

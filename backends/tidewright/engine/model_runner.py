@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,18 @@ from tidewright.attention.base import span_order
 from tidewright.attention.registry import make_attention
 from tidewright.distributed.loading import load_weights
 from tidewright.distributed.tensor_parallel import PackableLinear, TensorParallelGroup
-from tidewright.engine.messages import EngineConfig
-from tidewright.engine.plan import StepPlan, StepResult
-from tidewright.engine.sampler import sample
+from tidewright.engine.guided import GuidedDecoding
+from tidewright.engine.messages import EngineConfig, TokenLogprob
+from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
+from tidewright.engine.sampler import prompt_logprobs, sample
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
 from tidewright.models.config import ModelConfigError
 from tidewright.models.registry import model_class
 
 # A pool that holds less than this is a mistake, whatever the longest sequence may be.
 _USEFUL_TOKENS = 256
+# Logits of a long prompt would take gigabytes at once.
+_LOGPROB_ROWS = 128
 
 
 class EngineConfigError(ValueError):
@@ -45,7 +50,9 @@ class ModelRunner:
         wanted = config.max_model_len or limit
 
         self.vocab_size = model_config.vocab_size
-        self._attention = make_attention(config.attention, config.block_size, self.device)
+        self.eos_ids = _eos_ids(folder)
+        self._guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
+        self._attention = make_attention(config.attention, config.block_size, self.device, self.dtype)
         with _defaults(self.device, self.dtype):
             self.model = architecture(model_config, wanted, TensorParallelGroup(), self._attention).eval()
         load_weights(folder, self.model.loaders(), self.model.ignored_weights())
@@ -62,25 +69,56 @@ class ModelRunner:
         # Who sets a length gets that length; the model's own limit gives way to the memory.
         needed = config.max_model_len or min(limit, _USEFUL_TOKENS)
         self.kv_cache = allocate_kv_cache(shape, config.kv_cache_memory, needed, self.device)
+        self.sample_seconds = 0.0  # logits and sampling, of all steps
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
+        self._guided.forget(plan.ended)
         spans = sorted(plan.sequences, key=span_order)
         token_ids = [token for span in spans for token in span.token_ids]
         positions = [p for span in spans for p in range(span.start, span.start + span.count)]
         hidden_TE = self.model(
             self._tensor(token_ids), self._tensor(positions), self.kv_cache, self._attention.prepare(spans)
         )
-        last_rows, end = {}, 0
-        for span in spans:
-            end += span.count
-            last_rows[span.request_id] = end - 1
-        drawing = [(last_rows[planned.request_id], planned.draw) for planned in plan.sequences if planned.draw]
-        if not drawing:
-            return StepResult((), ())
-        logits_BV = self.model.logits(hidden_TE[self._tensor([row for row, _ in drawing])])
-        return sample(logits_BV, [draw for _, draw in drawing])
+        began = time.monotonic()
+        results = self._results(plan, spans, hidden_TE)
+        self.sample_seconds += time.monotonic() - began
+        return StepResult(results)
+
+    def _results(
+        self, plan: StepPlan, spans: list[ScheduledSequence], hidden_TE: torch.Tensor
+    ) -> tuple[SequenceResult, ...]:
+        ends = accumulate(span.count for span in spans)
+        end_rows = {span.request_id: end for span, end in zip(spans, ends, strict=True)}
+        rows: list[int] = []
+        draws: list[Draw] = []
+        prompt: dict[int, tuple[list[TokenLogprob], ...]] = {}
+        for planned in plan.sequences:
+            end = end_rows[planned.request_id]
+            rows += range(end - len(planned.draws), end)
+            draws += planned.draws
+            if planned.prompt_logprobs is not None:
+                prompt[planned.request_id] = self._prompt_logprobs(planned, hidden_TE[end - planned.count : end])
+        drawn = iter(self._sample(hidden_TE, rows, draws))
+        return tuple(
+            SequenceResult(tuple(islice(drawn, len(planned.draws))), prompt.get(planned.request_id, ()))
+            for planned in plan.sequences
+        )
+
+    def _prompt_logprobs(self, planned: ScheduledSequence, hidden_TE: torch.Tensor) -> tuple[list[TokenLogprob], ...]:
+        entries: list[list[TokenLogprob]] = []
+        ids = planned.next_prompt_ids
+        for first in range(0, len(ids), _LOGPROB_ROWS):
+            some = ids[first : first + _LOGPROB_ROWS]
+            logits_BV = self.model.logits(hidden_TE[first : first + len(some)])
+            entries += prompt_logprobs(logits_BV, some, planned.prompt_logprobs or 0)
+        return tuple(entries)
+
+    def _sample(self, hidden_TE: torch.Tensor, rows: list[int], draws: list[Draw]) -> list[DrawnToken]:
+        if not draws:
+            return []
+        return sample(self.model.logits(hidden_TE[self._tensor(rows)]), draws, self._guided)
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
@@ -94,6 +132,18 @@ def read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelConfigError(f"{file} does not hold a JSON object")
     return content
+
+
+def _eos_ids(folder: Path) -> tuple[int, ...]:
+    """From generation_config.json, which often names more of them, else from config.json."""
+    value: Any = None
+    if (folder / "generation_config.json").is_file():
+        value = read_json(folder / "generation_config.json").get("eos_token_id")
+    if value is None:
+        value = read_json(folder / "config.json").get("eos_token_id")
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, list) else (value,)
 
 
 @contextmanager

@@ -10,22 +10,36 @@ from tidewright.schema import SamplingParams
 
 @dataclass(frozen=True)
 class Draw:
-    """Choose the token at `position`; never one of `banned_ids`."""
+    """Choose the token at `position`; never one of `banned_ids`.
 
+    `history` holds all tokens before `position`, the first `prompt_length` of them the prompt's; it is filled only
+    if `params.needs_history`.
+    """
+
+    request_id: int
     params: SamplingParams
     position: int
     banned_ids: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    history: tuple[int, ...] = ()
+    prompt_length: int = 0
 
 
 @dataclass(frozen=True)
 class ScheduledSequence:
-    """Compute `token_ids`, which stand at positions start, start + 1, …; then `draw` the next, if asked for."""
+    """Compute `token_ids`, which stand at positions start, start + 1, …, and draw after the last of them.
+
+    There are several draws when the last tokens are speculative: one after each of the last len(draws) tokens.
+    """
 
     request_id: int
     start: int
     token_ids: tuple[int, ...]
     block_table: tuple[int, ...]
-    draw: Draw | None
+    draws: tuple[Draw, ...] = ()
+    # Report log-probabilities of the prompt tokens that follow these ones: how many of the most likely, and which.
+    prompt_logprobs: int | None = None
+    next_prompt_ids: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
@@ -35,11 +49,26 @@ class ScheduledSequence:
 @dataclass(frozen=True)
 class StepPlan:
     sequences: tuple[ScheduledSequence, ...]
+    ended: tuple[int, ...] = ()  # requests that ended since the last plan: state kept for them can go
+
+
+@dataclass(frozen=True)
+class DrawnToken:
+    token_id: int
+    logprobs: list[TokenLogprob] | None = None  # the chosen token's, then those of the most likely ones
+    error: str = ""  # the request can't go on, and why; the token is EOS then, if the model has one
+
+
+@dataclass(frozen=True)
+class SequenceResult:
+    """One entry for each draw of a scheduled sequence, and for each of its `next_prompt_ids`."""
+
+    drawn: tuple[DrawnToken, ...] = ()
+    prompt_logprobs: tuple[list[TokenLogprob], ...] = ()
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One entry for each sequence of the plan that has a draw, in the plan's order."""
+    """One entry for each sequence of the plan, in the plan's order."""
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[list[TokenLogprob] | None, ...]
+    sequences: tuple[SequenceResult, ...]

@@ -1,4 +1,4 @@
-"""The engine's conversation with the bridge: a thread that listens, and the loop that steps and answers."""
+"""The engine's conversation with the bridge: a thread that listens, the loop that steps, a thread that answers."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from tidewright.engine.engine import Engine
 from tidewright.engine.messages import (
     Abort,
     Configure,
-    Heartbeat,
     SequenceOutput,
     Shutdown,
     StartFailed,
-    StepOutputs,
     Submit,
     ToBridge,
     ToEngine,
     decode_to_engine,
     encode,
 )
+from tidewright.engine.outbox import Outbox
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +31,11 @@ class EngineProcess:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._outbox = Outbox(self._send)
         self._engine: Engine
         self._interval = 0.0
         self._last_heartbeat = 0.0
+        self._checked_steps = 0  # the KV cache's books were right after so many
 
     def run(self) -> int:
         """Serves until `Shutdown`; returns the exit status."""
@@ -52,10 +53,13 @@ class EngineProcess:
             return 1
         self._interval = first.config.heartbeat_interval
         self._send(self._engine.ready())
+        self._outbox.start()
         try:
             while self._take_messages():
+                if expired := self._engine.expire():
+                    self._outbox.put_outputs(expired)
                 if self._engine.has_work:
-                    self._send(StepOutputs(self._engine.step()))
+                    self._outbox.put_outputs(self._engine.step())
                 self._beat()
         except Exception:
             # The state of a half-done step is not worth saving: the bridge starts a new engine and replays.
@@ -86,7 +90,7 @@ class EngineProcess:
                 return False
             message = self._inbox.get_nowait() if not self._inbox.empty() else None
         if refused:
-            self._send(StepOutputs(refused))
+            self._outbox.put_outputs(refused)
         return True
 
     def _next_message(self) -> ToEngine | None:
@@ -99,7 +103,11 @@ class EngineProcess:
     def _beat(self) -> None:
         now = time.monotonic()
         if now - self._last_heartbeat >= self._interval:
-            self._send(Heartbeat(self._engine.stats()))
+            stats = self._engine.stats()
+            if not self._engine.has_work and stats.steps > self._checked_steps:
+                self._engine.check_integrity()
+                self._checked_steps = stats.steps
+            self._outbox.put_heartbeat(stats)
             self._last_heartbeat = now
 
     def _send(self, message: ToBridge) -> None:

@@ -1,4 +1,4 @@
-"""From logits to the next token of each row, vectorised over the batch.
+"""From logits to the next token of each row, vectorised over the batch. A row pays only for what it asks for.
 
 Chance enters only through `uniform(seed, position)`: no state, so a seeded request draws the same tokens alone,
 in any batch, after a preemption and after a restart.
@@ -10,8 +10,11 @@ from collections.abc import Sequence
 
 import torch
 
+from tidewright.engine.guided import GuidedDecoding
+from tidewright.engine.logits import add_bias, ban_tokens, penalise
 from tidewright.engine.messages import TokenLogprob
-from tidewright.engine.plan import Draw, StepResult
+from tidewright.engine.plan import Draw, DrawnToken
+from tidewright.engine.truncation import column, drop_unlikely, first_argmax, invert_cdf, top
 from tidewright.schema import SamplingParams
 
 # Below this, dividing by the temperature leaves nothing but the maximum.
@@ -31,97 +34,72 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def sample(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> StepResult:
-    """One token for each row. `logits_BV` is used up."""
+def sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None = None) -> list[DrawnToken]:
+    """One token for each row. `logits_BV` is used up.
+
+    The order is: raw log-probabilities for the report; grammar, banned ids and bad words; bias; penalties;
+    temperature; min_p, top_k, top_p, each of what the one before left; the draw. Without `guided` no grammar is
+    followed.
+    """
     logits_BV = logits_BV.float()
     wants_logprobs = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
-    # Before any mask or temperature: logprobs tell what the model said.
+    # Before any change: logprobs tell what the model said.
     logprobs_RV = logits_BV[wants_logprobs].log_softmax(dim=-1) if wants_logprobs else None
 
-    banned = [(row, token) for row, draw in enumerate(draws) for token in draw.banned_ids]
-    if banned:
-        logits_BV[[row for row, _ in banned], [token for _, token in banned]] = -torch.inf
+    errors = guided.mask(logits_BV, draws) if guided is not None else {}
+    ban_tokens(logits_BV, draws)
+    add_bias(logits_BV, draws)
+    penalise(logits_BV, draws)
 
-    tokens_B = logits_BV.argmax(dim=-1)
-    plain = [row for row, draw in enumerate(draws) if _is_random(draw.params) and not _is_filtered(draw.params)]
-    filtered = [row for row, draw in enumerate(draws) if _is_random(draw.params) and _is_filtered(draw.params)]
-    for rows, has_filter in ((plain, False), (filtered, True)):
-        if rows:
-            chosen = [draws[row] for row in rows]
-            scaled_RV = _scale(logits_BV if len(rows) == len(draws) else logits_BV[rows], chosen)
-            probs_RV = scaled_RV.softmax(dim=-1)
-            if has_filter:
-                probs_RV = _filter(probs_RV, [draw.params for draw in chosen])
-            tokens_B[rows] = _invert_cdf(probs_RV, [uniform(d.params.seed or 0, d.position) for d in chosen])
+    random = [row for row, draw in enumerate(draws) if draw.params.temperature >= _GREEDY_BELOW]
+    if len(random) < len(draws):
+        tokens_B = first_argmax(logits_BV)
+        if random:
+            tokens_B[random] = _draw(logits_BV[random], [draws[row] for row in random])
+    else:
+        tokens_B = _draw(logits_BV, draws)
 
     logprobs: list[list[TokenLogprob] | None] = [None] * len(draws)
     if logprobs_RV is not None:
         counts = [draws[row].params.logprobs or 0 for row in wants_logprobs]
         for row, entry in zip(wants_logprobs, _report(logprobs_RV, tokens_B[wants_logprobs], counts), strict=True):
             logprobs[row] = entry
-    return StepResult(tuple(tokens_B.tolist()), tuple(logprobs))
+    return [DrawnToken(tokens, logprobs[row], errors.get(row, "")) for row, tokens in enumerate(tokens_B.tolist())]
 
 
-def _is_random(params: SamplingParams) -> bool:
-    return params.temperature >= _GREEDY_BELOW
+def _draw(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    # The maximum goes first: a small temperature must not overflow.
+    scaled_RV = logits_RV - logits_RV.amax(dim=-1, keepdim=True)
+    probs_RV = scaled_RV.div_(column([draw.params.temperature for draw in draws], scaled_RV)).softmax(dim=-1)
+    filtered = [row for row, draw in enumerate(draws) if _is_filtered(draw.params)]
+    if filtered:
+        kept_RV = probs_RV if len(filtered) == len(draws) else probs_RV[filtered]
+        drop_unlikely(kept_RV, [draws[row].params for row in filtered])
+        if kept_RV is not probs_RV:
+            probs_RV[filtered] = kept_RV
+    tokens_R, valid_R = invert_cdf(probs_RV, [uniform(draw.params.seed or 0, draw.position) for draw in draws])
+    if not valid_R.all():
+        # NaN, infinity, or nothing but bans: no distribution, but a token of the vocabulary all the same.
+        tokens_R = torch.where(valid_R, tokens_R, first_argmax(logits_RV))
+    return tokens_R
 
 
 def _is_filtered(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
-def _column(values: Sequence[float], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device)[:, None]
-
-
-def _scale(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
-    # The maximum goes first: a small temperature must not overflow.
-    temperatures_R1 = _column([draw.params.temperature for draw in draws], logits_RV)
-    return (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperatures_R1
-
-
-def _filter(probs_RV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
-    """Zero for what top_k, then top_p of what that left, drop. Equals at the edge all stay.
-
-    The edge is found as a probability, so the tokens keep their order and a seed keeps its meaning.
-    """
-    vocab_size = probs_RV.shape[1]
-    kept = [min(p.top_k, vocab_size) if p.top_k > 0 else vocab_size for p in params]
-    width = max(kept)
-    if width < vocab_size:
-        sorted_RW = probs_RV.topk(width, dim=-1).values
-    else:
-        sorted_RW = probs_RV.sort(dim=-1, descending=True).values
-    kept_R1 = _column(kept, probs_RV, torch.int64)
-    ranks_W = torch.arange(width, device=probs_RV.device)
-    sorted_RW = sorted_RW.masked_fill(ranks_W >= kept_R1, 0)
-    before_RW = sorted_RW.cumsum(dim=-1, dtype=torch.float64) - sorted_RW
-    top_p_R1 = _column([p.top_p for p in params], probs_RV, torch.float64)
-    # The first token always stays; after it, those before which the mass has not yet reached p.
-    limit_R1 = top_p_R1 * sorted_RW.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    dropped_RW = (before_RW >= limit_R1) & (ranks_W > 0)
-    dropped_RW |= ranks_W >= kept_R1
-    last_kept_R1 = width - 1 - dropped_RW.sum(dim=-1, keepdim=True)
-    return probs_RV.masked_fill(probs_RV < sorted_RW.gather(-1, last_kept_R1), 0)
-
-
-def _invert_cdf(probs_RV: torch.Tensor, uniforms: Sequence[float]) -> torch.Tensor:
-    """The token in whose stretch of the cumulative distribution u falls."""
-    cdf_RV = probs_RV.cumsum(dim=-1, dtype=torch.float64)
-    total_R1 = cdf_RV[:, -1:]
-    # Rounding must not push u * total up to the total, behind the last token that has any probability.
-    below_R1 = torch.nextafter(total_R1, torch.zeros_like(total_R1))
-    targets_R1 = torch.minimum(_column(uniforms, cdf_RV) * total_R1, below_R1)
-    tokens_R = torch.searchsorted(cdf_RV, targets_R1, right=True)[:, 0]
-    # Logits that are not numbers must not become a token that is not in the vocabulary.
-    return tokens_R.clamp(max=probs_RV.shape[1] - 1)
+def prompt_logprobs(logits_BV: torch.Tensor, token_ids: Sequence[int], count: int) -> tuple[list[TokenLogprob], ...]:
+    """Of the prompt tokens that follow the rows' positions, each with the `count` most likely ones."""
+    logprobs_BV = logits_BV.float().log_softmax(dim=-1)
+    tokens_B = torch.tensor(token_ids, device=logits_BV.device)
+    return tuple(_report(logprobs_BV, tokens_B, [count] * len(token_ids)))
 
 
 def _report(logprobs_RV: torch.Tensor, tokens_R: torch.Tensor, counts: Sequence[int]) -> list[list[TokenLogprob]]:
     """For each row the chosen token, then the `counts[row]` most likely ones."""
     chosen_R1 = logprobs_RV.gather(-1, tokens_R[:, None])
     ranks_R = (logprobs_RV > chosen_R1).sum(dim=-1) + 1
-    top = logprobs_RV.topk(min(max(counts), logprobs_RV.shape[1]), dim=-1)
+    values_RW, ids_RW = top(logprobs_RV, min(max(counts), logprobs_RV.shape[1]))
     return [
         [TokenLogprob(token, logprob, rank)]
         + [TokenLogprob(*entry, rank) for rank, entry in enumerate(zip(ids[:n], values[:n], strict=True), start=1)]
@@ -129,8 +107,8 @@ def _report(logprobs_RV: torch.Tensor, tokens_R: torch.Tensor, counts: Sequence[
             tokens_R.tolist(),
             chosen_R1[:, 0].tolist(),
             ranks_R.tolist(),
-            top.indices.tolist(),
-            top.values.tolist(),
+            ids_RW.tolist(),
+            values_RW.tolist(),
             counts,
             strict=True,
         )

@@ -6,13 +6,15 @@ token budget a step. Every rank runs its own copy, so nothing here may depend on
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass
+from operator import attrgetter
 
 from tidewright.engine.messages import EngineStats, SequenceOutput
-from tidewright.engine.plan import Draw, ScheduledSequence, StepPlan, StepResult
+from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
 from tidewright.engine.sequence import Sequence
 from tidewright.kv_cache.block_pool import BlockPool
+from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
 from tidewright.schema import FinishReason
 
 
@@ -21,30 +23,39 @@ class SchedulerConfig:
     block_size: int
     max_batched_tokens: int
     max_running: int
+    max_waiting: int
     max_model_len: int
     vocab_size: int
     eos_ids: tuple[int, ...] = ()
+    prefix_caching: bool = True
+    speculative_tokens: int = 0
 
 
 class RequestRefusedError(ValueError):
-    """The request can never run; the message says what to change."""
+    """The request can't be taken; the message says what to change."""
+
+    def __init__(self, message: str, reason: FinishReason = "invalid") -> None:
+        super().__init__(message)
+        self.reason: FinishReason = reason
 
 
 class Scheduler:
-    """First come, first served. `add` and `abort` take effect with the next `schedule`.
+    """By priority, then first come, first served. Between a `schedule` and its `commit` nothing else may be called.
 
-    Both queues are in order of arrival, and everything that runs came before everything that waits.
+    Both queues are in that order, and of one priority everything that runs came before everything that waits.
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
         self._config = config
-        self._pool = pool
+        self._cache = PrefixCache(pool, config.block_size, config.prefix_caching)
         # Each running sequence gets at least one token a step.
         self._max_running = min(config.max_running, config.max_batched_tokens)
         self._running: list[Sequence] = []
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: list[Sequence] = []
         self._by_id: dict[int, Sequence] = {}
-        self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
+        self._ended: list[int] = []
+        self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
+        self._prefix_queries = self._prefix_hits = self._drafted = self._accepted = 0
 
     @property
     def has_work(self) -> bool:
@@ -58,89 +69,99 @@ class Scheduler:
             stop_ids += self._config.eos_ids
         # A client may name ids that this vocabulary lacks: they never come, and can't be masked.
         sequence.stop_ids = frozenset(token for token in stop_ids if token < self._config.vocab_size)
+        sequence.order = (sequence.sampling.priority, self._arrivals)
+        sequence.chain = HashChain(sequence.sampling.cache_salt, self._config.block_size)
+        self._arrivals += 1
         self._by_id[sequence.request_id] = sequence
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=attrgetter("order"))
 
     def abort(self, request_id: int) -> None:
-        """Ends a request without output. Blocks of a step in flight return when it is committed."""
-        sequence = self._by_id.pop(request_id, None)
+        """Ends a request without output; unknown ids are ignored."""
+        if sequence := self._by_id.get(request_id):
+            self._end(sequence)
+
+    def expire(self, request_id: int) -> SequenceOutput | None:
+        """Ends a request whose deadline has passed; its last output, or None if it ended before."""
+        sequence = self._by_id.get(request_id)
         if sequence is None:
-            return
-        if sequence.in_flight:
-            sequence.cancelled = True
-        else:
-            (self._running if sequence in self._running else self._waiting).remove(sequence)
-            self._release(sequence)
+            return None
+        where = "while it ran" if sequence in self._running else "while it was queued"
+        self._end(sequence)
+        message = f"timed out after {sequence.sampling.timeout:g} s {where}"
+        return SequenceOutput(request_id, [], "timeout", message=message)
 
     def schedule(self) -> StepPlan:
-        budget = self._config.max_batched_tokens
+        budget, index, admitting = self._config.max_batched_tokens, 0, True
+        preemptions = self._preemptions
         scheduled: list[ScheduledSequence] = []
-        index = 0
-        while index < len(self._running) and budget:
-            sequence = self._running[index]
-            # May preempt sequences behind this one. One that gets no block keeps its place for the next step.
-            if self._grow(sequence):
-                scheduled.append(self._take(sequence, budget))
-                budget -= scheduled[-1].count
-            index += 1
-        while self._waiting and budget and len(self._running) < self._max_running:
-            sequence = self._waiting[0]
-            needed = self._blocks(sequence.num_known)
-            # One block is left for each running sequence: else who enters now is soon thrown out again.
-            if needed + len(self._running) > self._pool.num_free:
+        while budget:
+            running = self._running[index] if index < len(self._running) else None
+            waiting = self._waiting[0] if self._waiting and admitting else None
+            if waiting and (running is None or waiting.order[0] < running.order[0]):
+                # Who does not fit keeps all behind it waiting, or it might wait forever. And who was just thrown
+                # out is not let in again in the same step.
+                admitted = self._admit(waiting, index)
+                admitting = admitted and self._preemptions == preemptions
+                if not admitted:
+                    continue
+            elif running is None:
                 break
-            sequence.block_table = self._pool.allocate(needed)
-            self._running.append(self._waiting.popleft())
-            scheduled.append(self._take(sequence, budget))
+            elif not self._grow(running):
+                index += 1  # no block to be had; it keeps its place for the next step
+                continue
+            # One token is left for each that runs behind this one.
+            share = budget - (len(self._running) - index - 1)
+            scheduled.append(self._take(self._running[index], max(share, 1)))
             budget -= scheduled[-1].count
+            admitting = admitting and self._preemptions == preemptions
+            index += 1
         self._steps += 1
-        return StepPlan(tuple(scheduled))
+        ended, self._ended = tuple(self._ended), []
+        return StepPlan(tuple(scheduled), ended)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         """Enters a step's result; returns the new tokens of each request that has any."""
         outputs: list[SequenceOutput] = []
-        draws = iter(zip(result.token_ids, result.logprobs, strict=True))
-        members = {sequence.request_id: sequence for sequence in self._running if sequence.in_flight}
-        ended: list[Sequence] = []
-        for planned in plan.sequences:
-            sequence = members[planned.request_id]
-            sequence.in_flight = False
-            sequence.num_computed += planned.count
-            drawn = next(draws) if planned.draw else None
-            if sequence.cancelled:
-                ended.append(sequence)
-            elif drawn:
-                token_id, logprobs = drawn
-                self._prompt_tokens += 0 if sequence.num_generated else len(sequence.prompt_token_ids)
-                self._generated_tokens += 1
-                sequence.token_ids.append(token_id)
-                reason = self._finish_reason(sequence)
-                entries = None if logprobs is None else [logprobs]
-                outputs.append(SequenceOutput(sequence.request_id, [token_id], reason, entries))
-                if reason:
-                    ended.append(sequence)
-                    del self._by_id[sequence.request_id]
-        for sequence in ended:
-            self._running.remove(sequence)
-            self._release(sequence)
+        for planned, computed in zip(plan.sequences, result.sequences, strict=True):
+            sequence = self._by_id[planned.request_id]
+            drafts = planned.token_ids[planned.count - len(planned.draws) + 1 :] if planned.draws else ()
+            sequence.num_computed = planned.start + planned.count - len(drafts)
+            # After a preemption some come for a second time.
+            sequence.prompt_logprobs += computed.prompt_logprobs[len(sequence.prompt_logprobs) - planned.start :]
+            if computed.drawn:
+                outputs.append(self._accept(sequence, drafts, computed))
         return outputs
 
     def stats(self) -> EngineStats:
+        size = self._config.block_size
         return EngineStats(
             running=len(self._running),
             waiting=len(self._waiting),
-            blocks_total=self._pool.num_blocks,
-            blocks_free=self._pool.num_free,
+            blocks_total=self._cache.pool.num_blocks,
+            blocks_free=self._cache.pool.num_free,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
             preemptions=self._preemptions,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            prefix_evictions=self._cache.evictions,
+            blocks_cached=self._cache.num_cached,
+            slots_unused=sum(len(s.block_table) * size - s.num_known for s in self._running),
+            tokens_drafted=self._drafted,
+            tokens_accepted=self._accepted,
         )
+
+    def check_integrity(self) -> None:
+        """Raises BlockPoolError if a block was lost or is owned twice."""
+        self._cache.check_integrity(sequence.block_table for sequence in self._running)
 
     def _check(self, sequence: Sequence) -> None:
         config, prompt = self._config, sequence.prompt_token_ids
         if sequence.request_id in self._by_id:
             raise RequestRefusedError(f"request id {sequence.request_id} is already in use")
+        if len(self._by_id) >= config.max_running + config.max_waiting:
+            raise RequestRefusedError(f"{len(self._by_id)} requests run or wait already; try again later", "overloaded")
         if not prompt:
             raise RequestRefusedError("the prompt has no tokens")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
@@ -151,61 +172,171 @@ class Scheduler:
                 f"{config.max_model_len}"
             )
         # The last token is only sent, never computed.
-        longest = min(len(prompt) + sequence.sampling.max_tokens, config.max_model_len) - 1
-        if self._blocks(longest) > self._pool.num_blocks:
+        longest = self._longest(sequence) - 1
+        if self._blocks(longest) > self._cache.pool.num_blocks:
             raise RequestRefusedError(
                 f"prompt and max_tokens may need {longest} tokens of KV cache, but it holds "
-                f"{self._pool.num_blocks * config.block_size}; lower max_tokens or shorten the prompt"
+                f"{self._cache.pool.num_blocks * config.block_size}; lower max_tokens or shorten the prompt"
             )
+
+    def _longest(self, sequence: Sequence) -> int:
+        """Tokens of prompt and output, at most."""
+        return min(len(sequence.prompt_token_ids) + sequence.sampling.max_tokens, self._config.max_model_len)
 
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
 
-    def _grow(self, sequence: Sequence) -> bool:
-        """Gets blocks for all known tokens, from younger sequences if need be; False if even that fails.
+    def _admit(self, sequence: Sequence, index: int) -> bool:
+        """Moves the first that waits to place `index` of those that run, throwing out less important ones if need be.
 
-        The oldest never fails, for `_check` made sure that it fits into the pool alone: so there is always progress.
+        One block is left for each running sequence: else who enters now is soon thrown out again.
+        """
+        shared: list[int] = []
+        # Prompt log-probabilities need all of the prompt's hidden states, also those that a cached block would skip.
+        if self._config.prefix_caching and sequence.sampling.prompt_logprobs is None:
+            sequence.chain.extend(sequence.token_ids)
+            shared = self._cache.find(sequence.token_ids, sequence.chain)
+        needed = self._blocks(sequence.num_known) - len(shared)
+        while len(self._running) >= self._max_running or self._cache.free_after(shared, needed) < len(self._running):
+            # All from `index` on are less important, and not yet part of this step.
+            if len(self._running) <= index:
+                return False
+            self._preempt(self._running.pop())
+        self._waiting.remove(sequence)
+        self._running.insert(index, sequence)
+        sequence.block_table = self._cache.take(shared, needed)
+        sequence.num_registered = len(shared)
+        sequence.num_computed = len(shared) * self._config.block_size
+        if not sequence.num_generated:
+            sequence.cached_tokens = sequence.num_computed
+            self._prefix_queries += sequence.num_known
+            self._prefix_hits += sequence.num_computed
+        return True
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Gets blocks for all known tokens, from the last in order if need be; False if even that fails.
+
+        The first never fails, for `_check` made sure that it fits into the pool alone: so there is always progress.
         """
         needed = self._blocks(sequence.num_known) - len(sequence.block_table)
-        while needed > self._pool.num_free and self._running[-1] is not sequence:
+        while needed > self._cache.pool.num_free and self._running[-1] is not sequence:
             self._preempt(self._running.pop())
-        if needed > self._pool.num_free:
+        if needed > self._cache.pool.num_free:
             return False
-        sequence.block_table += self._pool.allocate(needed)
+        if needed > 0:
+            sequence.block_table += self._cache.take([], needed)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue; its keys and values are computed anew later."""
+        """Back to the queue; what the prefix cache does not keep of it is computed anew later."""
         self._release(sequence)
-        sequence.num_computed = 0
-        self._waiting.appendleft(sequence)
+        insort(self._waiting, sequence, key=attrgetter("order"))
         self._preemptions += 1
 
+    def _end(self, sequence: Sequence) -> None:
+        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        self._release(sequence)
+        del self._by_id[sequence.request_id]
+        self._ended.append(sequence.request_id)
+
     def _release(self, sequence: Sequence) -> None:
-        # Last block first: the end of a sequence is the least likely to be of use to another.
-        self._pool.free(reversed(sequence.block_table))
+        self._cache.free(sequence.block_table)
         sequence.block_table = []
+        sequence.num_computed = sequence.num_registered = 0
 
     def _take(self, sequence: Sequence, budget: int) -> ScheduledSequence:
-        sequence.in_flight = True
         start = sequence.num_computed
         end = min(sequence.num_known, start + budget)
+        token_ids = sequence.token_ids[start:end]
+        draws: list[Draw] = []
+        if end == sequence.num_known:
+            drafts = self._drafts(sequence, budget - len(token_ids))
+            draws = [self._draw(sequence, drafts[:count]) for count in range(len(drafts) + 1)]
+            token_ids = token_ids + drafts
+        sequence.num_registered = self._cache.register(
+            sequence.block_table, sequence.token_ids, end, sequence.chain, sequence.num_registered
+        )
+        prompt_logprobs = sequence.sampling.prompt_logprobs
+        wanted = prompt_logprobs is not None and not sequence.num_generated
         return ScheduledSequence(
             request_id=sequence.request_id,
             start=start,
-            token_ids=tuple(sequence.token_ids[start:end]),
+            token_ids=tuple(token_ids),
             block_table=tuple(sequence.block_table),
-            draw=self._draw(sequence) if end == sequence.num_known else None,
+            draws=tuple(draws),
+            prompt_logprobs=prompt_logprobs if wanted else None,
+            next_prompt_ids=tuple(sequence.prompt_token_ids[start + 1 : end + 1]) if wanted else (),
         )
 
-    def _draw(self, sequence: Sequence) -> Draw:
-        may_stop = sequence.num_generated >= sequence.sampling.min_tokens
-        banned = () if may_stop else tuple(sorted(sequence.stop_ids))
-        return Draw(sequence.sampling, sequence.num_known, banned)
+    def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
+        """Guesses of the next tokens, as far as they cost nobody a token or a block."""
+        config = self._config
+        # A draw follows the last guess, and must not go beyond the last token.
+        count = min(config.speculative_tokens, budget, self._longest(sequence) - sequence.num_known - 1)
+        if count <= 0 or sequence.sampling.guided:
+            return []
+        drafts = sequence.lookup.propose(sequence.token_ids, count)
+        needed = self._blocks(sequence.num_known + len(drafts)) - len(sequence.block_table)
+        if needed > self._cache.pool.num_free - len(self._running):
+            return []
+        if needed > 0:
+            sequence.block_table += self._cache.take([], needed)
+        return drafts
+
+    def _draw(self, sequence: Sequence, drafts: list[int]) -> Draw:
+        may_stop = sequence.num_generated + len(drafts) >= sequence.sampling.min_tokens
+        needs_history = sequence.sampling.needs_history
+        return Draw(
+            request_id=sequence.request_id,
+            params=sequence.sampling,
+            position=sequence.num_known + len(drafts),
+            banned_ids=() if may_stop else tuple(sorted(sequence.stop_ids)),
+            bad_words_ids=sequence.bad_words_ids,
+            history=(*sequence.token_ids, *drafts) if needs_history else (),
+            prompt_length=len(sequence.prompt_token_ids),
+        )
+
+    def _accept(self, sequence: Sequence, drafts: tuple[int, ...], computed: SequenceResult) -> SequenceOutput:
+        """Appends the drawn tokens, up to and including the first that is not the one that was guessed.
+
+        What is drawn after a wrong guess answers a question that nobody asks; all before is what would have been drawn
+        without guessing, for a draw depends on the tokens before it and on nothing else.
+        """
+        first = sequence.num_generated == 0
+        right = 0
+        while right < len(drafts) and drafts[right] == computed.drawn[right].token_id:
+            right += 1
+        accepted: list[DrawnToken] = []
+        reason: FinishReason | None = None
+        message = ""
+        for drawn in computed.drawn[: right + 1]:
+            if drawn.error:
+                reason, message = "engine_failed", drawn.error
+                break
+            sequence.token_ids.append(drawn.token_id)
+            accepted.append(drawn)
+            reason = self._finish_reason(sequence)
+            if reason:
+                break
+        sequence.num_computed += max(len(accepted) - 1, 0)
+        self._drafted += len(drafts)
+        self._accepted += min(right, len(accepted))
+        self._prompt_tokens += len(sequence.prompt_token_ids) if first else 0
+        self._generated_tokens += len(accepted)
+        if reason:
+            self._end(sequence)
+        asked = sequence.sampling.prompt_logprobs is not None
+        return SequenceOutput(
+            request_id=sequence.request_id,
+            token_ids=[drawn.token_id for drawn in accepted],
+            finish_reason=reason,
+            logprobs=None if sequence.sampling.logprobs is None else [drawn.logprobs or [] for drawn in accepted],
+            prompt_logprobs=sequence.prompt_logprobs if first and asked else None,
+            cached_tokens=sequence.cached_tokens if first else 0,
+            message=message,
+        )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         if sequence.token_ids[-1] in sequence.stop_ids:
             return "stop"
-        if sequence.num_generated >= sequence.sampling.max_tokens:
-            return "length"
-        return "length" if sequence.num_known >= self._config.max_model_len else None
+        return "length" if sequence.num_known >= self._longest(sequence) else None

@@ -1,6 +1,6 @@
 """Who owns which block of the KV cache: reference counts and a free list in least-recently-used order.
 
-Pure bookkeeping over block numbers; the tensors behind them stand in storage.py.
+Pure bookkeeping over block numbers; what the blocks hold is known to prefix_cache.py, the tensors to storage.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class BlockPool:
             raise BlockPoolError(f"a block pool needs at least one block, not {num_blocks}")
         self.num_blocks = num_blocks
         self._references = [0] * num_blocks
-        # Oldest first. An OrderedDict, for a block that is retained leaves the middle of the list in O(1).
+        # Next to be reused first. An OrderedDict, for a block that is retained leaves the middle of the list in O(1).
         self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(num_blocks))
 
     @property
@@ -47,14 +47,15 @@ class BlockPool:
                 del self._free[block]
             self._references[block] += 1
 
-    def free(self, blocks: Iterable[int]) -> None:
-        """Drops a reference of each block. The first of those that become free is the first to be reused."""
-        for block in blocks:
-            if self._references[block] == 0:
-                raise BlockPoolError(f"block {block} is freed more often than it was taken")
-            self._references[block] -= 1
-            if self._references[block] == 0:
-                self._free[block] = None
+    def free(self, block: int, reuse_first: bool = False) -> None:
+        """Drops a reference. A block that becomes free is the last to be reused, or the first if it holds nothing."""
+        if self._references[block] == 0:
+            raise BlockPoolError(f"block {block} is freed more often than it was taken")
+        self._references[block] -= 1
+        if self._references[block] == 0:
+            self._free[block] = None
+            if reuse_first:
+                self._free.move_to_end(block, last=False)
 
     def check_integrity(self) -> None:
         """Raises BlockPoolError unless exactly the blocks without a reference are in the free list."""

@@ -16,6 +16,7 @@ class _LazyGroup(click.Group):
     """A group whose commands stand in other modules, imported only when one is asked for."""
 
     elsewhere = {  # noqa: RUF012 - a table, never changed
+        "bench": "tidewright.launch.bench_command",
         "chat": "tidewright.launch.client_commands",
         "complete": "tidewright.launch.client_commands",
         "serve": "tidewright.launch.serve_command",

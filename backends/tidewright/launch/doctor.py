@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -42,6 +43,7 @@ def run_checks() -> list[Check]:
         _python,
         _triton,
         _torch,
+        _compiler,
         _ports,
         _shared_memory,
         _cache,
@@ -118,6 +120,15 @@ def _torch() -> Iterator[Check]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         yield Check("GPU", "ok", f"cuda:{index} {device.name}, {device.total_memory / 2**30:.0f} GiB")
+
+
+def _compiler() -> Iterator[Check]:
+    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
+    if found := shutil.which(compiler):
+        yield Check("C++ compiler", "ok", found)
+    else:
+        fix = "apt-get install g++, or set CXX: a model on a CPU is half as fast without it"
+        yield Check("C++ compiler", "warn", f"no {compiler}", fix)
 
 
 def _ports() -> Iterator[Check]:

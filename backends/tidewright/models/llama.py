@@ -1,4 +1,7 @@
-"""Llama (also SmolLM and other models with that architecture), on tensor-parallel layers and paged attention."""
+"""Llama (also SmolLM and others of that architecture): the decoder that all families share.
+
+It runs on tensor-parallel layers and paged attention. mistral.py, qwen.py and gemma.py say what differs there.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from tidewright.attention.base import Attention
+from tidewright.attention.base import Attention, AttentionLayer, Rotation
 from tidewright.distributed.tensor_parallel import (
     Loader,
     MergedColumnParallelLinear,
@@ -21,89 +23,110 @@ from tidewright.distributed.tensor_parallel import (
     replicated_loader,
 )
 from tidewright.kv_cache.storage import KVCache
-from tidewright.models.config import LlamaConfig
-from tidewright.models.rotary import RotaryEmbedding, rotate
+from tidewright.models.config import DecoderConfig, LayerConfig
+from tidewright.models.ops import add_rms_norm, gelu_tanh_and_mul, rms_norm, silu_and_mul
+from tidewright.models.rotary import RotaryEmbedding
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, config: DecoderConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
-        self.eps = eps
+        # 1 + weight is kept in float32: the small weights would vanish in a sum of fewer digits.
+        dtype = torch.float32 if config.norm_adds_one else None
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype), requires_grad=False)
+        self.offset = 1.0 if config.norm_adds_one else 0.0
+        self.eps = config.norm_eps
+
+    def loader(self) -> Loader:
+        return replicated_loader(self.weight, self.offset)
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x_TE, self.weight.shape, self.weight, self.eps)
+        return rms_norm(x_TE, self.weight, self.eps)
+
+    def add(self, x_TE: torch.Tensor, residual_TE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Adds x to the residual stream; returns the norm of the stream, and the stream."""
+        return add_rms_norm(x_TE, residual_TE, self.weight, self.eps)
 
 
 class LlamaAttention(nn.Module):
-    def __init__(self, config: LlamaConfig, group: TensorParallelGroup, attention: Attention[Any]) -> None:
+    def __init__(
+        self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, attention: Attention[Any]
+    ) -> None:
         super().__init__()
         self.attention = attention
-        self.qkv = QKVParallelLinear(config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, group)
-        self.output = RowParallelLinear(config.num_heads * config.head_dim, config.hidden_size, group)
+        self.layer = AttentionLayer(config.attention_scale, layer.window, config.attention_softcap)
+        self.qkv = QKVParallelLinear(
+            config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, group, config.qkv_bias
+        )
+        self.output = RowParallelLinear(
+            config.num_heads * config.head_dim, config.hidden_size, group, config.output_bias
+        )
+        self.q_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
 
     def loaders(self, prefix: str) -> dict[str, Loader]:
-        return {
-            f"{prefix}.q_proj.weight": self.qkv.loader(0),
-            f"{prefix}.k_proj.weight": self.qkv.loader(1),
-            f"{prefix}.v_proj.weight": self.qkv.loader(2),
-            f"{prefix}.o_proj.weight": self.output.loader(),
+        loaders = {
+            **self.qkv.loaders(f"{prefix}.q_proj", 0),
+            **self.qkv.loaders(f"{prefix}.k_proj", 1),
+            **self.qkv.loaders(f"{prefix}.v_proj", 2),
+            **self.output.loaders(f"{prefix}.o_proj"),
         }
+        if self.q_norm and self.k_norm:
+            loaders[f"{prefix}.q_norm.weight"] = self.q_norm.loader()
+            loaders[f"{prefix}.k_norm.weight"] = self.k_norm.loader()
+        return loaders
 
     def forward(
         self,
         x_TE: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
+        rotation: Rotation,
         k_cache_NSKD: torch.Tensor,
         v_cache_NSKD: torch.Tensor,
         metadata: Any,
     ) -> torch.Tensor:
-        heads, kv_heads = self.qkv.num_heads, self.qkv.num_kv_heads
         qkv_TXD = self.qkv(x_TE)
-        # q and k lie side by side, so both turn in one go.
-        qk_TXD = rotate(qkv_TXD[:, : heads + kv_heads], *rotary)
-        out_THD = self.attention.forward(
-            qk_TXD[:, :heads],
-            qk_TXD[:, heads:],
-            qkv_TXD[:, heads + kv_heads :],
-            k_cache_NSKD,
-            v_cache_NSKD,
-            metadata,
-        )
+        if self.q_norm and self.k_norm:
+            q_THD, k_TKD, v_TKD = qkv_TXD.tensor_split(
+                (self.qkv.num_heads, self.qkv.num_heads + self.qkv.num_kv_heads), dim=1
+            )
+            qkv_TXD = torch.cat((self.q_norm(q_THD), self.k_norm(k_TKD), v_TKD), dim=1)
+        out_THD = self.attention.forward(qkv_TXD, rotation, k_cache_NSKD, v_cache_NSKD, metadata, self.layer)
         return self.output(out_THD.flatten(1))
 
 
 class LlamaMLP(nn.Module):
-    def __init__(self, config: LlamaConfig, group: TensorParallelGroup) -> None:
+    def __init__(self, config: DecoderConfig, group: TensorParallelGroup) -> None:
         super().__init__()
         sizes = (config.intermediate_size, config.intermediate_size)
-        self.gate_up = MergedColumnParallelLinear(config.hidden_size, sizes, group)
-        self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, group)
+        self.gate_up = MergedColumnParallelLinear(config.hidden_size, sizes, group, config.mlp_bias)
+        self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, group, config.mlp_bias)
+        self.activate = {"silu": silu_and_mul, "gelu_pytorch_tanh": gelu_tanh_and_mul}[config.activation]
 
     def loaders(self, prefix: str) -> dict[str, Loader]:
         return {
-            f"{prefix}.gate_proj.weight": self.gate_up.loader(0),
-            f"{prefix}.up_proj.weight": self.gate_up.loader(1),
-            f"{prefix}.down_proj.weight": self.down.loader(),
+            **self.gate_up.loaders(f"{prefix}.gate_proj", 0),
+            **self.gate_up.loaders(f"{prefix}.up_proj", 1),
+            **self.down.loaders(f"{prefix}.down_proj"),
         }
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        gate_TF, up_TF = self.gate_up(x_TE).chunk(2, dim=-1)
-        return self.down(F.silu(gate_TF) * up_TF)
+        return self.down(self.activate(self.gate_up(x_TE)))
 
 
 class LlamaLayer(nn.Module):
-    def __init__(self, config: LlamaConfig, group: TensorParallelGroup, attention: Attention[Any]) -> None:
+    def __init__(
+        self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, attention: Attention[Any]
+    ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = LlamaAttention(config, group, attention)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention_norm = RMSNorm(config.hidden_size, config)
+        self.attention = LlamaAttention(config, layer, group, attention)
+        self.mlp_norm = RMSNorm(config.hidden_size, config)
         self.mlp = LlamaMLP(config, group)
 
     def loaders(self, prefix: str) -> dict[str, Loader]:
         return {
-            f"{prefix}.input_layernorm.weight": replicated_loader(self.attention_norm.weight),
-            f"{prefix}.post_attention_layernorm.weight": replicated_loader(self.mlp_norm.weight),
+            f"{prefix}.input_layernorm.weight": self.attention_norm.loader(),
+            f"{prefix}.post_attention_layernorm.weight": self.mlp_norm.loader(),
             **self.attention.loaders(f"{prefix}.self_attn"),
             **self.mlp.loaders(f"{prefix}.mlp"),
         }
@@ -111,41 +134,57 @@ class LlamaLayer(nn.Module):
     def forward(
         self,
         x_TE: torch.Tensor,
-        rotary: tuple[torch.Tensor, torch.Tensor],
-        k_cache_NSKD: torch.Tensor,
-        v_cache_NSKD: torch.Tensor,
-        metadata: Any,
-    ) -> torch.Tensor:
-        x_TE = x_TE + self.attention(self.attention_norm(x_TE), rotary, k_cache_NSKD, v_cache_NSKD, metadata)
-        return x_TE + self.mlp(self.mlp_norm(x_TE))
+        residual_TE: torch.Tensor | None,
+        *attention_inputs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Takes and returns the residual stream, and before it what is still to be added to it.
+
+        `attention_inputs` go to the attention as they are.
+        """
+        x_TE, residual_TE = self.enter(x_TE, residual_TE)
+        x_TE = self.attention(x_TE, *attention_inputs)
+        x_TE, residual_TE = self.mlp_norm.add(x_TE, residual_TE)
+        return self.mlp(x_TE), residual_TE
+
+    def enter(self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first norm. Before the first layer, the embedding alone is the stream."""
+        if residual_TE is None:
+            return self.attention_norm(x_TE), x_TE
+        return self.attention_norm.add(x_TE, residual_TE)
 
 
 class LlamaForCausalLM(nn.Module):
     """One forward takes the new tokens of all sequences, prompts and single tokens alike, in one flat row."""
 
+    layer_class = LlamaLayer
+
     def __init__(
-        self, config: LlamaConfig, max_positions: int, group: TensorParallelGroup, attention: Attention[Any]
+        self, config: DecoderConfig, max_positions: int, group: TensorParallelGroup, attention: Attention[Any]
     ) -> None:
         super().__init__()
         self.config = config
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group)
-        self.rotary = RotaryEmbedding(config, max_positions)
-        layers = [LlamaLayer(config, group, attention) for _ in range(config.num_layers)]
+        # Most models turn alike in all layers; in some, those with a window turn differently.
+        ropes = list(dict.fromkeys(layer.rope for layer in config.layers))
+        self.rotaries = nn.ModuleList(RotaryEmbedding(rope, config.head_dim, max_positions) for rope in ropes)
+        self._rotary_of_layer = [ropes.index(layer.rope) for layer in config.layers]
+        layers = [self.layer_class(config, layer, group, attention) for layer in config.layers]
         self.layers = nn.ModuleList(layers)
         self.num_kv_heads = layers[0].attention.qkv.num_kv_heads  # on this rank
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config)
         self.head = ParallelLMHead(config.vocab_size, config.hidden_size, group)
         if config.tied_embeddings:
             self.head.tie(self.embedding)
 
     @staticmethod
-    def read_config(config: Mapping[str, Any]) -> LlamaConfig:
-        return LlamaConfig.from_json(config)
+    def read_config(config: Mapping[str, Any]) -> DecoderConfig:
+        """Raises ModelConfigError."""
+        return DecoderConfig.from_json(config)
 
     def loaders(self) -> dict[str, Loader]:
         loaders = {
             "model.embed_tokens.weight": self.embedding.loader(),
-            "model.norm.weight": replicated_loader(self.norm.weight),
+            "model.norm.weight": self.norm.loader(),
         }
         if not self.config.tied_embeddings:
             loaders["lm_head.weight"] = self.head.loader()
@@ -159,16 +198,21 @@ class LlamaForCausalLM(nn.Module):
         names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(self.config.num_layers)}
         return frozenset(names | {"lm_head.weight"})
 
+    def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
+        return self.embedding(token_ids_T)
+
     def forward(
         self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, kv_cache: KVCache, metadata: Any
     ) -> torch.Tensor:
         """Hidden states of the last layer. `metadata` is what the attention prepared for this step."""
-        x_TE = self.embedding(token_ids_T)
-        rotary = self.rotary(positions_T, x_TE.dtype)
+        x_TE = self.embed(token_ids_T)
+        residual_TE: torch.Tensor | None = None
+        rotations = [rotary(positions_T) for rotary in self.rotaries]
         caches = zip(kv_cache.k_cache_LNSKD, kv_cache.v_cache_LNSKD, strict=True)
-        for layer, (k_cache_NSKD, v_cache_NSKD) in zip(self.layers, caches, strict=True):
-            x_TE = layer(x_TE, rotary, k_cache_NSKD, v_cache_NSKD, metadata)
-        return x_TE
+        for layer, rotary, (k_cache_NSKD, v_cache_NSKD) in zip(self.layers, self._rotary_of_layer, caches, strict=True):
+            x_TE, residual_TE = layer(x_TE, residual_TE, rotations[rotary], k_cache_NSKD, v_cache_NSKD, metadata)
+        assert residual_TE is not None  # there is at least one layer
+        return x_TE + residual_TE
 
     def logits(self, x_BE: torch.Tensor) -> torch.Tensor:
         """logits_BV of the rows of hidden states that need them."""

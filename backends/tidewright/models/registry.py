@@ -6,9 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from tidewright.models.config import ModelConfigError
+from tidewright.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
 from tidewright.models.llama import LlamaForCausalLM
+from tidewright.models.mistral import MistralForCausalLM
+from tidewright.models.qwen import Qwen2ForCausalLM, Qwen3ForCausalLM
 
-_ARCHITECTURES = {"LlamaForCausalLM": LlamaForCausalLM}
+_ARCHITECTURES: dict[str, type[LlamaForCausalLM]] = {
+    "Gemma2ForCausalLM": Gemma2ForCausalLM,
+    "Gemma3ForCausalLM": Gemma3ForCausalLM,
+    "LlamaForCausalLM": LlamaForCausalLM,
+    "MistralForCausalLM": MistralForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+}
 
 
 def model_class(config: Mapping[str, Any]) -> type[LlamaForCausalLM]:

@@ -1,4 +1,4 @@
-"""Rotary position embedding: cosines and sines computed once, applied to q and k of every layer."""
+"""Cosines and sines of the rotary position embedding, computed once; attention applies them to q and k."""
 
 # ruff: noqa: N815 - fields, too, carry their shape
 
@@ -9,36 +9,33 @@ import math
 import torch
 from torch import nn
 
-from tidewright.models.config import Llama3Scaling, LlamaConfig
+from tidewright.attention.base import Rotation
+from tidewright.models.config import LinearScaling, Llama3Scaling, Rope
 
 
 class RotaryEmbedding(nn.Module):
     cos_PD: torch.Tensor
     sin_PD: torch.Tensor
 
-    def __init__(self, config: LlamaConfig, max_positions: int) -> None:
+    def __init__(self, rope: Rope, head_dim: int, max_positions: int) -> None:
         super().__init__()
-        exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-        frequencies = 1.0 / config.rope_theta**exponents
-        if config.rope_scaling:
-            frequencies = _stretch(frequencies, config.rope_scaling)
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        frequencies = _scaled(1.0 / rope.theta**exponents, rope.scaling)
         angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), frequencies)
         self.register_buffer("cos_PD", torch.cat((angles.cos(), angles.cos()), dim=-1))
         # The minus sign of a rotation's first half, put here once instead of into every layer.
         self.register_buffer("sin_PD", torch.cat((-angles.sin(), angles.sin()), dim=-1))
 
-    def forward(self, positions_T: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos_T1D and sin_T1D for `rotate`."""
-        return self.cos_PD[positions_T, None].to(dtype), self.sin_PD[positions_T, None].to(dtype)
+    def forward(self, positions_T: torch.Tensor) -> Rotation:
+        return Rotation(self.cos_PD, self.sin_PD, positions_T)
 
 
-def rotate(x_THD: torch.Tensor, cos_T1D: torch.Tensor, sin_T1D: torch.Tensor) -> torch.Tensor:
-    first, second = x_THD.chunk(2, dim=-1)
-    return torch.addcmul(x_THD * cos_T1D, torch.cat((second, first), dim=-1), sin_T1D)
-
-
-def _stretch(frequencies: torch.Tensor, scaling: Llama3Scaling) -> torch.Tensor:
-    """Slow rotations are slowed down by `factor`, fast ones kept, those between blended."""
+def _scaled(frequencies: torch.Tensor, scaling: Llama3Scaling | LinearScaling | None) -> torch.Tensor:
+    if scaling is None:
+        return frequencies
+    if isinstance(scaling, LinearScaling):
+        return frequencies / scaling.factor
+    # Slow rotations are slowed down by `factor`, fast ones kept, those between blended.
     turns = scaling.original_max_positions * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     keep = ((turns - low) / (high - low)).clamp(0, 1)

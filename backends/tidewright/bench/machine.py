@@ -1,0 +1,57 @@
+"""What the benchmark has to know about the machine: its name, whether it is idle, memory, free ports."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import socket
+import time
+from pathlib import Path
+
+import psutil
+
+IDLE_PERCENT = 10.0  # of all cores
+
+
+def wait_idle(timeout: float = 5.0) -> bool:
+    """Until the cores are idle: OpenMP threads of the system that ran last spin for a while. False: they never were."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        if psutil.cpu_percent(interval=0.2) < IDLE_PERCENT:
+            return True
+    return False
+
+
+def description() -> dict[str, str | int]:
+    return {"cpu": _cpu_name(), "cores": psutil.cpu_count() or 1, "python": platform.python_version()}
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def server_memory(pid: int) -> dict[str, float]:
+    """MiB of tritonserver and what it started (proportional set size), by what each process is."""
+    sizes: dict[str, float] = {}
+    root = psutil.Process(pid)
+    for process in [root, *root.children(recursive=True)]:
+        command = " ".join(process.cmdline())
+        name = "tritonserver"
+        if "tidewright.engine" in command:
+            name = "engine"
+        elif "python_backend_stub" in command:
+            name = "stub of tokenizer" if "tokenizer" in command else "stub of decoder (bridge)"
+        sizes[name] = sizes.get(name, 0) + process.memory_full_info().pss / 2**20
+    return sizes
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of this machine that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in probes]

@@ -1,0 +1,176 @@
+"""One request on its way: its n sequences, the text of each, and what its next response will carry."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from tidewright.bridge.request import GenerationRequest
+from tidewright.bridge.text_stream import TextStream
+from tidewright.engine.messages import SequenceOutput, TokenLogprob
+from tidewright.errors import (
+    EngineUnavailableError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestError,
+    TimedOutError,
+)
+from tidewright.schema import FinishReason
+from tidewright.tokenization import Tokenizer
+
+# Ends that have an answer. The first of them that one of n sequences had is the reason of the whole request.
+_ANSWERED: tuple[FinishReason, ...] = ("timeout", "length", "stop")
+
+
+@dataclass
+class Piece:
+    """What one response carries of one sequence."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    logprobs: list[list[TokenLogprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0  # of the sequence so far
+
+
+@dataclass
+class Chunk:
+    """What one response carries: a piece of each sequence, in their order."""
+
+    pieces: list[Piece]
+    # Of prompt tokens 1, 2, …; once, if the caller asked for it.
+    prompt_logprobs: list[list[TokenLogprob]] | None = None
+
+
+class Responder(Protocol):
+    """The way back to one caller."""
+
+    def send(self, chunk: Chunk, final: bool) -> None: ...
+
+    def fail(self, error: RequestError) -> None: ...
+
+    def is_cancelled(self) -> bool: ...
+
+
+class Part:
+    """One of a call's sequences: a request of its own for the engine.
+
+    `Bridge._changed` guards `arrived`; the rest is the sender's alone.
+    """
+
+    def __init__(self, call: Call, request_id: int, tokenizer: Tokenizer) -> None:
+        self.call = call
+        self.request_id = request_id
+        self.arrived: list[SequenceOutput] = []
+        self.piece = Piece(text=call.request.echo)
+        self.prompt_logprobs: list[list[TokenLogprob]] | None = None
+        self.num_tokens = 0
+        self.last_sent: float | None = None  # time.monotonic() of its latest tokens
+        self.queued_seconds = 0.0
+        self.refusal: RequestError | None = None
+        self.timeout_message = ""
+        self.engine_is_done = False
+        sampling = call.request.sampling
+        self._text = TextStream(tokenizer, sampling.stop_strings, sampling.min_tokens)
+
+    @property
+    def over(self) -> bool:
+        return self.piece.finish_reason is not None
+
+    def take(self, outputs: list[SequenceOutput]) -> int:
+        """Add tokens to the next piece, up to and including the one that ends the sequence; return how many."""
+        before = self.num_tokens
+        for output in outputs:
+            if self.over or self.refusal:
+                break
+            self._take_tokens(output)
+            if output.finish_reason is not None:
+                self.engine_is_done = True
+                self._take_end(output.finish_reason, output.message)
+        return self.num_tokens - before
+
+    def next_piece(self) -> None:
+        """The piece was sent: begin the next one."""
+        self.piece = Piece(finish_reason=self.piece.finish_reason, cumulative_logprob=self.piece.cumulative_logprob)
+        self.prompt_logprobs = None
+
+    def _take_tokens(self, output: SequenceOutput) -> None:
+        piece = self.piece
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        if output.token_ids and not self.num_tokens:
+            self.queued_seconds = output.queued_seconds
+        for index, token_id in enumerate(output.token_ids):
+            piece.text += self._text.push(token_id)
+            piece.token_ids.append(token_id)
+            self.num_tokens += 1
+            if output.logprobs is not None:
+                piece.logprobs.append(output.logprobs[index])
+                piece.cumulative_logprob += output.logprobs[index][0].logprob
+            if self._text.stopped:
+                piece.finish_reason = "stop"
+                return
+
+    def _take_end(self, reason: FinishReason, message: str) -> None:
+        if self.over:
+            return
+        if reason in _ANSWERED:
+            self.piece.text += self._text.finish()
+            self.piece.finish_reason = "stop" if self._text.stopped else reason
+            self.timeout_message = message
+        elif reason == "invalid":
+            # The bridge checked all that it knows, so this is a limit that only the engine knows.
+            self.refusal = InvalidRequestError(message or "the engine refused the request; see its log")
+        elif reason == "overloaded":
+            self.refusal = OverloadedError(message or "the engine has no room for the request; try again later")
+        else:
+            self.refusal = EngineUnavailableError(message or f"the engine ended the request: {reason}")
+
+
+class Call:
+    """One request of one caller. `Bridge._changed` guards `error` and `submitted`; the rest is the sender's."""
+
+    def __init__(
+        self,
+        request: GenerationRequest,
+        responder: Responder,
+        tokenizer: Tokenizer,
+        request_ids: list[int],
+        arrived_at: float,
+    ) -> None:
+        self.request = request
+        self.responder = responder
+        self.arrived_at = arrived_at  # time.monotonic()
+        self.submitted = False  # the engine has all of its sequences; it is not answered before
+        self.error: RequestError | None = None
+        self.parts = [Part(self, request_id, tokenizer) for request_id in request_ids]
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why it ended, once all sequences have ended."""
+        reasons = [part.piece.finish_reason for part in self.parts]
+        return None if None in reasons else next(reason for reason in _ANSWERED if reason in reasons)
+
+    @property
+    def failure(self) -> RequestError | None:
+        """The error that it ends with, if it does: all of its sequences then share that fate."""
+        for part in self.parts:
+            if part.refusal:
+                return part.refusal
+        if self.finish_reason is None:
+            return self.error
+        if self.finish_reason == "timeout" and not any(part.num_tokens for part in self.parts):
+            return TimedOutError(
+                self.parts[0].timeout_message
+                or f"timed out after {self.request.sampling.timeout:g} s while queued, before the first token; "
+                "raise timeout, or try again when fewer requests wait"
+            )
+        return None
+
+    @property
+    def has_news(self) -> bool:
+        return any(part.piece.text or part.piece.token_ids for part in self.parts)
+
+    def chunk(self) -> Chunk:
+        # Only the first sequence was asked for those of the prompt, which all share.
+        return Chunk([part.piece for part in self.parts], self.parts[0].prompt_logprobs)

@@ -1,0 +1,106 @@
+"""What a guided request asks for, as a grammar for llguidance; both bridge and engine use it, so no torch here."""
+
+from __future__ import annotations
+
+import functools
+import json
+
+import llguidance
+
+from tidewright.schema import SamplingParams
+
+MAX_GRAMMAR_LENGTH = 65_536  # characters
+# Building a request's automaton holds up the engine's other requests. This is 0.1 s or so, and enough for a JSON
+# schema of 300 fields.
+_LIMITS = llguidance.LLParserLimits(initial_lexer_fuel=100_000, verbose_errors=False)
+
+
+class GrammarError(ValueError):
+    """A grammar that can't be followed; the message is for the caller."""
+
+
+def make_matcher(params: SamplingParams, tokenizer: llguidance.LLTokenizer) -> llguidance.LLMatcher:
+    """A matcher at the start of the output.
+
+    Raises:
+        GrammarError: the grammar is wrong, or too large.
+    """
+    grammar = _grammar(params)
+    matcher = llguidance.LLMatcher(tokenizer, grammar, limits=_LIMITS, log_level=0)
+    check_matcher(matcher)
+    return matcher
+
+
+def check_matcher(matcher: llguidance.LLMatcher) -> None:
+    if matcher.is_error():
+        raise GrammarError(" ".join(matcher.get_error().removesuffix("<non-verbose/>").split()))
+
+
+def check_grammar(params: SamplingParams) -> None:
+    """Makes sure that the output of a guided request can at least begin.
+
+    Raises:
+        GrammarError: it can't; the message begins with the parameter's name.
+    """
+    name = next(n for n in ("json", "regex", "grammar", "choice") if getattr(params, f"guided_{n}") is not None)
+    try:
+        matcher = make_matcher(params, _byte_tokenizer())
+        matcher.compute_bitmask()
+        check_matcher(matcher)
+    except GrammarError as error:
+        reason = "no text can match it" if "NoExtension" in str(error) else str(error)
+        raise GrammarError(f"guided_{name}: {reason}") from None
+
+
+def _grammar(params: SamplingParams) -> str:
+    if params.guided_json is not None:
+        schema = params.guided_json
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        _check_length(text)
+        try:
+            is_object = isinstance(json.loads(text), dict)
+        except ValueError as error:
+            raise GrammarError(f"the schema is not JSON: {error}") from None
+        if not is_object:
+            raise GrammarError('the schema must be a JSON object, such as {"type": "object"}')
+        # One line, as Python's json.dumps writes it: free white space lets a small model write nothing else.
+        return llguidance.LLMatcher.grammar_from_json_schema(
+            text, defaults={"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+        )
+    if params.guided_regex is not None:
+        _check_length(params.guided_regex)
+        # \d, \w and \s are ASCII. Lark reads // as a comment.
+        pattern = llguidance.regex_to_lark(params.guided_regex, use_ascii="dws")
+        return llguidance.LLMatcher.grammar_from_lark(f"start: /{pattern}/" if pattern else 'start: ""')
+    if params.guided_grammar is not None:
+        _check_length(params.guided_grammar)
+        return llguidance.LLMatcher.grammar_from_lark(params.guided_grammar)
+    if not params.guided_choice:
+        raise GrammarError("the list is empty; give at least one choice")
+    # A Lark string is a JSON string, but Lark wants the character DEL escaped and no surrogates.
+    choices = [json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f") for text in params.guided_choice]
+    lark = "start: " + " | ".join(choices)
+    _check_length(lark)
+    return llguidance.LLMatcher.grammar_from_lark(lark)
+
+
+def _check_length(text: str) -> None:
+    if len(text) > MAX_GRAMMAR_LENGTH:
+        raise GrammarError(f"it has {len(text)} characters, more than the limit of {MAX_GRAMMAR_LENGTH}")
+
+
+class _Bytes:
+    """A vocabulary of the 256 bytes and an end: enough to try a grammar, and made in no time."""
+
+    eos_token_id = 256
+    bos_token_id = None
+    tokens = [bytes([value]) for value in range(256)] + [b"\xff<end>"]
+    special_token_ids = [256]  # noqa: RUF012 - llguidance reads it so
+
+    def __call__(self, text: bytes) -> list[int]:
+        return list(text)
+
+
+@functools.cache
+def _byte_tokenizer() -> llguidance.LLTokenizer:
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Bytes()), slices=[])

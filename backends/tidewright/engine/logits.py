@@ -1,0 +1,82 @@
+"""Changes to logits before a token is drawn: bans, bias, penalties. They touch single entries, never whole rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from tidewright.engine.plan import Draw
+from tidewright.schema import SamplingParams
+
+
+def ban_tokens(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
+    """Bans `banned_ids`, and the last token of each bad word whose other tokens end the history.
+
+    A grammar goes first: where a ban would leave none of the tokens that it allows, the row has no ban.
+    """
+    rows: list[int] = []
+    tokens: list[int] = []
+    for row, draw in enumerate(draws):
+        banned = {*draw.banned_ids, *_ends_of_bad_words(draw)}
+        if banned and draw.params.guided and not _leaves_any(logits_BV[row], sorted(banned)):
+            continue
+        rows += [row] * len(banned)
+        tokens += banned
+    if rows:
+        logits_BV[rows, tokens] = -torch.inf
+
+
+def _ends_of_bad_words(draw: Draw) -> Iterator[int]:
+    for word in draw.bad_words_ids:
+        begin = len(word) - 1
+        if begin <= len(draw.history) and draw.history[len(draw.history) - begin :] == word[:-1]:
+            yield word[-1]
+
+
+def _leaves_any(logits_V: torch.Tensor, banned: list[int]) -> bool:
+    return bool((logits_V > -torch.inf).sum() > (logits_V[banned] > -torch.inf).sum())
+
+
+def add_bias(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
+    biases = [(row, entry) for row, draw in enumerate(draws) for entry in (draw.params.logit_bias or {}).items()]
+    if biases:
+        rows_X = torch.tensor([row for row, _ in biases], device=logits_BV.device)
+        tokens_X = torch.tensor([token for _, (token, _) in biases], device=logits_BV.device)
+        logits_BV[rows_X, tokens_X] += torch.tensor([bias for _, (_, bias) in biases], device=logits_BV.device)
+
+
+def penalise(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
+    """Repetition penalty (Keskar et al. 2019, CTRL) of prompt and output, then frequency and presence of the output.
+
+    The counts are made anew from the history each time: nothing to keep right over preemptions and restarts.
+    """
+    rows = [row for row, draw in enumerate(draws) if _has_penalty(draw.params) and draw.history]
+    if not rows:
+        return
+    entries = [_count(draws[row]) for row in rows]  # distinct tokens of each row, and how often the output has them
+    sizes = [len(tokens) for tokens, _ in entries]
+
+    def spread(values: Sequence[float]) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(np.array(values), sizes)).to(logits_BV.device)
+
+    rows_X = spread(rows)
+    tokens_X = torch.from_numpy(np.concatenate([tokens for tokens, _ in entries])).to(logits_BV.device)
+    counts_X = torch.from_numpy(np.concatenate([counts for _, counts in entries])).to(logits_BV.device)
+    params = [draws[row].params for row in rows]
+    repetition_X = spread([p.repetition_penalty for p in params])
+    logits_X = logits_BV[rows_X, tokens_X].double()
+    logits_X = torch.where(logits_X > 0, logits_X / repetition_X, logits_X * repetition_X)
+    logits_X -= spread([p.frequency_penalty for p in params]) * counts_X
+    logits_X -= spread([p.presence_penalty for p in params]) * (counts_X > 0)
+    logits_BV[rows_X, tokens_X] = logits_X.float()
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+def _count(draw: Draw) -> tuple[np.ndarray, np.ndarray]:
+    tokens, index = np.unique(np.array(draw.history, dtype=np.int64), return_inverse=True)
+    return tokens, np.bincount(index[draw.prompt_length :], minlength=len(tokens))

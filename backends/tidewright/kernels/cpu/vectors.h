@@ -1,0 +1,181 @@
+// Vectors of floats, and how they are read from and written to float32 and bfloat16 memory. They are GCC's portable
+// vectors: where the processor has none of that width, the compiler splits them.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+#define INLINE inline __attribute__((always_inline))
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+struct BF16 {
+    uint16_t bits;
+};
+
+INLINE Floats load(const float* from) {
+    Floats x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+INLINE Floats load(const BF16* from) {
+    Halves bits;
+    std::memcpy(&bits, from, sizeof bits);
+#ifdef __AVX512F__  // for which GCC 12 finds no single instruction
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#else
+    return (Floats)(__builtin_convertvector(bits, Words) << 16);
+#endif
+}
+
+INLINE void store(float* to, Floats x) { std::memcpy(to, &x, sizeof x); }
+
+// The upper half of each word is the value in bfloat16: rounded to nearest, ties to even, as torch does.
+INLINE Words round_words(Floats x) {
+    Words bits = (Words)x;
+    bits += 0x7fff + ((bits >> 16) & 1);
+    return x == x ? bits : Words{} + 0x7fc00000;
+}
+
+INLINE void store(BF16* to, Floats x) {
+#ifdef __AVX512F__
+    Halves halves = (Halves)_mm512_cvtepi32_epi16((__m512i)(round_words(x) >> 16));
+#else
+    Halves halves = __builtin_convertvector(round_words(x) >> 16, Halves);
+#endif
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+INLINE float widen(float x) { return x; }
+
+INLINE float widen(BF16 x) {
+    uint32_t word = (uint32_t)x.bits << 16;
+    float wide;
+    std::memcpy(&wide, &word, sizeof wide);
+    return wide;
+}
+
+// The last, incomplete vector of a row; what is missing counts as zero.
+template <typename T>
+INLINE Floats load(const T* from, int64_t count) {
+    if (count >= LANES) return load(from);
+    T buffer[LANES] = {};
+    std::memcpy(buffer, from, count * sizeof(T));
+    return load(buffer);
+}
+
+template <typename T>
+INLINE void store(T* to, Floats x, int64_t count) {
+    if (count >= LANES) return store(to, x);
+    T buffer[LANES];
+    store(buffer, x);
+    std::memcpy(to, buffer, count * sizeof(T));
+}
+
+// As if x had been written to memory as a T.
+template <typename T>
+INLINE Floats rounded(Floats x) {
+    T buffer[LANES];
+    store(buffer, x);
+    return load(buffer);
+}
+
+INLINE float sum(Floats x) {
+    float part[LANES];
+    store(part, x);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) part[i] += part[i + width];
+    return part[0];
+}
+
+INLINE float largest(Floats x) {
+    float part[LANES];
+    store(part, x);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; i++) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
+    return part[0];
+}
+
+// The fast way to widen: WIDTH values make a vector of words, which is split into PARTS vectors of floats; value i goes
+// to part i % PARTS, lane i / PARTS.
+template <typename T>
+struct Wide;
+
+template <>
+struct Wide<float> {
+    static constexpr int PARTS = 1, WIDTH = LANES;
+    static INLINE void split(Words words, Floats* parts) { parts[0] = (Floats)words; }
+    static INLINE Words join(const Floats* parts) { return (Words)parts[0]; }
+};
+
+// Shifting up a word's lower value and masking out the upper costs one operation each, half of what it takes to widen
+// them in order; the processor's own dot product of bfloat16 is slower still (Sapphire Rapids).
+template <>
+struct Wide<BF16> {
+    static constexpr int PARTS = 2, WIDTH = 2 * LANES;
+    static INLINE void split(Words words, Floats* parts) {
+        parts[0] = (Floats)(words << 16);
+        parts[1] = (Floats)(words & 0xffff0000u);
+    }
+    static INLINE Words join(const Floats* parts) {
+        return (round_words(parts[0]) >> 16) | (round_words(parts[1]) & 0xffff0000u);
+    }
+};
+
+template <typename T>
+INLINE Words read_words(const T* from) {
+    Words words;
+    std::memcpy(&words, from, sizeof words);
+    return words;
+}
+
+template <typename T>
+INLINE Words read_words(const T* from, int64_t count) {
+    if (count >= Wide<T>::WIDTH) return read_words(from);
+    T buffer[Wide<T>::WIDTH] = {};
+    std::memcpy(buffer, from, count * sizeof(T));
+    return read_words(buffer);
+}
+
+// Of each two lanes that are STEP apart: `a` gets the lower ones of a and b, `b` the upper ones.
+template <int STEP>
+INLINE void exchange(Floats& a, Floats& b) {
+    Ints low, high;
+    for (int j = 0; j < LANES; j++) {
+        low[j] = j & STEP ? LANES + j - STEP : j;
+        high[j] = j & STEP ? LANES + j : j + STEP;
+    }
+    Floats first = __builtin_shuffle(a, b, low), second = __builtin_shuffle(a, b, high);
+    a = first, b = second;
+}
+
+// e^x to an ulp or two; 0 below -87.7, infinite from 88.4 on. x = n ln 2 + r, then the Taylor series of e^r, |r| < 0.35.
+INLINE Floats exponential(Floats x) {
+    const Floats zero = {};
+    x = x < -88.0f ? zero - 88.0f : x;
+    x = x > 89.0f ? zero + 89.0f : x;
+    const float shift = 12582912.0f;  // 1.5 * 2^23: adding it rounds to a whole number
+    Floats n = (x * 1.44269504f + shift) - shift;
+    Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats y = zero + 1.0f / 5040;
+    const float coefficients[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+    for (float coefficient : coefficients) y = y * r + coefficient;
+    return y * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+}  // namespace

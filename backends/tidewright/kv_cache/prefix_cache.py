@@ -1,0 +1,124 @@
+"""Finds the blocks that already hold the beginning of a sequence, so that equal beginnings are computed once.
+
+A full block is known by the hash of its tokens and of all tokens before it (a hash chain, as in vLLM's automatic
+prefix caching), rooted in a salt that keeps tenants apart. Blocks keep their content, and stay findable, after
+their last owner is gone; they are forgotten when the pool gives them to someone else.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
+
+
+class HashChain:
+    """The digests of a sequence's full blocks, made as the sequence grows."""
+
+    def __init__(self, salt: str | None, block_size: int) -> None:
+        self._block_size = block_size
+        self._last = b"" if salt is None else blake2b(salt.encode(), digest_size=16).digest()
+        self.digests: list[bytes] = []
+
+    def extend(self, token_ids: Sequence[int]) -> None:
+        """`token_ids` are all of the sequence's; those that were there before must not have changed."""
+        size = self._block_size
+        for first in range(len(self.digests) * size, len(token_ids) - size + 1, size):
+            content = array("q", token_ids[first : first + size]).tobytes()
+            self._last = blake2b(self._last + content, digest_size=16).digest()
+            self.digests.append(self._last)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    block: int
+    token_ids: tuple[int, ...]
+
+
+class PrefixCache:
+    """A block pool whose blocks can be found again by what they hold."""
+
+    def __init__(self, pool: BlockPool, block_size: int, enabled: bool = True) -> None:
+        self.pool = pool
+        self._block_size = block_size
+        self._enabled = enabled
+        self._entries: dict[bytes, _Entry] = {}
+        self._digests: dict[int, bytes] = {}  # of the blocks that can be found
+        self.evictions = 0
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks whose content can still be found."""
+        return sum(1 for block in self._digests if self.pool.references(block) == 0)
+
+    def find(self, token_ids: Sequence[int], chain: HashChain) -> list[int]:
+        """Blocks that hold the beginning of `token_ids`, without taking them.
+
+        The last token is never among them: it must be computed, for its logits are wanted.
+        """
+        blocks: list[int] = []
+        size = self._block_size
+        for index in range(min((len(token_ids) - 1) // size, len(chain.digests))):
+            entry = self._entries.get(chain.digests[index])
+            if entry is None or entry.token_ids != tuple(token_ids[index * size : (index + 1) * size]):
+                break
+            blocks.append(entry.block)
+        return blocks
+
+    def free_after(self, shared: Iterable[int], count: int) -> int:
+        """Blocks that would be left if `shared` were taken and `count` allocated; negative if it can't be."""
+        return self.pool.num_free - count - sum(1 for block in shared if self.pool.references(block) == 0)
+
+    def take(self, shared: list[int], count: int) -> list[int]:
+        """A block table: the shared blocks, then `count` fresh ones."""
+        self.pool.retain(shared)
+        fresh = self.pool.allocate(count)
+        for block in fresh:
+            if digest := self._digests.pop(block, None):
+                del self._entries[digest]
+                self.evictions += 1
+        return shared + fresh
+
+    def register(
+        self, block_table: Sequence[int], token_ids: Sequence[int], end: int, chain: HashChain, first: int
+    ) -> int:
+        """Makes the blocks from number `first` on findable that are full of the first `end` tokens; returns their end.
+
+        Keys and values may still be on the way, as long as they are written before anyone reads them: each layer of
+        a step writes all of them before its attention reads any, so sequences of one step can share.
+        """
+        size = self._block_size
+        if not self._enabled or end // size == first:
+            return first
+        chain.extend(token_ids)
+        for index in range(first, end // size):
+            digest, block = chain.digests[index], block_table[index]
+            if digest not in self._entries:  # else someone else computed the same, and was first
+                self._entries[digest] = _Entry(block, tuple(token_ids[index * size : (index + 1) * size]))
+                self._digests[block] = digest
+        return end // size
+
+    def free(self, block_table: list[int]) -> None:
+        """Gives a table back, last block first: the end of a sequence is the least likely to be of use to others."""
+        for block in reversed(block_table):
+            self.pool.free(block, reuse_first=block not in self._digests)
+
+    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
+        """Raises BlockPoolError unless `tables` hold exactly the references there are and the index is consistent."""
+        self.pool.check_integrity()
+        counts = [0] * self.pool.num_blocks
+        for table in tables:
+            for block in table:
+                counts[block] += 1
+        for block, count in enumerate(counts):
+            if count != self.pool.references(block):
+                raise BlockPoolError(
+                    f"block {block} is in {count} tables, with {self.pool.references(block)} references"
+                )
+        if len(self._entries) != len(self._digests) or any(
+            self._entries[digest].block != block for block, digest in self._digests.items()
+        ):
+            raise BlockPoolError("the prefix index and the blocks' digests disagree")

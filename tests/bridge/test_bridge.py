@@ -1,0 +1,428 @@
+"""Requests of one and of many sequences between a scripted engine and recording callers."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tidewright.bridge import bridge as bridge_module
+from tidewright.bridge.bridge import Bridge
+from tidewright.bridge.call import Chunk, Piece
+from tidewright.bridge.engine_client import EngineEvents
+from tidewright.bridge.request import GenerationRequest, OutputOptions
+from tidewright.config import Settings
+from tidewright.engine.messages import Abort, EngineConfig, EngineStats, SequenceOutput, Submit, ToEngine, TokenLogprob
+from tidewright.errors import (
+    CancelledError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestError,
+    TimedOutError,
+)
+from tidewright.schema import SamplingParams
+from tidewright.tokenization import Tokenizer
+
+PATIENCE = 20.0  # seconds
+
+
+class ScriptedEngine:
+    """In the place of the EngineClient: keeps what the bridge sends, and says what the test wants."""
+
+    def __init__(self, config: EngineConfig, events: EngineEvents, **_: float) -> None:
+        self.events = events
+        self.sent: list[ToEngine] = []
+        self.on_send: Callable[[ToEngine], None] = lambda message: None
+        self.available = True
+        self.restarts = 0
+
+    def start(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+    def send(self, message: ToEngine) -> None:
+        self.on_send(message)
+        self.sent.append(message)
+
+    def submitted(self) -> list[Submit]:
+        return [message for message in self.sent if isinstance(message, Submit)]
+
+    def aborted(self) -> list[int]:
+        return [message.request_id for message in self.sent if isinstance(message, Abort)]
+
+    def says(self, *outputs: SequenceOutput) -> None:
+        self.events.outputs(list(outputs))
+
+
+class Caller:
+    """Keeps what comes back."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+        self.error: RequestError | None = None
+        self.ends = 0
+        self.cancelled = False
+        self.changed = threading.Condition()
+
+    def send(self, chunk: Chunk, final: bool) -> None:
+        with self.changed:
+            self.chunks.append(chunk)
+            self.ends += final
+            self.changed.notify_all()
+
+    def fail(self, error: RequestError) -> None:
+        with self.changed:
+            self.error = error
+            self.ends += 1
+            self.changed.notify_all()
+
+    def is_cancelled(self) -> bool:
+        return self.cancelled
+
+    def wait(self, what: Callable[[Caller], Any]) -> None:
+        with self.changed:
+            assert self.changed.wait_for(lambda: what(self), PATIENCE)
+
+    def end(self) -> list[Piece]:
+        """The pieces of the last response, or none if it was an error."""
+        self.wait(lambda caller: caller.ends)
+        return self.chunks[-1].pieces if self.error is None else []
+
+
+class World:
+    def __init__(self, bridge: Bridge, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
+        self.bridge, self.engine, self.tokenizer = bridge, engine, tokenizer
+
+    def submit(self, stream: bool = False, echo: str = "", **sampling: Any) -> Caller:
+        caller = Caller()
+        self.submit_for(caller, stream, echo, **sampling)
+        return caller
+
+    def submit_for(self, caller: Caller, stream: bool = False, echo: str = "", **sampling: Any) -> None:
+        params = SamplingParams(**{"seed": 7, **sampling})
+        self.bridge.submit(GenerationRequest([1, 2, 3], echo, stream, params, OutputOptions()), caller)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def wait_idle(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while self.bridge.active or self.bridge._parts:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+
+
+@pytest.fixture
+def world(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr(bridge_module, "EngineClient", ScriptedEngine)
+    tokenizer = Tokenizer(model_dir)
+    settings = Settings(max_running=3, max_waiting=2)
+    bridge = Bridge(settings, settings.engine_config(model_dir), tokenizer)
+    bridge.start()
+    yield World(bridge, bridge._client, tokenizer)  # type: ignore[arg-type]
+    bridge.stop()
+
+
+def entry(token_id: int, logprob: float) -> list[TokenLogprob]:
+    return [TokenLogprob(token_id, logprob, 1)]
+
+
+def test_n_sequences_are_n_requests_of_the_engine_and_one_answer(world: World) -> None:
+    caller = world.submit(n=3, seed=2**63 - 2, echo="Say: ")
+    sent = world.engine.submitted()
+    assert [message.request_id for message in sent] == [1, 2, 3]
+    assert [message.sampling.seed for message in sent] == [2**63 - 2, 2**63 - 1, 0]
+    assert all(message.prompt_token_ids == [1, 2, 3] for message in sent)
+    a, b, c = world.ids(" one"), world.ids(" two more"), world.ids(" three")
+    world.engine.says(SequenceOutput(2, b, "length", [entry(token, -1.0) for token in b]))
+    world.engine.says(SequenceOutput(3, c, "stop", [entry(token, -0.5) for token in c]))
+    world.engine.says(SequenceOutput(1, a, "stop", [entry(token, -0.25) for token in a]))
+    pieces = caller.end()
+    assert [piece.text for piece in pieces] == ["Say:  one", "Say:  two more", "Say:  three"]
+    assert [piece.token_ids for piece in pieces] == [a, b, c]
+    assert [piece.finish_reason for piece in pieces] == ["stop", "length", "stop"]
+    assert [len(piece.logprobs) for piece in pieces] == [len(a), len(b), len(c)]
+    assert [piece.cumulative_logprob for piece in pieces] == [-0.25 * len(a), -1.0 * len(b), -0.5 * len(c)]
+    world.wait_idle()
+    assert (caller.ends, len(caller.chunks)) == (1, 1)
+    assert world.engine.aborted() == []
+    assert world.bridge.statistics.read_finished()["length"] == 1  # one request: the reason that weighs most
+
+
+def test_streamed_responses_have_an_element_for_each_sequence(world: World) -> None:
+    caller = world.submit(n=2, stream=True)
+    one, two = world.ids(" one")[:1], world.ids(" two")[:1]
+    world.engine.says(SequenceOutput(2, two, None, [entry(two[0], -1.0)]))
+    caller.wait(lambda caller: len(caller.chunks) == 1)
+    world.engine.says(SequenceOutput(2, two, "length", [entry(two[0], -1.0)]))
+    caller.wait(lambda caller: len(caller.chunks) == 2)
+    world.engine.says(SequenceOutput(1, one, "stop", [entry(one[0], -2.0)]))
+    caller.end()
+    seen = [
+        [(piece.text, piece.token_ids, piece.finish_reason, piece.cumulative_logprob) for piece in chunk.pieces]
+        for chunk in caller.chunks
+    ]
+    assert seen == [
+        [("", [], None, 0.0), (" two", two, None, -1.0)],
+        [("", [], None, 0.0), (" two", two, "length", -2.0)],
+        [(" one", one, "stop", -2.0), ("", [], "length", -2.0)],
+    ]
+
+
+def test_a_stop_string_ends_one_sequence_and_only_its_engine_request(world: World) -> None:
+    caller = world.submit(n=2, stop=["END"])
+    text, late = world.ids("some END"), world.ids(" late")
+    world.engine.says(SequenceOutput(1, text), SequenceOutput(1, late))
+    deadline = time.monotonic() + PATIENCE
+    while world.engine.aborted() != [1] and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert world.engine.aborted() == [1]
+    assert caller.ends == 0
+    world.engine.says(SequenceOutput(1, late), SequenceOutput(2, world.ids("free"), "length"))
+    assert [(piece.text, piece.finish_reason) for piece in caller.end()] == [("some ", "stop"), ("free", "length")]
+    assert caller.chunks[0].pieces[0].token_ids == text
+    world.wait_idle()
+    assert world.engine.aborted() == [1]
+
+
+def test_a_cancel_ends_all_sequences_with_one_answer(world: World) -> None:
+    caller = world.submit(n=3, stream=True)
+    world.engine.says(SequenceOutput(2, world.ids("two"), "length"))
+    caller.wait(lambda caller: caller.chunks)
+    caller.cancelled = True
+    caller.end()
+    assert isinstance(caller.error, CancelledError)
+    world.wait_idle()
+    assert world.engine.aborted() == [1, 3]
+    world.engine.says(SequenceOutput(1, world.ids("late"), "length"))
+    assert caller.ends == 1
+    assert world.bridge.statistics.read_finished()["cancelled"] == 1
+
+
+@pytest.mark.parametrize(
+    ("reason", "message", "error", "said"),
+    [
+        ("invalid", "too long for the cache", InvalidRequestError, "too long for the cache"),
+        ("invalid", "", InvalidRequestError, "refused"),
+        ("overloaded", "7 requests wait", OverloadedError, "7 requests wait"),
+        ("engine_failed", "", EngineUnavailableError, "engine_failed"),
+    ],
+)
+def test_what_the_engine_refuses_ends_all_with_its_message(
+    world: World, reason: Any, message: str, error: type[RequestError], said: str
+) -> None:
+    caller = world.submit(n=2)
+    world.engine.says(SequenceOutput(2, [], reason, message=message))
+    caller.end()
+    assert type(caller.error) is error
+    assert said in str(caller.error)
+    world.wait_idle()
+    assert world.engine.aborted() == [1]
+    assert world.bridge.statistics.read_finished()[reason] == 1
+
+
+def test_a_lost_engine_ends_every_request_once(world: World) -> None:
+    callers = [world.submit(n=2), world.submit(), world.submit(n=2, stream=True)]
+    world.engine.events.lost("killed by SIGKILL")
+    for caller in callers:
+        caller.end()
+        assert isinstance(caller.error, EngineUnavailableError)
+        assert "killed by SIGKILL" in str(caller.error)
+    world.wait_idle()
+    assert [caller.ends for caller in callers] == [1, 1, 1]
+
+
+def test_the_limit_counts_sequences(world: World) -> None:
+    first = world.submit(n=4)
+    with pytest.raises(OverloadedError, match=r"4 requests are running or waiting.* allow 5"):
+        world.submit(n=2)
+    last = world.submit()
+    with pytest.raises(OverloadedError):
+        world.submit()
+    with pytest.raises(InvalidRequestError, match="n is 6"):
+        world.submit(n=6)
+    assert world.bridge.active == 2
+    world.engine.says(*(SequenceOutput(i, [5], "length") for i in (1, 2)))  # two of the first one's end
+    deadline = time.monotonic() + PATIENCE
+    while len(world.bridge._parts) > 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    world.submit(n=2)
+    assert first.ends == last.ends == 0
+
+
+def test_deadlines_are_arrival_plus_timeout_for_every_sequence(world: World) -> None:
+    before = time.monotonic()
+    world.submit(n=2, timeout=30.0)
+    after = time.monotonic()
+    world.submit()
+    one, two, without = world.engine.submitted()
+    assert one.deadline is not None
+    assert before + 30 <= one.deadline <= after + 30
+    assert two.deadline == one.deadline
+    assert without.deadline is None
+
+
+def test_a_timeout_before_the_first_token_is_an_error(world: World) -> None:
+    caller = world.submit(n=2, timeout=2.0)
+    world.engine.says(SequenceOutput(1, [], "timeout"))
+    world.engine.says(SequenceOutput(2, [], "timeout"))
+    caller.end()
+    assert isinstance(caller.error, TimedOutError)
+    assert str(caller.error).startswith("timed out after 2 s while queued")
+    told = world.submit(timeout=2.0)
+    world.engine.says(SequenceOutput(3, [], "timeout", message="while its prompt was computed"))
+    told.end()
+    assert str(told.error) == "while its prompt was computed"
+    world.wait_idle()
+    assert world.bridge.statistics.read_finished()["timeout"] == 2
+    assert world.engine.aborted() == []
+
+
+def test_a_timeout_after_tokens_is_an_answer(world: World) -> None:
+    plain, many = world.submit(timeout=2.0, stop=["xyz"]), world.submit(n=2, timeout=2.0)
+    text = world.ids("so far x")  # "x" is held back, for it may begin the stop string
+    world.engine.says(SequenceOutput(1, text), SequenceOutput(2, world.ids("a"), "stop"))
+    world.engine.says(SequenceOutput(1, [], "timeout"), SequenceOutput(3, [], "timeout"))
+    assert [(piece.text, piece.finish_reason) for piece in plain.end()] == [("so far x", "timeout")]
+    assert [(piece.text, piece.finish_reason) for piece in many.end()] == [("a", "stop"), ("", "timeout")]
+    world.wait_idle()
+    assert world.bridge.statistics.read_finished()["timeout"] == 2
+
+
+def test_a_timeout_of_zero_never_reaches_the_engine(world: World) -> None:
+    with pytest.raises(TimedOutError, match="timeout is 0 s"):
+        world.submit(timeout=0.0)
+    assert world.engine.sent == []
+    assert world.bridge.active == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_prompt_logprobs_come_once_and_are_asked_of_one_sequence(world: World, stream: bool) -> None:
+    caller = world.submit(n=2, stream=stream, prompt_logprobs=0)
+    assert [message.sampling.prompt_logprobs for message in world.engine.submitted()] == [0, None]
+    prompt = [entry(2, -3.0), entry(3, -4.0)]
+    world.engine.says(SequenceOutput(1, world.ids(" a"), None, prompt_logprobs=prompt))
+    if stream:
+        caller.wait(lambda caller: caller.chunks)
+    world.engine.says(SequenceOutput(1, world.ids(" b"), "length"), SequenceOutput(2, world.ids(" c"), "length"))
+    caller.end()
+    assert [chunk.prompt_logprobs for chunk in caller.chunks] == ([prompt, None] if stream else [prompt])
+
+
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_an_end_that_comes_while_the_last_sequences_are_submitted_waits(world: World, cancelled: bool) -> None:
+    """Else a call that ends right away would be aborted before it was all submitted, and the rest run unseen."""
+    caller = Caller()
+    caller.cancelled = cancelled
+
+    def refuse_the_first(message: ToEngine) -> None:
+        if isinstance(message, Submit) and message.request_id == 2:
+            world.engine.says(SequenceOutput(1, [], "invalid", message="no"))
+            time.sleep(0.1)  # the sender has nothing to do, nor has the canceller
+
+    world.engine.on_send = refuse_the_first
+    world.submit_for(caller, n=3)
+    caller.end()
+    world.wait_idle()
+    assert [type(message) for message in world.engine.sent] == [Submit] * 3 + [Abort] * (len(world.engine.sent) - 3)
+    assert set(world.engine.aborted()) >= {2, 3}
+
+
+def test_an_engine_that_goes_away_between_two_sequences_is_an_error_of_submit(world: World) -> None:
+    def gone(message: ToEngine) -> None:
+        if isinstance(message, Submit) and message.request_id == 2:
+            world.engine.events.lost("killed")
+            raise EngineUnavailableError("it just went away")
+
+    world.engine.on_send = gone
+    caller = Caller()
+    with pytest.raises(EngineUnavailableError):
+        world.submit_for(caller, n=2)
+    assert world.bridge.active == 0
+    assert caller.ends == 0  # the one who called `submit` answers
+
+
+def test_a_cancel_noticed_while_the_last_response_goes_out_is_no_second_end(world: World) -> None:
+    class Slow(Caller):
+        asked, answer = threading.Event(), threading.Event()
+
+        def is_cancelled(self) -> bool:
+            self.asked.set()
+            self.answer.wait(PATIENCE)
+            return True
+
+    caller = Slow()
+    world.submit_for(caller)
+    assert caller.asked.wait(PATIENCE)
+    world.engine.says(SequenceOutput(1, [5], "length"))
+    caller.end()
+    world.wait_idle()
+    caller.answer.set()
+    other = world.submit()  # goes through the sender after whatever the canceller has left there
+    world.engine.says(SequenceOutput(2, [5], "length"))
+    other.end()
+    world.bridge.stop()
+    assert caller.ends == 1
+    assert caller.error is None
+
+
+def test_a_response_that_fails_is_one_error_and_the_sender_lives(world: World) -> None:
+    class Broken(Caller):
+        def send(self, chunk: Chunk, final: bool) -> None:
+            raise RuntimeError("no memory")
+
+    caller = Broken()
+    world.submit_for(caller, n=2, stream=True)
+    world.engine.says(SequenceOutput(1, [5]))
+    caller.end()
+    assert "could not be made" in str(caller.error)
+    world.wait_idle()
+    assert world.engine.aborted() == [1, 2]
+    other = world.submit()
+    world.engine.says(SequenceOutput(3, [5], "length"))
+    assert other.end()
+
+
+def test_latencies_are_counted_once_for_each_request_and_each_further_token(world: World) -> None:
+    caller = world.submit(n=2, stream=True)
+    world.engine.says(SequenceOutput(1, [5], queued_seconds=0.25))
+    caller.wait(lambda caller: len(caller.chunks) == 1)
+    world.engine.says(SequenceOutput(1, [5, 6, 7], "length"), SequenceOutput(2, [5, 6], None, queued_seconds=0.5))
+    caller.wait(lambda caller: len(caller.chunks) == 2)
+    world.engine.says(SequenceOutput(2, [], "timeout"))
+    caller.end()
+    refused = world.submit()
+    world.engine.says(SequenceOutput(3, [], "invalid"))
+    refused.end()
+    world.wait_idle()
+    histograms = world.bridge.statistics.read_histograms()
+    assert {name: sum(histogram.counts) for name, histogram in histograms.items()} == {
+        "request_queue_seconds": 1,
+        "time_to_first_token_seconds": 1,
+        "inter_token_latency_seconds": 3 + 1,
+        "request_latency_seconds": 1,
+    }
+    assert histograms["request_queue_seconds"].total == 0.25
+    first, whole = histograms["time_to_first_token_seconds"].total, histograms["request_latency_seconds"].total
+    assert 0 < first < whole
+    assert 0 < histograms["inter_token_latency_seconds"].total < whole
+
+
+def test_counters_of_a_lost_engine_stay_and_its_gauges_go(world: World) -> None:
+    events = world.engine.events
+    events.stats(EngineStats(1, 2, 30, 4, 50, 600, 700, 8, tokens_drafted=9, send_seconds=1.5))
+    events.stats(EngineStats(1, 2, 30, 4, 60, 600, 700, 8, tokens_drafted=9, send_seconds=1.5))
+    assert world.bridge.engine_stats.steps == 60
+    events.lost("killed")
+    assert world.bridge.engine_stats == EngineStats(0, 0, 0, 0, 60, 600, 700, 8, tokens_drafted=9, send_seconds=1.5)
+    events.stats(EngineStats(5, 0, 30, 30, 100, 1, 2, 3, send_seconds=0.5))  # more steps than the old one already
+    after = world.bridge.engine_stats
+    assert (after.running, after.blocks_free, after.steps, after.prompt_tokens) == (5, 30, 160, 601)
+    assert (after.tokens_drafted, after.send_seconds) == (9, 2.0)

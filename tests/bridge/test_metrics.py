@@ -1,0 +1,158 @@
+"""What goes into Triton's metrics, and the table of them in the docs."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tidewright.bridge.metrics import METRICS, PREFIX, BridgeMetrics
+from tidewright.bridge.statistics import EngineFigures, RequestStatistics
+from tidewright.engine.messages import EngineStats
+
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+
+
+class Family:
+    """Like pb_utils.MetricFamily; keeps every series' value, and refuses what Triton refuses."""
+
+    GAUGE, COUNTER = "gauge", "counter"
+    series: dict[str, float]
+    calls: Counter[str]
+
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        self.name, self.kind = name, kind
+
+    def Metric(self, labels: dict[str, str]) -> Metric:  # noqa: N802
+        key = self.name + "".join(f"{{{name}={value}}}" for name, value in labels.items())
+        assert key not in self.series
+        self.series[key] = 0.0
+        return Metric(self, key)
+
+
+class Metric:
+    def __init__(self, family: Family, key: str) -> None:
+        self.family, self.key = family, key
+
+    def set(self, value: float) -> None:
+        assert self.family.kind == "gauge"
+        self.family.series[self.key] = value
+        self.family.calls[self.key] += 1
+
+    def increment(self, value: float) -> None:
+        assert self.family.kind == "counter"
+        assert value > 0
+        self.family.series[self.key] += value
+        self.family.calls[self.key] += 1
+
+
+@pytest.fixture
+def bridge() -> Any:
+    figures, statistics = EngineFigures(), RequestStatistics()
+
+    class Bridge(SimpleNamespace):
+        @property
+        def engine_stats(self) -> EngineStats:
+            return figures.read()
+
+    return Bridge(engine_up=True, engine_restarts=0, active=0, statistics=statistics, figures=figures)
+
+
+@pytest.fixture
+def family() -> type[Family]:
+    return type("FreshFamily", (Family,), {"series": {}, "calls": Counter()})
+
+
+def test_every_figure_arrives_under_its_name(bridge: Any, family: type[Family]) -> None:
+    fields = EngineStats.__struct_fields__
+    stats = dict(zip(fields, range(101, 200), strict=False))
+    bridge.figures.update(EngineStats(**stats))
+    bridge.engine_restarts, bridge.active = 90, 91
+    for seconds in (0.004, 0.04, 500.0):
+        bridge.statistics.first_token(0.0, seconds)
+    bridge.statistics.finished("length", 0.3)
+    bridge.statistics.finished("cancelled")
+    bridge.statistics.further_tokens(0.01, 7)
+    BridgeMetrics(bridge, family).refresh()
+    series = family.series
+    expected = {
+        "engine_up": 1,
+        "engine_restarts_total": 90,
+        "requests_active": 91,
+        "requests_running": stats["running"],
+        "requests_waiting": stats["waiting"],
+        "kv_blocks_total": stats["blocks_total"],
+        "kv_blocks_free": stats["blocks_free"],
+        "kv_blocks_cached": stats["blocks_cached"],
+        "kv_usage_ratio": (stats["blocks_total"] - stats["blocks_free"]) / stats["blocks_total"],
+        "kv_slots_unused": stats["slots_unused"],
+        "engine_steps_total": stats["steps"],
+        "prompt_tokens_total": stats["prompt_tokens"],
+        "generated_tokens_total": stats["generated_tokens"],
+        "preemptions_total": stats["preemptions"],
+        "prefix_cache_queries_total": stats["prefix_queries"],
+        "prefix_cache_hits_total": stats["prefix_hits"],
+        "prefix_cache_evictions_total": stats["prefix_evictions"],
+        "speculative_tokens_drafted_total": stats["tokens_drafted"],
+        "speculative_tokens_accepted_total": stats["tokens_accepted"],
+        "step_seconds_total{phase=schedule}": stats["schedule_seconds"],
+        "step_seconds_total{phase=forward}": stats["forward_seconds"],
+        "step_seconds_total{phase=sample}": stats["sample_seconds"],
+        "step_seconds_total{phase=send}": stats["send_seconds"],
+        "requests_finished_total{reason=length}": 1,
+        "requests_finished_total{reason=cancelled}": 1,
+        "requests_finished_total{reason=stop}": 0,
+        "time_to_first_token_seconds_bucket{le=0.005}": 1,
+        "time_to_first_token_seconds_bucket{le=0.03}": 1,
+        "time_to_first_token_seconds_bucket{le=0.05}": 2,
+        "time_to_first_token_seconds_bucket{le=120}": 2,
+        "time_to_first_token_seconds_bucket{le=+Inf}": 3,
+        "time_to_first_token_seconds_count": 3,
+        "time_to_first_token_seconds_sum": 500.044,
+        "request_queue_seconds_count": 3,
+        "request_latency_seconds_bucket{le=0.2}": 0,
+        "request_latency_seconds_bucket{le=0.3}": 1,
+        "request_latency_seconds_count": 1,
+        "inter_token_latency_seconds_bucket{le=0.0075}": 0,
+        "inter_token_latency_seconds_bucket{le=0.01}": 7,
+        "inter_token_latency_seconds_count": 7,
+        "inter_token_latency_seconds_sum": 0.07,
+    }
+    for name, value in expected.items():
+        assert series[PREFIX + name] == pytest.approx(value), name
+    assert set(stats.values()) <= set(series.values())  # no figure of the engine is forgotten
+
+
+def test_only_changes_cost_a_call_and_counters_never_fall(bridge: Any, family: type[Family]) -> None:
+    metrics = BridgeMetrics(bridge, family)
+    steps, running = f"{PREFIX}engine_steps_total", f"{PREFIX}requests_running"
+    seen = []
+    for stats in (EngineStats(3, 0, 9, 9, 10, 0, 0, 0), EngineStats(3, 0, 9, 9, 15, 0, 0, 0)):
+        bridge.figures.update(stats)
+        metrics.refresh()
+        seen.append(family.series[steps])
+    calls = family.calls.copy()
+    metrics.refresh()
+    assert family.calls == calls
+    assert (calls[steps], calls[running]) == (2, 1)
+    bridge.figures.engine_lost()
+    metrics.refresh()
+    seen.append(family.series[steps])
+    assert family.series[running] == 0
+    bridge.figures.update(EngineStats(1, 0, 9, 9, 40, 0, 0, 0))
+    metrics.refresh()
+    assert [*seen, family.series[steps]] == [10, 15, 15, 55]
+
+
+def test_the_table_in_the_docs_is_the_code() -> None:
+    rows = re.findall(r"^\| `tidewright_(\w+)` \| (\w+) \| (.*?) \| (.*?) \|$", DOCS.read_text(), re.MULTILINE)
+    expected = []
+    for spec in METRICS:
+        values = "" if spec.kind == "histogram" else ", ".join(f"`{value}`" for value in spec.values if value)
+        label = f"`{spec.label}`: {values}" if values else ""
+        expected.append((spec.name, spec.kind, label, spec.meaning))
+    assert [tuple(cell.strip() for cell in row) for row in rows] == expected

@@ -1,0 +1,81 @@
+"""kv_cache/prefix_cache.py: what is found is what was stored, also when hashes collide."""
+
+from __future__ import annotations
+
+import pytest
+
+from tidewright.kv_cache import prefix_cache
+from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
+from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
+
+
+def chain(token_ids: list[int], salt: str | None = None) -> HashChain:
+    made = HashChain(salt, block_size=2)
+    made.extend(token_ids)
+    return made
+
+
+def stored(token_ids: list[int], blocks: int = 4) -> tuple[PrefixCache, list[int]]:
+    """A cache in which a sequence has been computed, and its block table."""
+    cache = PrefixCache(BlockPool(blocks), block_size=2)
+    table = cache.take([], -(-len(token_ids) // 2))
+    cache.register(table, token_ids, len(token_ids), chain(token_ids), 0)
+    return cache, table
+
+
+def test_a_chain_grows_as_if_it_had_been_made_at_once() -> None:
+    grown = HashChain(None, block_size=2)
+    for end in range(8):
+        grown.extend(list(range(end)))
+    assert grown.digests == chain(list(range(7))).digests
+    assert len(grown.digests) == 3
+
+
+def test_a_block_is_found_only_behind_the_same_beginning() -> None:
+    cache, table = stored([1, 2, 3, 4])
+    assert cache.find([1, 2, 3, 4, 5], chain([1, 2, 3, 4, 5])) == table
+    assert cache.find([1, 2, 9, 4, 5], chain([1, 2, 9, 4, 5])) == table[:1]
+    assert cache.find([9, 2, 3, 4, 5], chain([9, 2, 3, 4, 5])) == []
+    assert cache.find([3, 4, 5], chain([3, 4, 5])) == []
+
+
+def test_only_computed_blocks_can_be_found() -> None:
+    cache = PrefixCache(BlockPool(4), block_size=2)
+    tokens = [1, 2, 3, 4, 5, 6]
+    table = cache.take([], 3)
+    assert cache.register(table, tokens, 3, chain(tokens), 0) == 1
+    assert cache.find([*tokens, 7], chain([*tokens, 7])) == table[:1]
+    assert cache.register(table, tokens, 6, chain(tokens), 1) == 3
+    assert cache.find([*tokens, 7], chain([*tokens, 7])) == table
+
+
+def test_colliding_hashes_do_not_mix_up_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Constant:
+        def __init__(self, *_: object, **__: object) -> None: ...
+        def digest(self) -> bytes:
+            return b"same"
+
+    monkeypatch.setattr(prefix_cache, "blake2b", Constant)
+    cache, _ = stored([1, 2])
+    assert cache.find([3, 4, 5], chain([3, 4, 5])) == []
+
+
+def test_a_reused_block_is_forgotten_and_an_unreferenced_one_is_not() -> None:
+    cache, table = stored([1, 2, 3, 4], blocks=2)
+    cache.free(table)
+    assert cache.num_cached == 2
+    assert cache.find([1, 2, 3, 4, 5], chain([1, 2, 3, 4])) == table
+    assert cache.free_after(table, 0) == 0
+    cache.take([], 1)  # the end of a sequence goes first
+    assert cache.find([1, 2, 3, 4, 5], chain([1, 2, 3, 4])) == table[:1]
+    assert cache.evictions == 1
+
+
+def test_integrity_check_sees_what_does_not_add_up() -> None:
+    cache, table = stored([1, 2, 3, 4])
+    cache.check_integrity([table])
+    with pytest.raises(BlockPoolError, match="is in 0 tables, with 1 references"):
+        cache.check_integrity([])
+    del cache._entries[chain([1, 2]).digests[0]]
+    with pytest.raises(BlockPoolError, match="disagree"):
+        cache.check_integrity([table])

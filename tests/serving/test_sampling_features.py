@@ -1,0 +1,116 @@
+"""Through the real server: guided output, bias, bad words, prefix cache and tenants, and their refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+
+import pytest
+
+from helpers.triton import Generation, RunningServer
+
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 20},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    },
+    "required": ["name", "age", "tags"],
+    "additionalProperties": False,
+}
+
+
+def ask(server: RunningServer, prompt: str, **sampling: object) -> Generation:
+    return server.generate(
+        text_input=prompt,
+        exclude_input_in_output=True,
+        return_finish_reason=True,
+        sampling_parameters={"max_tokens": 24, "temperature": 0, **sampling},
+    )
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_guided_json_follows_its_schema(bf16_server: RunningServer, temperature: float) -> None:
+    with bf16_server.stream() as stream:
+        for seed in range(6):
+            options = {"guided_json": SCHEMA, "max_tokens": 120, "temperature": temperature, "seed": seed}
+            stream.send(
+                str(seed),
+                text_input="A person as JSON:",
+                stream=True,
+                return_finish_reason=True,
+                sampling_parameters=options,
+            )
+        stream.send("free", text_input="A person as JSON:", stream=True, sampling_parameters={"max_tokens": 20})
+        generations = stream.finish()
+    assert len(generations["free"].token_ids) > 0
+    for seed in range(6):
+        assert generations[str(seed)].outputs["finish_reason"][0] == b"stop"
+        person = json.loads(generations[str(seed)].text)
+        assert set(person) == {"name", "age", "tags"}
+        assert isinstance(person["name"], str)
+        assert 0 <= person["age"] <= 150
+        assert set(person["tags"]) <= {"a", "b"}
+
+
+def test_guided_regex_choice_and_grammar(bf16_server: RunningServer) -> None:
+    got = ask(bf16_server, "A date:", guided_regex=r"\d{4}-\d{2}-\d{2}", temperature=1.0, seed=3)
+    assert re.fullmatch(r"\d{4}-\d{2}-\d{2}", got.text)
+    choices = ["definitely", "no way"]
+    assert ask(bf16_server, "Is water wet?", guided_choice=choices).text in choices
+    got = ask(bf16_server, "Sum:", guided_grammar='start: NUMBER ("+" NUMBER)+\nNUMBER: /[0-9]{1,3}/', max_tokens=60)
+    assert re.fullmatch(r"\d{1,3}(\+\d{1,3})+", got.text) or got.outputs["finish_reason"][0] == b"length"
+
+
+def test_a_bias_decides_and_a_bad_word_never_comes(bf16_server: RunningServer) -> None:
+    free = ask(bf16_server, "The sea is", ignore_eos=True)
+    assert ask(bf16_server, "The sea is", logit_bias={"500": 100}, max_tokens=3).token_ids == [500] * 3
+    word = free.text.split()[2].strip(".,")
+    without = ask(bf16_server, "The sea is", bad_words=[word], ignore_eos=True)
+    assert word not in without.text.split()
+    assert without.token_ids != free.token_ids
+    penalised = ask(bf16_server, "a a a a a a a a a", repetition_penalty=5.0, ignore_eos=True, max_tokens=12)
+    assert len(set(penalised.token_ids)) == 12
+
+
+def test_a_prefix_is_computed_once_for_one_tenant_and_again_for_another(bf16_server: RunningServer) -> None:
+    prompt = f"{time.time_ns()} is a number that no test has asked about, and so its cache is empty. " * 4
+
+    def cached(salt: str | None) -> tuple[float, list[int]]:
+        before = bf16_server.metric("prefix_cache_hits_total")
+        options = {"cache_salt": salt} if salt else {}
+        tokens = ask(bf16_server, prompt, max_tokens=4, ignore_eos=True, **options).token_ids
+        bf16_server.wait_idle()
+        return bf16_server.metric("prefix_cache_hits_total") - before, tokens
+
+    first, again, other, other_again = cached("a"), cached("a"), cached("b"), cached("b")
+    assert first[0] == other[0] == 0
+    assert again[0] == other_again[0] >= 64
+    assert again[1] == other_again[1]
+    assert cached(None)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("sampling", "message"),
+    [
+        ({"guided_json": {"type": "nonsense"}}, "guided_json"),
+        ({"guided_regex": "("}, "guided_regex"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"n": 1000}, "n is 1000, more than the limit of 16"),
+        ({"logit_bias": {"49152": 1}}, "49152 is outside the vocabulary of 49152"),
+        ({"logit_bias": {"word": 1}}, "token ids"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"timeout": -1}, "timeout"),
+        ({"min_p": 1.5}, "min_p"),
+    ],
+)
+def test_what_can_not_be_is_refused_by_name(
+    bf16_server: RunningServer, sampling: dict[str, object], message: str
+) -> None:
+    got = ask(bf16_server, "Hello", **sampling)
+    assert message in str(got.error)
+    assert got.ended == 1
+    assert ask(bf16_server, "Hello", max_tokens=2, ignore_eos=True).token_ids  # others go on
