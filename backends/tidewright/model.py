@@ -22,6 +22,7 @@ from tidewright.cache import find_prepared
 from tidewright.config import Settings
 from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import EngineUnavailableError, RequestError
+from tidewright.parent_death import exit_with_parent
 from tidewright.schema import DECODER_INPUTS, FinishReason
 from tidewright.tokenization import Tokenizer
 
@@ -42,6 +43,7 @@ class TritonPythonModel:
     """What Triton calls. Responses go out later, from the bridge's sender thread."""
 
     def initialize(self, args: dict[str, str]) -> None:
+        exit_with_parent()
         settings = Settings()
         logging.basicConfig(
             level=settings.log_level.upper(),

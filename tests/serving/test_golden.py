@@ -60,14 +60,20 @@ def test_float32_in_mixed_batches_arriving_at_different_times(server: RunningSer
 @pytest.mark.parametrize(
     "options",
     [
-        # Guesses, prompts in chunks, and a pool of 640 tokens for some twenty sequences: preemptions.
-        {"speculative_tokens": 3, "max_batched_tokens": 48, "kv_cache_memory": str(640 * 46080), "max_model_len": 320},
+        # Guesses, prompts in chunks, and a pool of 336 tokens for some twenty sequences: preemptions.
+        {
+            "speculative_tokens": 3,
+            "max_batched_tokens": 48,
+            "kv_cache_memory": str(336 * 46080),
+            "max_model_len": 320,
+            "block_size": 4,
+        },
         {"prefix_caching": False, "attention": "reference"},
     ],
     ids=["everything on", "everything off"],
 )
 def test_float32_whatever_is_switched_on(model_dir: Path, oracle: Oracle, options: dict[str, Any]) -> None:
-    names = [name for name in PROMPTS if name != "long"] * 2
+    names = [name for name in PROMPTS if name != "long" for _ in range(2)]
     with RunningServer(model_dir, dtype="float32", **options) as server:
         with server.stream() as stream:
             for number, name in enumerate(names):

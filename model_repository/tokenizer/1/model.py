@@ -9,11 +9,13 @@ from tidewright.bridge.request import check_prompt_length, decode_text, single
 from tidewright.cache import find_prepared
 from tidewright.config import Settings
 from tidewright.errors import InvalidRequestError
+from tidewright.parent_death import exit_with_parent
 from tidewright.tokenization import InvalidPromptError, Tokenizer
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
+        exit_with_parent()
         settings = Settings()
         self._tokenizer = Tokenizer(find_prepared(settings.model))
         self._max_model_len = settings.max_model_len or self._tokenizer.max_model_len
