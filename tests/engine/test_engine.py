@@ -171,6 +171,18 @@ def test_queue_time_comes_with_the_first_tokens_only(folder: Path) -> None:
     assert 0 < first[0].queued_seconds < second[0].queued_seconds < took
 
 
+def test_nothing_is_kept_of_requests_that_ended_early(folder: Path) -> None:
+    made = engine(folder, max_running=1, max_batched_tokens=4)
+    for request_id in (1, 2):
+        made.submit(Submit(request_id, list(range(3, 30)), SamplingParams(temperature=0, seed=0)))
+    made.step()  # a part of the first one's prompt
+    assert (set(made._queued), set(made._arrived)) == ({1}, {2})
+    made.abort(1)
+    made.abort(2)
+    run(made, [Submit(3, [5, 6], SamplingParams(temperature=0, seed=0))])
+    assert (made._queued, made._arrived) == ({}, {})
+
+
 def test_step_time_is_accounted_for(folder: Path) -> None:
     made = engine(folder)
     began = time.monotonic()

@@ -70,7 +70,6 @@ class Engine:
 
     def abort(self, request_id: int) -> None:
         self.scheduler.abort(request_id)
-        self._arrived.pop(request_id, None)
 
     def expire(self) -> list[SequenceOutput]:
         """Ends the requests whose deadline has passed."""
@@ -79,7 +78,6 @@ class Engine:
             _, request_id = heapq.heappop(self._deadlines)
             if output := self.scheduler.expire(request_id):
                 outputs.append(output)
-                self._arrived.pop(request_id, None)
         return outputs
 
     def step(self) -> list[SequenceOutput]:
@@ -89,6 +87,9 @@ class Engine:
         result = self.runner.run(plan)
         computed = time.monotonic()
         outputs = self.scheduler.commit(plan, result)
+        for request_id in plan.ended:  # some ended before they ran, or before they had a token
+            self._arrived.pop(request_id, None)
+            self._queued.pop(request_id, None)
         for sequence in plan.sequences:
             if arrived := self._arrived.pop(sequence.request_id, None):
                 self._queued[sequence.request_id] = began - arrived
