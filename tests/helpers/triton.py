@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import queue
 import re
-import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,19 +15,12 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 from prometheus_client.parser import text_string_to_metric_families
 
+from tidewright.bench.machine import free_ports
 from tidewright.config import Settings
 from tidewright.launch.server import TritonServer
 
 _DTYPES = {"BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32}
 STREAM_TIMEOUT = 120  # seconds without a response: something hangs
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
 
 
 def tensor(name: str, value: Any) -> grpcclient.InferInput:

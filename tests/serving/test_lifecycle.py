@@ -17,7 +17,8 @@ import httpx
 import psutil
 import pytest
 
-from helpers.triton import RunningServer, free_ports
+from helpers.triton import RunningServer
+from tidewright.bench.machine import free_ports
 
 LONG = {"temperature": 0, "max_tokens": 1000, "ignore_eos": True}
 

@@ -13,7 +13,7 @@ from rich.progress import Progress
 from tidewright.bench.machine import wait_idle
 from tidewright.bench.targets import EngineTarget, Target, TargetError
 from tidewright.bench.workloads import ONE_BY_ONE, SHORT, Request, Run, Workload
-from tidewright.engine.messages import EngineStats
+from tidewright.engine.messages import STEP_PHASES, EngineStats
 from tidewright.kv_cache.block_pool import BlockPool
 
 OURS, ENGINE = "tidewright", "engine alone"
@@ -184,13 +184,12 @@ def _engine(measured: Measured) -> dict[str, float]:
 
 def step_shares(counters: Sequence[tuple[EngineStats, EngineStats]]) -> dict[str, float]:
     """What part of the engine's time went where, from its counters before and after each run; {} if it keeps none."""
-    parts = ("schedule", "forward", "sample", "send")
     seconds = {
         part: sum(getattr(after, f"{part}_seconds") - getattr(before, f"{part}_seconds") for before, after in counters)
-        for part in parts
+        for part in STEP_PHASES
     }
     total = sum(seconds.values())
-    return {f"{part}, % of step time": 100 * seconds[part] / total for part in parts} if total else {}
+    return {f"{part}, % of step time": 100 * seconds[part] / total for part in STEP_PHASES} if total else {}
 
 
 def block_seconds(rounds: int = 2000) -> float:

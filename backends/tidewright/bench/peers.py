@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,18 +37,18 @@ class PeerMissingError(TargetError):
 
 
 @dataclass(frozen=True)
-class Peer:
+class Peer(ABC):
     name: str
     command: Sequence[str]  # without the port
     environment: Mapping[str, str]
     path: str  # of its endpoint
 
-    def body(self, request: Request) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def body(self, request: Request) -> dict[str, Any]: ...
 
+    @abstractmethod
     def tokens(self, event: dict[str, Any], before: int) -> int:
         """Tokens generated up to this event of the answer's stream, where the events before it had `before`."""
-        raise NotImplementedError
 
 
 class Vllm(Peer):

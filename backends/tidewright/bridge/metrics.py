@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from tidewright.bridge.bridge import Bridge
 from tidewright.bridge.statistics import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
+from tidewright.engine.messages import STEP_PHASES
 from tidewright.schema import FINISH_REASONS
 
 REFRESH_INTERVAL = 0.25  # seconds
@@ -75,7 +76,7 @@ METRICS = (
         "counter",
         "Time of the engine by part of the step; send has its own thread and overlaps the others",
         "phase",
-        ("schedule", "forward", "sample", "send"),
+        STEP_PHASES,
     ),
     MetricSpec("prompt_tokens_total", "counter", "Prompt tokens of requests that got their first token"),
     MetricSpec("generated_tokens_total", "counter", "Tokens generated"),
@@ -122,7 +123,7 @@ def figures(bridge: Bridge) -> Iterator[tuple[str, str, float]]:
         yield name, "", value
     for reason, count in bridge.statistics.read_finished().items():
         yield "requests_finished_total", reason, count
-    for phase in ("schedule", "forward", "sample", "send"):
+    for phase in STEP_PHASES:
         yield "step_seconds_total", phase, getattr(stats, f"{phase}_seconds")
     for name, histogram in bridge.statistics.read_histograms().items():
         yield from _series(name, histogram)

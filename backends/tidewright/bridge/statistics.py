@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from tidewright.engine.messages import EngineStats
+from tidewright.engine.messages import STEP_PHASES, EngineStats
 from tidewright.schema import FINISH_REASONS, FinishReason
 
 # Upper bounds of the histograms' buckets, in seconds.
@@ -29,7 +29,7 @@ _NO_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
 _COUNTERS = (
     *("steps", "prompt_tokens", "generated_tokens", "preemptions"),
     *("prefix_queries", "prefix_hits", "prefix_evictions", "tokens_drafted", "tokens_accepted"),
-    *("schedule_seconds", "forward_seconds", "sample_seconds", "send_seconds"),
+    *(f"{phase}_seconds" for phase in STEP_PHASES),
 )
 
 

@@ -95,6 +95,10 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
     outputs: list[SequenceOutput]
 
 
+# Parts of a step whose seconds EngineStats counts, as `<phase>_seconds`.
+STEP_PHASES = ("schedule", "forward", "sample", "send")
+
+
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     """Gauges at one moment, and counters since the engine started."""
 

@@ -191,11 +191,9 @@ class Scheduler:
 
         One block is left for each running sequence: else who enters now is soon thrown out again.
         """
-        shared: list[int] = []
         # Prompt log-probabilities need all of the prompt's hidden states, also those that a cached block would skip.
-        if self._config.prefix_caching and sequence.sampling.prompt_logprobs is None:
-            sequence.chain.extend(sequence.token_ids)
-            shared = self._cache.find(sequence.token_ids, sequence.chain)
+        may_skip = sequence.sampling.prompt_logprobs is None
+        shared = self._cache.find(sequence.token_ids, sequence.chain) if may_skip else []
         needed = self._blocks(sequence.num_known) - len(shared)
         while len(self._running) >= self._max_running or self._cache.free_after(shared, needed) < len(self._running):
             # All from `index` on are less important, and not yet part of this step.

@@ -35,16 +35,16 @@ class CpuKernels:
 
     def __init__(self, library: ctypes.CDLL, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self._functions: dict[str, Any] = {}
+        functions: dict[str, Any] = {}
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, f"{name}_{_SUFFIXES[dtype]}")
             function.argtypes, function.restype = arguments, None
-            self._functions[name] = function
-        self._linear = self._functions["linear"]
-        self._rms_norm = self._functions["rms_norm"]
-        self._silu_and_mul = self._functions["silu_and_mul"]
-        self._rotate_and_store = self._functions["rotate_and_store"]
-        self._attention = self._functions["attention"]
+            functions[name] = function
+        self._linear = functions["linear"]
+        self._rms_norm = functions["rms_norm"]
+        self._silu_and_mul = functions["silu_and_mul"]
+        self._rotate_and_store = functions["rotate_and_store"]
+        self._attention = functions["attention"]
 
     def linear(self, x_TE: torch.Tensor, weight_FE: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
         """F.linear for few rows (up to about 100): reads the weight once, at the speed of memory."""

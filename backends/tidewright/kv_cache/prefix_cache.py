@@ -59,6 +59,9 @@ class PrefixCache:
 
         The last token is never among them: it must be computed, for its logits are wanted.
         """
+        if not self._enabled:
+            return []
+        chain.extend(token_ids)
         blocks: list[int] = []
         size = self._block_size
         for index in range(min((len(token_ids) - 1) // size, len(chain.digests))):
