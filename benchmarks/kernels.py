@@ -99,12 +99,17 @@ def elementwise(native: CpuKernels, dtype: torch.dtype, rows: Sequence[int], rep
 
 
 def attention(dtype: torch.dtype, repeats: int) -> None:
-    """(sequences, start, new tokens of each); the caches of all layers in turn."""
-    for sequences, start, count in [(1, 500, 1), (16, 500, 1), (1, 4000, 1), (1, 500, 5), (1, 0, 128), (1, 0, 1024)]:
+    """(sequences, start, new tokens of each, tokens that all share); the caches of all layers in turn."""
+    steps = [(1, 500, 1, 0), (16, 500, 1, 0), (16, 1100, 1, 0), (16, 1100, 1, 1024), (1, 4000, 1, 0)]
+    for sequences, start, count, shared in [*steps, (1, 500, 5, 0), (1, 0, 128, 0), (1, 0, 1024, 0)]:
         blocks = -(-(start + count) // BLOCK_SIZE)
         shape = (LAYERS, sequences * blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
         k_cache, v_cache = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
-        spans = [Tokens(start, count, tuple(range(i * blocks, (i + 1) * blocks))) for i in range(sequences)]
+        common = shared // BLOCK_SIZE
+        spans = [
+            Tokens(start, count, (*range(common), *range(i * blocks + common, (i + 1) * blocks)))
+            for i in range(sequences)
+        ]
         total = sequences * count
         qkv = torch.randn(total, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=dtype)
         tables = (torch.randn(start + count, HEAD_DIM) for _ in range(2))
@@ -120,7 +125,9 @@ def attention(dtype: torch.dtype, repeats: int) -> None:
                     implementation.forward(qkv, rotation, keys, values, metadata, layer)
 
             times.append(seconds(layers, repeats))
-        line(f"attention, {sequences} x ({start} + {count}), {LAYERS} layers", k_cache.nbytes * 2, *times)
+        name = f"attention, {sequences} x ({start} + {count})" + (f", {shared} shared" if shared else "")
+        read = (sequences * blocks - (sequences - 1) * common) / (sequences * blocks)
+        line(f"{name}, {LAYERS} layers", read * k_cache.nbytes * 2, *times)
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.rotation import no_rotation
-from tidewright.attention.base import AttentionLayer, span_order
+from tidewright.attention.base import AttentionLayer
 from tidewright.attention.native import NativeCpuAttention
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.attention.registry import UnknownAttentionError, make_attention
@@ -30,7 +31,14 @@ class Step:
     """Sequences given as (start, count), their cache, and the new tokens."""
 
     def __init__(
-        self, lengths: list[tuple[int, int]], block_size: int, kv_heads: int, group: int, size: int, dtype: torch.dtype
+        self,
+        lengths: list[tuple[int, int]],
+        block_size: int,
+        kv_heads: int,
+        group: int,
+        size: int,
+        dtype: torch.dtype,
+        shared: Sequence[tuple[int, int]] = (),
     ) -> None:
         generator = torch.Generator().manual_seed(len(lengths))
         num_blocks = sum((start + count) // block_size + 1 for start, count in lengths)
@@ -38,7 +46,12 @@ class Step:
         random.Random(block_size).shuffle(free)
         # One block more than needed: a table may be longer than the context.
         spans = [Tokens(s, n, tuple(free.pop() for _ in range((s + n) // block_size + 1))) for s, n in lengths]
-        self.spans, self.block_size = sorted(spans, key=span_order), block_size
+        for begin, end in shared:  # sequences whose contexts begin like the first one's
+            for i in range(begin + 1, end):
+                common = min(lengths[begin][0], lengths[i][0]) // block_size
+                table = spans[begin].block_table[:common] + spans[i].block_table[common:]
+                spans[i] = Tokens(spans[i].start, spans[i].count, table)
+        self.spans, self.block_size = sorted(spans, key=NativeCpuAttention(block_size, CPU).order), block_size
 
         def new(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator).to(dtype)
@@ -141,6 +154,38 @@ def test_same_as_the_reference(seed: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(step.run(NativeCpuAttention, layer), expected_THD, atol=error, rtol=0.016)
 
 
+shared_lengths = st.lists(
+    st.tuples(st.sampled_from([10, 255, 256, 257, 300, 520, 700]), st.sampled_from([1, 1, 1, 1, 3])),
+    min_size=2,
+    max_size=20,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shared_lengths,
+    st.data(),
+    st.sampled_from([1, 16, 48]),
+    st.sampled_from([1, 3, 7, 50]),
+    st.sampled_from([20, 64]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([None, 300]),
+)
+def test_sequences_that_begin_alike(
+    lengths: list[tuple[int, int]],
+    data: st.DataObject,
+    block_size: int,
+    group: int,
+    size: int,
+    dtype: torch.dtype,
+    window: int | None,
+) -> None:
+    """Some share their first blocks with each other, some with nobody; whoever does, as far as its context goes."""
+    cut = data.draw(st.integers(0, len(lengths)))
+    step = Step(lengths, block_size, 2, group, size, dtype, shared=[(0, cut), (cut, len(lengths))])
+    check(step, AttentionLayer(size**-0.5, window))
+
+
 def test_scores_of_any_size() -> None:
     """Softmax must not overflow, and a first tile of very low scores must leave no trace."""
     step = Step([(300, 1), (300, 20)], 16, 1, 2, 64, torch.float32)
@@ -148,9 +193,11 @@ def test_scores_of_any_size() -> None:
     check(step, AttentionLayer(scale=1.0))
 
 
-def test_a_sequence_gets_the_same_result_in_any_company_and_with_any_number_of_threads() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_gets_the_same_result_in_any_company_and_with_any_number_of_threads(dtype: torch.dtype) -> None:
     layer = AttentionLayer(scale=0.125)
-    step = Step([(700, 1), (5, 1), (600, 3), (0, 90)], 16, 3, 3, 64, torch.bfloat16)
+    lengths = [(700, 1), (5, 1), (600, 3), (0, 90), *[(530 + i, 1) for i in range(20)]]
+    step = Step(lengths, 16, 3, 3, 64, dtype, shared=[(4, 24)])
     together_THD = step.run(NativeCpuAttention, layer)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)

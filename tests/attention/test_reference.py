@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from helpers.rotation import no_rotation
-from tidewright.attention.base import AttentionLayer, span_order
+from tidewright.attention.base import AttentionLayer
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.attention.registry import UnknownAttentionError, make_attention
 
@@ -57,7 +57,7 @@ def check(
         # One block more than needed: a table may be longer than the context.
         table = tuple(free.pop() for _ in range((start + count) // block_size + 1))
         spans.append(Tokens(start, count, table))
-    spans.sort(key=span_order)
+    spans.sort(key=ReferenceAttention(block_size, torch.device("cpu")).order)
     shape = (NUM_BLOCKS, block_size, KV_HEADS, HEAD_DIM)
     k_cache_NSKD, v_cache_NSKD = (torch.full(shape, 1e4, dtype=torch.float64) for _ in range(2))
     queries, keys, values = [], [], []

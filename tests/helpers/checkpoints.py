@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 
-from tidewright.attention.base import span_order
 from tidewright.engine.messages import EngineConfig
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.plan import Draw, ScheduledSequence, StepPlan
@@ -96,8 +95,8 @@ def greedy(runner: ModelRunner, prompts: list[list[int]], count: int, chunk: int
             ends = computed[i] + len(new) == len(tokens[i])
             draws = (Draw(i, params, len(tokens[i])),) if ends else ()
             sequences.append(ScheduledSequence(i, computed[i], new, tables[i], draws))
-        result = runner.run(StepPlan(tuple(sorted(sequences, key=span_order))))
-        for planned, output in zip(sorted(sequences, key=span_order), result.sequences, strict=True):
+        result = runner.run(StepPlan(tuple(sequences)))
+        for planned, output in zip(sequences, result.sequences, strict=True):
             computed[planned.request_id] += planned.count
             tokens[planned.request_id] += [drawn.token_id for drawn in output.drawn]
     return [ids[len(start) :] for ids, start in zip(tokens, prompts, strict=True)]

@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -65,9 +65,13 @@ class Attention(ABC, Generic[Metadata]):
     `prepare` runs once a step and does all the bookkeeping, so that `forward`, once a layer, is tensor work only.
     """
 
+    def order(self, span: Span) -> tuple[Any, ...]:
+        """Sort key: single tokens first, short contexts before long, so that similar work lies side by side."""
+        return span.count > 1, len(span.block_table)
+
     @abstractmethod
     def prepare(self, spans: Sequence[Span]) -> Metadata:
-        """`spans` in the order in which their tokens lie in the step, by `span_order`."""
+        """`spans` in the order in which their tokens lie in the step, by `order`."""
 
     @abstractmethod
     def forward(
@@ -83,8 +87,3 @@ class Attention(ABC, Generic[Metadata]):
 
         Writes the rotated k, and v, into the cache in place; returns the attention output o_THD.
         """
-
-
-def span_order(span: Span) -> tuple[bool, int]:
-    """Sort key: single tokens first, short contexts before long, so that similar work lies side by side."""
-    return span.count > 1, len(span.block_table)

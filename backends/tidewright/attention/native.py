@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -25,6 +26,10 @@ class NativeCpuAttention(Attention[NativeMetadata]):
 
     def __init__(self, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
+
+    def order(self, span: Span) -> tuple[Any, ...]:
+        """Single tokens first; who begins with the same blocks side by side: the kernel reads those once for all."""
+        return span.count > 1, span.block_table
 
     def prepare(self, spans: Sequence[Span]) -> NativeMetadata:
         size = self.block_size

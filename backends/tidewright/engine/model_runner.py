@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from tidewright.attention.base import span_order
 from tidewright.attention.registry import make_attention
 from tidewright.distributed.loading import load_weights
 from tidewright.distributed.tensor_parallel import PackableLinear, TensorParallelGroup
@@ -75,7 +74,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         self._guided.forget(plan.ended)
-        spans = sorted(plan.sequences, key=span_order)
+        spans = sorted(plan.sequences, key=self._attention.order)
         token_ids = [token for span in spans for token in span.token_ids]
         positions = [p for span in spans for p in range(span.start, span.start + span.count)]
         hidden_TE = self.model(

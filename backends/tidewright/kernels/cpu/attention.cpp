@@ -3,18 +3,17 @@
 //
 // A unit of work is a few tokens of one sequence, with the query heads of one KV head: up to ROWS rows of queries that
 // read the same keys and values, KEYS at a time. Few tokens with a long context are cut into parts of SPLIT keys, whose
-// results are merged at the end, as in Flash-Decoding (Dao et al., 2023). The cuts depend on the sequence alone: its
-// result is the same in any batch and with any number of threads.
-#include <algorithm>
-#include <type_traits>
+// results are merged at the end, as in Flash-Decoding (Dao et al., 2023). Parts that neighbouring sequences share, block
+// by block, are read once for all of them, as in Hydragen (Juravsky et al., 2024). The cuts depend on the sequence alone,
+// and sums are taken in one order: its result is the same in any batch and with any number of threads.
+#include <memory>
 #include <vector>
 
-#include "vectors.h"
+#include "attention_tiles.h"
 
 namespace {
 
-constexpr int TILE_VECTORS = LANES == 16 ? 4 : 2, TILE_ROWS = 6;  // what a product keeps in registers
-constexpr int KEYS = TILE_VECTORS * LANES, ROWS = 48, SPLIT = 256;
+constexpr int ROWS = 48, SPLIT = 256;
 constexpr float MASKED = -1e30f;  // finite, so that masked minus masked is not NaN
 
 struct Span {  // as attention/native.py lays it out
@@ -23,7 +22,17 @@ struct Span {  // as attention/native.py lays it out
 
 struct Unit {
     int32_t span, token, head, first_key, end_key;
-    bool partial;  // one of several over the same queries
+    int32_t spans = 1;     // of one token each, if several
+    int64_t partial = -1;  // where its results wait to be merged, if it is one of several over the same queries
+};
+
+// What becomes of a unit's rows of queries: the results of some units, each from one of its rows on.
+struct Merge {
+    struct Part {
+        int64_t unit, row;
+    };
+    Unit unit;
+    std::vector<Part> parts;
 };
 
 struct Scratch {
@@ -33,173 +42,6 @@ struct Scratch {
         : queries(rows * width), scores(rows * KEYS), totals(rows * width), highest(rows), weights(rows),
           keys(rows > TILE_ROWS ? width * KEYS : 0), values(keys.size()) {}
 };
-
-// c[R, V vectors] += a[R, depth] b[depth, V vectors]
-template <int R, int V>
-void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
-    Floats total[R][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) total[r][v] = load(c + r * ldc + v * LANES);
-    for (int64_t k = 0; k < depth; k++) {
-        Floats y[V];
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) y[v] = load(b + k * ldb + v * LANES);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-            for (int v = 0; v < V; v++) total[r][v] += a[r * lda + k] * y[v];
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++)
-#pragma GCC unroll 8
-        for (int v = 0; v < V; v++) store(c + r * ldc + v * LANES, total[r][v]);
-}
-
-// Calls `work` with the number of rows, 1 to TILE_ROWS, as a constant.
-template <typename Work>
-INLINE void with_rows(int64_t rows, Work work) {
-    switch (rows) {
-        case 1: return work(std::integral_constant<int, 1>());
-        case 2: return work(std::integral_constant<int, 2>());
-        case 3: return work(std::integral_constant<int, 3>());
-        case 4: return work(std::integral_constant<int, 4>());
-        case 5: return work(std::integral_constant<int, 5>());
-        default: return work(std::integral_constant<int, TILE_ROWS>());
-    }
-}
-
-template <int V>
-void product_columns(
-    const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth) {
-    for (int64_t r = 0; r < rows; r += TILE_ROWS)
-        with_rows(std::min<int64_t>(rows - r, TILE_ROWS), [&](auto count) {
-            product_block<decltype(count)::value, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth);
-        });
-}
-
-// c[rows, columns] += a[rows, depth] b[depth, columns]; columns are a multiple of LANES.
-void product(
-    const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t columns,
-    int64_t depth) {
-    int64_t i = 0;
-    for (; i + KEYS <= columns; i += KEYS) product_columns<TILE_VECTORS>(a, lda, b + i, ldb, c + i, ldc, rows, depth);
-    for (; i < columns; i += LANES) product_columns<1>(a, lda, b + i, ldb, c + i, ldc, rows, depth);
-}
-
-template <int STEP>
-INLINE void transpose(Floats* x) {
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i++)
-        if (!(i & STEP)) exchange<STEP>(x[i], x[i + STEP]);
-    if constexpr (STEP > 1) transpose<STEP / 2>(x);
-}
-
-template <typename T>
-__attribute__((noinline)) void read_tail(const T* keys, const int64_t* places, int64_t count, Floats* x) {
-    for (int j = 0; j < LANES; j++) x[j] = (Floats)read_words(keys + places[j], count);
-}
-
-// x[d][j] = keys[places[j]][d] for LANES keys and as many words, of whose values `count` exist.
-template <typename T>
-INLINE void read_transposed(const T* keys, const int64_t* places, int64_t count, Floats* x) {
-    if (count >= Wide<T>::WIDTH) {
-#pragma GCC unroll 16
-        for (int j = 0; j < LANES; j++) x[j] = (Floats)read_words(keys + places[j]);
-    } else {
-        Floats tail[LANES];
-        read_tail(keys, places, count, tail);
-#pragma GCC unroll 16
-        for (int j = 0; j < LANES; j++) x[j] = tail[j];
-    }
-    transpose<LANES / 2>(x);
-}
-
-template <typename T>
-INLINE void prefetch(const T* row, int64_t size) {
-    for (int64_t d = 0; d < size; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
-}
-
-// A tile for many rows: the keys, transposed, and the values as floats; the latter in the order of Wide's parts. What
-// is `next` is called from memory meanwhile.
-template <typename T>
-void read_tile(
-    const T* k_cache, const T* v_cache, const int64_t* places, const int64_t* next, int count, float* keys,
-    float* values, int64_t size, int64_t width) {
-    constexpr int PARTS = Wide<T>::PARTS, WIDTH = Wide<T>::WIDTH;
-    for (int j = 0; j < count; j += LANES) {
-        for (int i = j; i < j + LANES; i++) prefetch(k_cache + next[i], size);
-        for (int64_t d = 0; d < size; d += WIDTH) {
-            Floats x[LANES];
-            read_transposed(k_cache + d, places + j, size - d, x);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) {
-                Floats parts[PARTS];
-                Wide<T>::split((Words)x[i], parts);
-                for (int p = 0; p < PARTS; p++) store(keys + (d + i * PARTS + p) * KEYS + j, parts[p]);
-            }
-        }
-    }
-    for (int j = 0; j < count; j++) {
-        prefetch(v_cache + next[j], size);
-        for (int64_t d = 0; d < size; d += WIDTH) {
-            Floats parts[PARTS];
-            Wide<T>::split(read_words(v_cache + places[j] + d, size - d), parts);
-            std::memcpy(values + j * width + d, parts, sizeof parts);
-        }
-    }
-}
-
-// For R rows, few, a tile of floats would not pay: the scores of a tile straight from the keys,
-template <int R, typename T>
-void few_scores(
-    const float* queries, const T* keys, const int64_t* places, const int64_t* next, int count, float* scores,
-    int64_t size, int64_t width) {
-    constexpr int PARTS = Wide<T>::PARTS, WIDTH = Wide<T>::WIDTH;
-    for (int j = 0; j < count; j += LANES) {
-        for (int i = j; i < j + LANES; i++) prefetch(keys + next[i], size);
-        Floats total[R][PARTS] = {};
-        for (int64_t d = 0; d < size; d += WIDTH) {
-            Floats x[LANES];
-            read_transposed(keys + d, places + j, size - d, x);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++) {
-                Floats parts[PARTS];
-                Wide<T>::split((Words)x[i], parts);
-#pragma GCC unroll 8
-                for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
-                    for (int p = 0; p < PARTS; p++) total[r][p] += queries[r * width + d + i * PARTS + p] * parts[p];
-            }
-        }
-        for (int r = 0; r < R; r++) {
-            for (int p = 1; p < PARTS; p++) total[r][0] += total[r][p];
-            store(scores + r * KEYS + j, total[r][0]);
-        }
-    }
-}
-
-// and the sum of the weighted values, `left` of them from each of `count` positions, in V vectors of words.
-template <int R, int V, typename T>
-INLINE void few_values(
-    const float* weights, const T* values, const int64_t* places, int count, float* totals, int64_t left,
-    int64_t width) {
-    constexpr int PARTS = Wide<T>::PARTS, WIDTH = Wide<T>::WIDTH;
-    Floats total[R][V * PARTS];
-    for (int r = 0; r < R; r++) std::memcpy(total[r], totals + r * width, sizeof total[r]);
-    for (int j = 0; j < count; j++) {
-        Floats parts[V * PARTS];
-#pragma GCC unroll 2
-        for (int v = 0; v < V; v++)
-            Wide<T>::split(read_words(values + places[j] + v * WIDTH, left - v * WIDTH), parts + v * PARTS);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-#pragma GCC unroll 4
-            for (int i = 0; i < V * PARTS; i++) total[r][i] += weights[r * KEYS + j] * parts[i];
-    }
-    for (int r = 0; r < R; r++) std::memcpy(totals + r * width, total[r], sizeof total[r]);
-}
 
 template <typename T>
 struct Attention {
@@ -211,55 +53,100 @@ struct Attention {
     float scale, softcap;
     int64_t group, width;           // query heads a KV head; `size` in whole vectors of words
     int64_t unit_tokens, max_rows;  // tokens a unit at most; rows of the largest unit
+    std::vector<Unit> units;
+    std::vector<Merge> merges;
 
     void run() {
         group = heads / kv_heads;
         width = (size + Wide<T>::WIDTH - 1) / Wide<T>::WIDTH * Wide<T>::WIDTH;
         unit_tokens = std::max<int64_t>(1, ROWS / group);
-        std::vector<Unit> units;
-        std::vector<std::pair<int64_t, int64_t>> merges;  // of units: first, count
-        list_units(units, merges);
-        for (const Unit& unit : units) max_rows = std::max(max_rows, num_rows(unit));
-        std::vector<float> partials(merges.empty() ? 0 : units.size() * partial_size());
+        list_units();
+        int64_t num_partials = 0;
+        for (Unit& unit : units) {
+            max_rows = std::max(max_rows, num_rows(unit));
+            if (unit.partial < 0) continue;
+            unit.partial = num_partials;
+            num_partials += num_rows(unit) * (width + 2);
+        }
+        std::unique_ptr<float[]> partials(new float[num_partials]);
 #pragma omp parallel
         {
             Scratch scratch(max_rows, width);
 #pragma omp for schedule(dynamic)
             for (size_t i = 0; i < units.size(); i++) {
                 attend(units[i], scratch);
-                if (units[i].partial) save(units[i], scratch, partials.data() + i * partial_size());
+                if (units[i].partial >= 0) save(units[i], scratch, partials.get() + units[i].partial);
                 else finish(units[i], scratch);
             }
 #pragma omp for schedule(dynamic)
             for (size_t i = 0; i < merges.size(); i++) {
-                const Unit& unit = units[merges[i].first];
-                merge(unit, partials.data() + merges[i].first * partial_size(), merges[i].second, scratch);
-                finish(unit, scratch);
+                merge(merges[i], partials.get(), scratch);
+                finish(merges[i].unit, scratch);
             }
         }
     }
 
-    int64_t partial_size() const { return max_rows * (width + 2); }
-
     int64_t num_rows(const Unit& unit) const {
-        return std::min<int64_t>(unit_tokens, spans[unit.span].count - unit.token) * group;
+        return std::min<int64_t>(unit_tokens, unit.spans > 1 ? unit.spans : spans[unit.span].count - unit.token) * group;
     }
 
-    void list_units(std::vector<Unit>& units, std::vector<std::pair<int64_t, int64_t>>& merges) const {
-        for (int32_t s = 0; s < num_spans; s++)
-            for (int32_t token = 0; token < spans[s].count; token += unit_tokens) {
-                int32_t position = spans[s].start + token;
-                int32_t first = window ? std::max<int32_t>(0, position - window + 1) : 0;
-                int32_t end = std::min<int32_t>(position + unit_tokens, spans[s].start + spans[s].count);
-                // Many tokens are units enough.
-                int32_t part = spans[s].count <= unit_tokens ? SPLIT : end;
-                bool partial = end - first > part;
-                for (int32_t head = 0; head < kv_heads; head++) {
-                    if (partial) merges.push_back({units.size(), (end - first + part - 1) / part});
-                    for (int32_t key = first; key < end; key += part)
-                        units.push_back({s, token, head, key, std::min(key + part, end), partial});
-                }
-            }
+    void list_units() {
+        for (int32_t first = 0; first < num_spans;) {
+            int32_t shared;  // keys
+            int32_t end = find_sharers(first, shared);
+            int64_t shared_units = units.size();
+            for (int32_t head = 0; head < kv_heads; head++)
+                for (int32_t key = 0; key < shared; key += SPLIT)
+                    units.push_back({first, 0, head, key, key + SPLIT, end - first, 0});
+            for (int32_t span = first; span < end; span++)
+                for (int32_t token = 0; token < spans[span].count; token += unit_tokens)
+                    for (int32_t head = 0; head < kv_heads; head++)
+                        add_units(span, token, head, shared_units, shared / SPLIT, (span - first) * group);
+            first = end;
+        }
+    }
+
+    // Of the keys of some tokens and a head, the first parts are in units that were made before, in rows from `row` on.
+    void add_units(
+        int32_t span, int32_t token, int32_t head, int64_t shared_units, int32_t num_shared, int64_t row) {
+        int32_t position = spans[span].start + token;
+        int32_t first = window ? std::max<int32_t>(0, position - window + 1) : 0;
+        int32_t end = std::min<int32_t>(position + unit_tokens, spans[span].start + spans[span].count);
+        Unit unit = {span, token, head, first, end};
+        // Many tokens are units enough.
+        if (spans[span].count > unit_tokens || end - first <= SPLIT) {
+            units.push_back(unit);
+            return;
+        }
+        Merge merge = {unit, {}};
+        for (int32_t part = 0; part < num_shared; part++)
+            merge.parts.push_back({shared_units + head * num_shared + part, row});
+        unit.partial = 0;
+        for (int32_t key = first + num_shared * SPLIT; key < end; key += SPLIT) {
+            unit.first_key = key, unit.end_key = std::min(key + SPLIT, end);
+            merge.parts.push_back({int64_t(units.size()), 0});
+            units.push_back(unit);
+        }
+        merges.push_back(merge);
+    }
+
+    // The end of the spans of one token, from `first` on, whose first `shared` keys, whole parts, are the same.
+    int32_t find_sharers(int32_t first, int32_t& shared) const {
+        int32_t end = first + 1;
+        shared = 0;
+        if (window) return end;
+        for (; end < num_spans && end - first < unit_tokens && spans[end].count == 1; end++) {
+            int32_t keys = count_shared(spans[first], spans[end]);
+            if (end == first + 1) shared = keys;
+            if (!keys || keys < shared) break;
+        }
+        return end;
+    }
+
+    int32_t count_shared(const Span& a, const Span& b) const {
+        int32_t most = a.count == 1 ? std::min(a.start, b.start) : 0, blocks = 0;
+        while (blocks * block_size < most && tables[a.table + blocks] == tables[b.table + blocks]) blocks++;
+        return std::min<int32_t>(most, blocks * block_size) / SPLIT * SPLIT;
     }
 
     // Leaves in `scratch`, for each row: the sum of its weighted values, its weights' sum, its highest score.
@@ -297,9 +184,11 @@ struct Attention {
             float *keys = scratch.keys.data(), *values = scratch.values.data();
             read_tile(k_cache, v_cache, places, next, count, keys, values, size, width);
             std::fill_n(scores, rows * KEYS, 0.0f);
-            product(scratch.queries.data(), width, keys, KEYS, scores, KEYS, rows, KEYS, size);
+            constexpr int PARTS = Wide<T>::PARTS;  // sums in the order of few_scores
+            product<PARTS>(
+                scratch.queries.data(), width, keys, KEYS, scores, KEYS, rows, KEYS, (size + PARTS - 1) / PARTS * PARTS);
             weigh_rows(unit, key, count, scratch);
-            product(scores, KEYS, values, width, totals, width, rows, width, count);
+            product<1>(scores, KEYS, values, width, totals, width, rows, width, count);
         }
     }
 
@@ -370,19 +259,19 @@ struct Attention {
         std::copy_n(scratch.totals.begin(), rows * width, partial);
     }
 
-    void merge(const Unit& unit, const float* partials, int64_t count, Scratch& scratch) const {
-        int64_t rows = num_rows(unit);
-        for (int64_t row = 0; row < rows; row++) {
+    void merge(const Merge& merge, const float* partials, Scratch& scratch) const {
+        for (int64_t row = 0; row < num_rows(merge.unit); row++) {
             float highest = MASKED, weight = 0;
-            for (int64_t i = 0; i < count; i++) highest = std::max(highest, partials[i * partial_size() + row]);
+            for (const Merge::Part& part : merge.parts)
+                highest = std::max(highest, partials[units[part.unit].partial + part.row + row]);
             float* total = &scratch.totals[row * width];
             std::fill_n(total, width, 0.0f);
-            for (int64_t i = 0; i < count; i++) {
-                const float* part = partials + i * partial_size();
-                float keep = std::exp(part[row] - highest);
-                weight += part[rows + row] * keep;
-                for (int64_t d = 0; d < width; d += LANES)
-                    store(total + d, load(total + d) + load(part + 2 * rows + row * width + d) * keep);
+            for (const Merge::Part& part : merge.parts) {
+                int64_t rows = num_rows(units[part.unit]), own = part.row + row;
+                const float *from = partials + units[part.unit].partial, *values = from + 2 * rows + own * width;
+                float keep = std::exp(from[own] - highest);
+                weight += from[rows + own] * keep;
+                for (int64_t d = 0; d < width; d += LANES) store(total + d, load(total + d) + load(values + d) * keep);
             }
             scratch.weights[row] = weight;
         }
