@@ -53,7 +53,8 @@ def build() -> Path:
     openmp = _openmp_library()
     compiler = shlex.split(os.environ.get("CXX") or "g++")
     sources = sorted(_SOURCES.iterdir())
-    recipe = [_run([*compiler, "--version"]), _processor(), openmp.name, *_FLAGS, *(s.read_text() for s in sources)]
+    version = _run([*compiler, "--version"])
+    recipe = [*compiler, version, _processor(), openmp.name, *_FLAGS, *(s.read_text() for s in sources)]
     folder = cache_dir() / "kernels"
     library = folder / f"{hashlib.sha256(chr(0).join(recipe).encode()).hexdigest()[:24]}.so"
     if library.is_file():

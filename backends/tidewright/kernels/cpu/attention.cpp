@@ -4,16 +4,17 @@
 // A unit of work is a few tokens of one sequence, with the query heads of one KV head: up to ROWS rows of queries that
 // read the same keys and values, KEYS at a time. Few tokens with a long context are cut into parts of SPLIT keys, whose
 // results are merged at the end, as in Flash-Decoding (Dao et al., 2023). Parts that neighbouring sequences share, block
-// by block, are read once for all of them, as in Hydragen (Juravsky et al., 2024). The cuts depend on the sequence alone,
-// and sums are taken in one order: its result is the same in any batch and with any number of threads.
+// by block, are read once for all of them, as in Hydragen (Juravsky et al., 2024). The cuts depend on the sequence alone:
+// its result is the same with any number of threads and, in float32, in any batch. In bfloat16 many rows are summed in
+// another order than few, and where there is AMX, by that.
 #include <memory>
 #include <vector>
 
-#include "attention_tiles.h"
+#include "attention_amx.h"
 
 namespace {
 
-constexpr int ROWS = 48, SPLIT = 256;
+constexpr int ROWS = 96, SPLIT = 256;
 constexpr float MASKED = -1e30f;  // finite, so that masked minus masked is not NaN
 
 struct Span {  // as attention/native.py lays it out
@@ -35,12 +36,27 @@ struct Merge {
     std::vector<Part> parts;
 };
 
+template <typename T>
 struct Scratch {
     std::vector<float> queries, scores, totals, highest, weights;
+    std::vector<float> sums;          // of each row's weights, a vector of them
     std::vector<float> keys, values;  // a tile, for many rows only
+    std::unique_ptr<Amx<T>> amx;      // instead, where it exists
+    std::unique_ptr<TileRegisters> registers;
+
+    // Of up to `rows` rows, padded to whole tiles.
     Scratch(int64_t rows, int64_t width)
         : queries(rows * width), scores(rows * KEYS), totals(rows * width), highest(rows), weights(rows),
-          keys(rows > TILE_ROWS ? width * KEYS : 0), values(keys.size()) {}
+          sums(rows * LANES) {
+        if (rows <= TILE_ROWS) return;
+        if constexpr (Amx<T>::EXISTS)
+            if (Amx<T>::permitted()) {
+                amx.reset(new Amx<T>(rows, width));
+                registers.reset(new TileRegisters());
+                return;
+            }
+        keys.resize(width * KEYS), values.resize(width * KEYS);
+    }
 };
 
 template <typename T>
@@ -71,7 +87,7 @@ struct Attention {
         std::unique_ptr<float[]> partials(new float[num_partials]);
 #pragma omp parallel
         {
-            Scratch scratch(max_rows, width);
+            Scratch<T> scratch(max_rows > TILE_ROWS ? (max_rows + 15) / 16 * 16 : max_rows, width);
 #pragma omp for schedule(dynamic)
             for (size_t i = 0; i < units.size(); i++) {
                 attend(units[i], scratch);
@@ -150,15 +166,17 @@ struct Attention {
     }
 
     // Leaves in `scratch`, for each row: the sum of its weighted values, its weights' sum, its highest score.
-    void attend(const Unit& unit, Scratch& scratch) const {
+    void attend(const Unit& unit, Scratch<T>& scratch) const {
         int64_t rows = num_rows(unit), first_row = spans[unit.span].first_row + unit.token;
         for (int64_t row = 0; row < rows; row++) {
             const T* from = q + (first_row + row / group) * q_stride + (unit.head * group + row % group) * size;
+            if constexpr (Amx<T>::EXISTS)
+                if (scratch.amx) scratch.amx->set_query(row, from, size);
             for (int64_t d = 0; d < size; d += LANES)
-                store(&scratch.queries[row * width + d], load(from + d, size - d) * scale);
+                store(&scratch.queries[row * width + d], load(from + d, size - d));
         }
         std::fill_n(scratch.totals.begin(), rows * width, 0.0f);
-        std::fill_n(scratch.weights.begin(), rows, 0.0f);
+        std::fill_n(scratch.sums.begin(), rows * LANES, 0.0f);
         std::fill_n(scratch.highest.begin(), rows, MASKED);
         int64_t places[KEYS], next[KEYS];
         locate(unit, unit.first_key, next);
@@ -181,14 +199,32 @@ struct Attention {
                 });
                 continue;
             }
+            if (scratch.amx) {
+                attend_by_amx(unit, key, places, next, scratch);
+                continue;
+            }
             float *keys = scratch.keys.data(), *values = scratch.values.data();
             read_tile(k_cache, v_cache, places, next, count, keys, values, size, width);
             std::fill_n(scores, rows * KEYS, 0.0f);
-            constexpr int PARTS = Wide<T>::PARTS;  // sums in the order of few_scores
-            product<PARTS>(
-                scratch.queries.data(), width, keys, KEYS, scores, KEYS, rows, KEYS, (size + PARTS - 1) / PARTS * PARTS);
+            product(scratch.queries.data(), width, keys, KEYS, scores, KEYS, rows, KEYS, size);
             weigh_rows(unit, key, count, scratch);
-            product<1>(scores, KEYS, values, width, totals, width, rows, width, count);
+            product(scores, KEYS, values, width, totals, width, rows, width, count);
+        }
+        for (int64_t row = 0; row < rows; row++) scratch.weights[row] = sum(load(&scratch.sums[row * LANES]));
+    }
+
+    void attend_by_amx(
+        const Unit& unit, int32_t key, const int64_t* places, const int64_t* next, Scratch<T>& scratch) const {
+        if constexpr (Amx<T>::EXISTS) {
+            Amx<T>& amx = *scratch.amx;
+            int64_t rows = num_rows(unit);
+            int32_t count = std::min(KEYS, unit.end_key - key);
+            float* scores = scratch.scores.data();
+            amx.read(k_cache, v_cache, places, next, count, size);
+            amx.score(rows, scores);
+            weigh_rows(unit, key, count, scratch);
+            for (int64_t row = 0; row < rows; row++) amx.set_weights(row, scores + row * KEYS);
+            amx.add_values(rows, scratch.totals.data(), width);
         }
     }
 
@@ -204,7 +240,7 @@ struct Attention {
         }
     }
 
-    void weigh_rows(const Unit& unit, int32_t key, int32_t count, Scratch& scratch) const {
+    void weigh_rows(const Unit& unit, int32_t key, int32_t count, Scratch<T>& scratch) const {
         for (int64_t row = 0; row < num_rows(unit); row++) {
             int32_t position = spans[unit.span].start + unit.token + row / group;
             int32_t end = std::min(position - key + 1, count);
@@ -212,33 +248,37 @@ struct Attention {
         }
     }
 
-    // From a row's scores of a tile to weights; only the keys [first, end) count.
-    void weigh(int64_t row, int32_t first, int32_t end, Scratch& scratch) const {
+    // From a row's products of a tile to weights; only the keys [first, end) count.
+    void weigh(int64_t row, int32_t first, int32_t end, Scratch<T>& scratch) const {
         float* scores = &scratch.scores[row * KEYS];
+        float factor = softcap ? 1 : scale;
         if (softcap)
             for (int j = 0; j < KEYS; j += LANES)  // tanh(x) = 1 - 2 / (e^2x + 1)
-                store(scores + j, softcap - 2 * softcap / (exponential(load(scores + j) * (2 / softcap)) + 1.0f));
+                store(scores + j, softcap - 2 * softcap / (exponential(load(scores + j) * (2 * scale / softcap)) + 1.0f));
         for (int j = 0; j < first; j++) scores[j] = MASKED;
         for (int j = std::max(end, 0); j < KEYS; j++) scores[j] = MASKED;
         Floats high = load(scores);
         for (int j = LANES; j < KEYS; j += LANES) high = load(scores + j) > high ? load(scores + j) : high;
-        float highest = std::max(scratch.highest[row], largest(high));
+        float before = scratch.highest[row], highest = std::max(before, largest(high) * factor);
         // A row whose keys are all masked so far gets weights of 1 here; the first real score takes them to 0.
-        Floats weights = {};
+        float* sums = &scratch.sums[row * LANES];
+        if (highest > before) {
+            float keep = std::exp(before - highest);
+            store(sums, load(sums) * keep);
+            for (int64_t d = 0; d < width; d += LANES)
+                store(&scratch.totals[row * width + d], load(&scratch.totals[row * width + d]) * keep);
+            scratch.highest[row] = highest;
+        }
+        Floats weights = load(sums);
         for (int j = 0; j < KEYS; j += LANES) {
-            Floats weight = exponential(load(scores + j) - highest);
+            Floats weight = exponential(load(scores + j) * factor - highest);
             store(scores + j, weight);
             weights += weight;
         }
-        float keep = std::exp(scratch.highest[row] - highest);
-        scratch.weights[row] = scratch.weights[row] * keep + sum(weights);
-        scratch.highest[row] = highest;
-        if (keep != 1)
-            for (int64_t d = 0; d < width; d += LANES)
-                store(&scratch.totals[row * width + d], load(&scratch.totals[row * width + d]) * keep);
+        store(sums, weights);
     }
 
-    void finish(const Unit& unit, const Scratch& scratch) const {
+    void finish(const Unit& unit, const Scratch<T>& scratch) const {
         int64_t first_row = spans[unit.span].first_row + unit.token;
         for (int64_t row = 0; row < num_rows(unit); row++) {
             T* to = out + ((first_row + row / group) * heads + unit.head * group + row % group) * size;
@@ -252,14 +292,14 @@ struct Attention {
         }
     }
 
-    void save(const Unit& unit, const Scratch& scratch, float* partial) const {
+    void save(const Unit& unit, const Scratch<T>& scratch, float* partial) const {
         int64_t rows = num_rows(unit);
         partial = std::copy_n(scratch.highest.begin(), rows, partial);
         partial = std::copy_n(scratch.weights.begin(), rows, partial);
         std::copy_n(scratch.totals.begin(), rows * width, partial);
     }
 
-    void merge(const Merge& merge, const float* partials, Scratch& scratch) const {
+    void merge(const Merge& merge, const float* partials, Scratch<T>& scratch) const {
         for (int64_t row = 0; row < num_rows(merge.unit); row++) {
             float highest = MASKED, weight = 0;
             for (const Merge::Part& part : merge.parts)

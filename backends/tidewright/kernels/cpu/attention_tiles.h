@@ -11,33 +11,27 @@ namespace {
 constexpr int TILE_VECTORS = LANES == 16 ? 4 : 2, TILE_ROWS = 6;  // what a product keeps in registers
 constexpr int KEYS = TILE_VECTORS * LANES;
 
-// c[R, V vectors] += a[R, depth] b[depth, V vectors]; CHAINS sums, of every CHAINS-th product, make one.
-template <int R, int V, int CHAINS>
+// c[R, V vectors] += a[R, depth] b[depth, V vectors]
+template <int R, int V>
 void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth) {
-    Floats total[CHAINS][R][V] = {};
+    Floats total[R][V];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) total[0][r][v] = load(c + r * ldc + v * LANES);
-    for (int64_t k = 0; k < depth; k += CHAINS)
-#pragma GCC unroll 2
-        for (int chain = 0; chain < CHAINS; chain++) {
-            Floats y[V];
+        for (int v = 0; v < V; v++) total[r][v] = load(c + r * ldc + v * LANES);
+    for (int64_t k = 0; k < depth; k++) {
+        Floats y[V];
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) y[v] = load(b + (k + chain) * ldb + v * LANES);
+        for (int v = 0; v < V; v++) y[v] = load(b + k * ldb + v * LANES);
 #pragma GCC unroll 8
-            for (int r = 0; r < R; r++)
+        for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-                for (int v = 0; v < V; v++) total[chain][r][v] += a[r * lda + k + chain] * y[v];
-        }
+            for (int v = 0; v < V; v++) total[r][v] += a[r * lda + k] * y[v];
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-        for (int v = 0; v < V; v++) {
-#pragma GCC unroll 2
-            for (int chain = 1; chain < CHAINS; chain++) total[0][r][v] += total[chain][r][v];
-            store(c + r * ldc + v * LANES, total[0][r][v]);
-        }
+        for (int v = 0; v < V; v++) store(c + r * ldc + v * LANES, total[r][v]);
 }
 
 // Calls `work` with the number of rows, 1 to TILE_ROWS, as a constant.
@@ -53,25 +47,22 @@ INLINE void with_rows(int64_t rows, Work work) {
     }
 }
 
-template <int V, int CHAINS>
+template <int V>
 void product_columns(
     const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t depth) {
     for (int64_t r = 0; r < rows; r += TILE_ROWS)
         with_rows(std::min<int64_t>(rows - r, TILE_ROWS), [&](auto count) {
-            product_block<decltype(count)::value, V, CHAINS>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth);
+            product_block<decltype(count)::value, V>(a + r * lda, lda, b, ldb, c + r * ldc, ldc, depth);
         });
 }
 
-// c[rows, columns] += a[rows, depth] b[depth, columns]; columns are a multiple of LANES, depth of CHAINS.
-template <int CHAINS>
+// c[rows, columns] += a[rows, depth] b[depth, columns]; columns are a multiple of LANES.
 void product(
     const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t columns,
     int64_t depth) {
     int64_t i = 0;
-    constexpr int V = TILE_VECTORS / CHAINS;
-    for (; i + V * LANES <= columns; i += V * LANES)
-        product_columns<V, CHAINS>(a, lda, b + i, ldb, c + i, ldc, rows, depth);
-    for (; i < columns; i += LANES) product_columns<1, CHAINS>(a, lda, b + i, ldb, c + i, ldc, rows, depth);
+    for (; i + KEYS <= columns; i += KEYS) product_columns<TILE_VECTORS>(a, lda, b + i, ldb, c + i, ldc, rows, depth);
+    for (; i < columns; i += LANES) product_columns<1>(a, lda, b + i, ldb, c + i, ldc, rows, depth);
 }
 
 template <int STEP>

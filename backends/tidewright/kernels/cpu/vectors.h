@@ -95,20 +95,27 @@ INLINE Floats rounded(Floats x) {
     return load(buffer);
 }
 
-INLINE float sum(Floats x) {
-    float part[LANES];
-    store(part, x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) part[i] += part[i + width];
-    return part[0];
+// Each lane with that of the lane STEP away.
+template <int STEP>
+INLINE Floats opposite(Floats x) {
+    Ints from;
+    for (int j = 0; j < LANES; j++) from[j] = j ^ STEP;
+    return __builtin_shuffle(x, from);
 }
 
+template <int STEP = LANES / 2>
+INLINE float sum(Floats x) {
+    x += opposite<STEP>(x);
+    if constexpr (STEP > 1) return sum<STEP / 2>(x);
+    else return x[0];
+}
+
+template <int STEP = LANES / 2>
 INLINE float largest(Floats x) {
-    float part[LANES];
-    store(part, x);
-    for (int width = LANES / 2; width; width /= 2)
-        for (int i = 0; i < width; i++) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
-    return part[0];
+    Floats other = opposite<STEP>(x);
+    x = x > other ? x : other;
+    if constexpr (STEP > 1) return largest<STEP / 2>(x);
+    else return x[0];
 }
 
 // The fast way to widen: WIDTH values make a vector of words, which is split into PARTS vectors of floats; value i goes
