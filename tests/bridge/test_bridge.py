@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tidewright.bridge import bridge as bridge_module
-from tidewright.bridge.bridge import Bridge
-from tidewright.bridge.call import Chunk, Piece
-from tidewright.bridge.engine_client import EngineEvents
-from tidewright.bridge.request import GenerationRequest, OutputOptions
-from tidewright.config import Settings
-from tidewright.engine.messages import Abort, EngineConfig, EngineStats, SequenceOutput, Submit, ToEngine, TokenLogprob
+from helpers.scripted import PATIENCE, Caller, World
+from tidewright.bridge.call import Chunk
+from tidewright.engine.messages import (
+    EngineStats,
+    SequenceOutput,
+    TokenLogprob,
+)
 from tidewright.errors import (
     CancelledError,
     EngineUnavailableError,
@@ -25,109 +23,6 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import SamplingParams
-from tidewright.tokenization import Tokenizer
-
-PATIENCE = 20.0  # seconds
-
-
-class ScriptedEngine:
-    """In the place of the EngineClient: keeps what the bridge sends, and says what the test wants."""
-
-    def __init__(self, config: EngineConfig, events: EngineEvents, **_: float) -> None:
-        self.events = events
-        self.sent: list[ToEngine] = []
-        self.on_send: Callable[[ToEngine], None] = lambda message: None
-        self.available = True
-        self.restarts = 0
-
-    def start(self) -> None:
-        pass
-
-    def stop(self) -> None:
-        pass
-
-    def send(self, message: ToEngine) -> None:
-        self.on_send(message)
-        self.sent.append(message)
-
-    def submitted(self) -> list[Submit]:
-        return [message for message in self.sent if isinstance(message, Submit)]
-
-    def aborted(self) -> list[int]:
-        return [message.request_id for message in self.sent if isinstance(message, Abort)]
-
-    def says(self, *outputs: SequenceOutput) -> None:
-        self.events.outputs(list(outputs))
-
-
-class Caller:
-    """Keeps what comes back."""
-
-    def __init__(self) -> None:
-        self.chunks: list[Chunk] = []
-        self.error: RequestError | None = None
-        self.ends = 0
-        self.cancelled = False
-        self.changed = threading.Condition()
-
-    def send(self, chunk: Chunk, final: bool) -> None:
-        with self.changed:
-            self.chunks.append(chunk)
-            self.ends += final
-            self.changed.notify_all()
-
-    def fail(self, error: RequestError) -> None:
-        with self.changed:
-            self.error = error
-            self.ends += 1
-            self.changed.notify_all()
-
-    def is_cancelled(self) -> bool:
-        return self.cancelled
-
-    def wait(self, what: Callable[[Caller], Any]) -> None:
-        with self.changed:
-            assert self.changed.wait_for(lambda: what(self), PATIENCE)
-
-    def end(self) -> list[Piece]:
-        """The pieces of the last response, or none if it was an error."""
-        self.wait(lambda caller: caller.ends)
-        return self.chunks[-1].pieces if self.error is None else []
-
-
-class World:
-    def __init__(self, bridge: Bridge, engine: ScriptedEngine, tokenizer: Tokenizer) -> None:
-        self.bridge, self.engine, self.tokenizer = bridge, engine, tokenizer
-
-    def submit(self, stream: bool = False, echo: str = "", **sampling: Any) -> Caller:
-        caller = Caller()
-        self.submit_for(caller, stream, echo, **sampling)
-        return caller
-
-    def submit_for(self, caller: Caller, stream: bool = False, echo: str = "", **sampling: Any) -> None:
-        params = SamplingParams(**{"seed": 7, **sampling})
-        self.bridge.submit(GenerationRequest([1, 2, 3], echo, stream, params, OutputOptions()), caller)
-
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
-
-    def wait_idle(self) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while self.bridge.active or self.bridge._parts:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-
-
-@pytest.fixture
-def world(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    monkeypatch.setattr(bridge_module, "EngineClient", ScriptedEngine)
-    tokenizer = Tokenizer(model_dir)
-    settings = Settings(max_running=3, max_waiting=2)
-    bridge = Bridge(settings, settings.engine_config(model_dir), tokenizer)
-    bridge.start()
-    yield World(bridge, bridge._client, tokenizer)  # type: ignore[arg-type]
-    bridge.stop()
 
 
 def entry(token_id: int, logprob: float) -> list[TokenLogprob]:
@@ -228,17 +123,6 @@ def test_what_the_engine_refuses_ends_all_with_its_message(
     assert world.bridge.statistics.read_finished()[reason] == 1
 
 
-def test_a_lost_engine_ends_every_request_once(world: World) -> None:
-    callers = [world.submit(n=2), world.submit(), world.submit(n=2, stream=True)]
-    world.engine.events.lost("killed by SIGKILL")
-    for caller in callers:
-        caller.end()
-        assert isinstance(caller.error, EngineUnavailableError)
-        assert "killed by SIGKILL" in str(caller.error)
-    world.wait_idle()
-    assert [caller.ends for caller in callers] == [1, 1, 1]
-
-
 def test_the_limit_counts_sequences(world: World) -> None:
     first = world.submit(n=4)
     with pytest.raises(OverloadedError, match=r"4 requests are running or waiting.* allow 5"):
@@ -314,39 +198,6 @@ def test_prompt_logprobs_come_once_and_are_asked_of_one_sequence(world: World, s
     world.engine.says(SequenceOutput(1, world.ids(" b"), "length"), SequenceOutput(2, world.ids(" c"), "length"))
     caller.end()
     assert [chunk.prompt_logprobs for chunk in caller.chunks] == ([prompt, None] if stream else [prompt])
-
-
-@pytest.mark.parametrize("cancelled", [True, False])
-def test_an_end_that_comes_while_the_last_sequences_are_submitted_waits(world: World, cancelled: bool) -> None:
-    """Else a call that ends right away would be aborted before it was all submitted, and the rest run unseen."""
-    caller = Caller()
-    caller.cancelled = cancelled
-
-    def refuse_the_first(message: ToEngine) -> None:
-        if isinstance(message, Submit) and message.request_id == 2:
-            world.engine.says(SequenceOutput(1, [], "invalid", message="no"))
-            time.sleep(0.1)  # the sender has nothing to do, nor has the canceller
-
-    world.engine.on_send = refuse_the_first
-    world.submit_for(caller, n=3)
-    caller.end()
-    world.wait_idle()
-    assert [type(message) for message in world.engine.sent] == [Submit] * 3 + [Abort] * (len(world.engine.sent) - 3)
-    assert set(world.engine.aborted()) >= {2, 3}
-
-
-def test_an_engine_that_goes_away_between_two_sequences_is_an_error_of_submit(world: World) -> None:
-    def gone(message: ToEngine) -> None:
-        if isinstance(message, Submit) and message.request_id == 2:
-            world.engine.events.lost("killed")
-            raise EngineUnavailableError("it just went away")
-
-    world.engine.on_send = gone
-    caller = Caller()
-    with pytest.raises(EngineUnavailableError):
-        world.submit_for(caller, n=2)
-    assert world.bridge.active == 0
-    assert caller.ends == 0  # the one who called `submit` answers
 
 
 def test_a_cancel_noticed_while_the_last_response_goes_out_is_no_second_end(world: World) -> None:

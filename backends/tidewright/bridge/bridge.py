@@ -1,7 +1,8 @@
 """Requests in flight: hands them to the engine, makes text of its tokens, and ends each exactly once.
 
-Four threads meet here. Triton's calls `submit`; the engine client's delivers tokens; the sender turns them into
-responses; the canceller asks Triton who hung up. Only the sender answers a request once it was submitted.
+Five threads meet here. Triton's calls `submit`; the feeder gives the engine its work (feeder.py), the engine client's
+delivers tokens; the sender turns them into responses; the canceller asks Triton who hung up. Only the sender answers a
+request once it was submitted.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import logging
 import threading
 import time
 
-import msgspec
-
 from tidewright.bridge.call import Call, Part, Responder
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
+from tidewright.bridge.feeder import Feeder
 from tidewright.bridge.request import GenerationRequest
 from tidewright.bridge.statistics import EngineFigures, RequestStatistics
 from tidewright.config import Settings
-from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
+from tidewright.engine.messages import EngineConfig, EngineStats, Ready, SequenceOutput
 from tidewright.errors import (
     CancelledError,
     EngineUnavailableError,
@@ -28,13 +28,14 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import FinishReason, SamplingParams
+from tidewright.schema import FinishReason
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)
 
 CANCEL_POLL_INTERVAL = 0.01  # seconds
 CANCEL_POLL_SHARE = 0.05  # of one core, at most: asking Triton is a round trip to its process
+MAX_FAILED_STARTS = 3  # in a row; then nobody waits for the engine any longer
 
 
 class Bridge:
@@ -59,6 +60,9 @@ class Bridge:
             threading.Thread(target=self._send_loop, name="sender", daemon=True),
             threading.Thread(target=self._cancel_loop, name="canceller", daemon=True),
         ]
+        self._feeder = Feeder(self._client.send, self._give_up)
+        self._failed_starts = 0  # of engines, since one was up
+        self._failing = ""  # why nobody waits for the engine any longer
         self._engine_figures = EngineFigures()
         self.statistics = RequestStatistics()
         self.engine: Ready | None = None
@@ -84,13 +88,19 @@ class Bridge:
 
     def start(self) -> None:
         """Start the engine and wait for its model; raises `EngineStartError`."""
-        self._client.start()
+        self._feeder.start()
+        try:
+            self._client.start()
+        except Exception:
+            self._feeder.stop()
+            raise
         for thread in self._threads:
             thread.start()
 
     def stop(self) -> None:
         """End the engine; what is still in flight ends with `EngineUnavailableError`."""
         self._client.stop()
+        self._feeder.stop()
         self._fail_all("the server is shutting down")
         self._stopping.set()
         with self._changed:
@@ -105,37 +115,24 @@ class Bridge:
             TimedOutError: its timeout is over already.
             OverloadedError: as many sequences as may run and wait are already in flight.
             InvalidRequestError: it has more sequences than may ever be in flight.
-            EngineUnavailableError: the engine is restarting.
+            EngineUnavailableError: the engine does not come up again.
         """
         arrived_at = time.monotonic()
         sampling = request.sampling
         deadline = None if sampling.timeout is None else arrived_at + sampling.timeout
         if deadline is not None and deadline <= time.monotonic():
             raise TimedOutError(f"timed out at once: timeout is {sampling.timeout:g} s; raise it or leave it out")
-        call = Call(request, responder, self._tokenizer, [next(self._ids) for _ in range(sampling.n)], arrived_at)
+        ids = [next(self._ids) for _ in range(sampling.n)]
+        call = Call(request, responder, self._tokenizer, ids, arrived_at, deadline)
         with self._changed:
+            if self._failing:
+                raise EngineUnavailableError(self._failing)
             self._check_room(sampling.n)
             self._calls[call] = None
             self._parts.update((part.request_id, part) for part in call.parts)
             self._changed.notify_all()
-        try:
-            for index, part in enumerate(call.parts):
-                self._client.send(
-                    Submit(
-                        part.request_id,
-                        request.prompt_token_ids,
-                        _sampling_of(sampling, index),
-                        deadline,
-                        request.bad_words_ids,
-                    )
-                )
-        except EngineUnavailableError:
-            self._forget(call, call.parts)
-            raise
-        with self._changed:
-            call.submitted = True
-            if call.error or any(part.arrived for part in call.parts):
-                self._wake_sender(call)
+        for part in call.parts:
+            self._feeder.submit(part)
 
     def _check_room(self, n: int) -> None:
         if n > self._limit:
@@ -152,19 +149,36 @@ class Bridge:
         with self._changed:
             for output in outputs:
                 part = self._parts.get(output.request_id)
-                if part is not None:
-                    part.arrived.append(output)
-                    self._wake_sender(part.call)
+                if part is None:
+                    continue
+                part.arrived.append(output)
+                part.token_ids += output.token_ids
+                part.progressed = True
+                if part.deaths:
+                    self._feeder.acquit(part)
+                self._wake_sender(part.call)
 
     def _on_stats(self, stats: EngineStats) -> None:
         self._engine_figures.update(stats)
 
     def _on_up(self, ready: Ready) -> None:
         self.engine = ready
+        self._failed_starts, self._failing = 0, ""
+        self._feeder.engine_up()
 
     def _on_lost(self, cause: str) -> None:
         self._engine_figures.engine_lost()
-        self._fail_all(f"the engine died while it worked on this request ({cause}); it is being restarted")
+        self._feeder.engine_lost()
+        self._failed_starts += 1
+        if self._failed_starts > MAX_FAILED_STARTS:  # the first was up
+            self._failing = (
+                f"the engine died, and {MAX_FAILED_STARTS} starts failed since ({cause}); see the server's log"
+            )
+            self._fail_all(self._failing)
+
+    def _give_up(self, part: Part) -> None:
+        with self._changed:
+            self._fail(part.call, EngineUnavailableError("the engine died again and again over this request"))
 
     def _fail_all(self, message: str) -> None:
         with self._changed:
@@ -177,11 +191,8 @@ class Bridge:
         self._wake_sender(call)
 
     def _wake_sender(self, call: Call) -> None:
-        """With `_changed` held. Before all of a call is submitted it must not end: its aborts would come too early.
-
-        After its end it must not be answered again, as when a cancel is noticed while the last response goes out.
-        """
-        if call.submitted and call in self._calls:
+        """With `_changed` held. An ended call must not be answered again, as when a cancel is noticed meanwhile."""
+        if call in self._calls:
             self._dirty[call] = None
             self._changed.notify_all()
 
@@ -247,15 +258,13 @@ class Bridge:
                 self._calls.pop(call, None)
                 self._dirty.pop(call, None)
         for part in dropped:
-            if not part.engine_is_done:
-                with contextlib.suppress(EngineUnavailableError):  # then there is nothing left to abort
-                    self._client.send(Abort(part.request_id))
+            self._feeder.drop(part)
 
     def _cancel_loop(self) -> None:
         while not self._stopping.is_set():
             with self._changed:
                 self._changed.wait_for(lambda: self._calls or self._stopping.is_set())
-                calls = [call for call in self._calls if call.submitted and call.error is None]
+                calls = [call for call in self._calls if call.error is None]
             began = time.monotonic()
             for call in calls:
                 if call.responder.is_cancelled():
@@ -263,11 +272,3 @@ class Bridge:
                         self._fail(call, CancelledError("cancelled by the client"))
             took = time.monotonic() - began
             self._stopping.wait(max(CANCEL_POLL_INTERVAL, took / CANCEL_POLL_SHARE))
-
-
-def _sampling_of(sampling: SamplingParams, index: int) -> SamplingParams:
-    """What the engine gets for one of n sequences: its own seed; and the prompt, which all share, is reported once."""
-    if index == 0:
-        return sampling
-    assert sampling.seed is not None
-    return msgspec.structs.replace(sampling, seed=(sampling.seed + index) % 2**63, prompt_logprobs=None)

@@ -55,13 +55,18 @@ class Responder(Protocol):
 class Part:
     """One of a call's sequences: a request of its own for the engine.
 
-    `Bridge._changed` guards `arrived`; the rest is the sender's alone.
+    `Bridge._changed` guards `arrived`. The engine client's thread writes `token_ids` and `progressed` while an engine
+    has it, the feeder's in between; `deaths` is the feeder's. The rest is the sender's alone.
     """
 
-    def __init__(self, call: Call, request_id: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, call: Call, index: int, request_id: int, tokenizer: Tokenizer) -> None:
         self.call = call
+        self.index = index  # among the call's
         self.request_id = request_id
         self.arrived: list[SequenceOutput] = []
+        self.token_ids: list[int] = []  # all that came, also those that are not sent yet
+        self.progressed = False  # tokens came since an engine was given it last
+        self.deaths = 0  # of engines that had it, since a token came
         self.piece = Piece(text=call.request.echo)
         self.prompt_logprobs: list[list[TokenLogprob]] | None = None
         self.num_tokens = 0
@@ -128,7 +133,7 @@ class Part:
 
 
 class Call:
-    """One request of one caller. `Bridge._changed` guards `error` and `submitted`; the rest is the sender's."""
+    """One request of one caller. `Bridge._changed` guards `error`; the rest is the sender's."""
 
     def __init__(
         self,
@@ -137,13 +142,14 @@ class Call:
         tokenizer: Tokenizer,
         request_ids: list[int],
         arrived_at: float,
+        deadline: float | None,
     ) -> None:
         self.request = request
         self.responder = responder
         self.arrived_at = arrived_at  # time.monotonic()
-        self.submitted = False  # the engine has all of its sequences; it is not answered before
+        self.deadline = deadline  # likewise
         self.error: RequestError | None = None
-        self.parts = [Part(self, request_id, tokenizer) for request_id in request_ids]
+        self.parts = [Part(self, index, id_, tokenizer) for index, id_ in enumerate(request_ids)]
 
     @property
     def finish_reason(self) -> FinishReason | None:

@@ -59,7 +59,7 @@ class EngineEvents:
     stats: Callable[[EngineStats], None]
     up: Callable[[Ready], None]
     lost: Callable[[str], None]
-    """The engine is gone, with the cause; every request given to it is lost."""
+    """An engine that was up is gone, or one did not come up again, with the cause; the next start is on its way."""
 
 
 class EngineClient:
@@ -158,10 +158,10 @@ class EngineClient:
         # First of all: a send to a stuck engine blocks, with the lock held, for as long as the engine is there.
         ended = self._end_process()
         with self._send_lock:
-            was_up, self._connection = self._connection is not None, None
+            self._connection = None
             self._cause = cause or ended
         connection.close()
-        if was_up and not self._stopping.is_set():
+        if self._came_up and not self._stopping.is_set():
             self._events.lost(self._cause)
 
     def _read_messages(self, connection: Connection) -> str:
@@ -187,8 +187,8 @@ class EngineClient:
             elif isinstance(message, StartFailed):
                 return message.message
             else:
-                self._events.up(message)
                 self._connection = connection
+                self._events.up(message)
                 self._came_up = True
                 self._first_start_over.set()
                 log.info("engine %d ready: %d KV blocks on %s", message.pid, message.num_blocks, message.device)

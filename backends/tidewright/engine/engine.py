@@ -59,7 +59,11 @@ class Engine:
         """Takes a request; the output that ends it at once, if it can't be taken."""
         words = tuple(tuple(word) for word in request.bad_words_ids)
         try:
-            self.scheduler.add(Sequence(request.request_id, request.prompt_token_ids, request.sampling, words))
+            self.scheduler.add(
+                Sequence(
+                    request.request_id, request.prompt_token_ids, request.sampling, words, request.output_token_ids
+                )
+            )
         except RequestRefusedError as error:
             log.warning("request %d refused: %s", request.request_id, error)
             return SequenceOutput(request.request_id, [], error.reason, message=str(error))

@@ -42,6 +42,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     sampling: SamplingParams
     deadline: float | None = None  # on time.monotonic(), which is one clock for all processes of a host
     bad_words_ids: list[list[int]] = []
+    output_token_ids: list[int] = []  # what an engine that died had generated already
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):

@@ -1,0 +1,146 @@
+"""What the engine is given, in order, by one thread: sequences, their aborts, and all of it again when it died.
+
+Replay: a sequence that was in flight when an engine died goes to the next one with the tokens that came so far, and
+goes on after the last of them. A draw depends on the tokens before it and on nothing else, so nothing else is lost.
+
+Quarantine: one of the sequences may be what kills the engine, and nobody sees which. One that got no token between two
+deaths is a suspect. Suspects run one at a time, beside those that are none, until each got a token or ended; if the
+engine dies in such a trial, the one on trial is given up.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+
+import msgspec
+
+from tidewright.bridge.call import Part
+from tidewright.engine.messages import Abort, Submit, ToEngine
+from tidewright.errors import EngineUnavailableError
+
+log = logging.getLogger(__name__)
+
+TRIES = 2  # engines that may die over a sequence before it is a suspect
+
+
+class Feeder:
+    """Every method only leaves a note for the thread: none of them blocks, not even on an engine that is stuck."""
+
+    def __init__(self, send: Callable[[ToEngine], None], give_up: Callable[[Part], None]) -> None:
+        self._send = send
+        self._give_up = give_up
+        self._notes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._loop, name="feeder", daemon=True)
+        # The thread's own:
+        self._parts: dict[int, Part] = {}  # not yet ended, in order of arrival
+        self._given: set[int] = set()  # to the engine that runs
+        self._engine_up = False
+        self._trial: Part | None = None
+        self.replayed = 0  # sequences given to a further engine, so far
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._notes.put(None)
+        self._thread.join()
+
+    def submit(self, part: Part) -> None:
+        self._notes.put(lambda: self._take(part))
+
+    def drop(self, part: Part) -> None:
+        """It ended; the engine is told, unless it knows."""
+        self._notes.put(lambda: self._drop(part))
+
+    def acquit(self, part: Part) -> None:
+        """A suspect got a token: not with it did the engines die."""
+        self._notes.put(lambda: self._acquit(part))
+
+    def engine_up(self) -> None:
+        self._notes.put(self._feed)
+
+    def engine_lost(self) -> None:
+        self._notes.put(self._lose)
+
+    def _loop(self) -> None:
+        while note := self._notes.get():
+            try:
+                note()
+            except EngineUnavailableError:
+                pass  # it just died: `engine_lost` is on its way, and later `engine_up`
+            except Exception:
+                log.exception("the engine could not be given its work")
+
+    def _take(self, part: Part) -> None:
+        self._parts[part.request_id] = part
+        if self._engine_up:
+            self._give(part)
+
+    def _give(self, part: Part) -> None:
+        self.replayed += part.deaths > 0
+        part.progressed = False
+        self._given.add(part.request_id)
+        self._send(_submission(part))
+
+    def _drop(self, part: Part) -> None:
+        if self._parts.pop(part.request_id, None) is None:
+            return
+        if self._trial is part:
+            self._next_trial()
+        if part.request_id in self._given:
+            self._given.remove(part.request_id)
+            if not part.engine_is_done:
+                self._send(Abort(part.request_id))
+
+    def _acquit(self, part: Part) -> None:
+        part.deaths = 0
+        if self._trial is part:
+            self._next_trial()
+
+    def _feed(self) -> None:
+        self._engine_up = True
+        for part in self._parts.values():
+            if part.deaths < TRIES:
+                self._give(part)
+        self._next_trial()
+
+    def _next_trial(self) -> None:
+        waiting = (part for part in self._parts.values() if part.request_id not in self._given)
+        self._trial = next(waiting, None) if self._engine_up else None
+        if self._trial:
+            self._give(self._trial)
+
+    def _lose(self) -> None:
+        self._engine_up = False
+        if self._trial and not self._trial.progressed:
+            self._give_up(self._trial)
+            del self._parts[self._trial.request_id]
+        for request_id in self._given & self._parts.keys():
+            part = self._parts[request_id]
+            # One that ran beside a trial is not to blame: the one on trial is.
+            if part.progressed:
+                part.deaths = 1
+            elif self._trial is None:
+                part.deaths += 1
+        self._given.clear()
+        self._trial = None
+
+
+def _submission(part: Part) -> Submit:
+    """The sequence from where it stands. What all of a call share, its prompt, is reported once, by the first."""
+    request, sampling = part.call.request, part.call.request.sampling
+    if part.index or part.token_ids:
+        assert sampling.seed is not None
+        seed = (sampling.seed + part.index) % 2**63
+        sampling = msgspec.structs.replace(sampling, seed=seed, prompt_logprobs=None)
+    return Submit(
+        part.request_id,
+        request.prompt_token_ids,
+        sampling,
+        part.call.deadline,
+        request.bad_words_ids,
+        list(part.token_ids),
+    )

@@ -1,0 +1,149 @@
+"""The feeder against a simulated engine, which dies at any moment or of what it is given."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tidewright.bridge.call import Part
+from tidewright.bridge.feeder import TRIES, Feeder
+from tidewright.engine.messages import Abort, Submit, ToEngine
+from tidewright.schema import SamplingParams
+
+
+class Simulation:
+    """Reads the feeder's notes on the spot. Sequence i of length n generates i, i + 1, …, i + n - 1.
+
+    The engine dies in each step that has a poisonous sequence, before anybody gets a token.
+    """
+
+    def __init__(self, lengths: list[int], poison: set[int]) -> None:
+        self.lengths, self.poison = lengths, poison
+        self.given_up: list[int] = []
+        self.done: list[int] = []
+        self.deaths = 0
+        self.running: dict[int, Any] = {}
+        self.feeder = Feeder(self.send, lambda part: self.given_up.append(part.request_id))
+        self.parts = [self.part(number) for number in range(len(lengths))]
+
+    def part(self, number: int) -> Any:
+        call = SimpleNamespace(
+            request=SimpleNamespace(prompt_token_ids=[1], bad_words_ids=[], sampling=SamplingParams(seed=1)),
+            deadline=None,
+        )
+        return SimpleNamespace(
+            call=call, request_id=number, index=0, token_ids=[], progressed=False, deaths=0, engine_is_done=False
+        )
+
+    def send(self, message: ToEngine) -> None:
+        if isinstance(message, Submit):
+            assert message.request_id not in self.running
+            assert message.output_token_ids == self.parts[message.request_id].token_ids
+            self.running[message.request_id] = self.parts[message.request_id]
+        else:
+            assert isinstance(message, Abort)
+            del self.running[message.request_id]
+
+    def read_notes(self) -> None:
+        while not self.feeder._notes.empty():
+            note = self.feeder._notes.get()
+            assert note
+            note()
+
+    def comes_up(self) -> None:
+        self.feeder.engine_up()
+        self.read_notes()
+
+    def dies(self) -> None:
+        self.deaths += 1
+        self.running.clear()
+        self.feeder.engine_lost()
+        self.read_notes()
+
+    def submit(self, number: int) -> None:
+        self.feeder.submit(self.parts[number])
+        self.read_notes()
+
+    def drop(self, number: int) -> None:
+        self.feeder.drop(cast(Part, self.parts[number]))
+        self.read_notes()
+
+    def step(self) -> None:
+        """One step of the engine, with what the bridge does of its outputs."""
+        if self.poison & self.running.keys():
+            self.dies()
+            self.comes_up()
+            return
+        for number, part in list(self.running.items()):
+            part.token_ids.append(number + len(part.token_ids))
+            part.progressed = True
+            if part.deaths:
+                self.feeder.acquit(part)
+            if len(part.token_ids) == self.lengths[number]:
+                del self.running[number]
+                part.engine_is_done = True
+                self.done.append(number)
+                self.feeder.drop(part)
+        self.read_notes()
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.data())
+def test_poison_is_given_up_and_all_others_end_whole(lengths: list[int], data: st.DataObject) -> None:
+    numbers = range(len(lengths))
+    poison = data.draw(st.sets(st.sampled_from(numbers), max_size=3))
+    simulation = Simulation(lengths, poison)
+    simulation.comes_up()
+    for number in numbers:
+        for _ in range(data.draw(st.integers(0, 2))):
+            simulation.step()
+        simulation.submit(number)
+    for _ in range(200):
+        simulation.step()
+    assert poison <= set(simulation.given_up)
+    assert set(simulation.given_up) | set(simulation.done) == set(numbers)
+    assert len(simulation.given_up) + len(simulation.done) == len(numbers)
+    assert not simulation.feeder._parts
+    for number in simulation.done:
+        assert simulation.parts[number].token_ids == list(range(number, number + lengths[number]))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=8), st.sets(st.integers(0, 7), min_size=1, max_size=2))
+def test_who_comes_before_the_first_death_is_not_blamed_for_poison(lengths: list[int], poison: set[int]) -> None:
+    poison &= set(range(len(lengths)))
+    simulation = Simulation(lengths, poison)
+    for number in range(len(lengths)):
+        simulation.submit(number)
+    simulation.comes_up()
+    for _ in range(200):
+        simulation.step()
+    assert set(simulation.given_up) == poison
+    assert set(simulation.done) == set(range(len(lengths))) - poison
+    assert simulation.deaths <= TRIES + len(poison)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=8), st.lists(st.integers(1, 5), max_size=8), st.data())
+def test_deaths_from_outside_cost_nothing(lengths: list[int], steps: list[int], data: st.DataObject) -> None:
+    simulation = Simulation(lengths, set())
+    simulation.comes_up()
+    dropped = data.draw(st.sets(st.sampled_from(range(len(lengths))), max_size=2))
+    for number in range(len(lengths)):
+        simulation.submit(number)
+    for count in steps:
+        for _ in range(count):
+            simulation.step()
+        simulation.dies()
+        for number in dropped - set(simulation.done):
+            simulation.drop(number)
+        simulation.comes_up()
+    for _ in range(40):
+        simulation.step()
+    assert simulation.given_up == []
+    assert set(simulation.done) | dropped == set(range(len(lengths)))
+    for number in simulation.done:
+        assert simulation.parts[number].token_ids == list(range(number, number + lengths[number]))
