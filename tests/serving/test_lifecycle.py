@@ -186,9 +186,10 @@ def test_a_second_ctrl_c_ends_it_at_once_and_leaves_nothing(serve: type[Serve]) 
     body = {"text_input": "Once", "stream": True, **LONG, "max_tokens": 8000}
     url = f"http://127.0.0.1:{running.http}/v2/models/decoder/generate_stream"
     with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # kept: the end of the iterator would hang up, and leave nothing to wait for
+        next(lines)
         os.kill(running.process.pid, signal.SIGINT)
-        time.sleep(1)
+        time.sleep(2)  # longer than an idle server waits
         assert running.process.poll() is None
         os.kill(running.process.pid, signal.SIGINT)
         assert running.wait(timeout=20) == 0
