@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tidewright.distributed.group import ALONE, ShardingError, TensorParallelGroup, tensor_parallel_sizes
 from tidewright.distributed.tensor_parallel import (
     ColumnParallelLinear,
     Loader,
@@ -17,8 +18,6 @@ from tidewright.distributed.tensor_parallel import (
     ParallelLMHead,
     QKVParallelLinear,
     RowParallelLinear,
-    ShardingError,
-    TensorParallelGroup,
     VocabParallelEmbedding,
     WeightShapeError,
     replicated_loader,
@@ -33,7 +32,7 @@ class AloneGroup(TensorParallelGroup):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
         return x
 
 
@@ -81,7 +80,8 @@ def test_column_parallel_outputs_lie_side_by_side(size: int, bias: torch.Tensor 
     weight, x_TE = random(12, 8), random(5, 8)
     layers = ranks(size, lambda group: ColumnParallelLinear(8, 12, group, bias is not None))
     for layer in layers:
-        assert load_part(layer, 0, weight, bias).values_read == weight.numel() // size
+        assert load_part(layer, 0, weight, bias).values_read == layer.weight.numel()
+    assert sum(layer.weight.numel() for layer in layers) == weight.numel()
     torch.testing.assert_close(torch.cat([layer(x_TE) for layer in layers], -1), F.linear(x_TE, weight, bias))
 
 
@@ -103,7 +103,7 @@ def test_merged_columns_keep_each_projection_together(size: int, biases: tuple[t
 def test_row_parallel_results_add_up(size: int, bias: torch.Tensor | None) -> None:
     """The bias once, however many ranks there are."""
     weight, x_TF = random(8, 12), random(5, 12)
-    layers = ranks(size, lambda group: RowParallelLinear(12, 8, group, bias is not None))
+    layers = ranks(size, lambda group: RowParallelLinear(group.cut(12), 8, group, bias is not None))
     for layer in layers:
         loaders = layer.loaders("name")
         assert load(loaders.pop("name.weight"), weight).values_read == weight.numel() // size
@@ -115,7 +115,7 @@ def test_row_parallel_results_add_up(size: int, bias: torch.Tensor | None) -> No
     torch.testing.assert_close(total, F.linear(x_TF, weight, bias))
 
 
-@pytest.mark.parametrize(("size", "kv_heads"), [(1, 2), (2, 2), (2, 6), (3, 3), (3, 1), (6, 2), (6, 3)])
+@pytest.mark.parametrize(("size", "kv_heads"), [(1, 2), (2, 2), (2, 6), (2, 3), (4, 6), (3, 3), (3, 1), (6, 2), (6, 3)])
 def test_every_rank_has_the_kv_head_of_its_query_heads(size: int, kv_heads: int) -> None:
     heads, head_dim, x_TE = 6, 4, random(5, 8)
     q, k, v = random(heads * head_dim, 8), random(kv_heads * head_dim, 8), 2 + random(kv_heads * head_dim, 8)
@@ -124,16 +124,33 @@ def test_every_rank_has_the_kv_head_of_its_query_heads(size: int, kv_heads: int)
         F.linear(x_TE, w, b).view(5, -1, head_dim) for w, b in zip((q, k, v), biases, strict=True)
     )
     layers = ranks(size, lambda group: QKVParallelLinear(8, heads, kv_heads, head_dim, group, bias=True))
-    for rank, layer in enumerate(layers):
+    head = 0
+    for layer in layers:
         for part, weight in enumerate((q, k, v)):
             load_part(layer, part, weight, biases[part])
         own_q, own_k, own_v = layer(x_TE).split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], dim=1)
         for own in range(layer.num_heads):
-            head = rank * layer.num_heads + own
             own_kv, kv = own * layer.num_kv_heads // layer.num_heads, head * kv_heads // heads
             torch.testing.assert_close(own_q[:, own], full_q[:, head])
             torch.testing.assert_close(own_k[:, own_kv], full_k[:, kv])
             torch.testing.assert_close(own_v[:, own_kv], full_v[:, kv])
+            head += 1
+    assert head == heads
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "sizes"), [(9, 3, [1, 2, 3, 9]), (4, 2, [1, 2, 4]), (8, 1, [1, 2, 4, 8])]
+)
+def test_the_sizes_that_heads_can_be_shared_by(heads: int, kv_heads: int, sizes: list[int]) -> None:
+    assert tensor_parallel_sizes(heads, kv_heads) == sizes
+
+
+@pytest.mark.parametrize(("total", "size"), [(12, 5), (1536, 3), (1536, 9), (100, 3), (64, 64)])
+def test_cuts_are_nearly_equal_and_leave_nothing_out(total: int, size: int) -> None:
+    cuts = [TensorParallelGroup(rank, size).cut(total) for rank in range(size)]
+    assert [cut.first for cut in cuts] == [sum(cut.count for cut in cuts[:rank]) for rank in range(size)]
+    assert sum(cut.count for cut in cuts) == total
+    assert max(cut.count for cut in cuts) - min(cut.count for cut in cuts) <= (32 if total % 32 == 0 else 1)
 
 
 @pytest.mark.parametrize("vocab", [12, 11, 7])
@@ -151,11 +168,10 @@ def test_embedding_and_head_over_a_vocabulary_that_need_not_divide(size: int, vo
 
 
 def test_what_does_not_divide_is_refused() -> None:
-    group = AloneGroup(0, 2)
-    with pytest.raises(ShardingError, match="9 query heads can't be cut into 2 equal parts"):
-        QKVParallelLinear(8, 9, 3, 4, group)
-    with pytest.raises(ShardingError, match="3 KV heads can't be shared by 2 ranks"):
-        QKVParallelLinear(8, 6, 3, 4, group)
+    with pytest.raises(ShardingError, match="9 query heads and 3 KV heads can only be shared by 1, 2, 3, 9 ranks"):
+        QKVParallelLinear(8, 9, 3, 4, AloneGroup(0, 4))
+    with pytest.raises(ShardingError, match="3 features can't be cut into 4 parts"):
+        AloneGroup(0, 4).cut(3)
 
 
 def test_a_weight_of_another_shape_is_refused() -> None:
@@ -175,7 +191,7 @@ def test_packing_changes_no_result(rows: int, bias: torch.Tensor | None) -> None
 
 
 def test_packing_keeps_the_weight() -> None:
-    layer = RowParallelLinear(64, 96, AloneGroup())
+    layer = RowParallelLinear(ALONE.cut(64), 96, ALONE)
     weight = layer.weight
     layer.pack()
     assert layer.weight is weight
@@ -206,8 +222,13 @@ def _in_two_processes(rank: int, rendezvous: str) -> None:
     embedding = VocabParallelEmbedding(11, 8, group)
     load(head.loader(), weight)
     load(embedding.loader(), weight)
-    torch.testing.assert_close(head(x_BE), F.linear(x_BE, weight))
+    logits_BV = head(x_BE)
+    if rank == 0:
+        torch.testing.assert_close(logits_BV, F.linear(x_BE, weight))
+    else:
+        assert logits_BV is None
     torch.testing.assert_close(embedding(ids_T), weight[ids_T])
+    assert group.smallest(5 - rank) == 4
     torch.distributed.destroy_process_group()
 
 

@@ -6,7 +6,6 @@ With one rank they are plain layers. Which checkpoint name belongs to which laye
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -14,10 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tidewright.distributed.cpu_linear import CpuLinear
-
-
-class ShardingError(ValueError):
-    """The model can't be cut into so many ranks."""
+from tidewright.distributed.group import Cut, TensorParallelGroup
 
 
 class WeightShapeError(ValueError):
@@ -32,32 +28,6 @@ class WeightSlice(Protocol):
 
 
 Loader = Callable[[WeightSlice], None]
-
-
-@dataclass(frozen=True)
-class TensorParallelGroup:
-    rank: int = 0
-    size: int = 1
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum over ranks, in place."""
-        if self.size > 1:
-            torch.distributed.all_reduce(x)
-        return x
-
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors, joined along the last dimension in rank order."""
-        if self.size == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(self.size)]
-        torch.distributed.all_gather(parts, x.contiguous())
-        return torch.cat(parts, dim=-1)
-
-    def share(self, total: int, what: str) -> int:
-        """This rank's part of `total` things, which must divide evenly."""
-        if total % self.size:
-            raise ShardingError(f"{total} {what} can't be cut into {self.size} equal parts")
-        return total // self.size
 
 
 def _weight(*shape: int) -> nn.Parameter:
@@ -103,19 +73,10 @@ class PackableLinear(nn.Module):
         return self._cpu_linear.multiply(x)
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Of one projection: rows in the checkpoint, this rank's first row, and this rank's number of rows."""
-
-    total: int
-    first: int
-    count: int
-
-
 class _ColumnParallel(PackableLinear):
     """Projections of one input in one matrix product; each rank holds some rows of each projection's weight."""
 
-    def __init__(self, in_features: int, parts: tuple[_Rows, ...], bias: bool) -> None:
+    def __init__(self, in_features: int, parts: tuple[Cut, ...], bias: bool) -> None:
         super().__init__()
         self.in_features, self._parts = in_features, parts
         rows = sum(part.count for part in parts)
@@ -146,9 +107,7 @@ class MergedColumnParallelLinear(_ColumnParallel):
     def __init__(
         self, in_features: int, out_features: tuple[int, ...], group: TensorParallelGroup, bias: bool = False
     ) -> None:
-        shares = [group.share(out, "output features") for out in out_features]
-        parts = (_Rows(out, group.rank * share, share) for out, share in zip(out_features, shares, strict=True))
-        super().__init__(in_features, tuple(parts), bias)
+        super().__init__(in_features, tuple(group.cut(out) for out in out_features), bias)
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         return self.multiply(x_TE)
@@ -162,10 +121,7 @@ class ColumnParallelLinear(MergedColumnParallelLinear):
 
 
 class QKVParallelLinear(_ColumnParallel):
-    """Query, key and value projections in one product, cut by heads.
-
-    With more ranks than KV heads, neighbouring ranks hold copies of one KV head.
-    """
+    """Query, key and value projections in one product, cut by heads as `TensorParallelGroup.cut_heads` says."""
 
     def __init__(
         self,
@@ -176,15 +132,10 @@ class QKVParallelLinear(_ColumnParallel):
         group: TensorParallelGroup,
         bias: bool = False,
     ) -> None:
-        own_heads = group.share(num_heads, "query heads")
-        if num_kv_heads % group.size and group.size % num_kv_heads:
-            raise ShardingError(f"{num_kv_heads} KV heads can't be shared by {group.size} ranks")
-        own_kv_heads = max(1, num_kv_heads // group.size)
-        first_kv_head = group.rank * num_kv_heads // group.size
-        q = _Rows(num_heads * head_dim, group.rank * own_heads * head_dim, own_heads * head_dim)
-        kv = _Rows(num_kv_heads * head_dim, first_kv_head * head_dim, own_kv_heads * head_dim)
-        super().__init__(in_features, (q, kv, kv), bias)
-        self.num_heads, self.num_kv_heads, self.head_dim = own_heads, own_kv_heads, head_dim
+        heads, kv_heads = group.cut_heads(num_heads, num_kv_heads)
+        kv = kv_heads.of(head_dim)
+        super().__init__(in_features, (heads.of(head_dim), kv, kv), bias)
+        self.num_heads, self.num_kv_heads, self.head_dim = heads.count, kv_heads.count, head_dim
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         """q, k and v heads side by side: [T, num_heads + 2 * num_kv_heads, head_dim]."""
@@ -192,24 +143,26 @@ class QKVParallelLinear(_ColumnParallel):
 
 
 class RowParallelLinear(PackableLinear):
-    """A projection cut by input features, after a column-parallel one; the ranks' results are summed."""
+    """A projection cut by input features, after a column-parallel one; the ranks' results are summed.
 
-    def __init__(self, in_features: int, out_features: int, group: TensorParallelGroup, bias: bool = False) -> None:
+    `columns` are this rank's input features: those that the projection before it puts out here.
+    """
+
+    def __init__(self, columns: Cut, out_features: int, group: TensorParallelGroup, bias: bool = False) -> None:
         super().__init__()
-        self.in_features, self.out_features, self.group = in_features, out_features, group
-        self.weight = _weight(out_features, group.share(in_features, "input features"))
+        self.columns, self.out_features, self.group = columns, out_features, group
+        self.weight = _weight(out_features, columns.count)
         self._has_bias = bias
         # The results are summed, so only one rank may add the bias.
         self.bias = _weight(out_features) if bias and group.rank == 0 else None
 
     def loaders(self, name: str) -> dict[str, Loader]:
         """Loads this rank's columns of the projection that the checkpoint calls `name`."""
-        share = self.weight.shape[1]
-        first = self.group.rank * share
+        first, end = self.columns.first, self.columns.first + self.columns.count
 
         def load(source: WeightSlice) -> None:
-            columns = _checked(source, self.out_features, self.in_features)
-            self.weight.copy_(columns[:, first : first + share])
+            whole = _checked(source, self.out_features, self.columns.total)
+            self.weight.copy_(whole[:, first:end])
 
         loaders: dict[str, Loader] = {f"{name}.weight": load}
         if self._has_bias:
@@ -253,10 +206,11 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(VocabParallelEmbedding, PackableLinear):
-    """From hidden states to the logits of the whole vocabulary, on every rank."""
+    """From hidden states to the logits of the whole vocabulary, on rank 0; the others get None."""
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         self.weight = embedding.weight
 
-    def forward(self, x_BE: torch.Tensor) -> torch.Tensor:
-        return self.group.all_gather(self.multiply(x_BE))[:, : self.vocab_size]
+    def forward(self, x_BE: torch.Tensor) -> torch.Tensor | None:  # type: ignore[override]
+        logits_BV = self.group.gather(self.multiply(x_BE))
+        return None if logits_BV is None else logits_BV[:, : self.vocab_size]

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from tidewright.attention.registry import make_attention
+from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.distributed.loading import load_weights
-from tidewright.distributed.tensor_parallel import PackableLinear, TensorParallelGroup
+from tidewright.distributed.tensor_parallel import PackableLinear
 from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
@@ -34,9 +35,12 @@ class EngineConfigError(ValueError):
 
 
 class ModelRunner:
-    """Raises EngineConfigError, ModelConfigError, CheckpointError or KVCacheMemoryError when it can't be made."""
+    """One rank's part of the model. Only rank 0 draws tokens; the results of the others are empty.
 
-    def __init__(self, config: EngineConfig) -> None:
+    Raises EngineConfigError, ModelConfigError, ShardingError, CheckpointError or KVCacheMemoryError.
+    """
+
+    def __init__(self, config: EngineConfig, group: TensorParallelGroup = ALONE) -> None:
         folder = Path(config.model_dir)
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype)
@@ -53,7 +57,7 @@ class ModelRunner:
         self._guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         self._attention = make_attention(config.attention, config.block_size, self.device, self.dtype)
         with _defaults(self.device, self.dtype):
-            self.model = architecture(model_config, wanted, TensorParallelGroup(), self._attention).eval()
+            self.model = architecture(model_config, wanted, group, self._attention).eval()
         load_weights(folder, self.model.loaders(), self.model.ignored_weights())
         for module in self.model.modules():
             if isinstance(module, PackableLinear):
@@ -111,13 +115,15 @@ class ModelRunner:
         for first in range(0, len(ids), _LOGPROB_ROWS):
             some = ids[first : first + _LOGPROB_ROWS]
             logits_BV = self.model.logits(hidden_TE[first : first + len(some)])
-            entries += prompt_logprobs(logits_BV, some, planned.prompt_logprobs or 0)
+            if logits_BV is not None:
+                entries += prompt_logprobs(logits_BV, some, planned.prompt_logprobs or 0)
         return tuple(entries)
 
     def _sample(self, hidden_TE: torch.Tensor, rows: list[int], draws: list[Draw]) -> list[DrawnToken]:
         if not draws:
             return []
-        return sample(self.model.logits(hidden_TE[self._tensor(rows)]), draws, self._guided)
+        logits_BV = self.model.logits(hidden_TE[self._tensor(rows)])
+        return [] if logits_BV is None else sample(logits_BV, draws, self._guided)
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

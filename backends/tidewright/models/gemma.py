@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from tidewright.attention.base import Attention
-from tidewright.distributed.tensor_parallel import Loader, TensorParallelGroup
+from tidewright.distributed.group import TensorParallelGroup
+from tidewright.distributed.tensor_parallel import Loader
 from tidewright.models.config import FULL, SLIDING, DecoderConfig, LayerConfig
 from tidewright.models.llama import LlamaForCausalLM, LlamaLayer, RMSNorm
 
@@ -61,9 +62,9 @@ class Gemma2ForCausalLM(LlamaForCausalLM):
         # The models were trained with this factor rounded to their own type.
         return x_TE * torch.tensor(self.config.hidden_size**0.5, dtype=x_TE.dtype).item()
 
-    def logits(self, x_BE: torch.Tensor) -> torch.Tensor:
+    def logits(self, x_BE: torch.Tensor) -> torch.Tensor | None:
         logits_BV, cap = super().logits(x_BE), self.config.logit_softcap
-        return logits_BV if cap is None else cap * torch.tanh(logits_BV / cap)
+        return logits_BV if logits_BV is None or cap is None else cap * torch.tanh(logits_BV / cap)
 
 
 class Gemma3ForCausalLM(Gemma2ForCausalLM):

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from tidewright.attention.base import Attention, AttentionLayer, Rotation
+from tidewright.distributed.group import TensorParallelGroup
 from tidewright.distributed.tensor_parallel import (
     Loader,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
     RowParallelLinear,
-    TensorParallelGroup,
     VocabParallelEmbedding,
     replicated_loader,
 )
@@ -58,9 +58,8 @@ class LlamaAttention(nn.Module):
         self.qkv = QKVParallelLinear(
             config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim, group, config.qkv_bias
         )
-        self.output = RowParallelLinear(
-            config.num_heads * config.head_dim, config.hidden_size, group, config.output_bias
-        )
+        heads, _ = group.cut_heads(config.num_heads, config.num_kv_heads)
+        self.output = RowParallelLinear(heads.of(config.head_dim), config.hidden_size, group, config.output_bias)
         self.q_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config) if config.qk_norm else None
 
@@ -99,7 +98,7 @@ class LlamaMLP(nn.Module):
         super().__init__()
         sizes = (config.intermediate_size, config.intermediate_size)
         self.gate_up = MergedColumnParallelLinear(config.hidden_size, sizes, group, config.mlp_bias)
-        self.down = RowParallelLinear(config.intermediate_size, config.hidden_size, group, config.mlp_bias)
+        self.down = RowParallelLinear(group.cut(config.intermediate_size), config.hidden_size, group, config.mlp_bias)
         self.activate = {"silu": silu_and_mul, "gelu_pytorch_tanh": gelu_tanh_and_mul}[config.activation]
 
     def loaders(self, prefix: str) -> dict[str, Loader]:
@@ -214,6 +213,6 @@ class LlamaForCausalLM(nn.Module):
         assert residual_TE is not None  # there is at least one layer
         return x_TE + residual_TE
 
-    def logits(self, x_BE: torch.Tensor) -> torch.Tensor:
-        """logits_BV of the rows of hidden states that need them."""
+    def logits(self, x_BE: torch.Tensor) -> torch.Tensor | None:
+        """logits_BV of the rows of hidden states that need them, on rank 0; None on the others, which must call too."""
         return self.head(self.norm(x_BE))

@@ -1,0 +1,104 @@
+"""A rank's view of its tensor-parallel group: which part of everything is its own, and the collectives. Not: layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Parts of a hidden dimension are multiples of this where the whole is one: short rows are slow to read.
+_UNIT = 32
+
+
+class ShardingError(ValueError):
+    """The model can't be cut into so many ranks."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Of a dimension of `total` entries: those from `first` on, `count` of them."""
+
+    total: int
+    first: int
+    count: int
+
+    def of(self, entries: int) -> Cut:
+        """The same cut where each entry is several: heads, then rows of heads."""
+        return Cut(self.total * entries, self.first * entries, self.count * entries)
+
+
+@dataclass(frozen=True)
+class TensorParallelGroup:
+    """Collectives need torch.distributed's default group when there is more than one rank."""
+
+    rank: int = 0
+    size: int = 1
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in place; the same bits on all of them."""
+        if self.size > 1:
+            torch.distributed.all_reduce(x)
+        return x
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor | None:
+        """On rank 0 the ranks' tensors, of equal shapes, joined along the last dimension; None on the others."""
+        if self.size == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
+        torch.distributed.gather(x.contiguous(), parts)
+        return None if parts is None else torch.cat(parts, dim=-1)
+
+    def smallest(self, value: int) -> int:
+        """The least of the ranks' values, on each of them."""
+        if self.size == 1:
+            return value
+        values = [0] * self.size
+        torch.distributed.all_gather_object(values, value)
+        return min(values)
+
+    def cut(self, total: int) -> Cut:
+        """This rank's part of `total` features; parts differ by little where they can't be equal.
+
+        Raises:
+            ShardingError: there are more ranks than parts.
+        """
+        unit = _UNIT if total % _UNIT == 0 and total >= _UNIT * self.size else 1
+        parts = total // unit
+        if parts < self.size:
+            raise ShardingError(f"{total} features can't be cut into {self.size} parts")
+        first, end = (parts * rank // self.size for rank in (self.rank, self.rank + 1))
+        return Cut(parts, first, end - first).of(unit)
+
+    def cut_heads(self, num_heads: int, num_kv_heads: int) -> tuple[Cut, Cut]:
+        """This rank's query heads, and the KV heads that they read.
+
+        Up to one rank a KV head, each KV head is on one rank, with all its query heads; some ranks may have one more
+        than others. Of more ranks, several hold a copy of each KV head and share out its query heads.
+
+        Raises:
+            ShardingError: names the sizes that work.
+        """
+        group = num_heads // num_kv_heads
+        if self.size not in tensor_parallel_sizes(num_heads, num_kv_heads):
+            sizes = ", ".join(map(str, tensor_parallel_sizes(num_heads, num_kv_heads)))
+            raise ShardingError(
+                f"tensor_parallel_size is {self.size}, but {num_heads} query heads and {num_kv_heads} KV heads can "
+                f"only be shared by {sizes} ranks"
+            )
+        if self.size <= num_kv_heads:
+            first, end = (num_kv_heads * rank // self.size for rank in (self.rank, self.rank + 1))
+            kv = Cut(num_kv_heads, first, end - first)
+            return kv.of(group), kv
+        copies = self.size // num_kv_heads
+        share = group // copies
+        return Cut(num_heads, self.rank * share, share), Cut(num_kv_heads, self.rank // copies, 1)
+
+
+ALONE = TensorParallelGroup()
+
+
+def tensor_parallel_sizes(num_heads: int, num_kv_heads: int) -> list[int]:
+    """Numbers of ranks that the heads can be shared by."""
+    group = num_heads // num_kv_heads
+    copies = [count for count in range(2, group + 1) if group % count == 0]
+    return [*range(1, num_kv_heads + 1), *(num_kv_heads * count for count in copies)]
