@@ -51,6 +51,11 @@ def test_the_stubs_read_the_same_settings_from_the_environment(monkeypatch: pyte
         ({"kv_cache_memory": "lots"}, "not an amount of memory"),
         ({"kv_cache_memory": "120%"}, "not an amount of memory"),
         ({"heartbeat_interval": 5, "heartbeat_timeout": 6}, "at least twice"),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
+        ({"tensor_parallel_size": 3, "nodes": 2, "rendezvous": "h:1"}, "3, which 2 nodes can't share equally"),
+        ({"tensor_parallel_size": 2, "nodes": 2}, "nodes > 1 and rendezvous go together"),
+        ({"tensor_parallel_size": 2, "rendezvous": "h:1"}, "nodes > 1 and rendezvous go together"),
+        ({"tensor_parallel_size": 2, "nodes": 2, "rendezvous": "somewhere"}, "must be HOST:PORT"),
     ],
 )
 def test_bad_values_are_refused(options: dict, message: str) -> None:

@@ -7,6 +7,7 @@ and docs/configuration.md are made from these fields.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,6 +45,18 @@ class Settings(BaseSettings):
         "bfloat16", description="Number format of weights and KV cache."
     )
     threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 lets torch choose.")
+    tensor_parallel_size: int = Field(
+        1, ge=1, le=1024, description="Ranks that the model is cut over: GPUs, or processes on CPU cores."
+    )
+    nodes: int = Field(
+        1,
+        ge=1,
+        le=128,
+        description="Hosts that share the ranks equally; all but this one run `tidewright worker`.",
+    )
+    rendezvous: str = Field(
+        "", description="HOST:PORT where the ranks of other hosts come to: an address of this host that they reach."
+    )
     attention: Literal["auto", "native", "reference"] = Field(
         "auto", description="Attention implementation; auto takes the fastest that the device has."
     )
@@ -87,6 +100,14 @@ class Settings(BaseSettings):
             raise ValueError(f"http_port, grpc_port and metrics_port must differ, but are {ports}")
         if self.heartbeat_timeout < 2 * self.heartbeat_interval:
             raise ValueError("heartbeat_timeout must be at least twice heartbeat_interval")
+        if self.tensor_parallel_size % self.nodes:
+            raise ValueError(
+                f"tensor_parallel_size is {self.tensor_parallel_size}, which {self.nodes} nodes can't share equally"
+            )
+        if (self.nodes > 1) != bool(self.rendezvous):
+            raise ValueError("nodes > 1 and rendezvous go together: the other hosts come to HOST:PORT")
+        if self.rendezvous and not re.fullmatch(r"[^:\s]+:\d{1,5}", self.rendezvous):
+            raise ValueError(f"rendezvous is {self.rendezvous!r}, but must be HOST:PORT")
         return self
 
     @classmethod
@@ -127,4 +148,9 @@ class Settings(BaseSettings):
             prefix_caching=self.prefix_caching,
             speculative_tokens=self.speculative_tokens,
             heartbeat_interval=self.heartbeat_interval,
+            heartbeat_timeout=self.heartbeat_timeout,
+            start_timeout=self.start_timeout,
+            tensor_parallel_size=self.tensor_parallel_size,
+            nodes=self.nodes,
+            rendezvous=self.rendezvous,
         )

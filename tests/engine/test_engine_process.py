@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import signal
-import socket
-import subprocess
-import sys
 import termios
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,68 +14,18 @@ import pytest
 import torch
 import transformers
 
+from helpers.engine_process import PATIENCE, Bridge, bridge, config, submit
 from tidewright.engine.messages import (
     Abort,
     Configure,
-    EngineConfig,
+    Failed,
     Heartbeat,
     Ready,
-    SequenceOutput,
     Shutdown,
-    StartFailed,
     StepOutputs,
     Submit,
-    ToBridge,
-    ToEngine,
-    decode_to_bridge,
-    encode,
 )
 from tidewright.schema import SamplingParams
-
-PATIENCE = 60.0  # seconds
-
-
-class Bridge:
-    """The other end of the socket."""
-
-    def __init__(self, *program: str) -> None:
-        ours, theirs = socket.socketpair()
-        self.process = subprocess.Popen(
-            [sys.executable, *program, str(theirs.fileno())], pass_fds=[theirs.fileno()], stderr=subprocess.PIPE
-        )
-        theirs.close()
-        self.connection = Connection(ours.detach())
-
-    def say(self, message: ToEngine) -> None:
-        self.connection.send_bytes(encode(message))
-
-    def hear(self) -> ToBridge:
-        assert self.connection.poll(PATIENCE), "the engine says nothing"
-        return decode_to_bridge(self.connection.recv_bytes())
-
-    def outputs(self, request_ids: set[int]) -> list[SequenceOutput]:
-        """All outputs until the last of the requests has ended."""
-        heard: list[SequenceOutput] = []
-        waiting = set(request_ids)
-        while waiting:
-            message = self.hear()
-            if isinstance(message, StepOutputs):
-                heard += message.outputs
-                waiting -= {output.request_id for output in message.outputs if output.finish_reason}
-        return heard
-
-    def exit_code(self) -> int:
-        return self.process.wait(PATIENCE)
-
-
-@contextmanager
-def bridge(*program: str) -> Iterator[Bridge]:
-    started = Bridge(*(program or ("-m", "tidewright.engine")))
-    try:
-        yield started
-    finally:
-        started.process.kill()
-        started.process.communicate()
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +46,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config(model: Path, **changes: Any) -> EngineConfig:
-    values = {"dtype": "float32", "threads": 1, "kv_cache_memory": "16MiB", "heartbeat_interval": 0.05}
-    return EngineConfig(model_dir=str(model), **(values | changes))
-
-
 @pytest.fixture
 def engine(model: Path) -> Iterator[Bridge]:
     with bridge() as started:
@@ -116,11 +56,6 @@ def engine(model: Path) -> Iterator[Bridge]:
         assert (ready.vocab_size, ready.max_model_len, ready.block_size) == (64, 4096, 16)
         assert 0 < ready.load_seconds < PATIENCE
         yield started
-
-
-def submit(request_id: int, prompt: int = 5, **params: Any) -> Submit:
-    values = {"max_tokens": 4, "ignore_eos": True, "seed": 3}
-    return Submit(request_id, list(range(3, 3 + prompt)), SamplingParams(**(values | params)))
 
 
 def test_requests_are_answered_token_by_token(engine: Bridge) -> None:
@@ -247,7 +182,7 @@ def test_a_bad_configuration_is_explained_in_one_line(model: Path, changes: dict
         values = {"model_dir": str(model)} | changes
         started.say(Configure(config(Path(values.pop("model_dir")), **values)))
         answer = started.hear()
-        assert isinstance(answer, StartFailed)
+        assert isinstance(answer, Failed)
         assert message in answer.message
         assert "\n" not in answer.message
         assert started.exit_code() == 1
@@ -256,7 +191,7 @@ def test_a_bad_configuration_is_explained_in_one_line(model: Path, changes: dict
 def test_configure_comes_first() -> None:
     with bridge() as started:
         started.say(Shutdown())
-        assert started.hear() == StartFailed("the first message must be configure, not Shutdown")
+        assert started.hear() == Failed("the first message must be configure, not Shutdown")
         assert started.exit_code() == 1
 
 

@@ -21,11 +21,11 @@ from tidewright.engine.messages import (
     Configure,
     EngineConfig,
     EngineStats,
+    Failed,
     Heartbeat,
     Ready,
     SequenceOutput,
     Shutdown,
-    StartFailed,
     StepOutputs,
     ToEngine,
     decode_to_bridge,
@@ -184,7 +184,7 @@ class EngineClient:
                 self._events.outputs(message.outputs)
             elif isinstance(message, Heartbeat):
                 self._events.stats(message.stats)
-            elif isinstance(message, StartFailed):
+            elif isinstance(message, Failed):
                 return message.message
             else:
                 self._connection = connection

@@ -8,10 +8,13 @@ import os
 import time
 
 import msgspec
-import torch
 
-from tidewright.engine.messages import EngineConfig, EngineStats, Ready, SequenceOutput, Submit
+from tidewright.distributed.group import ALONE, TensorParallelGroup
+from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
 from tidewright.engine.model_runner import EngineConfigError, ModelRunner
+from tidewright.engine.plan import DrawnToken, SequenceResult, StepPlan
+from tidewright.engine.rank_messages import Expire, Input
+from tidewright.engine.ranks import Ranks
 from tidewright.engine.scheduler import RequestRefusedError, Scheduler, SchedulerConfig
 from tidewright.engine.sequence import Sequence
 from tidewright.kv_cache.block_pool import BlockPool
@@ -20,36 +23,27 @@ log = logging.getLogger(__name__)
 
 
 class Engine:
-    """Raises a ValueError whose message says what to change when it can't be made."""
+    """Rank 0, which the others follow step by step.
 
-    def __init__(self, config: EngineConfig) -> None:
+    Raises a ValueError whose message says what to change when it can't be made.
+    """
+
+    def __init__(self, config: EngineConfig, group: TensorParallelGroup = ALONE, ranks: Ranks | None = None) -> None:
         for name in ("block_size", "max_batched_tokens", "max_running"):
             if getattr(config, name) < 1:
                 raise EngineConfigError(f"{name} must be at least 1")
-        if config.threads > 0:
-            torch.set_num_threads(config.threads)
         started = time.monotonic()
-        self.runner = ModelRunner(config)
+        self.runner = ModelRunner(config, group)
         self.load_seconds = time.monotonic() - started
         self.config = config
-        self.scheduler = Scheduler(
-            SchedulerConfig(
-                block_size=config.block_size,
-                max_batched_tokens=config.max_batched_tokens,
-                max_running=config.max_running,
-                max_waiting=config.max_waiting,
-                max_model_len=self.runner.max_model_len,
-                vocab_size=self.runner.vocab_size,
-                eos_ids=self.runner.eos_ids,
-                prefix_caching=config.prefix_caching,
-                speculative_tokens=config.speculative_tokens,
-            ),
-            BlockPool(self.runner.kv_cache.num_blocks),
-        )
+        self.scheduler = make_scheduler(config, self.runner)
+        self._ranks = ranks
+        self._inputs: list[Input] = []  # that the other ranks have not got yet
+        self._results: tuple[SequenceResult, ...] = ()  # likewise
         self._arrived: dict[int, float] = {}  # requests that have not run yet
         self._queued: dict[int, float] = {}  # seconds, of requests that run but have no token yet
         self._deadlines: list[tuple[float, int]] = []  # a heap; those of ended requests leave it when they are due
-        self._schedule_seconds = self._run_seconds = 0.0
+        self._schedule_seconds = self._agree_seconds = self._run_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -57,16 +51,12 @@ class Engine:
 
     def submit(self, request: Submit) -> SequenceOutput | None:
         """Takes a request; the output that ends it at once, if it can't be taken."""
-        words = tuple(tuple(word) for word in request.bad_words_ids)
         try:
-            self.scheduler.add(
-                Sequence(
-                    request.request_id, request.prompt_token_ids, request.sampling, words, request.output_token_ids
-                )
-            )
+            self.scheduler.add(make_sequence(request))
         except RequestRefusedError as error:
             log.warning("request %d refused: %s", request.request_id, error)
             return SequenceOutput(request.request_id, [], error.reason, message=str(error))
+        self._tell_ranks(request)
         self._arrived[request.request_id] = time.monotonic()
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
@@ -74,6 +64,7 @@ class Engine:
 
     def abort(self, request_id: int) -> None:
         self.scheduler.abort(request_id)
+        self._tell_ranks(Abort(request_id))
 
     def expire(self) -> list[SequenceOutput]:
         """Ends the requests whose deadline has passed."""
@@ -81,6 +72,7 @@ class Engine:
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
             _, request_id = heapq.heappop(self._deadlines)
             if output := self.scheduler.expire(request_id):
+                self._tell_ranks(Expire(request_id))
                 outputs.append(output)
         return outputs
 
@@ -88,8 +80,12 @@ class Engine:
         began = time.monotonic()
         plan = self.scheduler.schedule()
         planned = time.monotonic()
+        self._lead(plan)
+        agreed = time.monotonic()
         result = self.runner.run(plan)
         computed = time.monotonic()
+        if self._ranks:
+            self._results = tuple(_only_tokens(drawn) for drawn in result.sequences)
         outputs = self.scheduler.commit(plan, result)
         for request_id in plan.ended:  # some ended before they ran, or before they had a token
             self._arrived.pop(request_id, None)
@@ -99,8 +95,24 @@ class Engine:
                 self._queued[sequence.request_id] = began - arrived
         outputs = [self._with_queue_time(output) for output in outputs]
         self._schedule_seconds += planned - began + time.monotonic() - computed
-        self._run_seconds += computed - planned
+        self._agree_seconds += agreed - planned
+        self._run_seconds += computed - agreed
         return outputs
+
+    def _tell_ranks(self, entry: Input) -> None:
+        if self._ranks:
+            self._inputs.append(entry)
+
+    def _lead(self, plan: StepPlan) -> None:
+        """Lets the other ranks begin the same step."""
+        if self._ranks:
+            self._ranks.send(plan, self._results, self._inputs)
+            self._inputs = []
+
+    def check_ranks(self) -> None:
+        """Raises RankError if another rank does not answer. For when there is nothing else to do."""
+        if self._ranks:
+            self._ranks.ping()
 
     def _with_queue_time(self, output: SequenceOutput) -> SequenceOutput:
         queued = self._queued.pop(output.request_id, None)
@@ -111,6 +123,7 @@ class Engine:
         return msgspec.structs.replace(
             self.scheduler.stats(),
             schedule_seconds=self._schedule_seconds,
+            agree_seconds=self._agree_seconds,
             forward_seconds=self._run_seconds - sample_seconds,
             sample_seconds=sample_seconds,
         )
@@ -130,3 +143,31 @@ class Engine:
             vocab_size=self.runner.vocab_size,
             load_seconds=self.load_seconds,
         )
+
+
+def make_scheduler(config: EngineConfig, runner: ModelRunner) -> Scheduler:
+    """The same on every rank."""
+    return Scheduler(
+        SchedulerConfig(
+            block_size=config.block_size,
+            max_batched_tokens=config.max_batched_tokens,
+            max_running=config.max_running,
+            max_waiting=config.max_waiting,
+            max_model_len=runner.max_model_len,
+            vocab_size=runner.vocab_size,
+            eos_ids=runner.eos_ids,
+            prefix_caching=config.prefix_caching,
+            speculative_tokens=config.speculative_tokens,
+        ),
+        BlockPool(runner.kv_cache.num_blocks),
+    )
+
+
+def make_sequence(request: Submit) -> Sequence:
+    words = tuple(tuple(word) for word in request.bad_words_ids)
+    return Sequence(request.request_id, request.prompt_token_ids, request.sampling, words, request.output_token_ids)
+
+
+def _only_tokens(result: SequenceResult) -> SequenceResult:
+    """What another rank's scheduler needs to know of a result."""
+    return SequenceResult(tuple(DrawnToken(drawn.token_id, error=drawn.error) for drawn in result.drawn))

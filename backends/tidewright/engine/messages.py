@@ -1,7 +1,7 @@
 """What the bridge and the engine process say to each other: msgpack structs over one local socket.
 
 Bridge to engine: one `Configure`, then any of `Submit`, `Abort`, `Shutdown`.
-Engine to bridge: one `Ready` or `StartFailed`, then `StepOutputs` and `Heartbeat`.
+Engine to bridge: `Ready`, then `StepOutputs` and `Heartbeat`; at any time `Failed`, as the last.
 """
 
 from __future__ import annotations
@@ -28,6 +28,21 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefix_caching: bool = True
     speculative_tokens: int = 0  # guessed in a step, at most; 0: no speculative decoding
     heartbeat_interval: float = 0.5  # seconds
+    heartbeat_timeout: float = 30.0  # seconds after which the bridge takes the engine for dead
+    start_timeout: float = 120.0  # seconds
+    tensor_parallel_size: int = 1  # ranks, this engine being rank 0
+    nodes: int = 1  # hosts, with equally many ranks each; rank 0 is on the first
+    rendezvous: str = ""  # HOST:PORT where ranks come to; empty: a free port of the loopback
+
+    @property
+    def local_ranks(self) -> int:
+        """Ranks on each host."""
+        return self.tensor_parallel_size // self.nodes
+
+    @property
+    def rendezvous_address(self) -> tuple[str, int]:
+        host, _, port = self.rendezvous.rpartition(":")
+        return (host, int(port)) if host else ("127.0.0.1", 0)
 
 
 class Configure(msgspec.Struct, frozen=True, tag="configure", array_like=True):
@@ -66,8 +81,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     load_seconds: float
 
 
-class StartFailed(msgspec.Struct, frozen=True, tag="start_failed", array_like=True):
-    """The engine can't start; `message` is one line that says what to change."""
+class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
+    """The engine can't start, or can't go on; `message` is one line that says why and, if it can, what to change."""
 
     message: str
 
@@ -97,7 +112,7 @@ class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):
 
 
 # Parts of a step whose seconds EngineStats counts, as `<phase>_seconds`.
-STEP_PHASES = ("schedule", "forward", "sample", "send")
+STEP_PHASES = ("schedule", "agree", "forward", "sample", "send")
 
 
 class EngineStats(msgspec.Struct, frozen=True, array_like=True):
@@ -123,6 +138,7 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     tokens_accepted: int = 0
     # Seconds spent in all steps.
     schedule_seconds: float = 0.0
+    agree_seconds: float = 0.0  # telling the other ranks what a step depends on
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
     send_seconds: float = 0.0
@@ -135,7 +151,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
 
 
 ToEngine = Configure | Submit | Abort | Shutdown
-ToBridge = Ready | StartFailed | StepOutputs | Heartbeat
+ToBridge = Ready | Failed | StepOutputs | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

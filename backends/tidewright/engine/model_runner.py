@@ -20,7 +20,7 @@ from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
 from tidewright.engine.sampler import prompt_logprobs, sample
-from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
+from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
 from tidewright.models.config import ModelConfigError
 from tidewright.models.registry import model_class
 
@@ -41,6 +41,8 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, group: TensorParallelGroup = ALONE) -> None:
+        if config.threads > 0:
+            torch.set_num_threads(config.threads)
         folder = Path(config.model_dir)
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype)
@@ -71,7 +73,9 @@ class ModelRunner:
         )
         # Who sets a length gets that length; the model's own limit gives way to the memory.
         needed = config.max_model_len or min(limit, _USEFUL_TOKENS)
-        self.kv_cache = allocate_kv_cache(shape, config.kv_cache_memory, needed, self.device)
+        # The block tables are the same on all ranks, so the pool is as large as the smallest rank's.
+        num_blocks = group.smallest(count_blocks(shape, config.kv_cache_memory, needed, self.device))
+        self.kv_cache = allocate_kv_cache(shape, num_blocks, self.device)
         self.sample_seconds = 0.0  # logits and sampling, of all steps
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
 

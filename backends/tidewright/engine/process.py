@@ -9,13 +9,15 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
+from tidewright.distributed.group import ALONE
+from tidewright.distributed.process_group import join_group, make_store
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import (
     Abort,
-    Configure,
+    EngineConfig,
+    Failed,
     SequenceOutput,
     Shutdown,
-    StartFailed,
     Submit,
     ToBridge,
     ToEngine,
@@ -23,13 +25,18 @@ from tidewright.engine.messages import (
     encode,
 )
 from tidewright.engine.outbox import Outbox
+from tidewright.engine.placement import place
+from tidewright.engine.ranks import RankError, Ranks
 
 log = logging.getLogger(__name__)
+
+RANK_GRACE = 0.5  # seconds from a failed step to giving its own error as the cause
 
 
 class EngineProcess:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
+        self._send_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
         self._outbox = Outbox(self._send)
         self._engine: Engine
@@ -37,21 +44,15 @@ class EngineProcess:
         self._last_heartbeat = 0.0
         self._checked_steps = 0  # the KV cache's books were right after so many
 
-    def run(self) -> int:
-        """Serves until `Shutdown`; returns the exit status."""
+    def run(self, config: EngineConfig, ranks: Ranks | None) -> int:
+        """Serves until `Shutdown`; returns the exit status. `ranks` have been started, and are closed by the caller."""
         threading.Thread(target=self._listen, name="intake", daemon=True).start()
-        first = self._inbox.get()
-        if not isinstance(first, Configure):
-            self._send(StartFailed(f"the first message must be configure, not {type(first).__name__}"))
-            return 1
         try:
-            self._engine = Engine(first.config)
+            self._engine = self._make_engine(config, ranks)
         except Exception as error:
-            log.exception("the engine can't start")
-            reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            self._send(StartFailed(" ".join(reason.split())))
+            self._fail("the engine can't start", error, ranks)
             return 1
-        self._interval = first.config.heartbeat_interval
+        self._interval = config.heartbeat_interval
         self._send(self._engine.ready())
         self._outbox.start()
         try:
@@ -61,11 +62,34 @@ class EngineProcess:
                 if self._engine.has_work:
                     self._outbox.put_outputs(self._engine.step())
                 self._beat()
-        except Exception:
+        except Exception as error:
             # The state of a half-done step is not worth saving: the bridge starts a new engine and replays.
-            log.exception("the step failed")
+            self._fail("the step failed", error, ranks)
             return 1
         return 0
+
+    def _make_engine(self, config: EngineConfig, ranks: Ranks | None) -> Engine:
+        config, group = place(config, 0), ALONE
+        if ranks:
+            store = make_store(ranks.host)
+            ranks.gather(store.port, self._rank_lost)
+            size, timeout = config.tensor_parallel_size, config.heartbeat_timeout / 2
+            group = join_group(store, 0, size, config.device, ranks.host, timeout)
+        return Engine(config, group, ranks)
+
+    def _fail(self, what: str, error: Exception, ranks: Ranks | None) -> None:
+        if ranks:
+            # A lost rank shows as a failed collective too, but its own end says more (`_rank_lost`).
+            time.sleep(RANK_GRACE)
+        log.error(what, exc_info=error)
+        reason = str(error) if isinstance(error, ValueError | RankError) else f"{type(error).__name__}: {error}"
+        self._send(Failed(" ".join(reason.split())))
+
+    def _rank_lost(self, cause: str) -> None:
+        """Called from another thread, at any time: the main one may wait in a collective that can't end."""
+        log.error("%s", cause)
+        self._send(Failed(cause))
+        os._exit(1)
 
     def _listen(self) -> None:
         """Moves messages from the socket to the inbox, also while a step runs."""
@@ -104,14 +128,17 @@ class EngineProcess:
         now = time.monotonic()
         if now - self._last_heartbeat >= self._interval:
             stats = self._engine.stats()
-            if not self._engine.has_work and stats.steps > self._checked_steps:
-                self._engine.check_integrity()
-                self._checked_steps = stats.steps
+            if not self._engine.has_work:
+                self._engine.check_ranks()
+                if stats.steps > self._checked_steps:
+                    self._engine.check_integrity()
+                    self._checked_steps = stats.steps
             self._outbox.put_heartbeat(stats)
             self._last_heartbeat = now
 
     def _send(self, message: ToBridge) -> None:
         try:
-            self._connection.send_bytes(encode(message))
+            with self._send_lock:
+                self._connection.send_bytes(encode(message))
         except OSError:
             os._exit(0)  # as in `_listen`

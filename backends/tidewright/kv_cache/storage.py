@@ -42,7 +42,7 @@ class KVCache:
         return self.k_cache_LNSKD.shape[1]
 
 
-def allocate_kv_cache(shape: KVCacheShape, budget: str, needed_tokens: int, device: torch.device) -> KVCache:
+def count_blocks(shape: KVCacheShape, budget: str, needed_tokens: int, device: torch.device) -> int:
     """As many blocks as `budget` pays for: an amount, a share of the free memory, or "auto".
 
     Raises:
@@ -63,6 +63,10 @@ def allocate_kv_cache(shape: KVCacheShape, budget: str, needed_tokens: int, devi
         raise KVCacheMemoryError(
             f"the KV cache wants {_mib(budget_bytes)}, but {device} has {_mib(available)} free; lower kv_cache_memory"
         )
+    return num_blocks
+
+
+def allocate_kv_cache(shape: KVCacheShape, num_blocks: int, device: torch.device) -> KVCache:
     dimensions = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
     # Zeros, not empty: a masked position is multiplied by 0, and 0 * NaN would poison its neighbours.
     return KVCache(

@@ -20,6 +20,7 @@ class _LazyGroup(click.Group):
         "chat": "tidewright.launch.client_commands",
         "complete": "tidewright.launch.client_commands",
         "serve": "tidewright.launch.serve_command",
+        "worker": "tidewright.launch.worker_command",
     }
 
     def list_commands(self, ctx: click.Context) -> list[str]:

@@ -1,0 +1,52 @@
+"""Joins torch.distributed's default group: NCCL between GPUs, gloo between CPUs."""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+
+from tidewright.distributed.group import TensorParallelGroup
+
+
+def make_store(host: str) -> dist.TCPStore:
+    """The store through which the ranks find each other, on a free port of `host` and of no other address."""
+    listener = socket.create_server((host, 0), backlog=64)
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, use_libuv=False, master_listen_fd=listener.detach()
+    )
+
+
+def join_store(host: str, port: int, timeout: float) -> dist.TCPStore:
+    return dist.TCPStore(
+        host, port, is_master=False, use_libuv=False, wait_for_workers=False, timeout=timedelta(seconds=timeout)
+    )
+
+
+def join_group(
+    store: dist.Store, rank: int, size: int, device: str, own_address: str, timeout: float
+) -> TensorParallelGroup:
+    """Returns when all ranks have joined.
+
+    Args:
+        own_address: of this host, as the other ranks reach it.
+        timeout: seconds after which a collective that does not come to its end fails.
+    """
+    if interface := _interface_of(own_address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    return TensorParallelGroup(rank, size)
+
+
+def _interface_of(address: str) -> str | None:
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(known.address.partition("%")[0] == address for known in addresses):
+            return name
+    return None

@@ -1,0 +1,122 @@
+"""`python -m tidewright.engine.rank HOST:PORT RANK LOCAL_RANK MODEL_DIR`: one of the ranks 1 … N-1.
+
+Started by rank 0 on its own host, and by `tidewright worker` on others. It lives as long as its connection to rank 0.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import msgspec
+
+from tidewright import __version__
+from tidewright.distributed.fingerprint import model_fingerprint
+from tidewright.engine.messages import encode
+from tidewright.engine.rank_messages import (
+    Failed,
+    FromLeader,
+    FromRank,
+    Hello,
+    Join,
+    Ping,
+    Pong,
+    Refused,
+    Step,
+    decode_from_leader,
+)
+from tidewright.parent_death import signal_on_parent_death
+
+log = logging.getLogger(__name__)
+
+REFUSED = 3  # exit status: trying again is of no use
+UNREACHABLE = 4  # exit status: nobody listens there (yet)
+JOIN_PATIENCE = 600.0  # seconds from `Hello` to `Join`, while rank 0 waits for other ranks
+
+
+class Rank:
+    def __init__(self, connection: Connection, host: str, own_address: str) -> None:
+        self._connection = connection
+        self._host, self._own_address = host, own_address
+        self._inbox: queue.SimpleQueue[FromLeader] = queue.SimpleQueue()
+
+    def run(self, rank: int, local_rank: int, model_dir: Path) -> int:
+        """Returns the exit status."""
+        self._send(Hello(rank, __version__, model_fingerprint(model_dir)))
+        threading.Thread(target=self._listen, name="intake", daemon=True).start()
+        join = self._inbox.get(timeout=JOIN_PATIENCE)
+        if isinstance(join, Refused):
+            log.error("rank 0 refuses this rank: %s", join.message)
+            return REFUSED
+        assert isinstance(join, Join)
+        try:
+            self._follow(join, rank, local_rank, model_dir)
+        except Exception as error:
+            log.exception("this rank can't go on")
+            self._send(Failed(" ".join(str(error).split()) or type(error).__name__))
+        return 1
+
+    def _follow(self, join: Join, rank: int, local_rank: int, model_dir: Path) -> None:
+        from tidewright.distributed.process_group import join_group, join_store  # torch: not before it is needed
+        from tidewright.engine.follower import Follower
+        from tidewright.engine.placement import place
+
+        config = place(msgspec.structs.replace(join.config, model_dir=str(model_dir)), local_rank)
+        store = join_store(self._host, join.store_port, config.start_timeout)
+        group = join_group(
+            store, rank, config.tensor_parallel_size, config.device, self._own_address, config.heartbeat_timeout / 2
+        )
+        follower = Follower(config, group)
+        patience = config.start_timeout  # the others may still load
+        while True:
+            try:
+                message = self._inbox.get(timeout=patience)
+            except queue.Empty:
+                raise TimeoutError(f"nothing came from rank 0 for {patience:g} s") from None
+            patience = config.heartbeat_timeout
+            if isinstance(message, Step):
+                follower.follow(message)
+            elif isinstance(message, Ping):
+                self._send(Pong(message.number))
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                self._inbox.put(decode_from_leader(self._connection.recv_bytes()))
+        except (EOFError, OSError):
+            # Rank 0 is gone. The main thread may wait for it in a collective, and must not.
+            os._exit(1)
+
+    def _send(self, message: FromRank) -> None:
+        try:
+            self._connection.send_bytes(encode(message))
+        except OSError:
+            os._exit(1)  # as in `_listen`
+
+
+def main() -> int:
+    address, rank, local_rank, model_dir = sys.argv[1:]
+    logging.basicConfig(stream=sys.stderr, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
+    signal_on_parent_death(signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # when the ranks end is for rank 0 to say
+    host, _, port = address.rpartition(":")
+    try:
+        connected = socket.create_connection((host, int(port)), timeout=5)
+    except OSError as error:
+        log.warning("can't reach rank 0 at %s: %s", address, error)
+        return UNREACHABLE
+    connected.settimeout(None)
+    connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    own_address = connected.getsockname()[0]
+    return Rank(Connection(connected.detach()), host, own_address).run(int(rank), int(local_rank), Path(model_dir))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

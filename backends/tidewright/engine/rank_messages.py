@@ -1,0 +1,77 @@
+"""What rank 0 and the other tensor-parallel ranks say to each other: msgpack structs over one TCP connection each.
+
+A rank says `Hello` and is told `Join` or `Refused`. Then rank 0 sends `Step` and `Ping`; a rank answers pings with
+`Pong`, and says `Failed` before it gives up.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+
+import msgspec
+
+from tidewright.engine.messages import Abort, EngineConfig, Submit
+from tidewright.engine.plan import SequenceResult, StepPlan
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello", array_like=True):
+    rank: int
+    version: str  # of Tidewright
+    model: str  # fingerprint: all ranks must have the same model
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused", array_like=True):
+    """The rank can't be of this group; `message` says what to change."""
+
+    message: str
+
+
+class Join(msgspec.Struct, frozen=True, tag="join", array_like=True):
+    config: EngineConfig  # rank 0's; the rank replaces its model_dir by its own
+    store_port: int  # of torch.distributed's store, on the host of the rendezvous
+
+
+class Expire(msgspec.Struct, frozen=True, tag="expire", array_like=True):
+    """The deadline of a request has passed."""
+
+    request_id: int
+
+
+Input = Submit | Abort | Expire
+
+
+class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
+    """Compute the next step: all that its plan depends on, in order, and what the plan must come out as."""
+
+    results: tuple[SequenceResult, ...]  # of the step before: the drawn tokens, without log-probabilities
+    inputs: list[Input]
+    checksum: int
+
+
+class Ping(msgspec.Struct, frozen=True, tag="ping", array_like=True):
+    number: int
+
+
+class Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True):
+    number: int
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
+    message: str
+
+
+FromLeader = Join | Refused | Step | Ping
+FromRank = Hello | Pong | Failed
+
+decode_from_leader = msgspec.msgpack.Decoder(FromLeader).decode
+decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode
+
+
+def plan_checksum(plan: StepPlan) -> int:
+    """Of all that decides what a step computes: tokens, positions and block tables."""
+    value = zlib.crc32(array("q", plan.ended).tobytes())
+    for planned in plan.sequences:
+        head = (planned.request_id, planned.start, len(planned.draws), planned.count)
+        value = zlib.crc32(array("q", (*head, *planned.token_ids, *planned.block_table)).tobytes(), value)
+    return value

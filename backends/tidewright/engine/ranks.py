@@ -1,0 +1,232 @@
+"""Ranks 1 … N-1 as rank 0 sees them: starts those of this host, gathers all, feeds and watches them. No torch.
+
+When one is lost there is no way on for the others, which wait for it in a collective: rank 0 ends, and with it all of
+them; the bridge starts a new engine and replays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing.connection
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+import msgspec
+
+from tidewright import __version__
+from tidewright.distributed.fingerprint import model_fingerprint
+from tidewright.engine.messages import EngineConfig, encode
+from tidewright.engine.plan import SequenceResult, StepPlan
+from tidewright.engine.rank_messages import (
+    Failed,
+    Hello,
+    Input,
+    Join,
+    Ping,
+    Pong,
+    Refused,
+    Step,
+    decode_from_rank,
+    plan_checksum,
+)
+
+log = logging.getLogger(__name__)
+
+HELLO_TIMEOUT = 5.0  # seconds from connecting to `Hello`
+LONGEST_HELLO = 4096  # bytes; who connects is not known yet
+STOP_TIMEOUT = 2.0  # seconds until ranks that do not end by themselves are killed
+
+
+class RankError(RuntimeError):
+    """The ranks did not come together, or one was lost; the message says which and what to do."""
+
+
+class Ranks:
+    """Used as: `start()`, `gather()`, then `send` and `ping`, and in any case `close()`."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        """Raises RankError: the address of the rendezvous can't be had."""
+        self._config = config
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._connections: dict[int, Connection] = {}
+        self._pongs: dict[int, int] = {}
+        self._answered = threading.Condition()
+        self._pings = 0
+        self._plan: StepPlan | None = None  # of the latest step
+        self._closing = False
+        self.host, port = config.rendezvous_address
+        try:
+            self._listener = socket.create_server((self.host, port), backlog=64)
+        except OSError as error:
+            raise RankError(
+                f"can't listen on rendezvous {self.host}:{port} ({error.strerror or error}); it must be an address of "
+                "this host that the other hosts reach, and a free port"
+            ) from None
+        self.address = f"{self.host}:{self._listener.getsockname()[1]}"
+
+    def start(self) -> None:
+        """Starts the ranks of this host; they come up while rank 0 does."""
+        for rank in range(1, self._config.local_ranks):
+            command = [sys.executable, "-m", "tidewright.engine.rank", self.address, str(rank), str(rank)]
+            self._children[rank] = subprocess.Popen(
+                [*command, self._config.model_dir], stdin=subprocess.DEVNULL, close_fds=True
+            )
+
+    def gather(self, store_port: int, on_lost: Callable[[str], None]) -> None:
+        """Waits for all ranks, tells them to join torch.distributed's group, and begins to watch them.
+
+        `on_lost` is called, from a thread of its own, with the cause when one of them is gone.
+
+        Raises:
+            RankError: one ended or did not come in time.
+        """
+        model = model_fingerprint(self._config.model_dir)
+        # Before the bridge runs out of patience, whose message could not say which rank it was.
+        deadline = time.monotonic() + 0.8 * self._config.start_timeout
+        self._listener.settimeout(0.1)
+        others = range(1, self._config.tensor_parallel_size)
+        while missing := [rank for rank in others if rank not in self._connections]:
+            for rank, child in self._children.items():
+                if rank in missing and child.poll() is not None:
+                    raise RankError(
+                        f"rank {rank} ended with exit code {child.returncode} before it joined; see the log"
+                    )
+            if time.monotonic() > deadline:
+                raise RankError(self._who_is_missing(missing))
+            with contextlib.suppress(TimeoutError):
+                self._greet(self._listener.accept()[0], model)
+        self._listener.close()
+        for rank in self._connections:
+            self._send_to(rank, encode(Join(self._config, store_port)))
+        threading.Thread(target=self._watch, args=(on_lost,), name="rank-watch", daemon=True).start()
+
+    def send(self, plan: StepPlan, results: tuple[SequenceResult, ...], inputs: list[Input]) -> None:
+        """Lets the ranks compute a step: what happened since the last one, and the plan that has to come of it.
+
+        Raises:
+            RankError: a rank is gone.
+        """
+        self._plan = plan
+        message = encode(Step(results, inputs, plan_checksum(plan)))
+        for rank in self._connections:
+            self._send_to(rank, message)
+
+    def ping(self) -> None:
+        """A round trip to the main thread of every rank.
+
+        Raises:
+            RankError: one did not answer within half the heartbeat timeout.
+        """
+        self._pings += 1
+        message = encode(Ping(self._pings))
+        for rank in self._connections:
+            self._send_to(rank, message)
+        patience = self._config.heartbeat_timeout / 2
+        with self._answered:
+            if self._answered.wait_for(lambda: not self._silent(), patience):
+                return
+        raise RankError(f"rank {self._silent()[0]} is stuck: no answer for {patience:g} s")
+
+    def close(self) -> None:
+        """Ends the ranks: they do so themselves when their connection ends."""
+        self._closing = True
+        self._listener.close()
+        for connection in self._connections.values():
+            connection.close()
+        deadline = time.monotonic() + STOP_TIMEOUT
+        for rank, child in self._children.items():
+            try:
+                # One that has not joined yet does not know that it is over.
+                child.wait(max(deadline - time.monotonic(), 0) if rank in self._connections else 0)
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+
+    def _silent(self) -> list[int]:
+        return [rank for rank in self._connections if self._pongs.get(rank) != self._pings]
+
+    def _who_is_missing(self, missing: list[int]) -> str:
+        message = f"no rank {missing[0]} came to {self.address} within {0.8 * self._config.start_timeout:g} s"
+        remote = [rank for rank in missing if rank >= self._config.local_ranks]
+        if not remote:
+            return message + " (0.8 start_timeout); see its log"
+        node = remote[0] // self._config.local_ranks
+        return (
+            f"{message} (0.8 start_timeout); on host {node}: tidewright worker --rendezvous {self.address} "
+            f"--node-rank {node} --ranks {self._config.local_ranks}"
+        )
+
+    def _greet(self, connected: socket.socket, model: str) -> None:
+        """Takes a rank in, or says why not and lets it go."""
+        connected.setblocking(True)
+        peer = connected.getpeername()[0]
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = Connection(connected.detach())
+        try:
+            if not connection.poll(HELLO_TIMEOUT):
+                raise RankError("it said nothing")
+            hello = decode_from_rank(connection.recv_bytes(LONGEST_HELLO))
+            if not isinstance(hello, Hello):
+                raise RankError(f"it began with {type(hello).__name__}, not with Hello")
+            if problem := self._problem(hello, model):
+                connection.send_bytes(encode(Refused(problem)))
+                raise RankError(problem)
+        except (RankError, EOFError, OSError, msgspec.MsgspecError) as error:
+            log.error("a connection from %s was refused: %s", peer, error)
+            connection.close()
+            return
+        self._connections[hello.rank] = connection
+
+    def _problem(self, hello: Hello, model: str) -> str:
+        size = self._config.tensor_parallel_size
+        if not 1 <= hello.rank < size:
+            return f"there is no rank {hello.rank}: tensor_parallel_size is {size}, with ranks 1 to {size - 1} to join"
+        if hello.rank in self._connections:
+            return f"there is a rank {hello.rank} already; give each host its own --node-rank"
+        if hello.version != __version__:
+            return f"rank {hello.rank} runs Tidewright {hello.version}, rank 0 {__version__}; install the same"
+        if hello.model != model:
+            return f"rank {hello.rank} has another model than rank 0; prepare the same on all hosts (--model)"
+        return ""
+
+    def _send_to(self, rank: int, message: bytes) -> None:
+        try:
+            self._connections[rank].send_bytes(message)
+        except OSError as error:
+            raise RankError(f"rank {rank} is gone ({error})") from None
+
+    def _watch(self, on_lost: Callable[[str], None]) -> None:
+        ranks = {connection: rank for rank, connection in self._connections.items()}
+        while True:
+            for ready in multiprocessing.connection.wait(list(ranks)):
+                assert isinstance(ready, Connection)
+                try:
+                    message = decode_from_rank(ready.recv_bytes())
+                except (EOFError, OSError):
+                    if not self._closing:
+                        on_lost(f"rank {ranks[ready]} died{self._how(ranks[ready])}")
+                    return
+                if isinstance(message, Pong):
+                    with self._answered:
+                        self._pongs[ranks[ready]] = message.number
+                        self._answered.notify_all()
+                elif isinstance(message, Failed):
+                    log.error("rank 0's plan of the step: %s", self._plan)
+                    on_lost(f"rank {ranks[ready]}: {message.message}")
+                    return
+
+    def _how(self, rank: int) -> str:
+        child = self._children.get(rank)
+        if child is None:
+            return " or can't be reached any longer"
+        try:
+            code = child.wait(0.5)
+        except subprocess.TimeoutExpired:
+            return ""
+        return f" (signal {-code})" if code < 0 else f" (exit code {code})"

@@ -1,0 +1,99 @@
+"""`tidewright worker`: the tensor-parallel ranks of a host other than the one that serves."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import click
+from rich.console import Console
+
+from tidewright.cache import EMBEDDED_MODEL
+from tidewright.engine.rank import REFUSED, UNREACHABLE
+from tidewright.launch.errors import LaunchError
+from tidewright.launch.prepare import prepare
+
+FIRST_WAIT, LONGEST_WAIT = 0.2, 5.0  # seconds until the ranks are started again
+POLL_INTERVAL = 0.05  # seconds
+
+
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM."""
+
+
+@click.command()
+@click.option("--rendezvous", required=True, metavar="HOST:PORT", help="What rank 0 was given as --rendezvous.")
+@click.option(
+    "--node-rank", required=True, type=click.IntRange(1), help="Number of this host; the one that serves is host 0."
+)
+@click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Ranks of this host: its GPUs.")
+@click.option("--model", default=EMBEDDED_MODEL, show_default=True, help="As given to `tidewright serve`.")
+def worker(rendezvous: str, node_rank: int, ranks: int, model: str) -> None:
+    """Compute a share of a model that another host serves, until Ctrl-C.
+
+    Waits for the serving host, joins it, and does so again whenever it was lost. All hosts need the same version of
+    Tidewright and the same model, and reach each other on all ports: the ranks' traffic is neither encrypted nor
+    authenticated, so it belongs on a private network.
+
+    \b
+    Example, one model over two hosts of four GPUs each:
+      host 0:  tidewright serve --tensor-parallel-size 8 --nodes 2 --rendezvous 10.0.0.1:29400
+      host 1:  tidewright worker --rendezvous 10.0.0.1:29400 --node-rank 1 --ranks 4
+    """
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdigit():
+        raise click.BadParameter(f"{rendezvous!r} is not HOST:PORT", param_hint="--rendezvous")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
+    console = Console(stderr=True)
+    try:
+        folder = prepare(model, console)
+        console.print(f"Waiting for rank 0 at {rendezvous}. Ctrl-C stops.", highlight=False)
+        _run(rendezvous, range(node_rank * ranks, (node_rank + 1) * ranks), str(folder), console)
+    except LaunchError as error:
+        raise click.ClickException(str(error)) from None
+    except _Stopped:
+        sys.exit(0)
+
+
+def _stop(number: int, frame: types.FrameType | None) -> None:
+    raise _Stopped
+
+
+def _run(rendezvous: str, ranks: range, folder: str, console: Console) -> None:
+    """Starts the ranks again and again, together: one alone can't go on."""
+    wait = FIRST_WAIT
+    while True:
+        started = time.monotonic()
+        code = _run_once(rendezvous, ranks, folder)
+        if code == REFUSED:
+            raise LaunchError("rank 0 refused a rank of this host; the line above says why")
+        if code != UNREACHABLE:
+            console.print("The group has ended; waiting for the next one.", highlight=False)
+        if time.monotonic() - started > 10 * LONGEST_WAIT:
+            wait = FIRST_WAIT
+        time.sleep(wait)
+        wait = min(2 * wait, LONGEST_WAIT)
+
+
+def _run_once(rendezvous: str, ranks: range, folder: str) -> int:
+    """Runs the ranks until the first of them ends; returns its exit code."""
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        for local_rank, rank in enumerate(ranks):
+            command = [sys.executable, "-m", "tidewright.engine.rank", rendezvous, str(rank), str(local_rank), folder]
+            # A session of its own: Ctrl-C is for this process to pass on.
+            processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True))
+        while True:
+            for process in processes:
+                if (code := process.poll()) is not None:
+                    return code
+            time.sleep(POLL_INTERVAL)
+    finally:
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.wait()

@@ -1,0 +1,289 @@
+"""Tensor-parallel ranks as real processes: the tokens of one rank and of transformers; how they meet and end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import transformers
+
+from helpers.checkpoints import SIZES, expected, prompt, save
+from helpers.engine_process import PATIENCE, Bridge, bridge, config, submit
+from tidewright.bench.machine import free_ports
+from tidewright.distributed.fingerprint import model_fingerprint
+from tidewright.engine.messages import Configure, Failed, Heartbeat, Ready, StepOutputs, Submit, encode
+from tidewright.engine.rank_messages import Hello, Refused, decode_from_leader
+from tidewright.schema import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, transformers.PreTrainedModel]:
+    """6 query and 2 KV heads."""
+    folder = tmp_path_factory.mktemp("model")
+    return folder, save(folder, transformers.LlamaConfig(**SIZES), shards=True)
+
+
+def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
+
+
+def hear_ready(started: Bridge) -> None:
+    message = started.hear()
+    assert isinstance(message, Ready), message
+
+
+def hear_failed(started: Bridge) -> str:
+    """What the engine says of its end, whatever it says before."""
+    while not isinstance(message := started.hear(), Failed):
+        pass
+    return message.message
+
+
+@contextmanager
+def group(model: Path, size: int, **changes: Any) -> Iterator[Bridge]:
+    """An engine of so many ranks; in the end none may be left."""
+    with bridge() as started:
+        started.say(Configure(config(model, tensor_parallel_size=size, **changes)))
+        hear_ready(started)
+        family = [psutil.Process(started.process.pid), *descendants(started.process)]
+        assert len(family) == size
+        yield started
+        started.connection.close()
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert not alive
+
+
+def tokens_of(started: Bridge, requests: list[Submit]) -> dict[int, list[int]]:
+    for request in requests:
+        started.say(request)
+    tokens: dict[int, list[int]] = {request.request_id: [] for request in requests}
+    for output in started.outputs(set(tokens)):
+        assert output.finish_reason in (None, "length", "stop"), output
+        tokens[output.request_id] += output.token_ids
+    return tokens
+
+
+def a_bit_of_everything() -> list[Submit]:
+    """Prefixes to share, chunks, guesses, penalties, draws; more than the pool holds at once."""
+    common = prompt(20, seed=9)
+    repeating = prompt(5, seed=3) * 6
+    cases: list[tuple[list[int], dict[str, Any]]] = [
+        (common + prompt(4, seed=1), {"temperature": 0}),
+        (common + prompt(7, seed=2), {"temperature": 0, "logprobs": 2, "prompt_logprobs": 1}),
+        (repeating, {"temperature": 0}),
+        (repeating, {"seed": 5}),
+        (prompt(90, seed=4), {"seed": 6, "top_p": 0.9, "frequency_penalty": 0.5, "min_tokens": 9}),
+        (prompt(3, seed=5), {"seed": 7, "priority": -1, "bad_words": ["x"]}),
+    ]
+    options = {"max_tokens": 24, "ignore_eos": True, "seed": 0}
+    return [Submit(i, ids, SamplingParams(**(options | params))) for i, (ids, params) in enumerate(cases)]
+
+
+HARD = {"block_size": 4, "max_batched_tokens": 32, "speculative_tokens": 3}
+
+
+@pytest.mark.parametrize("size", [2, 6])
+def test_greedy_tokens_are_those_of_transformers(
+    checkpoint: tuple[Path, transformers.PreTrainedModel], size: int
+) -> None:
+    folder, oracle = checkpoint
+    prompts = [prompt(length, seed=length) for length in (1, 2, 17, 70)]
+    with group(folder, size, max_batched_tokens=32) as started:
+        greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, seed=0)
+        tokens = tokens_of(started, [Submit(i, ids, greedy) for i, ids in enumerate(prompts)])
+    assert list(tokens.values()) == [expected(oracle, ids, 16) for ids in prompts]
+
+
+@pytest.mark.parametrize("size", [2, 4, 6])
+def test_any_number_of_ranks_gives_the_same_tokens(tmp_path: Path, size: int) -> None:
+    """8 query and 4 KV heads for 4 ranks, 12 and 2 for 6, 3 and 3 for 2 ranks with uneven parts."""
+    heads = {2: (3, 3), 4: (8, 4), 6: (12, 2)}[size]
+    sizes = {**SIZES, "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": 8}
+    save(tmp_path, transformers.LlamaConfig(**sizes))
+    shared = {**HARD, "kv_cache_memory": f"{49 * heads[1]}KiB"}
+    with bridge() as alone:
+        alone.say(Configure(config(tmp_path, **shared)))
+        hear_ready(alone)
+        wanted = tokens_of(alone, a_bit_of_everything())
+    # Of the KV cache each rank has its own share.
+    own = max(heads[1] // size, 1) if heads[1] % size == 0 or size > heads[1] else 2
+    with group(tmp_path, size, **{**shared, "kv_cache_memory": f"{49 * own}KiB"}) as started:
+        assert tokens_of(started, a_bit_of_everything()) == wanted
+        preemptions = 0
+        while not preemptions:
+            message = started.hear()
+            preemptions = message.stats.preemptions if isinstance(message, Heartbeat) else 0
+
+
+def test_aborts_and_deadlines_reach_every_rank(checkpoint: tuple[Path, Any]) -> None:
+    """Every rank checks the plans: were a request still running anywhere, the engine would end."""
+    with group(checkpoint[0], 2) as started:
+        started.say(submit(1, max_tokens=200))
+        started.say(Submit(2, [5, 6], SamplingParams(max_tokens=250, timeout=0.2, seed=1), time.monotonic() + 0.2))
+        while not isinstance(message := started.hear(), StepOutputs) or not message.outputs:
+            pass
+        started.say(submit(3, max_tokens=30))
+        assert {o.request_id for o in started.outputs({1, 2, 3}) if o.finish_reason} == {1, 2, 3}
+        assert len(tokens_of(started, [submit(4)])[4]) == 4
+
+
+def test_two_engines_of_two_ranks_on_one_host(checkpoint: tuple[Path, Any]) -> None:
+    with group(checkpoint[0], 2) as first, group(checkpoint[0], 2) as second:
+        second.say(submit(1, max_tokens=100))
+        tokens = tokens_of(first, [submit(1, max_tokens=100)])[1]
+        assert [token for output in second.outputs({1}) for token in output.token_ids] == tokens
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_killed_rank_ends_the_engine_with_the_cause(checkpoint: tuple[Path, Any], busy: bool) -> None:
+    with group(checkpoint[0], 2) as started:
+        if busy:
+            started.say(submit(1, max_tokens=200))
+            while not isinstance(started.hear(), StepOutputs):
+                pass
+        descendants(started.process)[0].kill()
+        assert hear_failed(started) == "rank 1 died (signal 9)"
+        assert started.exit_code() == 1
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_stuck_rank_ends_the_engine(checkpoint: tuple[Path, Any], busy: bool) -> None:
+    with group(checkpoint[0], 2, heartbeat_timeout=3.0) as started:
+        if busy:
+            started.say(submit(1, max_tokens=200))
+            while not isinstance(started.hear(), StepOutputs):
+                pass
+        descendants(started.process)[0].send_signal(signal.SIGSTOP)
+        message = hear_failed(started)
+        assert busy or message == "rank 1 is stuck: no answer for 1.5 s"
+        assert started.exit_code() == 1
+
+
+def test_ranks_end_with_a_killed_rank_0(checkpoint: tuple[Path, Any]) -> None:
+    with group(checkpoint[0], 2) as started:
+        started.say(submit(1, max_tokens=200))
+        started.process.kill()
+
+
+def test_heads_that_can_t_be_shared_are_explained(checkpoint: tuple[Path, Any]) -> None:
+    with bridge() as started:
+        started.say(Configure(config(checkpoint[0], tensor_parallel_size=4)))
+        assert "6 query heads and 2 KV heads can only be shared by 1, 2, 6 ranks" in hear_failed(started)
+        family = descendants(started.process)
+        assert started.exit_code() == 1
+        assert not psutil.wait_procs(family, timeout=10)[1]
+
+
+# Ranks of other hosts, started by hand.
+
+
+@contextmanager
+def two_hosts(model: Path, **changes: Any) -> Iterator[tuple[Bridge, str]]:
+    """Rank 0, waiting for rank 1 of another host; and where."""
+    address = f"127.0.0.1:{free_ports(1)[0]}"
+    with bridge() as started:
+        started.say(Configure(config(model, tensor_parallel_size=2, nodes=2, rendezvous=address, **changes)))
+        yield started, address
+
+
+@contextmanager
+def rank(address: str, number: int, model: Path, program: tuple[str, ...] = ("-m", "tidewright.engine.rank")) -> Any:
+    host, port = address.split(":")
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex((host, int(port))) == 0:
+                break
+        time.sleep(0.05)
+    command = [sys.executable, *program, address, str(number), "0", str(model)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def ask_to_join(address: str, hello: Hello | bytes) -> str | None:
+    """What a rank is told; None if it is hung up on."""
+    host, port = address.split(":")
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            connection = Connection(socket.create_connection((host, int(port))).detach())
+            break
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    connection.send_bytes(hello if isinstance(hello, bytes) else encode(hello))
+    try:
+        answer = decode_from_leader(connection.recv_bytes())
+    except (EOFError, ConnectionResetError):
+        return None
+    assert isinstance(answer, Refused)
+    return answer.message
+
+
+def test_who_does_not_belong_is_refused_and_the_group_still_comes_together(checkpoint: tuple[Path, Any]) -> None:
+    model, version = model_fingerprint(checkpoint[0]), "0.1.0"
+    with two_hosts(checkpoint[0]) as (started, address):
+        assert ask_to_join(address, b"\x00GET / HTTP/1.1") is None
+        assert ask_to_join(address, b"x" * 100_000) is None
+        assert "there is no rank 2: tensor_parallel_size is 2" in str(ask_to_join(address, Hello(2, version, model)))
+        assert "there is no rank 0" in str(ask_to_join(address, Hello(0, version, model)))
+        assert "rank 1 runs Tidewright 9.9" in str(ask_to_join(address, Hello(1, "9.9", model)))
+        assert "rank 1 has another model" in str(ask_to_join(address, Hello(1, version, "other")))
+        with rank(address, 1, checkpoint[0]):
+            hear_ready(started)
+            assert len(tokens_of(started, [submit(1)])[1]) == 4
+
+
+def test_a_rank_that_does_not_come_is_named_with_the_command_that_starts_it(checkpoint: tuple[Path, Any]) -> None:
+    with two_hosts(checkpoint[0], start_timeout=3.0) as (started, address):
+        message = hear_failed(started)
+        assert message.startswith(f"no rank 1 came to {address} within 2.4 s")
+        assert f"tidewright worker --rendezvous {address} --node-rank 1 --ranks 1" in message
+        assert started.exit_code() == 1
+
+
+def test_a_rank_that_can_t_load_its_weights_ends_the_start_with_its_reason(
+    checkpoint: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Of the same size, so that only reading it shows that it is broken."""
+    broken = shutil.copytree(checkpoint[0], tmp_path / "broken")
+    for file in broken.glob("*.safetensors"):
+        file.write_bytes(os.urandom(file.stat().st_size))
+    with two_hosts(checkpoint[0]) as (started, address), rank(address, 1, broken):
+        assert "rank 1: " in (message := hear_failed(started))
+        assert "not a readable safetensors file" in message
+        assert started.exit_code() == 1
+
+
+def test_another_plan_is_noticed_before_anything_is_computed(checkpoint: tuple[Path, Any]) -> None:
+    """The rank schedules one token less than it should."""
+    program = (
+        "-c",
+        "import sys; from tidewright.engine import rank, scheduler; take = scheduler.Scheduler._take\n"
+        "scheduler.Scheduler._take = lambda self, s, budget: take(self, s, min(budget, 2))\n"
+        "sys.exit(rank.main())",
+    )
+    with two_hosts(checkpoint[0]) as (started, address), rank(address, 1, checkpoint[0], program) as other:
+        hear_ready(started)
+        started.say(submit(1))
+        assert hear_failed(started) == "rank 1: it made another plan than rank 0; both are in the log"
+        assert started.exit_code() == 1
+        assert b"ScheduledSequence(request_id=1, start=0, token_ids=(3, 4)" in other.stderr.read()
+        assert started.process.stderr is not None
+        assert b"ScheduledSequence(request_id=1, start=0, token_ids=(3, 4, 5, 6, 7)" in started.process.stderr.read()
