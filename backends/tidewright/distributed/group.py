@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tidewright.distributed.shared_memory import SharedMemory
+
 # Parts of a hidden dimension are multiples of this where the whole is one: short rows are slow to read.
 _UNIT = 32
 
@@ -29,21 +31,27 @@ class Cut:
 
 @dataclass(frozen=True)
 class TensorParallelGroup:
-    """Collectives need torch.distributed's default group when there is more than one rank."""
+    """Collectives go through torch.distributed's default group, or through `shared` memory where it can be used."""
 
     rank: int = 0
     size: int = 1
+    shared: SharedMemory | None = None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place; the same bits on all of them."""
         if self.size > 1:
-            torch.distributed.all_reduce(x)
+            if self.shared and self.shared.takes(x):
+                self.shared.all_reduce(x)
+            else:
+                torch.distributed.all_reduce(x)
         return x
 
     def gather(self, x: torch.Tensor) -> torch.Tensor | None:
         """On rank 0 the ranks' tensors, of equal shapes, joined along the last dimension; None on the others."""
         if self.size == 1:
             return x
+        if self.shared and self.shared.takes(x):
+            return self.shared.gather(x)
         parts = [torch.empty_like(x) for _ in range(self.size)] if self.rank == 0 else None
         torch.distributed.gather(x.contiguous(), parts)
         return None if parts is None else torch.cat(parts, dim=-1)

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tidewright.distributed.group import TensorParallelGroup
+from tidewright.distributed.shared_memory import SharedMemory
 
 
 def make_store(host: str) -> dist.TCPStore:
@@ -29,11 +30,18 @@ def join_store(host: str, port: int, timeout: float) -> dist.TCPStore:
 
 
 def join_group(
-    store: dist.Store, rank: int, size: int, device: str, own_address: str, timeout: float
+    store: dist.Store,
+    rank: int,
+    size: int,
+    device: str,
+    own_address: str,
+    timeout: float,
+    shared_file: int | None,
 ) -> TensorParallelGroup:
     """Returns when all ranks have joined.
 
     Args:
+        shared_file: descriptor of memory that all ranks share, if they are on one host.
         own_address: of this host, as the other ranks reach it.
         timeout: seconds after which a collective that does not come to its end fails.
     """
@@ -42,7 +50,12 @@ def join_group(
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-    return TensorParallelGroup(rank, size)
+    group = TensorParallelGroup(rank, size)
+    shared = None
+    if backend == "gloo" and shared_file is not None:
+        shared = SharedMemory.attach(shared_file, rank, size, timeout)
+    # All or none, or they would wait for each other in different places.
+    return TensorParallelGroup(rank, size, shared) if group.smallest(int(shared is not None)) else group
 
 
 def _interface_of(address: str) -> str | None:

@@ -74,7 +74,7 @@ class EngineProcess:
             store = make_store(ranks.host)
             ranks.gather(store.port, self._rank_lost)
             size, timeout = config.tensor_parallel_size, config.heartbeat_timeout / 2
-            group = join_group(store, 0, size, config.device, ranks.host, timeout)
+            group = join_group(store, 0, size, config.device, ranks.host, timeout, ranks.shared_file)
         return Engine(config, group, ranks)
 
     def _fail(self, what: str, error: Exception, ranks: Ranks | None) -> None:

@@ -1,6 +1,7 @@
-"""`python -m tidewright.engine.rank HOST:PORT RANK LOCAL_RANK MODEL_DIR`: one of the ranks 1 … N-1.
+"""`python -m tidewright.engine.rank HOST:PORT RANK LOCAL_RANK MODEL_DIR [SHARED_FD]`: one of the ranks 1 … N-1.
 
 Started by rank 0 on its own host, and by `tidewright worker` on others. It lives as long as its connection to rank 0.
+SHARED_FD is memory that all ranks share, if they are on one host.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ JOIN_PATIENCE = 600.0  # seconds from `Hello` to `Join`, while rank 0 waits for 
 
 
 class Rank:
-    def __init__(self, connection: Connection, host: str, own_address: str) -> None:
+    def __init__(self, connection: Connection, host: str, own_address: str, shared_file: int | None) -> None:
         self._connection = connection
+        self._shared_file = shared_file
         self._host, self._own_address = host, own_address
         self._inbox: queue.SimpleQueue[FromLeader] = queue.SimpleQueue()
 
@@ -70,9 +72,8 @@ class Rank:
 
         config = place(msgspec.structs.replace(join.config, model_dir=str(model_dir)), local_rank)
         store = join_store(self._host, join.store_port, config.start_timeout)
-        group = join_group(
-            store, rank, config.tensor_parallel_size, config.device, self._own_address, config.heartbeat_timeout / 2
-        )
+        size, timeout = config.tensor_parallel_size, config.heartbeat_timeout / 2
+        group = join_group(store, rank, size, config.device, self._own_address, timeout, self._shared_file)
         follower = Follower(config, group)
         patience = config.start_timeout  # the others may still load
         while True:
@@ -102,7 +103,7 @@ class Rank:
 
 
 def main() -> int:
-    address, rank, local_rank, model_dir = sys.argv[1:]
+    address, rank, local_rank, model_dir, *shared = sys.argv[1:]
     logging.basicConfig(stream=sys.stderr, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     signal_on_parent_death(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # when the ranks end is for rank 0 to say
@@ -114,8 +115,9 @@ def main() -> int:
         return UNREACHABLE
     connected.settimeout(None)
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    own_address = connected.getsockname()[0]
-    return Rank(Connection(connected.detach()), host, own_address).run(int(rank), int(local_rank), Path(model_dir))
+    own_address, shared_file = connected.getsockname()[0], int(shared[0]) if shared else None
+    started = Rank(Connection(connected.detach()), host, own_address, shared_file)
+    return started.run(int(rank), int(local_rank), Path(model_dir))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing.connection
+import os
 import socket
 import subprocess
 import sys
@@ -59,6 +60,8 @@ class Ranks:
         self._answered = threading.Condition()
         self._pings = 0
         self._plan: StepPlan | None = None  # of the latest step
+        self.shared_file: int | None = None
+        """Descriptor of memory that all ranks share, if they are on one host."""
         self._closing = False
         self.host, port = config.rendezvous_address
         try:
@@ -72,11 +75,15 @@ class Ranks:
 
     def start(self) -> None:
         """Starts the ranks of this host; they come up while rank 0 does."""
+        if self._config.nodes == 1:
+            # It has no name, so nothing of it can stay behind.
+            self.shared_file = os.memfd_create("tidewright ranks", 0)
         for rank in range(1, self._config.local_ranks):
             command = [sys.executable, "-m", "tidewright.engine.rank", self.address, str(rank), str(rank)]
-            self._children[rank] = subprocess.Popen(
-                [*command, self._config.model_dir], stdin=subprocess.DEVNULL, close_fds=True
-            )
+            command.append(self._config.model_dir)
+            inherited = [] if self.shared_file is None else [self.shared_file]
+            command += map(str, inherited)
+            self._children[rank] = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)
 
     def gather(self, store_port: int, on_lost: Callable[[str], None]) -> None:
         """Waits for all ranks, tells them to join torch.distributed's group, and begins to watch them.

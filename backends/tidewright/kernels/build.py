@@ -7,6 +7,7 @@ torch has loaded.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import logging
@@ -59,10 +60,21 @@ def build() -> Path:
     library = folder / f"{hashlib.sha256(chr(0).join(recipe).encode()).hexdigest()[:24]}.so"
     if library.is_file():
         return library
-    logger.warning("compiling the CPU kernels for this processor; only the first start does this, some 10 s")
     folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # all ranks of a first start come at once
+        if not library.is_file():
+            _compile(compiler, sources, openmp, library)
+    finally:
+        os.close(lock)
+    return library
+
+
+def _compile(compiler: list[str], sources: list[Path], openmp: Path, library: Path) -> None:
+    logger.warning("compiling the CPU kernels for this processor; only the first start does this, some 10 s")
     # Built beside its place and then renamed, so that another process sees all of it or nothing.
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         objects = []
         for source in sources:
             if source.suffix == ".cpp":
@@ -72,7 +84,6 @@ def build() -> Path:
         built = f"{scratch}/{library.name}"
         _run([*compiler, "-shared", *objects, str(openmp), "-o", built])
         os.replace(built, library)
-    return library
 
 
 def _run(command: list[str]) -> str:
