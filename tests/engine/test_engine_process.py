@@ -17,7 +17,6 @@ import transformers
 from helpers.engine_process import PATIENCE, Bridge, bridge, config, submit
 from tidewright.engine.messages import (
     Abort,
-    Configure,
     Failed,
     Heartbeat,
     Ready,
@@ -49,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def engine(model: Path) -> Iterator[Bridge]:
     with bridge() as started:
-        started.say(Configure(config(model)))
+        started.begin(config(model))
         ready = started.hear()
         assert isinstance(ready, Ready)
         assert ready.pid == started.process.pid
@@ -141,7 +140,7 @@ def test_shutdown_is_a_clean_exit(engine: Bridge) -> None:
 
 def test_end_of_the_socket_ends_an_idle_process_at_once(model: Path) -> None:
     with bridge() as started:
-        started.say(Configure(config(model, heartbeat_interval=10 * PATIENCE)))
+        started.begin(config(model, heartbeat_interval=10 * PATIENCE))
         assert isinstance(started.hear(), Ready)
         assert isinstance(started.hear(), Heartbeat)  # the only one: no failing send can give the end away
         started.connection.close()
@@ -180,7 +179,7 @@ def test_ctrl_c_is_not_the_engines_business(engine: Bridge) -> None:
 def test_a_bad_configuration_is_explained_in_one_line(model: Path, changes: dict[str, Any], message: str) -> None:
     with bridge() as started:
         values = {"model_dir": str(model)} | changes
-        started.say(Configure(config(Path(values.pop("model_dir")), **values)))
+        started.begin(config(Path(values.pop("model_dir")), **values))
         answer = started.hear()
         assert isinstance(answer, Failed)
         assert message in answer.message
@@ -191,7 +190,7 @@ def test_a_bad_configuration_is_explained_in_one_line(model: Path, changes: dict
 def test_configure_comes_first() -> None:
     with bridge() as started:
         started.say(Shutdown())
-        assert started.hear() == Failed("the first message must be configure, not Shutdown")
+        assert started.hear() == Failed("expected Configure, not Shutdown")
         assert started.exit_code() == 1
 
 
@@ -201,7 +200,7 @@ def test_a_failing_step_ends_the_process_with_a_traceback(model: Path) -> None:
         "model_runner.sample = mock.Mock(side_effect=RuntimeError('out of luck')); sys.exit(__main__.main())"
     )
     with bridge("-c", broken) as started:
-        started.say(Configure(config(model)))
+        started.begin(config(model))
         assert isinstance(started.hear(), Ready)
         started.say(submit(1))
         assert started.exit_code() == 1

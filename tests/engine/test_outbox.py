@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 from tidewright.engine.messages import EngineStats, Heartbeat, SequenceOutput, StepOutputs, ToBridge
@@ -52,7 +53,7 @@ def stuck(limit: int) -> tuple[Outbox, Wire]:
     """An outbox amid a send that does not return."""
     wire = Wire()
     outbox = Outbox(wire.send, limit)
-    outbox.start()
+    outbox.start(PATIENCE, lambda: 0)
     outbox.put_outputs([output(0)])
     assert wire.sending.wait(PATIENCE)
     return outbox, wire
@@ -98,3 +99,19 @@ def test_beyond_the_limit_the_step_waits_and_goes_on_when_there_is_room() -> Non
     assert done.wait(PATIENCE)
     wire.wait(lambda sent: len(wire.token_ids()) == 6)
     assert wire.token_ids() == list(range(6))
+
+
+def test_a_long_step_is_told_from_a_stuck_one_by_its_progress() -> None:
+    """The bridge takes an engine without heartbeats for dead; a prompt may well take longer to compute."""
+    wire, layers = Wire(), 0
+    wire.reads.set()
+    outbox = Outbox(wire.send)
+    outbox.start(0.01, lambda: layers)
+    outbox.put_heartbeat(stats(7))
+    wire.wait(lambda sent: len(sent) == 1)
+    time.sleep(0.2)  # no progress
+    assert len(wire.sent) == 1
+    for count in (2, 3):
+        layers += 1
+        wire.wait(lambda sent, count=count: len(sent) == count)  # type: ignore[misc]
+    assert [message.stats.steps for message in wire.sent] == [7, 7, 7]  # type: ignore[union-attr]

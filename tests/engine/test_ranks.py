@@ -23,7 +23,7 @@ from helpers.checkpoints import SIZES, expected, prompt, save
 from helpers.engine_process import PATIENCE, Bridge, bridge, config, submit
 from tidewright.bench.machine import free_ports
 from tidewright.distributed.fingerprint import model_fingerprint
-from tidewright.engine.messages import Configure, Failed, Heartbeat, Ready, StepOutputs, Submit, encode
+from tidewright.engine.messages import Failed, Heartbeat, Ready, StepOutputs, Submit, encode
 from tidewright.engine.rank_messages import Hello, Refused, decode_from_leader
 from tidewright.schema import SamplingParams
 
@@ -55,7 +55,7 @@ def hear_failed(started: Bridge) -> str:
 def group(model: Path, size: int, **changes: Any) -> Iterator[Bridge]:
     """An engine of so many ranks; in the end none may be left."""
     with bridge() as started:
-        started.say(Configure(config(model, tensor_parallel_size=size, **changes)))
+        started.begin(config(model, tensor_parallel_size=size, **changes))
         hear_ready(started)
         family = [psutil.Process(started.process.pid), *descendants(started.process)]
         assert len(family) == size
@@ -114,7 +114,7 @@ def test_any_number_of_ranks_gives_the_same_tokens(tmp_path: Path, size: int) ->
     save(tmp_path, transformers.LlamaConfig(**sizes))
     shared = {**HARD, "kv_cache_memory": f"{49 * heads[1]}KiB"}
     with bridge() as alone:
-        alone.say(Configure(config(tmp_path, **shared)))
+        alone.begin(config(tmp_path, **shared))
         hear_ready(alone)
         wanted = tokens_of(alone, a_bit_of_everything())
     # Of the KV cache each rank has its own share.
@@ -179,7 +179,7 @@ def test_ranks_end_with_a_killed_rank_0(checkpoint: tuple[Path, Any]) -> None:
 
 def test_heads_that_can_t_be_shared_are_explained(checkpoint: tuple[Path, Any]) -> None:
     with bridge() as started:
-        started.say(Configure(config(checkpoint[0], tensor_parallel_size=4)))
+        started.begin(config(checkpoint[0], tensor_parallel_size=4))
         assert "6 query heads and 2 KV heads can only be shared by 1, 2, 6 ranks" in hear_failed(started)
         family = descendants(started.process)
         assert started.exit_code() == 1
@@ -194,7 +194,7 @@ def two_hosts(model: Path, **changes: Any) -> Iterator[tuple[Bridge, str]]:
     """Rank 0, waiting for rank 1 of another host; and where."""
     address = f"127.0.0.1:{free_ports(1)[0]}"
     with bridge() as started:
-        started.say(Configure(config(model, tensor_parallel_size=2, nodes=2, rendezvous=address, **changes)))
+        started.begin(config(model, tensor_parallel_size=2, nodes=2, rendezvous=address, **changes))
         yield started, address
 
 

@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from engine.test_engine_process import Bridge, bridge
-from tidewright.engine.messages import Abort, Configure, EngineConfig, Heartbeat, Ready, StepOutputs, Submit
+from tidewright.engine.messages import Abort, EngineConfig, Heartbeat, Ready, StepOutputs, Submit
 from tidewright.schema import SamplingParams
 
 REQUESTS, AT_ONCE, VOCAB = 10_000, 40, 64
@@ -77,7 +77,7 @@ def test_ten_thousand_requests_with_cancels(model: Path) -> None:
         heartbeat_interval=0.05,
     )
     with bridge() as engine:
-        engine.say(Configure(config))
+        engine.begin(config)
         ready = engine.hear()
         assert isinstance(ready, Ready)
         process = psutil.Process(engine.process.pid)

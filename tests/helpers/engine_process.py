@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from tidewright.engine.messages import (
+    Begin,
+    Configure,
     EngineConfig,
     SequenceOutput,
     StepOutputs,
@@ -39,6 +41,10 @@ class Bridge:
 
     def say(self, message: ToEngine) -> None:
         self.connection.send_bytes(encode(message))
+
+    def begin(self, config: EngineConfig) -> None:
+        self.say(Configure(config))
+        self.say(Begin())
 
     def hear(self) -> ToBridge:
         assert self.connection.poll(PATIENCE), "the engine says nothing"

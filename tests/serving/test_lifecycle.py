@@ -24,10 +24,9 @@ LONG = {"temperature": 0, "max_tokens": 1000, "ignore_eos": True}
 
 
 def child(pid: int, what: str) -> psutil.Process:
-    for process in psutil.Process(pid).children(recursive=True):
-        if what in " ".join(process.cmdline()):
-            return process
-    raise AssertionError(f"no process {what!r} under {pid}")
+    """The oldest: beside the engine that runs another stands by."""
+    found = [p for p in psutil.Process(pid).children(recursive=True) if what in " ".join(p.cmdline())]
+    return min(found, key=psutil.Process.create_time)
 
 
 def shared_memory() -> set[str]:

@@ -28,8 +28,9 @@ def ranks_of(server: RunningServer) -> list[psutil.Process]:
     """Rank 0, then the others."""
     assert server.triton.pid is not None
     family = psutil.Process(server.triton.pid).children(recursive=True)
-    of = {part: [p for p in family if part in p.cmdline()] for part in ("tidewright.engine", "tidewright.engine.rank")}
-    return of["tidewright.engine"] + of["tidewright.engine.rank"]
+    engines = [process for process in family if "tidewright.engine" in process.cmdline()]
+    engine = min(engines, key=psutil.Process.create_time)  # a younger one stands by
+    return [engine, *engine.children()]
 
 
 def run(server: RunningServer, faults: int = 0, rng: random.Random | None = None) -> dict[str, Generation]:

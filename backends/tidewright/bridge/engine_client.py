@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tidewright.engine.messages import (
+    Begin,
     Configure,
     EngineConfig,
     EngineStats,
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.1, 10.0  # seconds between two starts
 POLL_INTERVAL = 0.25  # seconds; how often deadlines are looked at
 STOP_TIMEOUT = 3.0  # seconds from the polite request to SIGKILL
+STANDBY_DELAY = 3.0  # seconds that an engine is up before the next one gets ready to replace it
 
 # A step's large tensors come and go: kept memory saves the page faults (a tenth of a long prefill's time on a CPU), and
 # huge pages save some more. glibc reads this at the start of a process only; other C libraries ignore it.
@@ -65,6 +67,7 @@ class EngineEvents:
 class EngineClient:
     """One engine process, restarted with backoff whenever it ends unasked.
 
+    Beside it another one stands by, which has imported what it needs, but has no model yet: this halves the pause.
     Its thread starts the process, so that the kernel's parent-death signal is bound to a thread that lives as
     long as the client does.
     """
@@ -79,6 +82,8 @@ class EngineClient:
         self._send_lock = threading.Lock()
         self._connection: Connection | None = None  # set while the engine takes requests
         self._process: subprocess.Popen[bytes] | None = None
+        self._standby: tuple[subprocess.Popen[bytes], Connection] | None = None
+        self._up_at = 0.0  # time.monotonic() when the engine came up
         self._stopping = threading.Event()
         self._first_start_over = threading.Event()
         self._came_up = False  # at least once
@@ -139,19 +144,22 @@ class EngineClient:
             self._stopping.wait(backoff)
             backoff = min(2 * backoff, LONGEST_BACKOFF)
             self.restarts += 1
+        if self._standby:
+            process, connection = self._standby
+            process.kill()
+            process.wait()
+            connection.close()
         self._first_start_over.set()
 
     def _run_engine(self) -> None:
         """Run one engine process until it ends, by itself or by us, and keep why it ended."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [_python(), "-m", "tidewright.engine", str(theirs.fileno())]
-            self._process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**_MALLOC, **os.environ}
-            )
-        connection = Connection(ours.detach())
+        if self._standby and self._standby[0].poll() is not None:
+            self._standby[1].close()
+            self._standby = None
+        self._process, connection = self._standby or self._start_process()
+        self._standby = None
         try:
-            connection.send_bytes(encode(Configure(self._config)))
+            connection.send_bytes(encode(Begin()))
             cause = self._read_messages(connection)
         except (EOFError, OSError):
             cause = ""
@@ -164,10 +172,25 @@ class EngineClient:
         if self._came_up and not self._stopping.is_set():
             self._events.lost(self._cause)
 
+    def _start_process(self) -> tuple[subprocess.Popen[bytes], Connection]:
+        """An engine process that gets ready to begin."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            command = [_python(), "-m", "tidewright.engine", str(theirs.fileno())]
+            process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**_MALLOC, **os.environ}
+            )
+        connection = Connection(ours.detach())
+        with contextlib.suppress(OSError):  # it died already; reading will show it
+            connection.send_bytes(encode(Configure(self._config)))
+        return process, connection
+
     def _read_messages(self, connection: Connection) -> str:
         """Hand on what the engine says until a deadline passes or (EOFError) it is gone; return the cause."""
         deadline = time.monotonic() + self._start_timeout
         while True:
+            if self._connection and not self._standby and time.monotonic() > self._up_at + STANDBY_DELAY:
+                self._standby = self._start_process()
             if not connection.poll(POLL_INTERVAL):
                 if time.monotonic() > deadline:
                     return (
@@ -188,6 +211,7 @@ class EngineClient:
                 return message.message
             else:
                 self._connection = connection
+                self._up_at = time.monotonic()
                 self._events.up(message)
                 self._came_up = True
                 self._first_start_over.set()

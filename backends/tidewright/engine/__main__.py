@@ -6,8 +6,11 @@ import logging
 import signal
 import sys
 from multiprocessing.connection import Connection
+from typing import TypeVar
 
-from tidewright.engine.messages import Configure, Failed, decode_to_engine, encode
+import msgspec
+
+from tidewright.engine.messages import Begin, Configure, Failed, ToEngine, decode_to_engine, encode
 from tidewright.engine.ranks import RankError, Ranks
 from tidewright.parent_death import signal_on_parent_death
 
@@ -21,25 +24,36 @@ def main() -> int:
     connection = Connection(int(sys.argv[1]))
     ranks: Ranks | None = None
     try:
-        first = decode_to_engine(connection.recv_bytes())
-        if not isinstance(first, Configure):
-            raise RankError(f"the first message must be configure, not {type(first).__name__}")
-        if first.config.tensor_parallel_size > 1:
-            ranks = Ranks(first.config)
-            ranks.start()
+        config = _expect(Configure, connection).config
+        # While one stands by, another may still have the one address where the ranks of other hosts come to.
+        if config.tensor_parallel_size > 1 and config.nodes == 1:
+            ranks = Ranks(config)
+        # Imports torch, which takes a second; the other ranks do so at the same time.
+        from tidewright.engine.process import EngineProcess
+
+        _expect(Begin, connection)
+        if config.nodes > 1:
+            ranks = Ranks(config)
+        return EngineProcess(connection).run(config, ranks)
     except EOFError:
         return 0
-    except RankError as error:
+    except (RankError, msgspec.ValidationError) as error:
         connection.send_bytes(encode(Failed(str(error))))
         return 1
-    # Imports torch, which takes a second; the other ranks do so at the same time.
-    from tidewright.engine.process import EngineProcess
-
-    try:
-        return EngineProcess(connection).run(first.config, ranks)
     finally:
         if ranks:
             ranks.close()
+
+
+_Message = TypeVar("_Message", bound=ToEngine)
+
+
+def _expect(kind: type[_Message], connection: Connection) -> _Message:
+    """Raises EOFError, or a ValidationError if the bridge says something else."""
+    message = decode_to_engine(connection.recv_bytes())
+    if not isinstance(message, kind):
+        raise msgspec.ValidationError(f"expected {kind.__name__}, not {type(message).__name__}")
+    return message
 
 
 if __name__ == "__main__":

@@ -49,6 +49,11 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @property
+    def progress(self) -> int:
+        """Grows as long as a step comes on, however long it takes."""
+        return self.runner.model.layers_computed
+
     def submit(self, request: Submit) -> SequenceOutput | None:
         """Takes a request; the output that ends it at once, if it can't be taken."""
         try:

@@ -1,6 +1,6 @@
 """What the bridge and the engine process say to each other: msgpack structs over one local socket.
 
-Bridge to engine: one `Configure`, then any of `Submit`, `Abort`, `Shutdown`.
+Bridge to engine: one `Configure`, one `Begin`, then any of `Submit`, `Abort`, `Shutdown`.
 Engine to bridge: `Ready`, then `StepOutputs` and `Heartbeat`; at any time `Failed`, as the last.
 """
 
@@ -47,6 +47,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 class Configure(msgspec.Struct, frozen=True, tag="configure", array_like=True):
     config: EngineConfig
+
+
+class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
+    """Load the model. Until then the process has imported what it needs, and stands by in case another dies."""
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
@@ -150,7 +154,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
     stats: EngineStats
 
 
-ToEngine = Configure | Submit | Abort | Shutdown
+ToEngine = Configure | Begin | Submit | Abort | Shutdown
 ToBridge = Ready | Failed | StepOutputs | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode

@@ -16,6 +16,8 @@ MAX_PENDING = 8192  # outputs; beyond it the engine waits, and its heartbeat sto
 class Outbox:
     """Outputs in their order, then the newest heartbeat. What gathers while a send runs leaves as one message.
 
+    A step may take longer than the bridge waits for a heartbeat. While it makes progress, the last one is repeated.
+
     A bridge that does not read stalls the engine only once `limit` outputs wait (and as many may be in the message
     that is being sent); it is the bridge's own supervision that then misses the heartbeat.
     """
@@ -27,10 +29,10 @@ class Outbox:
         self._stats: EngineStats | None = None
         self._changed = threading.Condition()
         self._seconds = 0.0  # encoding and sending, so far
-        self._thread = threading.Thread(target=self._loop, name="sender", daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
+    def start(self, interval: float, progress: Callable[[], int]) -> None:
+        """`progress` is asked every `interval` seconds in which nothing is to be sent: has the number changed?"""
+        threading.Thread(target=self._loop, args=(interval, progress), name="sender", daemon=True).start()
 
     def put_outputs(self, outputs: list[SequenceOutput]) -> None:
         """Blocks while too many outputs wait."""
@@ -44,13 +46,18 @@ class Outbox:
             self._stats = stats
             self._changed.notify_all()
 
-    def _loop(self) -> None:
+    def _loop(self, interval: float, progress: Callable[[], int]) -> None:
+        last, seen = None, progress()
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._outputs or self._stats)
+                self._changed.wait_for(lambda: self._outputs or self._stats, interval)
                 outputs, self._outputs = self._outputs, []
                 stats, self._stats = self._stats, None
                 self._changed.notify_all()
+            before, seen = seen, progress()
+            if not outputs and not stats and seen != before:
+                stats = last
+            last = stats or last
             began = time.monotonic()
             if outputs:
                 self._send(StepOutputs(outputs))

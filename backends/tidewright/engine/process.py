@@ -54,7 +54,7 @@ class EngineProcess:
             return 1
         self._interval = config.heartbeat_interval
         self._send(self._engine.ready())
-        self._outbox.start()
+        self._outbox.start(config.heartbeat_interval, lambda: self._engine.progress)
         try:
             while self._take_messages():
                 if expired := self._engine.expire():

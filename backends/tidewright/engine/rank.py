@@ -6,6 +6,7 @@ SHARED_FD is memory that all ranks share, if they are on one host.
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import queue
@@ -39,7 +40,6 @@ log = logging.getLogger(__name__)
 
 REFUSED = 3  # exit status: trying again is of no use
 UNREACHABLE = 4  # exit status: nobody listens there (yet)
-JOIN_PATIENCE = 600.0  # seconds from `Hello` to `Join`, while rank 0 waits for other ranks
 
 
 class Rank:
@@ -53,7 +53,8 @@ class Rank:
         """Returns the exit status."""
         self._send(Hello(rank, __version__, model_fingerprint(model_dir)))
         threading.Thread(target=self._listen, name="intake", daemon=True).start()
-        join = self._inbox.get(timeout=JOIN_PATIENCE)
+        importlib.import_module("tidewright.engine.follower")  # torch: a second that need not be spent later
+        join = self._inbox.get()
         if isinstance(join, Refused):
             log.error("rank 0 refuses this rank: %s", join.message)
             return REFUSED
@@ -66,7 +67,7 @@ class Rank:
         return 1
 
     def _follow(self, join: Join, rank: int, local_rank: int, model_dir: Path) -> None:
-        from tidewright.distributed.process_group import join_group, join_store  # torch: not before it is needed
+        from tidewright.distributed.process_group import join_group, join_store
         from tidewright.engine.follower import Follower
         from tidewright.engine.placement import place
 

@@ -49,10 +49,14 @@ class RankError(RuntimeError):
 
 
 class Ranks:
-    """Used as: `start()`, `gather()`, then `send` and `ping`, and in any case `close()`."""
+    """Used as: `gather()`, then `send` and `ping`, and in any case `close()`."""
 
     def __init__(self, config: EngineConfig) -> None:
-        """Raises RankError: the address of the rendezvous can't be had."""
+        """Starts the ranks of this host; they come up while rank 0 does.
+
+        Raises:
+            RankError: the address of the rendezvous can't be had.
+        """
         self._config = config
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._connections: dict[int, Connection] = {}
@@ -72,9 +76,9 @@ class Ranks:
                 "this host that the other hosts reach, and a free port"
             ) from None
         self.address = f"{self.host}:{self._listener.getsockname()[1]}"
+        self._start()
 
-    def start(self) -> None:
-        """Starts the ranks of this host; they come up while rank 0 does."""
+    def _start(self) -> None:
         if self._config.nodes == 1:
             # It has no name, so nothing of it can stay behind.
             self.shared_file = os.memfd_create("tidewright ranks", 0)

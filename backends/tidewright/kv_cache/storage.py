@@ -4,6 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from dataclasses import dataclass
 
 import psutil
@@ -68,11 +71,21 @@ def count_blocks(shape: KVCacheShape, budget: str, needed_tokens: int, device: t
 
 def allocate_kv_cache(shape: KVCacheShape, num_blocks: int, device: torch.device) -> KVCache:
     dimensions = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
+    make = _zeros_on_demand if device.type == "cpu" else torch.zeros
     # Zeros, not empty: a masked position is multiplied by 0, and 0 * NaN would poison its neighbours.
     return KVCache(
-        k_cache_LNSKD=torch.zeros(dimensions, dtype=shape.dtype, device=device),
-        v_cache_LNSKD=torch.zeros(dimensions, dtype=shape.dtype, device=device),
+        k_cache_LNSKD=make(dimensions, dtype=shape.dtype, device=device),
+        v_cache_LNSKD=make(dimensions, dtype=shape.dtype, device=device),
     )
+
+
+def _zeros_on_demand(dimensions: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The kernel clears pages when they are first used: to write a gigabyte of zeros takes a second, at each start."""
+    memory = mmap.mmap(-1, math.prod(dimensions) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(dimensions)
 
 
 def _available_bytes(device: torch.device) -> int:

@@ -170,6 +170,7 @@ class LlamaForCausalLM(nn.Module):
         layers = [self.layer_class(config, layer, group, attention) for layer in config.layers]
         self.layers = nn.ModuleList(layers)
         self.num_kv_heads = layers[0].attention.qkv.num_kv_heads  # on this rank
+        self.layers_computed = 0  # so far, in all forwards
         self.norm = RMSNorm(config.hidden_size, config)
         self.head = ParallelLMHead(config.vocab_size, config.hidden_size, group)
         if config.tied_embeddings:
@@ -210,6 +211,7 @@ class LlamaForCausalLM(nn.Module):
         caches = zip(kv_cache.k_cache_LNSKD, kv_cache.v_cache_LNSKD, strict=True)
         for layer, rotary, (k_cache_NSKD, v_cache_NSKD) in zip(self.layers, self._rotary_of_layer, caches, strict=True):
             x_TE, residual_TE = layer(x_TE, residual_TE, rotations[rotary], k_cache_NSKD, v_cache_NSKD, metadata)
+            self.layers_computed += 1
         assert residual_TE is not None  # there is at least one layer
         return x_TE + residual_TE
 
