@@ -21,9 +21,9 @@ from tidewright.bridge.start_error import report_start_error
 from tidewright.cache import find_prepared
 from tidewright.config import Settings
 from tidewright.engine.messages import TokenLogprob
-from tidewright.errors import EngineUnavailableError, RequestError
+from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
 from tidewright.parent_death import exit_with_parent
-from tidewright.schema import DECODER_INPUTS, FinishReason
+from tidewright.schema import CONTROL, CONTROL_WORDS, DECODER_INPUTS, FinishReason
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger("tidewright")
@@ -65,6 +65,9 @@ class TritonPythonModel:
         for request in requests:
             sender = request.get_response_sender()
             try:
+                if word := _control_word(request):
+                    self._control(sender, word)
+                    continue
                 parsed = self._parse(request)
                 self._bridge.submit(parsed, _TritonResponder(sender, parsed, self._tokenizer))
             except RequestError as error:
@@ -74,9 +77,24 @@ class TritonPythonModel:
                 log.exception("a request could not be taken")
                 self._refuse(sender, RequestError("internal error; see the server's log"))
 
+    def is_ready(self) -> bool:
+        """Asked by newer Tritons (not by 2.51) when someone asks whether the model is ready."""
+        return not self._bridge.trouble
+
     def finalize(self) -> None:
         self._metrics.stop()
         self._bridge.stop()
+
+    def _control(self, sender: object, word: str) -> None:
+        if word not in CONTROL_WORDS:
+            raise InvalidRequestError(f"control is {word!r}; it can be: {', '.join(CONTROL_WORDS)}")
+        if word == "drain":
+            self._bridge.drain()
+        elif trouble := self._bridge.trouble:
+            # Not `_refuse`: it is no request that failed.
+            return _send_error(sender, EngineUnavailableError(trouble))
+        response = pb_utils.InferenceResponse(output_tensors=[_text_tensor("text_output", [b"ok"])])
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
 
     def _refuse(self, sender: object, error: RequestError) -> None:
         self._bridge.statistics.finished(error.reason)
@@ -126,6 +144,11 @@ class _TritonResponder:
     def is_cancelled(self) -> bool:
         with self._end_lock:
             return not self._ended and bool(self._sender.is_cancelled())  # type: ignore[attr-defined]
+
+
+def _control_word(request: object) -> str:
+    tensor = pb_utils.get_input_tensor_by_name(request, CONTROL.name)
+    return "" if tensor is None else tensor.as_numpy()[0].decode(errors="replace")
 
 
 def _send_error(sender: object, error: RequestError) -> None:

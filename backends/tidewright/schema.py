@@ -44,7 +44,13 @@ GENERATION_OPTIONS = (
 TOKENIZER_INPUTS = (TEXT_INPUT, MESSAGES)
 TOKENIZER_OUTPUTS = (TensorSpec("input_ids", "TYPE_INT32", (-1,)),)
 
-DECODER_INPUTS = (TEXT_INPUT, INPUT_IDS, *GENERATION_OPTIONS)
+# Asks about the server instead of for text, and is answered at once, however much is queued.
+CONTROL = TensorSpec("control", "TYPE_STRING", (1,), optional=True)
+ControlWord = Literal["health", "drain"]
+DRAINING = "draining: no new requests are taken"  # the answer to "health" while that is so
+CONTROL_WORDS: tuple[str, ...] = get_args(ControlWord)
+
+DECODER_INPUTS = (TEXT_INPUT, INPUT_IDS, *GENERATION_OPTIONS, CONTROL)
 DECODER_OUTPUTS = (
     TensorSpec("text_output", "TYPE_STRING", (-1,)),
     TensorSpec("output_ids", "TYPE_INT32", (-1,)),

@@ -16,7 +16,7 @@ from tidewright.tokenization import Tokenizer
 def world(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(bridge_module, "EngineClient", ScriptedEngine)
     tokenizer = Tokenizer(model_dir)
-    settings = Settings(max_running=3, max_waiting=2)
+    settings = Settings(max_running=3, max_waiting=2, shutdown_grace=1)
     bridge = Bridge(settings, settings.engine_config(model_dir), tokenizer)
     bridge.start()
     yield World(bridge, bridge._client, tokenizer)  # type: ignore[arg-type]

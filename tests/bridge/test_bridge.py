@@ -23,6 +23,7 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
+from tidewright.schema import DRAINING
 
 
 def entry(token_id: int, logprob: float) -> list[TokenLogprob]:
@@ -277,3 +278,26 @@ def test_counters_of_a_lost_engine_stay_and_its_gauges_go(world: World) -> None:
     after = world.bridge.engine_stats
     assert (after.running, after.blocks_free, after.steps, after.prompt_tokens) == (5, 30, 160, 601)
     assert (after.tokens_drafted, after.send_seconds) == (9, 2.0)
+
+
+def test_a_draining_bridge_finishes_what_it_has_and_then_says_why_it_stops(world: World) -> None:
+    assert world.bridge.trouble == ""
+    quick, slow = world.submit(), world.submit()
+    for _ in range(2):
+        world.bridge.drain()
+    assert world.bridge.trouble == DRAINING
+    with pytest.raises(EngineUnavailableError, match="shutting down; send the request to another"):
+        world.submit()
+    tokens = world.ids(" done")
+    world.engine.says(SequenceOutput(1, tokens, "stop"))
+    assert quick.end()[0].text == " done"
+    slow.end()
+    assert isinstance(slow.error, EngineUnavailableError)
+    assert str(slow.error) == "the server is shutting down, and 1 s (shutdown_grace) were not enough to finish"
+    world.wait_idle()
+    assert (quick.ends, slow.ends, world.engine.aborted()) == (1, 1, [2])
+
+
+def test_trouble_is_what_the_engine_died_of(world: World) -> None:
+    world.engine.available, world.engine.cause = False, "rank 1 died (signal 9)"
+    assert world.bridge.trouble == "the engine is not available (rank 1 died (signal 9))"

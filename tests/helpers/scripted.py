@@ -27,6 +27,7 @@ class ScriptedEngine:
         self.sent: list[ToEngine] = []
         self.on_send: Callable[[ToEngine], None] = lambda message: None
         self.available = True
+        self.cause = "the engine is starting"
         self.restarts = 0
         self.settle: Callable[[], None] = lambda: None  # waits until the bridge has sent all that it means to send
 

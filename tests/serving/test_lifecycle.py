@@ -24,9 +24,10 @@ LONG = {"temperature": 0, "max_tokens": 1000, "ignore_eos": True}
 
 
 def child(pid: int, what: str) -> psutil.Process:
-    """The oldest: beside the engine that runs another stands by."""
-    found = [p for p in psutil.Process(pid).children(recursive=True) if what in " ".join(p.cmdline())]
-    return min(found, key=psutil.Process.create_time)
+    """The oldest that lives: beside the engine that runs another stands by, and Triton leaves zombies of its stubs."""
+    family = psutil.Process(pid).children(recursive=True)
+    alive = [process for process in family if process.status() != psutil.STATUS_ZOMBIE]
+    return min((p for p in alive if what in " ".join(p.cmdline())), key=psutil.Process.create_time)
 
 
 def shared_memory() -> set[str]:

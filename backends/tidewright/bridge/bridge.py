@@ -28,7 +28,7 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import FinishReason
+from tidewright.schema import DRAINING, FinishReason
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ class Bridge:
         self._dirty: dict[Call, None] = {}  # have something for the sender; in order of arrival
         self._changed = threading.Condition()
         self._stopping = threading.Event()
+        self._grace = settings.shutdown_grace
+        self._draining = False
         self._client = EngineClient(
             config,
             EngineEvents(self._on_outputs, self._on_stats, self._on_up, self._on_lost),
@@ -71,6 +73,16 @@ class Bridge:
     @property
     def engine_up(self) -> bool:
         return self._client.available
+
+    @property
+    def trouble(self) -> str:
+        """Why nobody should send requests here now; empty if all is well.
+
+        A heart that beats stands for all ranks: see engine/process.py.
+        """
+        if self._draining:
+            return DRAINING
+        return "" if self._client.available else f"the engine is not available ({self._client.cause})"
 
     @property
     def engine_restarts(self) -> int:
@@ -97,6 +109,17 @@ class Bridge:
         for thread in self._threads:
             thread.start()
 
+    def drain(self) -> None:
+        """Take no new requests; those in flight get `shutdown_grace` seconds, then they end with the reason."""
+        with self._changed:
+            if self._draining:
+                return
+            self._draining = True
+        message = f"the server is shutting down, and {self._grace:g} s (shutdown_grace) were not enough to finish"
+        timer = threading.Timer(self._grace, self._fail_all, [message])
+        timer.daemon = True
+        timer.start()
+
     def stop(self) -> None:
         """End the engine; what is still in flight ends with `EngineUnavailableError`."""
         self._client.stop()
@@ -115,7 +138,7 @@ class Bridge:
             TimedOutError: its timeout is over already.
             OverloadedError: as many sequences as may run and wait are already in flight.
             InvalidRequestError: it has more sequences than may ever be in flight.
-            EngineUnavailableError: the engine does not come up again.
+            EngineUnavailableError: the engine does not come up again, or the server is draining.
         """
         arrived_at = time.monotonic()
         sampling = request.sampling
@@ -125,6 +148,8 @@ class Bridge:
         ids = [next(self._ids) for _ in range(sampling.n)]
         call = Call(request, responder, self._tokenizer, ids, arrived_at, deadline)
         with self._changed:
+            if self._draining:
+                raise EngineUnavailableError("the server is shutting down; send the request to another")
             if self._failing:
                 raise EngineUnavailableError(self._failing)
             self._check_room(sampling.n)

@@ -108,6 +108,11 @@ class EngineClient:
         """An engine is up and takes requests."""
         return self._connection is not None
 
+    @property
+    def cause(self) -> str:
+        """Why none is available, while that is so."""
+        return self._cause
+
     def send(self, message: ToEngine) -> None:
         """Send one message.
 

@@ -19,6 +19,8 @@ class _LazyGroup(click.Group):
         "bench": "tidewright.launch.bench_command",
         "chat": "tidewright.launch.client_commands",
         "complete": "tidewright.launch.client_commands",
+        "drain": "tidewright.launch.health_commands",
+        "health": "tidewright.launch.health_commands",
         "serve": "tidewright.launch.serve_command",
         "worker": "tidewright.launch.worker_command",
     }

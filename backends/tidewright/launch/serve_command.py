@@ -20,6 +20,7 @@ from tidewright.config import CONFIG_FILE_VARIABLE, Settings
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.prepare import prepare
 from tidewright.launch.server import TritonServer
+from tidewright.launch.watchdog import Watchdog
 
 
 class _Stopped(BaseException):
@@ -95,9 +96,10 @@ def _run(settings: Settings, console: Console) -> int:
             server.start()
             server.wait_ready()
         _print_welcome(console, server, time.monotonic() - started)
-        code = server.wait()
-        console.print(f"[red]tritonserver ended by itself with code {code}[/]; see its log above")
-        return code or 1
+        if Watchdog(server, lambda message: console.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)).run():
+            raise _Stopped
+        console.print(f"[red]tritonserver ended by itself with code {server.exit_code}[/]; see its log above")
+        return server.exit_code or 1
     except LaunchError as error:
         console.print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 1

@@ -22,11 +22,13 @@ import psutil
 
 from tidewright.bridge.start_error import ERROR_FILE_VARIABLE
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
+from tidewright.launch.control import control
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
 from tidewright.parent_death import signal_on_parent_death
 
 IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figure lags by up to 0.25 s
+ANSWER_TIME = 0.5  # seconds after the grace time in which the bridge ends what is left
 KILL_AFTER = 2.0  # seconds from the end of the grace time, or from idle, to SIGKILL
 _TAIL_LINES = 20
 
@@ -118,25 +120,24 @@ class TritonServer:
                 time.sleep(0.05)
         raise ServerStartError(f"no token was generated within {self.settings.start_timeout:g} s (start_timeout)")
 
-    def wait(self) -> int:
-        """Wait until tritonserver ends; returns its exit code."""
-        assert self._process is not None
-        return self._process.wait()
-
-    def terminate(self) -> None:
-        """Ask Triton to end: it takes no new requests, running ones may finish."""
+    def drain(self) -> None:
+        """Ask Triton to end: it takes no new requests, running ones may finish, and get an answer if they can't."""
+        if not self.running:
+            return
+        with contextlib.suppress(LaunchError):  # no answer is needed from a server that is not well
+            control(self.http_url, "drain", timeout=1)
         if self.running:
             os.kill(self._process.pid, signal.SIGTERM)  # type: ignore[union-attr]
 
     def stop(self, grace: float = 0.0, hurry: threading.Event | None = None) -> None:
         """End everything within about `grace` + `KILL_AFTER` seconds; sooner when no request is running.
 
-        Setting `hurry` ends the wait.
+        What is not done after `settings.shutdown_grace` is answered with the reason. Setting `hurry` ends the wait.
         """
         hurry = hurry or threading.Event()
-        self.terminate()
+        self.drain()
         now = idle_since = time.monotonic()
-        deadline = now + grace
+        deadline = now + grace + (ANSWER_TIME if grace else 0)
         while self.running and now < deadline and now - idle_since < IDLE_FOR and not hurry.is_set():
             hurry.wait(0.1)
             now = time.monotonic()
@@ -162,6 +163,14 @@ class TritonServer:
         if self._run_dir is not None:
             shutil.rmtree(self._run_dir, ignore_errors=True)
 
+    def kill_stub(self, model: str) -> None:
+        """End the Python process of a model, if it is there."""
+        for process in self._session_processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                command = process.cmdline()
+                if command and command[0].endswith("triton_python_backend_stub") and f"/{model}/" in command[1]:
+                    process.kill()
+
     def _command(self, binary: Path, backends: Path) -> list[str]:
         settings, repositories = self.settings, _repositories()
         shown = ["info", "warning", "error"].index(settings.log_level)
@@ -180,7 +189,7 @@ class TritonServer:
             f"--metrics-address={settings.host}",
             f"--metrics-port={settings.metrics_port}",
             "--metrics-interval-ms=500",
-            f"--exit-timeout-secs={max(math.ceil(settings.shutdown_grace), 2)}",
+            f"--exit-timeout-secs={math.ceil(settings.shutdown_grace + ANSWER_TIME + 1)}",
             f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
             f"--log-info={int(shown == 0)}",
             f"--log-warning={int(shown <= 1)}",

@@ -1,0 +1,89 @@
+"""Watches a server from outside, for what nobody inside can see: a dead or stuck stub. Loads its model again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from tidewright.launch.control import (
+    DeadStubError,
+    NoAnswerError,
+    TroubleError,
+    UnreachableError,
+    control,
+    post,
+    probe_tokenizer,
+)
+from tidewright.launch.errors import LaunchError
+from tidewright.launch.server import TritonServer
+from tidewright.schema import DRAINING
+
+PROBE_INTERVAL = 1.0  # seconds
+PROBE_TIMEOUT = 5.0  # seconds
+PATIENCE = 3  # probes in a row without an answer; then the stub is taken for stuck
+RELOAD_INTERVAL = 5.0  # seconds between attempts to load a model that would not load
+
+
+class Watchdog:
+    def __init__(self, server: TritonServer, say: Callable[[str], None]) -> None:
+        self._server, self._say = server, say
+        self._silent = {"decoder": 0, "tokenizer": 0}
+        self._missing: dict[str, float] = {}  # models to be loaded again, and when (time.monotonic())
+
+    def run(self) -> bool:
+        """Until Triton has ended by itself (False), or someone has asked for a drain (True)."""
+        while self._server.running:
+            for model in self._silent:
+                if self._probe(model):
+                    return True
+            time.sleep(PROBE_INTERVAL)
+        return False
+
+    def _probe(self, model: str) -> bool:
+        """True if the server drains."""
+        if model in self._missing:
+            self._load(model)
+            return False
+        try:
+            if model == "decoder":
+                control(self._server.http_url, "health", PROBE_TIMEOUT)
+            else:
+                probe_tokenizer(self._server.http_url, PROBE_TIMEOUT)
+        except DeadStubError:
+            self._reload(model, "died")
+        except NoAnswerError:
+            self._silent[model] += 1
+            if self._silent[model] == PATIENCE:
+                self._reload(model, "does not answer")
+            return False
+        except TroubleError as error:
+            # An engine that is down comes up again by itself.
+            return str(error) == DRAINING
+        except UnreachableError:
+            return False  # it is about to end
+        self._silent[model] = 0
+        return False
+
+    def _reload(self, model: str, what: str) -> None:
+        self._say(f"the stub of {model} {what}; requests in it are lost; loading the model again")
+        self._server.kill_stub(model)
+        try:
+            post(f"{self._server.http_url}/v2/repository/models/{model}/unload", {}, PROBE_TIMEOUT)
+        except LaunchError as error:
+            self._say(f"{model} could not be unloaded: {error}")
+        self._missing[model] = 0.0
+        self._load(model)
+
+    def _load(self, model: str) -> None:
+        began = time.monotonic()
+        if began < self._missing[model]:
+            return
+        timeout = self._server.settings.start_timeout + 10
+        try:
+            post(f"{self._server.http_url}/v2/repository/models/{model}/load", {}, timeout)
+        except LaunchError as error:
+            self._say(f"{model} could not be loaded again: {error}; trying again in {RELOAD_INTERVAL:g} s")
+            self._missing[model] = time.monotonic() + RELOAD_INTERVAL
+            return
+        del self._missing[model]
+        self._say(f"{model} is back after {time.monotonic() - began:.1f} s")

@@ -1,0 +1,134 @@
+"""Health that tells the truth, stubs that are replaced, and the gentle end. Real processes, real signals."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from helpers.triton import RunningServer
+from serving.test_lifecycle import Serve, child
+from tidewright.bench.machine import free_ports
+from tidewright.launch import watchdog
+from tidewright.launch.watchdog import Watchdog
+
+LONG = {"temperature": 0, "max_tokens": 8000, "ignore_eos": True}
+
+
+def tidewright(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("tidewright")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def healthy(url: str) -> str:
+    """Empty if so, else what the command says."""
+    done = tidewright("health", "--url", url)
+    assert done.returncode == (1 if done.stderr else 0)
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_health_follows_the_engine(bf16_server: RunningServer) -> None:
+    url = bf16_server.triton.http_url
+    assert healthy(url) == ""
+    assert bf16_server.triton.pid is not None
+    child(bf16_server.triton.pid, "tidewright.engine").kill()
+    deadline = time.monotonic() + 30
+    while not (reason := healthy(url)):
+        assert time.monotonic() < deadline
+        child(bf16_server.triton.pid, "tidewright.engine").kill()
+    assert reason == "Error: the engine is not available (killed by SIGKILL)\n"
+    while healthy(url):
+        assert time.monotonic() < deadline
+    bf16_server.wait_idle()
+
+
+def test_where_no_server_is_there_is_no_health() -> None:
+    url = f"http://127.0.0.1:{free_ports(1)[0]}"
+    assert healthy(url).startswith(f"Error: can't reach {url}/v2/models/decoder/generate: ")
+    done = tidewright("drain", "--url", url)
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False)
+
+
+def test_a_busy_server_is_healthy(model_dir: Path) -> None:
+    """Health must not wait in the queue, or the busiest replica is the first to be taken out."""
+    with RunningServer(model_dir, max_running=1, max_waiting=0) as server, server.stream() as stream:
+        stream.send("1", text_input="Once", stream=True, sampling_parameters=LONG)
+        stream.next()
+        assert "running or waiting" in str(server.generate(text_input="Once").error)
+        assert healthy(server.triton.http_url) == ""
+
+
+def test_an_unknown_control_word_is_refused(bf16_server: RunningServer) -> None:
+    answer = bf16_server.post("decoder/generate", {"control": "reboot"})
+    assert answer.json() == {"error": "control is 'reboot'; it can be: health, drain"}
+
+
+@contextlib.contextmanager
+def watched(server: RunningServer) -> Iterator[list[str]]:
+    said: list[str] = []
+    thread = threading.Thread(target=Watchdog(server.triton, said.append).run, daemon=True)
+    thread.start()
+    yield said
+    server.triton.stop()
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def stub_of(server: RunningServer, model: str) -> psutil.Process:
+    assert server.triton.pid is not None
+    return child(server.triton.pid, f"/{model}/")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_stub_that_is_gone_or_stuck_is_replaced(
+    model_dir: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watchdog, "PROBE_INTERVAL", 0.1)
+    monkeypatch.setattr(watchdog, "PROBE_TIMEOUT", 2.0)
+    with RunningServer(model_dir) as server, watched(server) as said, server.stream() as stream:
+        # Nothing can save a stream inside a dead stub, but it must not keep the model from being loaded again.
+        stream.send("lost", text_input="Once", stream=True, sampling_parameters=LONG)
+        stream.next()
+        for model in ("decoder", "tokenizer"):
+            said.clear()
+            stub_of(server, model).send_signal(number)
+            deadline = time.monotonic() + 60
+            while not any(line.startswith(f"{model} is back") for line in said):
+                assert time.monotonic() < deadline, said
+                time.sleep(0.05)
+            assert said[0].startswith(f"the stub of {model} ")
+            answer = server.post("generate/generate", {"text_input": "Once", "max_tokens": 3})
+            assert answer.status_code == 200, answer.text
+        assert healthy(server.triton.http_url) == ""
+
+
+def test_drain_ends_a_server_gently_and_tells_who_did_not_finish(model_dir: Path) -> None:
+    running = Serve("--shutdown-grace", "3")
+    try:
+        running.wait_ready()
+        url = f"http://127.0.0.1:{running.http}"
+        generate = f"{url}/v2/models/decoder/generate_stream"
+        body = {"text_input": "Once", "stream": True, **LONG}
+        with httpx.stream("POST", generate, json=body, timeout=60, trust_env=False) as response:
+            lines = response.iter_lines()
+            next(lines)
+            assert tidewright("drain", "--url", url, "--no-wait").stdout == "Draining.\n"
+            assert healthy(url) == "Error: draining: no new requests are taken\n"
+            rest = list(lines)
+        assert "the server is shutting down, and 3 s (shutdown_grace) were not enough" in rest[-1] + rest[-2]
+        assert running.wait(timeout=20) == 0
+        running.assert_nothing_left()
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in [*running.family, psutil.Process(running.process.pid)]:
+                process.kill()
