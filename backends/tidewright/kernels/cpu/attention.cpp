@@ -3,10 +3,14 @@
 //
 // A unit of work is a few tokens of one sequence, with the query heads of one KV head: up to ROWS rows of queries that
 // read the same keys and values, KEYS at a time. Few tokens with a long context are cut into parts of SPLIT keys, whose
-// results are merged at the end, as in Flash-Decoding (Dao et al., 2023). Parts that neighbouring sequences share, block
-// by block, are read once for all of them, as in Hydragen (Juravsky et al., 2024). The cuts depend on the sequence alone:
-// its result is the same with any number of threads and, in float32, in any batch. In bfloat16 many rows are summed in
+// results are merged at the end, as in Flash-Decoding (Dao et al., 2023); their units take all KV heads, as memory is
+// faster in one run, if there are enough of them for all threads. Parts that neighbouring sequences share, block by block,
+// are read once for all of them, as in Hydragen (Juravsky et al., 2024). The cuts of the keys depend on the sequence alone:
+// its result is the same with any number of threads and, in float32, in any batch. In bfloat16 many rows may be summed in
 // another order than few, and where there is AMX, by that.
+#include <omp.h>
+
+#include <atomic>
 #include <memory>
 #include <vector>
 
@@ -22,7 +26,7 @@ struct Span {  // as attention/native.py lays it out
 };
 
 struct Unit {
-    int32_t span, token, head, first_key, end_key;
+    int32_t span, token, head, heads, first_key, end_key;
     int32_t spans = 1;     // of one token each, if several
     int64_t partial = -1;  // where its results wait to be merged, if it is one of several over the same queries
 };
@@ -44,11 +48,11 @@ struct Scratch {
     std::unique_ptr<Amx<T>> amx;      // instead, where it exists
     std::unique_ptr<TileRegisters> registers;
 
-    // Of up to `rows` rows, padded to whole tiles.
-    Scratch(int64_t rows, int64_t width)
+    // Of up to `rows` rows; `by_tile`: some units have many, then it's whole tiles of them.
+    Scratch(int64_t rows, int64_t width, bool by_tile)
         : queries(rows * width), scores(rows * KEYS), totals(rows * width), highest(rows), weights(rows),
           sums(rows * LANES) {
-        if (rows <= TILE_ROWS) return;
+        if (!by_tile) return;
         if constexpr (Amx<T>::EXISTS)
             if (Amx<T>::permitted()) {
                 amx.reset(new Amx<T>(rows, width));
@@ -67,33 +71,49 @@ struct Attention {
     const int32_t* tables;
     int64_t num_spans, q_stride, heads, kv_heads, size, block_size, window;
     float scale, softcap;
-    int64_t group, width;           // query heads a KV head; `size` in whole vectors of words
+    static constexpr int PER_WORD = Wide<Scored<T>>::PARTS;  // values of a query
+    int64_t group, width, query_words;  // query heads a KV head; `size` in whole vectors of words; those of a query
     int64_t unit_tokens, max_rows;  // tokens a unit at most; rows of the largest unit
+    int32_t heads_together;         // in units of few rows
+    bool by_tile;                   // there are others
     std::vector<Unit> units;
     std::vector<Merge> merges;
 
     void run() {
         group = heads / kv_heads;
         width = (size + Wide<T>::WIDTH - 1) / Wide<T>::WIDTH * Wide<T>::WIDTH;
+        query_words = width / PER_WORD;
         unit_tokens = std::max<int64_t>(1, ROWS / group);
+        // The keys of all heads lie side by side: it is best to read them so, unless threads would be without work.
+        int64_t parts = 0;
+        for (int64_t i = 0; i < num_spans; i++) parts += (spans[i].start + spans[i].count) / SPLIT + 1;
+        heads_together = parts >= 4 * omp_get_max_threads() ? kv_heads : 1;
         list_units();
         int64_t num_partials = 0;
         for (Unit& unit : units) {
-            max_rows = std::max(max_rows, num_rows(unit));
+            max_rows = std::max(max_rows, all_rows(unit));
+            by_tile |= num_rows(unit) > TILE_ROWS;
             if (unit.partial < 0) continue;
             unit.partial = num_partials;
-            num_partials += num_rows(unit) * (width + 2);
+            num_partials += all_rows(unit) * (width + 2);
         }
         std::unique_ptr<float[]> partials(new float[num_partials]);
+        std::atomic<size_t> free = 0;
 #pragma omp parallel
         {
-            Scratch<T> scratch(max_rows > TILE_ROWS ? (max_rows + 15) / 16 * 16 : max_rows, width);
-#pragma omp for schedule(dynamic)
-            for (size_t i = 0; i < units.size(); i++) {
-                attend(units[i], scratch);
-                if (units[i].partial >= 0) save(units[i], scratch, partials.get() + units[i].partial);
-                else finish(units[i], scratch);
+            Scratch<T> scratch((max_rows + 15) / 16 * 16, width, by_tile);
+            for (size_t i = free++, next; i < units.size(); i = next) {
+                const Unit& unit = units[i];
+                // The end of a unit of few rows calls the beginning of the next from memory. With many rows, that matters
+                // less than that no unit waits for a thread at work.
+                bool few = num_rows(unit) <= TILE_ROWS;
+                if (few) next = free++;
+                attend(unit, few && next < units.size() ? units[next] : unit, scratch);
+                if (unit.partial >= 0) save(unit, scratch, partials.get() + unit.partial);
+                else finish(unit, scratch);
+                if (!few) next = free++;
             }
+#pragma omp barrier
 #pragma omp for schedule(dynamic)
             for (size_t i = 0; i < merges.size(); i++) {
                 merge(merges[i], partials.get(), scratch);
@@ -102,48 +122,67 @@ struct Attention {
         }
     }
 
+    // Of each KV head; `all_rows` are those of one head after those of the other.
     int64_t num_rows(const Unit& unit) const {
         return std::min<int64_t>(unit_tokens, unit.spans > 1 ? unit.spans : spans[unit.span].count - unit.token) * group;
     }
+
+    int64_t all_rows(const Unit& unit) const { return num_rows(unit) * unit.heads; }
 
     void list_units() {
         for (int32_t first = 0; first < num_spans;) {
             int32_t shared;  // keys
             int32_t end = find_sharers(first, shared);
             int64_t shared_units = units.size();
-            for (int32_t head = 0; head < kv_heads; head++)
-                for (int32_t key = 0; key < shared; key += SPLIT)
-                    units.push_back({first, 0, head, key, key + SPLIT, end - first, 0});
+            for (int32_t key = 0; key < shared; key += SPLIT)
+                add_unit({first, 0, 0, 1, key, key + SPLIT, end - first, 0});
             for (int32_t span = first; span < end; span++)
                 for (int32_t token = 0; token < spans[span].count; token += unit_tokens)
-                    for (int32_t head = 0; head < kv_heads; head++)
-                        add_units(span, token, head, shared_units, shared / SPLIT, (span - first) * group);
+                    add_units(span, token, shared_units, shared / SPLIT, (span - first) * group);
             first = end;
         }
     }
 
-    // Of the keys of some tokens and a head, the first parts are in units that were made before, in rows from `row` on.
-    void add_units(
-        int32_t span, int32_t token, int32_t head, int64_t shared_units, int32_t num_shared, int64_t row) {
+    // For each KV head, or for those that go together.
+    void add_unit(Unit unit) {
+        unit.heads = together(unit);
+        for (; unit.head < kv_heads; unit.head += unit.heads) units.push_back(unit);
+    }
+
+    int32_t together(const Unit& unit) const { return num_rows(unit) <= TILE_ROWS ? heads_together : 1; }
+
+    // Of the keys of some tokens, the first parts are in units that were made before, in rows from `row` on.
+    void add_units(int32_t span, int32_t token, int64_t shared_units, int32_t num_shared, int64_t row) {
         int32_t position = spans[span].start + token;
         int32_t first = window ? std::max<int32_t>(0, position - window + 1) : 0;
         int32_t end = std::min<int32_t>(position + unit_tokens, spans[span].start + spans[span].count);
-        Unit unit = {span, token, head, first, end};
+        Unit unit = {span, token, 0, 1, first, end};
         // Many tokens are units enough.
         if (spans[span].count > unit_tokens || end - first <= SPLIT) {
-            units.push_back(unit);
+            add_unit(unit);
             return;
         }
-        Merge merge = {unit, {}};
-        for (int32_t part = 0; part < num_shared; part++)
-            merge.parts.push_back({shared_units + head * num_shared + part, row});
+        int64_t own_units = units.size();
         unit.partial = 0;
         for (int32_t key = first + num_shared * SPLIT; key < end; key += SPLIT) {
             unit.first_key = key, unit.end_key = std::min(key + SPLIT, end);
-            merge.parts.push_back({int64_t(units.size()), 0});
-            units.push_back(unit);
+            add_unit(unit);
         }
-        merges.push_back(merge);
+        for (unit.head = 0; unit.head < kv_heads; unit.head++) {
+            Merge merge = {unit, {}};
+            add_parts(merge, shared_units, num_shared, row);
+            add_parts(merge, own_units, (end - first + SPLIT - 1) / SPLIT - num_shared, 0);
+            merges.push_back(merge);
+        }
+    }
+
+    // `count` parts, whose units are listed from `first_unit` on.
+    void add_parts(Merge& merge, int64_t first_unit, int32_t count, int64_t row) const {
+        if (!count) return;
+        int32_t head = merge.unit.head, heads = units[first_unit].heads;
+        row += head % heads * num_rows(units[first_unit]);
+        for (int32_t part = 0; part < count; part++)
+            merge.parts.push_back({first_unit + (part * kv_heads + head) / heads, row});
     }
 
     // The end of the spans of one token, from `first` on, whose first `shared` keys, whole parts, are the same.
@@ -165,38 +204,55 @@ struct Attention {
         return std::min<int32_t>(most, blocks * block_size) / SPLIT * SPLIT;
     }
 
+    // Where a row's query stands in q.
+    int64_t token_of(const Unit& unit, int64_t row) const {
+        return spans[unit.span].first_row + unit.token + row % num_rows(unit) / group;
+    }
+    int64_t head_of(const Unit& unit, int64_t row) const {
+        return (unit.head + row / num_rows(unit)) * group + row % group;
+    }
+
     // Leaves in `scratch`, for each row: the sum of its weighted values, its weights' sum, its highest score.
-    void attend(const Unit& unit, Scratch<T>& scratch) const {
-        int64_t rows = num_rows(unit), first_row = spans[unit.span].first_row + unit.token;
-        for (int64_t row = 0; row < rows; row++) {
-            const T* from = q + (first_row + row / group) * q_stride + (unit.head * group + row % group) * size;
+    // Calls from memory what `following` begins with.
+    void attend(const Unit& unit, const Unit& following, Scratch<T>& scratch) const {
+        int64_t rows = num_rows(unit);
+        for (int64_t row = 0; row < all_rows(unit); row++) {
+            const T* from = q + token_of(unit, row) * q_stride + head_of(unit, row) * size;
             if constexpr (Amx<T>::EXISTS)
                 if (scratch.amx) scratch.amx->set_query(row, from, size);
-            for (int64_t d = 0; d < size; d += LANES)
-                store(&scratch.queries[row * width + d], load(from + d, size - d));
+            read_query(from, size, &scratch.queries[row * query_words]);
         }
-        std::fill_n(scratch.totals.begin(), rows * width, 0.0f);
-        std::fill_n(scratch.sums.begin(), rows * LANES, 0.0f);
-        std::fill_n(scratch.highest.begin(), rows, MASKED);
+        std::fill_n(scratch.totals.begin(), all_rows(unit) * width, 0.0f);
+        std::fill_n(scratch.sums.begin(), all_rows(unit) * LANES, 0.0f);
+        std::fill_n(scratch.highest.begin(), all_rows(unit), MASKED);
         int64_t places[KEYS], next[KEYS];
         locate(unit, unit.first_key, next);
         for (int32_t key = unit.first_key; key < unit.end_key; key += KEYS) {
             int32_t count = std::min(KEYS, unit.end_key - key);
             std::copy_n(next, KEYS, places);
-            locate(unit, key + KEYS, next);
+            bool last = key + KEYS >= unit.end_key;
+            locate(last ? following : unit, last ? following.first_key : key + KEYS, next);
             float *scores = scratch.scores.data(), *totals = scratch.totals.data();
             if (rows <= TILE_ROWS) {
-                with_rows(rows, [&](auto few) {
-                    constexpr int R = decltype(few)::value, STEP = 2 * Wide<T>::WIDTH;
-                    few_scores<R>(scratch.queries.data(), k_cache, places, next, count, scores, size, width);
-                    weigh_rows(unit, key, count, scratch);
-                    for (int j = 0; j < count; j++) prefetch(v_cache + next[j], size);
-                    int64_t d = 0;
-                    for (; d + STEP <= size; d += STEP)
-                        few_values<R, 2>(scores, v_cache + d, places, count, totals + d, STEP, width);
-                    for (; d < size; d += STEP / 2)
-                        few_values<R, 1>(scores, v_cache + d, places, count, totals + d, size - d, width);
-                });
+                int64_t called = (last ? following : unit).heads * size;
+                Ahead<T> next_keys = {k_cache, next, called}, next_values = {v_cache, next, called};
+                for (int32_t head = 0; head < unit.heads; head++)
+                    with_rows(rows, [&](auto few) {
+                        constexpr int R = decltype(few)::value, STEP = 2 * Wide<T>::WIDTH;
+                        int64_t row = head * R, d = 0;
+                        const T *keys = k_cache + head * size, *values = v_cache + head * size;
+                        float *own_scores = scores + row * KEYS, *own_totals = totals + row * width;
+                        few_scores<R>(
+                            &scratch.queries[row * query_words], keys, places, next_keys, count, own_scores, size,
+                            query_words);
+                        weigh_rows(unit, row, key, count, scratch);
+                        for (; d + STEP <= size; d += STEP)
+                            few_values<R, 2>(
+                                own_scores, values + d, places, next_values, count, own_totals + d, STEP, width);
+                        for (; d < size; d += STEP / 2)
+                            few_values<R, 1>(
+                                own_scores, values + d, places, next_values, count, own_totals + d, size - d, width);
+                    });
                 continue;
             }
             if (scratch.amx) {
@@ -205,12 +261,13 @@ struct Attention {
             }
             float *keys = scratch.keys.data(), *values = scratch.values.data();
             read_tile(k_cache, v_cache, places, next, count, keys, values, size, width);
-            std::fill_n(scores, rows * KEYS, 0.0f);
-            product(scratch.queries.data(), width, keys, KEYS, scores, KEYS, rows, KEYS, size);
-            weigh_rows(unit, key, count, scratch);
-            product(scores, KEYS, values, width, totals, width, rows, width, count);
+            int64_t words = (size + PER_WORD - 1) / PER_WORD;
+            product<Scored<T>, false>(
+                scratch.queries.data(), query_words, keys, KEYS, scores, KEYS, rows, KEYS, words);
+            weigh_rows(unit, 0, key, count, scratch);
+            product<float, true>(scores, KEYS, values, width, totals, width, rows, width, count);
         }
-        for (int64_t row = 0; row < rows; row++) scratch.weights[row] = sum(load(&scratch.sums[row * LANES]));
+        for (int64_t row = 0; row < all_rows(unit); row++) scratch.weights[row] = sum(load(&scratch.sums[row * LANES]));
     }
 
     void attend_by_amx(
@@ -222,7 +279,7 @@ struct Attention {
             float* scores = scratch.scores.data();
             amx.read(k_cache, v_cache, places, next, count, size);
             amx.score(rows, scores);
-            weigh_rows(unit, key, count, scratch);
+            weigh_rows(unit, 0, key, count, scratch);
             for (int64_t row = 0; row < rows; row++) amx.set_weights(row, scores + row * KEYS);
             amx.add_values(rows, scratch.totals.data(), width);
         }
@@ -240,11 +297,12 @@ struct Attention {
         }
     }
 
-    void weigh_rows(const Unit& unit, int32_t key, int32_t count, Scratch<T>& scratch) const {
+    // Of one head, from `first` on.
+    void weigh_rows(const Unit& unit, int64_t first, int32_t key, int32_t count, Scratch<T>& scratch) const {
         for (int64_t row = 0; row < num_rows(unit); row++) {
             int32_t position = spans[unit.span].start + unit.token + row / group;
             int32_t end = std::min(position - key + 1, count);
-            weigh(row, window ? position - window + 1 - key : 0, end, scratch);
+            weigh(first + row, window ? position - window + 1 - key : 0, end, scratch);
         }
     }
 
@@ -279,9 +337,8 @@ struct Attention {
     }
 
     void finish(const Unit& unit, const Scratch<T>& scratch) const {
-        int64_t first_row = spans[unit.span].first_row + unit.token;
-        for (int64_t row = 0; row < num_rows(unit); row++) {
-            T* to = out + ((first_row + row / group) * heads + unit.head * group + row % group) * size;
+        for (int64_t row = 0; row < all_rows(unit); row++) {
+            T* to = out + (token_of(unit, row) * heads + head_of(unit, row)) * size;
             for (int64_t d = 0; d < size; d += Wide<T>::WIDTH) {
                 Floats parts[Wide<T>::PARTS];
                 std::memcpy(parts, &scratch.totals[row * width + d], sizeof parts);
@@ -293,7 +350,7 @@ struct Attention {
     }
 
     void save(const Unit& unit, const Scratch<T>& scratch, float* partial) const {
-        int64_t rows = num_rows(unit);
+        int64_t rows = all_rows(unit);
         partial = std::copy_n(scratch.highest.begin(), rows, partial);
         partial = std::copy_n(scratch.weights.begin(), rows, partial);
         std::copy_n(scratch.totals.begin(), rows * width, partial);
@@ -307,7 +364,7 @@ struct Attention {
             float* total = &scratch.totals[row * width];
             std::fill_n(total, width, 0.0f);
             for (const Merge::Part& part : merge.parts) {
-                int64_t rows = num_rows(units[part.unit]), own = part.row + row;
+                int64_t rows = all_rows(units[part.unit]), own = part.row + row;
                 const float *from = partials + units[part.unit].partial, *values = from + 2 * rows + own * width;
                 float keep = std::exp(from[own] - highest);
                 weight += from[rows + own] * keep;
