@@ -21,6 +21,7 @@ import transformers
 
 from helpers.checkpoints import SIZES, expected, prompt, save
 from helpers.engine_process import PATIENCE, Bridge, bridge, config, submit
+from helpers.oracle import PROMPTS, Oracle
 from tidewright.bench.machine import free_ports
 from tidewright.distributed.fingerprint import model_fingerprint
 from tidewright.engine.messages import Failed, Heartbeat, Ready, StepOutputs, Submit, encode
@@ -125,6 +126,15 @@ def test_any_number_of_ranks_gives_the_same_tokens(tmp_path: Path, size: int) ->
         while not preemptions:
             message = started.hear()
             preemptions = message.stats.preemptions if isinstance(message, Heartbeat) else 0
+
+
+def test_three_ranks_of_the_embedded_model(model_dir: Path, oracle: Oracle) -> None:
+    """Each has one of its KV heads and three of its query heads."""
+    greedy = SamplingParams(temperature=0, max_tokens=12, seed=0)
+    prompts = [oracle.ids(PROMPTS[name]) for name in ("english", "numbers", "korean")]
+    with group(model_dir, 3, kv_cache_memory="64MiB") as started:
+        tokens = tokens_of(started, [Submit(i, ids, greedy) for i, ids in enumerate(prompts)])
+    assert list(tokens.values()) == [oracle.greedy(ids, 12) for ids in prompts]
 
 
 def test_aborts_and_deadlines_reach_every_rank(checkpoint: tuple[Path, Any]) -> None:
