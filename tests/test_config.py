@@ -55,7 +55,10 @@ def test_the_stubs_read_the_same_settings_from_the_environment(monkeypatch: pyte
         ({"tensor_parallel_size": 3, "nodes": 2, "rendezvous": "h:1"}, "3, which 2 nodes can't share equally"),
         ({"tensor_parallel_size": 2, "nodes": 2}, "nodes > 1 and rendezvous go together"),
         ({"tensor_parallel_size": 2, "rendezvous": "h:1"}, "nodes > 1 and rendezvous go together"),
-        ({"tensor_parallel_size": 2, "nodes": 2, "rendezvous": "somewhere"}, "must be HOST:PORT"),
+        *(
+            ({"tensor_parallel_size": 2, "nodes": 2, "rendezvous": text}, "must be HOST:PORT")
+            for text in ("somewhere", ":1", "h:", "h:0", "h:65536", "h:²", "h i:1", "::1:5", "a..b:1", "0.0.0.0:9")
+        ),
     ],
 )
 def test_bad_values_are_refused(options: dict, message: str) -> None:

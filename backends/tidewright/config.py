@@ -7,7 +7,6 @@ and docs/configuration.md are made from these fields.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,7 @@ from pydantic_settings import (
 )
 
 from tidewright.cache import EMBEDDED_MODEL
-from tidewright.engine.messages import EngineConfig
+from tidewright.engine.messages import EngineConfig, parse_rendezvous
 from tidewright.kv_cache.budget import parse_memory
 
 CONFIG_FILE_VARIABLE = "TIDEWRIGHT_CONFIG"
@@ -106,8 +105,8 @@ class Settings(BaseSettings):
             )
         if (self.nodes > 1) != bool(self.rendezvous):
             raise ValueError("nodes > 1 and rendezvous go together: the other hosts come to HOST:PORT")
-        if self.rendezvous and not re.fullmatch(r"[^:\s]+:\d{1,5}", self.rendezvous):
-            raise ValueError(f"rendezvous is {self.rendezvous!r}, but must be HOST:PORT")
+        if self.rendezvous:
+            parse_rendezvous(self.rendezvous)
         return self
 
     @classmethod

@@ -6,6 +6,9 @@ Engine to bridge: `Ready`, then `StepOutputs` and `Heartbeat`; at any time `Fail
 
 from __future__ import annotations
 
+import contextlib
+import re
+
 import msgspec
 
 from tidewright.schema import FinishReason, SamplingParams
@@ -41,8 +44,19 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rendezvous_address(self) -> tuple[str, int]:
-        host, _, port = self.rendezvous.rpartition(":")
-        return (host, int(port)) if host else ("127.0.0.1", 0)
+        return parse_rendezvous(self.rendezvous) if self.rendezvous else ("127.0.0.1", 0)
+
+
+def parse_rendezvous(text: str) -> tuple[str, int]:
+    """Raises ValueError: it is not HOST:PORT, or not one that others can come to."""
+    found = re.fullmatch(r"([^:\s]+):([0-9]{1,5})", text)
+    if found and found[1] != "0.0.0.0" and 0 < int(found[2]) < 1 << 16:
+        with contextlib.suppress(UnicodeError):
+            found[1].encode("idna")  # as looking it up will
+            return found[1], int(found[2])
+    raise ValueError(
+        f"rendezvous is {text!r}, but must be HOST:PORT, an address of rank 0's host that the others reach"
+    )
 
 
 class Configure(msgspec.Struct, frozen=True, tag="configure", array_like=True):
