@@ -216,7 +216,7 @@ def test_a_norm_that_adds_one_does_so_in_its_own_type() -> None:
 
 def _in_two_processes(rank: int, rendezvous: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    group = TensorParallelGroup(rank, 2)
+    group = TensorParallelGroup(rank, 2, store=torch.distributed.FileStore(f"{rendezvous}-store", 2))
     weight, x_BE, ids_T = random(11, 8), random(3, 8), torch.tensor([0, 10, 5])
     head = ParallelLMHead(11, 8, group)
     embedding = VocabParallelEmbedding(11, 8, group)

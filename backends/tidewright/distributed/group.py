@@ -31,11 +31,15 @@ class Cut:
 
 @dataclass(frozen=True)
 class TensorParallelGroup:
-    """Collectives go through torch.distributed's default group, or through `shared` memory where it can be used."""
+    """Collectives go through torch.distributed's default group, or through `shared` memory where it can be used.
+
+    While ranks start they meet in `store`: one may load for much longer than a collective may take.
+    """
 
     rank: int = 0
     size: int = 1
     shared: SharedMemory | None = None
+    store: torch.distributed.Store | None = None
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in place; the same bits on all of them."""
@@ -57,12 +61,17 @@ class TensorParallelGroup:
         return None if parts is None else torch.cat(parts, dim=-1)
 
     def smallest(self, value: int) -> int:
-        """The least of the ranks' values, on each of them."""
+        """The least of the ranks' values, on each of them. Waits for the others as long as the store does."""
         if self.size == 1:
             return value
-        values = [0] * self.size
-        torch.distributed.all_gather_object(values, value)
-        return min(values)
+        assert self.store is not None
+        round_ = self.store.add(f"rounds of {self.rank}", 1)
+        self.store.set(f"{round_} of {self.rank}", str(value))
+        return min(int(self.store.get(f"{round_} of {rank}")) for rank in range(self.size))
+
+    def wait_for_all(self) -> None:
+        """Until every rank has come here."""
+        self.smallest(0)
 
     def cut(self, total: int) -> Cut:
         """This rank's part of `total` features; parts differ by little where they can't be equal.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from datetime import timedelta
 
 import psutil
@@ -14,12 +15,18 @@ from tidewright.distributed.group import TensorParallelGroup
 from tidewright.distributed.shared_memory import SharedMemory
 
 
-def make_store(host: str) -> dist.TCPStore:
+def make_store(host: str, timeout: float) -> dist.TCPStore:
     """The store through which the ranks find each other, on a free port of `host` and of no other address."""
     listener = socket.create_server((host, 0), backlog=64)
     port = listener.getsockname()[1]
     return dist.TCPStore(
-        host, port, is_master=True, wait_for_workers=False, use_libuv=False, master_listen_fd=listener.detach()
+        host,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        use_libuv=False,
+        timeout=timedelta(seconds=timeout),
+        master_listen_fd=listener.detach(),
     )
 
 
@@ -49,13 +56,14 @@ def join_group(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+    group = TensorParallelGroup(rank, size, store=store)
+    group.wait_for_all()  # from here on, one that does not come within `timeout` is lost
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
-    group = TensorParallelGroup(rank, size)
     shared = None
     if backend == "gloo" and shared_file is not None:
         shared = SharedMemory.attach(shared_file, rank, size, timeout)
     # All or none, or they would wait for each other in different places.
-    return TensorParallelGroup(rank, size, shared) if group.smallest(int(shared is not None)) else group
+    return replace(group, shared=shared) if group.smallest(int(shared is not None)) else group
 
 
 def _interface_of(address: str) -> str | None:

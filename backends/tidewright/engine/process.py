@@ -71,11 +71,13 @@ class EngineProcess:
     def _make_engine(self, config: EngineConfig, ranks: Ranks | None) -> Engine:
         config, group = place(config, 0), ALONE
         if ranks:
-            store = make_store(ranks.host)
+            store = make_store(ranks.host, config.start_timeout)
             ranks.gather(store.port, self._rank_lost)
             size, timeout = config.tensor_parallel_size, config.heartbeat_timeout / 2
             group = join_group(store, 0, size, config.device, ranks.host, timeout, ranks.shared_file)
-        return Engine(config, group, ranks)
+        engine = Engine(config, group, ranks)
+        group.wait_for_all()
+        return engine
 
     def _fail(self, what: str, error: Exception, ranks: Ranks | None) -> None:
         if ranks:

@@ -76,13 +76,12 @@ class Rank:
         size, timeout = config.tensor_parallel_size, config.heartbeat_timeout / 2
         group = join_group(store, rank, size, config.device, self._own_address, timeout, self._shared_file)
         follower = Follower(config, group)
-        patience = config.start_timeout  # the others may still load
+        group.wait_for_all()
         while True:
             try:
-                message = self._inbox.get(timeout=patience)
+                message = self._inbox.get(timeout=config.heartbeat_timeout)
             except queue.Empty:
-                raise TimeoutError(f"nothing came from rank 0 for {patience:g} s") from None
-            patience = config.heartbeat_timeout
+                raise TimeoutError(f"nothing came from rank 0 for {config.heartbeat_timeout:g} s") from None
             if isinstance(message, Step):
                 follower.follow(message)
             elif isinstance(message, Ping):
