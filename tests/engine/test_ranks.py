@@ -20,12 +20,13 @@ import pytest
 import transformers
 
 from helpers.checkpoints import SIZES, expected, prompt, save
-from helpers.engine_process import PATIENCE, Bridge, bridge, config, submit
+from helpers.engine_process import PATIENCE, Bridge, bridge, config, hear_failed, hear_ready, submit, tokens_of
 from helpers.oracle import PROMPTS, Oracle
 from tidewright.bench.machine import free_ports
 from tidewright.distributed.fingerprint import model_fingerprint
-from tidewright.engine.messages import Failed, Heartbeat, Ready, StepOutputs, Submit, encode
+from tidewright.engine.messages import Heartbeat, StepOutputs, Submit, encode
 from tidewright.engine.rank_messages import Hello, Refused, decode_from_leader
+from tidewright.engine.ranks import Ranks
 from tidewright.schema import SamplingParams
 
 
@@ -40,18 +41,6 @@ def descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def hear_ready(started: Bridge) -> None:
-    message = started.hear()
-    assert isinstance(message, Ready), message
-
-
-def hear_failed(started: Bridge) -> str:
-    """What the engine says of its end, whatever it says before."""
-    while not isinstance(message := started.hear(), Failed):
-        pass
-    return message.message
-
-
 @contextmanager
 def group(model: Path, size: int, **changes: Any) -> Iterator[Bridge]:
     """An engine of so many ranks; in the end none may be left."""
@@ -64,16 +53,6 @@ def group(model: Path, size: int, **changes: Any) -> Iterator[Bridge]:
         started.connection.close()
         _, alive = psutil.wait_procs(family, timeout=10)
         assert not alive
-
-
-def tokens_of(started: Bridge, requests: list[Submit]) -> dict[int, list[int]]:
-    for request in requests:
-        started.say(request)
-    tokens: dict[int, list[int]] = {request.request_id: [] for request in requests}
-    for output in started.outputs(set(tokens)):
-        assert output.finish_reason in (None, "length", "stop"), output
-        tokens[output.request_id] += output.token_ids
-    return tokens
 
 
 def a_bit_of_everything() -> list[Submit]:
@@ -297,3 +276,27 @@ def test_another_plan_is_noticed_before_anything_is_computed(checkpoint: tuple[P
         assert b"ScheduledSequence(request_id=1, start=0, token_ids=(3, 4)" in other.stderr.read()
         assert started.process.stderr is not None
         assert b"ScheduledSequence(request_id=1, start=0, token_ids=(3, 4, 5, 6, 7)" in started.process.stderr.read()
+
+
+def test_a_rank_may_load_for_longer_than_a_collective_may_take(checkpoint: tuple[Path, Any]) -> None:
+    """Hosts differ: one has the model in memory already, another reads it from a slow disk."""
+    program = (
+        "-c",
+        "import sys, time; from tidewright.distributed import process_group; from tidewright.engine import follower\n"
+        "join, load = process_group.join_group, follower.ModelRunner\n"
+        "process_group.join_group = lambda *args: (time.sleep(2), join(*args))[1]\n"
+        "follower.ModelRunner = lambda *args: (time.sleep(2), load(*args))[1]\n"
+        "from tidewright.engine import rank; sys.exit(rank.main())",
+    )
+    with two_hosts(checkpoint[0], heartbeat_timeout=3.0) as (started, address):
+        with rank(address, 1, checkpoint[0], program):
+            hear_ready(started)
+            assert len(tokens_of(started, [submit(1)])[1]) == 4
+
+
+def test_rank_0_knows_its_address_where_it_was_given_a_name(checkpoint: tuple[Path, Any]) -> None:
+    """Of the address it finds the network interface that the ranks' traffic takes."""
+    name = f"localhost:{free_ports(1)[0]}"
+    ranks = Ranks(config(checkpoint[0], tensor_parallel_size=2, nodes=2, rendezvous=name))
+    ranks.close()
+    assert ranks.host == "127.0.0.1"

@@ -15,6 +15,8 @@ from tidewright.engine.messages import (
     Begin,
     Configure,
     EngineConfig,
+    Failed,
+    Ready,
     SequenceOutput,
     StepOutputs,
     Submit,
@@ -83,3 +85,25 @@ def config(model: Path, **changes: Any) -> EngineConfig:
 def submit(request_id: int, prompt: int = 5, **params: Any) -> Submit:
     values = {"max_tokens": 4, "ignore_eos": True, "seed": 3}
     return Submit(request_id, list(range(3, 3 + prompt)), SamplingParams(**(values | params)))
+
+
+def hear_ready(started: Bridge) -> None:
+    message = started.hear()
+    assert isinstance(message, Ready), message
+
+
+def hear_failed(started: Bridge) -> str:
+    """What the engine says of its end, whatever it says before."""
+    while not isinstance(message := started.hear(), Failed):
+        pass
+    return message.message
+
+
+def tokens_of(started: Bridge, requests: list[Submit]) -> dict[int, list[int]]:
+    for request in requests:
+        started.say(request)
+    tokens: dict[int, list[int]] = {request.request_id: [] for request in requests}
+    for output in started.outputs(set(tokens)):
+        assert output.finish_reason in (None, "length", "stop"), output
+        tokens[output.request_id] += output.token_ids
+    return tokens

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from tidewright.engine.rank_messages import (
     Refused,
     Step,
     decode_from_leader,
+    end_when_silent,
+    lost_patience,
 )
 from tidewright.parent_death import signal_on_parent_death
 
@@ -40,6 +43,9 @@ log = logging.getLogger(__name__)
 
 REFUSED = 3  # exit status: trying again is of no use
 UNREACHABLE = 4  # exit status: nobody listens there (yet)
+# Seconds of silence until `Join`. More than rank 0's: it must know that this rank is gone when it comes back.
+LOST_PATIENCE = 6.0
+GRACE = 0.5  # seconds from an error to saying so
 
 
 class Rank:
@@ -51,17 +57,16 @@ class Rank:
 
     def run(self, rank: int, local_rank: int, model_dir: Path) -> int:
         """Returns the exit status."""
+        end_when_silent(self._connection, LOST_PATIENCE)
         self._send(Hello(rank, __version__, model_fingerprint(model_dir)))
         threading.Thread(target=self._listen, name="intake", daemon=True).start()
         importlib.import_module("tidewright.engine.follower")  # torch: a second that need not be spent later
         join = self._inbox.get()
-        if isinstance(join, Refused):
-            log.error("rank 0 refuses this rank: %s", join.message)
-            return REFUSED
         assert isinstance(join, Join)
         try:
             self._follow(join, rank, local_rank, model_dir)
         except Exception as error:
+            time.sleep(GRACE)  # if rank 0 is gone, a collective fails too, but `_listen` knows why
             log.exception("this rank can't go on")
             self._send(Failed(" ".join(str(error).split()) or type(error).__name__))
         return 1
@@ -72,6 +77,7 @@ class Rank:
         from tidewright.engine.placement import place
 
         config = place(msgspec.structs.replace(join.config, model_dir=str(model_dir)), local_rank)
+        end_when_silent(self._connection, lost_patience(config))
         store = join_store(self._host, join.store_port, config.start_timeout)
         size, timeout = config.tensor_parallel_size, config.heartbeat_timeout / 2
         group = join_group(store, rank, size, config.device, self._own_address, timeout, self._shared_file)
@@ -90,10 +96,17 @@ class Rank:
     def _listen(self) -> None:
         try:
             while True:
-                self._inbox.put(decode_from_leader(self._connection.recv_bytes()))
-        except (EOFError, OSError):
-            # Rank 0 is gone. The main thread may wait for it in a collective, and must not.
-            os._exit(1)
+                message = decode_from_leader(self._connection.recv_bytes())
+                if isinstance(message, Refused):
+                    log.error("rank 0 refuses this rank: %s", message.message)
+                    os._exit(REFUSED)  # at once: next comes the end of the connection
+                self._inbox.put(message)
+        except (EOFError, ConnectionError):
+            pass  # rank 0 has ended
+        except OSError as error:
+            log.error("rank 0 can't be reached any longer: %s", error.strerror)
+        # The main thread may wait for rank 0 in a collective, and must not.
+        os._exit(1)
 
     def _send(self, message: FromRank) -> None:
         try:

@@ -6,8 +6,11 @@ A rank says `Hello` and is told `Join` or `Refused`. Then rank 0 sends `Step` an
 
 from __future__ import annotations
 
+import os
+import socket
 import zlib
 from array import array
+from multiprocessing.connection import Connection
 
 import msgspec
 
@@ -66,6 +69,23 @@ FromRank = Hello | Pong | Failed
 
 decode_from_leader = msgspec.msgpack.Decoder(FromLeader).decode
 decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode
+
+
+def end_when_silent(connection: Connection, seconds: float) -> None:
+    """Lets it fail when the other host's kernel answers nothing for so long, and up to a second more.
+
+    A host that lost its power, or whose cable was cut, says no goodbye.
+    """
+    with socket.socket(fileno=os.dup(connection.fileno())) as connected:
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 1)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * seconds))
+
+
+def lost_patience(config: EngineConfig) -> float:
+    """Seconds of silence after which a host is lost: before a collective fails, which could not say of whom."""
+    return config.heartbeat_timeout / 3
 
 
 def plan_checksum(plan: StepPlan) -> int:

@@ -34,6 +34,8 @@ from tidewright.engine.rank_messages import (
     Refused,
     Step,
     decode_from_rank,
+    end_when_silent,
+    lost_patience,
     plan_checksum,
 )
 
@@ -41,6 +43,7 @@ log = logging.getLogger(__name__)
 
 HELLO_TIMEOUT = 5.0  # seconds from connecting to `Hello`
 LONGEST_HELLO = 4096  # bytes; who connects is not known yet
+LOST_PATIENCE = 3.0  # seconds of silence until a rank that waits for the others is taken for gone
 STOP_TIMEOUT = 2.0  # seconds until ranks that do not end by themselves are killed
 
 
@@ -67,15 +70,16 @@ class Ranks:
         self.shared_file: int | None = None
         """Descriptor of memory that all ranks share, if they are on one host."""
         self._closing = False
-        self.host, port = config.rendezvous_address
+        name, port = config.rendezvous_address
         try:
-            self._listener = socket.create_server((self.host, port), backlog=64)
+            self._listener = socket.create_server((name, port), backlog=64)
         except OSError as error:
             raise RankError(
-                f"can't listen on rendezvous {self.host}:{port} ({error.strerror or error}); it must be an address of "
+                f"can't listen on rendezvous {name}:{port} ({error.strerror or error}); it must be an address of "
                 "this host that the other hosts reach, and a free port"
             ) from None
-        self.address = f"{self.host}:{self._listener.getsockname()[1]}"
+        self.host, port = self._listener.getsockname()
+        self.address = f"{self.host}:{port}"
         self._start()
 
     def _start(self) -> None:
@@ -103,6 +107,7 @@ class Ranks:
         self._listener.settimeout(0.1)
         others = range(1, self._config.tensor_parallel_size)
         while missing := [rank for rank in others if rank not in self._connections]:
+            self._forget_lost()
             for rank, child in self._children.items():
                 if rank in missing and child.poll() is not None:
                     raise RankError(
@@ -111,9 +116,10 @@ class Ranks:
             if time.monotonic() > deadline:
                 raise RankError(self._who_is_missing(missing))
             with contextlib.suppress(TimeoutError):
-                self._greet(self._listener.accept()[0], model)
+                self._greet(*self._listener.accept(), model)
         self._listener.close()
-        for rank in self._connections:
+        for rank, connection in self._connections.items():
+            end_when_silent(connection, lost_patience(self._config))
             self._send_to(rank, encode(Join(self._config, store_port)))
         threading.Thread(target=self._watch, args=(on_lost,), name="rank-watch", daemon=True).start()
 
@@ -173,31 +179,47 @@ class Ranks:
             f"--node-rank {node} --ranks {self._config.local_ranks}"
         )
 
-    def _greet(self, connected: socket.socket, model: str) -> None:
+    def _greet(self, connected: socket.socket, peer: tuple[str, int], model: str) -> None:
         """Takes a rank in, or says why not and lets it go."""
         connected.setblocking(True)
-        peer = connected.getpeername()[0]
         connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        is_here = connected.getsockname()[0] == peer[0]
         connection = Connection(connected.detach())
         try:
             if not connection.poll(HELLO_TIMEOUT):
                 raise RankError("it said nothing")
-            hello = decode_from_rank(connection.recv_bytes(LONGEST_HELLO))
+            try:
+                message = connection.recv_bytes(LONGEST_HELLO)
+            except EOFError:
+                connection.close()  # a worker that only looked whether somebody is here
+                return
+            hello = decode_from_rank(message)
             if not isinstance(hello, Hello):
                 raise RankError(f"it began with {type(hello).__name__}, not with Hello")
-            if problem := self._problem(hello, model):
+            if problem := self._problem(hello, model, is_here):
                 connection.send_bytes(encode(Refused(problem)))
                 raise RankError(problem)
-        except (RankError, EOFError, OSError, msgspec.MsgspecError) as error:
-            log.error("a connection from %s was refused: %s", peer, error)
+        except (RankError, OSError, msgspec.MsgspecError) as error:
+            log.error("a connection from %s was refused: %s", peer[0], error)
             connection.close()
             return
+        end_when_silent(connection, LOST_PATIENCE)
         self._connections[hello.rank] = connection
 
-    def _problem(self, hello: Hello, model: str) -> str:
-        size = self._config.tensor_parallel_size
+    def _forget_lost(self) -> None:
+        """So that they may come again."""
+        for rank, connection in list(self._connections.items()):
+            if connection.poll():  # it has nothing to say before it is told to join: this is its end
+                log.warning("rank %d went away again before all ranks were there", rank)
+                connection.close()
+                del self._connections[rank]
+
+    def _problem(self, hello: Hello, model: str, is_here: bool) -> str:
+        own, size = self._config.local_ranks, self._config.tensor_parallel_size
         if not 1 <= hello.rank < size:
             return f"there is no rank {hello.rank}: tensor_parallel_size is {size}, with ranks 1 to {size - 1} to join"
+        if hello.rank < own and not is_here:
+            return f"rank {hello.rank} belongs to rank 0's host: each has {own}, so start the others with --ranks {own}"
         if hello.rank in self._connections:
             return f"there is a rank {hello.rank} already; give each host its own --node-rank"
         if hello.version != __version__:
@@ -219,9 +241,9 @@ class Ranks:
                 assert isinstance(ready, Connection)
                 try:
                     message = decode_from_rank(ready.recv_bytes())
-                except (EOFError, OSError):
+                except (EOFError, OSError) as error:
                     if not self._closing:
-                        on_lost(f"rank {ranks[ready]} died{self._how(ranks[ready])}")
+                        on_lost(f"rank {ranks[ready]} {self._how_lost(ranks[ready], error)}")
                     return
                 if isinstance(message, Pong):
                     with self._answered:
@@ -232,12 +254,14 @@ class Ranks:
                     on_lost(f"rank {ranks[ready]}: {message.message}")
                     return
 
-    def _how(self, rank: int) -> str:
+    def _how_lost(self, rank: int, error: EOFError | OSError) -> str:
+        if isinstance(error, OSError) and not isinstance(error, ConnectionError):
+            return f"can't be reached any longer ({error.strerror})"
         child = self._children.get(rank)
         if child is None:
-            return " or can't be reached any longer"
+            return "died; see its host's log"
         try:
             code = child.wait(0.5)
         except subprocess.TimeoutExpired:
-            return ""
-        return f" (signal {-code})" if code < 0 else f" (exit code {code})"
+            return "died"
+        return f"died (signal {-code})" if code < 0 else f"died (exit code {code})"
