@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,12 +13,14 @@ import click
 from rich.console import Console
 
 from tidewright.cache import EMBEDDED_MODEL
+from tidewright.engine.messages import parse_rendezvous
 from tidewright.engine.rank import REFUSED, UNREACHABLE
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.prepare import prepare
 
 FIRST_WAIT, LONGEST_WAIT = 0.2, 5.0  # seconds until the ranks are started again
 POLL_INTERVAL = 0.05  # seconds
+KNOCK_INTERVAL, KNOCK_TIMEOUT = 0.5, 2.0  # seconds; looking for rank 0
 
 
 class _Stopped(BaseException):
@@ -43,15 +46,16 @@ def worker(rendezvous: str, node_rank: int, ranks: int, model: str) -> None:
       host 0:  tidewright serve --tensor-parallel-size 8 --nodes 2 --rendezvous 10.0.0.1:29400
       host 1:  tidewright worker --rendezvous 10.0.0.1:29400 --node-rank 1 --ranks 4
     """
-    host, _, port = rendezvous.rpartition(":")
-    if not host or not port.isdigit():
-        raise click.BadParameter(f"{rendezvous!r} is not HOST:PORT", param_hint="--rendezvous")
+    try:
+        parse_rendezvous(rendezvous)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--rendezvous") from None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
     console = Console(stderr=True)
     try:
         folder = prepare(model, console)
-        console.print(f"Waiting for rank 0 at {rendezvous}. Ctrl-C stops.", highlight=False)
+        _say(console, f"Waiting for rank 0 at {rendezvous}. Ctrl-C stops.")
         _run(rendezvous, range(node_rank * ranks, (node_rank + 1) * ranks), str(folder), console)
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
@@ -67,16 +71,38 @@ def _run(rendezvous: str, ranks: range, folder: str, console: Console) -> None:
     """Starts the ranks again and again, together: one alone can't go on."""
     wait = FIRST_WAIT
     while True:
+        _await_rank_0(rendezvous, console)
         started = time.monotonic()
         code = _run_once(rendezvous, ranks, folder)
         if code == REFUSED:
             raise LaunchError("rank 0 refused a rank of this host; the line above says why")
         if code != UNREACHABLE:
-            console.print("The group has ended; waiting for the next one.", highlight=False)
+            _say(console, "The group has ended; waiting for the next one.")
         if time.monotonic() - started > 10 * LONGEST_WAIT:
             wait = FIRST_WAIT
         time.sleep(wait)
         wait = min(2 * wait, LONGEST_WAIT)
+
+
+def _await_rank_0(rendezvous: str, console: Console) -> None:
+    """Until somebody listens there; says once what is in the way. That nobody listens yet is not worth a word."""
+    address, known = parse_rendezvous(rendezvous), set[str]()
+    while True:
+        try:
+            socket.create_connection(address, KNOCK_TIMEOUT).close()
+            return
+        except ConnectionRefusedError:
+            known.clear()
+        except OSError as error:
+            problem = error.strerror or str(error)
+            if problem not in known:  # silence and "no route" come by turns
+                _say(console, f"Can't reach rank 0 at {rendezvous}: {problem}. Trying until it works.")
+            known.add(problem)
+        time.sleep(KNOCK_INTERVAL)
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _run_once(rendezvous: str, ranks: range, folder: str) -> int:
