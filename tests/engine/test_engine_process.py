@@ -194,6 +194,21 @@ def test_configure_comes_first() -> None:
         assert started.exit_code() == 1
 
 
+def test_a_heartbeat_comes_before_the_first_step_is_over(model: Path) -> None:
+    """As after a restart, when all that was in flight is there at once: what else could be repeated amid the step?"""
+    slow = (
+        "import sys, time; from tidewright.engine import __main__, model_runner; run = model_runner.ModelRunner.run\n"
+        "model_runner.ModelRunner.run = lambda self, plan: (time.sleep(1), run(self, plan))[1]\n"
+        "sys.exit(__main__.main())"
+    )
+    with bridge("-c", slow) as started:
+        started.begin(config(model))
+        started.say(submit(1))
+        assert isinstance(started.hear(), Ready)
+        assert isinstance(started.hear(), Heartbeat)
+        assert isinstance(started.hear(), StepOutputs)
+
+
 def test_a_failing_step_ends_the_process_with_a_traceback(model: Path) -> None:
     broken = (
         "import sys; from unittest import mock; from tidewright.engine import __main__, model_runner; "

@@ -59,9 +59,9 @@ class EngineProcess:
             while self._take_messages():
                 if expired := self._engine.expire():
                     self._outbox.put_outputs(expired)
+                self._beat()  # first of all once, for amid a long step the last heartbeat is repeated
                 if self._engine.has_work:
                     self._outbox.put_outputs(self._engine.step())
-                self._beat()
         except Exception as error:
             # The state of a half-done step is not worth saving: the bridge starts a new engine and replays.
             self._fail("the step failed", error, ranks)
