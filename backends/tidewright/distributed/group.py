@@ -83,8 +83,7 @@ class TensorParallelGroup:
         parts = total // unit
         if parts < self.size:
             raise ShardingError(f"{total} features can't be cut into {self.size} parts")
-        first, end = (parts * rank // self.size for rank in (self.rank, self.rank + 1))
-        return Cut(parts, first, end - first).of(unit)
+        return self._share(parts).of(unit)
 
     def cut_heads(self, num_heads: int, num_kv_heads: int) -> tuple[Cut, Cut]:
         """This rank's query heads, and the KV heads that they read.
@@ -103,12 +102,16 @@ class TensorParallelGroup:
                 f"only be shared by {sizes} ranks"
             )
         if self.size <= num_kv_heads:
-            first, end = (num_kv_heads * rank // self.size for rank in (self.rank, self.rank + 1))
-            kv = Cut(num_kv_heads, first, end - first)
+            kv = self._share(num_kv_heads)
             return kv.of(group), kv
         copies = self.size // num_kv_heads
         share = group // copies
         return Cut(num_heads, self.rank * share, share), Cut(num_kv_heads, self.rank // copies, 1)
+
+    def _share(self, parts: int) -> Cut:
+        """Of so many parts this rank's, all of the same number or one more."""
+        first, end = (parts * rank // self.size for rank in (self.rank, self.rank + 1))
+        return Cut(parts, first, end - first)
 
 
 ALONE = TensorParallelGroup()

@@ -13,11 +13,10 @@ from ctypes import c_double, c_int64, c_void_p
 import torch
 
 from tidewright.kernels.build import load_library
+from tidewright.kernels.cpu import SUFFIXES
 
 # As in collectives.cpp.
 MAX_RANKS, FLAG_BYTES, SLOT_BYTES = 64, 64, 1 << 18
-
-_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 class CollectiveError(RuntimeError):
@@ -35,7 +34,7 @@ class SharedMemory:
         self._region = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self._round = 0
         self._functions = {}
-        for dtype, suffix in _SUFFIXES.items():
+        for dtype, suffix in SUFFIXES.items():
             head = [c_void_p, c_int64, c_int64, c_int64, c_double]
             reduce, gather = getattr(library, f"all_reduce_{suffix}"), getattr(library, f"gather_{suffix}")
             reduce.argtypes, reduce.restype = [*head, c_void_p, c_int64], c_int64

@@ -15,7 +15,8 @@ import torch
 
 from tidewright.kernels.build import load_library
 
-_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+"""Of the C functions, by what they take."""
 
 _ARGUMENTS: dict[str, list[Any]] = {
     "linear": [c_void_p] * 4 + [c_int64] * 3,
@@ -37,7 +38,7 @@ class CpuKernels:
         self.dtype = dtype
         functions: dict[str, Any] = {}
         for name, arguments in _ARGUMENTS.items():
-            function = getattr(library, f"{name}_{_SUFFIXES[dtype]}")
+            function = getattr(library, f"{name}_{SUFFIXES[dtype]}")
             function.argtypes, function.restype = arguments, None
             functions[name] = function
         self._linear = functions["linear"]
@@ -197,4 +198,4 @@ def kernels_of(dtype: torch.dtype) -> CpuKernels | None:
 @functools.cache
 def _by_dtype() -> dict[torch.dtype, CpuKernels]:
     library = load_library()
-    return {dtype: CpuKernels(library, dtype) for dtype in _SUFFIXES} if library else {}
+    return {dtype: CpuKernels(library, dtype) for dtype in SUFFIXES} if library else {}
