@@ -12,8 +12,8 @@ from helpers.sampling_oracle import changed_logits, chi_square, chi_square_limit
 from tidewright.engine import truncation
 from tidewright.engine.logits import penalise
 from tidewright.engine.plan import Draw, DrawnToken
-from tidewright.engine.sampler import prompt_logprobs, sample, uniform
-from tidewright.engine.truncation import drop_unlikely, first_argmax, invert_cdf, top
+from tidewright.engine.sampler import exponentials, prompt_logprobs, sample
+from tidewright.engine.truncation import drop_unlikely, first_argmax, num_lots, race, top
 from tidewright.schema import SamplingParams
 
 VOCAB = 200
@@ -31,6 +31,15 @@ def draw(
 ) -> Draw:
     sampling = SamplingParams(**({"seed": 1} | params))  # type: ignore[arg-type]
     return Draw(0, sampling, position, banned, bad_words, HISTORY, prompt_length=4)
+
+
+def race_winner(probs_V: np.ndarray, lots_E: np.ndarray) -> int:
+    """By plain loops: which 64 tokens, then which of them."""
+    starts = range(0, len(probs_V), 64)
+    times = [probs_V[start : start + 64].sum() / lot for start, lot in zip(starts, lots_E, strict=False)]
+    start = starts[int(np.argmax(times))]
+    inside_S = probs_V[start : start + 64]
+    return start + int(np.argmax(inside_S / lots_E[len(starts) : len(starts) + len(inside_S)]))
 
 
 def token_ids(drawn: list[DrawnToken]) -> list[int]:
@@ -81,7 +90,7 @@ def test_agrees_with_numpy_row_by_row(vocab: int, seed: int) -> None:
     logits_BV = logits(len(FEATURES), seed, vocab)
     draws = [draw(position=row + 3, seed=seed + 10, **params) for row, params in enumerate(FEATURES)]
     expected = [
-        int(np.searchsorted(np.cumsum(distribution(row.numpy(), d)), uniform(d.params.seed or 0, d.position), "right"))
+        race_winner(distribution(row.numpy(), d), exponentials(d.params.seed or 0, d.position, num_lots(vocab)))
         for row, d in zip(logits_BV, draws, strict=True)
     ]
     assert token_ids(sample(logits_BV.clone(), draws)) == expected
@@ -108,14 +117,33 @@ def test_probabilities_do_not_depend_on_the_batch_by_a_single_bit() -> None:
         assert torch.equal(alone_1V[0], together_BV[row])
 
 
-def test_uniform_is_uniform_and_depends_on_seed_and_position() -> None:
-    values = np.array([uniform(seed, position) for seed in range(100) for position in range(100)])
-    assert len(set(values.tolist())) == values.size
+def test_exponentials_are_exponential_and_depend_on_seed_and_position() -> None:
+    streams_SPE = np.array([[exponentials(seed, position, 8) for position in range(100)] for seed in range(100)])
+    values = -np.expm1(-streams_SPE.astype(np.float64))  # uniform, if they are exponential
+    assert len(np.unique(values)) > 0.99 * values.size
     counts, _ = np.histogram(values, bins=20, range=(0, 1))
     assert chi_square(counts, np.full(20, values.size / 20)) < chi_square_limit(19)
-    # Neighbouring seeds must not give shifted copies of one stream.
-    streams = values.reshape(100, 100)
-    assert abs(np.corrcoef(streams[:-1, 1:].ravel(), streams[1:, :-1].ravel())[0, 1]) < 0.05
+    # Neither neighbouring seeds nor neighbouring positions may give shifted copies of one stream.
+    for one, other in [
+        (values[:-1, :, 0], values[1:, :, 0]),
+        (values[:-1, 1:, 0], values[1:, :-1, 0]),
+        (values[:, :-1, 1:], values[:, 1:, :-1]),
+    ]:
+        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.05
+
+
+def test_rounding_elsewhere_in_the_vocabulary_does_not_change_a_draw() -> None:
+    """A replay computes in other batches than the first time: logits differ in the last bits, tokens must not."""
+    generator = torch.Generator().manual_seed(7)
+    changed = 0
+    for seed in range(40):
+        logits_BV = logits(50, seed, 49152) / 3
+        logits_BV[:, 0] += 10  # Next to it the others are as likely as its rounding error.
+        rounded_BV = logits_BV + 3e-6 * torch.randn(logits_BV.shape, generator=generator)
+        draws = [draw(seed=seed, position=position) for position in range(50)]
+        first, second = token_ids(sample(logits_BV, draws)), token_ids(sample(rounded_BV, draws))
+        changed += sum(a != b for a, b in zip(first, second, strict=True))
+    assert changed <= 1
 
 
 @pytest.mark.parametrize("params", FEATURES)
@@ -282,21 +310,20 @@ def test_logits_that_are_no_numbers_give_a_token_and_hurt_no_neighbour(params: d
 
 
 def test_a_distribution_of_no_mass_is_reported() -> None:
-    probs_BV = torch.tensor([[0.0, 0.0], [0.5, 0.5], [torch.nan, 0.5]])
-    tokens_B, valid_B = invert_cdf(probs_BV, [0.9, 0.9, 0.9])
+    probs_BV = torch.tensor([[0.0, 0.0], [0.0, 0.5], [torch.nan, 0.5]])
+    tokens_B, valid_B = race(probs_BV, torch.ones(3, num_lots(2)))
     assert valid_B.tolist() == [False, True, False]
     assert tokens_B[1] == 1
 
 
-@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
-def test_the_ends_of_the_distribution_hit_tokens_that_have_probability(u: float) -> None:
+@pytest.mark.parametrize("lot", [float(np.finfo(np.float32).tiny), 1.0, 100.0])
+def test_only_tokens_that_have_probability_win(lot: float) -> None:
     probs_BV = torch.zeros(1, 500)
-    probs_BV[0, [70, 71, 300]] = torch.tensor([0.1, 0.7, 0.1])
-    tokens_B, _ = invert_cdf(probs_BV, [u])
-    assert tokens_B[0] in (70, 71, 300)
-    # In float32 these sum to more than they do in float64.
-    tokens_B, _ = invert_cdf(torch.tensor([[1.0, 1.5 * 2**-24, *[0.0] * 98]]), [u])
-    assert tokens_B[0] in (0, 1)
+    probs_BV[0, [70, 71, 300]] = torch.tensor([1e-30, 0.7, 0.1])
+    lots_BE = torch.full((1, num_lots(500)), lot)
+    assert race(probs_BV, lots_BE)[0] == 71
+    lots_BE[0, 500 // 64 + 1 + 71 % 64] = 1e38  # it starts as late as can be
+    assert race(probs_BV, lots_BE)[0] in (70, 71)
 
 
 @settings(max_examples=60, deadline=None)

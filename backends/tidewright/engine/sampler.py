@@ -1,6 +1,6 @@
 """From logits to the next token of each row, vectorised over the batch. A row pays only for what it asks for.
 
-Chance enters only through `uniform(seed, position)`: no state, so a seeded request draws the same tokens alone,
+Chance enters only through `exponentials(seed, position)`: no state, so a seeded request draws the same tokens alone,
 in any batch, after a preemption and after a restart.
 """
 
@@ -8,30 +8,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.logits import add_bias, ban_tokens, penalise
 from tidewright.engine.messages import TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken
-from tidewright.engine.truncation import column, drop_unlikely, first_argmax, invert_cdf, top
+from tidewright.engine.truncation import column, drop_unlikely, first_argmax, num_lots, race, top
 from tidewright.schema import SamplingParams
 
 # Below this, dividing by the temperature leaves nothing but the maximum.
 _GREEDY_BELOW = 1e-5
-_MASK_64 = 2**64 - 1
 
 
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on both arguments only: splitmix64's output number `position` after `seed`."""
-    return (_mix(_mix(seed) + position * 0x9E3779B97F4A7C15) >> 11) * 2.0**-53
-
-
-def _mix(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK_64
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return value ^ (value >> 31)
+def exponentials(seed: int, position: int, count: int) -> np.ndarray:
+    """[count] float32, ~ Exp(1), that depend on the arguments only: Philox can begin anywhere in its stream."""
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=position << 64))
+    return np.maximum(generator.standard_exponential(count, dtype=np.float32), np.finfo(np.float32).tiny)
 
 
 def sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None = None) -> list[DrawnToken]:
@@ -77,7 +71,9 @@ def _draw(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         drop_unlikely(kept_RV, [draws[row].params for row in filtered])
         if kept_RV is not probs_RV:
             probs_RV[filtered] = kept_RV
-    tokens_R, valid_R = invert_cdf(probs_RV, [uniform(draw.params.seed or 0, draw.position) for draw in draws])
+    count = num_lots(probs_RV.shape[1])
+    lots_RE = np.stack([exponentials(draw.params.seed or 0, draw.position, count) for draw in draws])
+    tokens_R, valid_R = race(probs_RV, torch.from_numpy(lots_RE).to(probs_RV.device))
     if not valid_R.all():
         # NaN, infinity, or nothing but bans: no distribution, but a token of the vocabulary all the same.
         tokens_R = torch.where(valid_R, tokens_R, first_argmax(logits_RV))

@@ -112,30 +112,29 @@ def _sort(values_RV: torch.Tensor) -> torch.Tensor:
     return values_RV.sort(dim=-1, descending=True).values
 
 
-def invert_cdf(probs_RV: torch.Tensor, uniforms: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token in whose stretch of the cumulative distribution, in the order of ids, u falls.
+def num_lots(vocab_size: int) -> int:
+    """How many exponentials `race` uses up for a row."""
+    return -(-vocab_size // _BLOCK) + _BLOCK
 
-    First among the sums of blocks, then inside the block. `probs_RV` need not sum to 1.
+
+def race(probs_RV: torch.Tensor, lots_RE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws a token by a race of exponential clocks (the Gumbel-max trick): the highest p / E, E ~ Exp(1), wins.
+
+    First among the blocks, then inside the block that won, which is the same distribution with a hundredth of the
+    exponentials. Unlike a search in the cumulative distribution, the outcome withstands rounding: a change of p by
+    one part in a million matters only if first and second are that close, not wherever the sum before them moves.
+    So a replay on another batch's rounding goes on with the same tokens. `probs_RV` need not sum to 1.
 
     Returns:
         tokens_R, and [R] whether the row is a distribution: with NaN, infinity or a sum of 0 its token is arbitrary.
     """
     blocks_RNS = _blocks(probs_RV, 0.0)
-    cdf_RN = blocks_RNS.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    total_R1 = cdf_RN[:, -1:]
-    targets_R1 = column(uniforms, cdf_RN) * total_R1
-    block_R1 = _search(cdf_RN, targets_R1)
-    before_R1 = pad(cdf_RN, (1, 0)).gather(1, block_R1)
-    inside_RS = _pick(blocks_RNS, block_R1[:, 0]).cumsum(dim=-1, dtype=torch.float64)
-    tokens_R1 = block_R1 * _BLOCK + _search(inside_RS, targets_R1 - before_R1)
-    return tokens_R1[:, 0], (total_R1.isfinite() & (total_R1 > 0))[:, 0]
-
-
-def _search(cdf_RN: torch.Tensor, targets_R1: torch.Tensor) -> torch.Tensor:
-    # Rounding must not push the target up to the total, behind the last entry that has any probability.
-    below_R1 = torch.nextafter(cdf_RN[:, -1:], torch.zeros_like(targets_R1))
-    found_R1 = torch.searchsorted(cdf_RN, torch.minimum(targets_R1, below_R1), right=True)
-    return found_R1.clamp(max=cdf_RN.shape[1] - 1)
+    mass_RN = blocks_RNS.sum(dim=-1)
+    num_blocks = mass_RN.shape[1]
+    block_R = mass_RN.div(lots_RE[:, :num_blocks]).argmax(dim=-1)
+    inside_RS = _pick(blocks_RNS, block_R).div(lots_RE[:, num_blocks:])
+    total_R = mass_RN.sum(dim=-1)
+    return block_R * _BLOCK + inside_RS.argmax(dim=-1), total_R.isfinite() & (total_R > 0)
 
 
 def _blocks(values_RV: torch.Tensor, filler: float) -> torch.Tensor:
