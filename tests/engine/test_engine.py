@@ -87,7 +87,7 @@ def alone(folder: Path) -> dict[str, list[list[int]]]:
         )
         greedy.append(out[0, len(ids) :].tolist())
     plain = engine(folder, prefix_caching=False)
-    seeded = [tokens(run(plain, [request]))[0] for request in requests(temperature=0.7, top_k=2, seed=11)]
+    seeded = [tokens(run(plain, [request]))[0] for request in requests(temperature=0.7, top_k=2, seed=1)]
     return {"greedy": greedy, "seeded": seeded}
 
 
@@ -112,7 +112,7 @@ def test_no_feature_changes_a_token(
     speculative_tokens: int,
     changes: dict[str, Any],
 ) -> None:
-    params = {"temperature": 0.7, "top_k": 2, "seed": 11} if sampling == "seeded" else {}
+    params = {"temperature": 0.7, "top_k": 2, "seed": 1} if sampling == "seeded" else {}
     made = engine(folder, prefix_caching=prefix_caching, speculative_tokens=speculative_tokens, **changes)
     outputs = run(made, requests(**params), steps_between=2)
     # transformers never generates EOS when told to reach a minimum; where it would, the two part.
