@@ -20,6 +20,7 @@ from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
 from tidewright.engine.sampler import prompt_logprobs, sample
+from tidewright.huge_pages import move_to_huge_pages
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
 from tidewright.models.config import ModelConfigError
 from tidewright.models.registry import model_class
@@ -60,6 +61,7 @@ class ModelRunner:
         self._attention = make_attention(config.attention, config.block_size, self.device, self.dtype)
         with _defaults(self.device, self.dtype):
             self.model = architecture(model_config, wanted, group, self._attention).eval()
+        move_to_huge_pages(self.model)
         load_weights(folder, self.model.loaders(), self.model.ignored_weights())
         for module in self.model.modules():
             if isinstance(module, PackableLinear):

@@ -4,14 +4,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from dataclasses import dataclass
 
 import psutil
 import torch
 
+from tidewright.huge_pages import huge_empty
 from tidewright.kv_cache.budget import parse_memory
 
 
@@ -81,11 +80,7 @@ def allocate_kv_cache(shape: KVCacheShape, num_blocks: int, device: torch.device
 
 def _zeros_on_demand(dimensions: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """The kernel clears pages when they are first used: to write a gigabyte of zeros takes a second, at each start."""
-    memory = mmap.mmap(-1, math.prod(dimensions) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(dimensions)
+    return huge_empty(math.prod(dimensions) * dtype.itemsize).view(dtype).view(dimensions)
 
 
 def _available_bytes(device: torch.device) -> int:
