@@ -75,6 +75,18 @@ def test_as_transformers_computes_it(tmp_path: Path, name: str) -> None:
     assert all(len(set(ids)) > 4 for ids in wanted)  # the model does not say the same thing whatever it reads
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_layers_in_few_calls_compute_the_same_bits(tmp_path: Path, name: str, dtype: str) -> None:
+    save(tmp_path, FAMILIES[name])
+    runner = ModelRunner(engine_config(tmp_path, dtype=dtype))
+    ids = prompt(33, seed=1)
+    in_few_TV = logits(runner, ids, chunk=5)
+    assert (runner.model.fused_rows >= 5) == ("gemma" not in name)
+    runner.model.fused_rows = 0
+    assert torch.equal(in_few_TV, logits(runner, ids, chunk=5))
+
+
 @pytest.mark.parametrize("name", ["gemma 2", "gemma 3"])
 def test_gemma_in_bfloat16_rounds_where_transformers_does(tmp_path: Path, name: str) -> None:
     """1 + weight would lose most of a small weight's digits in bf16; the embedding's factor is rounded to bf16."""

@@ -69,6 +69,16 @@ class CpuLinear:
         return F.linear(x_TE, self._weight_FE, self._bias_F)
 
 
+def native_rows(dtype: torch.dtype) -> int:
+    """Up to so many rows, all products go the native way."""
+    few, some, many, _ = (name == "native" for name in choose_ways(dtype))
+    if not few:
+        return 0
+    if not some:
+        return _FEW
+    return _MANY if many else _SOME
+
+
 @functools.cache
 def choose_ways(dtype: torch.dtype) -> tuple[str, str, str, str]:
     """The ways for up to _FEW, _SOME, _MANY, and more rows."""

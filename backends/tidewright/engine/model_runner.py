@@ -66,6 +66,7 @@ class ModelRunner:
         for module in self.model.modules():
             if isinstance(module, PackableLinear):
                 module.pack()
+        self.model.fuse()
         shape = KVCacheShape(
             model_config.num_layers,
             self.model.num_kv_heads,

@@ -25,6 +25,8 @@ _DEFAULTS = {
 
 
 class GemmaLayer(LlamaLayer):
+    is_plain = False
+
     def __init__(
         self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, attention: Attention[Any]
     ) -> None:

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from tidewright.attention.base import Attention, AttentionLayer, Rotation
+from tidewright.attention.native import NativeCpuAttention
+from tidewright.distributed.cpu_linear import native_rows
 from tidewright.distributed.group import TensorParallelGroup
 from tidewright.distributed.tensor_parallel import (
     Loader,
@@ -22,6 +24,7 @@ from tidewright.distributed.tensor_parallel import (
     VocabParallelEmbedding,
     replicated_loader,
 )
+from tidewright.kernels.layer import CpuLayer, LayerParts, LayerStep, Weight
 from tidewright.kv_cache.storage import KVCache
 from tidewright.models.config import DecoderConfig, LayerConfig
 from tidewright.models.ops import add_rms_norm, gelu_tanh_and_mul, rms_norm, silu_and_mul
@@ -113,6 +116,8 @@ class LlamaMLP(nn.Module):
 
 
 class LlamaLayer(nn.Module):
+    is_plain = True  # its forward is the one below
+
     def __init__(
         self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, attention: Attention[Any]
     ) -> None:
@@ -145,6 +150,32 @@ class LlamaLayer(nn.Module):
         x_TE, residual_TE = self.mlp_norm.add(x_TE, residual_TE)
         return self.mlp(x_TE), residual_TE
 
+    def parts(self, rotary: RotaryEmbedding) -> LayerParts | None:
+        """For running it in few calls; None where it is not one that can be."""
+        attention, norm = self.attention, self.attention_norm
+        is_plain = self.is_plain and self.mlp.activate is silu_and_mul and not norm.offset
+        if not is_plain or not isinstance(attention.attention, NativeCpuAttention):
+            return None
+        return LayerParts(
+            attention_norm=norm.weight,
+            qkv=Weight(attention.qkv.weight, attention.qkv.bias),
+            q_norm=attention.q_norm.weight if attention.q_norm else None,
+            k_norm=attention.k_norm.weight if attention.k_norm else None,
+            output=Weight(attention.output.weight, attention.output.bias),
+            mlp_norm=self.mlp_norm.weight,
+            gate_up=Weight(self.mlp.gate_up.weight, self.mlp.gate_up.bias),
+            down=Weight(self.mlp.down.weight, self.mlp.down.bias),
+            cos=rotary.cos_PD,
+            sin=rotary.sin_PD,
+            num_heads=attention.qkv.num_heads,
+            num_kv_heads=attention.qkv.num_kv_heads,
+            head_dim=attention.qkv.head_dim,
+            norm_eps=norm.eps,
+            scale=attention.layer.scale,
+            window=attention.layer.window or 0,
+            softcap=attention.layer.softcap or 0.0,
+        )
+
     def enter(self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The first norm. Before the first layer, the embedding alone is the stream."""
         if residual_TE is None:
@@ -161,7 +192,7 @@ class LlamaForCausalLM(nn.Module):
         self, config: DecoderConfig, max_positions: int, group: TensorParallelGroup, attention: Attention[Any]
     ) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.group = config, group
         self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group)
         # Most models turn alike in all layers; in some, those with a window turn differently.
         ropes = list(dict.fromkeys(layer.rope for layer in config.layers))
@@ -171,6 +202,8 @@ class LlamaForCausalLM(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.num_kv_heads = layers[0].attention.qkv.num_kv_heads  # on this rank
         self.layers_computed = 0  # so far, in all forwards
+        self._fused_layers: list[CpuLayer] = []
+        self.fused_rows = 0  # up to so many go through them
         self.norm = RMSNorm(config.hidden_size, config)
         self.head = ParallelLMHead(config.vocab_size, config.hidden_size, group)
         if config.tied_embeddings:
@@ -198,6 +231,17 @@ class LlamaForCausalLM(nn.Module):
         names = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(self.config.num_layers)}
         return frozenset(names | {"lm_head.weight"})
 
+    def fuse(self) -> None:
+        """To be called when all weights are loaded and stay: where it can be, few rows go through few calls."""
+        for index, (layer, rotary) in enumerate(zip(self.layers, self._rotary_of_layer, strict=True)):
+            table = self.rotaries[rotary]
+            assert isinstance(layer, LlamaLayer)
+            assert isinstance(table, RotaryEmbedding)
+            if parts := layer.parts(table):
+                self._fused_layers.append(CpuLayer(index, parts, self.group.all_reduce))
+        if len(self._fused_layers) == len(self.layers):
+            self.fused_rows = native_rows(self.embedding.weight.dtype)
+
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         return self.embedding(token_ids_T)
 
@@ -206,6 +250,14 @@ class LlamaForCausalLM(nn.Module):
     ) -> torch.Tensor:
         """Hidden states of the last layer. `metadata` is what the attention prepared for this step."""
         x_TE = self.embed(token_ids_T)
+        if len(x_TE) <= self.fused_rows:
+            indices = positions_T, metadata.slots_T, metadata.spans_B4, metadata.tables
+            step = LayerStep(x_TE, *indices, kv_cache.k_cache_LNSKD, kv_cache.v_cache_LNSKD)
+            for fused_layer in self._fused_layers:
+                fused_layer.run(step)
+                self.layers_computed += 1
+            return step.hidden()
+
         residual_TE: torch.Tensor | None = None
         rotations = [rotary(positions_T) for rotary in self.rotaries]
         caches = zip(kv_cache.k_cache_LNSKD, kv_cache.v_cache_LNSKD, strict=True)

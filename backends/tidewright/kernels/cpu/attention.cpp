@@ -15,15 +15,12 @@
 #include <vector>
 
 #include "attention_amx.h"
+#include "kernels.h"
 
 namespace {
 
 constexpr int ROWS = 96, SPLIT = 256;
 constexpr float MASKED = -1e30f;  // finite, so that masked minus masked is not NaN
-
-struct Span {  // as attention/native.py lays it out
-    int32_t first_row, start, count, table;
-};
 
 struct Unit {
     int32_t span, token, head, heads, first_key, end_key;
