@@ -20,6 +20,7 @@ class _LazyGroup(click.Group):
         "chat": "tidewright.launch.client_commands",
         "complete": "tidewright.launch.client_commands",
         "drain": "tidewright.launch.health_commands",
+        "export-onnx": "tidewright.launch.export_command",
         "health": "tidewright.launch.health_commands",
         "serve": "tidewright.launch.serve_command",
         "worker": "tidewright.launch.worker_command",
@@ -30,7 +31,8 @@ class _LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name in self.elsewhere:
-            command: click.Command = getattr(importlib.import_module(self.elsewhere[cmd_name]), cmd_name)
+            module = importlib.import_module(self.elsewhere[cmd_name])
+            command: click.Command = getattr(module, cmd_name.replace("-", "_"))
             return command
         return super().get_command(ctx, cmd_name)
 
@@ -51,23 +53,34 @@ def main() -> None:
 @main.command()
 @click.argument("model", default=EMBEDDED_MODEL)
 @click.option("--force", is_flag=True, help="Make it anew even if it is ready.")
-def prepare(model: str, force: bool) -> None:
+@click.option("--fallback/--no-fallback", default=True, show_default=True, help="Also make its ONNX fallback.")
+@click.option("--fallback-model", metavar="MODEL", help="Make the fallback from another, smaller model.")
+def prepare(model: str, force: bool, fallback: bool, fallback_model: str | None) -> None:
     """Make MODEL ready to serve, and print its folder.
 
     MODEL is the embedded model's name (smollm2-135m, the default), a .gguf file of the Llama family,
     a Hugging Face folder, or an id of the Hugging Face hub. What is ready already costs nothing.
 
+    The fallback is the model as `tidewright export-onnx` makes it, in int8.
+
     \b
     Examples:
       tidewright prepare
-      tidewright prepare ./model.gguf
-      tidewright prepare HuggingFaceTB/SmolLM2-360M-Instruct
+      tidewright prepare ./model.gguf --no-fallback
+      tidewright prepare HuggingFaceTB/SmolLM2-1.7B-Instruct --fallback-model smollm2-135m
     """
-    from tidewright.launch.errors import LaunchError
+    from tidewright.launch.errors import ExportError, LaunchError
     from tidewright.launch.prepare import prepare as make_ready
 
+    console = Console(stderr=True)
     try:
-        click.echo(make_ready(model, Console(stderr=True), force))
+        click.echo(make_ready(model, console, force))
+        if fallback:
+            from tidewright.launch.export_command import prepare_fallback
+
+            prepare_fallback(model, fallback_model or model, console, force)
+    except ExportError as error:
+        raise click.ClickException(f"{model} is ready, but its fallback is not: {error}") from None
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
 

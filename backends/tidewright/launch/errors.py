@@ -15,5 +15,9 @@ class UnsupportedModelError(PrepareError):
     """The source is readable, but of a kind that isn't served."""
 
 
+class ExportError(LaunchError):
+    """A model can't be exported to ONNX."""
+
+
 class TritonNotFoundError(LaunchError):
     """No usable tritonserver on this machine."""

@@ -1,0 +1,67 @@
+"""Runs an exported model through onnxruntime: a batch of sequences, padded on the left, and their cache. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+
+
+class OnnxDecoder:
+    """`threads` as onnxruntime counts them: 0 takes all cores."""
+
+    def __init__(self, file: Path, threads: int = 0) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        self._past = {value.name: value.shape for value in self._session.get_inputs()[3:]}
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Sequences:
+        """Reads the prompts, which may differ in length."""
+        longest = max(map(len, prompts))
+        ids_BT, mask_BT = np.zeros((2, len(prompts), longest), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            ids_BT[row, longest - len(prompt) :] = prompt
+            mask_BT[row, longest - len(prompt) :] = 1
+        past = [
+            np.zeros((len(prompts), heads, 0, head_dim), np.float32) for _, heads, _, head_dim in self._past.values()
+        ]
+        return Sequences(self, ids_BT, mask_BT, past)
+
+    def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        sequences = self.begin(prompts)
+        tokens = [sequences.logits_BV.argmax(axis=-1)]
+        while len(tokens) < count:
+            sequences.add(tokens[-1])
+            tokens.append(sequences.logits_BV.argmax(axis=-1))
+        answers: list[list[int]] = np.stack(tokens, axis=1).tolist()
+        return answers
+
+    def run(
+        self, ids_BT: np.ndarray, mask_BC: np.ndarray, positions_BT: np.ndarray, past: list[np.ndarray]
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        inputs = {"input_ids": ids_BT, "attention_mask": mask_BC, "position_ids": positions_BT}
+        logits_BV, *present = self._session.run(None, inputs | dict(zip(self._past, past, strict=True)))
+        return logits_BV, present
+
+
+class Sequences:
+    """Sequences that grow together; `logits_BV` are those after their last tokens."""
+
+    def __init__(self, decoder: OnnxDecoder, ids_BT: np.ndarray, mask_BT: np.ndarray, past: list[np.ndarray]) -> None:
+        self._decoder, self._mask_BC, self._past = decoder, mask_BT, past
+        self._run(ids_BT)
+
+    def add(self, token_ids_B: np.ndarray | Sequence[int]) -> None:
+        """One more token for each."""
+        ids_B1 = np.asarray(token_ids_B, dtype=np.int64)[:, None]
+        self._mask_BC = np.concatenate([self._mask_BC, np.ones_like(ids_B1)], axis=1)
+        self._run(ids_B1)
+
+    def _run(self, ids_BT: np.ndarray) -> None:
+        # Padding counts for nothing; its own position only has to exist.
+        positions_BC = np.maximum(self._mask_BC.cumsum(axis=1) - 1, 0)
+        positions_BT = positions_BC[:, -ids_BT.shape[1] :]
+        self.logits_BV, self._past = self._decoder.run(ids_BT, self._mask_BC, positions_BT, self._past)
