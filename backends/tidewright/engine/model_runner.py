@@ -19,6 +19,7 @@ from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
 from tidewright.engine.sampler import prompt_logprobs, sample
 from tidewright.huge_pages import move_to_huge_pages
+from tidewright.kv_cache.prefault import Prefaulter
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
 from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.registry import model_class
@@ -77,6 +78,7 @@ class ModelRunner:
         # The block tables are the same on all ranks, so the pool is as large as the smallest rank's.
         num_blocks = group.smallest(count_blocks(shape, config.kv_cache_memory, needed, self.device))
         self.kv_cache = allocate_kv_cache(shape, num_blocks, self.device)
+        self._prefaulter = Prefaulter(self.kv_cache)
         self.sample_seconds = 0.0  # logits and sampling, of all steps
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
 
@@ -86,12 +88,14 @@ class ModelRunner:
         spans = sorted(plan.sequences, key=self._attention.order)
         token_ids = [token for span in spans for token in span.token_ids]
         positions = [p for span in spans for p in range(span.start, span.start + span.count)]
-        hidden_TE = self.model(
-            self._tensor(token_ids), self._tensor(positions), self.kv_cache, self._attention.prepare(spans)
-        )
-        began = time.monotonic()
-        results = self._results(plan, spans, hidden_TE)
-        self.sample_seconds += time.monotonic() - began
+        newest_block = max((span.block_table[-1] for span in spans), default=0)
+        with self._prefaulter.step(newest_block):
+            hidden_TE = self.model(
+                self._tensor(token_ids), self._tensor(positions), self.kv_cache, self._attention.prepare(spans)
+            )
+            began = time.monotonic()
+            results = self._results(plan, spans, hidden_TE)
+            self.sample_seconds += time.monotonic() - began
         return StepResult(results)
 
     def _results(
