@@ -23,7 +23,7 @@ from tidewright.config import Settings
 from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
 from tidewright.parent_death import exit_with_parent
-from tidewright.schema import CONTROL, CONTROL_WORDS, DECODER_INPUTS, FinishReason
+from tidewright.schema import CANCEL, CONTROL, CONTROL_WORDS, DECODER_INPUTS, FinishReason
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger("tidewright")
@@ -69,7 +69,8 @@ class TritonPythonModel:
                     self._control(sender, word)
                     continue
                 parsed = self._parse(request)
-                self._bridge.submit(parsed, _TritonResponder(sender, parsed, self._tokenizer))
+                responder = _TritonResponder(sender, parsed, self._tokenizer)
+                self._bridge.submit(parsed, responder, request.request_id())
             except RequestError as error:
                 self._refuse(sender, error)
             except Exception:
@@ -86,14 +87,26 @@ class TritonPythonModel:
         self._bridge.stop()
 
     def _control(self, sender: object, word: str) -> None:
+        if word.startswith(CANCEL):
+            return self._cancel(sender, word.removeprefix(CANCEL))
         if word not in CONTROL_WORDS:
-            raise InvalidRequestError(f"control is {word!r}; it can be: {', '.join(CONTROL_WORDS)}")
+            known = ", ".join((*CONTROL_WORDS, f"{CANCEL}<request id>"))
+            raise InvalidRequestError(f"control is {word!r}; it can be: {known}")
         if word == "drain":
             self._bridge.drain()
         elif trouble := self._bridge.trouble:
             # Not `_refuse`: it is no request that failed.
             return _send_error(sender, EngineUnavailableError(trouble))
-        response = pb_utils.InferenceResponse(output_tensors=[_text_tensor("text_output", [b"ok"])])
+        _send_ok(sender)
+
+    def _cancel(self, sender: object, client_id: str) -> None:
+        if not client_id:
+            raise InvalidRequestError(f"{CANCEL} must be followed by the id of a request")
+        if self._bridge.cancel(client_id):
+            return _send_ok(sender)
+        message = f"no request with the id {client_id!r} is in flight; it may have ended"
+        error = pb_utils.TritonError(message, pb_utils.TritonError.NOT_FOUND)
+        response = pb_utils.InferenceResponse(error=error)
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
 
     def _refuse(self, sender: object, error: RequestError) -> None:
@@ -149,6 +162,11 @@ class _TritonResponder:
 def _control_word(request: object) -> str:
     tensor = pb_utils.get_input_tensor_by_name(request, CONTROL.name)
     return "" if tensor is None else tensor.as_numpy()[0].decode(errors="replace")
+
+
+def _send_ok(sender: object) -> None:
+    response = pb_utils.InferenceResponse(output_tensors=[_text_tensor("text_output", [b"ok"])])
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
 
 
 def _send_error(sender: object, error: RequestError) -> None:

@@ -49,6 +49,9 @@ CONTROL = TensorSpec("control", "TYPE_STRING", (1,), optional=True)
 ControlWord = Literal["health", "drain"]
 DRAINING = "draining: no new requests are taken"  # the answer to "health" while that is so
 CONTROL_WORDS: tuple[str, ...] = get_args(ControlWord)
+CANCEL = (
+    "cancel:"  # and the id of the requests to end; it reaches them where Triton carries no cancel, as in an ensemble
+)
 
 DECODER_INPUTS = (TEXT_INPUT, INPUT_IDS, *GENERATION_OPTIONS, CONTROL)
 DECODER_OUTPUTS = (

@@ -201,6 +201,23 @@ def test_prompt_logprobs_come_once_and_are_asked_of_one_sequence(world: World, s
     assert [chunk.prompt_logprobs for chunk in caller.chunks] == ([prompt, None] if stream else [prompt])
 
 
+def test_a_cancel_by_id_ends_all_of_that_id_and_no_other(world: World) -> None:
+    doomed = [world.submit(client_id="a", stream=True) for _ in range(2)]
+    other, nameless = world.submit(client_id="b"), world.submit()
+    world.engine.says(SequenceOutput(1, world.ids("one")))
+    assert world.bridge.cancel("a") == 2
+    for caller in doomed:
+        caller.end()
+        assert isinstance(caller.error, CancelledError)
+    assert sorted(world.engine.aborted()) == [1, 2]
+    assert world.bridge.cancel("c") == 0
+    for request_id, caller in ((3, other), (4, nameless)):
+        world.engine.says(SequenceOutput(request_id, world.ids("done"), "length"))
+        caller.end()
+        assert caller.error is None
+    assert world.bridge.cancel("a") == 0
+
+
 def test_a_cancel_noticed_while_the_last_response_goes_out_is_no_second_end(world: World) -> None:
     class Slow(Caller):
         asked, answer = threading.Event(), threading.Event()

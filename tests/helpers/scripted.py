@@ -106,14 +106,16 @@ class World:
         self.bridge._feeder._notes.put(read.set)
         assert read.wait(PATIENCE)
 
-    def submit(self, stream: bool = False, echo: str = "", **sampling: Any) -> Caller:
+    def submit(self, stream: bool = False, echo: str = "", client_id: str = "", **sampling: Any) -> Caller:
         caller = Caller()
-        self.submit_for(caller, stream, echo, **sampling)
+        self.submit_for(caller, stream, echo, client_id, **sampling)
         return caller
 
-    def submit_for(self, caller: Caller, stream: bool = False, echo: str = "", **sampling: Any) -> None:
+    def submit_for(
+        self, caller: Caller, stream: bool = False, echo: str = "", client_id: str = "", **sampling: Any
+    ) -> None:
         params = SamplingParams(**{"seed": 7, **sampling})
-        self.bridge.submit(GenerationRequest([1, 2, 3], echo, stream, params, OutputOptions()), caller)
+        self.bridge.submit(GenerationRequest([1, 2, 3], echo, stream, params, OutputOptions()), caller, client_id)
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)

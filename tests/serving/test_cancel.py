@@ -61,3 +61,34 @@ def test_requests_waiting_for_a_place_can_be_cancelled(bf16_server: RunningServe
     stream.next()
     stream.close(cancel=True)
     assert_generation_stops(bf16_server)
+
+
+def control(server: RunningServer, word: str) -> httpx.Response:
+    return server.post("decoder/generate", {"control": word})
+
+
+def test_by_id_through_the_ensemble_which_carries_no_cancel(bf16_server: RunningServer) -> None:
+    start = bf16_server.metric("generated_tokens_total")
+    with bf16_server.stream() as stream:
+        for name in ("doomed", "other"):
+            options = {**LONG, "max_tokens": 2000 if name == "doomed" else 30}
+            stream.send(name, model="generate", text_input="Once", stream=True, sampling_parameters=options)
+        while not stream.generations["doomed"].token_ids:
+            stream.next()
+        answer = control(bf16_server, "cancel:doomed").json()
+        assert answer.get("text_output") == "ok", answer
+        generations = stream.finish()
+    assert len(generations["other"].token_ids) == 30
+    assert generations["other"].error is None
+    assert "cancelled by its id" in str(generations["doomed"].error)
+    assert_generation_stops(bf16_server)
+    assert bf16_server.metric("generated_tokens_total") - start < 100
+    assert bf16_server.metric("kv_blocks_free") == bf16_server.metric("kv_blocks_total")
+
+
+def test_an_id_that_is_not_in_flight_or_none(bf16_server: RunningServer) -> None:
+    answer = control(bf16_server, "cancel:nobody")
+    assert answer.status_code == 400
+    assert "no request with the id 'nobody' is in flight" in answer.json()["error"]
+    answer = control(bf16_server, "cancel:")
+    assert "must be followed by the id" in answer.json()["error"]

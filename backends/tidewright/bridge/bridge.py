@@ -131,8 +131,8 @@ class Bridge:
         for thread in self._threads:
             thread.join()
 
-    def submit(self, request: GenerationRequest, responder: Responder) -> None:
-        """Queue a valid request; its answer comes through `responder`.
+    def submit(self, request: GenerationRequest, responder: Responder, client_id: str = "") -> None:
+        """Queue a valid request; its answer comes through `responder`. `client_id` is what `cancel` calls it.
 
         Raises:
             TimedOutError: its timeout is over already.
@@ -146,7 +146,7 @@ class Bridge:
         if deadline is not None and deadline <= time.monotonic():
             raise TimedOutError(f"timed out at once: timeout is {sampling.timeout:g} s; raise it or leave it out")
         ids = [next(self._ids) for _ in range(sampling.n)]
-        call = Call(request, responder, self._tokenizer, ids, arrived_at, deadline)
+        call = Call(request, responder, self._tokenizer, ids, arrived_at, deadline, client_id)
         with self._changed:
             if self._draining:
                 raise EngineUnavailableError("the server is shutting down; send the request to another")
@@ -158,6 +158,14 @@ class Bridge:
             self._changed.notify_all()
         for part in call.parts:
             self._feeder.submit(part)
+
+    def cancel(self, client_id: str) -> int:
+        """End the requests of that id, which their clients chose; how many there are in flight."""
+        with self._changed:
+            found = [call for call in self._calls if call.client_id == client_id]
+            for call in found:
+                self._fail(call, CancelledError("cancelled by its id"))
+        return len(found)
 
     def _check_room(self, n: int) -> None:
         if n > self._limit:

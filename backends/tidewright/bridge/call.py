@@ -143,9 +143,11 @@ class Call:
         request_ids: list[int],
         arrived_at: float,
         deadline: float | None,
+        client_id: str = "",
     ) -> None:
         self.request = request
         self.responder = responder
+        self.client_id = client_id  # empty if the client gave none
         self.arrived_at = arrived_at  # time.monotonic()
         self.deadline = deadline  # likewise
         self.error: RequestError | None = None
