@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
     "model_repository/tokenizer": (schema.TOKENIZER_INPUTS, schema.TOKENIZER_OUTPUTS),
     "model_repository/decoder": (schema.DECODER_INPUTS, schema.DECODER_OUTPUTS),
+    "model_repository/fallback": (schema.DECODER_INPUTS, schema.DECODER_OUTPUTS),
     "ensemble/generate": (schema.GENERATE_INPUTS, schema.GENERATE_OUTPUTS),
 }
 

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+import msgspec
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
@@ -75,6 +76,21 @@ class Settings(BaseSettings):
         0, ge=0, le=16, description="Tokens guessed by prompt lookup in one step, at most; 0 switches it off."
     )
     max_waiting: int = Field(512, ge=0, description="Requests that may wait; one more is refused as overloaded.")
+    fallback: str = Field(
+        "",
+        description="Also serve `fallback`, a small ONNX model in a process of its own: auto exports it from the model "
+        "if it is not there yet, a folder is one that `tidewright export-onnx` made. Empty: none.",
+    )
+    fallback_device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Where onnxruntime runs the fallback; auto takes a GPU if it can use one."
+    )
+    fallback_threads: int = Field(
+        1, ge=1, le=1024, description="CPU threads of the fallback: few, so that it does not starve the main model."
+    )
+    fallback_memory: str = Field("256MiB", description="Memory of the fallback's KV cache, as kv_cache_memory.")
+    fallback_max_tokens: int = Field(
+        64, ge=1, description="Longest answer of the fallback; more is cut off with the reason length."
+    )
     heartbeat_interval: float = Field(0.5, gt=0, le=60, description="Seconds between two heartbeats of the engine.")
     heartbeat_timeout: float = Field(
         30.0, gt=0, description="Seconds without a heartbeat after which the engine is killed and restarted."
@@ -85,7 +101,7 @@ class Settings(BaseSettings):
     )
     log_level: Literal["info", "warning", "error"] = Field("warning", description="Lowest level to log.")
 
-    @field_validator("kv_cache_memory")
+    @field_validator("kv_cache_memory", "fallback_memory")
     @classmethod
     def _memory_is_readable(cls, value: str) -> str:
         if value != "auto":
@@ -129,6 +145,25 @@ class Settings(BaseSettings):
         """The variables from which the same settings are read again, in Triton's stub processes."""
         values: dict[str, Any] = self.model_dump()
         return {f"TIDEWRIGHT_{name.upper()}": str(value) for name, value in values.items()}
+
+    def fallback_engine_config(self, model_dir: Path) -> EngineConfig:
+        """What the engine process of the fallback needs, in the folder `fallback`."""
+        return msgspec.structs.replace(
+            self.engine_config(model_dir),
+            onnx_dir=self.fallback,
+            device=self.fallback_device,
+            threads=self.fallback_threads,
+            kv_cache_memory=self.fallback_memory,
+            max_output_tokens=self.fallback_max_tokens,
+            max_batched_tokens=256,  # its prefill is slow, and nobody is to wait long for a first token
+            max_running=16,
+            prefix_caching=False,
+            speculative_tokens=0,
+            standby=False,
+            tensor_parallel_size=1,
+            nodes=1,
+            rendezvous="",
+        )
 
     def engine_config(self, model_dir: Path) -> EngineConfig:
         """What the engine process needs."""

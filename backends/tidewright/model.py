@@ -5,6 +5,7 @@ Only translates between Triton's objects and `tidewright.bridge`; the model itse
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
@@ -15,7 +16,7 @@ import triton_python_backend_utils as pb_utils
 
 from tidewright.bridge.bridge import Bridge
 from tidewright.bridge.call import Chunk
-from tidewright.bridge.metrics import BridgeMetrics
+from tidewright.bridge.metrics import FALLBACK_PREFIX, PREFIX, BridgeMetrics
 from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_request
 from tidewright.bridge.start_error import report_start_error
 from tidewright.cache import find_prepared
@@ -53,12 +54,17 @@ class TritonPythonModel:
         try:
             model_dir = find_prepared(settings.model)
             self._tokenizer = Tokenizer(model_dir)
-            self._bridge = Bridge(settings, settings.engine_config(model_dir), self._tokenizer)
+            # config.pbtxt says which of the two models this is.
+            parameters = json.loads(args["model_config"]).get("parameters", {})
+            is_fallback = parameters.get("engine", {}).get("string_value") == "onnx"
+            config = settings.fallback_engine_config if is_fallback else settings.engine_config
+            self._bridge = Bridge(settings, config(model_dir), self._tokenizer)
             self._bridge.start()
         except Exception as error:
             report_start_error(error)
             raise
-        self._metrics = BridgeMetrics(self._bridge, pb_utils.MetricFamily)
+        prefix = FALLBACK_PREFIX if is_fallback else PREFIX
+        self._metrics = BridgeMetrics(self._bridge, pb_utils.MetricFamily, prefix)
         self._metrics.start()
 
     def execute(self, requests: list) -> None:

@@ -43,7 +43,7 @@ class Bridge:
 
     def __init__(self, settings: Settings, config: EngineConfig, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._limit = settings.max_running + settings.max_waiting
+        self._limit = config.max_running + config.max_waiting
         self._ids = itertools.count(1)
         self._calls: dict[Call, None] = {}  # in order of arrival
         self._parts: dict[int, Part] = {}  # sequences that have not ended, by the engine's request id

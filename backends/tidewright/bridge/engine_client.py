@@ -194,7 +194,8 @@ class EngineClient:
         """Hand on what the engine says until a deadline passes or (EOFError) it is gone; return the cause."""
         deadline = time.monotonic() + self._start_timeout
         while True:
-            if self._connection and not self._standby and time.monotonic() > self._up_at + STANDBY_DELAY:
+            is_up = self._connection is not None and time.monotonic() > self._up_at + STANDBY_DELAY
+            if is_up and self._config.standby and not self._standby:
                 self._standby = self._start_process()
             if not connection.poll(POLL_INTERVAL):
                 if time.monotonic() > deadline:

@@ -18,7 +18,7 @@ from tidewright.engine.messages import STEP_PHASES
 from tidewright.schema import FINISH_REASONS
 
 REFRESH_INTERVAL = 0.25  # seconds
-PREFIX = "tidewright_"
+PREFIX, FALLBACK_PREFIX = "tidewright_", "tidewright_fallback_"
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,8 @@ def _series(name: str, histogram: Histogram) -> Iterator[tuple[str, str, float]]
 class BridgeMetrics:
     """A thread that copies figures into Triton's metrics; `family` is pb_utils.MetricFamily."""
 
-    def __init__(self, bridge: Bridge, family: Any) -> None:
-        self._bridge = bridge
+    def __init__(self, bridge: Bridge, family: Any, prefix: str = PREFIX) -> None:
+        self._bridge, self._prefix = bridge, prefix
         self._family = family
         self._families: list[Any] = []  # a metric dies with its family
         self._gauges: set[str] = set()
@@ -185,7 +185,7 @@ class BridgeMetrics:
                 self._metrics[key].increment(change)
 
     def _make(self, name: str, kind: Any, spec: MetricSpec, values: tuple[str, ...] = ("",)) -> None:
-        made = self._family(name=f"{PREFIX}{name}", description=spec.meaning, kind=kind)
+        made = self._family(name=f"{self._prefix}{name}", description=spec.meaning, kind=kind)
         self._families.append(made)
         for value in values:
             self._metrics[name, value] = made.Metric(labels={spec.label: value} if value else {})

@@ -11,10 +11,11 @@ import msgspec
 
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
-from tidewright.engine.model_runner import EngineConfigError, ModelRunner
+from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.plan import DrawnToken, SequenceResult, StepPlan
 from tidewright.engine.rank_messages import Expire, Input
 from tidewright.engine.ranks import Ranks
+from tidewright.engine.runner import Runner, check_engine_config
 from tidewright.engine.scheduler import RequestRefusedError, Scheduler, SchedulerConfig
 from tidewright.engine.sequence import Sequence
 from tidewright.kv_cache.block_pool import BlockPool
@@ -29,11 +30,9 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, group: TensorParallelGroup = ALONE, ranks: Ranks | None = None) -> None:
-        for name in ("block_size", "max_batched_tokens", "max_running"):
-            if getattr(config, name) < 1:
-                raise EngineConfigError(f"{name} must be at least 1")
+        check_engine_config(config)
         started = time.monotonic()
-        self.runner = ModelRunner(config, group)
+        self.runner = _make_runner(config, group)
         self.load_seconds = time.monotonic() - started
         self.config = config
         self.scheduler = make_scheduler(config, self.runner)
@@ -52,10 +51,11 @@ class Engine:
     @property
     def progress(self) -> int:
         """Grows as long as a step comes on, however long it takes."""
-        return self.runner.model.layers_computed
+        return self.runner.progress
 
     def submit(self, request: Submit) -> SequenceOutput | None:
         """Takes a request; the output that ends it at once, if it can't be taken."""
+        request = self._bounded(request)
         try:
             self.scheduler.add(make_sequence(request))
         except RequestRefusedError as error:
@@ -66,6 +66,13 @@ class Engine:
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
         return None
+
+    def _bounded(self, request: Submit) -> Submit:
+        limit, sampling = self.config.max_output_tokens, request.sampling
+        if not limit or sampling.max_tokens <= limit:
+            return request
+        sampling = msgspec.structs.replace(sampling, max_tokens=limit, min_tokens=min(sampling.min_tokens, limit))
+        return msgspec.structs.replace(request, sampling=sampling)
 
     def abort(self, request_id: int) -> None:
         self.scheduler.abort(request_id)
@@ -140,17 +147,25 @@ class Engine:
     def ready(self) -> Ready:
         return Ready(
             pid=os.getpid(),
-            device=str(self.runner.device),
+            device=self.runner.device_name,
             dtype=self.config.dtype,
             block_size=self.config.block_size,
-            num_blocks=self.runner.kv_cache.num_blocks,
+            num_blocks=self.runner.num_blocks,
             max_model_len=self.runner.max_model_len,
             vocab_size=self.runner.vocab_size,
             load_seconds=self.load_seconds,
         )
 
 
-def make_scheduler(config: EngineConfig, runner: ModelRunner) -> Scheduler:
+def _make_runner(config: EngineConfig, group: TensorParallelGroup) -> Runner:
+    if not config.onnx_dir:
+        return ModelRunner(config, group)
+    from tidewright.engine.onnx_runner import OnnxRunner  # onnxruntime, which others don't need
+
+    return OnnxRunner(config)
+
+
+def make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
     """The same on every rank."""
     return Scheduler(
         SchedulerConfig(
@@ -164,7 +179,7 @@ def make_scheduler(config: EngineConfig, runner: ModelRunner) -> Scheduler:
             prefix_caching=config.prefix_caching,
             speculative_tokens=config.speculative_tokens,
         ),
-        BlockPool(runner.kv_cache.num_blocks),
+        BlockPool(runner.num_blocks),
     )
 
 

@@ -17,6 +17,7 @@ from tidewright.distributed.tensor_parallel import PackableLinear
 from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
+from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError
 from tidewright.engine.sampler import prompt_logprobs, sample
 from tidewright.huge_pages import move_to_huge_pages
 from tidewright.kv_cache.prefault import Prefaulter
@@ -24,14 +25,8 @@ from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_b
 from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.registry import model_class
 
-# A pool that holds less than this is a mistake, whatever the longest sequence may be.
-_USEFUL_TOKENS = 256
 # Logits of a long prompt would take gigabytes at once.
 _LOGPROB_ROWS = 128
-
-
-class EngineConfigError(ValueError):
-    """The engine's configuration asks for what this machine or model doesn't have."""
 
 
 class ModelRunner:
@@ -74,13 +69,25 @@ class ModelRunner:
             self.dtype,
         )
         # Who sets a length gets that length; the model's own limit gives way to the memory.
-        needed = config.max_model_len or min(limit, _USEFUL_TOKENS)
+        needed = config.max_model_len or min(limit, USEFUL_TOKENS)
         # The block tables are the same on all ranks, so the pool is as large as the smallest rank's.
         num_blocks = group.smallest(count_blocks(shape, config.kv_cache_memory, needed, self.device))
         self.kv_cache = allocate_kv_cache(shape, num_blocks, self.device)
         self._prefaulter = Prefaulter(self.kv_cache)
         self.sample_seconds = 0.0  # logits and sampling, of all steps
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
+
+    @property
+    def device_name(self) -> str:
+        return str(self.device)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.kv_cache.num_blocks
+
+    @property
+    def progress(self) -> int:
+        return self.model.layers_computed
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:

@@ -1,4 +1,4 @@
-"""Asks a running server about itself: the decoder's `control` input, and whether its stubs live. HTTP only."""
+"""Asks a running server about itself: the decoders' `control` input, and whether its stubs live. HTTP only."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class TroubleError(LaunchError):
     """The server answered, and the answer is no."""
 
 
-def control(url: str, word: ControlWord, timeout: float) -> None:
+def control(url: str, word: ControlWord, timeout: float, model: str = "decoder") -> None:
     """Returns if the answer is yes; raises one of the errors above. `timeout` is in seconds."""
-    post(f"{url}/v2/models/decoder/generate", {"control": word}, timeout)
+    post(f"{url}/v2/models/{model}/generate", {"control": word}, timeout)
 
 
 def probe_tokenizer(url: str, timeout: float) -> None:

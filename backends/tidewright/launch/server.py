@@ -58,6 +58,12 @@ class TritonServer:
         return f"http://{_reachable(self.settings.host)}:{self.settings.http_port}"
 
     @property
+    def models(self) -> set[str]:
+        """Names of those that it serves."""
+        found = {folder.name for repository in _repositories() for folder in repository.iterdir() if folder.is_dir()}
+        return found if self.settings.fallback else found - {"fallback"}
+
+    @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
@@ -125,7 +131,8 @@ class TritonServer:
         if not self.running:
             return
         with contextlib.suppress(LaunchError):  # no answer is needed from a server that is not well
-            control(self.http_url, "drain", timeout=1)
+            for model in self.models & {"decoder", "fallback"}:
+                control(self.http_url, "drain", 1, model)
         if self.running:
             os.kill(self._process.pid, signal.SIGTERM)  # type: ignore[union-attr]
 
@@ -178,9 +185,9 @@ class TritonServer:
             str(binary),
             f"--backend-directory={backends}",
             *(f"--model-repository={folder}" for folder in repositories),
-            # Explicit, so that a model can be unloaded and loaded again; * loads all at start.
+            # Explicit, so that a model can be unloaded and loaded again.
             "--model-control-mode=explicit",
-            "--load-model=*",
+            *(f"--load-model={model}" for model in sorted(self.models)),
             "--disable-auto-complete-config",
             f"--http-address={settings.host}",
             f"--http-port={settings.http_port}",

@@ -27,7 +27,7 @@ RELOAD_INTERVAL = 5.0  # seconds between attempts to load a model that would not
 class Watchdog:
     def __init__(self, server: TritonServer, say: Callable[[str], None]) -> None:
         self._server, self._say = server, say
-        self._silent = {"decoder": 0, "tokenizer": 0}
+        self._silent = dict.fromkeys(server.models & {"decoder", "fallback", "tokenizer"}, 0)
         self._missing: dict[str, float] = {}  # models to be loaded again, and when (time.monotonic())
 
     def run(self) -> bool:
@@ -45,10 +45,10 @@ class Watchdog:
             self._load(model)
             return False
         try:
-            if model == "decoder":
-                control(self._server.http_url, "health", PROBE_TIMEOUT)
-            else:
+            if model == "tokenizer":
                 probe_tokenizer(self._server.http_url, PROBE_TIMEOUT)
+            else:
+                control(self._server.http_url, "health", PROBE_TIMEOUT, model)
         except DeadStubError:
             self._reload(model, "died")
         except NoAnswerError:

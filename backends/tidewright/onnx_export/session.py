@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
 
+_CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
+
+logger = logging.getLogger(__name__)
+
+
+class OnnxModelError(ValueError):
+    """The file is not a model that can run here."""
+
 
 class OnnxDecoder:
-    """`threads` as onnxruntime counts them: 0 takes all cores."""
+    """Raises OnnxModelError. `threads` as onnxruntime counts them: 0 takes all cores.
 
-    def __init__(self, file: Path, threads: int = 0) -> None:
+    `device`: cpu; cuda, or auto, for the GPU if this onnxruntime can use it, else the CPU.
+    """
+
+    def __init__(self, file: Path, threads: int = 0, device: str = "cpu") -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        self._session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        # Threads that wait for work would take the time of those that have some.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            self._session = onnxruntime.InferenceSession(str(file), options, providers=_providers(device))
+        except Exception as error:  # onnxruntime's own types have no common base of their own
+            raise OnnxModelError(f"{file} can't be run: {str(error).strip().splitlines()[-1]}") from error
+        self.device = "cuda" if self._session.get_providers()[0] == _CUDA else "cpu"
         self._past = {value.name: value.shape for value in self._session.get_inputs()[3:]}
+
+    def empty_past(self, batch: int) -> list[np.ndarray]:
+        """Of no position yet."""
+        return [np.zeros((batch, heads, 0, head_dim), np.float32) for _, heads, _, head_dim in self._past.values()]
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequences:
         """Reads the prompts, which may differ in length."""
@@ -25,10 +47,7 @@ class OnnxDecoder:
         for row, prompt in enumerate(prompts):
             ids_BT[row, longest - len(prompt) :] = prompt
             mask_BT[row, longest - len(prompt) :] = 1
-        past = [
-            np.zeros((len(prompts), heads, 0, head_dim), np.float32) for _, heads, _, head_dim in self._past.values()
-        ]
-        return Sequences(self, ids_BT, mask_BT, past)
+        return Sequences(self, ids_BT, mask_BT, self.empty_past(len(prompts)))
 
     def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         sequences = self.begin(prompts)
@@ -45,6 +64,19 @@ class OnnxDecoder:
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BC, "position_ids": positions_BT}
         logits_BV, *present = self._session.run(None, inputs | dict(zip(self._past, past, strict=True)))
         return logits_BV, present
+
+
+def _providers(device: str) -> list[str]:
+    available = onnxruntime.get_available_providers()
+    if device != "cpu" and _CUDA in available:
+        return [_CUDA, _CPU]
+    if device.startswith("cuda"):
+        logger.warning(
+            "this onnxruntime has no %s (it has %s), so the CPU runs the model; install onnxruntime-gpu",
+            _CUDA,
+            ", ".join(available),
+        )
+    return [_CPU]
 
 
 class Sequences:

@@ -1,0 +1,38 @@
+"""What runs a plan, and which of the two a configuration asks for."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from tidewright.engine.messages import EngineConfig
+from tidewright.engine.plan import StepPlan, StepResult
+
+# A pool that holds less than this is a mistake, whatever the longest sequence may be.
+USEFUL_TOKENS = 256
+
+
+class EngineConfigError(ValueError):
+    """The engine's configuration asks for what this machine or model doesn't have."""
+
+
+class Runner(Protocol):
+    """`num_blocks` of its KV cache; `progress` grows as long as a step comes on, however long it takes."""
+
+    vocab_size: int
+    eos_ids: tuple[int, ...]
+    max_model_len: int
+    sample_seconds: float  # logits and sampling, of all steps
+
+    @property
+    def device_name(self) -> str: ...
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def progress(self) -> int: ...
+    def run(self, plan: StepPlan) -> StepResult: ...
+
+
+def check_engine_config(config: EngineConfig) -> None:
+    for name in ("block_size", "max_batched_tokens", "max_running"):
+        if getattr(config, name) < 1:
+            raise EngineConfigError(f"{name} must be at least 1")

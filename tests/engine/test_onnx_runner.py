@@ -1,0 +1,193 @@
+"""The engine on onnxruntime: the same tokens as transformers', whatever is scheduled when."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+import transformers
+from rich.console import Console
+
+from helpers.checkpoints import expected, prompt, save
+from helpers.exports import save_tokenizer
+from helpers.families import FAMILIES
+from tidewright.engine.engine import Engine
+from tidewright.engine.messages import EngineConfig, SequenceOutput, Submit
+from tidewright.launch.export import export
+from tidewright.onnx_export.manifest import MANIFEST, Manifest, model_file
+from tidewright.onnx_export.session import OnnxDecoder
+from tidewright.schema import SamplingParams
+
+BYTES_PER_TOKEN = 2 * 3 * 2 * 12 * 4  # k and v, layers, KV heads, head size, float32
+LENGTHS = (1, 5, 23, 40, 12)
+TOKENS, EOS = 20, 2
+
+Model = tuple[Path, Path, transformers.PreTrainedModel]
+
+
+@pytest.fixture(scope="module", params=["qwen 3", "mistral"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A checkpoint, its export in float32, and transformers' own."""
+    folder = tmp_path_factory.mktemp("model")
+    torch_model = save(folder, FAMILIES[request.param])
+    save_tokenizer(folder)
+    target = folder / "onnx"
+    export(folder, target, ("float32",), Console(quiet=True))
+    return folder, target, torch_model
+
+
+def engine(model: Model, **changes: Any) -> Engine:
+    folder, target, _ = model
+    values = {"onnx_dir": str(target), "threads": 1, "block_size": 4, "kv_cache_memory": "4MiB"}
+    return Engine(EngineConfig(model_dir=str(folder), prefix_caching=False, **(values | changes)))
+
+
+def greedy(**changes: Any) -> SamplingParams:
+    return SamplingParams(**{"temperature": 0, "seed": 0, "max_tokens": TOKENS, **changes})
+
+
+def run(made: Engine, requests: list[Submit], steps_between: int = 0) -> dict[int, list[SequenceOutput]]:
+    outputs: dict[int, list[SequenceOutput]] = {request.request_id: [] for request in requests}
+
+    def step() -> None:
+        for output in made.step():
+            outputs[output.request_id].append(output)
+
+    for request in requests:
+        assert made.submit(request) is None
+        for _ in range(steps_between):
+            step()
+    while made.has_work:
+        step()
+    return outputs
+
+
+def wanted(model: Model, ids: list[int]) -> list[int]:
+    """By transformers, up to the end of the sequence."""
+    answer = expected(model[2], ids, TOKENS)
+    return answer[: answer.index(EOS) + 1] if EOS in answer else answer
+
+
+def tokens(outputs: list[SequenceOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+@pytest.mark.parametrize("steps_between", [0, 3])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"max_batched_tokens": 7},
+        {"kv_cache_memory": str(84 * BYTES_PER_TOKEN), "max_model_len": 64},
+        {"max_running": 2},
+    ],
+    ids=["all at once", "chunks", "preemption", "two at a time"],
+)
+def test_greedy_tokens_are_those_of_transformers(model: Model, changes: dict[str, Any], steps_between: int) -> None:
+    prompts = [prompt(length, seed=length) for length in LENGTHS]
+    made = engine(model, **changes)
+    outputs = run(made, [Submit(i, ids, greedy()) for i, ids in enumerate(prompts)], steps_between)
+    for ids, got in zip(prompts, outputs.values(), strict=True):
+        assert tokens(got) == wanted(model, ids)
+    stats = made.stats()
+    assert stats.blocks_free == stats.blocks_total
+    # One of the two models ends its answers too soon to run out of blocks.
+    if all(len(tokens(got)) == TOKENS for got in outputs.values()):
+        assert (stats.preemptions > 0) == ("max_model_len" in changes)
+
+
+def test_a_seeded_request_draws_the_same_alone_and_among_others(model: Model) -> None:
+    requests = [
+        Submit(i, prompt(length, seed=length), greedy(temperature=1.0, seed=i, top_p=0.9))
+        for i, length in enumerate(LENGTHS)
+    ]
+    together = run(engine(model), requests)
+    for request in requests:
+        assert tokens(run(engine(model), [request])[request.request_id]) == tokens(together[request.request_id])
+
+
+def test_what_was_generated_elsewhere_is_gone_on_with(model: Model) -> None:
+    ids = prompt(9, seed=3)
+    whole = wanted(model, ids)
+    got = run(engine(model), [Submit(1, ids, greedy(), output_token_ids=whole[:4])])[1]
+    assert tokens(got) == whole[4:]
+
+
+def test_prompt_logprobs_are_those_of_transformers(model: Model) -> None:
+    ids = prompt(17, seed=1)
+    with torch.inference_mode():
+        wanted_TV = model[2](torch.tensor([ids])).logits[0].log_softmax(-1)
+    params = greedy(prompt_logprobs=2, max_tokens=3)
+    for changes in ({}, {"max_batched_tokens": 5}):
+        first = run(engine(model, **changes), [Submit(1, ids, params)])[1][0]
+        assert first.prompt_logprobs is not None
+        assert len(first.prompt_logprobs) == len(ids) - 1
+        for row_V, token, entries in zip(wanted_TV, ids[1:], first.prompt_logprobs, strict=False):
+            assert [entry.token_id for entry in entries] == [token, *row_V.topk(2).indices.tolist()]
+            assert entries[0].logprob == pytest.approx(row_V[token].item(), abs=1e-4)
+
+
+def test_answers_are_no_longer_than_the_limit(model: Model) -> None:
+    made = engine(model, max_output_tokens=4)
+    params = greedy(min_tokens=10, ignore_eos=True)
+    (last,) = [o for o in run(made, [Submit(1, prompt(5, seed=1), params)])[1] if o.finish_reason]
+    assert last.finish_reason == "length"
+    assert made.stats().generated_tokens == 4
+
+
+def refusal(model: Model, **changes: Any) -> str:
+    with pytest.raises(ValueError, match=r".") as caught:
+        engine(model, **changes)
+    return str(caught.value)
+
+
+def copied(target: Path, to: Path) -> Path:
+    to.mkdir()
+    for file in target.iterdir():
+        (to / file.name).write_bytes(file.read_bytes())
+    return to
+
+
+def test_what_cannot_be_loaded_is_refused_with_the_reason(model: Model, tmp_path: Path) -> None:
+    assert "no complete ONNX export" in refusal(model, onnx_dir=str(tmp_path / "nothing"))
+
+    other = copied(model[1], tmp_path / "other")
+    manifest = msgspec.json.decode((other / MANIFEST).read_bytes(), type=Manifest)
+    source = msgspec.structs.replace(manifest.source, tokenizer_sha256="0" * 64)
+    (other / MANIFEST).write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, source=source)))
+    assert "has another tokenizer" in refusal(model, onnx_dir=str(other))
+
+    corrupt = copied(model[1], tmp_path / "corrupt")
+    graph = corrupt / model_file("float32")
+    graph.write_bytes(b"\xff" * graph.stat().st_size)
+    assert f"{graph} can't be run" in refusal(model, onnx_dir=str(corrupt))
+
+    short = copied(model[1], tmp_path / "short")
+    (short / model_file("float32")).write_bytes(b"")
+    assert "no complete ONNX export" in refusal(model, onnx_dir=str(short))
+
+
+def test_an_opset_that_this_onnxruntime_does_not_know_is_refused(model: Model, tmp_path: Path) -> None:
+    import onnx
+
+    proto = onnx.load(model[1] / model_file("float32"), load_external_data=False)
+    proto.opset_import[0].version = 999
+    file = tmp_path / "new.onnx"
+    onnx.save(proto, file)
+    with pytest.raises(ValueError, match=r"new\.onnx can't be run: .*999"):
+        OnnxDecoder(file)
+
+
+def test_a_provider_that_is_not_there_is_named_and_the_cpu_runs(
+    model: Model, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    made = engine(model, device="cuda")
+    assert made.ready().device == "cpu"
+    assert "no CUDAExecutionProvider (it has CPUExecutionProvider), so the CPU runs the model" in caplog.text
+    caplog.clear()
+    assert engine(model, device="auto").ready().device == "cpu"
+    assert not caplog.text
