@@ -5,6 +5,7 @@ No scheduler here: blocks are dealt out in a random order and prompts are cut in
 
 from __future__ import annotations
 
+import copy
 import random
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def save(
     folder: Path, config: transformers.PreTrainedConfig, shards: bool = False, dtype: torch.dtype = torch.float32
 ) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    # A copy: saving writes the type into the configuration, and a model made from it then rounds some constants to it.
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config)).float().eval()
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 1:  # norms and biases start as ones and zeros, which would hide a mistake
