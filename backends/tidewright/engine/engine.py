@@ -15,7 +15,7 @@ from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.plan import DrawnToken, SequenceResult, StepPlan
 from tidewright.engine.rank_messages import Expire, Input
 from tidewright.engine.ranks import Ranks
-from tidewright.engine.runner import Runner, check_engine_config
+from tidewright.engine.runner import EngineConfigError, Runner
 from tidewright.engine.scheduler import RequestRefusedError, Scheduler, SchedulerConfig
 from tidewright.engine.sequence import Sequence
 from tidewright.kv_cache.block_pool import BlockPool
@@ -30,7 +30,9 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, group: TensorParallelGroup = ALONE, ranks: Ranks | None = None) -> None:
-        check_engine_config(config)
+        for name in ("block_size", "max_batched_tokens", "max_running"):
+            if getattr(config, name) < 1:
+                raise EngineConfigError(f"{name} must be at least 1")
         started = time.monotonic()
         self.runner = _make_runner(config, group)
         self.load_seconds = time.monotonic() - started

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from tidewright.distributed.loading import load_weights
 from tidewright.distributed.tensor_parallel import PackableLinear
 from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.messages import EngineConfig, TokenLogprob
-from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
+from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError
 from tidewright.engine.sampler import prompt_logprobs, sample
 from tidewright.huge_pages import move_to_huge_pages
@@ -101,13 +101,11 @@ class ModelRunner:
                 self._tensor(token_ids), self._tensor(positions), self.kv_cache, self._attention.prepare(spans)
             )
             began = time.monotonic()
-            results = self._results(plan, spans, hidden_TE)
+            result = self._result(plan, spans, hidden_TE)
             self.sample_seconds += time.monotonic() - began
-        return StepResult(results)
+        return result
 
-    def _results(
-        self, plan: StepPlan, spans: list[ScheduledSequence], hidden_TE: torch.Tensor
-    ) -> tuple[SequenceResult, ...]:
+    def _result(self, plan: StepPlan, spans: list[ScheduledSequence], hidden_TE: torch.Tensor) -> StepResult:
         ends = accumulate(span.count for span in spans)
         end_rows = {span.request_id: end for span, end in zip(spans, ends, strict=True)}
         rows: list[int] = []
@@ -119,11 +117,7 @@ class ModelRunner:
             draws += planned.draws
             if planned.prompt_logprobs is not None:
                 prompt[planned.request_id] = self._prompt_logprobs(planned, hidden_TE[end - planned.count : end])
-        drawn = iter(self._sample(hidden_TE, rows, draws))
-        return tuple(
-            SequenceResult(tuple(islice(drawn, len(planned.draws))), prompt.get(planned.request_id, ()))
-            for planned in plan.sequences
-        )
+        return StepResult.of(plan, self._sample(hidden_TE, rows, draws), prompt)
 
     def _prompt_logprobs(self, planned: ScheduledSequence, hidden_TE: torch.Tensor) -> tuple[list[TokenLogprob], ...]:
         entries: list[list[TokenLogprob]] = []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from tidewright.engine.messages import TokenLogprob
 from tidewright.schema import SamplingParams
@@ -72,3 +74,19 @@ class StepResult:
     """One entry for each sequence of the plan, in the plan's order."""
 
     sequences: tuple[SequenceResult, ...]
+
+    @classmethod
+    def of(
+        cls,
+        plan: StepPlan,
+        drawn: Iterable[DrawnToken],
+        prompt_logprobs: Mapping[int, tuple[list[TokenLogprob], ...]],
+    ) -> StepResult:
+        """`drawn` for all draws of the plan in order, or none; the reports by request."""
+        rest = iter(drawn)
+        return cls(
+            tuple(
+                SequenceResult(tuple(islice(rest, len(planned.draws))), prompt_logprobs.get(planned.request_id, ()))
+                for planned in plan.sequences
+            )
+        )

@@ -1,10 +1,9 @@
-"""What runs a plan, and which of the two a configuration asks for."""
+"""What the engine asks of the one that runs its plans: model_runner.py on torch, onnx_runner.py on onnxruntime."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from tidewright.engine.messages import EngineConfig
 from tidewright.engine.plan import StepPlan, StepResult
 
 # A pool that holds less than this is a mistake, whatever the longest sequence may be.
@@ -30,9 +29,3 @@ class Runner(Protocol):
     @property
     def progress(self) -> int: ...
     def run(self, plan: StepPlan) -> StepResult: ...
-
-
-def check_engine_config(config: EngineConfig) -> None:
-    for name in ("block_size", "max_batched_tokens", "max_running"):
-        if getattr(config, name) < 1:
-            raise EngineConfigError(f"{name} must be at least 1")

@@ -14,6 +14,10 @@ _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 logger = logging.getLogger(__name__)
 
 
+Past = list[np.ndarray]
+"""Keys and values of all layers: [B, K, C, D] each, C cached positions."""
+
+
 class OnnxModelError(ValueError):
     """The file is not a model that can run here."""
 
@@ -36,7 +40,7 @@ class OnnxDecoder:
         self.device = "cuda" if self._session.get_providers()[0] == _CUDA else "cpu"
         self._past = {value.name: value.shape for value in self._session.get_inputs()[3:]}
 
-    def empty_past(self, batch: int) -> list[np.ndarray]:
+    def empty_past(self, batch: int) -> Past:
         """Of no position yet."""
         return [np.zeros((batch, heads, 0, head_dim), np.float32) for _, heads, _, head_dim in self._past.values()]
 
@@ -47,7 +51,25 @@ class OnnxDecoder:
         for row, prompt in enumerate(prompts):
             ids_BT[row, longest - len(prompt) :] = prompt
             mask_BT[row, longest - len(prompt) :] = 1
-        return Sequences(self, ids_BT, mask_BT, self.empty_past(len(prompts)))
+        sequences = Sequences(self, self.empty_past(len(prompts)), mask_BT[:, :0])
+        sequences.read(ids_BT, mask_BT)
+        return sequences
+
+    def join(self, pasts: Sequence[Past]) -> Sequences:
+        """Sequences of one row each, which may differ in length, as rows of one."""
+        lengths = [past[0].shape[2] for past in pasts]
+        longest = max(lengths)
+        padding = [longest - length for length in lengths]
+        mask_BC = (np.arange(longest) >= np.array(padding)[:, None]).astype(np.int64)
+        if len(pasts) == 1:
+            return Sequences(self, pasts[0], mask_BC)
+        joined = [
+            np.concatenate(
+                [np.pad(x, ((0, 0), (0, 0), (front, 0), (0, 0))) for x, front in zip(rows, padding, strict=True)]
+            )
+            for rows in zip(*pasts, strict=True)
+        ]
+        return Sequences(self, joined, mask_BC)
 
     def greedy(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
         sequences = self.begin(prompts)
@@ -59,8 +81,8 @@ class OnnxDecoder:
         return answers
 
     def run(
-        self, ids_BT: np.ndarray, mask_BC: np.ndarray, positions_BT: np.ndarray, past: list[np.ndarray]
-    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        self, ids_BT: np.ndarray, mask_BC: np.ndarray, positions_BT: np.ndarray, past: Past
+    ) -> tuple[np.ndarray, Past]:
         inputs = {"input_ids": ids_BT, "attention_mask": mask_BC, "position_ids": positions_BT}
         logits_BV, *present = self._session.run(None, inputs | dict(zip(self._past, past, strict=True)))
         return logits_BV, present
@@ -80,20 +102,28 @@ def _providers(device: str) -> list[str]:
 
 
 class Sequences:
-    """Sequences that grow together; `logits_BV` are those after their last tokens."""
+    """Sequences that grow together, padded on the left; padding is masked, so none sees another's length.
 
-    def __init__(self, decoder: OnnxDecoder, ids_BT: np.ndarray, mask_BT: np.ndarray, past: list[np.ndarray]) -> None:
-        self._decoder, self._mask_BC, self._past = decoder, mask_BT, past
-        self._run(ids_BT)
+    `logits_BV` are those after their last tokens, once something was read.
+    """
+
+    def __init__(self, decoder: OnnxDecoder, past: Past, mask_BC: np.ndarray) -> None:
+        self._decoder, self._past, self._mask_BC = decoder, past, mask_BC
 
     def add(self, token_ids_B: np.ndarray | Sequence[int]) -> None:
         """One more token for each."""
         ids_B1 = np.asarray(token_ids_B, dtype=np.int64)[:, None]
-        self._mask_BC = np.concatenate([self._mask_BC, np.ones_like(ids_B1)], axis=1)
-        self._run(ids_B1)
+        self.read(ids_B1, np.ones_like(ids_B1))
 
-    def _run(self, ids_BT: np.ndarray) -> None:
+    def read(self, ids_BT: np.ndarray, mask_BT: np.ndarray) -> None:
+        """More tokens for each; where the mask is 0, only before a sequence's first token, there is none."""
+        self._mask_BC = np.concatenate([self._mask_BC, mask_BT], axis=1)
         # Padding counts for nothing; its own position only has to exist.
         positions_BC = np.maximum(self._mask_BC.cumsum(axis=1) - 1, 0)
         positions_BT = positions_BC[:, -ids_BT.shape[1] :]
         self.logits_BV, self._past = self._decoder.run(ids_BT, self._mask_BC, positions_BT, self._past)
+
+    def past_of(self, row: int) -> Past:
+        """Views of one sequence, without its padding."""
+        padding = np.count_nonzero(self._mask_BC[row] == 0)
+        return [array[row : row + 1, :, padding:] for array in self._past]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tidewright.attention.reference import ReferenceAttention
 from tidewright.distributed.group import ALONE
 from tidewright.distributed.loading import load_weights
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
+from tidewright.models.folder import read_json
 from tidewright.models.registry import model_class
 
 LONGEST = 256
@@ -32,7 +32,7 @@ class SourceModel:
     """Raises ModelConfigError or CheckpointError."""
 
     def __init__(self, folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = read_json(folder / "config.json")
         self.architecture = model_class(config)
         self.config = self.architecture.read_config(config)
         longest = min(self.config.max_positions, LONGEST)
