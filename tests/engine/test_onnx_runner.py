@@ -121,7 +121,7 @@ def test_prompt_logprobs_are_those_of_transformers(model: Model) -> None:
     with torch.inference_mode():
         wanted_TV = model[2](torch.tensor([ids])).logits[0].log_softmax(-1)
     params = greedy(prompt_logprobs=2, max_tokens=3)
-    for changes in ({}, {"max_batched_tokens": 5}):
+    for changes in ({}, {"max_batched_tokens": 5}, {"max_batched_tokens": 1}):
         first = run(engine(model, **changes), [Submit(1, ids, params)])[1][0]
         assert first.prompt_logprobs is not None
         assert len(first.prompt_logprobs) == len(ids) - 1

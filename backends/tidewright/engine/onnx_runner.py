@@ -61,7 +61,11 @@ class OnnxRunner:
         self._guided.forget(plan.ended)
         for request_id in plan.ended:
             self._past.pop(request_id, None)
-        decoding = [planned for planned in plan.sequences if planned.count == 1 and planned.start]
+        decoding = [
+            planned
+            for planned in plan.sequences
+            if planned.count == 1 and planned.start and not planned.next_prompt_ids  # which are reported on
+        ]
         logits = self._decode(decoding)  # [V] after the last token of each request
         reported: dict[int, tuple[list[TokenLogprob], ...]] = {}
         for planned in plan.sequences:
