@@ -64,6 +64,11 @@ class TritonServer:
         return found if self.settings.fallback else found - {"fallback"}
 
     @property
+    def models_with_engine(self) -> set[str]:
+        """Those that take `control`."""
+        return self.models & {"decoder", "fallback"}
+
+    @property
     def pid(self) -> int | None:
         return self._process.pid if self._process else None
 
@@ -130,8 +135,8 @@ class TritonServer:
         """Ask Triton to end: it takes no new requests, running ones may finish, and get an answer if they can't."""
         if not self.running:
             return
-        with contextlib.suppress(LaunchError):  # no answer is needed from a server that is not well
-            for model in self.models & {"decoder", "fallback"}:
+        for model in self.models_with_engine:
+            with contextlib.suppress(LaunchError):  # no answer is needed from one that is not well
                 control(self.http_url, "drain", 1, model)
         if self.running:
             os.kill(self._process.pid, signal.SIGTERM)  # type: ignore[union-attr]
