@@ -111,9 +111,7 @@ class TritonPythonModel:
         if self._bridge.cancel(client_id):
             return _send_ok(sender)
         message = f"no request with the id {client_id!r} is in flight; it may have ended"
-        error = pb_utils.TritonError(message, pb_utils.TritonError.NOT_FOUND)
-        response = pb_utils.InferenceResponse(error=error)
-        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
+        _send_final(sender, error=pb_utils.TritonError(message, pb_utils.TritonError.NOT_FOUND))
 
     def _refuse(self, sender: object, error: RequestError) -> None:
         self._bridge.statistics.finished(error.reason)
@@ -147,13 +145,12 @@ class _TritonResponder:
 
     def send(self, chunk: Chunk, final: bool) -> None:
         tensors = _output_tensors(chunk, self._returns, self._num_input_tokens, self._tokenizer)
-        response = pb_utils.InferenceResponse(output_tensors=tensors)
         if not final:
-            self._sender.send(response)  # type: ignore[attr-defined]
+            self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))  # type: ignore[attr-defined]
             return
         with self._end_lock:
             self._ended = True
-            self._sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
+            _send_final(self._sender, output_tensors=tensors)
 
     def fail(self, error: RequestError) -> None:
         with self._end_lock:
@@ -170,15 +167,19 @@ def _control_word(request: object) -> str:
     return "" if tensor is None else tensor.as_numpy()[0].decode(errors="replace")
 
 
-def _send_ok(sender: object) -> None:
-    response = pb_utils.InferenceResponse(output_tensors=[_text_tensor("text_output", [b"ok"])])
+def _send_final(sender: object, **content: object) -> None:
+    """`content`: output_tensors, or an error."""
+    response = pb_utils.InferenceResponse(**content)
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
+
+
+def _send_ok(sender: object) -> None:
+    _send_final(sender, output_tensors=[_text_tensor("text_output", [b"ok"])])
 
 
 def _send_error(sender: object, error: RequestError) -> None:
     code = getattr(pb_utils.TritonError, _ERROR_CODES[error.reason])
-    response = pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
-    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
+    _send_final(sender, error=pb_utils.TritonError(str(error), code))
 
 
 def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int, tokenizer: Tokenizer) -> list:

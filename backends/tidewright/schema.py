@@ -49,9 +49,8 @@ CONTROL = TensorSpec("control", "TYPE_STRING", (1,), optional=True)
 ControlWord = Literal["health", "drain"]
 DRAINING = "draining: no new requests are taken"  # the answer to "health" while that is so
 CONTROL_WORDS: tuple[str, ...] = get_args(ControlWord)
-CANCEL = (
-    "cancel:"  # and the id of the requests to end; it reaches them where Triton carries no cancel, as in an ensemble
-)
+# Before a request id: ends the requests of that id, also where Triton carries no cancel, as through an ensemble.
+CANCEL = "cancel:"
 
 DECODER_INPUTS = (TEXT_INPUT, INPUT_IDS, *GENERATION_OPTIONS, CONTROL)
 DECODER_OUTPUTS = (

@@ -35,10 +35,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     start_timeout: float = 120.0  # seconds
     tensor_parallel_size: int = 1  # ranks, this engine being rank 0
     nodes: int = 1  # hosts, with equally many ranks each; rank 0 is on the first
+    rendezvous: str = ""  # HOST:PORT where ranks come to; empty: a free port of the loopback
+    standby: bool = True  # a next engine gets ready as soon as one is up
     onnx_dir: str = ""  # an exported model, which then runs instead of that in model_dir, whose tokenizer it has
     max_output_tokens: int = 0  # more is cut off as "length"; 0: what the request asks for
-    standby: bool = True  # a next engine gets ready as soon as one is up
-    rendezvous: str = ""  # HOST:PORT where ranks come to; empty: a free port of the loopback
 
     @property
     def local_ranks(self) -> int:

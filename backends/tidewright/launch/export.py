@@ -8,11 +8,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import msgspec
 from rich.console import Console
 
 from tidewright.launch.errors import ExportError
-from tidewright.launch.folders import locked, new_folder
+from tidewright.launch.folders import locked, new_folder, write_json
 from tidewright.launch.progress import progress_bar, waiting
 from tidewright.models.config import ModelConfigError
 from tidewright.onnx_export.manifest import (
@@ -98,7 +97,7 @@ def _fill(folder: Path, source: Source, precisions: Sequence[str], console: Cons
     for precision, sizes in files.items():
         with progress_bar(console, f"Comparing {precision} with the source model") as progress:
             measured[precision] = reference.compare(folder / model_file(precision), sum(sizes.values()), progress)
-    _write_json(folder / REPORT, reference.report(measured))
+    write_json(folder / REPORT, reference.report(measured))
     manifest = Manifest(
         format_version=FORMAT_VERSION,
         source=source,
@@ -110,7 +109,7 @@ def _fill(folder: Path, source: Source, precisions: Sequence[str], console: Cons
         files=files,
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
-    _write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -120,7 +119,3 @@ def _check_space(folder: Path, needed: int) -> None:
             f"the export needs {needed / 1e6:,.0f} MB in {folder.parent}, but {free / 1e6:,.0f} MB are free; "
             "free some space, or choose another folder with --output"
         )
-
-
-def _write_json(file: Path, value: msgspec.Struct) -> None:
-    file.write_bytes(msgspec.json.format(msgspec.json.encode(value)) + b"\n")

@@ -45,8 +45,11 @@ def export_onnx(model: str, precision: str, output: Path | None, force: bool) ->
     click.echo(target)
 
 
-def prepare_fallback(model: str, fallback_model: str, console: Console, force: bool) -> None:
-    """Both are names as `prepare` takes them; `model` is prepared. Raises PrepareError or ExportError."""
+def prepare_fallback(model: str, fallback_model: str, console: Console, force: bool) -> Path:
+    """The folder of the fallback of `model`. Both are names as `prepare` takes them.
+
+    Raises PrepareError or ExportError.
+    """
     main, folder = prepare(model, console), prepare(fallback_model, console)
     if tokenizer_sha256(main) != tokenizer_sha256(folder):
         console.print(
@@ -55,7 +58,9 @@ def prepare_fallback(model: str, fallback_model: str, console: Console, force: b
             highlight=False,
             soft_wrap=True,
         )
-    _export(folder, fallback_path(model), ("int8",), console, force)
+    target = fallback_path(model)
+    _export(folder, target, ("int8",), console, force)
+    return target
 
 
 def _export(folder: Path, target: Path, precisions: tuple[str, ...], console: Console, force: bool) -> None:

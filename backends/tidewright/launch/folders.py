@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 from rich.console import Console
 
 
@@ -42,3 +43,7 @@ def locked(target: Path, console: Console) -> Iterator[None]:
             console.print("Another tidewright is preparing this model; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def write_json(file: Path, value: msgspec.Struct) -> None:
+    file.write_bytes(msgspec.json.format(msgspec.json.encode(value)) + b"\n")

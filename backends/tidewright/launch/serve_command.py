@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from tidewright.cache import fallback_path
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.export_command import prepare_fallback
@@ -94,8 +93,8 @@ def _run(settings: Settings, console: Console) -> int:
         started = time.monotonic()
         model_dir = prepare(settings.model, console)
         if settings.fallback == "auto":
-            prepare_fallback(settings.model, settings.model, console, force=False)
-            settings = settings.model_copy(update={"fallback": str(fallback_path(settings.model))})
+            folder = prepare_fallback(settings.model, settings.model, console, force=False)
+            settings = settings.model_copy(update={"fallback": str(folder)})
         server = TritonServer(settings, model_dir)
         with console.status("Starting Triton and loading the model"):
             server.start()
