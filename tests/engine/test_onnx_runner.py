@@ -11,11 +11,12 @@ import torch
 import transformers
 from rich.console import Console
 
+from engine.test_engine import run, tokens
 from helpers.checkpoints import expected, prompt, save
 from helpers.exports import save_tokenizer
 from helpers.families import FAMILIES
 from tidewright.engine.engine import Engine
-from tidewright.engine.messages import EngineConfig, SequenceOutput, Submit
+from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.launch.export import export
 from tidewright.onnx_export.manifest import MANIFEST, Manifest, model_file
 from tidewright.onnx_export.session import OnnxDecoder
@@ -49,30 +50,10 @@ def greedy(**changes: Any) -> SamplingParams:
     return SamplingParams(**{"temperature": 0, "seed": 0, "max_tokens": TOKENS, **changes})
 
 
-def run(made: Engine, requests: list[Submit], steps_between: int = 0) -> dict[int, list[SequenceOutput]]:
-    outputs: dict[int, list[SequenceOutput]] = {request.request_id: [] for request in requests}
-
-    def step() -> None:
-        for output in made.step():
-            outputs[output.request_id].append(output)
-
-    for request in requests:
-        assert made.submit(request) is None
-        for _ in range(steps_between):
-            step()
-    while made.has_work:
-        step()
-    return outputs
-
-
 def wanted(model: Model, ids: list[int]) -> list[int]:
     """By transformers, up to the end of the sequence."""
     answer = expected(model[2], ids, TOKENS)
     return answer[: answer.index(EOS) + 1] if EOS in answer else answer
-
-
-def tokens(outputs: list[SequenceOutput]) -> list[int]:
-    return [token for output in outputs for token in output.token_ids]
 
 
 @pytest.mark.parametrize("steps_between", [0, 3])
@@ -90,12 +71,11 @@ def test_greedy_tokens_are_those_of_transformers(model: Model, changes: dict[str
     prompts = [prompt(length, seed=length) for length in LENGTHS]
     made = engine(model, **changes)
     outputs = run(made, [Submit(i, ids, greedy()) for i, ids in enumerate(prompts)], steps_between)
-    for ids, got in zip(prompts, outputs.values(), strict=True):
-        assert tokens(got) == wanted(model, ids)
+    assert tokens(outputs) == [wanted(model, ids) for ids in prompts]
     stats = made.stats()
     assert stats.blocks_free == stats.blocks_total
     # One of the two models ends its answers too soon to run out of blocks.
-    if all(len(tokens(got)) == TOKENS for got in outputs.values()):
+    if all(len(got) == TOKENS for got in tokens(outputs)):
         assert (stats.preemptions > 0) == ("max_model_len" in changes)
 
 
@@ -104,16 +84,15 @@ def test_a_seeded_request_draws_the_same_alone_and_among_others(model: Model) ->
         Submit(i, prompt(length, seed=length), greedy(temperature=1.0, seed=i, top_p=0.9))
         for i, length in enumerate(LENGTHS)
     ]
-    together = run(engine(model), requests)
-    for request in requests:
-        assert tokens(run(engine(model), [request])[request.request_id]) == tokens(together[request.request_id])
+    alone = [tokens(run(engine(model), [request]))[0] for request in requests]
+    assert tokens(run(engine(model), requests)) == alone
 
 
 def test_what_was_generated_elsewhere_is_gone_on_with(model: Model) -> None:
     ids = prompt(9, seed=3)
     whole = wanted(model, ids)
-    got = run(engine(model), [Submit(1, ids, greedy(), output_token_ids=whole[:4])])[1]
-    assert tokens(got) == whole[4:]
+    got = run(engine(model), [Submit(1, ids, greedy(), output_token_ids=whole[:4])])
+    assert tokens(got) == [whole[4:]]
 
 
 def test_prompt_logprobs_are_those_of_transformers(model: Model) -> None:

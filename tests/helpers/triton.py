@@ -148,6 +148,9 @@ class RunningServer:
     def post(self, path: str, body: dict[str, Any]) -> httpx.Response:
         return httpx.post(f"{self.triton.http_url}/v2/models/{path}", json=body, timeout=120, trust_env=False)
 
+    def control(self, word: str, model: str = "decoder") -> httpx.Response:
+        return self.post(f"{model}/generate", {"control": word})
+
     def metrics(self) -> dict[tuple[str, str], float]:
         """All of our series, as Prometheus' own parser reads them: name without prefix, value of the label or ""."""
         url = f"http://127.0.0.1:{self.settings.metrics_port}/metrics"

@@ -6,10 +6,8 @@ import importlib.util
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import msgspec
@@ -19,6 +17,7 @@ from click.testing import CliRunner, Result
 from helpers.checkpoints import prompt, save
 from helpers.exports import save_tokenizer
 from helpers.families import FAMILIES
+from helpers.killed import run_until_killed
 from tidewright.cache import fallback_path, prepared_path
 from tidewright.launch import export as export_module
 from tidewright.launch.cli import main
@@ -144,16 +143,9 @@ def test_a_killed_run_leaves_nothing_that_looks_ready(model: Path) -> None:
         f"weights.write_model = lambda graph, tensors, file, progress: (file.touch(), time.sleep(60))\n"
         f"main(['export-onnx', {str(model)!r}])"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     target = fallback_path(str(model))
     partial = target.with_name(f".{target.name}.partial")
-    deadline = time.monotonic() + 60
-    while not (partial / "model.int8.onnx").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run_until_killed(code, partial / "model.int8.onnx")
     assert partial.exists()
     assert not target.exists()
     assert exported(model) == target

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from helpers.killed import run_until_killed
 from tidewright.cache import EMBEDDED_MODEL, MANIFEST, ModelNotPreparedError, find_prepared, prepared_path
 from tidewright.launch import prepare as prepare_module
 from tidewright.launch.errors import PrepareError, UnsupportedModelError
@@ -166,16 +165,9 @@ def test_weights_of_a_folder_take_no_second_space(cache: Path, hugging_face_fold
 
 def test_a_run_killed_half_way_leaves_nothing_that_looks_ready(cache: Path, gguf_file: Path) -> None:
     code = f"from tidewright.launch.prepare import prepare; prepare({str(gguf_file)!r})"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
     target = prepared_path(str(gguf_file))
     partial = target.with_name(f".{target.name}.partial")
-    deadline = time.monotonic() + 60
-    while not (partial / "model.safetensors").exists():
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run_until_killed(code, partial / "model.safetensors")
     assert partial.exists()
     with pytest.raises(ModelNotPreparedError):
         find_prepared(str(gguf_file))

@@ -63,10 +63,6 @@ def test_requests_waiting_for_a_place_can_be_cancelled(bf16_server: RunningServe
     assert_generation_stops(bf16_server)
 
 
-def control(server: RunningServer, word: str) -> httpx.Response:
-    return server.post("decoder/generate", {"control": word})
-
-
 def test_by_id_through_the_ensemble_which_carries_no_cancel(bf16_server: RunningServer) -> None:
     start = bf16_server.metric("generated_tokens_total")
     with bf16_server.stream() as stream:
@@ -75,7 +71,7 @@ def test_by_id_through_the_ensemble_which_carries_no_cancel(bf16_server: Running
             stream.send(name, model="generate", text_input="Once", stream=True, sampling_parameters=options)
         while not stream.generations["doomed"].token_ids:
             stream.next()
-        answer = control(bf16_server, "cancel:doomed").json()
+        answer = bf16_server.control("cancel:doomed").json()
         assert answer.get("text_output") == "ok", answer
         generations = stream.finish()
     assert len(generations["other"].token_ids) == 30
@@ -87,8 +83,8 @@ def test_by_id_through_the_ensemble_which_carries_no_cancel(bf16_server: Running
 
 
 def test_an_id_that_is_not_in_flight_or_none(bf16_server: RunningServer) -> None:
-    answer = control(bf16_server, "cancel:nobody")
+    answer = bf16_server.control("cancel:nobody")
     assert answer.status_code == 400
     assert "no request with the id 'nobody' is in flight" in answer.json()["error"]
-    answer = control(bf16_server, "cancel:")
+    answer = bf16_server.control("cancel:")
     assert "must be followed by the id" in answer.json()["error"]

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from helpers.triton import RunningServer
+from serving.test_health import stub_of
 from serving.test_lifecycle import Serve, child, serve  # noqa: F401 - a fixture
 from tidewright.cache import EMBEDDED_MODEL, fallback_path
 from tidewright.launch.export import export
@@ -31,11 +32,7 @@ def server(model_dir: Path) -> Iterator[RunningServer]:
 
 
 def engine_of(server: RunningServer, model: str) -> psutil.Process:
-    assert server.triton.pid is not None
-    stubs = psutil.Process(server.triton.pid).children(recursive=True)
-    (stub,) = [p for p in stubs if "stub" in p.name() and f"{model}_0_0" in " ".join(p.cmdline())]
-    engines = [p for p in stub.children() if "tidewright.engine" in p.cmdline()]
-    return min(engines, key=lambda p: p.create_time())
+    return child(stub_of(server, model).pid, "tidewright.engine")
 
 
 def test_it_answers_as_the_decoder_does_but_no_longer_than_its_limit(server: RunningServer) -> None:
@@ -94,16 +91,12 @@ def test_when_its_engine_is_killed_its_streams_go_on_and_the_decoder_notices_not
     assert server.metric("engine_restarts_total") == restarts
 
 
-def control(server: RunningServer, word: str) -> httpx.Response:
-    return server.post("fallback/generate", {"control": word})
-
-
 def test_it_has_a_health_of_its_own_and_cancels_by_id(server: RunningServer) -> None:
-    assert control(server, "health").json()["text_output"] == "ok"
+    assert server.control("health", "fallback").json()["text_output"] == "ok"
     with server.stream() as stream:
         stream.send("doomed", "fallback", text_input="Once", stream=True, sampling_parameters=GREEDY)
         stream.next()
-        assert control(server, "cancel:doomed").status_code == 200
+        assert server.control("cancel:doomed", "fallback").status_code == 200
         assert "cancelled by its id" in str(stream.finish()["doomed"].error)
 
 
@@ -119,7 +112,7 @@ def test_it_can_be_unloaded_and_loaded_again_after_streaming(server: RunningServ
 
 
 def test_a_server_that_was_not_asked_for_it_does_without(bf16_server: RunningServer) -> None:
-    assert bf16_server.post("fallback/generate", {"control": "health"}).status_code == 404
+    assert bf16_server.control("health", "fallback").status_code == 404
 
 
 def test_a_folder_that_holds_no_export_stops_the_start_with_the_reason(model_dir: Path, tmp_path: Path) -> None:

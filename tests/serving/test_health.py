@@ -69,7 +69,7 @@ def test_a_busy_server_is_healthy(model_dir: Path) -> None:
 
 
 def test_an_unknown_control_word_is_refused(bf16_server: RunningServer) -> None:
-    answer = bf16_server.post("decoder/generate", {"control": "reboot"})
+    answer = bf16_server.control("reboot")
     assert answer.json() == {"error": "control is 'reboot'; it can be: health, drain, cancel:<request id>"}
 
 
