@@ -109,7 +109,7 @@ def served(host: Host, folder: Path, tokenizer: Path) -> Iterator[Bridge]:
         threads=1,
         kv_cache_memory="16MiB",
         heartbeat_interval=0.1,
-        heartbeat_timeout=4.0,
+        heartbeat_timeout=HEARTBEAT_TIMEOUT,
         start_timeout=30.0,
         tensor_parallel_size=2,
         nodes=2,
@@ -136,6 +136,8 @@ def tokens_so_far(caller: Caller) -> list[int]:
 
 
 UNREACHABLE = "rank 1 can't be reached any longer"
+# The kernel looks for the other end once a second; under 6 s a collective may fail before it has seen.
+HEARTBEAT_TIMEOUT = 9.0
 
 
 @pytest.mark.parametrize("which", [0, 1])
@@ -215,7 +217,7 @@ def test_a_cut_cable_is_noticed_when_there_is_nothing_to_do(
     hosts: tuple[Host, Host], model: Model, tmp_path: Path, which: int
 ) -> None:
     with worker(hosts[1], tmp_path / "log", RENDEZVOUS, model[0]) as other:
-        with rank_0(hosts[0], model[0], heartbeat_timeout=3.0) as started:
+        with rank_0(hosts[0], model[0], heartbeat_timeout=HEARTBEAT_TIMEOUT) as started:
             hear_ready(started)
             hosts[which].plug(is_in=False)
             assert hear_failed(started).startswith(UNREACHABLE)

@@ -84,7 +84,10 @@ def end_when_silent(connection: Connection, seconds: float) -> None:
 
 
 def lost_patience(config: EngineConfig) -> float:
-    """Seconds of silence after which a host is lost: before a collective fails, which could not say of whom."""
+    """Seconds of silence after which a host is lost: before a collective fails, which could not say of whom.
+
+    The kernel looks once a second, so that with a `heartbeat_timeout` under 6 s the collective may fail first.
+    """
     return config.heartbeat_timeout / 3
 
 
