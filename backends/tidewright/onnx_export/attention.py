@@ -12,7 +12,7 @@ from onnx import TensorProto
 from tidewright.attention.base import Attention, AttentionLayer, Rotation, Span
 from tidewright.onnx_export.symbols import ROWS, Graph, Symbol
 
-# Not -inf: a row of padding sees nothing, and the softmax of nothing is NaN, which would spread through its value.
+# Not -inf: a row of padding sees nothing, and the standard makes NaN of the softmax of nothing, which would spread
 _HIDDEN = np.float32(-1e30)
 
 
