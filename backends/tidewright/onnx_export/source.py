@@ -10,6 +10,7 @@ import torch
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.distributed.group import ALONE
 from tidewright.distributed.loading import load_weights
+from tidewright.distributed.tensor_parallel import PackableLinear
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
 from tidewright.models.folder import read_json
 from tidewright.models.registry import model_class
@@ -39,6 +40,9 @@ class SourceModel:
         self._attention = ReferenceAttention(longest, _CPU)
         self.decoder = self.architecture(self.config, self.config.max_positions, ALONE, self._attention).eval()
         load_weights(folder, self.decoder.loaders(), self.decoder.ignored_weights())
+        for module in self.decoder.modules():
+            if isinstance(module, PackableLinear):
+                module.pack()
         sizes = (self.config.num_layers, self.config.num_kv_heads, self.config.head_dim)
         self._cache = allocate_kv_cache(KVCacheShape(*sizes, longest, torch.float32), 1, _CPU)
 
