@@ -56,6 +56,7 @@ def linears(native: CpuKernels, dtype: torch.dtype, rows: Sequence[int], repeats
     weights = [torch.randn(shape, dtype=dtype) for shape in shapes]
     moved = sum(weight.nbytes for weight in weights)
     packed = [torch.ops.mkldnn._reorder_linear_weight(w, 16) for w in weights] if dtype == torch.bfloat16 else []
+    ours_packed = [native.pack(weight.clone()) for weight in weights]
     for count in rows:
         inputs = {width: torch.randn(count, width, dtype=dtype) for width in (576, 1536)}
 
@@ -68,8 +69,8 @@ def linears(native: CpuKernels, dtype: torch.dtype, rows: Sequence[int], repeats
                 torch.ops.mkldnn._linear_pointwise(inputs[weight.shape[1]], pack, None, "none", [], "")
 
         def ours() -> None:
-            for weight in weights:
-                native.linear(inputs[weight.shape[1]], weight)
+            for weight in ours_packed:
+                native.linear(inputs[weight.depth], weight)
 
         line(f"linears, {count} rows", moved, seconds(onednn if packed else plain, repeats), seconds(ours, repeats))
 

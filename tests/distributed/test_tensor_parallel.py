@@ -190,11 +190,11 @@ def test_packing_changes_no_result(rows: int, bias: torch.Tensor | None) -> None
     torch.testing.assert_close(layer(x_TE), before)
 
 
-def test_packing_keeps_the_weight() -> None:
+def test_a_packed_weight_can_not_be_mistaken_for_a_plain_one() -> None:
     layer = RowParallelLinear(ALONE.cut(64), 96, ALONE)
-    weight = layer.weight
     layer.pack()
-    assert layer.weight is weight
+    assert layer.packed
+    assert layer.weight.numel() == 0
 
 
 def test_a_tied_head_can_be_packed_without_taking_the_embedding_away() -> None:

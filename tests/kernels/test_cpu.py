@@ -38,12 +38,49 @@ def close(actual: torch.Tensor, exact: torch.Tensor, error: float = 1e-6, roundi
 
 
 @quick
-@given(dtypes, rows, st.integers(1, 150), st.integers(1, 30), st.booleans(), seeds)
+@given(dtypes, st.integers(1, 50), st.integers(1, 150), st.integers(1, 100), st.booleans(), seeds)
 def test_linear(dtype: torch.dtype, count: int, depth: int, features: int, with_bias: bool, seed: int) -> None:
     x_TE, w_FE = random(seed, dtype, count, depth), random(seed + 1, dtype, features, depth)
     bias_F = random(seed + 2, dtype, features) if with_bias else None
     exact = x_TE.double() @ w_FE.double().T + (bias_F.double() if bias_F is not None else 0)
-    close(native(dtype).linear(x_TE, w_FE, bias_F), exact)
+    close(native(dtype).linear(x_TE, native(dtype).pack(w_FE), bias_F), exact)
+
+
+@DTYPES
+@pytest.mark.parametrize("depth", [64, 1537])  # the latter in several parts
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype, depth: int) -> None:
+    kernels, x_TE, w_FE = native(dtype), random(0, dtype, 300, depth), random(1, dtype, 100, depth)
+    exact, weight = x_TE.double() @ w_FE.double().T, kernels.pack(w_FE.clone())
+    all_TF = kernels.linear(x_TE, weight)
+    close(all_TF, exact, error=1e-5)
+    for first, count in [(0, 1), (7, 2), (299, 1), (100, 12), (3, 13), (50, 30), (10, 200)]:
+        assert torch.equal(kernels.linear(x_TE[first : first + count], weight), all_TF[first : first + count])
+
+
+@DTYPES
+def test_linear_with_infinity_and_nan(dtype: torch.dtype) -> None:
+    x_TE, w_FE = torch.ones(14, 67, dtype=dtype), torch.ones(37, 67, dtype=dtype)
+    x_TE[1, 3], x_TE[2, 66], w_FE[36, 66], w_FE[5, 0] = math.inf, math.nan, -math.inf, math.nan
+    exact = x_TE.double() @ w_FE.double().T
+    torch.testing.assert_close(
+        native(dtype).linear(x_TE, native(dtype).pack(w_FE)), exact.to(dtype), equal_nan=True, rtol=0, atol=0
+    )
+
+
+@quick
+@given(dtypes, st.integers(0, 50), st.integers(1, 150), st.integers(1, 100), seeds)
+def test_embedding(dtype: torch.dtype, count: int, depth: int, features: int, seed: int) -> None:
+    w_FE = random(seed, dtype, features, depth)
+    ids_T = torch.randint(features, (count,), generator=torch.Generator().manual_seed(seed))
+    expected = w_FE[ids_T]
+    assert torch.equal(native(dtype).embedding(ids_T, native(dtype).pack(w_FE)), expected)
+
+
+@DTYPES
+def test_a_weight_is_packed_in_place_if_it_can_be(dtype: torch.dtype) -> None:
+    fitting_FE, odd_FE = torch.ones(64, 6, dtype=dtype), torch.ones(65, 6, dtype=dtype)
+    assert native(dtype).pack(fitting_FE).values is fitting_FE
+    assert native(dtype).pack(odd_FE).values is not odd_FE
 
 
 @quick
@@ -126,11 +163,11 @@ def test_rotate_and_store(
 def test_another_dtype_or_layout_is_refused() -> None:
     kernels, x_TE, weight_FE = native(torch.float32), torch.ones(2, 4), torch.ones(3, 4)
     with pytest.raises(KernelArgumentError, match=r"float32 tensor is needed, not torch\.bfloat16"):
-        kernels.linear(x_TE.bfloat16(), weight_FE)
+        kernels.linear(x_TE.bfloat16(), kernels.pack(weight_FE))
     with pytest.raises(KernelArgumentError, match="contiguous"):
-        kernels.linear(x_TE, torch.ones(4, 3).T)
+        kernels.pack(torch.ones(4, 3).T)
     with pytest.raises(KernelArgumentError, match="rows of 5, the weight of 4"):
-        kernels.linear(torch.ones(2, 5), weight_FE)
+        kernels.linear(torch.ones(2, 5), kernels.pack(weight_FE))
 
 
 def test_other_dtypes_are_left_to_torch() -> None:

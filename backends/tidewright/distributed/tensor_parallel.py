@@ -14,6 +14,7 @@ from torch import nn
 
 from tidewright.distributed.cpu_linear import CpuLinear
 from tidewright.distributed.group import Cut, TensorParallelGroup
+from tidewright.kernels.cpu import PackedWeight
 
 
 class WeightShapeError(ValueError):
@@ -28,6 +29,9 @@ class WeightSlice(Protocol):
 
 
 Loader = Callable[[WeightSlice], None]
+
+_ROWS = 64
+"""The vocabulary is padded to a multiple: the kernels then need no copy of its weight, see CpuKernels.pack."""
 
 
 def _weight(*shape: int) -> nn.Parameter:
@@ -63,9 +67,22 @@ class PackableLinear(nn.Module):
         self._cpu_linear: CpuLinear | None = None
 
     def pack(self) -> None:
-        """To be called when the weight is loaded and stays; it is kept, and copied where a copy makes it faster."""
-        if self.weight.device.type == "cpu":
-            self._cpu_linear = CpuLinear(self.weight.detach(), None if self.bias is None else self.bias.detach())
+        """To be called when the weight is loaded and stays: where our kernels multiply by it, they take it away."""
+        if self.weight.device.type != "cpu":
+            return
+        self._cpu_linear = CpuLinear(self.weight.detach(), None if self.bias is None else self.bias.detach())
+        if self.packed:
+            self.weight.data = self.weight.data.new_empty(0)
+
+    @property
+    def packed(self) -> PackedWeight | None:
+        return self._cpu_linear.packed if self._cpu_linear else None
+
+    def weight_rows(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """As an embedding reads them."""
+        if self._cpu_linear is None:
+            return F.embedding(ids_T, self.weight)
+        return self._cpu_linear.weight_rows(ids_T)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self._cpu_linear is None:
@@ -178,15 +195,16 @@ def _not_here(source: WeightSlice) -> None:
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token embeddings cut by vocabulary; the last rank's rows are padded to an equal number."""
+    """Token embeddings cut by vocabulary; all ranks' rows are padded to one number, which suits the kernels."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: TensorParallelGroup) -> None:
         super().__init__()
         self.vocab_size, self.hidden_size, self.group = vocab_size, hidden_size, group
-        rows = -(-vocab_size // group.size)
+        rows = -(-vocab_size // group.size // _ROWS) * _ROWS
         self.first = min(group.rank * rows, vocab_size)
         self.end = min(self.first + rows, vocab_size)
         self.weight = _weight(rows, hidden_size)
+        self._read: Callable[[torch.Tensor], torch.Tensor] = lambda ids_T: F.embedding(ids_T, self.weight)
 
     def loader(self) -> Loader:
         def load(source: WeightSlice) -> None:
@@ -198,10 +216,10 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         if self.group.size == 1:
-            return F.embedding(token_ids_T, self.weight)
+            return self._read(token_ids_T)
         elsewhere_T = (token_ids_T < self.first) | (token_ids_T >= self.end)
         local_ids_T = (token_ids_T - self.first).masked_fill(elsewhere_T, 0)
-        x_TE = F.embedding(local_ids_T, self.weight).masked_fill(elsewhere_T[:, None], 0)
+        x_TE = self._read(local_ids_T).masked_fill(elsewhere_T[:, None], 0)
         return self.group.all_reduce(x_TE)
 
 
@@ -210,6 +228,7 @@ class ParallelLMHead(VocabParallelEmbedding, PackableLinear):
 
     def tie(self, embedding: VocabParallelEmbedding) -> None:
         self.weight = embedding.weight
+        embedding._read = self.weight_rows  # packed or not
 
     def forward(self, x_BE: torch.Tensor) -> torch.Tensor | None:  # type: ignore[override]
         logits_BV = self.group.gather(self.multiply(x_BE))

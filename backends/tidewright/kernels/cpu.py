@@ -9,9 +9,11 @@ from __future__ import annotations
 import ctypes
 import functools
 from ctypes import c_float, c_int64, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from tidewright.kernels.build import load_library
 
@@ -20,6 +22,8 @@ SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 _ARGUMENTS: dict[str, list[Any]] = {
     "linear": [c_void_p] * 4 + [c_int64] * 3,
+    "pack_weight": [c_void_p] + [c_int64] * 2,
+    "embedding": [c_void_p] * 3 + [c_int64] * 2,
     "rms_norm": [c_void_p] * 4 + [c_int64] * 2 + [c_float],
     "silu_and_mul": [c_void_p] * 2 + [c_int64] * 2,
     "rotate_and_store": [c_void_p] * 8 + [c_int64] * 4,
@@ -29,6 +33,15 @@ _ARGUMENTS: dict[str, list[Any]] = {
 
 class KernelArgumentError(TypeError):
     """A tensor has another dtype or layout than the kernel takes."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Of a linear layer, in the layout that the kernels multiply by; only `CpuKernels.pack` makes one."""
+
+    values: torch.Tensor
+    features: int
+    depth: int
 
 
 class CpuKernels:
@@ -41,24 +54,49 @@ class CpuKernels:
             function = getattr(library, f"{name}_{SUFFIXES[dtype]}")
             function.argtypes, function.restype = arguments, None
             functions[name] = function
+        library.linear_block.restype = c_int64
+        self._block = library.linear_block()
         self._linear = functions["linear"]
+        self._pack_weight = functions["pack_weight"]
+        self._embedding = functions["embedding"]
         self._rms_norm = functions["rms_norm"]
         self._silu_and_mul = functions["silu_and_mul"]
         self._rotate_and_store = functions["rotate_and_store"]
         self._attention = functions["attention"]
 
-    def linear(self, x_TE: torch.Tensor, weight_FE: torch.Tensor, bias_F: torch.Tensor | None = None) -> torch.Tensor:
-        """F.linear for few rows (up to about 100): reads the weight once, at the speed of memory."""
-        self._check(weight_FE, bias_F)
-        x_TE = self._rows(x_TE)
+    def pack(self, weight_FE: torch.Tensor) -> PackedWeight:
+        """Rearranges the weight, which loses its meaning as a plain tensor.
+
+        In place, unless it is no multiple of what the layout is made of: 32 or 16 features, two values of bfloat16.
+        """
+        self._check(weight_FE)
         features, depth = weight_FE.shape
-        if x_TE.shape[-1] != depth:
-            raise KernelArgumentError(f"x has rows of {x_TE.shape[-1]}, the weight of {depth}")
-        rows = x_TE.shape[0]
-        out_TF = x_TE.new_empty((rows, features))
+        padding = (0, -depth % (4 // weight_FE.itemsize), 0, -features % self._block)
+        values = F.pad(weight_FE, padding) if any(padding) else weight_FE
+        self._pack_weight(values.data_ptr(), values.shape[1], values.shape[0])
+        return PackedWeight(values, features, depth)
+
+    def linear(self, x_TE: torch.Tensor, weight: PackedWeight, bias_F: torch.Tensor | None = None) -> torch.Tensor:
+        """F.linear. A row's result is the same to the bit whatever other rows there are."""
+        self._check(weight.values, bias_F)
+        x_TE = self._rows(x_TE)
+        rows, depth = x_TE.shape
+        if depth != weight.depth:
+            raise KernelArgumentError(f"x has rows of {depth}, the weight of {weight.depth}")
+        out_TF = x_TE.new_empty((rows, weight.features))
         bias = None if bias_F is None else bias_F.data_ptr()
-        self._linear(x_TE.data_ptr(), weight_FE.data_ptr(), bias, out_TF.data_ptr(), rows, depth, features)
+        pointers = x_TE.data_ptr(), weight.values.data_ptr(), bias, out_TF.data_ptr()
+        self._linear(*pointers, rows, depth, weight.features)
         return out_TF
+
+    def embedding(self, ids_T: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+        """F.embedding: what the weight had in these rows before it was packed."""
+        self._check(weight.values)
+        ids_T = ids_T.to(torch.int64).contiguous()
+        depth = weight.values.shape[1]
+        out_TE = weight.values.new_empty((len(ids_T), depth))
+        self._embedding(weight.values.data_ptr(), ids_T.data_ptr(), out_TE.data_ptr(), len(ids_T), depth)
+        return out_TE[:, : weight.depth]
 
     def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
         """F.rms_norm over the last dimension."""

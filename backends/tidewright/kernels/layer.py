@@ -1,4 +1,4 @@
-"""A Llama layer on a CPU in two calls of C instead of eight, for steps of few rows, where the calls themselves count.
+"""A Llama layer on a CPU in two calls of C instead of eight: in steps of few rows the calls themselves count.
 
 The same kernels on the same values as one by one, so the results are the same to the bit.
 """
@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 
 from tidewright.kernels.build import load_library
-from tidewright.kernels.cpu import SUFFIXES, KernelArgumentError
+from tidewright.kernels.cpu import SUFFIXES, KernelArgumentError, PackedWeight
 
 
 class Weight(NamedTuple):
     """Of a linear layer."""
 
-    weight_FE: torch.Tensor
+    packed: PackedWeight
     bias_F: torch.Tensor | None = None
 
 
@@ -112,7 +112,7 @@ class CpuLayer:
 
     def __init__(self, index: int, parts: LayerParts, add_up: Callable[[torch.Tensor], object]) -> None:
         """Raises KernelArgumentError: the kernels don't take these tensors."""
-        library, dtype = load_library(), parts.qkv.weight_FE.dtype
+        library, dtype = load_library(), parts.qkv.packed.values.dtype
         if library is None or dtype not in SUFFIXES:
             raise KernelArgumentError(f"there are no kernels for {dtype}")
         self._index, self._add_up = index, add_up
@@ -129,8 +129,8 @@ class CpuLayer:
             return None if tensor is None else tensor.data_ptr()
 
         def linear(weight: Weight) -> _Linear:
-            features, depth = weight.weight_FE.shape
-            return _Linear(address(weight.weight_FE), address(weight.bias_F), depth, features)
+            packed = weight.packed
+            return _Linear(address(packed.values), address(weight.bias_F), packed.depth, packed.features)
 
         self._attention = _AttentionHalf(
             address(parts.attention_norm),

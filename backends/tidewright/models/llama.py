@@ -156,15 +156,20 @@ class LlamaLayer(nn.Module):
         is_plain = self.is_plain and self.mlp.activate is silu_and_mul and not norm.offset
         if not is_plain or not isinstance(attention.attention, NativeCpuAttention):
             return None
+        linears = attention.qkv, attention.output, self.mlp.gate_up, self.mlp.down
+        packed = [Weight(linear.packed, linear.bias) for linear in linears if linear.packed]
+        if len(packed) < len(linears):
+            return None
+        qkv, output, gate_up, down = packed
         return LayerParts(
             attention_norm=norm.weight,
-            qkv=Weight(attention.qkv.weight, attention.qkv.bias),
+            qkv=qkv,
             q_norm=attention.q_norm.weight if attention.q_norm else None,
             k_norm=attention.k_norm.weight if attention.k_norm else None,
-            output=Weight(attention.output.weight, attention.output.bias),
+            output=output,
             mlp_norm=self.mlp_norm.weight,
-            gate_up=Weight(self.mlp.gate_up.weight, self.mlp.gate_up.bias),
-            down=Weight(self.mlp.down.weight, self.mlp.down.bias),
+            gate_up=gate_up,
+            down=down,
             cos=rotary.cos_PD,
             sin=rotary.sin_PD,
             num_heads=attention.qkv.num_heads,
@@ -232,7 +237,7 @@ class LlamaForCausalLM(nn.Module):
         return frozenset(names | {"lm_head.weight"})
 
     def fuse(self) -> None:
-        """To be called when all weights are loaded and stay: where it can be, few rows go through few calls."""
+        """To be called when all weights are packed: where it can be, a step goes through few calls."""
         for index, (layer, rotary) in enumerate(zip(self.layers, self._rotary_of_layer, strict=True)):
             table = self.rotaries[rotary]
             assert isinstance(layer, LlamaLayer)
