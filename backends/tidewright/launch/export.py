@@ -91,6 +91,7 @@ def _fill(folder: Path, source: Source, precisions: Sequence[str], console: Cons
         with progress_bar(console, f"Exporting to ONNX, {precision}") as progress:
             written = write_model(graph, tensors, folder / model_file(precision), progress)
         files[precision] = {file.name: file.stat().st_size for file in written}
+    model.pack()
     with waiting(console, "Reading a text with the source model"):
         reference = Reference(model, read_passages(origin, model.config.max_positions))
     measured = {}

@@ -40,11 +40,14 @@ class SourceModel:
         self._attention = ReferenceAttention(longest, _CPU)
         self.decoder = self.architecture(self.config, self.config.max_positions, ALONE, self._attention).eval()
         load_weights(folder, self.decoder.loaders(), self.decoder.ignored_weights())
+        sizes = (self.config.num_layers, self.config.num_kv_heads, self.config.head_dim)
+        self._cache = allocate_kv_cache(KVCacheShape(*sizes, longest, torch.float32), 1, _CPU)
+
+    def pack(self) -> None:
+        """To be called when the weights are written: it computes faster then, and they can't be read any more."""
         for module in self.decoder.modules():
             if isinstance(module, PackableLinear):
                 module.pack()
-        sizes = (self.config.num_layers, self.config.num_kv_heads, self.config.head_dim)
-        self._cache = allocate_kv_cache(KVCacheShape(*sizes, longest, torch.float32), 1, _CPU)
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int], start: int = 0) -> torch.Tensor:

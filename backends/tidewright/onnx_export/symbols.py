@@ -91,9 +91,15 @@ class Symbol:
         return self.then("Div", _operand(other))
 
     def __getitem__(self, index: tuple[slice, slice]) -> Symbol:
-        if index != (slice(None), slice(None, self.shape[1])):
+        """The first columns of each row: the head cuts off its vocabulary's padding."""
+        rows, columns = index
+        if rows != slice(None) or columns != slice(None, columns.stop):
             raise UntranslatableError(f"a slice {index} has no translation into ONNX")
-        return self  # the head cuts off its vocabulary's padding; a model that is not sharded has none
+        size = min(columns.stop, self.shape[1])
+        if size == self.shape[1]:
+            return self
+        ends = (np.array([0]), np.array([size]), np.array([1]))
+        return self.then("Slice", *ends, shape=(self.shape[0], size))
 
     def view(self, *shape: int) -> Symbol:
         known = math.prod(size for size in shape if size > 0)
