@@ -15,7 +15,9 @@ CONFIGS = {
     "model_repository/tokenizer": (schema.TOKENIZER_INPUTS, schema.TOKENIZER_OUTPUTS),
     "model_repository/decoder": (schema.DECODER_INPUTS, schema.DECODER_OUTPUTS),
     "model_repository/fallback": (schema.DECODER_INPUTS, schema.DECODER_OUTPUTS),
-    "ensemble/generate": (schema.GENERATE_INPUTS, schema.GENERATE_OUTPUTS),
+    "ensemble/failsafe": (schema.FAILSAFE_INPUTS, schema.FAILSAFE_OUTPUTS),
+    "ensemble/generate": (schema.GENERATE_INPUTS, schema.FAILSAFE_OUTPUTS),
+    "ensemble/generate_direct": (schema.GENERATE_INPUTS, schema.DECODER_OUTPUTS),
 }
 
 
@@ -36,15 +38,19 @@ def test_config_pbtxt_has_exactly_the_tensors_of_the_schema(folder: str) -> None
     assert [schema.TensorSpec(t.name, data_type(t.data_type), tuple(t.dims)) for t in config.output] == list(outputs)
 
 
-def test_the_ensemble_passes_every_tensor_on() -> None:
-    steps = {step.model_name: step for step in read_config("ensemble/generate").ensemble_scheduling.step}
+@pytest.mark.parametrize(
+    ("ensemble", "last", "outputs"),
+    [("generate", "failsafe", schema.FAILSAFE_OUTPUTS), ("generate_direct", "decoder", schema.DECODER_OUTPUTS)],
+)
+def test_the_ensembles_pass_every_tensor_on(ensemble: str, last: str, outputs: tuple[schema.TensorSpec, ...]) -> None:
+    steps = {step.model_name: step for step in read_config(f"ensemble/{ensemble}").ensemble_scheduling.step}
     assert set(steps["tokenizer"].input_map) == {t.name for t in schema.TOKENIZER_INPUTS}
-    assert set(steps["decoder"].input_map) == {t.name for t in schema.DECODER_INPUTS} - {"text_input", "control"}
-    assert set(steps["decoder"].output_map) == {t.name for t in schema.DECODER_OUTPUTS}
+    assert set(steps[last].input_map) == {"input_ids", *(t.name for t in schema.GENERATION_OPTIONS)}
+    assert set(steps[last].output_map) == {t.name for t in outputs}
     for step in steps.values():
         assert all(key == value for mapping in (step.input_map, step.output_map) for key, value in mapping.items())
 
 
 def test_every_model_that_streams_is_decoupled() -> None:
-    assert read_config("model_repository/decoder").model_transaction_policy.decoupled
-    assert read_config("ensemble/generate").model_transaction_policy.decoupled
+    for folder in CONFIGS.keys() - {"model_repository/tokenizer"}:
+        assert read_config(folder).model_transaction_policy.decoupled

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import msgspec
 from pydantic import Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -22,11 +23,12 @@ from pydantic_settings import (
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.engine.messages import EngineConfig, parse_rendezvous
 from tidewright.kv_cache.budget import parse_memory
+from tidewright.resilience.config import ResilienceSettings
 
 CONFIG_FILE_VARIABLE = "TIDEWRIGHT_CONFIG"
 
 
-class Settings(BaseSettings):
+class Settings(ResilienceSettings, BaseSettings):
     """Options of `tidewright serve`; each is also `TIDEWRIGHT_<NAME>` and a key of the YAML file."""
 
     model_config = SettingsConfigDict(env_prefix="TIDEWRIGHT_", extra="forbid", frozen=True)
@@ -91,7 +93,32 @@ class Settings(BaseSettings):
     fallback_max_tokens: int = Field(
         64, ge=1, description="Longest answer of the fallback; more is cut off with the reason length."
     )
-    heartbeat_interval: float = Field(0.5, gt=0, le=60, description="Seconds between two heartbeats of the engine.")
+    failsafe_patience: float = Field(
+        0.5,
+        gt=0,
+        le=60,
+        description="Seconds without a sign of life from the main model after which the fallback answers.",
+    )
+    failsafe_first_token_timeout: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds until the fallback answers a stream without a token, even if the main model is well.",
+    )
+    failsafe_stall_timeout: float = Field(
+        10.0,
+        gt=0,
+        le=3600,
+        description="Seconds after which the fallback goes on with a stream that gets no further token.",
+    )
+    failsafe_resume: Literal["continue", "fail"] = Field(
+        "continue",
+        description="A stream that the main model can't end is continued by the fallback, or fails.",
+    )
+    degradation: bool = Field(
+        False, description="Under load, shorten answers, let the fallback answer, and at last refuse: see degrade_..."
+    )
+    heartbeat_interval: float = Field(0.2, gt=0, le=60, description="Seconds between two heartbeats of the engine.")
     heartbeat_timeout: float = Field(
         30.0, gt=0, description="Seconds without a heartbeat after which the engine is killed and restarted."
     )
@@ -113,6 +140,8 @@ class Settings(BaseSettings):
         ports = [self.http_port, self.grpc_port, self.metrics_port]
         if len(set(ports)) != len(ports):
             raise ValueError(f"http_port, grpc_port and metrics_port must differ, but are {ports}")
+        if self.failsafe_patience < 2 * self.heartbeat_interval:
+            raise ValueError("failsafe_patience must be at least twice heartbeat_interval")
         if self.heartbeat_timeout < 2 * self.heartbeat_interval:
             raise ValueError("heartbeat_timeout must be at least twice heartbeat_interval")
         if self.tensor_parallel_size % self.nodes:
@@ -188,3 +217,8 @@ class Settings(BaseSettings):
             nodes=self.nodes,
             rendezvous=self.rendezvous,
         )
+
+
+def options_in_order() -> list[tuple[str, FieldInfo]]:
+    """As help and docs list them: those that everyone may need first, the policies after."""
+    return sorted(Settings.model_fields.items(), key=lambda option: option[0] in ResilienceSettings.model_fields)

@@ -16,13 +16,14 @@ import triton_python_backend_utils as pb_utils
 
 from tidewright.bridge.bridge import Bridge
 from tidewright.bridge.call import Chunk
-from tidewright.bridge.metrics import FALLBACK_PREFIX, PREFIX, BridgeMetrics
+from tidewright.bridge.metrics import FALLBACK_PREFIX, METRICS, figures
 from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_request
 from tidewright.bridge.start_error import report_start_error
 from tidewright.cache import find_prepared
 from tidewright.config import Settings
 from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
+from tidewright.metrics import PREFIX, MetricsMirror
 from tidewright.parent_death import exit_with_parent
 from tidewright.schema import CANCEL, CONTROL, CONTROL_WORDS, DECODER_INPUTS, FinishReason
 from tidewright.tokenization import Tokenizer
@@ -64,7 +65,7 @@ class TritonPythonModel:
             report_start_error(error)
             raise
         prefix = FALLBACK_PREFIX if is_fallback else PREFIX
-        self._metrics = BridgeMetrics(self._bridge, pb_utils.MetricFamily, prefix)
+        self._metrics = MetricsMirror(METRICS, lambda: figures(self._bridge), pb_utils.MetricFamily, prefix)
         self._metrics.start()
 
     def execute(self, requests: list) -> None:
@@ -98,18 +99,20 @@ class TritonPythonModel:
         if word not in CONTROL_WORDS:
             known = ", ".join((*CONTROL_WORDS, f"{CANCEL}<request id>"))
             raise InvalidRequestError(f"control is {word!r}; it can be: {known}")
+        if word == "status":
+            return _send_text(sender, msgspec.json.encode(self._bridge.status))
         if word == "drain":
             self._bridge.drain()
         elif trouble := self._bridge.trouble:
             # Not `_refuse`: it is no request that failed.
-            return _send_error(sender, EngineUnavailableError(trouble))
-        _send_ok(sender)
+            return _send_final(sender, error=pb_utils.TritonError(trouble, pb_utils.TritonError.UNAVAILABLE))
+        _send_text(sender, b"ok")
 
     def _cancel(self, sender: object, client_id: str) -> None:
         if not client_id:
             raise InvalidRequestError(f"{CANCEL} must be followed by the id of a request")
         if self._bridge.cancel(client_id):
-            return _send_ok(sender)
+            return _send_text(sender, b"ok")
         message = f"no request with the id {client_id!r} is in flight; it may have ended"
         _send_final(sender, error=pb_utils.TritonError(message, pb_utils.TritonError.NOT_FOUND))
 
@@ -173,13 +176,14 @@ def _send_final(sender: object, **content: object) -> None:
     sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
 
 
-def _send_ok(sender: object) -> None:
-    _send_final(sender, output_tensors=[_text_tensor("text_output", [b"ok"])])
+def _send_text(sender: object, text: bytes) -> None:
+    _send_final(sender, output_tensors=[_text_tensor("text_output", [text])])
 
 
 def _send_error(sender: object, error: RequestError) -> None:
     code = getattr(pb_utils.TritonError, _ERROR_CODES[error.reason])
-    _send_final(sender, error=pb_utils.TritonError(str(error), code))
+    # Triton has one code for several reasons.
+    _send_final(sender, error=pb_utils.TritonError(f"{error} [{error.reason}]", code))
 
 
 def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int, tokenizer: Tokenizer) -> list:

@@ -46,13 +46,36 @@ TOKENIZER_OUTPUTS = (TensorSpec("input_ids", "TYPE_INT32", (-1,)),)
 
 # Asks about the server instead of for text, and is answered at once, however much is queued.
 CONTROL = TensorSpec("control", "TYPE_STRING", (1,), optional=True)
-ControlWord = Literal["health", "drain"]
+ControlWord = Literal["health", "drain", "status"]
 DRAINING = "draining: no new requests are taken"  # the answer to "health" while that is so
 CONTROL_WORDS: tuple[str, ...] = get_args(ControlWord)
 # Before a request id: ends the requests of that id, also where Triton carries no cancel, as through an ensemble.
 CANCEL = "cancel:"
+# Between a request id and a number: one attempt of `failsafe` at that request. A control character, so that no client's
+# own id looks like one. "cancel:<request id>" ends all attempts, "cancel:<whole id>" only that one.
+ATTEMPT = "\x1f"
 
-DECODER_INPUTS = (TEXT_INPUT, INPUT_IDS, *GENERATION_OPTIONS, CONTROL)
+
+class DecoderStatus(msgspec.Struct, frozen=True):
+    """The answer to "status", in JSON: can it work, and how much of it is there."""
+
+    trouble: str
+    """Why it can't take requests; empty if it can."""
+    draining: bool
+    silence: float
+    """Seconds since the engine gave a sign of life; 0 without an engine."""
+    waiting: float
+    """Waiting requests, as a share of `max_waiting`."""
+    wait: float
+    """Seconds that the oldest request without a token has been here."""
+    kv_usage: float
+    """Share of the KV cache in use."""
+
+
+# Tokens that another model, or this one before its death, has generated for the same request: it goes on behind them.
+RESUME_IDS = TensorSpec("resume_ids", "TYPE_INT32", (-1,), optional=True)
+
+DECODER_INPUTS = (TEXT_INPUT, INPUT_IDS, RESUME_IDS, *GENERATION_OPTIONS, CONTROL)
 DECODER_OUTPUTS = (
     TensorSpec("text_output", "TYPE_STRING", (-1,)),
     TensorSpec("output_ids", "TYPE_INT32", (-1,)),
@@ -64,8 +87,14 @@ DECODER_OUTPUTS = (
     TensorSpec("prompt_logprobs", "TYPE_STRING", (1,)),
 )
 
+FAILSAFE_INPUTS = (TEXT_INPUT, INPUT_IDS, *GENERATION_OPTIONS, CONTROL)
+FAILSAFE_OUTPUTS = (
+    *DECODER_OUTPUTS,
+    TensorSpec("served_by", "TYPE_STRING", (1,)),
+    TensorSpec("fallback_reason", "TYPE_STRING", (1,)),
+)
+
 GENERATE_INPUTS = (TEXT_INPUT, MESSAGES, *GENERATION_OPTIONS)
-GENERATE_OUTPUTS = DECODER_OUTPUTS
 
 # Why a request ended. Every request ends exactly once, with one of these.
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "overloaded", "invalid", "engine_failed"]

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from tidewright.bridge.metrics import METRICS, PREFIX, BridgeMetrics
+from tidewright.bridge.metrics import METRICS, figures
 from tidewright.bridge.statistics import EngineFigures, RequestStatistics
 from tidewright.engine.messages import EngineStats
+from tidewright.metrics import PREFIX, MetricsMirror
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
 
@@ -67,6 +68,10 @@ def family() -> type[Family]:
     return type("FreshFamily", (Family,), {"series": {}, "calls": Counter()})
 
 
+def mirror(bridge: Any, family: type[Family]) -> MetricsMirror:
+    return MetricsMirror(METRICS, lambda: figures(bridge), family)
+
+
 def test_every_figure_arrives_under_its_name(bridge: Any, family: type[Family]) -> None:
     fields = EngineStats.__struct_fields__
     stats = dict(zip(fields, range(101, 200), strict=False))
@@ -77,7 +82,7 @@ def test_every_figure_arrives_under_its_name(bridge: Any, family: type[Family]) 
     bridge.statistics.finished("length", 0.3)
     bridge.statistics.finished("cancelled")
     bridge.statistics.further_tokens(0.01, 7)
-    BridgeMetrics(bridge, family).refresh()
+    mirror(bridge, family).refresh()
     series = family.series
     expected = {
         "engine_up": 1,
@@ -128,7 +133,7 @@ def test_every_figure_arrives_under_its_name(bridge: Any, family: type[Family]) 
 
 
 def test_only_changes_cost_a_call_and_counters_never_fall(bridge: Any, family: type[Family]) -> None:
-    metrics = BridgeMetrics(bridge, family)
+    metrics = mirror(bridge, family)
     steps, running = f"{PREFIX}engine_steps_total", f"{PREFIX}requests_running"
     seen = []
     for stats in (EngineStats(3, 0, 9, 9, 10, 0, 0, 0), EngineStats(3, 0, 9, 9, 15, 0, 0, 0)):

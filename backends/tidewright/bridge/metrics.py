@@ -1,35 +1,16 @@
-"""Engine and bridge figures in Triton's own /metrics, refreshed on a timer: a metric call costs up to 90 µs.
-
-Histograms are made of counters, one a bucket: Triton's own kind takes one value a call, and we have one a token.
-Prometheus stores the same series either way.
-"""
+"""The figures of engine and bridge, as `MetricsMirror` copies them into Triton's /metrics."""
 
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal
 
 from tidewright.bridge.bridge import Bridge
 from tidewright.bridge.statistics import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
 from tidewright.engine.messages import STEP_PHASES
+from tidewright.metrics import PREFIX, Figures, MetricSpec
 from tidewright.schema import FINISH_REASONS
 
-REFRESH_INTERVAL = 0.25  # seconds
-PREFIX, FALLBACK_PREFIX = "tidewright_", "tidewright_fallback_"
-
-
-@dataclass(frozen=True)
-class MetricSpec:
-    """A metric as docs/metrics.md lists it; with a label there is one series for each of `values`."""
-
-    name: str
-    kind: Literal["gauge", "counter", "histogram"]
-    meaning: str
-    label: str = ""
-    values: tuple[str, ...] = ("",)
+FALLBACK_PREFIX = f"{PREFIX}fallback_"
 
 
 def _histogram(name: str, bounds: tuple[float, ...], meaning: str) -> MetricSpec:
@@ -94,10 +75,8 @@ METRICS = (
 )
 
 
-def figures(bridge: Bridge) -> Iterator[tuple[str, str, float]]:
-    """All series as they are now: name without prefix, value of its label or "", value."""
+def figures(bridge: Bridge) -> Figures:
     stats = bridge.engine_stats
-    used = stats.blocks_total - stats.blocks_free
     single: dict[str, float] = {
         "engine_up": int(bridge.engine_up),
         "engine_restarts_total": bridge.engine_restarts,
@@ -111,7 +90,7 @@ def figures(bridge: Bridge) -> Iterator[tuple[str, str, float]]:
         "kv_blocks_total": stats.blocks_total,
         "kv_blocks_free": stats.blocks_free,
         "kv_blocks_cached": stats.blocks_cached,
-        "kv_usage_ratio": used / stats.blocks_total if stats.blocks_total else 0.0,
+        "kv_usage_ratio": stats.kv_usage,
         "kv_slots_unused": stats.slots_unused,
         "prefix_cache_queries_total": stats.prefix_queries,
         "prefix_cache_hits_total": stats.prefix_hits,
@@ -129,7 +108,7 @@ def figures(bridge: Bridge) -> Iterator[tuple[str, str, float]]:
         yield from _series(name, histogram)
 
 
-def _series(name: str, histogram: Histogram) -> Iterator[tuple[str, str, float]]:
+def _series(name: str, histogram: Histogram) -> Figures:
     """From the widest bucket down: a scrape between two of our calls still finds none above a wider one."""
     cumulative = list(itertools.accumulate(histogram.counts))
     yield f"{name}_count", "", cumulative[-1]
@@ -137,60 +116,3 @@ def _series(name: str, histogram: Histogram) -> Iterator[tuple[str, str, float]]
     yield f"{name}_bucket", "+Inf", cumulative[-1]
     for bound, count in reversed(list(zip(histogram.bounds, cumulative, strict=False))):
         yield f"{name}_bucket", f"{bound:g}", count
-
-
-class BridgeMetrics:
-    """A thread that copies figures into Triton's metrics; `family` is pb_utils.MetricFamily."""
-
-    def __init__(self, bridge: Bridge, family: Any, prefix: str = PREFIX) -> None:
-        self._bridge, self._prefix = bridge, prefix
-        self._family = family
-        self._families: list[Any] = []  # a metric dies with its family
-        self._gauges: set[str] = set()
-        self._metrics: dict[tuple[str, str], Any] = {}
-        for spec in METRICS:
-            if spec.kind == "histogram":
-                self._make(f"{spec.name}_bucket", family.COUNTER, spec, spec.values)
-                self._make(f"{spec.name}_sum", family.COUNTER, spec)
-                self._make(f"{spec.name}_count", family.COUNTER, spec)
-            elif spec.kind == "gauge":
-                self._make(spec.name, family.GAUGE, spec)
-                self._gauges.add(spec.name)
-            else:
-                self._make(spec.name, family.COUNTER, spec, spec.values)
-        self._last = dict.fromkeys(self._metrics, 0.0)
-        self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="metrics", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stopping.set()
-        self._thread.join()
-        self._metrics.clear()
-        self._families.clear()
-
-    def refresh(self) -> None:
-        """Bring Triton's figures up to date; only what has changed costs a call."""
-        for name, value_of_label, figure in figures(self._bridge):
-            key = name, value_of_label
-            change = figure - self._last[key]
-            if not change:
-                continue
-            self._last[key] = figure
-            if name in self._gauges:
-                self._metrics[key].set(figure)
-            else:
-                self._metrics[key].increment(change)
-
-    def _make(self, name: str, kind: Any, spec: MetricSpec, values: tuple[str, ...] = ("",)) -> None:
-        made = self._family(name=f"{self._prefix}{name}", description=spec.meaning, kind=kind)
-        self._families.append(made)
-        for value in values:
-            self._metrics[name, value] = made.Metric(labels={spec.label: value} if value else {})
-
-    def _loop(self) -> None:
-        while not self._stopping.is_set():
-            self.refresh()
-            self._stopping.wait(REFRESH_INTERVAL)

@@ -43,6 +43,7 @@ class GenerationRequest:
     stream: bool
     sampling: SamplingParams
     returns: OutputOptions
+    resume_ids: list[int] = field(default_factory=list)  # output that the caller has already
     bad_words_ids: list[list[int]] = field(default_factory=list)
 
 
@@ -94,6 +95,13 @@ def parse_sampling(text: str | None, parameters: str) -> SamplingParams:
         raise InvalidRequestError(f"sampling parameters: {error}".replace(" - at `$.", " for `")) from None
 
 
+def with_max_tokens(sampling: SamplingParams, limit: int) -> SamplingParams:
+    """No more than so many, and still valid."""
+    if sampling.max_tokens <= limit:
+        return sampling
+    return msgspec.structs.replace(sampling, max_tokens=limit, min_tokens=min(sampling.min_tokens, limit))
+
+
 def check_sampling(sampling: SamplingParams, engine: Ready) -> None:
     """What a type can't say: values that must agree with each other and with the model."""
     _check_numbers(sampling)
@@ -122,6 +130,18 @@ def check_sampling(sampling: SamplingParams, engine: Ready) -> None:
     if sampling.cache_salt is not None and not 0 < len(sampling.cache_salt) <= MAX_SALT_LENGTH:
         raise InvalidRequestError(f"cache_salt must have 1 to {MAX_SALT_LENGTH} characters")
     _check_guided(sampling)
+
+
+def _to_resume(sampling: SamplingParams, resume_ids: list[int]) -> SamplingParams:
+    if sampling.n > 1:
+        raise InvalidRequestError(f"resume_ids are of one output, but n is {sampling.n}")
+    if len(resume_ids) >= sampling.max_tokens:
+        raise InvalidRequestError(
+            f"there are {len(resume_ids)} resume_ids and max_tokens, which counts them, is {sampling.max_tokens}: "
+            "nothing is left to generate"
+        )
+    # What the prompt's tokens are worth was told with the first of the output.
+    return msgspec.structs.replace(sampling, prompt_logprobs=None)
 
 
 def _check_numbers(sampling: SamplingParams) -> None:
@@ -178,9 +198,9 @@ def check_prompt_length(prompt_token_ids: list[int], max_model_len: int) -> None
         )
 
 
-def check_prompt(prompt_token_ids: list[int], sampling: SamplingParams, engine: Ready) -> None:
+def check_prompt(prompt_token_ids: list[int], resume_ids: list[int], sampling: SamplingParams, engine: Ready) -> None:
     """Length against the model's context and against the whole KV cache; ids against the vocabulary."""
-    check_prompt_length(prompt_token_ids, engine.max_model_len)
+    check_prompt_length(prompt_token_ids + resume_ids, engine.max_model_len)
     longest = min(len(prompt_token_ids) + sampling.max_tokens, engine.max_model_len)
     capacity = engine.num_blocks * engine.block_size
     if longest > capacity:
@@ -188,11 +208,11 @@ def check_prompt(prompt_token_ids: list[int], sampling: SamplingParams, engine: 
             f"prompt and max_tokens come to {longest} tokens, but the KV cache holds {capacity}: "
             "lower max_tokens, or raise kv_cache_memory"
         )
-    if min(prompt_token_ids) < 0 or max(prompt_token_ids) >= engine.vocab_size:
-        raise InvalidRequestError(
-            f"input_ids: each must be from 0 to {engine.vocab_size - 1}, got "
-            f"{min(prompt_token_ids)} to {max(prompt_token_ids)}"
-        )
+    for name, ids in (("input_ids", prompt_token_ids), ("resume_ids", resume_ids)):
+        if ids and (min(ids) < 0 or max(ids) >= engine.vocab_size):
+            raise InvalidRequestError(
+                f"{name}: each must be from 0 to {engine.vocab_size - 1}, got {min(ids)} to {max(ids)}"
+            )
 
 
 def parse_request(
@@ -222,7 +242,12 @@ def parse_request(
 
     options = single(tensors, "sampling_parameters")
     sampling = parse_sampling(None if options is None else decode_text(options, "sampling_parameters"), parameters)
+    resume_ids = tensors["resume_ids"].reshape(-1).tolist() if "resume_ids" in tensors else []
+    if engine.max_output_tokens:
+        sampling = with_max_tokens(sampling, len(resume_ids) + engine.max_output_tokens)
     check_sampling(sampling, engine)
+    if resume_ids:
+        sampling = _to_resume(sampling, resume_ids)
     if sampling.seed is None:
         sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
     if (returns.logprobs or returns.cumulative_logprob) and sampling.logprobs is None:
@@ -242,9 +267,9 @@ def parse_request(
         prompt_token_ids = tensors["input_ids"].reshape(-1).tolist()
         if not prompt_token_ids:
             raise InvalidRequestError("input_ids is empty; send at least one token")
-    check_prompt(prompt_token_ids, sampling, engine)
+    check_prompt(prompt_token_ids, resume_ids, sampling, engine)
     if exclude_input:
         prompt = ""
     elif text is None:
         prompt = tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
-    return GenerationRequest(prompt_token_ids, prompt, stream, sampling, returns, bad_words_ids)
+    return GenerationRequest(prompt_token_ids, prompt, stream, sampling, returns, resume_ids, bad_words_ids)

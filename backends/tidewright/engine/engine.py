@@ -57,7 +57,6 @@ class Engine:
 
     def submit(self, request: Submit) -> SequenceOutput | None:
         """Takes a request; the output that ends it at once, if it can't be taken."""
-        request = self._bounded(request)
         try:
             self.scheduler.add(make_sequence(request))
         except RequestRefusedError as error:
@@ -68,13 +67,6 @@ class Engine:
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
         return None
-
-    def _bounded(self, request: Submit) -> Submit:
-        limit, sampling = self.config.max_output_tokens, request.sampling
-        if not limit or sampling.max_tokens <= limit:
-            return request
-        sampling = msgspec.structs.replace(sampling, max_tokens=limit, min_tokens=min(sampling.min_tokens, limit))
-        return msgspec.structs.replace(request, sampling=sampling)
 
     def abort(self, request_id: int) -> None:
         self.scheduler.abort(request_id)
@@ -156,6 +148,7 @@ class Engine:
             max_model_len=self.runner.max_model_len,
             vocab_size=self.runner.vocab_size,
             load_seconds=self.load_seconds,
+            max_output_tokens=self.config.max_output_tokens,
         )
 
 

@@ -38,7 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     rendezvous: str = ""  # HOST:PORT where ranks come to; empty: a free port of the loopback
     standby: bool = True  # a next engine gets ready as soon as one is up
     onnx_dir: str = ""  # an exported model, which then runs instead of that in model_dir, whose tokenizer it has
-    max_output_tokens: int = 0  # more is cut off as "length"; 0: what the request asks for
+    max_output_tokens: int = 0  # the bridge asks for no more, see `Ready`
 
     @property
     def local_ranks(self) -> int:
@@ -100,6 +100,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     max_model_len: int
     vocab_size: int
     load_seconds: float
+    max_output_tokens: int = 0  # 0: as many as a request asks for
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
@@ -163,6 +164,11 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
     send_seconds: float = 0.0
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the blocks that requests use."""
+        return 1 - self.blocks_free / self.blocks_total if self.blocks_total else 0.0
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from tidewright.config import CONFIG_FILE_VARIABLE, Settings
+from tidewright.config import CONFIG_FILE_VARIABLE, Settings, options_in_order
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.export_command import prepare_fallback
 from tidewright.launch.prepare import prepare
@@ -48,7 +48,7 @@ class _StopSignals:
 
 def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """One flag for each field of `Settings`; unset flags leave the word to environment and file."""
-    for name, field in reversed(Settings.model_fields.items()):
+    for name, field in reversed(options_in_order()):
         flag = "--" + name.replace("_", "-")
         command = click.option(flag, name, default=None, help=f"{field.description}  [default: {field.default}]")(
             command

@@ -123,7 +123,7 @@ class TritonServer:
                         headers={"Connection": "close"},
                         timeout=self.settings.start_timeout,
                     )
-                    if answer.status_code == 200:
+                    if answer.status_code == 200 and answer.json().get("served_by") == "decoder":
                         self.ready = True
                         return
                 except httpx.TransportError:

@@ -27,7 +27,7 @@ RELOAD_INTERVAL = 5.0  # seconds between attempts to load a model that would not
 class Watchdog:
     def __init__(self, server: TritonServer, say: Callable[[str], None]) -> None:
         self._server, self._say = server, say
-        self._silent = dict.fromkeys(("tokenizer", *server.models_with_engine), 0)
+        self._silent = dict.fromkeys(("tokenizer", "failsafe", *server.models_with_engine), 0)
         self._missing: dict[str, float] = {}  # models to be loaded again, and when (time.monotonic())
 
     def run(self) -> bool:

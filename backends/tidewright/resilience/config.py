@@ -10,7 +10,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tidewright.resilience.breaker import BreakerConfig
 from tidewright.resilience.budget import BudgetConfig
 from tidewright.resilience.degradation import LadderConfig, Thresholds
-from tidewright.resilience.hedging import HedgePolicy
 from tidewright.resilience.retry import RetryPolicy
 
 
@@ -63,9 +62,6 @@ class ResilienceSettings(BaseModel):
     )
     retry_budget_burst: float = Field(
         10.0, ge=1, le=100_000, description="Unused retries that are kept for later, at most; as many at the start."
-    )
-    hedge_delay: float = Field(
-        0.0, ge=0, le=600, description="Seconds without a first token after which a second call is sent; 0: never."
     )
     degrade_kv_cache_short: float = Field(
         0.9, gt=0, le=1, description="Share of the KV cache in use from which answers are short."
@@ -141,9 +137,6 @@ class ResilienceSettings(BaseModel):
 
     def budget_config(self) -> BudgetConfig:
         return BudgetConfig(self.retry_budget_share, self.retry_budget_floor, self.retry_budget_burst)
-
-    def hedge_policy(self) -> HedgePolicy:
-        return HedgePolicy(self.hedge_delay)
 
     def ladder_config(self) -> LadderConfig:
         """A full KV cache alone sheds nothing: what then waits shows in the queue."""

@@ -1,4 +1,4 @@
-"""When to ask a second time because the first call is slow ("The Tail at Scale", Dean and Barroso). Off by default."""
+"""When to ask a second replica because the first is slow ("The Tail at Scale", Dean and Barroso). Off by default."""
 
 from __future__ import annotations
 

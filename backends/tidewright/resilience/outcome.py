@@ -22,6 +22,7 @@ class Outcome(Enum):
     ENGINE_FAILED = ("engine_failed", Verdict.FAILURE)
     UNAVAILABLE = ("unavailable", Verdict.FAILURE)  # not loaded, not ready, not reachable
     FIRST_TOKEN_TIMEOUT = ("first_token_timeout", Verdict.FAILURE)  # the server's limit, not the client's timeout
+    STALLED = ("stalled", Verdict.FAILURE)  # no sign of life, or no further token
     STUB_DIED = ("stub_died", Verdict.FAILURE)
 
     # These say something about the request or the load, and a model switched off for them would serve nobody better.

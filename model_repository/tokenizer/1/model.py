@@ -32,7 +32,9 @@ class TritonPythonModel:
         try:
             token_ids = self._tokenize(tensors)
         except (InvalidRequestError, InvalidPromptError) as error:
-            return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+            return pb_utils.InferenceResponse(
+                error=pb_utils.TritonError(f"{error} [invalid]", pb_utils.TritonError.INVALID_ARG)
+            )
         ids = pb_utils.Tensor("input_ids", np.array([token_ids], dtype=np.int32))
         return pb_utils.InferenceResponse(output_tensors=[ids])
 

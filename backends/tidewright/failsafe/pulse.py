@@ -1,0 +1,114 @@
+"""Feels the pulse of decoder and fallback: can they work, and how much load is there?"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from dataclasses import dataclass
+from enum import Enum
+
+import msgspec
+
+from tidewright.failsafe.models import Control, ModelError
+from tidewright.resilience.outcome import Outcome
+from tidewright.schema import DecoderStatus
+
+log = logging.getLogger(__name__)
+
+INTERVAL = 0.1  # seconds between two questions; each costs 1 ms of a core
+FALLBACK_EVERY = 5  # questions to the decoder for one to the fallback
+
+
+class Kind(Enum):
+    """What is wrong, and the outcome that it means for a request there."""
+
+    RESTARTING = ("restarting", Outcome.UNAVAILABLE)  # the bridge has all requests, and the next engine gets them
+    SILENT = ("silent", Outcome.STALLED)  # the engine gives no sign of life, or the stub none
+    STUB_DIED = ("stub died", Outcome.STUB_DIED)  # what was in it is lost, and its streams hang for ever
+    UNLOADED = ("unloaded", Outcome.UNAVAILABLE)  # takes nothing new; what runs there goes on
+
+    def __init__(self, label: str, outcome: Outcome) -> None:
+        self.label = label
+        self.outcome = outcome
+
+
+@dataclass(frozen=True)
+class Trouble:
+    kind: Kind
+    since: float
+    cause: str
+
+
+class Pulse:
+    """One thread asks; any may read."""
+
+    def __init__(self, control: Control, *, silence: float, has_fallback: bool) -> None:
+        """`silence`: seconds without a sign of life that mean trouble."""
+        self._control, self._silence, self._has_fallback = control, silence, has_fallback
+        self._asked_at: float | None = None  # time.monotonic(), while the decoder has not answered
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="pulse", daemon=True)
+        self._trouble: Trouble | None = None
+        self.status: DecoderStatus | None = None
+        """What the decoder said last; None if it said nothing, or an error."""
+        self.fallback_ready = False
+
+    def start(self) -> None:
+        self._ask_fallback()
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopping.set()
+        self._thread.join()
+
+    def trouble(self, now: float) -> Trouble | None:
+        """Of the decoder; the time is time.monotonic()."""
+        asked_at = self._asked_at
+        if self._trouble is None and asked_at is not None and now - asked_at > self._silence:
+            return Trouble(Kind.SILENT, asked_at, "it does not answer")
+        return self._trouble
+
+    def _loop(self) -> None:
+        rounds = 0
+        while not self._stopping.is_set():
+            self._ask_decoder()
+            rounds += 1
+            if self._has_fallback and rounds % FALLBACK_EVERY == 0:
+                self._ask_fallback()
+            self._stopping.wait(INTERVAL)
+
+    def _ask_decoder(self) -> None:
+        began = self._asked_at = time.monotonic()
+        try:
+            self.status = msgspec.json.decode(self._control("decoder", "status"), type=DecoderStatus)
+            found = self._of_status(self.status)
+        except ModelError as error:
+            self.status = None
+            kind = Kind.STUB_DIED if error.outcome is Outcome.STUB_DIED else Kind.UNLOADED
+            found = Trouble(kind, began, str(error))
+        before = self._trouble
+        if found and before and found.kind is before.kind:
+            found = Trouble(found.kind, min(found.since, before.since), found.cause)
+        elif found:
+            log.warning("decoder: %s (%s)", found.kind.label, found.cause)
+        elif before:
+            log.warning("decoder: well again")
+        self._trouble, self._asked_at = found, None
+
+    def _of_status(self, status: DecoderStatus) -> Trouble | None:
+        now = time.monotonic()
+        if status.trouble and not status.draining:
+            return Trouble(Kind.RESTARTING, now, status.trouble)
+        if status.silence > self._silence:
+            return Trouble(Kind.SILENT, now - status.silence, f"no sign of life for {status.silence:.1f} s")
+        return None
+
+    def _ask_fallback(self) -> None:
+        if not self._has_fallback:
+            return
+        try:
+            self._control("fallback", "health")
+            self.fallback_ready = True
+        except ModelError:
+            self.fallback_ready = False

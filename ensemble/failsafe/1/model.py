@@ -1,0 +1,216 @@
+"""Triton model `failsafe`: the decoder's answer, or the fallback's. Only translates; see `tidewright.failsafe`."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from tidewright.bridge.request import decode_text, parse_sampling, single
+from tidewright.config import Settings
+from tidewright.errors import RequestError
+from tidewright.failsafe.failsafe import Failsafe
+from tidewright.failsafe.figures import FAILSAFE_PREFIX, METRICS
+from tidewright.failsafe.models import ModelError, Order, Reply
+from tidewright.metrics import MetricsMirror
+from tidewright.parent_death import exit_with_parent
+from tidewright.schema import CANCEL, CONTROL, DECODER_OUTPUTS, FAILSAFE_INPUTS, FinishReason
+
+log = logging.getLogger("tidewright")
+
+_INPUT_NAMES = tuple(spec.name for spec in FAILSAFE_INPUTS)
+_OUTPUT_NAMES = [spec.name for spec in DECODER_OUTPUTS]
+# Written anew for each attempt.
+_REPLACED = {"sampling_parameters", "return_finish_reason", CONTROL.name}
+KEEP = 5.0  # seconds
+# Names in pb_utils.TritonError, which the stub fills in only after it has imported this module.
+_ERROR_CODES: dict[FinishReason, str] = {"invalid": "INVALID_ARG", "cancelled": "CANCELLED"}
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        exit_with_parent()
+        settings = Settings()
+        logging.basicConfig(
+            level=settings.log_level.upper(),
+            stream=sys.stderr,
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        )
+        self._failsafe = Failsafe(settings, _control)
+        self._failsafe.start()
+        self._metrics = MetricsMirror(METRICS, self._failsafe.figures, pb_utils.MetricFamily, FAILSAFE_PREFIX)
+        self._metrics.start()
+
+    def execute(self, requests: list) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._take(request, sender)
+            except RequestError as error:
+                self._failsafe.refused(error.reason)
+                _send_error(sender, str(error), error.reason)
+            except Exception:
+                # A mistake of ours must not take the stub down: Triton does not restart it.
+                log.exception("a request could not be taken")
+                _send_error(sender, "internal error; see the server's log", "engine_failed")
+
+    def is_ready(self) -> bool:
+        """Asked by newer Tritons (not by 2.51) when someone asks whether the model is ready."""
+        return not self._failsafe.trouble
+
+    def finalize(self) -> None:
+        self._metrics.stop()
+        self._failsafe.stop()
+
+    def _take(self, request: object, sender: object) -> None:
+        tensors = {}
+        for name in _INPUT_NAMES:
+            tensor = pb_utils.get_input_tensor_by_name(request, name)
+            if tensor is not None:
+                # A copy: Triton takes its memory back when `execute` returns.
+                tensors[name] = np.array(tensor.as_numpy())
+        if (word := single(tensors, CONTROL.name)) is not None:
+            self._obey(sender, decode_text(word, CONTROL.name))
+            return
+        options = single(tensors, "sampling_parameters")
+        text = None if options is None else decode_text(options, "sampling_parameters")
+        sampling = parse_sampling(text, request.parameters())  # type: ignore[attr-defined]
+        client_id = request.request_id()  # type: ignore[attr-defined]
+        streams = bool(single(tensors, "stream"))
+        self._failsafe.submit(_Request(request, sender, tensors), sampling, client_id, streams=streams)
+
+    def _obey(self, sender: object, word: str) -> None:
+        trouble = ""
+        if word.startswith(CANCEL):
+            client_id = word.removeprefix(CANCEL)
+            if not client_id or not self._failsafe.cancel(client_id):
+                trouble = f"no request with the id {client_id!r} is in flight; it may have ended"
+        elif word == "health":
+            trouble = self._failsafe.trouble
+        else:
+            _send_error(sender, f"control is {word!r}; it can be: health, {CANCEL}<request id>", "invalid")
+            return
+        if trouble:
+            _send_final(sender, error=pb_utils.TritonError(trouble, pb_utils.TritonError.UNAVAILABLE))
+        else:
+            _send_final(sender, output_tensors=[_text_tensor("text_output", b"ok")])
+
+
+class _Request:
+    """One request, as `tidewright.failsafe.models.Request` says."""
+
+    def __init__(self, request: object, sender: object, tensors: dict[str, np.ndarray]) -> None:
+        self._sender = sender
+        self._trace = request.trace()  # type: ignore[attr-defined]
+        self._returns_reason = bool(single(tensors, "return_finish_reason"))
+        self._tensors = {name: value for name, value in tensors.items() if name not in _REPLACED}
+
+    def generate(self, model: str, order: Order) -> Iterator[Reply]:
+        inputs = [pb_utils.Tensor(name, value) for name, value in self._tensors.items()]
+        inputs.append(_text_tensor("sampling_parameters", msgspec.json.encode(order.sampling)))
+        inputs.append(pb_utils.Tensor("return_finish_reason", np.array([True])))  # it tells which response is the last
+        if order.resume_ids:
+            inputs.append(pb_utils.Tensor("resume_ids", np.array(order.resume_ids, dtype=np.int32)))
+        for response in _call(model, inputs, order.request_id, self._trace):
+            tensors = {tensor.name(): tensor for tensor in response.output_tensors()}  # type: ignore[attr-defined]
+            if not tensors:
+                continue
+            reasons = tensors["finish_reason"].as_numpy()
+            token_ids = tensors["output_ids"].as_numpy().tolist()
+            yield Reply(tensors, token_ids, all(reason != b"None" for reason in reasons))
+
+    def send(self, reply: Reply, served_by: str, fallback_reason: str, names: bool) -> None:
+        assert isinstance(reply.content, dict)
+        tensors = [tensor for name, tensor in reply.content.items() if name != "finish_reason" or self._returns_reason]
+        if names:
+            tensors.append(_text_tensor("served_by", served_by.encode()))
+            if fallback_reason:
+                tensors.append(_text_tensor("fallback_reason", fallback_reason.encode()))
+        if reply.final:
+            _send_final(self._sender, output_tensors=tensors)
+        else:
+            self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))  # type: ignore[attr-defined]
+
+    def fail(self, message: str, reason: FinishReason) -> None:
+        _send_error(self._sender, message, reason)
+
+    def is_cancelled(self) -> bool:
+        return bool(self._sender.is_cancelled())  # type: ignore[attr-defined]
+
+
+class _Keeper:
+    """Holds on to iterators of responses for a while after their end.
+
+    A thread of Triton's stub (2.51) drops its own reference then, without Python's lock. Were it the last one, all
+    responses would be freed beside running Python code: memory gets corrupted, after some thousand streams
+    (triton-inference-server/server#7517).
+    """
+
+    def __init__(self) -> None:
+        self._kept: collections.deque[tuple[float, object]] = collections.deque()
+        self._lock = threading.Lock()
+
+    def keep(self, responses: object) -> None:
+        now = time.monotonic()
+        with self._lock:
+            self._kept.append((now, responses))
+            old = []
+            while self._kept[0][0] < now - KEEP:
+                old.append(self._kept.popleft())
+
+
+_keeper = _Keeper()
+
+
+def _control(model: str, word: str) -> str:
+    answer = b""
+    for response in _call(model, [_text_tensor(CONTROL.name, word.encode())]):
+        for tensor in response.output_tensors():  # type: ignore[attr-defined]
+            answer = tensor.as_numpy()[0]
+    return answer.decode()
+
+
+def _call(model: str, inputs: list, request_id: str = "", trace: object = None) -> Iterator[object]:
+    """All responses; raises ModelError once they are read, or Triton could not unload the model."""
+    options = {} if trace is None else {"trace": trace}
+    request = pb_utils.InferenceRequest(
+        model_name=model, requested_output_names=_OUTPUT_NAMES, inputs=inputs, request_id=request_id, **options
+    )
+    error = ""
+    responses = request.exec(decoupled=True)
+    try:
+        for response in responses:
+            if response.has_error():
+                error = error or response.error().message()
+            elif not error:
+                yield response
+    except GeneratorExit:
+        while next(responses, None) is not None:
+            pass
+        raise
+    finally:
+        _keeper.keep(responses)
+    if error:
+        raise ModelError(error)
+
+
+def _text_tensor(name: str, value: bytes) -> object:
+    return pb_utils.Tensor(name, np.array([value], dtype=np.object_))
+
+
+def _send_final(sender: object, **content: object) -> None:
+    """`content`: output_tensors, or an error."""
+    response = pb_utils.InferenceResponse(**content)
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
+
+
+def _send_error(sender: object, message: str, reason: FinishReason) -> None:
+    code = getattr(pb_utils.TritonError, _ERROR_CODES.get(reason, "UNAVAILABLE"))
+    _send_final(sender, error=pb_utils.TritonError(f"{message} [{reason}]", code))
