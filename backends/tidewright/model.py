@@ -25,7 +25,7 @@ from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
 from tidewright.metrics import PREFIX, MetricsMirror
 from tidewright.parent_death import exit_with_parent
-from tidewright.schema import CANCEL, CONTROL, CONTROL_WORDS, DECODER_INPUTS, FinishReason
+from tidewright.schema import ATTEMPT, CANCEL, CONTROL, CONTROL_WORDS, DECODER_INPUTS, FAILED, FinishReason
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger("tidewright")
@@ -76,8 +76,9 @@ class TritonPythonModel:
                     self._control(sender, word)
                     continue
                 parsed = self._parse(request)
-                responder = _TritonResponder(sender, parsed, self._tokenizer)
-                self._bridge.submit(parsed, responder, request.request_id())
+                client_id = request.request_id()
+                responder = _TritonResponder(sender, parsed, self._tokenizer, in_band=ATTEMPT in client_id)
+                self._bridge.submit(parsed, responder, client_id)
             except RequestError as error:
                 self._refuse(sender, error)
             except Exception:
@@ -138,8 +139,11 @@ class _TritonResponder:
     afterwards; so the two exclude each other, and after the end nothing is asked.
     """
 
-    def __init__(self, sender: object, request: GenerationRequest, tokenizer: Tokenizer) -> None:
-        self._sender = sender
+    def __init__(
+        self, sender: object, request: GenerationRequest, tokenizer: Tokenizer, *, in_band: bool = False
+    ) -> None:
+        """`in_band`: errors go as responses, see schema.FAILED."""
+        self._sender, self._in_band = sender, in_band
         self._returns = request.returns
         self._num_input_tokens = len(request.prompt_token_ids)
         self._tokenizer = tokenizer
@@ -158,7 +162,15 @@ class _TritonResponder:
     def fail(self, error: RequestError) -> None:
         with self._end_lock:
             self._ended = True
-            _send_error(self._sender, error)
+            if self._in_band:
+                tensors = [
+                    _text_tensor("text_output", [f"{error} [{error.reason}]".encode()]),
+                    pb_utils.Tensor("output_ids", np.array([], dtype=np.int32)),
+                    _text_tensor("finish_reason", [FAILED.encode()]),
+                ]
+                _send_final(self._sender, output_tensors=tensors)
+            else:
+                _send_error(self._sender, error)
 
     def is_cancelled(self) -> bool:
         with self._end_lock:

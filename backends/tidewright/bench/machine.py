@@ -43,7 +43,7 @@ def server_memory(pid: int) -> dict[str, float]:
         if "tidewright.engine" in command:
             name = "engine"
         elif "python_backend_stub" in command:
-            name = "stub of tokenizer" if "tokenizer" in command else "stub of decoder (bridge)"
+            name = f"stub of {command.split('/1/model.py')[0].rpartition('/')[2]}"
         sizes[name] = sizes.get(name, 0) + process.memory_full_info().pss / 2**20
     return sizes
 

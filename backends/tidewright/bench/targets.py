@@ -76,14 +76,14 @@ class Notes:
 
 
 class TritonTarget:
-    """Ours as a client sees it: gRPC streaming from `decoder`."""
+    """Ours as a client sees it: gRPC streaming from one of the models that take token ids."""
 
     name = "tidewright"
 
-    def __init__(self, grpc_url: str) -> None:
+    def __init__(self, grpc_url: str, model: str = "decoder") -> None:
         import tritonclient.grpc as grpcclient
 
-        self._grpc = grpcclient
+        self._grpc, self._model = grpcclient, model
         self._client = grpcclient.InferenceServerClient(grpc_url)
         self._arrived: queue.Queue[tuple[float, Any, Exception | None]] = queue.Queue()
         self._client.start_stream(lambda result, error: self._arrived.put((time.perf_counter(), result, error)))
@@ -94,7 +94,7 @@ class TritonTarget:
         for number, tensors in enumerate(inputs):
             notes.wait_for(number)
             self._client.async_stream_infer(
-                "decoder", tensors, request_id=str(number), enable_empty_final_response=True
+                self._model, tensors, request_id=str(number), enable_empty_final_response=True
             )
         ended: set[int] = set()
         errors: list[str] = []

@@ -92,7 +92,7 @@ class Bridge:
         return DecoderStatus(
             trouble=self.trouble,
             draining=self._draining,
-            silence=self._client.silence,
+            silence=self._client.silence(),
             waiting=stats.waiting / max(self._max_waiting, 1),
             wait=time.monotonic() - min(arrived) if arrived else 0.0,
             kv_usage=stats.kv_usage,

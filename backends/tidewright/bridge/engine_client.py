@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from tidewright.bridge.liveness import Work
 from tidewright.engine.messages import (
     Begin,
     Configure,
@@ -37,6 +38,7 @@ from tidewright.errors import EngineUnavailableError
 log = logging.getLogger(__name__)
 
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.1, 10.0  # seconds between two starts
+LONGEST_WORK = 5.0  # seconds that work alone passes for a sign of life
 POLL_INTERVAL = 0.25  # seconds; how often deadlines are looked at
 STOP_TIMEOUT = 3.0  # seconds from the polite request to SIGKILL
 STANDBY_DELAY = 3.0  # seconds that an engine is up before the next one gets ready to replace it
@@ -84,7 +86,8 @@ class EngineClient:
         self._process: subprocess.Popen[bytes] | None = None
         self._standby: tuple[subprocess.Popen[bytes], Connection] | None = None
         self._up_at = 0.0  # time.monotonic() when the engine came up
-        self._heard_at = 0.0  # likewise, when it said something last
+        self._heard_at = self._worked_at = 0.0  # likewise, when it last said something, and did something
+        self._work: Work | None = None
         self._stopping = threading.Event()
         self._first_start_over = threading.Event()
         self._came_up = False  # at least once
@@ -114,10 +117,18 @@ class EngineClient:
         """Why none is available, while that is so."""
         return self._cause
 
-    @property
     def silence(self) -> float:
-        """Seconds since the engine that is up said anything; 0 if none is."""
-        return time.monotonic() - self._heard_at if self._connection else 0.0
+        """Seconds since the engine that is up gave a sign of life, 0 if none is: a message, or for a while work.
+
+        On a busy machine a step can take long. To be asked several times a second, for work shows only in between.
+        """
+        if not self._connection or not self._work:
+            return 0.0
+        now = time.monotonic()
+        if self._work.went_on():
+            self._worked_at = now
+        silence = now - self._heard_at
+        return silence if silence > LONGEST_WORK else now - max(self._heard_at, self._worked_at)
 
     def send(self, message: ToEngine) -> None:
         """Send one message.
@@ -223,6 +234,7 @@ class EngineClient:
             elif isinstance(message, Failed):
                 return message.message
             else:
+                self._work = Work(message.pid)
                 self._connection = connection
                 self._up_at = time.monotonic()
                 self._events.up(message)

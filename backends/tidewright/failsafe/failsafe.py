@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 
 MONITOR_INTERVAL = 0.01  # seconds
 MONITOR_SHARE = 0.05  # of one core, at most: asking Triton who hung up is a round trip to its process
+FRESH = 1.0  # seconds that what an engine said last tells how busy it is
 LATE = 0.5  # seconds after its own timeout in which a model should have ended a request
 SWEEPERS = 4
 CANCEL_TRIES, CANCEL_PAUSE = 20, 0.05  # seconds
@@ -323,7 +324,7 @@ class Failsafe:
     @property
     def _is_busy(self) -> bool:
         status = self._pulse.status
-        return status is not None and status.waiting > 0
+        return status is not None and status.waiting > 0 and status.silence < FRESH
 
     def _sweep(self) -> None:
         """Cancels attempts that lost their turn: a call that may take a second."""

@@ -16,7 +16,8 @@ from tidewright.schema import DecoderStatus
 
 log = logging.getLogger(__name__)
 
-INTERVAL = 0.1  # seconds between two questions; each costs 1 ms of a core
+# Seconds between two questions, each of which costs 1 ms of a core. Without a fallback nobody has to be quick.
+INTERVAL, INTERVAL_ALONE = 0.1, 1.0
 FALLBACK_EVERY = 5  # questions to the decoder for one to the fallback
 
 
@@ -46,7 +47,6 @@ class Pulse:
     def __init__(self, control: Control, *, silence: float, has_fallback: bool) -> None:
         """`silence`: seconds without a sign of life that mean trouble."""
         self._control, self._silence, self._has_fallback = control, silence, has_fallback
-        self._asked_at: float | None = None  # time.monotonic(), while the decoder has not answered
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="pulse", daemon=True)
         self._trouble: Trouble | None = None
@@ -55,7 +55,6 @@ class Pulse:
         self.fallback_ready = False
 
     def start(self) -> None:
-        self._ask_fallback()
         self._thread.start()
 
     def stop(self) -> None:
@@ -64,22 +63,19 @@ class Pulse:
 
     def trouble(self, now: float) -> Trouble | None:
         """Of the decoder; the time is time.monotonic()."""
-        asked_at = self._asked_at
-        if self._trouble is None and asked_at is not None and now - asked_at > self._silence:
-            return Trouble(Kind.SILENT, asked_at, "it does not answer")
         return self._trouble
 
     def _loop(self) -> None:
-        rounds = 0
+        rounds, interval = 0, INTERVAL if self._has_fallback else INTERVAL_ALONE
         while not self._stopping.is_set():
-            self._ask_decoder()
-            rounds += 1
             if self._has_fallback and rounds % FALLBACK_EVERY == 0:
                 self._ask_fallback()
-            self._stopping.wait(INTERVAL)
+            rounds += 1
+            self._ask_decoder()
+            self._stopping.wait(interval)
 
     def _ask_decoder(self) -> None:
-        began = self._asked_at = time.monotonic()
+        began = time.monotonic()
         try:
             self.status = msgspec.json.decode(self._control("decoder", "status"), type=DecoderStatus)
             found = self._of_status(self.status)
@@ -94,7 +90,7 @@ class Pulse:
             log.warning("decoder: %s (%s)", found.kind.label, found.cause)
         elif before:
             log.warning("decoder: well again")
-        self._trouble, self._asked_at = found, None
+        self._trouble = found
 
     def _of_status(self, status: DecoderStatus) -> Trouble | None:
         now = time.monotonic()
@@ -105,8 +101,6 @@ class Pulse:
         return None
 
     def _ask_fallback(self) -> None:
-        if not self._has_fallback:
-            return
         try:
             self._control("fallback", "health")
             self.fallback_ready = True

@@ -21,7 +21,7 @@ from tidewright.failsafe.figures import FAILSAFE_PREFIX, METRICS
 from tidewright.failsafe.models import ModelError, Order, Reply
 from tidewright.metrics import MetricsMirror
 from tidewright.parent_death import exit_with_parent
-from tidewright.schema import CANCEL, CONTROL, DECODER_OUTPUTS, FAILSAFE_INPUTS, FinishReason
+from tidewright.schema import CANCEL, CONTROL, DECODER_OUTPUTS, FAILED, FAILSAFE_INPUTS, FinishReason
 
 log = logging.getLogger("tidewright")
 
@@ -44,11 +44,15 @@ class TritonPythonModel:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
         self._failsafe = Failsafe(settings, _control)
-        self._failsafe.start()
+        self._started = False
         self._metrics = MetricsMirror(METRICS, self._failsafe.figures, pb_utils.MetricFamily, FAILSAFE_PREFIX)
         self._metrics.start()
 
     def execute(self, requests: list) -> None:
+        if not self._started:
+            # Not in `initialize`: Triton allows no calls of other models before its end.
+            self._started = True
+            self._failsafe.start()
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -67,7 +71,8 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._metrics.stop()
-        self._failsafe.stop()
+        if self._started:
+            self._failsafe.stop()
 
     def _take(self, request: object, sender: object) -> None:
         tensors = {}
@@ -123,6 +128,8 @@ class _Request:
             if not tensors:
                 continue
             reasons = tensors["finish_reason"].as_numpy()
+            if reasons[0] == FAILED.encode():
+                raise ModelError(tensors["text_output"].as_numpy()[0].decode())
             token_ids = tensors["output_ids"].as_numpy().tolist()
             yield Reply(tensors, token_ids, all(reason != b"None" for reason in reasons))
 
@@ -184,7 +191,10 @@ def _call(model: str, inputs: list, request_id: str = "", trace: object = None) 
         model_name=model, requested_output_names=_OUTPUT_NAMES, inputs=inputs, request_id=request_id, **options
     )
     error = ""
-    responses = request.exec(decoupled=True)
+    try:
+        responses = request.exec(decoupled=True)
+    except pb_utils.TritonModelException as caught:
+        raise ModelError(str(caught)) from None
     try:
         for response in responses:
             if response.has_error():
