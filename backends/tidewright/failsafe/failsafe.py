@@ -99,10 +99,10 @@ class Failsafe:
             return
         deadline = Deadline.after(sampling.timeout, now)
         relay = Relay(request, client_id, next(self._serials), sampling, streams, now, deadline)
-        with self._changed:
-            self._relays[relay] = None
-            self._changed.notify_all()
-        with relay.lock:
+        with relay.lock:  # whoever finds it among the relays waits until it has begun
+            with self._changed:
+                self._relays[relay] = None
+                self._changed.notify_all()
             attempt = self._first(relay, now)
         if attempt:
             self._start(relay, attempt)
