@@ -181,16 +181,10 @@ class Failsafe:
         except ModelError as caught:
             error = caught
         attempt.over = True
-        now = time.monotonic()
         with relay.lock:
-            if relay.current is not attempt:
+            if relay.ended or relay.current is not attempt:
                 return None
-            if not relay.ended:
-                return self._next(relay, attempt, error, now)
-        self._record(attempt, Outcome.SUCCESS, now)
-        self._counters.count("requests_served_total", attempt.model)
-        self._forget(relay)
-        return None
+            return self._next(relay, attempt, error, time.monotonic())
 
     def _read(self, relay: Relay, attempt: Attempt) -> None:
         sampling, now = relay.sampling, time.monotonic()
@@ -202,7 +196,13 @@ class Failsafe:
         order = Order(attempt.request_id, sampling, list(relay.delivered))
         for reply in relay.request.generate(attempt.model, order):
             now = time.monotonic()
-            if relay.take(attempt, reply, now) and attempt.permit and attempt.permit.is_probe and reply.token_ids:
+            if not relay.take(attempt, reply, now):
+                continue
+            if reply.final:  # the end of the stream may come late, or never from a stub that dies
+                self._record(attempt, Outcome.SUCCESS, now)
+                self._counters.count("requests_served_total", attempt.model)
+                self._forget(relay)
+            elif attempt.permit and attempt.permit.is_probe and reply.token_ids:
                 self._record(attempt, Outcome.SUCCESS, now)  # until then, nobody else gets through
 
     def _next(self, relay: Relay, failed: Attempt, error: ModelError, now: float) -> Attempt | None:
@@ -306,7 +306,7 @@ class Failsafe:
             return
         with relay.lock:
             attempt = relay.current
-            if attempt is None or attempt.model != "decoder" or now < attempt.began:
+            if relay.ended or attempt is None or attempt.model != "decoder" or now < attempt.began:
                 return
             trouble, has_fallback = self._pulse.trouble(now), self._pulse.fallback_ready
             outcome = overdue(relay.progress(attempt), trouble, self._limits, now, has_fallback=has_fallback)
