@@ -165,7 +165,7 @@ class Failsafe:
                 attempt = self._make(relay, attempt)
             except Exception:
                 log.exception("a request went wrong")
-                self._end(relay, "internal error; see the server's log", Outcome.ENGINE_FAILED)
+                self._end(relay, "internal error; see the server's log", Outcome.ENGINE_FAILED, attempt)
                 return
 
     def _make(self, relay: Relay, attempt: Attempt) -> Attempt | None:
@@ -198,12 +198,13 @@ class Failsafe:
             now = time.monotonic()
             if not relay.take(attempt, reply, now):
                 continue
+            permit = attempt.permit
+            if permit and (reply.final or (permit.is_probe and reply.token_ids)):
+                with relay.lock:  # else the monitor, or a cancel, could record it at the same time
+                    self._record(attempt, Outcome.SUCCESS, now)  # of a probe: until then, nobody else gets through
             if reply.final:  # the end of the stream may come late, or never from a stub that dies
-                self._record(attempt, Outcome.SUCCESS, now)
                 self._counters.count("requests_served_total", attempt.model)
                 self._forget(relay)
-            elif attempt.permit and attempt.permit.is_probe and reply.token_ids:
-                self._record(attempt, Outcome.SUCCESS, now)  # until then, nobody else gets through
 
     def _next(self, relay: Relay, failed: Attempt, error: ModelError, now: float) -> Attempt | None:
         """With the relay's lock held: what follows a failed attempt; None if the request ended with it."""
@@ -247,7 +248,7 @@ class Failsafe:
         return relay.begin("fallback", now, reason)
 
     def _record(self, attempt: Attempt, outcome: Outcome, now: float) -> None:
-        """What the breaker is to know of it; the first call counts."""
+        """With the relay's lock held: what the breaker is to know of it; the first call counts."""
         permit, attempt.permit = attempt.permit, None
         if permit:
             self._counters.count("outcomes_total", outcome.label)
@@ -259,16 +260,17 @@ class Failsafe:
         relay.fail(message, reason)
         self._forget(relay)
 
-    def _end(self, relay: Relay, message: str, outcome: Outcome) -> None:
-        """From outside, whatever it is at."""
+    def _end(self, relay: Relay, message: str, outcome: Outcome, of: Attempt | None = None) -> None:
+        """From outside, whatever it is at; or `of` an attempt, if no other has the turn by now."""
         with relay.lock:
-            if relay.ended:
+            attempt = relay.current
+            if relay.ended or (of and attempt and attempt is not of):
                 return
-            attempt, relay.current = relay.current, None
+            relay.current = None
+            if attempt:
+                self._record(attempt, outcome, time.monotonic())
+                self._to_cancel.put(attempt)
             self._fail(relay, message, ModelError("", outcome).reason)
-        if attempt:
-            self._record(attempt, outcome, time.monotonic())
-            self._to_cancel.put(attempt)
 
     def _forget(self, relay: Relay) -> None:
         with self._changed:
