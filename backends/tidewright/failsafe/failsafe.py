@@ -257,8 +257,11 @@ class Failsafe:
     def _fail(self, relay: Relay, message: str, reason: FinishReason) -> None:
         """With the relay's lock held."""
         self._counters.count("requests_failed_total", reason)
-        relay.fail(message, reason)
         self._forget(relay)
+        try:
+            relay.fail(message, reason)
+        except Exception:
+            log.exception("an error could not be sent")
 
     def _end(self, relay: Relay, message: str, outcome: Outcome, of: Attempt | None = None) -> None:
         """From outside, whatever it is at; or `of` an attempt, if no other has the turn by now."""

@@ -64,8 +64,8 @@ class Relay:
                 self.delivered += reply.token_ids
             names = reply.final or self._told is not attempt
             self._told = attempt
-            self.ended = reply.final
             self.request.send(reply, attempt.model, attempt.reason, names)
+            self.ended = reply.final
             return True
 
     def fail(self, message: str, reason: FinishReason) -> None:
