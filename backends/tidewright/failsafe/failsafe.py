@@ -156,7 +156,14 @@ class Failsafe:
 
     def _start(self, relay: Relay, attempt: Attempt) -> None:
         """A daemon: one that reads from a dead stub never ends, and must not keep this process."""
-        threading.Thread(target=self._run, args=(relay, attempt), name="attempt", daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(relay, attempt), name="attempt", daemon=True).start()
+        except RuntimeError:  # the system gives no more
+            log.exception("there is no thread for an attempt")
+            attempt.over = True
+            self._end(
+                relay, "the server has no thread for one more request; try again later", Outcome.OVERLOADED, attempt
+            )
 
     def _run(self, relay: Relay, attempt: Attempt | None) -> None:
         """One attempt after the other, until one succeeds, none is left, or the monitor gave the turn to another."""
