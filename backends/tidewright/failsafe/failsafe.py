@@ -348,4 +348,6 @@ class Failsafe:
                 except ModelError as error:
                     if attempt.over or error.outcome is Outcome.STUB_DIED:
                         break
+                except Exception:
+                    log.exception("an attempt could not be cancelled")
                 self._stopping.wait(CANCEL_PAUSE)  # it is on its way there

@@ -68,10 +68,13 @@ class Pulse:
     def _loop(self) -> None:
         rounds, interval = 0, INTERVAL if self._has_fallback else INTERVAL_ALONE
         while not self._stopping.is_set():
-            if self._has_fallback and rounds % FALLBACK_EVERY == 0:
-                self._ask_fallback()
-            rounds += 1
-            self._ask_decoder()
+            try:
+                if self._has_fallback and rounds % FALLBACK_EVERY == 0:
+                    self._ask_fallback()
+                rounds += 1
+                self._ask_decoder()
+            except Exception:  # without this thread, nobody would know how the models are
+                log.exception("a model could not be asked how it is")
             self._stopping.wait(interval)
 
     def _ask_decoder(self) -> None:
