@@ -37,7 +37,7 @@ def overdue(
     Without a fallback the decoder is all there is, as long as it has the request.
     """
     if trouble and trouble.kind is Kind.STUB_DIED:
-        return Outcome.STUB_DIED if progress.began < trouble.since or progress.last_token else None
+        return Outcome.STUB_DIED if progress.began < trouble.since else None  # later ones are at the next stub, if any
     if not has_fallback:
         return None
     if trouble and trouble.kind is not Kind.UNLOADED:

@@ -78,14 +78,13 @@ class Pulse:
             self._stopping.wait(interval)
 
     def _ask_decoder(self) -> None:
-        began = time.monotonic()
         try:
             self.status = msgspec.json.decode(self._control("decoder", "status"), type=DecoderStatus)
             found = self._of_status(self.status)
         except ModelError as error:
             self.status = None
             kind = Kind.STUB_DIED if error.outcome is Outcome.STUB_DIED else Kind.UNLOADED
-            found = Trouble(kind, began, str(error))
+            found = Trouble(kind, time.monotonic(), str(error))  # it may have died long after the question
         before = self._trouble
         if found and before and found.kind is before.kind:
             found = Trouble(found.kind, min(found.since, before.since), found.cause)
