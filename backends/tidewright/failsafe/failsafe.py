@@ -304,9 +304,10 @@ class Failsafe:
             self._stopping.wait(max(MONITOR_INTERVAL, took / MONITOR_SHARE))
 
     def _watch_load(self, now: float) -> None:
-        if status := self._pulse.status:
-            load = Load(status.kv_usage, status.waiting, status.wait, self._breaker.state.value == "open")
-            self._degradation = self._ladder.update(load, now)
+        status, is_open = self._pulse.status, self._breaker.state.value == "open"
+        # A decoder that says nothing has no queue: what it said last must not hold a level.
+        load = Load(status.kv_usage, status.waiting, status.wait, is_open) if status else Load(0.0, 0.0, 0.0, is_open)
+        self._degradation = self._ladder.update(load, now)
 
     def _watch(self, relay: Relay) -> None:
         now = time.monotonic()
