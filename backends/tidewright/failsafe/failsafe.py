@@ -21,7 +21,7 @@ from tidewright.config import Settings
 from tidewright.failsafe.figures import BREAKER_OPEN, DEGRADED, Counters, figures
 from tidewright.failsafe.limits import Limits, overdue
 from tidewright.failsafe.models import Control, ModelError, Order, Request
-from tidewright.failsafe.pulse import Kind, Pulse
+from tidewright.failsafe.pulse import Pulse
 from tidewright.failsafe.relay import Attempt, Relay
 from tidewright.metrics import Figures
 from tidewright.resilience.breaker import CircuitBreaker, Refusal
@@ -319,20 +319,30 @@ class Failsafe:
             return
         with relay.lock:
             attempt = relay.current
-            if relay.ended or attempt is None or attempt.model != "decoder" or now < attempt.began:
+            if relay.ended or attempt is None or now < attempt.began:
                 return
-            trouble, has_fallback = self._pulse.trouble(now), self._pulse.fallback_ready
-            outcome = overdue(relay.progress(attempt), trouble, self._limits, now, has_fallback=has_fallback)
-            if outcome is None:
+            error = self._why_not_wait(relay, attempt, now)
+            if error is None:
                 return
-            if outcome is Outcome.FIRST_TOKEN_TIMEOUT and self._is_busy:
-                outcome = Outcome.OVERLOADED  # it is not the model that fails
-            cause = trouble.cause if trouble else f"no token for {now - (attempt.last_token or attempt.began):.1f} s"
-            following = self._next(relay, attempt, ModelError(cause, outcome), now)
-        if trouble is None or trouble.kind is not Kind.STUB_DIED:
+            following = self._next(relay, attempt, error, now)
+        if error.outcome is not Outcome.STUB_DIED:
             self._to_cancel.put(attempt)
         if following:
             self._start(relay, following)
+
+    def _why_not_wait(self, relay: Relay, attempt: Attempt, now: float) -> ModelError | None:
+        """For an attempt any longer; None: wait."""
+        if attempt.model == "fallback":  # where else to go? Only from what is lost
+            is_lost = attempt.began < self._pulse.fallback_died
+            return ModelError("the fallback's process died", Outcome.STUB_DIED) if is_lost else None
+        trouble, has_fallback = self._pulse.trouble(now), self._pulse.fallback_ready
+        outcome = overdue(relay.progress(attempt), trouble, self._limits, now, has_fallback=has_fallback)
+        if outcome is None:
+            return None
+        if outcome is Outcome.FIRST_TOKEN_TIMEOUT and self._is_busy:
+            outcome = Outcome.OVERLOADED  # it is not the model that fails
+        cause = trouble.cause if trouble else f"no token for {now - (attempt.last_token or attempt.began):.1f} s"
+        return ModelError(cause, outcome)
 
     @property
     def _is_busy(self) -> bool:

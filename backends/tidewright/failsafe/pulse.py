@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ class Pulse:
         self.status: DecoderStatus | None = None
         """What the decoder said last; None if it said nothing, or an error."""
         self.fallback_ready = False
+        self.fallback_died = -math.inf
+        """When it got known, the last time, that its stub had died; what it had then is lost."""
 
     def start(self) -> None:
         self._thread.start()
@@ -106,5 +109,7 @@ class Pulse:
         try:
             self._control("fallback", "health")
             self.fallback_ready = True
-        except ModelError:
+        except ModelError as error:
             self.fallback_ready = False
+            if error.outcome is Outcome.STUB_DIED:
+                self.fallback_died = time.monotonic()
