@@ -278,8 +278,10 @@ class Failsafe:
                 return
             relay.current = None
             if attempt:
-                self._record(attempt, outcome, time.monotonic())
-                self._to_cancel.put(attempt)
+                now = time.monotonic()
+                self._record(attempt, outcome, now)
+                if now >= attempt.began:  # else it still waits for its turn, and won't be made
+                    self._to_cancel.put(attempt)
             self._fail(relay, message, ModelError("", outcome).reason)
 
     def _forget(self, relay: Relay) -> None:
