@@ -21,7 +21,7 @@ from tidewright.config import Settings
 from tidewright.failsafe.figures import BREAKER_OPEN, DEGRADED, Counters, figures
 from tidewright.failsafe.limits import Limits, overdue
 from tidewright.failsafe.models import Control, ModelError, Order, Request
-from tidewright.failsafe.pulse import Pulse
+from tidewright.failsafe.pulse import STOP_PATIENCE, Pulse
 from tidewright.failsafe.relay import Attempt, Relay
 from tidewright.metrics import Figures
 from tidewright.resilience.breaker import CircuitBreaker, Refusal
@@ -79,15 +79,16 @@ class Failsafe:
             thread.start()
 
     def stop(self) -> None:
-        """Ends the threads; Triton calls it when no request is left."""
+        """Ends the threads, but for those that wait for a model that hangs; Triton calls it when no request is left."""
         self._stopping.set()
         with self._changed:
             self._changed.notify_all()
         for _ in range(SWEEPERS):
             self._to_cancel.put(None)
         self._pulse.stop()
+        until = time.monotonic() + STOP_PATIENCE
         for thread in self._threads:
-            thread.join()
+            thread.join(max(until - time.monotonic(), 0))
 
     def submit(self, request: Request, sampling: SamplingParams, client_id: str, *, streams: bool) -> None:
         """Returns at once; the answer goes to `request`."""

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 # Seconds between two questions, each of which costs 1 ms of a core. Without a fallback nobody has to be quick.
 INTERVAL, INTERVAL_ALONE = 0.1, 1.0
 FALLBACK_EVERY = 5  # questions to the decoder for one to the fallback
+STOP_PATIENCE = 2.0  # seconds; a model that is there answers within one
 
 
 class Kind(Enum):
@@ -61,8 +62,9 @@ class Pulse:
         self._thread.start()
 
     def stop(self) -> None:
+        """Does not wait for ever: a stub that dies leaves a question open."""
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(STOP_PATIENCE)
 
     def trouble(self, now: float) -> Trouble | None:
         """Of the decoder; the time is time.monotonic()."""
