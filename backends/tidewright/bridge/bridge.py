@@ -88,7 +88,7 @@ class Bridge:
     def status(self) -> DecoderStatus:
         stats = self.engine_stats
         with self._changed:
-            arrived = [call.arrived_at for call in self._calls if not any(part.token_ids for part in call.parts)]
+            arrived = [call.arrived_at for call in self._calls if not any(part.has_new_tokens for part in call.parts)]
         return DecoderStatus(
             trouble=self.trouble,
             draining=self._draining,

@@ -81,6 +81,10 @@ class Part:
             self._text.push(token_id)  # the caller has that text
 
     @property
+    def has_new_tokens(self) -> bool:
+        return len(self.token_ids) > len(self.call.request.resume_ids)
+
+    @property
     def over(self) -> bool:
         return self.piece.finish_reason is not None
 
