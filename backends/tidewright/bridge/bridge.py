@@ -149,7 +149,7 @@ class Bridge:
         """Queue a valid request; its answer comes through `responder`. `client_id` is what `cancel` calls it.
 
         Raises:
-            TimedOutError: its timeout is over already.
+            TimedOutError: its timeout is over already, and its caller has no tokens, which would be the answer.
             OverloadedError: as many sequences as may run and wait are already in flight.
             InvalidRequestError: it has more sequences than may ever be in flight.
             EngineUnavailableError: the engine does not come up again, or the server is draining.
@@ -157,7 +157,7 @@ class Bridge:
         arrived_at = time.monotonic()
         sampling = request.sampling
         deadline = None if sampling.timeout is None else arrived_at + sampling.timeout
-        if deadline is not None and deadline <= time.monotonic():
+        if deadline is not None and deadline <= time.monotonic() and not request.resume_ids:
             raise TimedOutError(f"timed out at once: timeout is {sampling.timeout:g} s; raise it or leave it out")
         ids = [next(self._ids) for _ in range(sampling.n)]
         call = Call(request, responder, self._tokenizer, ids, arrived_at, deadline, client_id)
