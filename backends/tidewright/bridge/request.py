@@ -268,7 +268,7 @@ def parse_request(
         if not prompt_token_ids:
             raise InvalidRequestError("input_ids is empty; send at least one token")
     check_prompt(prompt_token_ids, resume_ids, sampling, engine)
-    if exclude_input:
+    if exclude_input or resume_ids:  # what is between the prompt and this output is not sent again either
         prompt = ""
     elif text is None:
         prompt = tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
