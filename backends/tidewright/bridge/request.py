@@ -244,7 +244,7 @@ def parse_request(
     sampling = parse_sampling(None if options is None else decode_text(options, "sampling_parameters"), parameters)
     resume_ids = tensors["resume_ids"].reshape(-1).tolist() if "resume_ids" in tensors else []
     if engine.max_output_tokens:
-        sampling = with_max_tokens(sampling, len(resume_ids) + engine.max_output_tokens)
+        sampling = with_max_tokens(sampling, min(len(resume_ids) + engine.max_output_tokens, engine.max_model_len))
     check_sampling(sampling, engine)
     if resume_ids:
         sampling = _to_resume(sampling, resume_ids)
