@@ -23,7 +23,7 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import DRAINING
+from tidewright.schema import ATTEMPT, DRAINING, DecoderStatus
 
 
 def entry(token_id: int, logprob: float) -> list[TokenLogprob]:
@@ -218,6 +218,27 @@ def test_a_cancel_by_id_ends_all_of_that_id_and_no_other(world: World) -> None:
     assert world.bridge.cancel("a") == 0
 
 
+def test_a_cancel_ends_one_attempt_at_a_request_or_all(world: World) -> None:
+    first, second = f"a{ATTEMPT}1.1", f"a{ATTEMPT}2.1"
+    callers = {name: world.submit(client_id=name) for name in (first, second, "a", f"ab{ATTEMPT}3.1")}
+    assert [world.bridge.cancel(name) for name in (f"a{ATTEMPT}1", "b", ATTEMPT)] == [0, 0, 0]
+    assert world.bridge.cancel(first) == 1
+    callers[first].end()
+    world.engine.says(SequenceOutput(1, world.ids("late")))
+    assert [caller.ends for caller in callers.values()] == [1, 0, 0, 0]
+    deadline = time.monotonic() + PATIENCE
+    while world.bridge.active > 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert world.bridge.cancel("a") == 2
+    for name in (second, "a"):
+        callers[name].end()
+        assert isinstance(callers[name].error, CancelledError)
+    world.engine.says(SequenceOutput(4, world.ids("done"), "length"))
+    assert callers[f"ab{ATTEMPT}3.1"].end()[0].text == "done"
+    world.wait_idle()
+    assert world.engine.aborted() == [1, 2, 3]
+
+
 def test_a_cancel_noticed_while_the_last_response_goes_out_is_no_second_end(world: World) -> None:
     class Slow(Caller):
         asked, answer = threading.Event(), threading.Event()
@@ -318,3 +339,39 @@ def test_a_draining_bridge_finishes_what_it_has_and_then_says_why_it_stops(world
 def test_trouble_is_what_the_engine_died_of(world: World) -> None:
     world.engine.available, world.engine.cause = False, "rank 1 died (signal 9)"
     assert world.bridge.trouble == "the engine is not available (rank 1 died (signal 9))"
+
+
+def test_status_tells_what_is_wrong_and_how_full_it_is(world: World) -> None:
+    assert world.bridge.status == DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0)
+    world.engine.silence = 0.75
+    world.engine.events.stats(EngineStats(3, 1, 40, 10, 0, 0, 0, 0))
+    assert world.bridge.status == DecoderStatus("", False, 0.75, waiting=0.5, wait=0.0, kv_usage=0.75)
+    world.engine.available, world.engine.cause, world.engine.silence = False, "killed by SIGKILL", 0.0
+    world.engine.dies()
+    trouble = "the engine is not available (killed by SIGKILL)"
+    assert world.bridge.status == DecoderStatus(trouble, False, 0.0, 0.0, 0.0, 0.0)
+    world.bridge.drain()
+    assert world.bridge.status == DecoderStatus(DRAINING, True, 0.0, 0.0, 0.0, 0.0)
+
+
+def test_status_tells_how_long_the_oldest_waits_for_its_first_token(world: World) -> None:
+    def waits(since: tuple[float, float]) -> bool:
+        asked = time.monotonic()
+        wait = world.bridge.status.wait
+        return asked - since[1] <= wait <= time.monotonic() - since[0]
+
+    def submit(**request: Any) -> tuple[float, float]:
+        before = time.monotonic()
+        world.submit(stream=True, **request)
+        after = time.monotonic()
+        time.sleep(0.05)
+        return before, after
+
+    oldest, resumed, youngest = submit(n=2), submit(resume_ids=[5, 6]), submit()
+    assert waits(oldest)
+    world.engine.says(SequenceOutput(2, [5]))  # of the second of its sequences
+    assert waits(resumed)
+    world.engine.says(SequenceOutput(3, [5]))
+    assert waits(youngest)
+    world.engine.says(SequenceOutput(4, [5]))
+    assert world.bridge.status.wait == 0

@@ -1,11 +1,12 @@
-"""What happens to requests when their engine dies: replay, trials of suspects, and the end of patience."""
+"""Requests whose engine dies (replay, trials of suspects, the end of patience), and those that come with tokens."""
 
 from __future__ import annotations
 
 import pytest
 
-from helpers.scripted import World
+from helpers.scripted import Caller, World
 from tidewright.bridge.bridge import MAX_FAILED_STARTS
+from tidewright.bridge.text_stream import TextStream
 from tidewright.engine.messages import SequenceOutput
 from tidewright.errors import EngineUnavailableError
 
@@ -70,3 +71,98 @@ def test_an_engine_that_does_not_come_up_again_ends_the_waiting(world: World) ->
     world.engine.comes_up()
     world.submit()
     assert [message.request_id for message in world.engine.submitted()] == [5]
+
+
+def joined(caller: Caller) -> tuple[str, list[int]]:
+    """Text and tokens of all responses."""
+    pieces = [chunk.pieces[0] for chunk in caller.chunks]
+    return "".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.token_ids]
+
+
+def test_tokens_that_the_caller_has_go_to_the_engine_and_not_back(world: World) -> None:
+    words = world.ids(" the sea is wide and blue")
+    for stream in (True, False):
+        caller = world.submit(stream=stream, resume_ids=words[:3], max_tokens=6)
+        sent = world.engine.submitted()[-1]
+        assert (sent.prompt_token_ids, sent.output_token_ids) == ([1, 2, 3], words[:3])
+        assert (sent.sampling.seed, sent.sampling.max_tokens) == (7, 6)
+        world.engine.says(SequenceOutput(sent.request_id, words[3:5]))
+        if stream:
+            caller.wait(lambda caller: caller.chunks)
+        world.engine.says(SequenceOutput(sent.request_id, words[5:], "length"))
+        caller.end()
+        assert joined(caller) == (" wide and blue", words[3:])
+        assert len(caller.chunks) == (2 if stream else 1)
+
+
+def test_the_engine_after_the_next_gets_old_and_new_tokens(world: World) -> None:
+    words = world.ids(" the sea is wide and blue")
+    caller = world.submit(stream=True, resume_ids=words[:2], timeout=1000.0)
+    (first,) = world.engine.submitted()
+    world.engine.dies()
+    world.engine.comes_up()
+    (second,) = world.engine.submitted()
+    assert second == first
+    world.engine.says(SequenceOutput(1, words[2:4]))
+    world.engine.dies()
+    world.engine.comes_up()
+    (third,) = world.engine.submitted()
+    assert third.output_token_ids == words[:4]
+    assert (third.sampling, third.deadline) == (first.sampling, first.deadline)
+    world.engine.says(SequenceOutput(1, words[4:], "length"))
+    caller.end()
+    assert joined(caller) == (" is wide and blue", words[2:])
+
+
+@pytest.mark.parametrize(
+    ("text", "stop"),
+    [
+        ("I love 🍕 and 👩‍👩‍👧‍👦, 今天 and \ufffd too", []),  # characters of several tokens
+        (" the sea is wide and blue", ["is wet", "blue as"]),  # held back for a while, and not found
+        (" the sea is wide and blue", ["sea is wid"]),
+        (" the 🍕 is wide and blue", ["🍕 is wide an"]),
+    ],
+    ids=["characters", "no stop", "stop", "stop of such characters"],
+)
+def test_wherever_it_is_cut_the_text_is_the_undisturbed_one(world: World, text: str, stop: list[str]) -> None:
+    words = world.ids(text)
+    found = [text.index(string) for string in stop if string in text]
+    whole = text[: min(found, default=len(text))]
+    cuts = 0
+    for cut in range(1, len(words)):
+        undisturbed = TextStream(world.tokenizer, tuple(stop))
+        before = "".join(undisturbed.push(token) for token in words[:cut])
+        if undisturbed.stopped:
+            break
+        caller = world.submit(stream=True, resume_ids=words[:cut], stop=stop)
+        number = world.engine.submitted()[-1].request_id
+        for token in words[cut:-1]:
+            world.engine.says(SequenceOutput(number, [token]))
+        world.engine.says(SequenceOutput(number, words[-1:], "length"))
+        (last,) = caller.end()
+        assert before + joined(caller)[0] == whole, cut
+        assert last.finish_reason == ("stop" if found else "length")
+        cuts += 1
+    assert cuts > 2
+
+
+def test_min_tokens_counts_the_tokens_that_the_caller_has(world: World) -> None:
+    words = world.ids(" blue blue blue blue")
+    caller = world.submit(resume_ids=words[:2], stop=["blue"], min_tokens=4)
+    world.engine.says(SequenceOutput(1, words[2:]))
+    (piece,) = caller.end()
+    assert (piece.text, piece.token_ids, piece.finish_reason) == (" blue ", words[2:], "stop")
+
+
+def test_a_timeout_behind_the_callers_tokens_is_an_answer(world: World) -> None:
+    words = world.ids("so far x")
+    for timeout in (2.0, 0.0):
+        caller = world.submit(resume_ids=words, stop=["xyz"], timeout=timeout)
+        sent = world.engine.submitted()[-1]
+        assert sent.output_token_ids == words
+        world.engine.says(SequenceOutput(sent.request_id, [], "timeout", message="while it was queued"))
+        # "x" was held back, for it may have begun the stop string.
+        assert [(piece.text, piece.token_ids, piece.finish_reason) for piece in caller.end()] == [("x", [], "timeout")]
+        assert caller.error is None
+    world.wait_idle()
+    assert world.bridge.statistics.read_finished()["timeout"] == 2

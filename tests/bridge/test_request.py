@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from tidewright.bridge.request import GenerationRequest, parse_request
 from tidewright.engine.messages import Ready
@@ -126,11 +127,76 @@ def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> Gen
             "min_tokens with guided_choice",
         ),
         ({"text_input": "a", "stream": True, "exclude_input_in_output": False}, "not possible when streaming"),
+        (
+            {"text_input": "a", "resume_ids": [1], "sampling_parameters": {"n": 2}},
+            "resume_ids are of one output, but n is 2",
+        ),
+        ({"text_input": "a", "resume_ids": [1, 49152]}, "resume_ids: each must be from 0 to 49151, got 1 to 49152"),
+        ({"text_input": "a", "resume_ids": [-1]}, "resume_ids: each must be from 0 to 49151"),
+        (
+            {"text_input": "a", "resume_ids": [1, 2, 3], "sampling_parameters": {"max_tokens": 3}},
+            "3 resume_ids and max_tokens, which counts them, is 3",
+        ),
+        (
+            {"input_ids": [1] * 200, "resume_ids": [1] * 56, "sampling_parameters": {"max_tokens": 57}},
+            "256 tokens; .* at most 255",
+        ),
     ],
 )
 def test_bad_input_is_refused_with_its_name(tokenizer: Tokenizer, values: dict, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         parse(tokenizer, **values)
+
+
+def test_tokens_to_resume_behind_come_with_the_request(tokenizer: Tokenizer) -> None:
+    options = {"max_tokens": 4, "min_tokens": 4, "seed": 9, "stop": "x", "prompt_logprobs": 0, "logprobs": 1}
+    for shape in ([3], [1, 3]):
+        ids = {"resume_ids": np.array([5, 6, 7], dtype=np.int32).reshape(shape)}
+        made = parse_request(tensors(text_input="a", sampling_parameters=options) | ids, "", tokenizer, ENGINE)
+        assert made.resume_ids == [5, 6, 7]
+        expected = parse(tokenizer, text_input="a", sampling_parameters={**options, "prompt_logprobs": None}).sampling
+        assert made.sampling == expected
+    longest = parse(tokenizer, input_ids=[1] * 10, resume_ids=[1] * 3, sampling_parameters={"max_tokens": 118})
+    assert longest.sampling.max_tokens == 118  # what is resumed is part of it, and of the 128 tokens of the KV cache
+    assert parse(tokenizer, text_input="a", resume_ids=[]).resume_ids == []
+    assert parse(tokenizer, text_input="a").resume_ids == []
+
+
+def test_the_prompt_is_not_put_before_what_comes_behind_other_text(tokenizer: Tokenizer) -> None:
+    assert parse(tokenizer, text_input="Hello", resume_ids=[5], exclude_input_in_output=False).echo == ""
+    assert parse(tokenizer, input_ids=[1, 2], resume_ids=[5]).echo == ""
+
+
+@pytest.mark.parametrize(
+    ("resumed", "asked", "got"),
+    [
+        (0, {"max_tokens": 16, "min_tokens": 2}, (16, 2)),
+        (0, {"max_tokens": 21, "min_tokens": 2}, (20, 2)),
+        (0, {"max_tokens": 100, "min_tokens": 100}, (20, 20)),
+        (0, {"max_tokens": 1000}, (20, 0)),  # beyond the context even
+        (5, {"max_tokens": 21, "min_tokens": 21}, (21, 21)),
+        (5, {"max_tokens": 26, "min_tokens": 26}, (25, 25)),  # 20 new ones
+        (240, {"max_tokens": 1000, "min_tokens": 300}, (256, 256)),  # all that the context leaves room for
+    ],
+)
+def test_a_limit_of_the_engine_counts_new_tokens(
+    tokenizer: Tokenizer, resumed: int, asked: dict[str, int], got: tuple[int, int]
+) -> None:
+    limited = replace(ENGINE, max_output_tokens=20, num_blocks=32)
+    inputs = tensors(text_input="a", resume_ids=[1] * resumed, sampling_parameters=asked)
+    sampling = parse_request(inputs, "", tokenizer, limited).sampling
+    assert (sampling.max_tokens, sampling.min_tokens) == got
+
+
+def test_a_limit_of_the_engine_makes_a_request_fit_its_cache(tokenizer: Tokenizer) -> None:
+    inputs = tensors(input_ids=[1] * 100, sampling_parameters={"max_tokens": 200})
+    for limit, fits in ((0, False), (29, False), (28, True)):
+        engine = replace(ENGINE, max_output_tokens=limit)
+        if fits:
+            assert parse_request(inputs, "", tokenizer, engine).sampling.max_tokens == limit
+        else:
+            with pytest.raises(InvalidRequestError, match="KV cache holds 128"):
+                parse_request(inputs, "", tokenizer, engine)
 
 
 def test_two_prompts_in_one_tensor_are_refused(tokenizer: Tokenizer) -> None:

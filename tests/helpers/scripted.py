@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tidewright.bridge.bridge import Bridge
@@ -29,6 +29,7 @@ class ScriptedEngine:
         self.available = True
         self.cause = "the engine is starting"
         self.restarts = 0
+        self.silence = 0.0
         self.settle: Callable[[], None] = lambda: None  # waits until the bridge has sent all that it means to send
 
     def start(self) -> None:
@@ -106,16 +107,23 @@ class World:
         self.bridge._feeder._notes.put(read.set)
         assert read.wait(PATIENCE)
 
-    def submit(self, stream: bool = False, echo: str = "", client_id: str = "", **sampling: Any) -> Caller:
+    def submit(self, **request: Any) -> Caller:
         caller = Caller()
-        self.submit_for(caller, stream, echo, client_id, **sampling)
+        self.submit_for(caller, **request)
         return caller
 
     def submit_for(
-        self, caller: Caller, stream: bool = False, echo: str = "", client_id: str = "", **sampling: Any
+        self,
+        caller: Caller,
+        stream: bool = False,
+        echo: str = "",
+        client_id: str = "",
+        resume_ids: Sequence[int] = (),
+        **sampling: Any,
     ) -> None:
         params = SamplingParams(**{"seed": 7, **sampling})
-        self.bridge.submit(GenerationRequest([1, 2, 3], echo, stream, params, OutputOptions()), caller, client_id)
+        request = GenerationRequest([1, 2, 3], echo, stream, params, OutputOptions(), list(resume_ids))
+        self.bridge.submit(request, caller, client_id)
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
