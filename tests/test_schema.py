@@ -9,6 +9,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from tidewright import schema
+from tidewright.failsafe.figures import FALLBACK_REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
@@ -54,3 +55,13 @@ def test_the_ensembles_pass_every_tensor_on(ensemble: str, last: str, outputs: t
 def test_every_model_that_streams_is_decoupled() -> None:
     for folder in CONFIGS.keys() - {"model_repository/tokenizer"}:
         assert read_config(folder).model_transaction_policy.decoupled
+
+
+def test_the_docs_name_all_of_it() -> None:
+    page = (ROOT / "docs" / "api.md").read_text()
+    tensors = {tensor.name for inputs, outputs in CONFIGS.values() for tensor in (*inputs, *outputs)}
+    models = {Path(folder).name for folder in CONFIGS}
+    sampling, status = schema.SamplingParams.__struct_fields__, schema.DecoderStatus.__struct_fields__
+    reasons = set(schema.FINISH_REASONS) | set(FALLBACK_REASONS)
+    for name in (*tensors, *models, *sampling, *status, *schema.CONTROL_WORDS, schema.CANCEL, *reasons):
+        assert f"`{name}`" in page, name
