@@ -89,10 +89,10 @@ class Stream:
         else:
             self.generations[result.get_response().id].take(result)
 
-    def finish(self) -> dict[str, Generation]:
+    def finish(self, timeout: float = STREAM_TIMEOUT) -> dict[str, Generation]:
         """Wait until every request has ended."""
         while sum(g.ended > 0 for g in self.generations.values()) + len(self._errors) < len(self.generations):
-            self.next()
+            self.next(timeout)
         # The client library drops the request id of an error, so errors go to those that got no answer.
         for generation, error in zip((g for g in self.generations.values() if not g.ended), self._errors, strict=True):
             generation.error = error

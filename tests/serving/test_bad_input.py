@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import queue
 from collections.abc import Iterator
 
 import pytest
+import tritonclient.grpc as grpcclient
 
-from helpers.triton import RunningServer
+from helpers.triton import RunningServer, tensor
 
 PROMPT = "The capital of France is"
 OPTIONS = {"temperature": 0, "max_tokens": 6}
@@ -47,6 +49,7 @@ def test_grpc_error_is_clear_and_comes_once(server: RunningServer, name: str) ->
     got = server.generate(**inputs)
     assert got.error is not None
     assert message in str(got.error)
+    assert str(got.error).endswith(" [invalid]")
     assert got.ended == 1
     assert not got.chunks
 
@@ -61,12 +64,38 @@ def test_through_the_ensemble_too(server: RunningServer) -> None:
         got = server.generate("generate", **inputs)
         assert got.error is not None
         assert message in str(got.error)
+        assert str(got.error).endswith(" [invalid]")
+
+
+@pytest.mark.parametrize("model", ["decoder", "failsafe", "generate", "generate_direct"])
+@pytest.mark.parametrize(
+    ("options", "status", "reason"),
+    [
+        ({"temperature": -1}, "StatusCode.INVALID_ARGUMENT", "invalid"),
+        ({"max_tokens": 5000}, "StatusCode.INVALID_ARGUMENT", "invalid"),  # which only the decoder knows
+        ({"timeout": 0}, "StatusCode.UNAVAILABLE", "timeout"),
+    ],
+)
+def test_grpc_status_and_reason(server: RunningServer, model: str, options: dict, status: str, reason: str) -> None:
+    came: queue.Queue = queue.Queue()
+    client = grpcclient.InferenceServerClient(server.grpc_url)
+    # Without that header, errors come as messages, and the stream goes on.
+    client.start_stream(lambda result, error: came.put(error), headers={"triton_grpc_error": "true"})
+    inputs = [tensor("text_input", "x"), tensor("sampling_parameters", json.dumps(options))]
+    client.async_stream_infer(model, inputs)
+    error = came.get(timeout=60)
+    client.stop_stream()
+    client.close()
+    assert error.status() == status
+    assert error.message().endswith(f" [{reason}]")
+    assert error.message().count("[") == 1
 
 
 def test_http_error_body(server: RunningServer) -> None:
     answer = server.post("decoder/generate", {"text_input": "x", "temprature": 1})
     assert answer.status_code == 400
     assert "temprature" in answer.json()["error"]
+    assert answer.json()["error"].endswith(" [invalid]")
 
 
 def test_others_are_unharmed_by_bad_requests_in_their_batch(server: RunningServer) -> None:
@@ -90,6 +119,7 @@ def test_a_thousand_at_once_are_answered_or_refused(server: RunningServer) -> No
         generations = stream.finish()
     refused = [g for g in generations.values() if g.error]
     assert all("requests are running or waiting" in str(g.error) for g in refused)
+    assert all(str(g.error).endswith(" [overloaded]") for g in refused)
     answered = {tuple(g.token_ids) for g in generations.values() if not g.error}
     assert len(answered) == 1
     assert 0 < len(refused) <= 1000 - 264

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import httpx
+import pytest
 
 from helpers.triton import RunningServer
 
@@ -63,20 +64,36 @@ def test_requests_waiting_for_a_place_can_be_cancelled(bf16_server: RunningServe
     assert_generation_stops(bf16_server)
 
 
-def test_by_id_through_the_ensemble_which_carries_no_cancel(bf16_server: RunningServer) -> None:
+@pytest.mark.parametrize(
+    ("called", "cancelled_at"),
+    [
+        ("generate_direct", "decoder"),
+        ("failsafe", "failsafe"),
+        ("generate", "failsafe"),
+        pytest.param(
+            "generate",
+            "decoder",
+            marks=pytest.mark.xfail(
+                reason="Triton (2.51) loses an error that follows other responses on its way to a BLS caller",
+                strict=True,
+            ),
+        ),
+    ],
+)
+def test_by_id_where_an_ensemble_carries_no_cancel(bf16_server: RunningServer, called: str, cancelled_at: str) -> None:
     start = bf16_server.metric("generated_tokens_total")
     with bf16_server.stream() as stream:
         for name in ("doomed", "other"):
             options = {**LONG, "max_tokens": 2000 if name == "doomed" else 30}
-            stream.send(name, model="generate", text_input="Once", stream=True, sampling_parameters=options)
+            stream.send(name, model=called, text_input="Once", stream=True, sampling_parameters=options)
         while not stream.generations["doomed"].token_ids:
             stream.next()
-        answer = bf16_server.control("cancel:doomed").json()
+        answer = bf16_server.control("cancel:doomed", cancelled_at).json()
         assert answer.get("text_output") == "ok", answer
-        generations = stream.finish()
+        generations = stream.finish(timeout=20)
     assert len(generations["other"].token_ids) == 30
     assert generations["other"].error is None
-    assert "cancelled by its id" in str(generations["doomed"].error)
+    assert str(generations["doomed"].error).endswith("cancelled by its id [cancelled]")
     assert_generation_stops(bf16_server)
     assert bf16_server.metric("generated_tokens_total") - start < 100
     assert bf16_server.metric("kv_blocks_free") == bf16_server.metric("kv_blocks_total")

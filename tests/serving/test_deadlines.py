@@ -36,6 +36,7 @@ def test_a_request_that_waits_too_long_is_an_error(bf16_server: RunningServer) -
             generation = late.finish()["late"]
         assert generation.ended == 1
         assert "timed out" in str(generation.error)
+        assert str(generation.error).endswith(" [timeout]")
         assert not generation.chunks
     bf16_server.wait_idle()
     timeouts = "requests_finished_total", "timeout"

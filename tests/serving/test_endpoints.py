@@ -23,7 +23,7 @@ def expected(server: RunningServer) -> str:
     return server.generate(text_input=PROMPT, exclude_input_in_output=True, sampling_parameters=OPTIONS).text
 
 
-@pytest.mark.parametrize("model", ["decoder", "generate"])
+@pytest.mark.parametrize("model", ["decoder", "failsafe", "generate", "generate_direct"])
 def test_http_generate_includes_the_prompt_unless_told(server: RunningServer, model: str, expected: str) -> None:
     body = {"text_input": PROMPT, "parameters": {"stream": False, **OPTIONS}}
     answer = server.post(f"{model}/generate", body)
@@ -33,7 +33,7 @@ def test_http_generate_includes_the_prompt_unless_told(server: RunningServer, mo
     assert server.post(f"{model}/generate", body).json()["text_output"] == expected
 
 
-@pytest.mark.parametrize("model", ["decoder", "generate"])
+@pytest.mark.parametrize("model", ["decoder", "failsafe", "generate", "generate_direct"])
 def test_http_generate_stream(server: RunningServer, model: str, expected: str) -> None:
     body = {"text_input": PROMPT, "stream": True, "sampling_parameters": json.dumps(OPTIONS)}
     answer = server.post(f"{model}/generate_stream", body)
@@ -42,7 +42,7 @@ def test_http_generate_stream(server: RunningServer, model: str, expected: str) 
     assert "".join(piece["text_output"] for piece in pieces) == expected
 
 
-@pytest.mark.parametrize("model", ["decoder", "generate"])
+@pytest.mark.parametrize("model", ["decoder", "failsafe", "generate", "generate_direct"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_grpc_with_every_optional_output(server: RunningServer, model: str, stream: bool, expected: str) -> None:
     got = server.generate(
@@ -67,9 +67,22 @@ def test_grpc_with_every_optional_output(server: RunningServer, model: str, stre
     assert got.outputs["cumulative_logprob"][0] < 0
 
 
-def test_unasked_outputs_stay_away(server: RunningServer) -> None:
-    got = server.generate(text_input=PROMPT, sampling_parameters=OPTIONS)
-    assert set(got.outputs) == {"text_output", "output_ids"}
+@pytest.mark.parametrize(
+    ("model", "more"),
+    [("decoder", set()), ("generate_direct", set()), ("failsafe", {"served_by"}), ("generate", {"served_by"})],
+)
+def test_unasked_outputs_stay_away(server: RunningServer, model: str, more: set[str]) -> None:
+    got = server.generate(model, text_input=PROMPT, sampling_parameters=OPTIONS)
+    assert set(got.outputs) == {"text_output", "output_ids"} | more
+
+
+@pytest.mark.parametrize("model", ["failsafe", "generate"])
+def test_the_first_and_the_last_response_tell_who_served_it(server: RunningServer, model: str) -> None:
+    got = server.generate(model, text_input=PROMPT, stream=True, sampling_parameters=OPTIONS)
+    named = ["served_by" in response for response in got.responses]
+    assert len(named) > 3
+    assert named == [True, *[False] * (len(named) - 2), True]
+    assert got.outputs["served_by"].tolist() == [b"decoder"]
 
 
 def test_sampling_parameters_as_request_parameters(server: RunningServer, expected: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import statistics
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import msgspec
 import psutil
 import pytest
 
@@ -20,6 +22,7 @@ from serving.test_lifecycle import Serve, child
 from tidewright.bench.machine import free_ports
 from tidewright.launch import watchdog
 from tidewright.launch.watchdog import Watchdog
+from tidewright.schema import DecoderStatus
 
 LONG = {"temperature": 0, "max_tokens": 8000, "ignore_eos": True}
 
@@ -70,7 +73,49 @@ def test_a_busy_server_is_healthy(model_dir: Path) -> None:
 
 def test_an_unknown_control_word_is_refused(bf16_server: RunningServer) -> None:
     answer = bf16_server.control("reboot")
-    assert answer.json() == {"error": "control is 'reboot'; it can be: health, drain, cancel:<request id>"}
+    assert answer.json() == {"error": "control is 'reboot'; it can be: health, drain, status, cancel:<request id>"}
+
+
+def status_of(server: RunningServer) -> DecoderStatus:
+    return msgspec.json.decode(server.control("status").json()["text_output"], type=DecoderStatus)
+
+
+def test_status_is_answered_at_once_beside_load(bf16_server: RunningServer) -> None:
+    bf16_server.wait_idle()
+    idle = status_of(bf16_server)
+    assert (idle.trouble, idle.draining, idle.waiting, idle.wait, idle.kv_usage) == ("", False, 0, 0, 0)
+    with bf16_server.stream() as stream:
+        for number in range(80):  # 16 more than run at once
+            stream.send(str(number), text_input=f"{number} times", stream=True, sampling_parameters=LONG)
+        while bf16_server.metric("requests_waiting") < 16:
+            stream.next()
+        took = []
+        for _ in range(20):
+            began = time.monotonic()
+            status = status_of(bf16_server)
+            took.append(time.monotonic() - began)
+    assert statistics.median(took) < 0.2
+    assert (status.trouble, status.draining) == ("", False)
+    assert status.waiting == pytest.approx(16 / bf16_server.settings.max_waiting)
+    assert status.wait > sum(took) / 2
+    assert 0 < status.kv_usage <= 1
+    assert status.silence < 1
+    bf16_server.wait_idle()
+
+
+def test_status_tells_that_the_engine_is_silent_before_it_is_given_up(bf16_server: RunningServer) -> None:
+    assert bf16_server.triton.pid is not None
+    engine = child(bf16_server.triton.pid, "tidewright.engine")
+    engine.suspend()
+    try:
+        time.sleep(1)
+        silence = status_of(bf16_server).silence
+    finally:
+        engine.resume()
+    assert 0.7 < silence < 3
+    deadline = time.monotonic() + 10
+    while status_of(bf16_server).silence > 0.5:
+        assert time.monotonic() < deadline
 
 
 @contextlib.contextmanager
