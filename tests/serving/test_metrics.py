@@ -8,6 +8,7 @@ import pytest
 
 from helpers.triton import RunningServer
 from tidewright.bridge.metrics import METRICS
+from tidewright.failsafe.figures import METRICS as OF_FAILSAFE
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 HISTOGRAMS = [spec.name for spec in METRICS if spec.kind == "histogram"]
@@ -46,6 +47,7 @@ def test_every_metric_is_there_from_the_start_under_its_type(server: RunningServ
     names = {name for name, _ in server.metrics()}
     expected = {spec.name for spec in METRICS if spec.kind != "histogram"}
     expected |= {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
+    expected |= {f"failsafe_{spec.name}" for spec in OF_FAILSAFE}
     assert names == expected
 
 
