@@ -123,7 +123,7 @@ class Failsafe:
     @property
     def trouble(self) -> str:
         """Why nobody can answer; empty if someone can."""
-        trouble = self._pulse.trouble(time.monotonic())
+        trouble = self._pulse.trouble
         return "" if trouble is None or self._pulse.fallback_ready else f"decoder: {trouble.cause}"
 
     def figures(self) -> Figures:
@@ -143,7 +143,7 @@ class Failsafe:
             relay.sampling = with_max_tokens(relay.sampling, way.max_tokens)
             if way.route is Route.FALLBACK and self._pulse.fallback_ready:
                 return self._begin_fallback(relay, DEGRADED, now)
-        trouble = self._pulse.trouble(now)
+        trouble = self._pulse.trouble
         if trouble and self._pulse.fallback_ready and now - trouble.since > self._limits.patience:
             return self._begin_fallback(relay, trouble.kind.outcome.label, now)
         permit = self._breaker.acquire(now)
@@ -297,6 +297,7 @@ class Failsafe:
                 self._changed.wait_for(lambda: self._relays or self._stopping.is_set(), MONITOR_INTERVAL * 10)
                 relays = list(self._relays)
             began = time.monotonic()
+            self._pulse.watch(began)
             self._watch_load(began)
             for relay in relays:
                 try:
@@ -338,7 +339,7 @@ class Failsafe:
         if attempt.model == "fallback":  # where else to go? Only from what is lost
             is_lost = attempt.began < self._pulse.fallback_died
             return ModelError("the fallback's process died", Outcome.STUB_DIED) if is_lost else None
-        trouble, has_fallback = self._pulse.trouble(now), self._pulse.fallback_ready
+        trouble, has_fallback = self._pulse.trouble, self._pulse.fallback_ready
         outcome = overdue(relay.progress(attempt), trouble, self._limits, now, has_fallback=has_fallback)
         if outcome is None:
             return None

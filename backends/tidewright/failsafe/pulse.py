@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 # Seconds between two questions, each of which costs 1 ms of a core. Without a fallback nobody has to be quick.
 INTERVAL, INTERVAL_ALONE = 0.1, 1.0
+UNANSWERED = 2.0  # seconds; for a stub that is dead Triton answers after one
 FALLBACK_EVERY = 5  # questions to the decoder for one to the fallback
 STOP_PATIENCE = 2.0  # seconds; a model that is there answers within one
 
@@ -50,8 +51,9 @@ class Pulse:
         """`silence`: seconds without a sign of life that mean trouble."""
         self._control, self._silence, self._has_fallback = control, silence, has_fallback
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._loop, name="pulse", daemon=True)
-        self._trouble: Trouble | None = None
+        self._asked_at: float | None = None  # time.monotonic(), while a question waits for its answer
+        self.trouble: Trouble | None = None
+        """Of the decoder."""
         self.status: DecoderStatus | None = None
         """What the decoder said last; None if it said nothing, or an error."""
         self.fallback_ready = False
@@ -59,6 +61,8 @@ class Pulse:
         """When it got known, the last time, that its stub had died; what it had then is lost."""
 
     def start(self) -> None:
+        self._asked_at = None
+        self._thread = threading.Thread(target=self._loop, name="pulse", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
@@ -66,13 +70,14 @@ class Pulse:
         self._stopping.set()
         self._thread.join(STOP_PATIENCE)
 
-    def trouble(self, now: float) -> Trouble | None:
-        """Of the decoder; the time is time.monotonic()."""
-        return self._trouble
+    def watch(self, now: float) -> None:
+        """To be called now and then: a question that was in a stub when it died is never answered, so ask anew."""
+        if self._asked_at is not None and now - self._asked_at > UNANSWERED:
+            self.start()
 
     def _loop(self) -> None:
         rounds, interval = 0, INTERVAL if self._has_fallback else INTERVAL_ALONE
-        while not self._stopping.is_set():
+        while self._thread is threading.current_thread() and not self._stopping.is_set():
             try:
                 if self._has_fallback and rounds % FALLBACK_EVERY == 0:
                     self._ask_fallback()
@@ -82,22 +87,29 @@ class Pulse:
                 log.exception("a model could not be asked how it is")
             self._stopping.wait(interval)
 
+    def _ask(self, model: str, word: str) -> str:
+        self._asked_at = time.monotonic()
+        try:
+            return self._control(model, word)
+        finally:
+            self._asked_at = None
+
     def _ask_decoder(self) -> None:
         try:
-            self.status = msgspec.json.decode(self._control("decoder", "status"), type=DecoderStatus)
+            self.status = msgspec.json.decode(self._ask("decoder", "status"), type=DecoderStatus)
             found = self._of_status(self.status)
         except ModelError as error:
             self.status = None
             kind = Kind.STUB_DIED if error.outcome is Outcome.STUB_DIED else Kind.UNLOADED
             found = Trouble(kind, time.monotonic(), str(error))  # it may have died long after the question
-        before = self._trouble
+        before = self.trouble
         if found and before and found.kind is before.kind:
             found = Trouble(found.kind, min(found.since, before.since), found.cause)
         elif found:
             log.warning("decoder: %s (%s)", found.kind.label, found.cause)
         elif before:
             log.warning("decoder: well again")
-        self._trouble = found
+        self.trouble = found
 
     def _of_status(self, status: DecoderStatus) -> Trouble | None:
         now = time.monotonic()
@@ -109,7 +121,7 @@ class Pulse:
 
     def _ask_fallback(self) -> None:
         try:
-            self._control("fallback", "health")
+            self._ask("fallback", "health")
             self.fallback_ready = True
         except ModelError as error:
             self.fallback_ready = False
