@@ -3,52 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from helpers.metric_family import Family
 from tidewright.bridge.metrics import METRICS, figures
 from tidewright.bridge.statistics import EngineFigures, RequestStatistics
 from tidewright.engine.messages import EngineStats
 from tidewright.metrics import PREFIX, MetricsMirror
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
-
-
-class Family:
-    """Like pb_utils.MetricFamily; keeps every series' value, and refuses what Triton refuses."""
-
-    GAUGE, COUNTER = "gauge", "counter"
-    series: dict[str, float]
-    calls: Counter[str]
-
-    def __init__(self, name: str, description: str, kind: str) -> None:
-        self.name, self.kind = name, kind
-
-    def Metric(self, labels: dict[str, str]) -> Metric:  # noqa: N802
-        key = self.name + "".join(f"{{{name}={value}}}" for name, value in labels.items())
-        assert key not in self.series
-        self.series[key] = 0.0
-        return Metric(self, key)
-
-
-class Metric:
-    def __init__(self, family: Family, key: str) -> None:
-        self.family, self.key = family, key
-
-    def set(self, value: float) -> None:
-        assert self.family.kind == "gauge"
-        self.family.series[self.key] = value
-        self.family.calls[self.key] += 1
-
-    def increment(self, value: float) -> None:
-        assert self.family.kind == "counter"
-        assert value > 0
-        self.family.series[self.key] += value
-        self.family.calls[self.key] += 1
 
 
 @pytest.fixture
@@ -65,7 +32,7 @@ def bridge() -> Any:
 
 @pytest.fixture
 def family() -> type[Family]:
-    return type("FreshFamily", (Family,), {"series": {}, "calls": Counter()})
+    return Family.fresh()
 
 
 def mirror(bridge: Any, family: type[Family]) -> MetricsMirror:
