@@ -44,6 +44,10 @@ class Trouble:
     cause: str
 
 
+class _TooLateError(Exception):
+    """Another thread asks by now."""
+
+
 class Pulse:
     """One thread asks; any may read."""
 
@@ -83,6 +87,8 @@ class Pulse:
                     self._ask_fallback()
                 rounds += 1
                 self._ask_decoder()
+            except _TooLateError:
+                return
             except Exception:  # without this thread, nobody would know how the models are
                 log.exception("a model could not be asked how it is")
             self._stopping.wait(interval)
@@ -92,6 +98,8 @@ class Pulse:
         try:
             return self._control(model, word)
         finally:
+            if self._thread is not threading.current_thread():
+                raise _TooLateError
             self._asked_at = None
 
     def _ask_decoder(self) -> None:
