@@ -343,10 +343,10 @@ def test_trouble_is_what_the_engine_died_of(world: World) -> None:
 
 def test_status_tells_what_is_wrong_and_how_full_it_is(world: World) -> None:
     assert world.bridge.status == DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0)
-    world.engine.silence = 0.75
+    world.engine.silent_for = 0.75
     world.engine.events.stats(EngineStats(3, 1, 40, 10, 0, 0, 0, 0))
     assert world.bridge.status == DecoderStatus("", False, 0.75, waiting=0.5, wait=0.0, kv_usage=0.75)
-    world.engine.available, world.engine.cause, world.engine.silence = False, "killed by SIGKILL", 0.0
+    world.engine.available, world.engine.cause, world.engine.silent_for = False, "killed by SIGKILL", 0.0
     world.engine.dies()
     trouble = "the engine is not available (killed by SIGKILL)"
     assert world.bridge.status == DecoderStatus(trouble, False, 0.0, 0.0, 0.0, 0.0)

@@ -29,7 +29,7 @@ class ScriptedEngine:
         self.available = True
         self.cause = "the engine is starting"
         self.restarts = 0
-        self.silence = 0.0
+        self.silent_for = 0.0
         self.settle: Callable[[], None] = lambda: None  # waits until the bridge has sent all that it means to send
 
     def start(self) -> None:
@@ -45,6 +45,9 @@ class ScriptedEngine:
 
     def stop(self) -> None:
         pass
+
+    def silence(self) -> float:
+        return self.silent_for
 
     def send(self, message: ToEngine) -> None:
         self.on_send(message)
