@@ -6,6 +6,7 @@ Prometheus stores the same series either way.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class MetricsMirror:
                 self._gauges.add(spec.name)
             else:
                 self._make(spec.name, family.COUNTER, spec, spec.values)
-        self._last = dict.fromkeys(self._metrics, 0.0)
+        # Of a gauge the first figure counts even if it is zero: a stub that died may have left another one.
+        self._last = {key: math.nan if key[0] in self._gauges else 0.0 for key in self._metrics}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="metrics", daemon=True)
 
@@ -68,14 +70,13 @@ class MetricsMirror:
         """Bring Triton's figures up to date; only what has changed costs a call."""
         for name, value_of_label, figure in self._figures():
             key = name, value_of_label
-            change = figure - self._last[key]
-            if not change:
+            before, self._last[key] = self._last[key], figure
+            if figure == before:
                 continue
-            self._last[key] = figure
             if name in self._gauges:
                 self._metrics[key].set(figure)
             else:
-                self._metrics[key].increment(change)
+                self._metrics[key].increment(figure - before)
 
     def _make(self, name: str, kind: Any, spec: MetricSpec, values: tuple[str, ...] = ("",)) -> None:
         made = self._family(name=f"{self._prefix}{name}", description=spec.meaning, kind=kind)

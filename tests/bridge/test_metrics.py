@@ -128,3 +128,13 @@ def test_the_table_in_the_docs_is_the_code() -> None:
         label = f"`{spec.label}`: {values}" if values else ""
         expected.append((spec.name, spec.kind, label, spec.meaning))
     assert [tuple(cell.strip() for cell in row) for row in rows] == expected
+
+
+def test_gauges_of_a_stub_that_died_do_not_stay(bridge: Any, family: type[Family]) -> None:
+    mirrored = mirror(bridge, family)
+    family.series[f"{PREFIX}requests_running"] = 5.0  # as the one before has left it
+    mirrored.refresh()
+    assert family.series[f"{PREFIX}requests_running"] == 0
+    calls = family.calls.total()
+    mirrored.refresh()
+    assert family.calls.total() == calls

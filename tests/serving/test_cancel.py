@@ -70,14 +70,7 @@ def test_requests_waiting_for_a_place_can_be_cancelled(bf16_server: RunningServe
         ("generate_direct", "decoder"),
         ("failsafe", "failsafe"),
         ("generate", "failsafe"),
-        pytest.param(
-            "generate",
-            "decoder",
-            marks=pytest.mark.xfail(
-                reason="Triton (2.51) loses an error that follows other responses on its way to a BLS caller",
-                strict=True,
-            ),
-        ),
+        ("generate", "decoder"),
     ],
 )
 def test_by_id_where_an_ensemble_carries_no_cancel(bf16_server: RunningServer, called: str, cancelled_at: str) -> None:
