@@ -8,7 +8,6 @@ kills      streams all the time, and the engine is killed again and again: who g
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import queue
@@ -23,17 +22,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
 import tritonclient.grpc as grpcclient
 from rich.console import Console
 
-from benchmarks.recovery import engine_of
 from tidewright.bench.machine import free_ports, wait_idle
 from tidewright.bench.targets import TritonTarget, running_server
 from tidewright.bench.workloads import Request, token_ids
 from tidewright.cache import EMBEDDED_MODEL, fallback_path
 from tidewright.config import Settings
-from tidewright.launch.control import control
-from tidewright.launch.errors import LaunchError
 from tidewright.launch.export import export
 from tidewright.launch.prepare import prepare
 from tidewright.launch.server import TritonServer
@@ -131,6 +128,13 @@ def overhead(url: str, ids: range, streams: int, rounds: int) -> None:
         target.close()
 
 
+def engine_of(server: TritonServer) -> psutil.Process:
+    """Of the decoder."""
+    family = psutil.Process(server.pid).children(recursive=True)
+    stub = next(process for process in family if "/decoder/" in " ".join(process.cmdline()))
+    return min(stub.children(), key=psutil.Process.create_time)  # a younger one stands by
+
+
 @contextmanager
 def gone(server: TritonServer, how: str) -> Iterator[float]:
     """The decoder's engine is gone: stopped, or killed as often as one comes up. Gives the time of it."""
@@ -183,7 +187,7 @@ def takeover(server: TritonServer, url: str, how: str, streams: int, rounds: int
         first.append(waits[0])
         middle.append(statistics.median(waits))
         last.append(waits[-1])
-        wait_until_well(server)
+        wait_until_well(url)
     what = "streams that run" if running else "streams that begin"
     print(
         f"engine {how}, {streams} {what}: first token of the fallback after {statistics.median(first):.2f} s, of the "
@@ -192,13 +196,16 @@ def takeover(server: TritonServer, url: str, how: str, streams: int, rounds: int
     )
 
 
-def wait_until_well(server: TritonServer) -> None:
-    """The decoder answers again, and another engine stands by."""
-    while True:
-        with contextlib.suppress(LaunchError):
-            control(server.http_url, "health", 1)
-            break
-        time.sleep(0.1)
+def wait_until_well(url: str) -> None:
+    """The decoder answers again through `failsafe`, also several at once, and another engine stands by."""
+    by: set[str] = set()
+    while by != {"decoder"}:
+        time.sleep(1)
+        client = Client(url)
+        for number in range(4):
+            client.send(str(number), 1)
+        by = {stream.served[-1][0] for stream in client.finish() if stream.served}
+        client.close()
     time.sleep(7)
 
 

@@ -5,6 +5,7 @@ Only translates between Triton's objects and `tidewright.bridge`; the model itse
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import sys
@@ -142,7 +143,7 @@ class _TritonResponder:
     def __init__(
         self, sender: object, request: GenerationRequest, tokenizer: Tokenizer, *, in_band: bool = False
     ) -> None:
-        """`in_band`: errors go as responses, see schema.FAILED."""
+        """`in_band`: of an attempt of failsafe, see schema.ATTEMPT."""
         self._sender, self._in_band = sender, in_band
         self._returns = request.returns
         self._num_input_tokens = len(request.prompt_token_ids)
@@ -151,7 +152,10 @@ class _TritonResponder:
         self._ended = False
 
     def send(self, chunk: Chunk, final: bool) -> None:
-        tensors = _output_tensors(chunk, self._returns, self._num_input_tokens, self._tokenizer)
+        returns = self._returns
+        if final and self._in_band:
+            returns = dataclasses.replace(returns, finish_reason=True)  # by it, failsafe knows the last response
+        tensors = _output_tensors(chunk, returns, self._num_input_tokens, self._tokenizer)
         if not final:
             self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))  # type: ignore[attr-defined]
             return

@@ -54,8 +54,8 @@ CANCEL = "cancel:"
 # Between a request id and a number: one attempt of `failsafe` at that request. A control character, so that no client's
 # own id looks like one. "cancel:<request id>" ends all attempts, "cancel:<whole id>" only that one.
 ATTEMPT = "\x1f"
-# The finish_reason of an attempt that failed; text_output is then the error. Of a call from model to model, Triton
-# (2.51) loses an error that follows other responses, and the caller would wait for ever.
+# The last response of an attempt has a finish_reason, asked for or not. It is this one if the attempt failed, and
+# text_output the error: as an error, Triton (2.51) loses it if it follows other responses.
 FAILED = "failed"
 
 

@@ -395,7 +395,7 @@ def test_what_was_abandoned_may_break_as_it_likes() -> None:
 
     with world() as it:
         gate, other = Gate(), Gate()
-        it.models.scripts = {"decoder": [[[1], gate, breaks]], "fallback": [[[2], other, Last([3])]]}
+        it.models.scripts = {"decoder": [[[1], gate, [9], breaks]], "fallback": [[[2], other, Last([3])]]}
         caller = it.submit()
         caller.has(1)
         it.passes(STALL_TIMEOUT)
@@ -408,15 +408,18 @@ def test_what_was_abandoned_may_break_as_it_likes() -> None:
         assert caller.token_ids == [1, 2, 3]
 
 
-def test_a_mistake_ends_the_request() -> None:
+def test_a_mistake_ends_the_request_unless_it_has_ended() -> None:
     def breaks() -> None:
         raise ValueError("a mistake")
 
     with world() as it:
-        it.models.scripts["decoder"] = [[[1], breaks]]
+        it.models.scripts["decoder"] = [[[1], breaks], [Last([1]), breaks]]
         caller = it.submit()
         assert caller.end() is None
         assert (caller.error, caller.reason) == ("internal error; see the server's log", "engine_failed")
+        assert end(it.submit().end()) == ("decoder", "")
+        it.models.release()
+        it.look()
 
 
 @pytest.mark.parametrize("answer", [SILENT, STUB_DIED])
@@ -571,14 +574,13 @@ def test_nothing_is_begun_for_a_request_whose_time_is_up() -> None:
 
 def test_a_retry_that_still_waits_can_be_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failsafe.random, "random", lambda: 0.5)
-    with world(fallback="", retry_base_delay=60, retry_max_delay=60) as it:
+    with world(retry_base_delay=60, retry_max_delay=60) as it:
+        it.says(fallback="the engine is starting")
         it.models.scripts["decoder"] = [[UNLOADED]]
         caller = it.submit()
         until(lambda: it.figure("retries_total"))
-        it.says(STUB_DIED)
-        it.passes(0.1)
-        it.look()
-        assert not caller.ends  # it is not there yet
+        it.says(SILENT)
+        assert not caller.ends  # it does not wait for the decoder yet
         it.failsafe.cancel("client")
         assert caller.end() is None
         assert caller.reason == "cancelled"
@@ -692,15 +694,18 @@ def test_it_stops_though_the_models_hang(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_a_request_that_has_ended_is_left_alone_even_if_its_stream_is_not_closed() -> None:
     with world(fallback="", retry_max_attempts=1) as it:
-        gate = Gate()
-        it.models.scripts["decoder"] = [[Last([1]), gate, [2], Last([3])], [[4], HANG]]
-        ended, other = it.submit("ended"), it.submit("other")
+        begin, gate = Gate(), Gate()
+        it.models.scripts["decoder"] = [[begin, Last([1]), gate, [2], Last([3])], [[4], HANG]]
+        ended = it.submit("ended")
+        [relay] = it.failsafe._relays
+        begin.open()
         ended.end()
+        other = it.submit("other")
         other.has(4)
         assert it.failsafe.cancel("ended") == 0
         it.says(STUB_DIED)
         assert other.end() is None
-        it.look()
+        it.failsafe._watch(relay)  # the monitor may have listed it before
         gate.open()
         assert ended.token_ids == [1]
         assert it.figure("requests_served_total", "decoder") == 1
@@ -787,6 +792,15 @@ def test_a_response_that_can_not_be_sent(final: bool, fails: bool) -> None:
         assert (caller.error, caller.reason) == ("internal error; see the server's log", "engine_failed")
 
 
+def test_an_error_that_can_not_be_sent_keeps_nobody_else_from_theirs() -> None:
+    with world() as it:
+        it.models.scripts["decoder"] = [[HANG]]
+        callers = [it.submit_for(Broken(it.models, at=lambda _: False, fails=True)) for _ in range(2)]
+        assert it.failsafe.cancel("client") == 2
+        for caller in callers:
+            assert caller.end() is None
+
+
 def test_a_fallback_whose_stub_died_has_lost_its_requests() -> None:
     with world() as it:
         it.models.scripts = {"decoder": [[UNLOADED], [Last([2])]], "fallback": [[[1], HANG]]}
@@ -796,3 +810,14 @@ def test_a_fallback_whose_stub_died_has_lost_its_requests() -> None:
         assert end(caller.end()) == ("decoder", "")
         assert caller.token_ids == [1, 2]
         assert it.models.of("decoder")[1].order.resume_ids == [1]
+
+
+def test_a_fallback_that_takes_nothing_new_ends_what_it_has() -> None:
+    with world() as it:
+        gate = Gate()
+        it.models.scripts = {"decoder": [[UNLOADED]], "fallback": [[[1], gate, Last([2])]]}
+        caller = it.submit()
+        caller.has(1)
+        it.says(fallback="draining: no new requests are taken")
+        gate.open()
+        assert end(caller.end()) == ("fallback", "unavailable")

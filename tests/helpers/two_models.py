@@ -286,6 +286,8 @@ class World:
         self.models.release()
         for caller in self.callers:
             assert (caller.ends, caller.too_late, caller.wrong_names) == (1, 0, 0)
+        names = [(call.model, call.order.request_id) for call in self.models.calls]
+        assert len(set(names)) == len(names)  # or a cancel would meet another attempt
         breaker = self.failsafe._breaker
         assert isinstance(breaker, CountingBreaker)
         until(lambda: len(breaker.recorded) >= len(breaker.given))

@@ -313,7 +313,8 @@ class Bridge:
         while not self._stopping.is_set():
             with self._changed:
                 self._changed.wait_for(lambda: self._calls or self._stopping.is_set())
-                calls = [call for call in self._calls if call.error is None]
+                # Triton never says of a call from model to model that it was cancelled: failsafe does, by its id.
+                calls = [call for call in self._calls if call.error is None and ATTEMPT not in call.client_id]
             began = time.monotonic()
             for call in calls:
                 if call.responder.is_cancelled():

@@ -28,7 +28,7 @@ log = logging.getLogger("tidewright")
 _INPUT_NAMES = tuple(spec.name for spec in FAILSAFE_INPUTS)
 _OUTPUT_NAMES = [spec.name for spec in DECODER_OUTPUTS]
 # Written anew for each attempt.
-_REPLACED = {"sampling_parameters", "return_finish_reason", CONTROL.name}
+_REPLACED = {"sampling_parameters", CONTROL.name}
 KEEP = 5.0  # seconds
 # Names in pb_utils.TritonError, which the stub fills in only after it has imported this module.
 _ERROR_CODES: dict[FinishReason, str] = {"invalid": "INVALID_ARG", "cancelled": "CANCELLED"}
@@ -120,17 +120,16 @@ class _Request:
     def generate(self, model: str, order: Order) -> Iterator[Reply]:
         inputs = [pb_utils.Tensor(name, value) for name, value in self._tensors.items()]
         inputs.append(_text_tensor("sampling_parameters", msgspec.json.encode(order.sampling)))
-        inputs.append(pb_utils.Tensor("return_finish_reason", np.array([True])))  # it tells which response is the last
         if order.resume_ids:
             inputs.append(pb_utils.Tensor("resume_ids", np.array(order.resume_ids, dtype=np.int32)))
         for response in _call(model, inputs, order.request_id, self._trace):
             tensors = {tensor.name(): tensor for tensor in response.output_tensors()}  # type: ignore[attr-defined]
             if not tensors:
                 continue
-            reasons = tensors["finish_reason"].as_numpy()
+            token_ids = tensors["output_ids"].as_numpy().tolist()
+            reasons = tensors["finish_reason"].as_numpy() if "finish_reason" in tensors else [b"None"]
             if reasons[0] == FAILED.encode():
                 raise ModelError(tensors["text_output"].as_numpy()[0].decode())
-            token_ids = tensors["output_ids"].as_numpy().tolist()
             yield Reply(tensors, token_ids, all(reason != b"None" for reason in reasons))
 
     def send(self, reply: Reply, served_by: str, fallback_reason: str, names: bool) -> None:
