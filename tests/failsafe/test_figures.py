@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from helpers.metric_family import Family
+from helpers.metric_family import Family, documented, table_in_docs
 from helpers.two_models import WELL, World, world
 from tidewright.failsafe.figures import FAILSAFE_PREFIX, FALLBACK_REASONS, METRICS, Counters, figures
 from tidewright.metrics import MetricsMirror
@@ -174,3 +174,8 @@ def test_load_and_requests_in_flight_show() -> None:
         assert Counter(name for name, _ in it.figures())["breaker_state"] == 3
         it.failsafe.cancel("one")
         it.failsafe.cancel("two")
+
+
+def test_the_table_in_the_docs_is_the_code() -> None:
+    rows = [row for row in table_in_docs() if row[0].startswith(FAILSAFE_PREFIX)]
+    assert rows == documented(METRICS, FAILSAFE_PREFIX)
