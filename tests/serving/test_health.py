@@ -171,7 +171,8 @@ def test_drain_ends_a_server_gently_and_tells_who_did_not_finish(model_dir: Path
             lines = response.iter_lines()
             next(lines)
             assert tidewright("drain", "--url", url, "--no-wait").stdout == "Draining.\n"
-            assert healthy(url) == "Error: draining: no new requests are taken\n"
+            # Unless the server has closed its port meanwhile, as it does within a second.
+            assert healthy(url).startswith(("Error: draining: no new requests are taken", "Error: can't reach"))
             rest = list(lines)
         assert "the server is shutting down, and 3 s (shutdown_grace) were not enough" in rest[-1] + rest[-2]
         assert running.wait(timeout=20) == 0
