@@ -160,7 +160,7 @@ class EngineClient:
                 break
             if not self._came_up:
                 break  # a first start that fails is for the operator, not for a retry
-            if time.monotonic() - started > 10 * LONGEST_BACKOFF:
+            if time.monotonic() - started > LONGEST_BACKOFF:
                 backoff = FIRST_BACKOFF
             log.error("engine lost: %s; starting it again in %.1f s", self._cause, backoff)
             self._stopping.wait(backoff)
