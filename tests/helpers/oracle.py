@@ -56,9 +56,9 @@ class Oracle:
             self._answers[key] = out[0, len(prompt_ids) :].tolist()
         return self._answers[key]
 
-    def margins(self, prompt_ids: list[int], output_ids: list[int]) -> list[float]:
-        """Distance of the two highest logits at each output position, in float32."""
+    def shortfalls(self, prompt_ids: list[int], output_ids: list[int]) -> list[float]:
+        """How far the logit of each output token is below the best one, after the tokens before it, in float32."""
         with torch.inference_mode():
             logits = self._model(torch.tensor([prompt_ids + output_ids])).logits[0, len(prompt_ids) - 1 : -1]
-        top = logits.topk(2, dim=-1).values
-        return (top[:, 0] - top[:, 1]).tolist()
+        chosen = logits.gather(-1, torch.tensor(output_ids)[:, None])[:, 0]
+        return (logits.max(dim=-1).values - chosen).tolist()

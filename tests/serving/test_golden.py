@@ -88,24 +88,23 @@ def test_float32_whatever_is_switched_on(model_dir: Path, oracle: Oracle, option
         assert (metrics[metric, ""] > 0) == everything, metric
 
 
-def test_bf16_equals_transformers_until_the_margin_is_small(bf16_server: RunningServer, oracle: Oracle) -> None:
+def test_bf16_chooses_what_float32_takes_for_best_or_nearly_so(bf16_server: RunningServer, oracle: Oracle) -> None:
+    """Every token, also behind the first that differs from float32's.
+
+    bf16 moves a logit of this model by 0.12 (RMS over 200 positions; transformers' own bf16 by 0.13), so the distance
+    of two by 0.17: three times that is 0.5.
+    """
     names = [name for name in PROMPTS if name != "long"]
     with bf16_server.stream() as stream:
         for name in names:
             stream.send(name, text_input=PROMPTS[name], stream=True, sampling_parameters=greedy())
         generations = stream.finish()
-    compared = 0
+    best = 0
     for name in names:
-        ids = oracle.ids(PROMPTS[name])
-        expected = oracle.greedy(ids, TOKENS)
-        for got, want, margin in zip(
-            generations[name].token_ids, expected, oracle.margins(ids, expected), strict=False
-        ):
-            if margin < 0.15:
-                break
-            assert got == want, name
-            compared += 1
-    assert compared > 5 * len(names)  # the rule must not have excused nearly everything
+        shortfalls = oracle.shortfalls(oracle.ids(PROMPTS[name]), generations[name].token_ids)
+        assert max(shortfalls) < 0.5, name
+        best += shortfalls.count(0.0)
+    assert best > 0.9 * sum(len(generation.token_ids) for generation in generations.values())
 
 
 def test_stream_deltas_join_to_the_unstreamed_text(server: RunningServer) -> None:
