@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import psutil
 import tritonclient.grpc as grpcclient
 from rich.console import Console
 
+from benchmarks.recovery import engine_of
 from tidewright.bench.machine import free_ports, wait_idle
 from tidewright.bench.targets import TritonTarget, running_server
 from tidewright.bench.workloads import Request, token_ids
@@ -126,13 +126,6 @@ def overhead(url: str, ids: range, streams: int, rounds: int) -> None:
         )
     for target in targets.values():
         target.close()
-
-
-def engine_of(server: TritonServer) -> psutil.Process:
-    """Of the decoder."""
-    family = psutil.Process(server.pid).children(recursive=True)
-    stub = next(process for process in family if "/decoder/" in " ".join(process.cmdline()))
-    return min(stub.children(), key=psutil.Process.create_time)  # a younger one stands by
 
 
 @contextmanager

@@ -64,8 +64,10 @@ class Streams:
 
 
 def engine_of(server: TritonServer) -> psutil.Process:
-    engines = [p for p in psutil.Process(server.pid).children(recursive=True) if "tidewright.engine" in p.cmdline()]
-    return min(engines, key=psutil.Process.create_time)  # a younger one stands by
+    """Of the decoder: the fallback, if there is one, has another."""
+    family = psutil.Process(server.pid).children(recursive=True)
+    stub = next(process for process in family if "/decoder/" in " ".join(process.cmdline()))
+    return min(stub.children(), key=psutil.Process.create_time)  # a younger one stands by
 
 
 def main() -> None:

@@ -259,7 +259,7 @@ class World:
 
     def feel(self) -> None:
         """Until the pulse has asked again, and the monitor has seen what it knows."""
-        has_fallback = self.failsafe._has_fallback
+        has_fallback = bool(self.failsafe._settings.fallback)
         before = self.models.asked.copy()
         # The second question begins when the answer to the first is read.
         until(lambda: self.models.asked["decoder"] >= before["decoder"] + 2)

@@ -52,11 +52,10 @@ class Failsafe:
     def __init__(self, settings: Settings, control: Control) -> None:
         now = time.monotonic()
         self._settings, self._control = settings, control
-        self._has_fallback = bool(settings.fallback)
         self._limits = Limits(
             settings.failsafe_patience, settings.failsafe_first_token_timeout, settings.failsafe_stall_timeout
         )
-        self._pulse = Pulse(control, silence=settings.failsafe_patience, has_fallback=self._has_fallback)
+        self._pulse = Pulse(control, silence=settings.failsafe_patience, has_fallback=bool(settings.fallback))
         self._breaker = CircuitBreaker(settings.breaker_config())
         self._retries, self._budget = settings.retry_policy(), RetryBudget(settings.budget_config(), now)
         self._ladder = Ladder(settings.ladder_config())
@@ -99,7 +98,7 @@ class Failsafe:
             request.fail(f"{self._limit} requests are in flight already; try again later", "overloaded")
             return
         deadline = Deadline.after(sampling.timeout, now)
-        relay = Relay(request, client_id, next(self._serials), sampling, streams, now, deadline)
+        relay = Relay(request, client_id, next(self._serials), sampling, streams, deadline)
         with relay.lock:  # whoever finds it among the relays waits until it has begun
             with self._changed:
                 self._relays[relay] = None

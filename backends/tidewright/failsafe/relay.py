@@ -37,7 +37,6 @@ class Relay:
     serial: int
     sampling: SamplingParams
     streams: bool
-    began: float
     deadline: Deadline
     lock: threading.Lock = field(default_factory=threading.Lock)
     current: Attempt | None = None
