@@ -25,7 +25,7 @@ from tidewright.config import Settings
 from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
 from tidewright.metrics import PREFIX, MetricsMirror
-from tidewright.parent_death import exit_with_parent
+from tidewright.parent_death import end_within, exit_with_parent
 from tidewright.schema import ATTEMPT, CANCEL, CONTROL, CONTROL_WORDS, DECODER_INPUTS, FAILED, FinishReason
 from tidewright.tokenization import Tokenizer
 
@@ -94,6 +94,7 @@ class TritonPythonModel:
     def finalize(self) -> None:
         self._metrics.stop()
         self._bridge.stop()
+        end_within()
 
     def _control(self, sender: object, word: str) -> None:
         if word.startswith(CANCEL):

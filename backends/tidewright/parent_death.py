@@ -1,9 +1,11 @@
-"""No child outlives whoever started it: by a signal from the kernel, or by looking for the parent."""
+"""No process stays that nobody needs: its parent is gone, or its work is done and its end hangs."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import select
+import signal
 import threading
 import time
 
@@ -16,17 +18,34 @@ def signal_on_parent_death(number: int) -> None:
     _PRCTL(_PR_SET_PDEATHSIG, number)
 
 
-def exit_with_parent(interval: float = 0.5) -> None:
-    """Watch the parent process, and end this one within about `interval` seconds of its end.
+def exit_with_parent(interval: float = 0.1) -> None:
+    """Watch the parent process, and end this one as soon as it ends (kernels before 5.3: within `interval` seconds).
 
     For Triton's stubs: the thread that starts one may end while Triton lives, so the kernel's signal would come too
-    early. A stub whose Triton dies in the middle of a call of it waits for the answer for good.
+    early. A stub whose Triton dies in the middle of a call of it waits for the answer for good, and one that finds out
+    by itself, which it looks for every 0.3 s, can hang with Python's lock held while it cleans up: be faster.
     """
     parent = os.getppid()
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(interval)
+        try:
+            end = select.poll()
+            end.register(os.pidfd_open(parent))
+        except OSError:
+            while os.getppid() == parent:
+                time.sleep(interval)
+        else:
+            if os.getppid() == parent:
+                end.poll()
         os._exit(1)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()
+
+
+def end_within(seconds: float = 10.0) -> None:
+    """Let the kernel end this process (SIGALRM) if it still exists then.
+
+    For the end of `finalize`, after which no Python thread runs: a stub can hang while its interpreter ends, for
+    example in a call of another model that nobody will answer, and outlive Triton.
+    """
+    signal.setitimer(signal.ITIMER_REAL, seconds)

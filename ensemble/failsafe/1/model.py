@@ -20,7 +20,7 @@ from tidewright.failsafe.failsafe import Failsafe
 from tidewright.failsafe.figures import FAILSAFE_PREFIX, METRICS
 from tidewright.failsafe.models import ModelError, Order, Reply
 from tidewright.metrics import MetricsMirror
-from tidewright.parent_death import exit_with_parent
+from tidewright.parent_death import end_within, exit_with_parent
 from tidewright.schema import CANCEL, CONTROL, DECODER_OUTPUTS, FAILED, FAILSAFE_INPUTS, FinishReason
 
 log = logging.getLogger("tidewright")
@@ -73,6 +73,7 @@ class TritonPythonModel:
         self._metrics.stop()
         if self._started:
             self._failsafe.stop()
+        end_within()
 
     def _take(self, request: object, sender: object) -> None:
         tensors = {}

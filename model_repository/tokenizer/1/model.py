@@ -9,7 +9,7 @@ from tidewright.bridge.request import check_prompt_length, decode_text, single
 from tidewright.cache import find_prepared
 from tidewright.config import Settings
 from tidewright.errors import InvalidRequestError
-from tidewright.parent_death import exit_with_parent
+from tidewright.parent_death import end_within, exit_with_parent
 from tidewright.tokenization import InvalidPromptError, Tokenizer
 
 
@@ -22,6 +22,9 @@ class TritonPythonModel:
 
     def execute(self, requests: list) -> list:
         return [self._respond(request) for request in requests]
+
+    def finalize(self) -> None:
+        end_within()
 
     def _respond(self, request: object) -> object:
         tensors = {}
