@@ -88,7 +88,7 @@ def test_by_id_where_an_ensemble_carries_no_cancel(bf16_server: RunningServer, c
     assert generations["other"].error is None
     assert str(generations["doomed"].error).endswith("cancelled by its id [cancelled]")
     assert_generation_stops(bf16_server)
-    assert bf16_server.metric("generated_tokens_total") - start < 100
+    assert bf16_server.metric("generated_tokens_total") - start < 500
     assert bf16_server.metric("kv_blocks_free") == bf16_server.metric("kv_blocks_total")
 
 
