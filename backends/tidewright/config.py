@@ -78,6 +78,13 @@ class Settings(ResilienceSettings, BaseSettings):
         0, ge=0, le=16, description="Tokens guessed by prompt lookup in one step, at most; 0 switches it off."
     )
     max_waiting: int = Field(512, ge=0, description="Requests that may wait; one more is refused as overloaded.")
+    streaming_share: float = Field(
+        0.1,
+        gt=0,
+        le=1,
+        description="Share of all CPU cores, if the model runs on them, that sending streams may take; above it, "
+        "tokens of a stream leave together, at least every 0.1 s. 1: each token at once.",
+    )
     fallback: str = Field(
         "",
         description="Also serve `fallback`, a small ONNX model in a process of its own: auto exports it from the model "

@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import os
 import threading
 import time
 
 from tidewright.bridge.call import Call, Part, Responder
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.bridge.feeder import Feeder
+from tidewright.bridge.outgoing import Outgoing
 from tidewright.bridge.request import GenerationRequest
 from tidewright.bridge.statistics import EngineFigures, RequestStatistics
 from tidewright.config import Settings
@@ -47,8 +49,9 @@ class Bridge:
         self._ids = itertools.count(1)
         self._calls: dict[Call, None] = {}  # in order of arrival
         self._parts: dict[int, Part] = {}  # sequences that have not ended, by the engine's request id
-        self._dirty: dict[Call, None] = {}  # have something for the sender; in order of arrival
         self._changed = threading.Condition()
+        self._outgoing = Outgoing(self._changed)
+        self._streaming_share = settings.streaming_share
         self._stopping = threading.Event()
         self._grace = settings.shutdown_grace
         self._draining = False
@@ -141,7 +144,7 @@ class Bridge:
         self._fail_all("the server is shutting down")
         self._stopping.set()
         with self._changed:
-            self._changed.notify_all()
+            self._outgoing.stop()
         for thread in self._threads:
             thread.join()
 
@@ -200,18 +203,22 @@ class Bridge:
                 part = self._parts.get(output.request_id)
                 if part is None:
                     continue
+                is_first = not part.has_new_tokens
                 part.arrived.append(output)
                 part.token_ids += output.token_ids
                 part.progressed = True
                 if part.deaths:
                     self._feeder.acquit(part)
-                self._wake_sender(part.call)
+                self._wake_sender(part.call, urgent=is_first or output.finish_reason is not None)
 
     def _on_stats(self, stats: EngineStats) -> None:
         self._engine_figures.update(stats)
 
     def _on_up(self, ready: Ready) -> None:
         self.engine = ready
+        # A GPU's work is not held up.
+        on_cpu = ready.device.startswith("cpu")
+        self._outgoing.share = self._streaming_share * len(os.sched_getaffinity(0)) if on_cpu else 1.0
         self._failed_starts, self._failing = 0, ""
         self._feeder.engine_up()
 
@@ -237,34 +244,39 @@ class Bridge:
     def _fail(self, call: Call, error: RequestError) -> None:
         """With `_changed` held: let the sender end it with an error, unless it has one."""
         call.error = call.error or error
-        self._wake_sender(call)
+        self._wake_sender(call, urgent=True)
 
-    def _wake_sender(self, call: Call) -> None:
+    def _wake_sender(self, call: Call, urgent: bool) -> None:
         """With `_changed` held. An ended call must not be answered again, as when a cancel is noticed meanwhile."""
         if call in self._calls:
-            self._dirty[call] = None
-            self._changed.notify_all()
+            self._outgoing.add(call, urgent)
 
     def _send_loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._dirty or self._stopping.is_set())
-                if not self._dirty:
-                    return
-                call = next(iter(self._dirty))
-                del self._dirty[call]
-                arrived = [part.arrived for part in call.parts]
-                for part in call.parts:
-                    part.arrived = []
-            try:
-                reason = self._answer(call, arrived)
-            except Exception:
-                log.exception("a request could not be answered")
-                with contextlib.suppress(Exception):  # it may have ended before it went wrong
-                    call.responder.fail(RequestError("the response could not be made; see the server's log"))
-                reason = RequestError.reason
-                self.statistics.finished(reason)
-            self._forget(call, call.parts if reason else [part for part in call.parts if part.over])
+                calls = self._outgoing.take()
+            if not calls:
+                return
+            began = time.monotonic()
+            for call in calls:
+                self._send(call)
+            with self._changed:
+                self._outgoing.sent(time.monotonic() - began)
+
+    def _send(self, call: Call) -> None:
+        with self._changed:
+            arrived = [part.arrived for part in call.parts]
+            for part in call.parts:
+                part.arrived = []
+        try:
+            reason = self._answer(call, arrived)
+        except Exception:
+            log.exception("a request could not be answered")
+            with contextlib.suppress(Exception):  # it may have ended before it went wrong
+                call.responder.fail(RequestError("the response could not be made; see the server's log"))
+            reason = RequestError.reason
+            self.statistics.finished(reason)
+        self._forget(call, call.parts if reason else [part for part in call.parts if part.over])
 
     def _answer(self, call: Call, arrived: list[list[SequenceOutput]]) -> FinishReason | None:
         """Send what there is to send of one call; why it is over, None if it goes on."""
@@ -305,7 +317,7 @@ class Bridge:
             dropped = [part for part in ended if self._parts.pop(part.request_id, None)]
             if len(ended) == len(call.parts):
                 self._calls.pop(call, None)
-                self._dirty.pop(call, None)
+                self._outgoing.discard(call)
         for part in dropped:
             self._feeder.drop(part)
 

@@ -11,4 +11,4 @@ ERROR_FILE_VARIABLE = "TIDEWRIGHT_ERROR_FILE"
 def report_start_error(error: Exception) -> None:
     """Write the message to the file that the launcher named, if one did."""
     if file := os.environ.get(ERROR_FILE_VARIABLE):
-        Path(file).write_text(f"{error or type(error).__name__}\n")
+        Path(file).write_text(f"{error or type(error).__name__}\n", encoding="utf-8")

@@ -58,7 +58,7 @@ def _files(folder: Path) -> list[Path]:
         return [folder / SINGLE_FILE]
     if not (folder / INDEX_FILE).is_file():
         raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-    index = json.loads((folder / INDEX_FILE).read_text())
+    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
     files = [folder / name for name in sorted(set(index["weight_map"].values()))]
     if absent := [file.name for file in files if not file.is_file()]:
         raise CheckpointError(f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(absent)}")

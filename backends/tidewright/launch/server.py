@@ -234,7 +234,7 @@ class TritonServer:
         assert self._run_dir is not None
         cause = self._run_dir / "start_error"
         if cause.is_file():
-            return cause.read_text().strip()
+            return cause.read_text(encoding="utf-8").strip()
         assert self._pump is not None
         self._pump.join(timeout=1)
         return f"tritonserver ended with code {self.exit_code}; its last lines:\n{''.join(self.log_tail)}"

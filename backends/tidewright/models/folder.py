@@ -12,7 +12,7 @@ from tidewright.models.config import ModelConfigError
 def read_json(file: Path) -> dict[str, Any]:
     """Raises ModelConfigError."""
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelConfigError(f"{file} can't be read: {error}") from error
     if not isinstance(content, dict):
