@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from helpers.oracle import Oracle
 from helpers.triton import RunningServer
 from tidewright.cache import EMBEDDED_MODEL
+from tidewright.launch.export import export
 from tidewright.launch.prepare import prepare
 
 
@@ -23,6 +25,14 @@ def model_dir() -> Path:
 def oracle(model_dir: Path) -> Oracle:
     """transformers' answers, which several modules ask for."""
     return Oracle(model_dir)
+
+
+@pytest.fixture(scope="session")
+def float32_fallback(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model in ONNX, whose tokens can be held against transformers'."""
+    folder = tmp_path_factory.mktemp("fallback") / "float32"
+    export(model_dir, folder, ("float32",), Console(quiet=True))
+    return folder
 
 
 @pytest.fixture(scope="session")

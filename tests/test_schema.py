@@ -40,13 +40,18 @@ def test_config_pbtxt_has_exactly_the_tensors_of_the_schema(folder: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("ensemble", "last", "outputs"),
-    [("generate", "failsafe", schema.FAILSAFE_OUTPUTS), ("generate_direct", "decoder", schema.DECODER_OUTPUTS)],
+    ("ensemble", "last", "prompt", "outputs"),
+    [
+        ("generate", "failsafe", {"input_ids", "text_input", "messages"}, schema.FAILSAFE_OUTPUTS),
+        ("generate_direct", "decoder", {"input_ids"}, schema.DECODER_OUTPUTS),
+    ],
 )
-def test_the_ensembles_pass_every_tensor_on(ensemble: str, last: str, outputs: tuple[schema.TensorSpec, ...]) -> None:
+def test_the_ensembles_pass_every_tensor_on(
+    ensemble: str, last: str, prompt: set[str], outputs: tuple[schema.TensorSpec, ...]
+) -> None:
     steps = {step.model_name: step for step in read_config(f"ensemble/{ensemble}").ensemble_scheduling.step}
     assert set(steps["tokenizer"].input_map) == {t.name for t in schema.TOKENIZER_INPUTS}
-    assert set(steps[last].input_map) == {"input_ids", *(t.name for t in schema.GENERATION_OPTIONS)}
+    assert set(steps[last].input_map) == {*prompt, *(t.name for t in schema.GENERATION_OPTIONS)}
     assert set(steps[last].output_map) == {t.name for t in outputs}
     for step in steps.values():
         assert all(key == value for mapping in (step.input_map, step.output_map) for key, value in mapping.items())

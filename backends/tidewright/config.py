@@ -87,8 +87,8 @@ class Settings(ResilienceSettings, BaseSettings):
     )
     fallback: str = Field(
         "",
-        description="Also serve `fallback`, a small ONNX model in a process of its own: auto exports it from the model "
-        "if it is not there yet, a folder is one that `tidewright export-onnx` made. Empty: none.",
+        description="Also serve `fallback`, a small ONNX model in a process of its own: auto for the same model, "
+        "the name of another, or a folder that `tidewright export-onnx` made; exported if need be. Empty: none.",
     )
     fallback_device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where onnxruntime runs the fallback; auto takes a GPU if it can use one."
@@ -183,10 +183,10 @@ class Settings(ResilienceSettings, BaseSettings):
         return {f"TIDEWRIGHT_{name.upper()}": str(value) for name, value in values.items()}
 
     def fallback_engine_config(self, model_dir: Path) -> EngineConfig:
-        """What the engine process of the fallback needs, in the folder `fallback`."""
+        """What the engine process of the fallback needs. `model_dir` is the export."""
         return msgspec.structs.replace(
             self.engine_config(model_dir),
-            onnx_dir=self.fallback,
+            is_onnx=True,
             device=self.fallback_device,
             threads=self.fallback_threads,
             kv_cache_memory=self.fallback_memory,

@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 import threading
+from pathlib import Path
 
 import msgspec
 import numpy as np
@@ -25,6 +26,7 @@ from tidewright.config import Settings
 from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
 from tidewright.metrics import PREFIX, MetricsMirror
+from tidewright.onnx_export.manifest import load_manifest
 from tidewright.parent_death import end_within, exit_with_parent
 from tidewright.schema import ATTEMPT, CANCEL, CONTROL, CONTROL_WORDS, DECODER_INPUTS, FAILED, FinishReason
 from tidewright.tokenization import Tokenizer
@@ -54,12 +56,15 @@ class TritonPythonModel:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
         try:
-            model_dir = find_prepared(settings.model)
-            self._tokenizer = Tokenizer(model_dir)
             # config.pbtxt says which of the two models this is.
             parameters = json.loads(args["model_config"]).get("parameters", {})
             is_fallback = parameters.get("engine", {}).get("string_value") == "onnx"
-            config = settings.fallback_engine_config if is_fallback else settings.engine_config
+            if is_fallback:
+                model_dir, config = Path(settings.fallback), settings.fallback_engine_config
+                load_manifest(model_dir)
+            else:
+                model_dir, config = find_prepared(settings.model), settings.engine_config
+            self._tokenizer = Tokenizer(model_dir)
             self._bridge = Bridge(settings, config(model_dir), self._tokenizer)
             self._bridge.start()
         except Exception as error:

@@ -90,7 +90,8 @@ DECODER_OUTPUTS = (
     TensorSpec("prompt_logprobs", "TYPE_STRING", (1,)),
 )
 
-FAILSAFE_INPUTS = (TEXT_INPUT, INPUT_IDS, *GENERATION_OPTIONS, CONTROL)
+# input_ids are the prompt; text or messages beside them say the same to a fallback with another tokenizer.
+FAILSAFE_INPUTS = (TEXT_INPUT, MESSAGES, INPUT_IDS, *GENERATION_OPTIONS, CONTROL)
 FAILSAFE_OUTPUTS = (
     *DECODER_OUTPUTS,
     TensorSpec("served_by", "TYPE_STRING", (1,)),

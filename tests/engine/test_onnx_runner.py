@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import torch
 import transformers
@@ -18,7 +17,7 @@ from helpers.families import FAMILIES
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.launch.export import export
-from tidewright.onnx_export.manifest import MANIFEST, Manifest, model_file
+from tidewright.onnx_export.manifest import model_file
 from tidewright.onnx_export.session import OnnxDecoder
 from tidewright.schema import SamplingParams
 
@@ -41,9 +40,8 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def engine(model: Model, **changes: Any) -> Engine:
-    folder, target, _ = model
-    values = {"onnx_dir": str(target), "threads": 1, "block_size": 4, "kv_cache_memory": "4MiB"}
-    return Engine(EngineConfig(model_dir=str(folder), prefix_caching=False, **(values | changes)))
+    values = {"model_dir": str(model[1]), "is_onnx": True, "threads": 1, "block_size": 4, "kv_cache_memory": "4MiB"}
+    return Engine(EngineConfig(prefix_caching=False, **(values | changes)))
 
 
 def greedy(**changes: Any) -> SamplingParams:
@@ -123,22 +121,16 @@ def copied(target: Path, to: Path) -> Path:
 
 
 def test_what_cannot_be_loaded_is_refused_with_the_reason(model: Model, tmp_path: Path) -> None:
-    assert "no complete ONNX export" in refusal(model, onnx_dir=str(tmp_path / "nothing"))
-
-    other = copied(model[1], tmp_path / "other")
-    manifest = msgspec.json.decode((other / MANIFEST).read_bytes(), type=Manifest)
-    source = msgspec.structs.replace(manifest.source, tokenizer_sha256="0" * 64)
-    (other / MANIFEST).write_bytes(msgspec.json.encode(msgspec.structs.replace(manifest, source=source)))
-    assert "has another tokenizer" in refusal(model, onnx_dir=str(other))
+    assert "no complete ONNX export" in refusal(model, model_dir=str(tmp_path / "nothing"))
 
     corrupt = copied(model[1], tmp_path / "corrupt")
     graph = corrupt / model_file("float32")
     graph.write_bytes(b"\xff" * graph.stat().st_size)
-    assert f"{graph} can't be run" in refusal(model, onnx_dir=str(corrupt))
+    assert f"{graph} can't be run" in refusal(model, model_dir=str(corrupt))
 
     short = copied(model[1], tmp_path / "short")
     (short / model_file("float32")).write_bytes(b"")
-    assert "no complete ONNX export" in refusal(model, onnx_dir=str(short))
+    assert "no complete ONNX export" in refusal(model, model_dir=str(short))
 
 
 def test_an_opset_that_this_onnxruntime_does_not_know_is_refused(model: Model, tmp_path: Path) -> None:

@@ -176,6 +176,7 @@ class Caller:
         self.error = ""
         self.reason = ""
         self.hung_up = False
+        self.fits_fallback = self.continues = True
         self.ends = self.too_late = self.wrong_names = 0
         self._ended = threading.Event()
 

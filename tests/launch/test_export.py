@@ -80,7 +80,10 @@ def test_the_folder_holds_what_its_manifest_says(model: Path) -> None:
     assert report.models["int8"].bytes == sum(manifest.files["int8"].values())
     wanted = SourceModel(model).greedy(prompt(20, seed=3), 8)
     assert OnnxDecoder(folder / "model.float32.onnx").greedy([prompt(20, seed=3)], 8) == [wanted]
-    assert everything(folder) == {*sizes, MANIFEST, REPORT}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json"}
+    assert everything(folder) == {*sizes, MANIFEST, REPORT, *tokenizer}
+    for name in tokenizer:
+        assert (folder / name).read_bytes() == (prepared_path(str(model)) / name).read_bytes()
 
 
 def test_what_is_ready_is_not_made_again_until_something_changes(model: Path, tmp_path: Path) -> None:
@@ -223,6 +226,7 @@ def test_a_fallback_of_another_model(model: Path, tmp_path: Path, shift: int) ->
     result = run("prepare", model, "--fallback-model", other)
     assert (result.exit_code, result.stdout) == (0, f"{prepared_path(str(model))}\n")
     assert ("has another tokenizer than" in result.stderr) == bool(shift)
-    manifest = read_manifest(fallback_path(str(model)))
+    assert not fallback_path(str(model)).exists()
+    manifest = read_manifest(fallback_path(str(other)))
     assert manifest
     assert manifest.source.folder == str(prepared_path(str(other)))

@@ -16,13 +16,11 @@ from typing import Any
 import httpx
 import psutil
 import pytest
-from rich.console import Console
 
 from helpers.oracle import PROMPTS, Oracle
 from helpers.triton import Generation, RunningServer, Stream
 from serving.test_health import stub_of
 from serving.test_lifecycle import child
-from tidewright.launch.export import export
 
 TOKENS = 24
 NAMES = ("english", "code", "chinese", "emoji", "accents")
@@ -31,23 +29,21 @@ LONG = {"temperature": 0, "max_tokens": 2000, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def fallback(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("fallback") / "float32"
-    export(model_dir, folder, ("float32",), Console(quiet=True))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def server(model_dir: Path, fallback: Path) -> Iterator[RunningServer]:
-    with RunningServer(model_dir, dtype="float32", fallback=str(fallback), breaker_cool_down=0.3) as running:
+def server(model_dir: Path, float32_fallback: Path) -> Iterator[RunningServer]:
+    with RunningServer(model_dir, dtype="float32", fallback=str(float32_fallback), breaker_cool_down=0.3) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def impatient(model_dir: Path, fallback: Path) -> Iterator[RunningServer]:
+def impatient(model_dir: Path, float32_fallback: Path) -> Iterator[RunningServer]:
     """It does not mind silence, but a slow token. It has no idea of what is wrong, only that it takes long."""
-    limits = {"failsafe_patience": 60, "failsafe_first_token_timeout": 1.5, "failsafe_stall_timeout": 1.5}
-    with RunningServer(model_dir, dtype="float32", fallback=str(fallback), breaker_cool_down=0.3, **limits) as running:
+    limits = {
+        "breaker_cool_down": 0.3,
+        "failsafe_patience": 60,
+        "failsafe_first_token_timeout": 1.5,
+        "failsafe_stall_timeout": 1.5,
+    }
+    with RunningServer(model_dir, dtype="float32", fallback=str(float32_fallback), **limits) as running:
         yield running
 
 
@@ -222,8 +218,10 @@ def test_what_only_the_decoder_can_go_on_with_ends_with_the_reason(server: Runni
     wait_until_well(server)
 
 
-def test_a_killed_stub_loses_its_streams_to_the_fallback(model_dir: Path, fallback: Path, oracle: Oracle) -> None:
-    with RunningServer(model_dir, dtype="float32", fallback=str(fallback)) as server:
+def test_a_killed_stub_loses_its_streams_to_the_fallback(
+    model_dir: Path, float32_fallback: Path, oracle: Oracle
+) -> None:
+    with RunningServer(model_dir, dtype="float32", fallback=str(float32_fallback)) as server:
         generations = disturbed(server, lambda: stub_of(server, "decoder").kill())
         for name, generation in generations.items():
             assert [by for by, _ in served(generation)] == ["decoder", "fallback"]

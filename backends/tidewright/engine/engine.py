@@ -153,7 +153,7 @@ class Engine:
 
 
 def _make_runner(config: EngineConfig, group: TensorParallelGroup) -> Runner:
-    if not config.onnx_dir:
+    if not config.is_onnx:
         return ModelRunner(config, group)
     from tidewright.engine.onnx_runner import OnnxRunner  # onnxruntime, which others don't need
 

@@ -37,7 +37,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     nodes: int = 1  # hosts, with equally many ranks each; rank 0 is on the first
     rendezvous: str = ""  # HOST:PORT where ranks come to; empty: a free port of the loopback
     standby: bool = True  # a next engine gets ready as soon as one is up
-    onnx_dir: str = ""  # an exported model, which then runs instead of that in model_dir, whose tokenizer it has
+    is_onnx: bool = False  # model_dir holds an exported model
     max_output_tokens: int = 0  # the bridge asks for no more, see `Ready`
 
     @property

@@ -16,33 +16,30 @@ import torch
 from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
-from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError
+from tidewright.engine.runner import USEFUL_TOKENS
 from tidewright.engine.sampler import prompt_logprobs, sample
 from tidewright.kv_cache.storage import KVCacheShape, count_blocks
 from tidewright.onnx_export.manifest import (
-    MANIFEST,
     PRECISIONS,
-    Manifest,
+    load_manifest,
     model_file,
-    read_manifest,
-    tokenizer_sha256,
 )
 from tidewright.onnx_export.session import OnnxDecoder, Past, Sequences
 
 
 class OnnxRunner:
-    """Raises EngineConfigError, KVCacheMemoryError or OnnxModelError."""
+    """Raises IncompleteExportError, KVCacheMemoryError or OnnxModelError."""
 
     def __init__(self, config: EngineConfig) -> None:
-        folder = Path(config.onnx_dir)
-        manifest = _manifest(folder, Path(config.model_dir))
+        folder = Path(config.model_dir)
+        manifest = load_manifest(folder)
         precision = next(name for name in PRECISIONS if name in manifest.files)  # int8 if there is it
         self._decoder = OnnxDecoder(folder / model_file(precision), config.threads, config.device)
         self.device_name = self._decoder.device
         if config.threads:
             torch.set_num_threads(config.threads)  # for sampling
         self.vocab_size, self.eos_ids = manifest.vocab_size, manifest.source.eos_token_ids
-        self._guided = GuidedDecoding(Path(config.model_dir) / "tokenizer.json", self.vocab_size, self.eos_ids)
+        self._guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         wanted = min(config.max_model_len or manifest.max_length, manifest.max_length)
         shape = KVCacheShape(
             manifest.num_layers, manifest.num_kv_heads, manifest.head_dim, config.block_size, torch.float32
@@ -119,17 +116,3 @@ class OnnxRunner:
             draws += planned.draws
             rows += [logits[planned.request_id]] * len(planned.draws)
         return sample(torch.from_numpy(np.stack(rows)), draws, self._guided) if draws else []
-
-
-def _manifest(folder: Path, model_dir: Path) -> Manifest:
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise EngineConfigError(
-            f"{folder} holds no complete ONNX export of this version ({MANIFEST}); run `tidewright prepare`"
-        )
-    if manifest.source.tokenizer_sha256 != tokenizer_sha256(model_dir):
-        raise EngineConfigError(
-            f"the ONNX model in {folder} has another tokenizer than {model_dir}, so its token ids mean something else; "
-            "make it from a model with the same tokenizer"
-        )
-    return manifest

@@ -140,14 +140,14 @@ class Failsafe:
                 self._fail(relay, "the server is overloaded and takes no requests now; try again later", "overloaded")
                 return None
             relay.sampling = with_max_tokens(relay.sampling, way.max_tokens)
-            if way.route is Route.FALLBACK and self._pulse.fallback_ready:
+            if way.route is Route.FALLBACK and self._can_fall_back(relay):
                 return self._begin_fallback(relay, DEGRADED, now)
         trouble = self._pulse.trouble
-        if trouble and self._pulse.fallback_ready and now - trouble.since > self._limits.patience:
+        if trouble and self._can_fall_back(relay) and now - trouble.since > self._limits.patience:
             return self._begin_fallback(relay, trouble.kind.outcome.label, now)
         permit = self._breaker.acquire(now)
         if isinstance(permit, Refusal):
-            if self._pulse.fallback_ready:
+            if self._can_fall_back(relay):
                 return self._begin_fallback(relay, BREAKER_OPEN, now)
             message = f"the model failed too often to be asked now; try again in {permit.retry_after:.1f} s"
             self._fail(relay, message, "engine_failed")
@@ -226,10 +226,11 @@ class Failsafe:
         if relay.deadline.expired(now):
             self._fail(relay, f"timed out after {relay.sampling.timeout:g} s: {message}", "timeout")
             return None
-        if relay.delivered and (not relay.can_go_on or self._settings.failsafe_resume == "fail"):
+        is_foreign = failed.model == "fallback" and not relay.request.continues  # of what is delivered
+        if relay.delivered and (is_foreign or not relay.can_go_on or self._settings.failsafe_resume == "fail"):
             self._fail(relay, f"{message}, after {len(relay.delivered)} tokens", "engine_failed")
             return None
-        if failed.model == "decoder" and self._pulse.fallback_ready:
+        if failed.model == "decoder" and self._can_fall_back(relay):
             return self._begin_fallback(relay, error.outcome.label, now)
         if failed.model == "fallback":
             message = f"neither the decoder ({failed.reason}) nor the fallback can answer: {message}"
@@ -249,6 +250,10 @@ class Failsafe:
             return None
         self._counters.count("retries_total")
         return relay.begin("decoder", now + delay, permit=permit)
+
+    def _can_fall_back(self, relay: Relay) -> bool:
+        fits = relay.request.fits_fallback and (relay.request.continues or not relay.delivered)
+        return fits and self._pulse.fallback_ready
 
     def _begin_fallback(self, relay: Relay, reason: str, now: float) -> Attempt:
         self._counters.count("fallbacks_total", reason)
@@ -338,7 +343,7 @@ class Failsafe:
         if attempt.model == "fallback":  # where else to go? Only from what is lost
             is_lost = attempt.began < self._pulse.fallback_died
             return ModelError("the fallback's process died", Outcome.STUB_DIED) if is_lost else None
-        trouble, has_fallback = self._pulse.trouble, self._pulse.fallback_ready
+        trouble, has_fallback = self._pulse.trouble, self._can_fall_back(relay)
         outcome = overdue(relay.progress(attempt), trouble, self._limits, now, has_fallback=has_fallback)
         if outcome is None:
             return None

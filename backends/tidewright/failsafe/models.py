@@ -61,6 +61,11 @@ class Reply:
 class Request(Protocol):
     """One request of one caller, as Triton has it."""
 
+    fits_fallback: bool
+    """The fallback can be asked the same."""
+    continues: bool
+    """Token ids mean the same to both models: one can go on with what the other began."""
+
     def generate(self, model: str, order: Order) -> Iterator[Reply]:
         """Must be read to its end, or Triton can't unload the model. Blocks; raises ModelError."""
         ...

@@ -18,6 +18,7 @@ from tidewright.onnx_export.manifest import (
     FORMAT_VERSION,
     MANIFEST,
     REPORT,
+    TOKENIZER_FILES,
     Manifest,
     Source,
     model_file,
@@ -91,6 +92,9 @@ def _fill(folder: Path, source: Source, precisions: Sequence[str], console: Cons
         with progress_bar(console, f"Exporting to ONNX, {precision}") as progress:
             written = write_model(graph, tensors, folder / model_file(precision), progress)
         files[precision] = {file.name: file.stat().st_size for file in written}
+    for file in (origin / name for name in TOKENIZER_FILES):
+        if file.is_file():
+            shutil.copy(file, folder)
     model.pack()
     with waiting(console, "Reading a text with the source model"):
         reference = Reference(model, read_passages(origin, model.config.max_positions))

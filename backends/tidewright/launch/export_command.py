@@ -13,7 +13,7 @@ from tidewright.cache import EMBEDDED_MODEL, fallback_path
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.export import export
 from tidewright.launch.prepare import prepare
-from tidewright.onnx_export.manifest import PRECISIONS, REPORT, Report, tokenizer_sha256
+from tidewright.onnx_export.manifest import MANIFEST, PRECISIONS, REPORT, Report, tokenizer_sha256
 
 
 @click.command()
@@ -45,20 +45,25 @@ def export_onnx(model: str, precision: str, output: Path | None, force: bool) ->
     click.echo(target)
 
 
+def is_export(folder: Path) -> bool:
+    """Whether it was meant to be one: whether it is complete is for the model to say."""
+    return (folder / MANIFEST).is_file()
+
+
 def prepare_fallback(model: str, fallback_model: str, console: Console, force: bool) -> Path:
-    """The folder of the fallback of `model`. Both are names as `prepare` takes them.
+    """The folder of `fallback_model`, exported to be the fallback of `model`. Both are names as `prepare` takes them.
 
     Raises PrepareError or ExportError.
     """
     main, folder = prepare(model, console), prepare(fallback_model, console)
     if tokenizer_sha256(main) != tokenizer_sha256(folder):
         console.print(
-            f"[yellow]{fallback_model} has another tokenizer than {model}:[/] it can give whole answers, but not go on "
-            "with an answer that was begun",
+            f"[yellow]{fallback_model} has another tokenizer than {model}:[/] it gives whole answers from text or "
+            "messages, but does not go on with an answer that was begun",
             highlight=False,
             soft_wrap=True,
         )
-    target = fallback_path(model)
+    target = fallback_path(fallback_model)
     _export(folder, target, ("int8",), console, force)
     return target
 

@@ -9,6 +9,7 @@ import threading
 import time
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,7 +19,7 @@ from rich.markup import escape
 
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings, options_in_order
 from tidewright.launch.errors import LaunchError
-from tidewright.launch.export_command import prepare_fallback
+from tidewright.launch.export_command import is_export, prepare_fallback
 from tidewright.launch.prepare import prepare
 from tidewright.launch.server import TritonServer
 from tidewright.launch.watchdog import Watchdog
@@ -92,8 +93,9 @@ def _run(settings: Settings, console: Console) -> int:
     try:
         started = time.monotonic()
         model_dir = prepare(settings.model, console)
-        if settings.fallback == "auto":
-            folder = prepare_fallback(settings.model, settings.model, console, force=False)
+        if settings.fallback and not is_export(Path(settings.fallback)):
+            source = settings.model if settings.fallback == "auto" else settings.fallback
+            folder = prepare_fallback(settings.model, source, console, force=False)
             settings = settings.model_copy(update={"fallback": str(folder)})
         server = TritonServer(settings, model_dir)
         with console.status("Starting Triton and loading the model"):

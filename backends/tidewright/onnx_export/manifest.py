@@ -14,7 +14,8 @@ from tidewright.models.folder import eos_ids, read_json
 MANIFEST = "fallback.json"  # written last: its presence means "complete"
 REPORT = "report.json"
 PRECISIONS = ("int8", "float32")
-FORMAT_VERSION = 1  # to be raised whenever the same model would be exported differently
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")  # the last if the model has it
+FORMAT_VERSION = 2  # to be raised whenever the same model would be exported differently
 
 
 def model_file(precision: str) -> str:
@@ -27,9 +28,9 @@ class Source(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     fingerprint: str
     stamp: str
-    """Times of the weight files, as their sizes alone say little."""
+    """Times of the files, as their sizes alone say little."""
     tokenizer_sha256: str
-    """Of what token ids mean. Sequences may be passed on as token ids only between models that have it in common."""
+    """Of what token ids mean. Only models that have it in common can go on with each other's tokens."""
     eos_token_ids: tuple[int, ...]
 
 
@@ -67,6 +68,20 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     models: dict[str, Closeness]
 
 
+class IncompleteExportError(ValueError):
+    """A folder is no export, or one that is cut short or of another version."""
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Raises IncompleteExportError."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise IncompleteExportError(
+            f"{folder} holds no complete ONNX export of this version ({MANIFEST}); run `tidewright prepare`"
+        )
+    return manifest
+
+
 def read_manifest(folder: Path) -> Manifest | None:
     """None if the folder is not a complete export of this version."""
     try:
@@ -80,7 +95,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def read_source(folder: Path) -> Source:
     """Reads no weights. Raises ModelConfigError."""
-    stamps = sorted((file.name, file.stat().st_mtime_ns) for file in folder.glob("*.safetensors"))
+    files = [*folder.glob("*.safetensors"), *(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())]
+    stamps = sorted((file.name, file.stat().st_mtime_ns) for file in files)
     return Source(
         folder=str(folder),
         fingerprint=model_fingerprint(folder),

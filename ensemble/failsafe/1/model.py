@@ -15,13 +15,25 @@ import triton_python_backend_utils as pb_utils
 
 from tidewright.bridge.request import decode_text, parse_sampling, single
 from tidewright.config import Settings
-from tidewright.errors import RequestError
+from tidewright.errors import InvalidRequestError, RequestError
 from tidewright.failsafe.failsafe import Failsafe
 from tidewright.failsafe.figures import FAILSAFE_PREFIX, METRICS
 from tidewright.failsafe.models import ModelError, Order, Reply
+from tidewright.failsafe.translator import Translator, translator
 from tidewright.metrics import MetricsMirror
 from tidewright.parent_death import end_within, exit_with_parent
-from tidewright.schema import CANCEL, CONTROL, DECODER_OUTPUTS, FAILED, FAILSAFE_INPUTS, FinishReason
+from tidewright.schema import (
+    CANCEL,
+    CONTROL,
+    DECODER_OUTPUTS,
+    FAILED,
+    FAILSAFE_INPUTS,
+    INPUT_IDS,
+    MESSAGES,
+    TEXT_INPUT,
+    FinishReason,
+    SamplingParams,
+)
 
 log = logging.getLogger("tidewright")
 
@@ -29,6 +41,7 @@ _INPUT_NAMES = tuple(spec.name for spec in FAILSAFE_INPUTS)
 _OUTPUT_NAMES = [spec.name for spec in DECODER_OUTPUTS]
 # Written anew for each attempt.
 _REPLACED = {"sampling_parameters", CONTROL.name}
+_PROMPTS = {TEXT_INPUT.name, MESSAGES.name, INPUT_IDS.name}
 KEEP = 5.0  # seconds
 # Names in pb_utils.TritonError, which the stub fills in only after it has imported this module.
 _ERROR_CODES: dict[FinishReason, str] = {"invalid": "INVALID_ARG", "cancelled": "CANCELLED"}
@@ -44,6 +57,7 @@ class TritonPythonModel:
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         )
         self._failsafe = Failsafe(settings, _control)
+        self._translator = translator(settings)
         self._started = False
         self._metrics = MetricsMirror(METRICS, self._failsafe.figures, pb_utils.MetricFamily, FAILSAFE_PREFIX)
         self._metrics.start()
@@ -90,7 +104,8 @@ class TritonPythonModel:
         sampling = parse_sampling(text, request.parameters())  # type: ignore[attr-defined]
         client_id = request.request_id()  # type: ignore[attr-defined]
         streams = bool(single(tensors, "stream"))
-        self._failsafe.submit(_Request(request, sender, tensors), sampling, client_id, streams=streams)
+        handle = _Request(request, sender, tensors, sampling, self._translator)
+        self._failsafe.submit(handle, sampling, client_id, streams=streams)
 
     def _obey(self, sender: object, word: str) -> None:
         trouble = ""
@@ -112,14 +127,31 @@ class TritonPythonModel:
 class _Request:
     """One request, as `tidewright.failsafe.models.Request` says."""
 
-    def __init__(self, request: object, sender: object, tensors: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self,
+        request: object,
+        sender: object,
+        tensors: dict[str, np.ndarray],
+        sampling: SamplingParams,
+        translator: Translator | None,
+    ) -> None:
+        if MESSAGES.name in tensors and INPUT_IDS.name not in tensors:
+            raise InvalidRequestError("failsafe takes messages only beside their input_ids; send them to generate")
         self._sender = sender
         self._trace = request.trace()  # type: ignore[attr-defined]
         self._returns_reason = bool(single(tensors, "return_finish_reason"))
-        self._tensors = {name: value for name, value in tensors.items() if name not in _REPLACED}
+        self._options = {name: value for name, value in tensors.items() if name not in _REPLACED | _PROMPTS}
+        self._prompts = {name: value for name, value in tensors.items() if name in _PROMPTS}
+        self._translator = translator
+        self.fits_fallback = translator is None or translator.can(tensors, sampling)
+        self.continues = translator is None
 
     def generate(self, model: str, order: Order) -> Iterator[Reply]:
-        inputs = [pb_utils.Tensor(name, value) for name, value in self._tensors.items()]
+        if self._translator and model == "fallback":
+            prompt = self._translator.prompt(self._prompts)
+        else:  # the ids if there are some; else what is wrong is for the model to say
+            prompt = {name: value for name, value in self._prompts.items() if name == INPUT_IDS.name} or self._prompts
+        inputs = [pb_utils.Tensor(name, value) for name, value in (prompt | self._options).items()]
         inputs.append(_text_tensor("sampling_parameters", msgspec.json.encode(order.sampling)))
         if order.resume_ids:
             inputs.append(pb_utils.Tensor("resume_ids", np.array(order.resume_ids, dtype=np.int32)))
