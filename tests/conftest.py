@@ -37,8 +37,9 @@ def float32_fallback(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="session")
 def server(model_dir: Path) -> Iterator[RunningServer]:
-    """The real thing in float32, in which its tokens can be held against transformers'."""
-    with RunningServer(model_dir, dtype="float32", max_waiting=200, max_model_len=4096) as running:
+    """The real thing in float32, in which its tokens can be held against transformers'. A response for each token."""
+    options = {"dtype": "float32", "streaming_share": 1, "max_waiting": 200, "max_model_len": 4096}
+    with RunningServer(model_dir, **options) as running:
         yield running
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import sys
 import threading
 from pathlib import Path
 
@@ -16,45 +15,31 @@ import msgspec
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from tidewright import stub
 from tidewright.bridge.bridge import Bridge
 from tidewright.bridge.call import Chunk
 from tidewright.bridge.metrics import FALLBACK_PREFIX, METRICS, figures
 from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_request
 from tidewright.bridge.start_error import report_start_error
 from tidewright.cache import find_prepared
-from tidewright.config import Settings
 from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
 from tidewright.metrics import PREFIX, MetricsMirror
 from tidewright.onnx_export.manifest import load_manifest
-from tidewright.parent_death import end_within, exit_with_parent
-from tidewright.schema import ATTEMPT, CANCEL, CONTROL, CONTROL_WORDS, DECODER_INPUTS, FAILED, FinishReason
+from tidewright.parent_death import end_within
+from tidewright.schema import ATTEMPT, CANCEL, CONTROL, CONTROL_WORDS, DECODER_INPUTS, FAILED
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger("tidewright")
 
 _INPUT_NAMES = tuple(spec.name for spec in DECODER_INPUTS)
-# Names in pb_utils.TritonError. The stub fills pb_utils in only after it has imported this module.
-_ERROR_CODES: dict[FinishReason, str] = {
-    "invalid": "INVALID_ARG",
-    "cancelled": "CANCELLED",
-    "overloaded": "UNAVAILABLE",
-    "timeout": "UNAVAILABLE",
-    "engine_failed": "UNAVAILABLE",
-}
 
 
 class TritonPythonModel:
     """What Triton calls. Responses go out later, from the bridge's sender thread."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        exit_with_parent()
-        settings = Settings()
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            stream=sys.stderr,
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        )
+        settings = stub.begin()
         try:
             # config.pbtxt says which of the two models this is.
             parameters = json.loads(args["model_config"]).get("parameters", {})
@@ -108,34 +93,30 @@ class TritonPythonModel:
             known = ", ".join((*CONTROL_WORDS, f"{CANCEL}<request id>"))
             raise InvalidRequestError(f"control is {word!r}; it can be: {known}")
         if word == "status":
-            return _send_text(sender, msgspec.json.encode(self._bridge.status))
+            return stub.send_text(sender, msgspec.json.encode(self._bridge.status))
         if word == "drain":
             self._bridge.drain()
         elif trouble := self._bridge.trouble:
             # Not `_refuse`: it is no request that failed.
-            return _send_final(sender, error=pb_utils.TritonError(trouble, pb_utils.TritonError.UNAVAILABLE))
-        _send_text(sender, b"ok")
+            return stub.send_final(sender, error=stub.error(trouble, "UNAVAILABLE"))
+        stub.send_text(sender, b"ok")
 
     def _cancel(self, sender: object, client_id: str) -> None:
         if not client_id:
             raise InvalidRequestError(f"{CANCEL} must be followed by the id of a request")
         if self._bridge.cancel(client_id):
-            return _send_text(sender, b"ok")
+            return stub.send_text(sender, b"ok")
         message = f"no request with the id {client_id!r} is in flight; it may have ended"
-        _send_final(sender, error=pb_utils.TritonError(message, pb_utils.TritonError.NOT_FOUND))
+        stub.send_final(sender, error=stub.error(message, "NOT_FOUND"))
 
     def _refuse(self, sender: object, error: RequestError) -> None:
         self._bridge.statistics.finished(error.reason)
-        _send_error(sender, error)
+        stub.send_error(sender, str(error), error.reason)
 
     def _parse(self, request: object) -> GenerationRequest:
         if self._bridge.engine is None:
             raise EngineUnavailableError("the engine has not started")
-        tensors = {}
-        for name in _INPUT_NAMES:
-            tensor = pb_utils.get_input_tensor_by_name(request, name)
-            if tensor is not None:
-                tensors[name] = tensor.as_numpy()
+        tensors = stub.inputs_of(request, _INPUT_NAMES)
         return parse_request(tensors, request.parameters(), self._tokenizer, self._bridge.engine)  # type: ignore[attr-defined]
 
 
@@ -167,20 +148,20 @@ class _TritonResponder:
             return
         with self._end_lock:
             self._ended = True
-            _send_final(self._sender, output_tensors=tensors)
+            stub.send_final(self._sender, output_tensors=tensors)
 
     def fail(self, error: RequestError) -> None:
         with self._end_lock:
             self._ended = True
             if self._in_band:
                 tensors = [
-                    _text_tensor("text_output", [f"{error} [{error.reason}]".encode()]),
+                    stub.text_tensor("text_output", [f"{error} [{error.reason}]".encode()]),
                     pb_utils.Tensor("output_ids", np.array([], dtype=np.int32)),
-                    _text_tensor("finish_reason", [FAILED.encode()]),
+                    stub.text_tensor("finish_reason", [FAILED.encode()]),
                 ]
-                _send_final(self._sender, output_tensors=tensors)
+                stub.send_final(self._sender, output_tensors=tensors)
             else:
-                _send_error(self._sender, error)
+                stub.send_error(self._sender, str(error), error.reason)
 
     def is_cancelled(self) -> bool:
         with self._end_lock:
@@ -188,24 +169,8 @@ class _TritonResponder:
 
 
 def _control_word(request: object) -> str:
-    tensor = pb_utils.get_input_tensor_by_name(request, CONTROL.name)
-    return "" if tensor is None else tensor.as_numpy()[0].decode(errors="replace")
-
-
-def _send_final(sender: object, **content: object) -> None:
-    """`content`: output_tensors, or an error."""
-    response = pb_utils.InferenceResponse(**content)
-    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
-
-
-def _send_text(sender: object, text: bytes) -> None:
-    _send_final(sender, output_tensors=[_text_tensor("text_output", [text])])
-
-
-def _send_error(sender: object, error: RequestError) -> None:
-    code = getattr(pb_utils.TritonError, _ERROR_CODES[error.reason])
-    # Triton has one code for several reasons.
-    _send_final(sender, error=pb_utils.TritonError(f"{error} [{error.reason}]", code))
+    word = stub.inputs_of(request, [CONTROL.name]).get(CONTROL.name)
+    return "" if word is None else word[0].decode(errors="replace")
 
 
 def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int, tokenizer: Tokenizer) -> list:
@@ -213,11 +178,11 @@ def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int,
     pieces = chunk.pieces
     token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
     tensors = [
-        _text_tensor("text_output", [piece.text.encode() for piece in pieces]),
+        stub.text_tensor("text_output", [piece.text.encode() for piece in pieces]),
         pb_utils.Tensor("output_ids", np.array(token_ids, dtype=np.int32)),
     ]
     if returns.finish_reason:
-        tensors.append(_text_tensor("finish_reason", [str(piece.finish_reason).encode() for piece in pieces]))
+        tensors.append(stub.text_tensor("finish_reason", [str(piece.finish_reason).encode() for piece in pieces]))
     if returns.num_input_tokens:
         tensors.append(pb_utils.Tensor("num_input_tokens", np.array([num_input_tokens], dtype=np.uint32)))
     if returns.num_output_tokens or len(pieces) > 1:  # else nobody could tell whose output_ids are whose
@@ -225,18 +190,14 @@ def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int,
         tensors.append(pb_utils.Tensor("num_output_tokens", counts))
     if returns.logprobs:
         positions = [[_named(entries, tokenizer) for entries in piece.logprobs] for piece in pieces]
-        tensors.append(_text_tensor("logprobs", [msgspec.json.encode(of_piece) for of_piece in positions]))
+        tensors.append(stub.text_tensor("logprobs", [msgspec.json.encode(of_piece) for of_piece in positions]))
     if returns.cumulative_logprob:
         totals = np.array([piece.cumulative_logprob for piece in pieces], dtype=np.float32)
         tensors.append(pb_utils.Tensor("cumulative_logprob", totals))
     if chunk.prompt_logprobs is not None:
         of_prompt = [None, *(_named(entries, tokenizer) for entries in chunk.prompt_logprobs)]
-        tensors.append(_text_tensor("prompt_logprobs", [msgspec.json.encode(of_prompt)]))
+        tensors.append(stub.text_tensor("prompt_logprobs", [msgspec.json.encode(of_prompt)]))
     return tensors
-
-
-def _text_tensor(name: str, values: list[bytes]) -> object:
-    return pb_utils.Tensor(name, np.array(values, dtype=np.object_))
 
 
 def _named(entries: list[TokenLogprob], tokenizer: Tokenizer) -> dict[str, dict[str, object]]:

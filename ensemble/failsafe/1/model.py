@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import logging
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,15 +12,15 @@ import msgspec
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from tidewright import stub
 from tidewright.bridge.request import decode_text, parse_sampling, single
-from tidewright.config import Settings
 from tidewright.errors import InvalidRequestError, RequestError
 from tidewright.failsafe.failsafe import Failsafe
 from tidewright.failsafe.figures import FAILSAFE_PREFIX, METRICS
 from tidewright.failsafe.models import ModelError, Order, Reply
 from tidewright.failsafe.translator import Translator, translator
 from tidewright.metrics import MetricsMirror
-from tidewright.parent_death import end_within, exit_with_parent
+from tidewright.parent_death import end_within
 from tidewright.schema import (
     CANCEL,
     CONTROL,
@@ -43,19 +42,11 @@ _OUTPUT_NAMES = [spec.name for spec in DECODER_OUTPUTS]
 _REPLACED = {"sampling_parameters", CONTROL.name}
 _PROMPTS = {TEXT_INPUT.name, MESSAGES.name, INPUT_IDS.name}
 KEEP = 5.0  # seconds
-# Names in pb_utils.TritonError, which the stub fills in only after it has imported this module.
-_ERROR_CODES: dict[FinishReason, str] = {"invalid": "INVALID_ARG", "cancelled": "CANCELLED"}
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        exit_with_parent()
-        settings = Settings()
-        logging.basicConfig(
-            level=settings.log_level.upper(),
-            stream=sys.stderr,
-            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        )
+        settings = stub.begin()
         self._failsafe = Failsafe(settings, _control)
         self._translator = translator(settings)
         self._started = False
@@ -73,11 +64,11 @@ class TritonPythonModel:
                 self._take(request, sender)
             except RequestError as error:
                 self._failsafe.refused(error.reason)
-                _send_error(sender, str(error), error.reason)
+                stub.send_error(sender, str(error), error.reason)
             except Exception:
                 # A mistake of ours must not take the stub down: Triton does not restart it.
                 log.exception("a request could not be taken")
-                _send_error(sender, "internal error; see the server's log", "engine_failed")
+                stub.send_error(sender, "internal error; see the server's log", "engine_failed")
 
     def is_ready(self) -> bool:
         """Asked by newer Tritons (not by 2.51) when someone asks whether the model is ready."""
@@ -90,12 +81,8 @@ class TritonPythonModel:
         end_within()
 
     def _take(self, request: object, sender: object) -> None:
-        tensors = {}
-        for name in _INPUT_NAMES:
-            tensor = pb_utils.get_input_tensor_by_name(request, name)
-            if tensor is not None:
-                # A copy: Triton takes its memory back when `execute` returns.
-                tensors[name] = np.array(tensor.as_numpy())
+        # Copies: Triton takes its memory back when `execute` returns.
+        tensors = {name: np.array(values) for name, values in stub.inputs_of(request, _INPUT_NAMES).items()}
         if (word := single(tensors, CONTROL.name)) is not None:
             self._obey(sender, decode_text(word, CONTROL.name))
             return
@@ -116,12 +103,12 @@ class TritonPythonModel:
         elif word == "health":
             trouble = self._failsafe.trouble
         else:
-            _send_error(sender, f"control is {word!r}; it can be: health, {CANCEL}<request id>", "invalid")
+            stub.send_error(sender, f"control is {word!r}; it can be: health, {CANCEL}<request id>", "invalid")
             return
         if trouble:
-            _send_final(sender, error=pb_utils.TritonError(trouble, pb_utils.TritonError.UNAVAILABLE))
+            stub.send_final(sender, error=stub.error(trouble, "UNAVAILABLE"))
         else:
-            _send_final(sender, output_tensors=[_text_tensor("text_output", b"ok")])
+            stub.send_text(sender, b"ok")
 
 
 class _Request:
@@ -152,7 +139,7 @@ class _Request:
         else:  # the ids if there are some; else what is wrong is for the model to say
             prompt = {name: value for name, value in self._prompts.items() if name == INPUT_IDS.name} or self._prompts
         inputs = [pb_utils.Tensor(name, value) for name, value in (prompt | self._options).items()]
-        inputs.append(_text_tensor("sampling_parameters", msgspec.json.encode(order.sampling)))
+        inputs.append(stub.text_tensor("sampling_parameters", [msgspec.json.encode(order.sampling)]))
         if order.resume_ids:
             inputs.append(pb_utils.Tensor("resume_ids", np.array(order.resume_ids, dtype=np.int32)))
         for response in _call(model, inputs, order.request_id, self._trace):
@@ -169,16 +156,16 @@ class _Request:
         assert isinstance(reply.content, dict)
         tensors = [tensor for name, tensor in reply.content.items() if name != "finish_reason" or self._returns_reason]
         if names:
-            tensors.append(_text_tensor("served_by", served_by.encode()))
+            tensors.append(stub.text_tensor("served_by", [served_by.encode()]))
             if fallback_reason:
-                tensors.append(_text_tensor("fallback_reason", fallback_reason.encode()))
+                tensors.append(stub.text_tensor("fallback_reason", [fallback_reason.encode()]))
         if reply.final:
-            _send_final(self._sender, output_tensors=tensors)
+            stub.send_final(self._sender, output_tensors=tensors)
         else:
             self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))  # type: ignore[attr-defined]
 
     def fail(self, message: str, reason: FinishReason) -> None:
-        _send_error(self._sender, message, reason)
+        stub.send_error(self._sender, message, reason)
 
     def is_cancelled(self) -> bool:
         return bool(self._sender.is_cancelled())  # type: ignore[attr-defined]
@@ -210,7 +197,7 @@ _keeper = _Keeper()
 
 def _control(model: str, word: str) -> str:
     answer = b""
-    for response in _call(model, [_text_tensor(CONTROL.name, word.encode())]):
+    for response in _call(model, [stub.text_tensor(CONTROL.name, [word.encode()])]):
         for tensor in response.output_tensors():  # type: ignore[attr-defined]
             answer = tensor.as_numpy()[0]
     return answer.decode()
@@ -241,18 +228,3 @@ def _call(model: str, inputs: list, request_id: str = "", trace: object = None) 
         _keeper.keep(responses)
     if error:
         raise ModelError(error)
-
-
-def _text_tensor(name: str, value: bytes) -> object:
-    return pb_utils.Tensor(name, np.array([value], dtype=np.object_))
-
-
-def _send_final(sender: object, **content: object) -> None:
-    """`content`: output_tensors, or an error."""
-    response = pb_utils.InferenceResponse(**content)
-    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
-
-
-def _send_error(sender: object, message: str, reason: FinishReason) -> None:
-    code = getattr(pb_utils.TritonError, _ERROR_CODES.get(reason, "UNAVAILABLE"))
-    _send_final(sender, error=pb_utils.TritonError(f"{message} [{reason}]", code))

@@ -5,18 +5,20 @@ from __future__ import annotations
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from tidewright import stub
 from tidewright.bridge.request import check_prompt_length, decode_text, single
 from tidewright.cache import find_prepared
-from tidewright.config import Settings
 from tidewright.errors import InvalidRequestError
-from tidewright.parent_death import end_within, exit_with_parent
+from tidewright.parent_death import end_within
+from tidewright.schema import TOKENIZER_INPUTS
 from tidewright.tokenization import InvalidPromptError, Tokenizer
+
+_INPUT_NAMES = tuple(spec.name for spec in TOKENIZER_INPUTS)
 
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        exit_with_parent()
-        settings = Settings()
+        settings = stub.begin()
         self._tokenizer = Tokenizer(find_prepared(settings.model))
         self._max_model_len = settings.max_model_len or self._tokenizer.max_model_len
 
@@ -27,17 +29,10 @@ class TritonPythonModel:
         end_within()
 
     def _respond(self, request: object) -> object:
-        tensors = {}
-        for name in ("text_input", "messages"):
-            tensor = pb_utils.get_input_tensor_by_name(request, name)
-            if tensor is not None:
-                tensors[name] = tensor.as_numpy()
         try:
-            token_ids = self._tokenize(tensors)
+            token_ids = self._tokenize(stub.inputs_of(request, _INPUT_NAMES))
         except (InvalidRequestError, InvalidPromptError) as error:
-            return pb_utils.InferenceResponse(
-                error=pb_utils.TritonError(f"{error} [invalid]", pb_utils.TritonError.INVALID_ARG)
-            )
+            return pb_utils.InferenceResponse(error=stub.error(f"{error} [invalid]", "INVALID_ARG"))
         ids = pb_utils.Tensor("input_ids", np.array([token_ids], dtype=np.int32))
         return pb_utils.InferenceResponse(output_tensors=[ids])
 

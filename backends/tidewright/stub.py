@@ -1,0 +1,59 @@
+"""What the models of this project share in a stub of Triton, where alone `triton_python_backend_utils` exists."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from tidewright.config import Settings
+from tidewright.parent_death import exit_with_parent
+from tidewright.schema import FinishReason
+
+# Names in pb_utils.TritonError, which the stub fills in only after models are imported.
+_ERROR_CODES: dict[FinishReason, str] = {"invalid": "INVALID_ARG", "cancelled": "CANCELLED"}
+
+
+def begin() -> Settings:
+    """For the beginning of `initialize`."""
+    exit_with_parent()
+    settings = Settings()
+    logging.basicConfig(
+        level=settings.log_level.upper(),
+        stream=sys.stderr,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    return settings
+
+
+def inputs_of(request: object, names: Iterable[str]) -> dict[str, np.ndarray]:
+    """Those of the named inputs that the request has; they are Triton's until `execute` returns."""
+    tensors = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in names)
+    return {name: tensor.as_numpy() for name, tensor in tensors if tensor is not None}
+
+
+def text_tensor(name: str, values: list[bytes]) -> object:
+    return pb_utils.Tensor(name, np.array(values, dtype=np.object_))
+
+
+def send_final(sender: object, **content: object) -> None:
+    """`content`: output_tensors, or an error."""
+    response = pb_utils.InferenceResponse(**content)
+    sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)  # type: ignore[attr-defined]
+
+
+def send_text(sender: object, text: bytes) -> None:
+    send_final(sender, output_tensors=[text_tensor("text_output", [text])])
+
+
+def send_error(sender: object, message: str, reason: FinishReason) -> None:
+    """Triton has one code for several reasons, so the message ends with it."""
+    send_final(sender, error=error(f"{message} [{reason}]", _ERROR_CODES.get(reason, "UNAVAILABLE")))
+
+
+def error(message: str, code: str) -> object:
+    """`code`: of pb_utils.TritonError."""
+    return pb_utils.TritonError(message, getattr(pb_utils.TritonError, code))
