@@ -2,6 +2,7 @@
 
 overhead   time to the first token and per token through `failsafe`, beside `decoder` itself, in turn
 takeover   from the end of the main model to the fallback's tokens, for streams that run and for some that begin
+beside     what the decoder loses while the fallback answers others
 kills      streams all the time, and the engine is killed again and again: who got what
 """
 
@@ -17,11 +18,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import psutil
 import tritonclient.grpc as grpcclient
 from rich.console import Console
 
@@ -128,6 +130,39 @@ def overhead(url: str, ids: range, streams: int, rounds: int) -> None:
         target.close()
 
 
+def beside(url: str, ids: range, streams: int, rounds: int) -> None:
+    decoder, fallback = TritonTarget(url, "decoder"), TritonTarget(url, "fallback")
+    rng = random.Random(0)
+    alone, disturbed, of_fallback = [], [], []
+
+    def decode() -> float:
+        outcomes = decoder.run([Request(rng.choices(ids, k=16), 128) for _ in range(streams)])
+        return 1 / statistics.median(outcome.token_seconds for outcome in outcomes)
+
+    def answer(until: threading.Event) -> None:
+        while not until.is_set():
+            outcomes = fallback.run([Request(rng.choices(ids, k=16), 48) for _ in range(streams)])
+            of_fallback.extend(1 / outcome.token_seconds for outcome in outcomes)
+
+    for _ in range(rounds):
+        wait_idle()
+        alone.append(decode())
+        until = threading.Event()
+        thread = threading.Thread(target=answer, args=[until])
+        thread.start()
+        time.sleep(0.5)
+        disturbed.append(decode())
+        until.set()
+        thread.join()
+    print(
+        f"{streams:2} streams at each: decoder alone {statistics.median(alone):.1f} tokens/s a stream, beside the "
+        f"fallback {statistics.median(disturbed):.1f}, which gives {statistics.median(of_fallback):.1f}",
+        flush=True,
+    )
+    for target in (decoder, fallback):
+        target.close()
+
+
 @contextmanager
 def gone(server: TritonServer, how: str) -> Iterator[float]:
     """The decoder's engine is gone: stopped, or killed as often as one comes up. Gives the time of it."""
@@ -145,7 +180,8 @@ def gone(server: TritonServer, how: str) -> Iterator[float]:
     def kill() -> None:
         while not over.wait(0.02):
             for process in stub.children():
-                process.kill()
+                with suppress(psutil.NoSuchProcess):  # it was quicker
+                    process.kill()
 
     engine.kill()
     killer = threading.Thread(target=kill)
@@ -231,7 +267,8 @@ def kills(server: TritonServer, url: str, streams: int, minutes: float, every: f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", default=["overhead", "takeover"], choices=["overhead", "takeover", "kills"])
+    choices = ["overhead", "takeover", "beside", "kills"]
+    parser.add_argument("what", nargs="*", default=choices[:3], choices=choices)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=5, help="of kills")
@@ -251,6 +288,9 @@ def main() -> None:
             for how in ("killed", "stopped"):
                 for running in (False, True):
                     takeover(server, url, how, options.streams, options.rounds, running=running)
+        if "beside" in options.what:
+            for streams in (1, 4):
+                beside(url, token_ids(folder), streams, options.rounds)
         if "kills" in options.what:
             kills(server, url, options.streams, options.minutes, options.every)
 

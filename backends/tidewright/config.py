@@ -94,7 +94,10 @@ class Settings(ResilienceSettings, BaseSettings):
         "auto", description="Where onnxruntime runs the fallback; auto takes a GPU if it can use one."
     )
     fallback_threads: int = Field(
-        1, ge=1, le=1024, description="CPU threads of the fallback: few, so that it does not starve the main model."
+        0,
+        ge=0,
+        le=1024,
+        description="CPU threads of the fallback; 0 for all cores. They get little where the main model computes.",
     )
     fallback_memory: str = Field("256MiB", description="Memory of the fallback's KV cache, as kv_cache_memory.")
     fallback_max_tokens: int = Field(
@@ -189,6 +192,7 @@ class Settings(ResilienceSettings, BaseSettings):
             is_onnx=True,
             device=self.fallback_device,
             threads=self.fallback_threads,
+            niceness=10,
             kv_cache_memory=self.fallback_memory,
             max_output_tokens=self.fallback_max_tokens,
             max_batched_tokens=256,  # its prefill is slow, and nobody is to wait long for a first token

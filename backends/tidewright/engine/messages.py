@@ -21,6 +21,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one
     dtype: str = "bfloat16"  # "bfloat16", "float16", "float32"
     threads: int = 0  # 0: torch's default
+    niceness: int = 0  # of the process; 10 gets a tenth of a core that another wants as well
     attention: str = "auto"
     block_size: int = 16  # tokens a block
     kv_cache_memory: str = "auto"  # as tidewright.kv_cache.budget reads it
