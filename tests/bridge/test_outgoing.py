@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import cast
 
 import pytest
 
+from helpers.scripted import World
 from tidewright.bridge import outgoing as module
 from tidewright.bridge.call import Call
 from tidewright.bridge.outgoing import LONGEST_WAIT, Outgoing
+from tidewright.engine.messages import Ready, SequenceOutput
 
 
 class Clock:
@@ -130,3 +133,26 @@ def test_at_the_end_all_is_given_out(outgoing: Outgoing, clock: Clock) -> None:
     assert outgoing.take() == [B, A]
     assert outgoing.take() == []
     assert clock.now == 100
+
+
+def test_first_tokens_and_ends_do_not_wait_for_a_round(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LONGEST_WAIT", 3600.0)
+    world.bridge._outgoing.share = 1e-9  # no second round comes
+    begin, middle, end = world.ids(" a"), world.ids(" b"), world.ids(" c")
+    one, other = world.submit(stream=True), world.submit(stream=True, client_id="other")
+    for number, caller in ((1, one), (2, other)):
+        world.engine.says(SequenceOutput(number, begin))
+        caller.wait(lambda caller: caller.chunks)
+    world.engine.says(SequenceOutput(1, middle), SequenceOutput(2, middle))
+    world.engine.says(SequenceOutput(1, end, "length"))
+    assert [piece.token_ids for piece in one.end()] == [middle + end]
+    assert world.bridge.cancel("other") == 1
+    assert other.end() == []
+    assert [len(caller.chunks) for caller in (one, other)] == [2, 1]
+
+
+@pytest.mark.parametrize(("device", "per_core"), [("cpu", 0.1), ("cuda:0", None)])
+def test_a_model_on_a_gpu_is_not_spared(world: World, device: str, per_core: float | None) -> None:
+    world.engine.events.up(Ready(1, device, "float32", 16, 100, 1000, 49152, 0.1))
+    wanted = 1.0 if per_core is None else per_core * len(os.sched_getaffinity(0))
+    assert world.bridge._outgoing.share == pytest.approx(wanted)

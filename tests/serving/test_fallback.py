@@ -54,6 +54,10 @@ def test_it_answers_as_the_decoder_does_but_no_longer_than_its_limit(server: Run
         assert (len(got.responses) > 1) == stream
 
 
+def test_it_gives_way_to_the_decoder(server: RunningServer) -> None:
+    assert engine_of(server, "fallback").nice() - engine_of(server, "decoder").nice() == 10
+
+
 def test_many_at_once_get_what_each_gets_alone(server: RunningServer) -> None:
     prompts = [f"{'Once upon a time, ' * number}there were {number}" for number in range(6)]
     alone = [server.generate("fallback", text_input=text, sampling_parameters=GREEDY).token_ids for text in prompts]
@@ -120,8 +124,9 @@ def test_a_folder_that_holds_no_export_stops_the_start_with_the_reason(model_dir
         pass
 
 
-def test_serve_makes_it_watches_it_and_ends_it(serve: type[Serve]) -> None:  # noqa: F811
-    started = serve("--fallback=auto")
+@pytest.mark.parametrize("fallback", ["auto", EMBEDDED_MODEL])
+def test_serve_makes_it_watches_it_and_ends_it(serve: type[Serve], fallback: str) -> None:  # noqa: F811
+    started = serve(f"--fallback={fallback}")
     started.wait_ready()
     url = f"http://127.0.0.1:{started.http}/v2/models/fallback/generate"
 

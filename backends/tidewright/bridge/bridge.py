@@ -260,8 +260,7 @@ class Bridge:
             began = time.monotonic()
             for call in calls:
                 self._send(call)
-            with self._changed:
-                self._outgoing.sent(time.monotonic() - began)
+            self._outgoing.sent(time.monotonic() - began)
 
     def _send(self, call: Call) -> None:
         with self._changed:

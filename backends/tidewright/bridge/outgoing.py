@@ -30,12 +30,12 @@ class Outgoing:
         """With `changed` held."""
         if urgent:
             self._others.pop(call, None)
-            self._urgent[call] = None
-        elif call not in self._urgent:
-            self._others[call] = None
-        else:
+        elif call in self._urgent:
             return
-        self._changed.notify_all()
+        waiting = self._urgent if urgent else self._others
+        if not waiting:  # else whoever takes them knows, and must not be woken at each step
+            self._changed.notify_all()
+        waiting[call] = None
 
     def discard(self, call: Call) -> None:
         """With `changed` held: it has ended."""
@@ -62,6 +62,6 @@ class Outgoing:
         return calls
 
     def sent(self, took: float) -> None:
-        """A round took so many seconds."""
+        """A round took so many seconds. For the thread that takes."""
         wait = min(took * (1 / self.share - 1), LONGEST_WAIT) if self.share < 1 else 0.0
         self._next_round = time.monotonic() + wait

@@ -38,9 +38,9 @@ log = logging.getLogger("tidewright")
 
 _INPUT_NAMES = tuple(spec.name for spec in FAILSAFE_INPUTS)
 _OUTPUT_NAMES = [spec.name for spec in DECODER_OUTPUTS]
-# Written anew for each attempt.
-_REPLACED = {"sampling_parameters", CONTROL.name}
 _PROMPTS = {TEXT_INPUT.name, MESSAGES.name, INPUT_IDS.name}
+# Written anew for each attempt.
+_REPLACED = {"sampling_parameters", CONTROL.name, *_PROMPTS}
 KEEP = 5.0  # seconds
 
 
@@ -127,7 +127,7 @@ class _Request:
         self._sender = sender
         self._trace = request.trace()  # type: ignore[attr-defined]
         self._returns_reason = bool(single(tensors, "return_finish_reason"))
-        self._options = {name: value for name, value in tensors.items() if name not in _REPLACED | _PROMPTS}
+        self._options = {name: value for name, value in tensors.items() if name not in _REPLACED}
         self._prompts = {name: value for name, value in tensors.items() if name in _PROMPTS}
         self._translator = translator
         self.fits_fallback = translator is None or translator.can(tensors, sampling)
@@ -136,8 +136,10 @@ class _Request:
     def generate(self, model: str, order: Order) -> Iterator[Reply]:
         if self._translator and model == "fallback":
             prompt = self._translator.prompt(self._prompts)
-        else:  # the ids if there are some; else what is wrong is for the model to say
-            prompt = {name: value for name, value in self._prompts.items() if name == INPUT_IDS.name} or self._prompts
+        elif INPUT_IDS.name in self._prompts:
+            prompt = {INPUT_IDS.name: self._prompts[INPUT_IDS.name]}
+        else:
+            prompt = self._prompts
         inputs = [pb_utils.Tensor(name, value) for name, value in (prompt | self._options).items()]
         inputs.append(stub.text_tensor("sampling_parameters", [msgspec.json.encode(order.sampling)]))
         if order.resume_ids:
