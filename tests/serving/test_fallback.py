@@ -35,6 +35,14 @@ def engine_of(server: RunningServer, model: str) -> psutil.Process:
     return child(stub_of(server, model).pid, "tidewright.engine")
 
 
+def wait_until_healthy(server: RunningServer) -> None:
+    """Also where its engine was killed only after a stream's last token, and nothing yet waited for the next engine."""
+    deadline = time.monotonic() + 60
+    while (answer := server.control("health", "fallback")).json().get("text_output") != "ok":
+        assert time.monotonic() < deadline, answer.text
+        time.sleep(0.05)
+
+
 def test_it_answers_as_the_decoder_does_but_no_longer_than_its_limit(server: RunningServer) -> None:
     options = {**GREEDY, "max_tokens": 100, "logprobs": 1}
     for stream in (False, True):
@@ -81,26 +89,33 @@ def test_it_answers_while_the_decoders_engine_is_stuck(server: RunningServer) ->
 
 def test_when_its_engine_is_killed_its_streams_go_on_and_the_decoder_notices_nothing(server: RunningServer) -> None:
     restarts = server.metric("engine_restarts_total")
+    engine = engine_of(server, "fallback")  # looked for now: it takes long enough for the stream to end
     with server.stream() as stream:
         stream.send("1", "fallback", text_input="Once", stream=True, sampling_parameters=GREEDY)
         while len(stream.generations["1"].token_ids) < 3:
             stream.next()
-        engine_of(server, "fallback").kill()
+        engine.kill()
         got = stream.finish()["1"]
     # In int8 a replay rounds differently, so what follows may be other words; float32: engine/test_onnx_runner.py.
     assert got.error is None
     assert len(got.token_ids) == LIMIT
     server.wait_idle()
+    wait_until_healthy(server)
     assert server.metric("fallback_engine_restarts_total") == 1
     assert server.metric("engine_restarts_total") == restarts
 
 
 def test_it_has_a_health_of_its_own_and_cancels_by_id(server: RunningServer) -> None:
-    assert server.control("health", "fallback").json()["text_output"] == "ok"
+    wait_until_healthy(server)
+    engine = engine_of(server, "fallback")
     with server.stream() as stream:
         stream.send("doomed", "fallback", text_input="Once", stream=True, sampling_parameters=GREEDY)
         stream.next()
-        assert server.control("cancel:doomed", "fallback").status_code == 200
+        engine.suspend()  # else it may come to the end before the cancel comes
+        try:
+            assert server.control("cancel:doomed", "fallback").status_code == 200
+        finally:
+            engine.resume()
         assert "cancelled by its id" in str(stream.finish()["doomed"].error)
 
 
