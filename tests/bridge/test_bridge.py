@@ -342,16 +342,19 @@ def test_trouble_is_what_the_engine_died_of(world: World) -> None:
 
 
 def test_status_tells_what_is_wrong_and_how_full_it_is(world: World) -> None:
-    assert world.bridge.status == DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0)
+    longest = 1000  # of the scripted engine
+    assert world.bridge.status == DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, 0, longest)
     world.engine.silent_for = 0.75
     world.engine.events.stats(EngineStats(3, 1, 40, 10, 0, 0, 0, 0))
-    assert world.bridge.status == DecoderStatus("", False, 0.75, waiting=0.5, wait=0.0, kv_usage=0.75)
+    assert world.bridge.status == DecoderStatus(
+        "", False, 0.75, waiting=0.5, wait=0.0, kv_usage=0.75, max_model_len=longest
+    )
     world.engine.available, world.engine.cause, world.engine.silent_for = False, "killed by SIGKILL", 0.0
     world.engine.dies()
     trouble = "the engine is not available (killed by SIGKILL)"
-    assert world.bridge.status == DecoderStatus(trouble, False, 0.0, 0.0, 0.0, 0.0)
+    assert world.bridge.status == DecoderStatus(trouble, False, 0.0, 0.0, 0.0, 0.0, 0, longest)
     world.bridge.drain()
-    assert world.bridge.status == DecoderStatus(DRAINING, True, 0.0, 0.0, 0.0, 0.0)
+    assert world.bridge.status == DecoderStatus(DRAINING, True, 0.0, 0.0, 0.0, 0.0, 0, longest)
 
 
 def test_status_tells_how_long_the_oldest_waits_for_its_first_token(world: World) -> None:
@@ -368,6 +371,7 @@ def test_status_tells_how_long_the_oldest_waits_for_its_first_token(world: World
         return before, after
 
     oldest, resumed, youngest = submit(n=2), submit(resume_ids=[5, 6]), submit()
+    assert world.bridge.status.active == 3
     assert waits(oldest)
     world.engine.says(SequenceOutput(2, [5]))  # of the second of its sequences
     assert waits(resumed)

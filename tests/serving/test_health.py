@@ -127,7 +127,7 @@ def test_status_tells_that_the_engine_is_silent_before_it_is_given_up(bf16_serve
 @contextlib.contextmanager
 def watched(server: RunningServer) -> Iterator[list[str]]:
     said: list[str] = []
-    thread = threading.Thread(target=Watchdog(server.triton, said.append).run, daemon=True)
+    thread = threading.Thread(target=Watchdog(server.triton, None, said.append).run, daemon=True)
     thread.start()
     yield said
     server.triton.stop()

@@ -39,8 +39,13 @@ class Serve:
     """`tidewright serve` as a user starts it."""
 
     def __init__(self, *options: str) -> None:
-        self.http, self.grpc, self.metrics = free_ports(3)
-        ports = [f"--http-port={self.http}", f"--grpc-port={self.grpc}", f"--metrics-port={self.metrics}"]
+        self.http, self.grpc, self.metrics, self.gateway = free_ports(4)
+        ports = [
+            f"--http-port={self.http}",
+            f"--grpc-port={self.grpc}",
+            f"--metrics-port={self.metrics}",
+            f"--gateway-port={self.gateway}",
+        ]
         self.process = subprocess.Popen(
             [Path(sys.executable).with_name("tidewright"), "serve", *ports, *options],
             stderr=subprocess.PIPE,
@@ -67,7 +72,7 @@ class Serve:
     def assert_nothing_left(self) -> None:
         _, alive = psutil.wait_procs(self.family, timeout=5)
         assert not alive
-        for port in (self.http, self.grpc, self.metrics):
+        for port in (self.http, self.grpc, self.metrics, self.gateway):
             with socket.socket() as probe:
                 assert probe.connect_ex(("127.0.0.1", port)) != 0
 

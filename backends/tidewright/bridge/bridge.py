@@ -99,6 +99,8 @@ class Bridge:
             waiting=stats.waiting / max(self._max_waiting, 1),
             wait=time.monotonic() - min(arrived) if arrived else 0.0,
             kv_usage=stats.kv_usage,
+            active=self.active,
+            max_model_len=self.engine.max_model_len if self.engine else 0,
         )
 
     @property

@@ -21,6 +21,7 @@ class _LazyGroup(click.Group):
         "complete": "tidewright.launch.client_commands",
         "drain": "tidewright.launch.health_commands",
         "export-onnx": "tidewright.launch.export_command",
+        "gateway": "tidewright.launch.gateway_command",
         "health": "tidewright.launch.health_commands",
         "serve": "tidewright.launch.serve_command",
         "worker": "tidewright.launch.worker_command",

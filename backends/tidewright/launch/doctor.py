@@ -22,7 +22,7 @@ from tidewright.launch.errors import TritonNotFoundError
 from tidewright.launch.triton_install import find_triton, libpython_dirs
 
 _PYTHONS = ((3, 10), (3, 13))
-_PORTS = {8000: "HTTP", 8001: "gRPC", 8002: "metrics"}
+_PORTS = {8000: "HTTP", 8001: "gRPC", 8002: "metrics", 8080: "gateway"}
 _SHARED_MEMORY = 256 << 20
 _DISK = 1 << 30  # the embedded model takes 360 MB while it is made
 

@@ -8,18 +8,17 @@ import sys
 import threading
 import time
 import types
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
-from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 
-from tidewright.config import CONFIG_FILE_VARIABLE, Settings, options_in_order
+from tidewright.config import CONFIG_FILE_VARIABLE, Settings
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.export_command import is_export, prepare_fallback
+from tidewright.launch.gateway_process import GatewayProcess
+from tidewright.launch.options import settings_from, settings_options
 from tidewright.launch.prepare import prepare
 from tidewright.launch.server import TritonServer
 from tidewright.launch.watchdog import Watchdog
@@ -47,19 +46,9 @@ class _StopSignals:
         self.hurry.set()
 
 
-def _settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """One flag for each field of `Settings`; unset flags leave the word to environment and file."""
-    for name, field in reversed(options_in_order()):
-        flag = "--" + name.replace("_", "-")
-        command = click.option(flag, name, default=None, help=f"{field.description}  [default: {field.default}]")(
-            command
-        )
-    return command
-
-
 @click.command()
 @click.option("--config", type=click.Path(exists=True, dir_okay=False), help="YAML file with any of these options.")
-@_settings_options
+@settings_options(Settings)
 def serve(config: str | None, **flags: str | None) -> None:
     """Serve a model through Triton until Ctrl-C.
 
@@ -76,20 +65,14 @@ def serve(config: str | None, **flags: str | None) -> None:
     console = Console(stderr=True)
     if config:
         os.environ[CONFIG_FILE_VARIABLE] = config
-    try:
-        settings = Settings(**{name: value for name, value in flags.items() if value is not None})  # type: ignore[arg-type]
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
-        raise click.ClickException("; ".join(problems)) from None
-    except (OSError, ValueError) as error:
-        raise click.ClickException(str(error)) from None
-    sys.exit(_run(settings, console))
+    sys.exit(_run(settings_from(Settings, flags), console))
 
 
 def _run(settings: Settings, console: Console) -> int:
     signals = _StopSignals()
     signals.install()
-    server = None
+    server: TritonServer | None = None
+    gateway: GatewayProcess | None = None
     try:
         started = time.monotonic()
         model_dir = prepare(settings.model, console)
@@ -97,12 +80,17 @@ def _run(settings: Settings, console: Console) -> int:
             source = settings.model if settings.fallback == "auto" else settings.fallback
             folder = prepare_fallback(settings.model, source, console, force=False)
             settings = settings.model_copy(update={"fallback": str(folder)})
+        if settings.gateway_port:
+            gateway = GatewayProcess(settings, model_dir)
         server = TritonServer(settings, model_dir)
         with console.status("Starting Triton and loading the model"):
             server.start()
             server.wait_ready()
-        _print_welcome(console, server, time.monotonic() - started)
-        if Watchdog(server, lambda message: console.print(f"[yellow]{escape(message)}[/]", soft_wrap=True)).run():
+            if gateway:
+                gateway.start()
+                gateway.wait_ready()
+        _print_welcome(console, server, gateway, time.monotonic() - started)
+        if Watchdog(server, gateway, lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)).run():
             raise _Stopped
         console.print(f"[red]tritonserver ended by itself with code {server.exit_code}[/]; see its log above")
         return server.exit_code or 1
@@ -113,18 +101,23 @@ def _run(settings: Settings, console: Console) -> int:
         if server is not None and server.ready:
             grace = settings.shutdown_grace
             console.print(f"\nStopping. Running requests get up to {grace:g} s to finish; Ctrl-C again to stop now.")
+            if gateway:
+                gateway.drain()
             server.stop(grace, signals.hurry)
         return 0
     finally:
+        if gateway is not None:
+            gateway.stop()
         if server is not None:
             server.kill()
 
 
-def _print_welcome(console: Console, server: TritonServer, seconds: float) -> None:
+def _print_welcome(console: Console, server: TritonServer, gateway: GatewayProcess | None, seconds: float) -> None:
     settings, url = server.settings, server.http_url
     console.print(f"[green]Ready[/] after {seconds:.1f} s: {settings.model}", highlight=False)
     console.print(
-        f"  HTTP    {url}\n"
+        (f"  gateway {gateway.url}/v1 (OpenAI's API, model {gateway.model_name})\n" if gateway else "")
+        + f"  HTTP    {url}\n"
         f"  gRPC    {settings.host}:{settings.grpc_port}\n"
         f"  metrics http://{settings.host}:{settings.metrics_port}/metrics\n"
         "Try:\n"

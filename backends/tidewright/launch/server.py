@@ -55,7 +55,7 @@ class TritonServer:
 
     @property
     def http_url(self) -> str:
-        return f"http://{_reachable(self.settings.host)}:{self.settings.http_port}"
+        return f"http://{reachable(self.settings.host)}:{self.settings.http_port}"
 
     @property
     def models(self) -> set[str]:
@@ -87,7 +87,7 @@ class TritonServer:
             LaunchError: a port is taken, or there is no usable Triton.
         """
         for option in ("http_port", "grpc_port", "metrics_port"):
-            _check_port(self.settings.host, getattr(self.settings, option), option)
+            check_port(self.settings.host, getattr(self.settings, option), option)
         install = find_triton()
         self._run_dir = Path(tempfile.mkdtemp(prefix="tidewright-"))
         backends = assemble_backend_dir(install, self._run_dir / "backends")
@@ -98,7 +98,7 @@ class TritonServer:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, and the session finds orphans
-            preexec_fn=_terminate_with_parent,
+            preexec_fn=terminate_with_parent,
         )
         self._pump = threading.Thread(target=self._pump_log, name="triton-log", daemon=True)
         self._pump.start()
@@ -241,7 +241,7 @@ class TritonServer:
 
     def _busy(self) -> bool:
         """Requests are in flight, as the bridge counts them."""
-        url = f"http://{_reachable(self.settings.host)}:{self.settings.metrics_port}/metrics"
+        url = f"http://{reachable(self.settings.host)}:{self.settings.metrics_port}/metrics"
         try:
             text = httpx.get(url, timeout=1, trust_env=False, headers={"Connection": "close"}).text
         except httpx.ConnectError:
@@ -272,7 +272,7 @@ def _repositories() -> list[Path]:
     return [root / "model_repository", root / "ensemble"]
 
 
-def _check_port(host: str, port: int, option: str) -> None:
+def check_port(host: str, port: int, option: str) -> None:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -282,12 +282,12 @@ def _check_port(host: str, port: int, option: str) -> None:
             raise ServerStartError(f"can't listen on {host}:{port} ({error.strerror}); choose another {flag}") from None
 
 
-def _reachable(host: str) -> str:
+def reachable(host: str) -> str:
     """An address to call a server on that listens on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
 
 
-def _terminate_with_parent() -> None:
+def terminate_with_parent() -> None:
     """In the child: SIGTERM when the thread that started it ends, so that killing `serve` leaves no server."""
     signal_on_parent_death(signal.SIGTERM)

@@ -15,6 +15,7 @@ from tidewright.launch.control import (
     probe_tokenizer,
 )
 from tidewright.launch.errors import LaunchError
+from tidewright.launch.gateway_process import GatewayProcess
 from tidewright.launch.server import TritonServer
 from tidewright.schema import DRAINING
 
@@ -25,8 +26,8 @@ RELOAD_INTERVAL = 5.0  # seconds between attempts to load a model that would not
 
 
 class Watchdog:
-    def __init__(self, server: TritonServer, say: Callable[[str], None]) -> None:
-        self._server, self._say = server, say
+    def __init__(self, server: TritonServer, gateway: GatewayProcess | None, say: Callable[[str], None]) -> None:
+        self._server, self._gateway, self._say = server, gateway, say
         self._silent = dict.fromkeys(("tokenizer", "failsafe", *server.models_with_engine), 0)
         self._missing: dict[str, float] = {}  # models to be loaded again, and when (time.monotonic())
 
@@ -36,6 +37,9 @@ class Watchdog:
             for model in self._silent:
                 if self._probe(model):
                     return True
+            if self._gateway and not self._gateway.running:
+                self._say(f"the gateway ended with code {self._gateway.exit_code}; starting it again")
+                self._gateway.start()
             time.sleep(PROBE_INTERVAL)
         return False
 

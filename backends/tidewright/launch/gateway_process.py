@@ -1,0 +1,89 @@
+"""The gateway that `tidewright serve` runs beside its Triton, in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+
+from tidewright.config import Settings
+from tidewright.launch.errors import LaunchError
+from tidewright.launch.server import check_port, reachable, terminate_with_parent
+
+HOST = "127.0.0.1"
+START_TIMEOUT = 30.0  # seconds
+STOP_TIMEOUT = 2.0  # seconds
+
+
+class GatewayProcess:
+    def __init__(self, settings: Settings, model_dir: Path) -> None:
+        """Raises LaunchError: its port is taken, or it is not installed."""
+        if importlib.util.find_spec("fastapi") is None:
+            raise LaunchError("the gateway needs: pip install 'tidewright[gateway]'; or do without: --gateway-port 0")
+        check_port(HOST, settings.gateway_port, "gateway_port")
+        self.url = f"http://{HOST}:{settings.gateway_port}"
+        self.model_name = os.environ.get("TIDEWRIGHT_GATEWAY_SERVED_MODEL_NAME") or Path(settings.model).name
+        self._environment = {
+            **os.environ,
+            "TIDEWRIGHT_GATEWAY_MODEL": str(model_dir),
+            "TIDEWRIGHT_GATEWAY_SERVED_MODEL_NAME": self.model_name,
+            "TIDEWRIGHT_GATEWAY_HOST": HOST,
+            "TIDEWRIGHT_GATEWAY_PORT": str(settings.gateway_port),
+            "TIDEWRIGHT_GATEWAY_REPLICAS": f"{reachable(settings.host)}:{settings.grpc_port}",
+            "TIDEWRIGHT_GATEWAY_SHUTDOWN_GRACE": str(settings.shutdown_grace),
+            "TIDEWRIGHT_GATEWAY_LOG_LEVEL": settings.log_level,
+        }
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.poll() if self._process else None
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tidewright_gateway"],
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # a Ctrl-C in the terminal is for `serve`, which ends both in order
+            preexec_fn=terminate_with_parent,
+        )
+
+    def wait_ready(self) -> None:
+        """Raises LaunchError: it ended, or finds no replica."""
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            if not self.running:
+                raise LaunchError(f"the gateway ended with code {self.exit_code}; see its log above")
+            try:
+                if httpx.get(f"{self.url}/health/ready", timeout=5, trust_env=False).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.05)
+        raise LaunchError(f"the gateway was not ready within {START_TIMEOUT:g} s")
+
+    def drain(self) -> None:
+        """No new requests; those that run may end."""
+        if self._process and self.running:
+            self._process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """Ends it, however it is."""
+        if self._process is None:
+            return
+        self.drain()
+        try:
+            self._process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()

@@ -1,0 +1,57 @@
+"""Errors of the API: one place that says which status each has, and how it looks to an OpenAI client."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from tidewright.failsafe.models import ModelError
+from tidewright.resilience.outcome import Outcome
+
+JSON = "application/json"
+
+
+class ApiError(Exception):
+    """Ends a request; the message says what the caller can change."""
+
+    def __init__(
+        self, status: int, message: str, *, code: str, param: str | None = None, retry_after: float | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+        self.retry_after = retry_after  # seconds
+
+    @property
+    def type(self) -> str:
+        """OpenAI's word for the kind."""
+        if self.status == 429:
+            return "rate_limit_error"
+        return "server_error" if self.status >= 500 else "invalid_request_error"
+
+    @property
+    def body(self) -> bytes:
+        error = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"Retry-After": str(max(math.ceil(self.retry_after), 1))}
+
+
+def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, message, code=code, param=param)
+
+
+def of_model(error: ModelError) -> ApiError:
+    """What a generation that a replica refused, or that none could end, is to its caller."""
+    message = str(error)
+    if error.outcome is Outcome.INVALID:
+        return invalid(message)
+    if error.outcome is Outcome.REQUEST_TIMEOUT:
+        return ApiError(408, message, code="timeout")
+    if error.outcome is Outcome.OVERLOADED:
+        return ApiError(503, message, code="overloaded", retry_after=1)
+    if error.outcome is Outcome.CANCELLED:
+        return ApiError(499, message, code="cancelled")
+    return ApiError(503, message, code="engine_failed", retry_after=1)

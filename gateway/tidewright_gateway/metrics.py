@@ -1,0 +1,77 @@
+"""The gateway's own Prometheus metrics, at /metrics. What the replicas measure stays at their own endpoints."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from tidewright.resilience.outcome import Outcome
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
+_OVERHEAD = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
+
+
+class Metrics:
+    """Prefix `tidewright_gateway_`; times in seconds."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = self._counter("requests_total", "Requests that ended, by path and status.", "path", "status")
+        self._active = self._gauge("requests_active", "Requests that run or wait.")
+        self._duration = self._histogram("request_seconds", "From the request to its last byte.", _SECONDS, "path")
+        self._ttft = self._histogram("first_token_seconds", "From the request to its first token.", _SECONDS)
+        self._overhead = self._histogram(
+            "overhead_seconds", "Of it, what the gateway itself took before it asked a replica.", _OVERHEAD
+        )
+        self._tokens = self._counter("tokens_total", "Tokens, by kind: prompt or completion.", "kind")
+        self._attempts = self._counter("attempts_total", "Generations that a replica was asked for.", "replica")
+        self._failures = self._counter(
+            "attempt_failures_total", "Those that failed there, by outcome.", "replica", "outcome"
+        )
+        self._moved = self._counter("streams_moved_total", "Streams that went on at another replica.")
+        self._refused = self._counter("retries_refused_total", "Retries that were not made, by reason.", "reason")
+        self._up = self._gauge("replica_up", "1 if it can be sent requests.", "replica")
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"tidewright_gateway_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"tidewright_gateway_{name}", text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"tidewright_gateway_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def began(self) -> None:
+        self._active.inc()
+
+    def ended(self, path: str, status: int, seconds: float) -> None:
+        self._active.dec()
+        self._requests.labels(path, str(status)).inc()
+        self._duration.labels(path).observe(seconds)
+
+    def asked(self, overhead: float) -> None:
+        self._overhead.observe(overhead)
+
+    def first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def tokens(self, prompt: int, completion: int) -> None:
+        self._tokens.labels("prompt").inc(prompt)
+        self._tokens.labels("completion").inc(completion)
+
+    def attempt(self, replica: str) -> None:
+        self._attempts.labels(replica).inc()
+
+    def attempt_failed(self, replica: str, outcome: Outcome) -> None:
+        self._failures.labels(replica, outcome.label).inc()
+
+    def moved(self) -> None:
+        self._moved.inc()
+
+    def retry_refused(self, reason: str) -> None:
+        self._refused.labels(reason).inc()
+
+    def replica_is(self, replica: str, up: bool) -> None:
+        self._up.labels(replica).set(up)

@@ -1,0 +1,209 @@
+"""What the API takes, as OpenAI's clients send it, with the extensions that other engines have as well.
+
+Each field has an effect; a field that would have none is refused by name. Ranges are those of `SamplingParams`, which
+checks them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+
+from tidewright.schema import SamplingParams
+from tidewright_gateway.errors import ApiError, invalid
+
+Number = StrictFloat | StrictInt
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class StreamOptions(_Strict):
+    include_usage: StrictBool = False
+
+
+class JsonSchema(_Strict):
+    name: StrictStr = ""
+    description: StrictStr | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: StrictBool | None = None
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class _Generation(_Strict):
+    """What both endpoints share."""
+
+    model: StrictStr
+    max_tokens: StrictInt | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    n: StrictInt | None = None
+    stop: StrictStr | list[StrictStr] | None = None
+    seed: StrictInt | None = None
+    presence_penalty: Number | None = None
+    frequency_penalty: Number | None = None
+    logit_bias: dict[StrictStr, Number] | None = None
+    stream: StrictBool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    user: StrictStr | None = Field(None, description="Shares no KV cache with others.")
+
+    top_k: StrictInt | None = None
+    min_p: Number | None = None
+    repetition_penalty: Number | None = None
+    min_tokens: StrictInt | None = None
+    stop_token_ids: list[StrictInt] | None = None
+    ignore_eos: StrictBool | None = None
+    bad_words: list[StrictStr] | None = None
+    guided_json: dict[str, Any] | StrictStr | None = None
+    guided_regex: StrictStr | None = None
+    guided_grammar: StrictStr | None = None
+    guided_choice: list[StrictStr] | None = None
+    priority: StrictInt | None = None
+    timeout: Number | None = Field(None, description="Seconds; what there is by then is the answer.")
+    cache_salt: StrictStr | None = None
+
+    def num_logprobs(self) -> int | None:
+        """Top log-probabilities at each token; None if none are asked for."""
+        raise NotImplementedError
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        """`max_tokens`: if the request names none.
+
+        Raises:
+            ApiError: a value is out of its range.
+        """
+        fields = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        fields.setdefault("max_tokens", max_tokens)
+        fields.pop("n", None)
+        if self.user and not self.cache_salt:
+            fields["cache_salt"] = self.user[:256]
+        if (logprobs := self.num_logprobs()) is not None:
+            fields["logprobs"] = logprobs
+        if (schema := self._schema()) is not None:
+            if "guided_json" in fields:
+                raise invalid("response_format and guided_json both say what the answer is; send one", "guided_json")
+            fields["guided_json"] = schema
+        try:
+            return msgspec.convert(fields, SamplingParams, strict=False)
+        except msgspec.ValidationError as error:
+            message, _, place = str(error).partition(" - at `$.")
+            param = place.rstrip("`").split("[")[0] or None
+            raise invalid(f"{param}: {message}" if param else message, param) from None
+
+    def _schema(self) -> dict[str, Any] | None:
+        asked = self.response_format
+        if asked is None or asked.type == "text":
+            return None
+        if asked.type == "json_object":
+            return {"type": "object"}
+        if asked.json_schema is None:
+            raise invalid("response_format of type json_schema needs json_schema", "response_format.json_schema")
+        return asked.json_schema.schema_
+
+
+_SAMPLING = tuple(name for name in SamplingParams.__struct_fields__ if name in _Generation.model_fields)
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: StrictStr
+
+
+class Message(_Strict):
+    """Fields that answers of this API have, and their empty values, may come back as history."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: StrictStr | list[TextPart]
+    name: None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    tool_calls: None = None
+    annotations: None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(_Generation):
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: StrictInt | None = None
+    logprobs: StrictBool | None = None
+    top_logprobs: StrictInt | None = None
+
+    def num_logprobs(self) -> int | None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        if self.max_completion_tokens is not None:
+            if self.max_tokens not in (None, self.max_completion_tokens):
+                raise invalid("max_tokens and max_completion_tokens differ; send one", "max_tokens")
+            self.max_tokens = self.max_completion_tokens
+        return super().sampling(max_tokens)
+
+
+class CompletionRequest(_Generation):
+    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    logprobs: StrictInt | None = None
+    echo: StrictBool | None = None
+    best_of: StrictInt | None = None
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def sampling(self, max_tokens: int) -> SamplingParams:
+        if self.best_of not in (None, self.n or 1):
+            raise invalid("best_of other than n is not supported; ask for n and choose", "best_of")
+        if self.echo and self.logprobs is not None:
+            raise invalid("echo with logprobs is not supported; send one of them", "echo")
+        return super().sampling(max_tokens)
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        prompt: Any = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if prompt and isinstance(prompt[0], int):
+            return [prompt]
+        return list(prompt)
+
+
+class TokenizeRequest(_Strict):
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: list[Message] | None = None
+
+
+class DetokenizeRequest(_Strict):
+    model: StrictStr | None = None
+    tokens: list[StrictInt]
+
+
+def of_validation(errors: list[Any]) -> ApiError:
+    """The one of pydantic's findings that is deepest: of a field that may be this or that, it meant this."""
+    found = max(errors, key=lambda error: len(error["loc"]))
+    place = [str(part) for part in found["loc"] if part != "body" and not _is_type(str(part))]
+    if found["type"] == "json_invalid":
+        return invalid(f"the body is not JSON: {found.get('ctx', {}).get('error', found['msg'])}", code="invalid_json")
+    param = ".".join(place) or None
+    if found["type"] == "extra_forbidden":
+        return invalid(f"unknown or unsupported parameter: {param}", param, "unknown_parameter")
+    if found["type"] == "none_required":
+        return invalid(f"{param} is not supported; leave it out", param, "unsupported_parameter")
+    return invalid(f"{param or 'body'}: {found['msg']}", param)
+
+
+def _is_type(part: str) -> bool:
+    """Pydantic's name of one of the types that a field may have."""
+    return "[" in part or part in ("str", "int", "float", "bool")

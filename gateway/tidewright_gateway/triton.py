@@ -1,0 +1,192 @@
+"""One Triton over gRPC: the decoder's stream of replies, and its `control`.
+
+Builds the protocol's messages itself: `tritonclient`'s own objects pass each value through numpy, which costs more than
+all else here (`python -m benchmarks.gateway client`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import struct
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+import grpc
+import grpc.aio
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from tidewright.failsafe.models import ModelError
+from tidewright.resilience.outcome import Outcome
+from tidewright.schema import CONTROL, INPUT_IDS, RESUME_IDS
+
+_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # Each channel its own connection, or a pool of them would be one.
+    ("grpc.use_local_subchannel_pool", 1),
+    # A replica that comes back is to be found again soon, and one on a host that vanished to be noticed.
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+
+
+@dataclass(frozen=True)
+class Order:
+    """One generation, as one attempt asks for it."""
+
+    request_id: str
+    prompt: list[int]
+    sampling: bytes  # JSON of SamplingParams
+    resume_ids: list[int] = field(default_factory=list)
+    logprobs: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One response to it."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None
+    logprobs: bytes | None  # JSON, as docs/api.md describes it
+
+
+class TritonClient:
+    """Connections to one Triton; they are made when needed, and again when broken."""
+
+    def __init__(self, address: str, channels: int) -> None:
+        self._channels = [grpc.aio.insecure_channel(address, _OPTIONS) for _ in range(channels)]
+        # Questions have a connection of their own: they must not wait behind what a busy one carries.
+        self._control_channel = grpc.aio.insecure_channel(address, _OPTIONS)
+        self._control = service_pb2_grpc.GRPCInferenceServiceStub(self._control_channel)
+        stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
+        self._next_stub = itertools.cycle(stubs).__next__
+
+    async def close(self) -> None:
+        for channel in (*self._channels, self._control_channel):
+            await channel.close()
+
+    def generate(self, model: str, order: Order) -> Generation:
+        """Ask `decoder` or `fallback`; nothing is sent before the replies are asked for."""
+        return Generation(self._next_stub().ModelStreamInfer, _request(model, order))
+
+    async def control(self, word: str, timeout: float, model: str = "decoder") -> str:
+        """The model's answer to a word (schema.CONTROL).
+
+        Raises:
+            ModelError: it is an error, or none came within `timeout` seconds.
+        """
+        request = service_pb2.ModelInferRequest(model_name=model)
+        _add(request, CONTROL.name, "BYTES", 1, _bytes_element(word.encode()))
+        call = self._control.ModelStreamInfer(timeout=timeout)
+        try:
+            await call.write(request)
+            await call.done_writing()
+            response = await call.read()
+        except grpc.aio.AioRpcError as error:
+            raise _model_error(error) from None
+        except asyncio.InvalidStateError as error:
+            raise ModelError(str(error), Outcome.UNAVAILABLE) from None
+        finally:
+            call.cancel()
+        if response is grpc.aio.EOF:
+            raise ModelError("Triton closed the stream", Outcome.UNAVAILABLE)
+        if response.error_message:
+            raise ModelError(response.error_message)
+        return _outputs(response.infer_response)["text_output"][4:].decode()
+
+
+class Generation:
+    """One attempt at a generation. `abandon` may be called by anyone at any time."""
+
+    def __init__(self, method: grpc.aio.StreamStreamMultiCallable, request: service_pb2.ModelInferRequest) -> None:
+        self._method, self._request = method, request
+        self._call: grpc.aio.StreamStreamCall | None = None
+        self._abandoned: ModelError | None = None
+
+    def abandon(self, error: ModelError) -> None:
+        """Its replies end with this error; Triton is told to stop."""
+        self._abandoned = error
+        if self._call:
+            self._call.cancel()
+
+    async def replies(self) -> AsyncGenerator[Reply, None]:
+        """To the last one, which alone has a finish_reason. Leaving earlier cancels the request at Triton.
+
+        Raises:
+            ModelError: there is no further one.
+        """
+        call = self._call = self._method()
+        try:
+            await call.write(self._request)
+            await call.done_writing()
+            while True:
+                response = await call.read()
+                if response is grpc.aio.EOF:
+                    raise ModelError("Triton ended the stream without a last response", Outcome.ENGINE_FAILED)
+                if response.error_message:
+                    raise ModelError(response.error_message)
+                reply = _reply(response.infer_response)
+                yield reply
+                if reply.finish_reason:
+                    return
+        except grpc.aio.AioRpcError as error:
+            raise self._abandoned or _model_error(error) from None
+        except (asyncio.CancelledError, asyncio.InvalidStateError):
+            # grpc says so as well when someone else cancelled the call, not this task.
+            if self._abandoned:
+                raise self._abandoned from None
+            raise
+        finally:
+            call.cancel()
+
+
+def _model_error(error: grpc.aio.AioRpcError) -> ModelError:
+    message = error.details() or error.code().name
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return ModelError("no answer in time", Outcome.STALLED)
+    return ModelError(message, Outcome.UNAVAILABLE if error.code() in _GONE else None)
+
+
+def _request(model: str, order: Order) -> service_pb2.ModelInferRequest:
+    request = service_pb2.ModelInferRequest(model_name=model, id=order.request_id)
+    _add(request, INPUT_IDS.name, "INT32", len(order.prompt), struct.pack(f"<{len(order.prompt)}i", *order.prompt))
+    _add(request, "sampling_parameters", "BYTES", 1, _bytes_element(order.sampling))
+    for flag in ("stream", "exclude_input_in_output", "return_finish_reason"):
+        _add(request, flag, "BOOL", 1, b"\1")
+    if order.logprobs:
+        _add(request, "return_logprobs", "BOOL", 1, b"\1")
+    if resumed := order.resume_ids:
+        _add(request, RESUME_IDS.name, "INT32", len(resumed), struct.pack(f"<{len(resumed)}i", *resumed))
+    return request
+
+
+def _add(request: service_pb2.ModelInferRequest, name: str, datatype: str, count: int, raw: bytes) -> None:
+    request.inputs.add(name=name, datatype=datatype, shape=[count])
+    request.raw_input_contents.append(raw)
+
+
+def _bytes_element(value: bytes) -> bytes:
+    return struct.pack("<I", len(value)) + value
+
+
+def _outputs(response: service_pb2.ModelInferResponse) -> dict[str, bytes]:
+    return {output.name: raw for output, raw in zip(response.outputs, response.raw_output_contents, strict=True)}
+
+
+def _reply(response: service_pb2.ModelInferResponse) -> Reply:
+    outputs = _outputs(response)
+    ids, reason = outputs["output_ids"], outputs["finish_reason"][4:].decode()
+    logprobs = outputs.get("logprobs")
+    return Reply(
+        text=outputs["text_output"][4:].decode(),
+        token_ids=list(struct.unpack(f"<{len(ids) // 4}i", ids)),
+        finish_reason=None if reason == "None" else reason,
+        logprobs=logprobs[4:] if logprobs else None,
+    )

@@ -1,0 +1,151 @@
+"""Two real Tritons behind a real gateway, and one of them fails: killed, stopped, drained, or its stub dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from helpers.gateway import MODEL, RunningGateway
+from helpers.triton import RunningServer
+from serving.test_health import stub_of
+from serving.test_lifecycle import child
+
+LENGTH = 80  # tokens; long enough to be in the middle
+REQUESTS: list[dict[str, Any]] = [
+    {"prompt": "Once upon a time", "temperature": 0},
+    {"prompt": "The sea", "temperature": 1, "seed": 5},
+    {"prompt": "A list:", "temperature": 0.8, "seed": 6, "frequency_penalty": 0.5, "n": 2},
+]
+
+
+@pytest.fixture
+def pair(model_dir: Path) -> Iterator[list[RunningServer]]:
+    # A thread each: two engines that take both cores keep each other waiting.
+    options = {"dtype": "float32", "kv_cache_memory": "64MiB", "streaming_share": 1, "threads": 1, "shutdown_grace": 30}
+    with RunningServer(model_dir, **options) as one, RunningServer(model_dir, **options) as other:
+        yield [one, other]
+
+
+def stream(gateway: RunningGateway, request: dict[str, Any], begun: threading.Semaphore) -> list[str]:
+    """Texts of its choices; `begun` is released when each has a few tokens."""
+    body = {"model": MODEL, "max_tokens": LENGTH, "stream": True, "extra_body": {"ignore_eos": True}, **request}
+    texts = [""] * body.get("n", 1)
+    for number, piece in enumerate(gateway.openai.completions.create(**body)):
+        texts[piece.choices[0].index] += piece.choices[0].text
+        if number == 10 * len(texts):
+            begun.release()
+    return texts
+
+
+def all_at_once(gateway: RunningGateway, when_they_run: object = None) -> list[list[str]]:
+    begun = threading.Semaphore(0)
+    with ThreadPoolExecutor(len(REQUESTS)) as pool:
+        futures = [pool.submit(stream, gateway, request, begun) for request in REQUESTS]
+        for _ in REQUESTS:
+            assert begun.acquire(timeout=60)
+        if callable(when_they_run):
+            when_they_run()
+        return [future.result(timeout=120) for future in futures]
+
+
+@pytest.mark.parametrize("how", ["kill", "stop", "stub"])
+def test_streams_go_on_where_their_replica_left_them(model_dir: Path, pair: list[RunningServer], how: str) -> None:
+    with RunningGateway(model_dir, *pair) as gateway:
+        undisturbed = all_at_once(gateway)
+        stopped: list[psutil.Process] = []
+
+        def strike() -> None:
+            victim = psutil.Process(pair[0].triton.pid)
+            if how == "kill":
+                victim.kill()
+            elif how == "stub":
+                stub_of(pair[0], "decoder").kill()
+            else:
+                stopped.append(child(victim.pid, "tidewright.engine"))
+                stopped[0].suspend()
+
+        try:
+            assert all_at_once(gateway, strike) == undisturbed
+            assert gateway.metric("streams_moved_total") > 0
+            # New requests go to the other one at once.
+            body = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+            for _ in range(4):
+                assert "Paris" in gateway.post("/v1/completions", body).json()["choices"][0]["text"]
+            assert gateway.http.get("/health/ready").status_code == 200
+            assert gateway.metric("replica_up", replica=pair[0].grpc_url) == 0
+        finally:
+            for process in stopped:
+                process.resume()
+
+
+def test_when_all_are_gone_requests_wait_and_then_get_a_503_and_a_replica_that_comes_back_is_found(
+    model_dir: Path, server: RunningServer
+) -> None:
+    engine = child(server.triton.pid or 0, "tidewright.engine")
+    body = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+    with RunningGateway(model_dir, server, wait_for_replica=2) as gateway:
+        engine.suspend()
+        try:
+            deadline = time.monotonic() + 10
+            while gateway.http.get("/health/ready").status_code == 200:
+                assert time.monotonic() < deadline
+            refused = gateway.post("/v1/completions", body)
+            assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+            assert "no sign of life" in refused.json()["error"]["message"]
+            with ThreadPoolExecutor(1) as pool:
+                waiting = pool.submit(gateway.post, "/v1/completions", body)
+                time.sleep(0.5)
+                engine.resume()
+                assert "Paris" in waiting.result().json()["choices"][0]["text"]
+        finally:
+            engine.resume()
+
+
+def test_round_robin_gives_equal_shares_and_one_that_drains_ends_what_it_has(
+    model_dir: Path, pair: list[RunningServer]
+) -> None:
+    with RunningGateway(model_dir, *pair, routing="round_robin") as gateway:
+
+        def shares() -> list[float]:
+            return [gateway.metric("attempts_total", replica=one.grpc_url) for one in pair]
+
+        body = {"prompt": "Once", "max_tokens": 4, "ignore_eos": True}
+        with ThreadPoolExecutor(4) as pool:
+            statuses = list(pool.map(lambda _: gateway.post("/v1/completions", body).status_code, range(200)))
+        assert statuses == [200] * 200
+        assert shares() == [100, 100]
+
+        undisturbed = all_at_once(gateway)
+
+        def drain() -> None:
+            assert pair[0].control("drain").status_code == 200
+
+        assert all_at_once(gateway, drain) == undisturbed
+        assert gateway.metric("streams_moved_total") == 0
+        before = shares()
+        for _ in range(4):
+            assert gateway.post("/v1/completions", body).status_code == 200
+        assert [now - then for now, then in zip(shares(), before, strict=True)] == [0, 4]
+
+
+def test_the_gateway_ends_gently(model_dir: Path, server: RunningServer) -> None:
+    with RunningGateway(model_dir, server) as gateway:
+        body = {"model": MODEL, "prompt": "Once", "max_tokens": 100, "ignore_eos": True, "stream": True}
+        with gateway.http.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(gateway.process.pid, signal.SIGTERM)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert gateway.process.wait(20) in (0, -signal.SIGTERM)
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{gateway.url}/health/live", trust_env=False)
