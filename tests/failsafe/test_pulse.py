@@ -84,7 +84,7 @@ def test_a_decoder_that_is_well_is_no_trouble(patient: Patient) -> None:
     [
         (status(trouble="the engine is starting"), Kind.RESTARTING, "the engine is starting"),
         (status(silence=SILENCE + 0.1), Kind.SILENT, "no sign of life for 0.6 s"),
-        (STUB_DIED, Kind.STUB_DIED, STUB_DIED),
+        (STUB_DIED, Kind.STUB_DIED, "its process died"),
         (UNLOADED, Kind.UNLOADED, UNLOADED),
     ],
 )

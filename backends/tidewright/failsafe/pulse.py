@@ -108,8 +108,10 @@ class Pulse:
             found = self._of_status(self.status)
         except ModelError as error:
             self.status = None
-            kind = Kind.STUB_DIED if error.outcome is Outcome.STUB_DIED else Kind.UNLOADED
-            found = Trouble(kind, time.monotonic(), str(error))  # it may have died long after the question
+            # In its own words: Triton's, handed on by our health, would say that this model's stub had died.
+            died = error.outcome is Outcome.STUB_DIED
+            kind, cause = (Kind.STUB_DIED, "its process died") if died else (Kind.UNLOADED, str(error))
+            found = Trouble(kind, time.monotonic(), cause)  # it may have died long after the question
         before = self.trouble
         if found and before and found.kind is before.kind:
             found = Trouble(found.kind, min(found.since, before.since), found.cause)
