@@ -1,7 +1,7 @@
 """One Triton over gRPC: the decoder's stream of replies, and its `control`.
 
-Builds the protocol's messages itself: `tritonclient`'s own objects pass each value through numpy, which costs more than
-all else here (`python -m benchmarks.gateway client`).
+Builds the messages of `tritonclient`'s protocol itself: its objects pass each value through numpy, and a reply of one
+token needs none.
 """
 
 from __future__ import annotations
