@@ -14,7 +14,7 @@ from tidewright.schema import SamplingParams
 from tidewright_gateway.answers import Answer, ChatAnswer, CompletionAnswer
 from tidewright_gateway.cluster import Cluster
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.edge import unless_client_leaves
+from tidewright_gateway.edge import ClientGoneError, unless_client_leaves
 from tidewright_gateway.errors import JSON, ApiError, invalid
 from tidewright_gateway.generation import Generator, Prompts, Work, make_work
 from tidewright_gateway.metrics import Metrics
@@ -74,16 +74,17 @@ def make_router(settings: GatewaySettings, cluster: Cluster, prompts: Prompts, m
         )
 
     async def respond(request: Request, work: Work, answer: Answer, stream: bool) -> Response:
-        if not stream:
-            body = await unless_client_leaves(request.receive, generator.whole(work, answer))
-            return Response(body, media_type=JSON)
         events = generator.stream(work, answer)
         try:
-            first = await unless_client_leaves(request.receive, anext(events))
-        except BaseException:
+            if not stream:
+                body = await unless_client_leaves(request.receive, generator.whole(work, answer))
+                return Response(body, media_type=JSON)
+            return EventStream(await unless_client_leaves(request.receive, anext(events)), events)
+        except BaseException as error:
             await events.aclose()
+            if isinstance(error, ClientGoneError):  # nobody reads it, but the log and the metrics do
+                raise ApiError(499, "the client has left", code="cancelled") from None
             raise
-        return EventStream(first, events)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:

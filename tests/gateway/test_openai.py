@@ -217,6 +217,7 @@ def test_the_caller_s_request_id_comes_back(gateway: RunningGateway) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_stops_the_engine(gateway: RunningGateway, server: RunningServer, stream: bool) -> None:
     server.wait_idle()
+    left = gateway.metric("requests_total", status="499")
     body = {"model": MODEL, "prompt": "Once", "max_tokens": 4000, "ignore_eos": True, "stream": stream}
     with httpx.Client(trust_env=False, timeout=120) as leaving:
         if stream:
@@ -232,6 +233,7 @@ def test_a_client_that_leaves_stops_the_engine(gateway: RunningGateway, server: 
     while gateway.metric("requests_active") > 1:  # the one that asks
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    assert gateway.metric("requests_total", status="499") - left == (not stream)  # a stream had begun with 200
 
 
 def test_metrics_count_what_was_done(gateway: RunningGateway) -> None:
