@@ -210,7 +210,14 @@ def test_all_that_fail_are_used_all_the_same(client: type[ScriptedClient]) -> No
         assert [replica.breaker.state for replica in cluster.replicas] == [State.OPEN, State.OPEN]
         return (await generate(cluster))[0]
 
-    assert run(body, retry_max_attempts=1) == "<6>"
+    assert run(body, retry_max_attempts=1, breaker_cool_down=30, wait_for_replica=0) == "<6>"
+
+
+def test_the_one_that_failed_is_not_asked_again_though_it_has_the_least_load(client: type[ScriptedClient]) -> None:
+    client.status["a:1"] = msgspec.structs.replace(WELL, kv_usage=0.9)
+    client.scripts = {"b:1": [[7, error(Outcome.UNAVAILABLE)]], "a:1": [[8]]}
+    text, task = run(generate, routing="least_load")
+    assert (text, task.served_by) == ("<7><8>", ["b:1", "a:1"])
 
 
 def test_nobody_waits_beyond_its_deadline_for_a_replica(client: type[ScriptedClient]) -> None:
