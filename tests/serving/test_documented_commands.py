@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from helpers.gateway import RunningGateway
 from helpers.triton import RunningServer
 
 README = (Path(__file__).parent.parent.parent / "README.md").read_text()
@@ -41,13 +42,22 @@ def test_curl(bf16_server: RunningServer, script: str) -> None:
 
 
 def test_python_grpc_streaming(bf16_server: RunningServer) -> None:
-    (script,) = blocks("python")
+    _, script = blocks("python")
     # Should it hang, its stack shows where.
     script = "import faulthandler; faulthandler.dump_traceback_later(90, exit=True)\n" + on_ports(script, bf16_server)
     run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "")
     options = {"max_tokens": 32, "temperature": 0}
     assert run.stdout == bf16_server.generate(text_input="The sea is", stream=True, sampling_parameters=options).text
+
+
+def test_python_through_the_gateway(model_dir: Path, bf16_server: RunningServer) -> None:
+    script, _ = blocks("python")
+    with RunningGateway(model_dir, bf16_server) as gateway:
+        script = script.replace(":8080", f":{gateway.port}")
+        run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert len(run.stdout) > 10
 
 
 def test_complete(server: RunningServer) -> None:
