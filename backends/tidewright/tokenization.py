@@ -78,7 +78,11 @@ class Tokenizer:
             raise InvalidPromptError(f"messages is not JSON: {error}") from None
         if not messages:
             raise InvalidPromptError("messages is empty; send at least one message")
-        text = self.apply_chat_template(msgspec.to_builtins(messages))
+        return self.encode_messages(msgspec.to_builtins(messages))
+
+    def encode_messages(self, messages: list[dict[str, Any]]) -> list[int]:
+        """The same of messages that are checked already. Raises InvalidPromptError as `apply_chat_template`."""
+        text = self.apply_chat_template(messages)
         # The template wrote the special tokens itself.
         token_ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return token_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,7 @@ class Usage:
         }
 
 
-class Answer:
+class Answer(ABC):
     """What all parts of one answer share."""
 
     prefix = ""
@@ -77,11 +78,11 @@ class Answer:
             piece["usage"] = usage
         return event(msgspec.json.encode(piece))
 
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]: ...
 
-    def _piece_choice(self, choice: Choice, reply: Reply, positions: list[dict[str, Any]]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _piece_choice(self, choice: Choice, reply: Reply, positions: list[dict[str, Any]]) -> dict[str, Any]: ...
 
 
 class ChatAnswer(Answer):

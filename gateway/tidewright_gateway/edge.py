@@ -82,7 +82,6 @@ class _Exchange:
             "path": self._scope["path"],
             "status": self.status,
             "seconds": round(seconds, 4),
-            **self._scope["state"].get("log", {}),
         }
 
     def _check(self) -> None:

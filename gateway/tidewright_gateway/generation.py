@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 import msgspec
 
@@ -42,12 +43,12 @@ class Prompts:
 
     async def of_chat(self, messages: Sequence[Message]) -> list[int]:
         turns = [{"role": message.role, "content": message.text} for message in messages]
-        text = msgspec.json.encode(turns).decode()
-        return await self._run(self.tokenizer.encode_chat, text, "messages")
+        length = sum(len(turn["content"]) for turn in turns)
+        return await self._run(partial(self.tokenizer.encode_messages, turns), length, "messages")
 
     async def of_text(self, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
-            return await self._run(self.tokenizer.encode, prompt, "prompt")
+            return await self._run(partial(self.tokenizer.encode, prompt), len(prompt), "prompt")
         if not prompt:
             raise invalid("prompt has no tokens; send at least one", "prompt")
         limit = self.tokenizer.backend.get_vocab_size()
@@ -55,9 +56,10 @@ class Prompts:
             raise invalid(f"prompt: token ids must be from 0 to {limit - 1}", "prompt")
         return prompt
 
-    async def _run(self, encode: Callable[[str], list[int]], text: str, param: str) -> list[int]:
+    async def _run(self, encode: Callable[[], list[int]], length: int, param: str) -> list[int]:
+        """`length`: of the text, in characters."""
         try:
-            return await asyncio.to_thread(encode, text) if len(text) > LONG_TEXT else encode(text)
+            return await asyncio.to_thread(encode) if length > LONG_TEXT else encode()
         except InvalidPromptError as error:
             raise ApiError(422, str(error), code="invalid_prompt", param=param) from None
 

@@ -6,6 +6,7 @@ checks them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import msgspec
@@ -37,7 +38,7 @@ class ResponseFormat(_Strict):
     json_schema: JsonSchema | None = None
 
 
-class _Generation(_Strict):
+class _Generation(_Strict, ABC):
     """What both endpoints share."""
 
     model: StrictStr
@@ -70,9 +71,9 @@ class _Generation(_Strict):
     timeout: Number | None = Field(None, description="Seconds; what there is by then is the answer.")
     cache_salt: StrictStr | None = None
 
+    @abstractmethod
     def num_logprobs(self) -> int | None:
         """Top log-probabilities at each token; None if none are asked for."""
-        raise NotImplementedError
 
     def sampling(self, max_tokens: int) -> SamplingParams:
         """`max_tokens`: if the request names none.
@@ -82,7 +83,6 @@ class _Generation(_Strict):
         """
         fields = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
         fields.setdefault("max_tokens", max_tokens)
-        fields.pop("n", None)
         if self.user and not self.cache_salt:
             fields["cache_salt"] = self.user[:256]
         if (logprobs := self.num_logprobs()) is not None:
@@ -109,7 +109,8 @@ class _Generation(_Strict):
         return asked.json_schema.schema_
 
 
-_SAMPLING = tuple(name for name in SamplingParams.__struct_fields__ if name in _Generation.model_fields)
+# Each of n choices is a generation of its own.
+_SAMPLING = [name for name in SamplingParams.__struct_fields__ if name in _Generation.model_fields and name != "n"]
 
 
 class TextPart(_Strict):

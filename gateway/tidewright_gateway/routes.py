@@ -35,6 +35,15 @@ class EventStream(Response):
         super().__init__()
         self._first, self._events = first, events
 
+    @classmethod
+    async def begun(cls, receive: Receive, events: AsyncGenerator[bytes, None]) -> EventStream:
+        """Once the first event is there: until then an error can still have a status of its own."""
+        try:
+            return cls(await unless_client_leaves(receive, anext(events)), events)
+        except BaseException:
+            await events.aclose()
+            raise
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
         async with aclosing(self._events):
@@ -74,17 +83,13 @@ def make_router(settings: GatewaySettings, cluster: Cluster, prompts: Prompts, m
         )
 
     async def respond(request: Request, work: Work, answer: Answer, stream: bool) -> Response:
-        events = generator.stream(work, answer)
         try:
-            if not stream:
-                body = await unless_client_leaves(request.receive, generator.whole(work, answer))
-                return Response(body, media_type=JSON)
-            return EventStream(await unless_client_leaves(request.receive, anext(events)), events)
-        except BaseException as error:
-            await events.aclose()
-            if isinstance(error, ClientGoneError):  # nobody reads it, but the log and the metrics do
-                raise ApiError(499, "the client has left", code="cancelled") from None
-            raise
+            if stream:
+                return await EventStream.begun(request.receive, generator.stream(work, answer))
+            body = await unless_client_leaves(request.receive, generator.whole(work, answer))
+            return Response(body, media_type=JSON)
+        except ClientGoneError:  # nobody reads it, but the log and the metrics do
+            raise ApiError(499, "the client has left", code="cancelled") from None
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:

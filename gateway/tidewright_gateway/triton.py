@@ -76,13 +76,13 @@ class TritonClient:
         """Ask `decoder` or `fallback`; nothing is sent before the replies are asked for."""
         return Generation(self._next_stub().ModelStreamInfer, _request(model, order))
 
-    async def control(self, word: str, timeout: float, model: str = "decoder") -> str:
-        """The model's answer to a word (schema.CONTROL).
+    async def control(self, word: str, timeout: float) -> str:
+        """The decoder's answer to a word (schema.CONTROL).
 
         Raises:
             ModelError: it is an error, or none came within `timeout` seconds.
         """
-        request = service_pb2.ModelInferRequest(model_name=model)
+        request = service_pb2.ModelInferRequest(model_name="decoder")
         _add(request, CONTROL.name, "BYTES", 1, _bytes_element(word.encode()))
         call = self._control.ModelStreamInfer(timeout=timeout)
         try:

@@ -68,7 +68,7 @@ class ScriptedClient:
         self.orders.append((self._address, order))
         return ScriptedGeneration(self.scripts[self._address].pop(0))
 
-    async def control(self, word: str, timeout: float, model: str = "decoder") -> str:
+    async def control(self, word: str, timeout: float) -> str:
         status = self.status.get(self._address, WELL)
         if isinstance(status, ModelError):
             raise status

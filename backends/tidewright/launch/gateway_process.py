@@ -13,17 +13,19 @@ from pathlib import Path
 import httpx
 
 from tidewright.config import Settings
+from tidewright.launch.child_process import ChildProcess
 from tidewright.launch.errors import LaunchError
-from tidewright.launch.server import check_port, reachable, terminate_with_parent
+from tidewright.launch.server import check_port, reachable
 
 HOST = "127.0.0.1"
 START_TIMEOUT = 30.0  # seconds
 STOP_TIMEOUT = 2.0  # seconds
 
 
-class GatewayProcess:
+class GatewayProcess(ChildProcess):
     def __init__(self, settings: Settings, model_dir: Path) -> None:
         """Raises LaunchError: its port is taken, or it is not installed."""
+        super().__init__()
         if importlib.util.find_spec("fastapi") is None:
             raise LaunchError("the gateway needs: pip install 'tidewright[gateway]'; or do without: --gateway-port 0")
         check_port(HOST, settings.gateway_port, "gateway_port")
@@ -39,24 +41,9 @@ class GatewayProcess:
             "TIDEWRIGHT_GATEWAY_SHUTDOWN_GRACE": str(settings.shutdown_grace),
             "TIDEWRIGHT_GATEWAY_LOG_LEVEL": settings.log_level,
         }
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def exit_code(self) -> int | None:
-        return self._process.poll() if self._process else None
 
     def start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tidewright_gateway"],
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # a Ctrl-C in the terminal is for `serve`, which ends both in order
-            preexec_fn=terminate_with_parent,
-        )
+        self._launch([sys.executable, "-m", "tidewright_gateway"], self._environment)
 
     def wait_ready(self) -> None:
         """Raises LaunchError: it ended, or finds no replica."""

@@ -10,7 +10,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import threading
@@ -22,10 +21,10 @@ import psutil
 
 from tidewright.bridge.start_error import ERROR_FILE_VARIABLE
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
+from tidewright.launch.child_process import ChildProcess
 from tidewright.launch.control import control
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
-from tidewright.parent_death import signal_on_parent_death
 
 IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figure lags by up to 0.25 s
 ANSWER_TIME = 0.5  # seconds after the grace time in which the bridge ends what is left
@@ -37,18 +36,18 @@ class ServerStartError(LaunchError):
     """tritonserver did not come up; the message says why and what to change."""
 
 
-class TritonServer:
+class TritonServer(ChildProcess):
     """One tritonserver with Tidewright's models, its stubs and its engine process.
 
     Used as: `start()`, `wait_ready()`, and in any case `stop()`.
     """
 
     def __init__(self, settings: Settings, model_dir: Path) -> None:
+        super().__init__()
         self.settings = settings.model_copy(update={"model": str(model_dir)})
         self.log_tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self.ready = False
         """It has generated a token."""
-        self._process: subprocess.Popen[bytes] | None = None
         self._pump: threading.Thread | None = None
         self._run_dir: Path | None = None
         self._shm_prefix = f"tidewright_{os.getpid()}_{os.urandom(3).hex()}_"
@@ -68,18 +67,6 @@ class TritonServer:
         """Those that take `control`."""
         return self.models & {"decoder", "fallback"}
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
-    @property
-    def running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
-
-    @property
-    def exit_code(self) -> int | None:
-        return self._process.poll() if self._process else None
-
     def start(self) -> None:
         """Start tritonserver; returns at once.
 
@@ -91,15 +78,7 @@ class TritonServer:
         install = find_triton()
         self._run_dir = Path(tempfile.mkdtemp(prefix="tidewright-"))
         backends = assemble_backend_dir(install, self._run_dir / "backends")
-        self._process = subprocess.Popen(
-            self._command(install.binary, backends),
-            env=self._environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, and the session finds orphans
-            preexec_fn=terminate_with_parent,
-        )
+        self._launch(self._command(install.binary, backends), self._environment(), piped=True)
         self._pump = threading.Thread(target=self._pump_log, name="triton-log", daemon=True)
         self._pump.start()
 
@@ -286,8 +265,3 @@ def reachable(host: str) -> str:
     """An address to call a server on that listens on `host`."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"[{host}]" if ":" in host else host
-
-
-def terminate_with_parent() -> None:
-    """In the child: SIGTERM when the thread that started it ends, so that killing `serve` leaves no server."""
-    signal_on_parent_death(signal.SIGTERM)
