@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import statistics
 import subprocess
@@ -151,16 +152,40 @@ def test_a_stub_that_is_gone_or_stuck_is_replaced(
         stream.send("lost", text_input="Once", stream=True, sampling_parameters=LONG)
         stream.next()
         for model in ("decoder", "tokenizer"):
-            said.clear()
+            before = len(said)
             stub_of(server, model).send_signal(number)
             deadline = time.monotonic() + 60
-            while not any(line.startswith(f"{model} is back") for line in said):
-                assert time.monotonic() < deadline, said
+            # Triton aborts, rarely, when a stub dies with a lock of their shared memory; then all of it is started again.
+            while not any(line.startswith((f"{model} is back", "tritonserver is back")) for line in said[before:]):
+                why = (model, said, healthy(server.triton.http_url), "".join(server.triton.log_tail))
+                assert time.monotonic() < deadline, why
                 time.sleep(0.05)
-            assert said[0].startswith(f"the stub of {model} ")
+            assert said[before].startswith((f"the stub of {model} ", "tritonserver ended by itself")), said
             answer = server.post("generate/generate", {"text_input": "Once", "max_tokens": 3})
             assert answer.status_code == 200, answer.text
         assert healthy(server.triton.http_url) == ""
+
+
+def test_a_triton_that_is_gone_is_started_again(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchdog, "MAX_RESTARTS", 1)
+    said: list[str] = []
+    with RunningServer(model_dir) as server:
+        thread = threading.Thread(target=Watchdog(server.triton, None, said.append).run, daemon=True)
+        thread.start()
+        assert server.triton.pid is not None
+        os.kill(server.triton.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while not said or not said[-1].startswith("tritonserver is back"):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.05)
+        assert said[0].startswith("tritonserver ended by itself with code -9; its requests are lost")
+        answer = server.post("generate/generate", {"text_input": "Once", "max_tokens": 3})
+        assert answer.status_code == 200, answer.text
+        # Once is as often as it may within the window.
+        os.kill(server.triton.pid, signal.SIGKILL)
+        thread.join(10)
+        assert not thread.is_alive()
+        assert len(said) == 2
 
 
 def test_drain_ends_a_server_gently_and_tells_who_did_not_finish(model_dir: Path) -> None:

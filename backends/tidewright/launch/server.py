@@ -48,6 +48,7 @@ class TritonServer(ChildProcess):
         self.log_tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self.ready = False
         """It has generated a token."""
+        self.asked_to_end = False
         self._pump: threading.Thread | None = None
         self._run_dir: Path | None = None
         self._shm_prefix = f"tidewright_{os.getpid()}_{os.urandom(3).hex()}_"
@@ -66,6 +67,13 @@ class TritonServer(ChildProcess):
     def models_with_engine(self) -> set[str]:
         """Those that take `control`."""
         return self.models & {"decoder", "fallback"}
+
+    def start_again(self) -> None:
+        """After it has ended by itself: to its first token. Raises LaunchError, as `start` and `wait_ready`."""
+        self.kill()
+        self.ready = False
+        self.start()
+        self.wait_ready()
 
     def start(self) -> None:
         """Start tritonserver; returns at once.
@@ -112,6 +120,7 @@ class TritonServer(ChildProcess):
 
     def drain(self) -> None:
         """Ask Triton to end: it takes no new requests, running ones may finish, and get an answer if they can't."""
+        self.asked_to_end = True
         if not self.running:
             return
         for model in self.models_with_engine:

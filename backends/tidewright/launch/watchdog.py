@@ -1,8 +1,9 @@
-"""Watches a server from outside, for what nobody inside can see: a dead or stuck stub. Loads its model again."""
+"""Watches a server from outside, for what nobody inside can see: a dead or stuck stub, or Triton itself gone."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 
 from tidewright.launch.control import (
@@ -23,6 +24,8 @@ PROBE_INTERVAL = 1.0  # seconds
 PROBE_TIMEOUT = 5.0  # seconds
 PATIENCE = 3  # probes in a row without an answer; then the stub is taken for stuck
 RELOAD_INTERVAL = 5.0  # seconds between attempts to load a model that would not load
+MAX_RESTARTS = 3  # of Triton, within RESTART_WINDOW; whoever started us may know better than to try once more
+RESTART_WINDOW = 600.0  # seconds
 
 
 class Watchdog:
@@ -30,10 +33,11 @@ class Watchdog:
         self._server, self._gateway, self._say = server, gateway, say
         self._silent = dict.fromkeys(("tokenizer", "failsafe", *server.models_with_engine), 0)
         self._missing: dict[str, float] = {}  # models to be loaded again, and when (time.monotonic())
+        self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)  # when (time.monotonic())
 
     def run(self) -> bool:
-        """Until Triton has ended by itself (False), or someone has asked for a drain (True)."""
-        while self._server.running:
+        """Until Triton ends and stays so (False), or someone has asked for a drain (True)."""
+        while self._server.running or self._start_again():
             for model in self._silent:
                 if self._probe(model):
                     return True
@@ -42,6 +46,27 @@ class Watchdog:
                 self._gateway.start()
             time.sleep(PROBE_INTERVAL)
         return False
+
+    def _start_again(self) -> bool:
+        """Triton aborts by itself when, for one, a stub is killed while it holds a lock of their shared memory."""
+        if self._server.asked_to_end:
+            return False
+        began = time.monotonic()
+        if len(self._restarts) == MAX_RESTARTS and began - self._restarts[0] < RESTART_WINDOW:
+            return False
+        self._restarts.append(began)
+        self._say(
+            f"tritonserver ended by itself with code {self._server.exit_code}; its requests are lost; starting it again"
+        )
+        try:
+            self._server.start_again()
+        except LaunchError as error:
+            self._say(f"tritonserver could not be started again: {error}")
+            return False
+        self._missing.clear()
+        self._silent = dict.fromkeys(self._silent, 0)
+        self._say(f"tritonserver is back after {time.monotonic() - began:.1f} s")
+        return True
 
     def _probe(self, model: str) -> bool:
         """True if the server drains."""
