@@ -1,0 +1,43 @@
+"""Who asks, and how much they may ask for. Made by whatever checks keys; read by limits, cache, queue and log."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated
+
+import msgspec
+
+_Positive = Annotated[float, msgspec.Meta(gt=0)]
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Role(Enum):
+    USE = "use"
+    ADMIN = "admin"
+    """May use the admin endpoints as well."""
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """None is no limit. Tokens are those of prompt and answer together."""
+
+    requests_per_second: _Positive | None = None
+    concurrent: _Count | None = None
+    """Requests that run or wait at one time."""
+    tokens_per_minute: _Count | None = None
+    tokens_per_day: _Count | None = None
+
+
+class Caller(msgspec.Struct, frozen=True):
+    key_id: str
+    """Names the key in logs; tells nothing of its secret."""
+    role: Role = Role.USE
+    limits: Limits = Limits()
+    """Of all requests with this key."""
+    user_limits: Limits = Limits()
+    """Of each `user` that its requests name."""
+    priority: int = 0
+    """Added to the request's own."""
+
+
+ANONYMOUS = Caller("anonymous", Role.ADMIN)
+"""Where no keys are asked for, which is on this machine only."""
