@@ -155,7 +155,7 @@ def test_a_stub_that_is_gone_or_stuck_is_replaced(
             before = len(said)
             stub_of(server, model).send_signal(number)
             deadline = time.monotonic() + 60
-            # Triton aborts, rarely, when a stub dies with a lock of their shared memory; then all of it is started again.
+            # Triton aborts, rarely, when a stub dies with a lock of their shared memory: then all is started again.
             while not any(line.startswith((f"{model} is back", "tritonserver is back")) for line in said[before:]):
                 why = (model, said, healthy(server.triton.http_url), "".join(server.triton.log_tail))
                 assert time.monotonic() < deadline, why
