@@ -1,0 +1,121 @@
+"""Places for generations: so many run at one time, others wait. Higher priority first; then whoever has least running."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from tidewright.failsafe.models import ModelError
+from tidewright.resilience.outcome import Outcome
+
+
+@dataclass(eq=False)
+class _Waiter:
+    caller: str
+    since: float
+    turn: asyncio.Future[None]
+
+
+class Gate:
+    """All of it belongs to one event loop. Times are the loop's, which is time.monotonic()."""
+
+    def __init__(self, capacity: Callable[[], int], max_waiting: int) -> None:
+        """`capacity`: places, as of now; it may change while requests run."""
+        self._capacity, self._max_waiting = capacity, max_waiting
+        self._running: Counter[str] = Counter()
+        self._waiting: dict[int, dict[str, deque[_Waiter]]] = {}  # by priority, then caller; none of them empty
+
+    @property
+    def num_running(self) -> int:
+        return self._running.total()
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(queue) for callers in self._waiting.values() for queue in callers.values())
+
+    @property
+    def share(self) -> float:
+        """Waiting requests, as a share of those that may wait."""
+        return self.num_waiting / self._max_waiting if self._max_waiting else 0.0
+
+    def wait(self, now: float) -> float:
+        """Seconds that the oldest has waited."""
+        heads = [queue[0].since for callers in self._waiting.values() for queue in callers.values()]
+        return now - min(heads, default=now)
+
+    @asynccontextmanager
+    async def place(self, caller: str, priority: int, until: float) -> AsyncGenerator[None, None]:
+        """Waits for a place and holds it. `until`: when to give up, on the loop's clock.
+
+        Raises:
+            ModelError: OVERLOADED; too many wait already, or none became free in time.
+        """
+        await self._enter(caller, priority, until)
+        try:
+            yield
+        finally:
+            self._leave(caller)
+
+    async def _enter(self, caller: str, priority: int, until: float) -> None:
+        if not self._waiting and self.num_running < self._capacity():
+            self._running[caller] += 1
+            return
+        if self.num_waiting >= self._max_waiting:
+            raise ModelError(f"{self._max_waiting} requests wait already (max_queue)", Outcome.OVERLOADED)
+        loop = asyncio.get_running_loop()
+        waiter = _Waiter(caller, loop.time(), loop.create_future())
+        self._waiting.setdefault(priority, {}).setdefault(caller, deque()).append(waiter)
+        self._admit()  # there may be more places than when the last one left
+        timer = loop.call_at(until, _time_out, waiter.turn)
+        try:
+            await waiter.turn
+        except asyncio.TimeoutError:
+            self._give_up(waiter, priority)
+            waited = loop.time() - waiter.since
+            raise ModelError(f"no place became free within {waited:.1f} s", Outcome.OVERLOADED) from None
+        except asyncio.CancelledError:
+            if waiter.turn.cancelled() or waiter.turn.exception():
+                self._give_up(waiter, priority)
+            else:  # its turn had come in the same moment
+                self._leave(caller)
+            raise
+        finally:
+            timer.cancel()
+
+    def _give_up(self, waiter: _Waiter, priority: int) -> None:
+        queue = self._waiting.get(priority, {}).get(waiter.caller)
+        if queue and waiter in queue:  # else its turn came, too late
+            queue.remove(waiter)
+            self._drop_empty(priority, waiter.caller)
+
+    def _leave(self, caller: str) -> None:
+        self._running[caller] -= 1
+        if not self._running[caller]:
+            del self._running[caller]
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting and self.num_running < self._capacity():
+            priority = max(self._waiting)
+            callers = self._waiting[priority]
+            caller = min(callers, key=lambda name: (self._running[name], callers[name][0].since))
+            waiter = callers[caller].popleft()
+            self._drop_empty(priority, caller)
+            if not waiter.turn.done():
+                self._running[caller] += 1
+                waiter.turn.set_result(None)
+
+    def _drop_empty(self, priority: int, caller: str) -> None:
+        callers = self._waiting[priority]
+        if not callers[caller]:
+            del callers[caller]
+        if not callers:
+            del self._waiting[priority]
+
+
+def _time_out(turn: asyncio.Future[None]) -> None:
+    if not turn.done():
+        turn.set_exception(asyncio.TimeoutError())

@@ -1,0 +1,142 @@
+"""Who gets a place next, and that no place is lost, however requests end."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Coroutine
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tidewright.failsafe.models import ModelError
+from tidewright.resilience.outcome import Outcome
+from tidewright_gateway.gate import Gate
+
+LATER = 1e9  # on any clock
+
+
+def run(work: Coroutine[Any, Any, Any]) -> Any:
+    return asyncio.run(asyncio.wait_for(work, 30))
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+class Requests:
+    """Requests that hold their place until they are told to end."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self.begun: list[str] = []
+        self.jobs: dict[str, asyncio.Task[None]] = {}
+        self._ends: dict[str, asyncio.Event] = {}
+
+    async def ask(self, name: str, caller: str = "a", priority: int = 0, until: float = LATER) -> None:
+        self._ends[name] = asyncio.Event()
+        self.jobs[name] = asyncio.create_task(self._run(name, caller, priority, until))
+        await settle()
+
+    async def _run(self, name: str, caller: str, priority: int, until: float) -> None:
+        async with self._gate.place(caller, priority, until):
+            self.begun.append(name)
+            await self._ends[name].wait()
+
+    async def end(self, name: str) -> None:
+        self._ends[name].set()
+        await settle()
+
+
+def test_higher_priority_first_then_who_has_least_then_the_oldest() -> None:
+    async def work() -> None:
+        requests = Requests(Gate(lambda: 2, 10))
+        await requests.ask("a1")
+        await requests.ask("b1", "b")
+        await requests.ask("a2")
+        await requests.ask("a3")
+        await requests.ask("b2", "b")
+        await requests.ask("c1", "c")
+        await requests.ask("urgent", "a", priority=1)
+        assert requests.begun == ["a1", "b1"]
+        await requests.end("b1")
+        assert requests.begun[2:] == ["urgent"]
+        await requests.end("urgent")  # a has one still; b and c none, and b asked earlier
+        assert requests.begun[3:] == ["b2"]
+        await requests.end("b2")
+        assert requests.begun[4:] == ["c1"]
+        await requests.end("a1")
+        assert requests.begun[5:] == ["a2"]
+        await requests.end("c1")
+        assert requests.begun[6:] == ["a3"]
+
+    run(work())
+
+
+def test_too_many_are_refused_and_nobody_waits_for_ever() -> None:
+    async def work() -> None:
+        gate = Gate(lambda: 1, 1)
+        requests = Requests(gate)
+        await requests.ask("runs")
+        await requests.ask("waits", until=asyncio.get_running_loop().time() + 0.05)
+        await requests.ask("refused")
+        with pytest.raises(ModelError, match=r"1 requests wait already \(max_queue\)") as caught:
+            await requests.jobs["refused"]
+        assert caught.value.outcome is Outcome.OVERLOADED
+        assert gate.share == 1.0
+        assert gate.wait(asyncio.get_running_loop().time() + 5) >= 5
+        with pytest.raises(ModelError, match="no place became free within") as caught:
+            await requests.jobs["waits"]
+        assert caught.value.outcome is Outcome.OVERLOADED
+        assert gate.num_waiting == 0
+        assert gate.wait(LATER) == 0
+        await requests.end("runs")
+        assert gate.num_running == 0
+
+    run(work())
+
+
+def test_more_places_are_used_when_somebody_asks() -> None:
+    async def work() -> None:
+        places = 1
+        requests = Requests(Gate(lambda: places, 10))
+        await requests.ask("1")
+        await requests.ask("2")
+        places = 3
+        await requests.ask("3")
+        assert sorted(requests.begun) == ["1", "2", "3"]
+
+    run(work())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(1, 4), st.integers(0, 6))
+def test_no_place_is_lost_or_given_twice(seed: int, places: int, max_waiting: int) -> None:
+    chance = random.Random(seed)
+
+    async def work() -> None:
+        gate = Gate(lambda: places, max_waiting)
+
+        async def request() -> None:
+            until = asyncio.get_running_loop().time() + chance.choice([0.0, 0.001, 1e3])
+            async with gate.place(chance.choice("abc"), chance.randrange(2), until):
+                assert gate.num_running <= places
+                for _ in range(chance.randrange(4)):
+                    await asyncio.sleep(0)
+
+        jobs = []
+        for _ in range(40):
+            jobs.append(asyncio.create_task(request()))
+            if chance.random() < 0.5:
+                await asyncio.sleep(0)
+            if chance.random() < 0.3:
+                chance.choice(jobs).cancel()
+            assert gate.num_waiting <= max_waiting
+        ended = await asyncio.gather(*jobs, return_exceptions=True)
+        assert all(isinstance(end, ModelError | asyncio.CancelledError | None) for end in ended), ended
+        assert (gate.num_running, gate.num_waiting) == (0, 0)
+
+    run(work())
