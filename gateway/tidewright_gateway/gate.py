@@ -1,4 +1,4 @@
-"""Places for generations: so many run at one time, others wait. Higher priority first; then whoever has least running."""
+"""Places for generations: so many run at one time, others wait. By priority, then by who has least running."""
 
 from __future__ import annotations
 
