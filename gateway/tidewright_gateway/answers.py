@@ -52,9 +52,12 @@ class Answer(ABC):
     prefix = ""
     whole_object = piece_object = ""
 
-    def __init__(self, request_id: str, model: str, num_logprobs: int | None, with_usage: bool) -> None:
+    def __init__(
+        self, request_id: str, model: str, num_logprobs: int | None, with_usage: bool, echoes: Sequence[str]
+    ) -> None:
+        """`echoes`: for each choice what is put before its text; empty if that was not asked for."""
         self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
-        self._num_logprobs, self._with_usage = num_logprobs, with_usage
+        self._num_logprobs, self._with_usage, self._echoes = num_logprobs, with_usage, echoes
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         parts = [self._whole_choice(choice) for choice in choices]
@@ -121,11 +124,6 @@ class ChatAnswer(Answer):
 
 class CompletionAnswer(Answer):
     prefix, whole_object, piece_object = "cmpl", "text_completion", "text_completion"
-
-    def __init__(self, *args: Any, echoes: Sequence[str] = ()) -> None:
-        """`echoes`: for each choice what is put before its text, if that was asked for."""
-        super().__init__(*args)
-        self._echoes = echoes
 
     def opening(self, index: int) -> bytes:
         if not self._echoes:

@@ -18,10 +18,11 @@ from tidewright_gateway.cluster import Cluster
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.edge import Edge
 from tidewright_gateway.errors import JSON, ApiError
-from tidewright_gateway.generation import Prompts
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.prompts import Prompts
 from tidewright_gateway.protocol import of_validation
 from tidewright_gateway.routes import make_router
+from tidewright_gateway.service import Service
 
 
 def make_app(settings: GatewaySettings) -> ASGIApp:
@@ -37,7 +38,7 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
         await cluster.stop()
 
     app = FastAPI(title="Tidewright", version=__version__, lifespan=lifespan, redoc_url=None)
-    app.include_router(make_router(settings, cluster, prompts, metrics))
+    app.include_router(make_router(settings, cluster, prompts, Service(settings, cluster, prompts, metrics)))
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:

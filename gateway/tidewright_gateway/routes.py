@@ -10,22 +10,22 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from tidewright.schema import SamplingParams
-from tidewright_gateway.answers import Answer, ChatAnswer, CompletionAnswer
+from tidewright_gateway.answers import ChatAnswer, CompletionAnswer
+from tidewright_gateway.callers import ANONYMOUS
 from tidewright_gateway.cluster import Cluster
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.edge import ClientGoneError, unless_client_leaves
 from tidewright_gateway.errors import JSON, ApiError, invalid
-from tidewright_gateway.generation import Generator, Prompts, Work, make_work
-from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.prompts import Prompts
 from tidewright_gateway.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from tidewright_gateway.rendering import stream, whole
+from tidewright_gateway.service import Service
 
 _EVENT_STREAM = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # a proxy must not wait for more
 ]
-_DEFAULT_COMPLETION = 16  # tokens, as OpenAI's
 
 
 class EventStream(Response):
@@ -56,79 +56,33 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def make_router(settings: GatewaySettings, cluster: Cluster, prompts: Prompts, metrics: Metrics) -> APIRouter:
-    router, generator = APIRouter(), Generator(cluster, metrics)
+def make_router(settings: GatewaySettings, cluster: Cluster, prompts: Prompts, service: Service) -> APIRouter:
+    router = APIRouter()
 
-    def check_model(name: str | None) -> None:
-        if name is not None and name != settings.model_name:
-            message = f"there is no model {name!r} here; this gateway serves {settings.model_name!r}"
-            raise ApiError(404, message, code="model_not_found", param="model")
-
-    def check_size(num_prompts: int, n: int) -> None:
-        if n < 1:
-            raise invalid("n must be at least 1", "n")
-        if num_prompts * n > settings.max_choices:
-            raise invalid(f"{num_prompts} prompts times n = {n} is more than {settings.max_choices} (max_choices)", "n")
-
-    def work_of(request: Request, token_ids: list[list[int]], sampling: SamplingParams, n: int) -> Work:
+    async def respond(
+        request: Request, body: ChatRequest | CompletionRequest, kind: type[ChatAnswer] | type[CompletionAnswer]
+    ) -> Response:
         state = request.scope["state"]
-        return make_work(
-            state["request_id"],
-            token_ids,
-            sampling,
-            n,
-            max_model_len=cluster.max_model_len,
-            longest=settings.request_timeout,
-            arrived_at=state["arrived_at"],
-        )
-
-    async def respond(request: Request, work: Work, answer: Answer, stream: bool) -> Response:
+        with_usage = wants_usage(body)
+        work = await service.open(body, ANONYMOUS, state["request_id"], state["arrived_at"])
+        answer = kind(work.request_id, settings.model_name, body.num_logprobs(), with_usage, work.echoes)
         try:
-            if stream:
-                return await EventStream.begun(request.receive, generator.stream(work, answer))
-            body = await unless_client_leaves(request.receive, generator.whole(work, answer))
-            return Response(body, media_type=JSON)
+            if body.stream:
+                return await EventStream.begun(request.receive, stream(service, work, answer))
+            content = await unless_client_leaves(request.receive, whole(service, work, answer))
+            return Response(content, media_type=JSON)
         except ClientGoneError:  # nobody reads it, but the log and the metrics do
             raise ApiError(499, "the client has left", code="cancelled") from None
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """The model's answer to a chat, whole or as server-sent events."""
-        check_model(body.model)
-        n = 1 if body.n is None else body.n
-        check_size(1, n)
-        prompt = await prompts.of_chat(body.messages)
-        sampling = body.sampling(max(cluster.max_model_len - len(prompt), 1))
-        work = work_of(request, [prompt], sampling, n)
-        answer = ChatAnswer(
-            request.scope["state"]["request_id"], settings.model_name, sampling.logprobs, wants_usage(body)
-        )
-        return await respond(request, work, answer, bool(body.stream))
+        return await respond(request, body, ChatAnswer)
 
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """What the model writes behind a prompt, or behind each of several; a prompt is text or token ids."""
-        check_model(body.model)
-        texts, n = body.prompts, 1 if body.n is None else body.n
-        if not texts:
-            raise invalid("prompt is an empty list; send at least one prompt", "prompt")
-        check_size(len(texts), n)
-        sampling = body.sampling(_DEFAULT_COMPLETION)
-        token_ids = [await prompts.of_text(text) for text in texts]
-        work = work_of(request, token_ids, sampling, n)
-        echoes: list[str] = []
-        if body.echo:
-            decode = prompts.tokenizer.decode
-            shown = [text if isinstance(text, str) else decode(text) for text in texts]
-            echoes = [text for text in shown for _ in range(n)]
-        answer = CompletionAnswer(
-            request.scope["state"]["request_id"],
-            settings.model_name,
-            sampling.logprobs,
-            wants_usage(body),
-            echoes=echoes,
-        )
-        return await respond(request, work, answer, bool(body.stream))
+        return await respond(request, body, CompletionAnswer)
 
     @router.post("/v1/embeddings")
     async def embeddings() -> Response:
@@ -151,13 +105,13 @@ def make_router(settings: GatewaySettings, cluster: Cluster, prompts: Prompts, m
 
     @router.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        check_model(name)
+        service.check_model(name)
         return described()
 
     @router.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """Token ids of a prompt, or of a chat in the model's template."""
-        check_model(body.model)
+        service.check_model(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("send either prompt or messages", "prompt")
         if body.messages is not None:
@@ -169,7 +123,7 @@ def make_router(settings: GatewaySettings, cluster: Cluster, prompts: Prompts, m
     @router.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
         """The text of token ids."""
-        check_model(body.model)
+        service.check_model(body.model)
         return {"prompt": prompts.tokenizer.decode(await prompts.of_text(body.tokens), skip_special_tokens=False)}
 
     return router

@@ -1,0 +1,63 @@
+"""From the replies of a request's generations to its answer, whole or as server-sent events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from tidewright.failsafe.models import ModelError
+from tidewright_gateway.answers import DONE, Answer, Choice, Usage, event
+from tidewright_gateway.errors import of_model
+from tidewright_gateway.service import Service, Work
+
+
+async def whole(service: Service, work: Work, answer: Answer) -> bytes:
+    """The whole answer; closes the work.
+
+    Raises:
+        ApiError: one of its generations failed; the others are given up.
+    """
+    choices = [Choice(index) for index in range(len(work.tasks))]
+    try:
+        async with aclosing(service.replies(work)) as replies:
+            async for index, reply in replies:
+                choices[index].take(reply)
+    except ModelError as error:
+        raise of_model(error) from None
+    finally:
+        await service.close(work, _generated(choices))
+    return answer.whole(choices, Usage(work.num_prompt_tokens, _generated(choices)))
+
+
+async def stream(service: Service, work: Work, answer: Answer) -> AsyncGenerator[bytes, None]:
+    """The answer as server-sent events, the first of which says that a replica took the request; closes the work.
+
+    Raises:
+        ApiError: before the first event only; later the error is an event.
+    """
+    choices = [Choice(index) for index in range(len(work.tasks))]
+    began = False
+    try:
+        async with aclosing(service.replies(work)) as replies:
+            async for index, reply in replies:
+                if not began:
+                    began = True
+                    for choice in choices:
+                        if opening := answer.opening(choice.index):
+                            yield opening
+                choice = choices[index]
+                yield answer.piece(choice, reply, choice.take(reply))
+    except ModelError as error:
+        if not began:
+            raise of_model(error) from None
+        yield event(of_model(error).body)
+        return
+    finally:
+        await service.close(work, _generated(choices))
+    if ending := answer.usage(Usage(work.num_prompt_tokens, _generated(choices))):
+        yield ending
+    yield DONE
+
+
+def _generated(choices: Sequence[Choice]) -> int:
+    return sum(choice.num_tokens for choice in choices)
