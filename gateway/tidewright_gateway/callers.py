@@ -36,7 +36,7 @@ class Caller(msgspec.Struct, frozen=True):
     user_limits: Limits = Limits()
     """Of each `user` that its requests name."""
     priority: int = 0
-    """Added to the request's own."""
+    """Added to the request's own; lower goes first."""
 
 
 ANONYMOUS = Caller("anonymous", Role.ADMIN)

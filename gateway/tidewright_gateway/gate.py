@@ -26,7 +26,7 @@ class Gate:
         """`capacity`: places, as of now; it may change while requests run."""
         self._capacity, self._max_waiting = capacity, max_waiting
         self._running: Counter[str] = Counter()
-        self._waiting: dict[int, dict[str, deque[_Waiter]]] = {}  # by priority, then caller; none of them empty
+        self._waiting: dict[int, dict[str, deque[_Waiter]]] = {}  # by priority (lower first), then caller; none empty
 
     @property
     def num_running(self) -> int:
@@ -99,7 +99,7 @@ class Gate:
 
     def _admit(self) -> None:
         while self._waiting and self.num_running < self._capacity():
-            priority = max(self._waiting)
+            priority = min(self._waiting)
             callers = self._waiting[priority]
             caller = min(callers, key=lambda name: (self._running[name], callers[name][0].since))
             waiter = callers[caller].popleft()

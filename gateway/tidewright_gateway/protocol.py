@@ -6,6 +6,7 @@ checks them.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from typing import Any, Literal
 
@@ -19,17 +20,19 @@ Number = StrictFloat | StrictInt
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class StreamOptions(_Strict):
     include_usage: StrictBool = False
+    """A last event before the end tells the tokens used."""
 
 
 class JsonSchema(_Strict):
     name: StrictStr = ""
     description: StrictStr | None = None
     schema_: dict[str, Any] = Field(alias="schema")
+    """The JSON schema that the answer follows."""
     strict: StrictBool | None = None
 
 
@@ -42,34 +45,62 @@ class _Generation(_Strict, ABC):
     """What both endpoints share."""
 
     model: StrictStr
+    """Its name, as /v1/models tells it."""
     max_tokens: StrictInt | None = None
+    """Longest answer in tokens; without it a chat's may fill the context, a completion's has 16."""
     temperature: Number | None = None
+    """0 takes the likeliest token each time; 1, the default, samples as the model says."""
     top_p: Number | None = None
+    """Sample from the likeliest tokens that together have this probability."""
     n: StrictInt | None = None
+    """Answers to each prompt; with a seed, each further one has the next seed."""
     stop: StrictStr | list[StrictStr] | None = None
+    """The answer ends before any of these texts."""
     seed: StrictInt | None = None
+    """Makes sampling repeatable."""
     presence_penalty: Number | None = None
+    """Taken from the logits of tokens that the answer has."""
     frequency_penalty: Number | None = None
+    """The same, for each time that it has them."""
     logit_bias: dict[StrictStr, Number] | None = None
+    """Token ids, and what is added to their logits."""
     stream: StrictBool | None = None
+    """Answer with server-sent events as tokens come."""
     stream_options: StreamOptions | None = None
+    """Only with stream: true."""
     response_format: ResponseFormat | None = None
-    user: StrictStr | None = Field(None, description="Shares no KV cache with others.")
+    """JSON, or JSON of a schema."""
+    user: StrictStr | None = None
+    """Whom the request is made for: has limits of its own within the key's, and shares no KV cache with others."""
 
     top_k: StrictInt | None = None
+    """Sample from so many of the likeliest tokens; 0 is all."""
     min_p: Number | None = None
+    """Leave out tokens less likely than this times the likeliest."""
     repetition_penalty: Number | None = None
+    """Divides the logits of tokens that prompt or answer have."""
     min_tokens: StrictInt | None = None
+    """No end before so many tokens."""
     stop_token_ids: list[StrictInt] | None = None
+    """The answer ends at any of these tokens."""
     ignore_eos: StrictBool | None = None
+    """The model's own end does not end the answer."""
     bad_words: list[StrictStr] | None = None
+    """Texts that the answer does not have."""
     guided_json: dict[str, Any] | StrictStr | None = None
+    """A JSON schema that the answer follows."""
     guided_regex: StrictStr | None = None
+    """A regular expression that the answer matches."""
     guided_grammar: StrictStr | None = None
+    """A Lark grammar that the answer follows."""
     guided_choice: list[StrictStr] | None = None
+    """The answer is one of these."""
     priority: StrictInt | None = None
-    timeout: Number | None = Field(None, description="Seconds; what there is by then is the answer.")
+    """Lower goes first when requests wait; the key's own is added."""
+    timeout: Number | None = None
+    """Seconds; what there is by then is the answer."""
     cache_salt: StrictStr | None = None
+    """Requests share a KV cache only with those of the same salt."""
 
     @abstractmethod
     def num_logprobs(self) -> int | None:
@@ -84,7 +115,7 @@ class _Generation(_Strict, ABC):
         fields = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
         fields.setdefault("max_tokens", max_tokens)
         if self.user and not self.cache_salt:
-            fields["cache_salt"] = self.user[:256]
+            fields["cache_salt"] = hashlib.sha256(self.user.encode()).hexdigest()
         if (logprobs := self.num_logprobs()) is not None:
             fields["logprobs"] = logprobs
         if (schema := self._schema()) is not None:
@@ -137,9 +168,13 @@ class Message(_Strict):
 
 class ChatRequest(_Generation):
     messages: list[Message] = Field(min_length=1)
+    """The chat so far."""
     max_completion_tokens: StrictInt | None = None
+    """OpenAI's newer name of max_tokens."""
     logprobs: StrictBool | None = None
+    """Tell the log-probability of each token."""
     top_logprobs: StrictInt | None = None
+    """And those of so many of the likeliest."""
 
     def num_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -156,9 +191,13 @@ class ChatRequest(_Generation):
 
 class CompletionRequest(_Generation):
     prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+    """Text or token ids, or a list of either."""
     logprobs: StrictInt | None = None
+    """Tell the log-probability of each token, and of so many of the likeliest."""
     echo: StrictBool | None = None
+    """Put the prompt before the answer."""
     best_of: StrictInt | None = None
+    """Refused unless it is n."""
 
     def num_logprobs(self) -> int | None:
         return self.logprobs

@@ -51,7 +51,7 @@ class Requests:
         await settle()
 
 
-def test_higher_priority_first_then_who_has_least_then_the_oldest() -> None:
+def test_lower_priority_first_then_who_has_least_then_the_oldest() -> None:
     async def work() -> None:
         requests = Requests(Gate(lambda: 2, 10))
         await requests.ask("a1")
@@ -60,7 +60,7 @@ def test_higher_priority_first_then_who_has_least_then_the_oldest() -> None:
         await requests.ask("a3")
         await requests.ask("b2", "b")
         await requests.ask("c1", "c")
-        await requests.ask("urgent", "a", priority=1)
+        await requests.ask("urgent", "a", priority=-1)
         assert requests.begun == ["a1", "b1"]
         await requests.end("b1")
         assert requests.begun[2:] == ["urgent"]
