@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tidewright.cache import EMBEDDED_MODEL
@@ -22,8 +24,27 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
         EMBEDDED_MODEL, description="The model that the replicas serve, as they name it: its tokenizer is needed."
     )
     served_model_name: str = Field("", description="Its name in the API; empty for the last part of `model`.")
-    host: str = Field("127.0.0.1", description="Address that the gateway listens on, of this machine only.")
+    host: str = Field(
+        "127.0.0.1",
+        description="Address that the gateway listens on; one that other machines reach needs `keys` or `jwt_jwks`.",
+    )
     port: int = Field(8080, ge=1, le=65535, description="The gateway's port.")
+    keys: str = Field(
+        "",
+        repr=False,  # there may be a password in it
+        description="API keys that `tidewright keys` made: a YAML file, or redis://HOST:PORT/DB. Empty: "
+        "none are asked for.",
+    )
+    jwt_jwks: str = Field(
+        "", description="Public keys of an OpenID provider whose JWTs are taken as well: a URL, or a file. Empty: none."
+    )
+    jwt_issuer: str = Field("", description="The iss that a JWT must have.")
+    jwt_audience: str = Field("", description="The aud that a JWT must have: this gateway's name at the provider.")
+    jwt_role_claim: str = Field(
+        "tidewright_role", description="Claim of a JWT that names the role admin, alone or in a list; others may use."
+    )
+    tls_cert: str = Field("", description="PEM file of the certificate and its chain, for HTTPS. Empty: plain HTTP.")
+    tls_key: str = Field("", description="PEM file of the certificate's private key, without a passphrase.")
     replicas: str = Field(
         "127.0.0.1:8001", description="Tritons to send requests to: gRPC addresses HOST:PORT, separated by commas."
     )
@@ -63,20 +84,6 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
     )
     log_level: Literal["info", "warning", "error"] = Field("warning", description="Lowest level to log.")
 
-    @field_validator("host")
-    @classmethod
-    def _only_this_machine_comes_in(cls, value: str) -> str:
-        try:
-            is_loopback = value == "localhost" or ipaddress.ip_address(value).is_loopback
-        except ValueError:
-            is_loopback = False
-        if not is_loopback:
-            raise ValueError(
-                f"{value} can be reached from other machines, and the gateway can't ask for keys yet; "
-                "listen on 127.0.0.1 and put a proxy that asks for them in front"
-            )
-        return value
-
     @field_validator("replicas")
     @classmethod
     def _replicas_are_addresses(cls, value: str) -> str:
@@ -91,6 +98,42 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
             raise ValueError("names a replica twice")
         return value
 
+    @model_validator(mode="after")
+    def _others_need_a_key(self) -> GatewaySettings:
+        if not (self.keys or self.jwt_jwks or _is_loopback(self.host)):
+            raise ValueError(
+                f"host is {self.host}, which other machines can reach, but no keys are asked for; set keys "
+                "(`tidewright keys create` makes the first) or jwt_jwks, or listen on 127.0.0.1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _keys_can_be_found(self) -> GatewaySettings:
+        if "://" in self.keys and not self.keys.startswith(("redis://", "rediss://")):
+            raise ValueError("keys is neither the path of a file nor redis://HOST:PORT/DB nor rediss://HOST:PORT/DB")
+        if (bool(self.jwt_jwks), bool(self.jwt_issuer)) != (bool(self.jwt_audience),) * 2:
+            raise ValueError("jwt_jwks, jwt_issuer and jwt_audience go together: set all three or none")
+        url = urlsplit(self.jwt_jwks) if "://" in self.jwt_jwks else None
+        if url and url.scheme != "https" and not (url.scheme == "http" and _is_loopback(url.hostname or "")):
+            raise ValueError("jwt_jwks must be https://..., or whoever is on the way could put keys of their own in")
+        return self
+
+    @model_validator(mode="after")
+    def _certificate_is_whole(self) -> GatewaySettings:
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ValueError("tls_cert and tls_key go together: set both or none")
+        if self.tls_cert:
+            for name, path in (("tls_cert", self.tls_cert), ("tls_key", self.tls_key)):
+                if not Path(path).is_file():
+                    raise ValueError(f"{name}: no such file: {path}")
+            try:  # a passphrase would be asked for on the terminal, which a server has none of
+                ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self.tls_cert, self.tls_key, password="")
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"tls_cert and tls_key are no certificate and its key in PEM, without a passphrase: {error}"
+                ) from None
+        return self
+
     @property
     def model_name(self) -> str:
         return self.served_model_name or Path(self.model).name
@@ -98,3 +141,10 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
 
 def split_addresses(text: str) -> list[str]:
     return [address for part in text.split(",") if (address := part.strip())]
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -36,7 +36,8 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"Retry-After": str(max(math.ceil(self.retry_after), 1))}
+        headers = {} if self.retry_after is None else {"Retry-After": str(max(math.ceil(self.retry_after), 1))}
+        return {**headers, "WWW-Authenticate": "Bearer"} if self.status == 401 else headers
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:

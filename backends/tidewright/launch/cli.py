@@ -23,6 +23,7 @@ class _LazyGroup(click.Group):
         "export-onnx": "tidewright.launch.export_command",
         "gateway": "tidewright.launch.gateway_command",
         "health": "tidewright.launch.health_commands",
+        "keys": "tidewright.launch.keys_command",
         "serve": "tidewright.launch.serve_command",
         "worker": "tidewright.launch.worker_command",
     }

@@ -1,0 +1,57 @@
+"""From a request's Authorization header to who calls."""
+
+from __future__ import annotations
+
+from tidewright_gateway.auth.errors import MISSING, WRONG, unauthorized
+from tidewright_gateway.auth.keyring import Keyring
+from tidewright_gateway.auth.keys import KEY_PREFIX
+from tidewright_gateway.auth.stores import open_store
+from tidewright_gateway.auth.tokens import TokenChecker
+from tidewright_gateway.callers import ANONYMOUS, Caller, Role
+from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.errors import ApiError
+
+_LONGEST = 8192  # characters; nothing longer is a token
+
+
+class Authenticator:
+    def __init__(self, settings: GatewaySettings) -> None:
+        """Reads keys and JWKS. AuthSetupError: they can't be read."""
+        self._parts: list[Keyring | TokenChecker] = []
+        if settings.keys:
+            self._parts.append(Keyring(open_store(settings.keys)))
+        if settings.jwt_jwks:
+            self._parts.append(
+                TokenChecker(settings.jwt_jwks, settings.jwt_issuer, settings.jwt_audience, settings.jwt_role_claim)
+            )
+
+    async def start(self) -> None:
+        """From now on keys that change are noticed."""
+        for part in self._parts:
+            part.start()
+
+    async def stop(self) -> None:
+        for part in self._parts:
+            await part.stop()
+
+    async def caller(self, authorization: str | None) -> Caller:
+        """Who sent this header; ANONYMOUS, if neither keys nor JWTs are asked for.
+
+        Raises:
+            ApiError: 401, no key or one that is not good; 503, too many unknown keys are being checked.
+        """
+        if not self._parts:
+            return ANONYMOUS
+        scheme, _, credential = (authorization or "").strip().partition(" ")
+        credential = credential.strip()
+        if scheme.lower() != "bearer" or not credential:
+            raise unauthorized(MISSING)
+        if len(credential) > _LONGEST or not credential.isascii():
+            raise unauthorized(WRONG)
+        return await self._parts[0 if credential.startswith(KEY_PREFIX) else -1].caller(credential)
+
+
+def require_admin(caller: Caller) -> None:
+    """Raises ApiError, 403: its role is another."""
+    if caller.role is not Role.ADMIN:
+        raise ApiError(403, "this needs a key with the role admin", code="admin_required")

@@ -1,0 +1,16 @@
+"""What is wrong with keys: of a request, or of the configuration."""
+
+from __future__ import annotations
+
+from tidewright_gateway.errors import ApiError
+
+MISSING = "send a key with the header Authorization: Bearer <key>"
+WRONG = "this key or token is not known here; send one that is"
+
+
+class AuthSetupError(Exception):
+    """Keys can't be read or written; the message says where, and holds nothing secret."""
+
+
+def unauthorized(message: str) -> ApiError:
+    return ApiError(401, message, code="invalid_api_key")

@@ -1,0 +1,96 @@
+"""API keys and their entries: what a key looks like, what is kept of it, and whether one fits."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import Annotated
+
+import msgspec
+from argon2 import PasswordHasher, extract_parameters
+from argon2.exceptions import InvalidHashError, VerificationError
+
+from tidewright_gateway.callers import ANONYMOUS, Caller, Limits, Role
+
+KEY_PREFIX = "tw-"
+_ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_SECRET_BYTES = 32
+# Each secret has the same length, so that its own hyphens and those of the id can't be mistaken for the one between.
+_KEY = re.compile(rf"{KEY_PREFIX}({_ID})-([A-Za-z0-9_-]{{43}})")
+MOST_HASHES = 2
+
+# A slow hash protects passwords, which can be guessed. 256 random bits can't, so this one is as cheap as argon2 gets
+# without being pointless (about 4 ms): each key that is new to a process, right or wrong, costs that much.
+_HASHER = PasswordHasher(time_cost=1, memory_cost=8 * 1024, parallelism=1)
+_NOBODYS = _HASHER.hash(secrets.token_urlsafe(_SECRET_BYTES))
+
+
+class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """All that is kept of a key. ValueError, if made with what can't be right."""
+
+    id: str
+    hashes: Annotated[tuple[str, ...], msgspec.Meta(min_length=1, max_length=MOST_HASHES)]
+    """Of the newest secret, and during a rotation of the one before."""
+    role: Role = Role.USE
+    limits: Limits = Limits()
+    user_limits: Limits = Limits()
+    priority: int = 0
+    expires: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    disabled: bool = False
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(_ID, self.id):
+            raise ValueError(
+                f"{self.id!r} can't be an id: it is 1 to 64 letters, digits, dots, hyphens and underscores, "
+                "and begins with a letter or digit"
+            )
+        if self.id == ANONYMOUS.key_id:
+            raise ValueError(f"the id {self.id} is taken: it names callers without a key; choose another")
+        for text in self.hashes:
+            try:
+                extract_parameters(text)
+            except InvalidHashError:
+                raise ValueError(
+                    "one of the hashes is not argon2's; `tidewright keys rotate` makes a new one"
+                ) from None
+
+    @property
+    def caller(self) -> Caller:
+        return Caller(self.id, self.role, self.limits, self.user_limits, self.priority)
+
+    @property
+    def trouble(self) -> str:
+        """Why a key that fits is refused all the same; empty if it is not."""
+        if self.disabled:
+            return "this key is disabled; ask whoever gave it to you"
+        if self.expires and self.expires <= datetime.now(timezone.utc):
+            return f"this key expired at {self.expires.isoformat()}; ask for a new one"
+        return ""
+
+
+def make_key(key_id: str) -> tuple[str, str]:
+    """A new key, which is to be shown once, and the hash of its secret, which is to be kept."""
+    secret = secrets.token_urlsafe(_SECRET_BYTES)
+    return f"{KEY_PREFIX}{key_id}-{secret}", _HASHER.hash(secret)
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """Its id and secret, if it looks like a key at all."""
+    match = _KEY.fullmatch(key)
+    return (match[1], match[2]) if match else None
+
+
+def fits(secret: str, hashes: Sequence[str]) -> bool:
+    """Takes milliseconds. A wrong secret costs the same whether its id has no, one or two hashes."""
+    padded = [*hashes, *[_NOBODYS] * (MOST_HASHES - len(hashes))]
+    return any([_fits(secret, text) for text in padded][: len(hashes)])
+
+
+def _fits(secret: str, text: str) -> bool:
+    try:
+        return _HASHER.verify(text, secret)  # compares in constant time
+    except VerificationError:
+        return False

@@ -1,0 +1,262 @@
+"""Where key entries are kept: a YAML file or Redis. Both are read by the gateway and written by `tidewright keys`."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
+
+import msgspec
+import redis
+import yaml
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from tidewright_gateway.auth.errors import AuthSetupError
+from tidewright_gateway.auth.keys import KeyEntry
+
+REDIS_HASH = "tidewright:keys"
+_REDIS_TIMEOUT = 2.0  # seconds
+_HEADER = """\
+# API keys of Tidewright's gateway, made by `tidewright keys`, which keeps no comments: use `note`.
+# What changes here is in force within a second. docs/keys.md says what an entry may have.
+"""
+
+Entries = dict[str, KeyEntry]
+Change = Callable[[KeyEntry | None], KeyEntry | None]
+
+
+def open_store(where: str) -> KeyStore:
+    """`where` is the option `keys`. Reads nothing yet."""
+    if where.startswith(("redis://", "rediss://")):
+        return RedisStore(where)
+    return FileStore(Path(where))
+
+
+class KeyStore(ABC):
+    """Blocks while it reads or writes; errors are AuthSetupError."""
+
+    name: str
+    """For messages; holds no password."""
+
+    @abstractmethod
+    def read(self) -> tuple[Entries, list[str]] | None:
+        """All entries, and what is wrong with those left out; None if all is as at the last call."""
+
+    @abstractmethod
+    def change(self, key_id: str, change: Change) -> None:
+        """Puts what `change` makes of the entry, None being no entry. Nobody else's change is lost."""
+
+
+class FileStore(KeyStore):
+    """A file with one fault is refused whole: which of its keys are meant can't be known."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self._path = str(path), path
+        self._seen: tuple[int, ...] = ()
+        self._fault: AuthSetupError | None = None
+
+    def read(self) -> tuple[Entries, list[str]] | None:
+        try:
+            with self._path.open("rb") as file:
+                # Before its content, so that what is written while it is read is seen the next time.
+                seen = _signature(file)
+                if seen == self._seen:
+                    if self._fault:
+                        raise self._fault
+                    return None
+                content = file.read()
+        except FileNotFoundError:
+            hint = f"`tidewright keys create ID --keys {self.name}` makes it"
+            raise AuthSetupError(f"{self.name}: there is no such file; {hint}") from None
+        except OSError as error:
+            raise AuthSetupError(f"{self.name}: {error.strerror}") from None
+        self._seen, self._fault = seen, None
+        try:
+            return _parse(content, self.name), []
+        except AuthSetupError as error:
+            self._fault = error
+            raise
+
+    def change(self, key_id: str, change: Change) -> None:
+        path = self._path.resolve()  # a link to a file stays one
+        try:
+            with _locked(path.parent):
+                exists = path.exists()
+                entries = _parse(path.read_bytes(), self.name) if exists else {}
+                if (entry := change(entries.pop(key_id, None))) is not None:
+                    entries[key_id] = entry
+                _replace(path, _text(entries), path.stat().st_mode & 0o777 if exists else 0o600)
+        except OSError as error:
+            raise AuthSetupError(f"{self.name}: {error.strerror}") from None
+
+
+class RedisStore(KeyStore):
+    """One hash, key id to JSON. Gateways share it, so a broken entry costs only its own key."""
+
+    def __init__(self, url: str) -> None:
+        try:
+            parts = urlsplit(url)
+            port = f":{parts.port}" if parts.port else ""
+            self._redis = redis.Redis.from_url(
+                url,
+                socket_timeout=_REDIS_TIMEOUT,
+                socket_connect_timeout=_REDIS_TIMEOUT,
+                retry=Retry(NoBackoff(), 1),
+            )
+        except ValueError:
+            raise AuthSetupError("keys: this is no address of a Redis, such as redis://127.0.0.1:6379/0") from None
+        self.name = f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
+        self._seen: dict[bytes, bytes] | None = None
+        self._entries: Entries = {}
+
+    def read(self) -> tuple[Entries, list[str]] | None:
+        try:
+            fields: dict[bytes, bytes] = self._redis.hgetall(REDIS_HASH)  # type: ignore[assignment]
+        except redis.RedisError as error:
+            raise self._unreachable(error) from None
+        if fields == self._seen:
+            return None
+        entries: Entries = {}
+        faults = []
+        for field, value in fields.items():
+            key_id = field.decode(errors="replace")
+            known = self._entries.get(key_id) if self._seen and self._seen.get(field) == value else None
+            try:
+                entries[key_id] = known or self._decode(key_id, value)
+            except AuthSetupError as error:
+                faults.append(str(error))
+        self._seen, self._entries = fields, entries
+        return entries, faults
+
+    def change(self, key_id: str, change: Change) -> None:
+        def put(pipe: Any) -> None:
+            value = pipe.hget(REDIS_HASH, key_id)
+            entry = change(None if value is None else self._decode(key_id, value))
+            pipe.multi()
+            if entry is None:
+                pipe.hdel(REDIS_HASH, key_id)
+            else:
+                pipe.hset(REDIS_HASH, key_id, msgspec.json.encode(entry))
+
+        try:
+            self._redis.transaction(put, REDIS_HASH)
+        except redis.RedisError as error:
+            raise self._unreachable(error) from None
+
+    def _decode(self, key_id: str, value: bytes) -> KeyEntry:
+        try:
+            entry = msgspec.json.decode(value, type=KeyEntry)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise AuthSetupError(f"{self.name}: {REDIS_HASH}: entry {key_id!r}: {error}") from None
+        if entry.id != key_id:
+            raise AuthSetupError(f"{self.name}: {REDIS_HASH}: entry {key_id!r} says that its id is {entry.id!r}")
+        return entry
+
+    def _unreachable(self, error: redis.RedisError) -> AuthSetupError:
+        return AuthSetupError(f"{self.name}: {error}")
+
+
+def _signature(file: BinaryIO) -> tuple[int, ...]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
+
+
+def _parse(content: bytes, name: str) -> Entries:
+    try:
+        root = yaml.compose(content, getattr(yaml, "CBaseLoader", yaml.BaseLoader))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise AuthSetupError(f"{name}{line}: not YAML: {getattr(error, 'problem', None) or error}") from None
+    top = root.value if isinstance(root, yaml.MappingNode) else []
+    if len(top) != 1 or top[0][0].value != "keys" or not isinstance(top[0][1], yaml.SequenceNode):
+        raise AuthSetupError(f"{name}:1: must have `keys:` with a list of entries, and nothing else")
+
+    entries: Entries = {}
+    for node in top[0][1].value:
+        try:
+            entry = msgspec.convert(_plain(node), KeyEntry, strict=False)
+            if entry.id in entries:
+                raise _FaultError(node, f"there are two entries with the id {entry.id}")
+        except msgspec.ValidationError as error:
+            raise AuthSetupError(f"{name}:{_line(node, str(error))}: {error}") from None
+        except _FaultError as error:
+            raise AuthSetupError(f"{name}:{error.line}: {error}") from None
+        entries[entry.id] = entry
+    return entries
+
+
+class _FaultError(Exception):
+    def __init__(self, node: yaml.Node, message: str) -> None:
+        super().__init__(message)
+        self.line = node.start_mark.line + 1
+
+
+def _plain(node: yaml.Node) -> Any:
+    """All scalars as text, for YAML's own guesses (a date, 1_0, no) would be one more thing to know of."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(item) for item in node.value]
+    if not isinstance(node, yaml.MappingNode):
+        return node.value
+    values: dict[str, Any] = {}
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise _FaultError(key, "a field's name must be text")
+        if key.value in values:
+            raise _FaultError(key, f"{key.value} is there twice")
+        values[key.value] = _plain(value)
+    return values
+
+
+def _line(node: yaml.Node, message: str = "") -> int:
+    """Of what msgspec's message is about: it ends with a path such as `$.limits.concurrent`."""
+    path = re.search(r"at `\$([^`]*)`$", message)
+    names = re.findall(r"\w+", path[1]) if path else []
+    if unknown := re.search(r"unknown field `([^`]*)`", message):
+        names.append(unknown[1])
+    for name in names:
+        if isinstance(node, yaml.SequenceNode):
+            node = node.value[int(name)]
+        elif isinstance(node, yaml.MappingNode):
+            key, value = next((pair for pair in node.value if pair[0].value == name), (node, node))
+            node = value if isinstance(value, yaml.CollectionNode) and value.value else key
+    return int(node.start_mark.line) + 1
+
+
+def _text(entries: Entries) -> str:
+    document = {"keys": [msgspec.to_builtins(entry) for entry in entries.values()]}
+    return _HEADER + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def _replace(path: Path, text: str, mode: int) -> None:
+    """At once: whoever reads sees the old file or the new one."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One change at a time. The folder, for the file itself is replaced."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

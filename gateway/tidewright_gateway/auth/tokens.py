@@ -1,0 +1,152 @@
+"""JWTs of an OpenID provider as bearer tokens: signed by one of its keys, for this gateway, and not expired."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jwt
+import msgspec
+
+from tidewright_gateway.auth.errors import WRONG, AuthSetupError, unauthorized
+from tidewright_gateway.callers import Caller, Role
+
+log = logging.getLogger(__name__)
+
+# Only what a key of this type signs: a token that names another algorithm than its key's is forged. No HMAC, whose
+# secret would be the public key.
+_ALGORITHMS = {
+    "RSA": ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+    "EC": ("ES256", "ES384", "ES512"),
+    "OKP": ("EdDSA",),
+}
+_FETCH_TIMEOUT = 5.0  # seconds
+_REFRESH_INTERVAL = 300.0  # seconds; a key that the provider withdraws is good for no longer
+UNKNOWN_INTERVAL = 10.0  # seconds between fetches that unknown keys cause: anyone can name one
+_LEEWAY = 10.0  # seconds that clocks may differ
+_LONGEST_SUBJECT = 255  # characters, as OpenID Connect has it
+
+
+class _Key(msgspec.Struct, frozen=True):
+    public: Any
+    algorithms: tuple[str, ...]
+
+
+_Keys = Mapping[str | None, _Key]
+
+
+class TokenChecker:
+    def __init__(self, jwks: str, issuer: str, audience: str, role_claim: str) -> None:
+        """Fetches the keys. AuthSetupError: that fails."""
+        self._jwks, self._issuer, self._audience, self._role_claim = jwks, issuer, audience, role_claim
+        self._keys = _fetch(jwks)
+        self._fetched_at = time.monotonic()
+        self._fetching: asyncio.Task[None] | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._refreshing = asyncio.create_task(self._refresh_regularly())
+
+    async def stop(self) -> None:
+        tasks = [task for task in (self._refreshing, self._fetching) if task]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def caller(self, token: str) -> Caller:
+        """Raises ApiError, 401: the token is forged, expired or meant for others."""
+        try:
+            kid = jwt.get_unverified_header(token).get("kid")
+            key = self._key(kid)
+            if key is None:
+                await self._refresh_for_unknown()
+                key = self._key(kid)
+            if key is None:
+                raise unauthorized(WRONG)
+            claims = jwt.decode(
+                token,
+                key.public,
+                algorithms=list(key.algorithms),
+                issuer=self._issuer,
+                audience=self._audience,
+                leeway=_LEEWAY,
+                options={"require": ["exp", "iss", "aud", "sub"]},
+            )
+        except jwt.ExpiredSignatureError:
+            raise unauthorized("this token has expired; get a new one") from None
+        except (jwt.InvalidAudienceError, jwt.InvalidIssuerError):
+            raise unauthorized("this token is of another issuer, or for another audience than this gateway") from None
+        except jwt.MissingRequiredClaimError as error:
+            raise unauthorized(f"this token has no {error.claim}; it needs exp, iss, aud and sub") from None
+        except (jwt.PyJWTError, RecursionError):  # the latter of deeply nested JSON
+            raise unauthorized(WRONG) from None
+        subject = claims["sub"]
+        if not 0 < len(subject) <= _LONGEST_SUBJECT:
+            raise unauthorized(f"this token's sub must have 1 to {_LONGEST_SUBJECT} characters")
+        return Caller(f"jwt:{subject}", self._role(claims))
+
+    def _role(self, claims: Mapping[str, Any]) -> Role:
+        """Roles of other systems are not ours: what doesn't say admin may use, and no more."""
+        value = claims.get(self._role_claim)
+        roles = value if isinstance(value, list) else [value]
+        return Role.ADMIN if Role.ADMIN.value in roles else Role.USE
+
+    def _key(self, kid: str | None) -> _Key | None:
+        if kid is None and len(self._keys) == 1:
+            return next(iter(self._keys.values()))
+        return self._keys.get(kid)
+
+    async def _refresh_for_unknown(self) -> None:
+        if self._fetching is None:
+            if time.monotonic() < self._fetched_at + UNKNOWN_INTERVAL:
+                return
+            self._fetching = asyncio.create_task(self._refresh())
+        await asyncio.shield(self._fetching)  # others may wait for it as well
+
+    async def _refresh_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(_REFRESH_INTERVAL)
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        try:
+            self._keys = await asyncio.to_thread(_fetch, self._jwks)
+        except AuthSetupError as error:
+            log.error("the keys for JWTs known before stay in force: %s", error)
+        finally:
+            self._fetched_at, self._fetching = time.monotonic(), None
+
+
+def _fetch(jwks: str) -> _Keys:
+    try:
+        if "://" in jwks:
+            content = httpx.get(jwks, timeout=_FETCH_TIMEOUT).raise_for_status().content
+        else:
+            content = Path(jwks).read_bytes()
+        found = msgspec.json.decode(content, type=dict[str, Any])["keys"]
+        keys = {data.get("kid"): key for data in found if (key := _usable(data))}
+    except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
+        raise AuthSetupError(f"jwt_jwks {jwks}: {error}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
+        raise AuthSetupError(f'jwt_jwks {jwks}: this is no JWKS, which looks like {{"keys": [...]}}') from None
+    if not keys:
+        raise AuthSetupError(f"jwt_jwks {jwks}: has no RSA, EC or Ed25519 key for signatures")
+    return keys
+
+
+def _usable(data: Mapping[str, Any]) -> _Key | None:
+    algorithms = _ALGORITHMS.get(data.get("kty", ""), ())
+    if named := data.get("alg"):
+        algorithms = tuple(name for name in algorithms if name == named)
+    if not algorithms or data.get("use", "sig") != "sig":
+        return None
+    try:
+        return _Key(jwt.PyJWK(dict(data), algorithms[0]).key, algorithms)
+    except jwt.PyJWTError:  # a kind of key that is not known here; the provider's others may be
+        return None
