@@ -44,7 +44,7 @@ def headers_of(subjects: Sequence[Subject], outcome: Outcome) -> dict[str, str]:
 def refused(subjects: Sequence[Subject], cost: int, outcome: Outcome, refusal: Refusal) -> ApiError:
     """`cost`: tokens."""
     subject = subjects[refusal.subject]
-    limit = f"{getattr(subject.limits, refusal.limit):g} {_UNITS[refusal.limit]}"
+    limit = f"{getattr(subject.limits, refusal.limit):.15g} {_UNITS[refusal.limit]}"
     headers = headers_of(subjects, outcome)
     if refusal.wait is None:
         message = (
