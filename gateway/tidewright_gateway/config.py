@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import ssl
 from pathlib import Path
 from typing import Literal
@@ -78,6 +79,20 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
     max_choices: int = Field(
         32, ge=1, le=4096, description="Prompts of one request times its n, at most; each is a generation."
     )
+    limits_store: str = Field(
+        "",
+        description="Where use is counted that is limited: redis://HOST:PORT/DB (or rediss://) for several gateways; "
+        "empty for this one alone.",
+    )
+    limits_when_lost: Literal["open", "closed"] = Field(
+        "open", description="While that can't be reached: serve without limits, or refuse with a 503."
+    )
+    limit_requests_per_second: float = Field(
+        0.0, ge=0, allow_inf_nan=False, description="Of a key that has no limit of its own; 0 for no limit."
+    )
+    limit_concurrent: int = Field(0, ge=0, description="Its requests that run or wait at one time; 0 for no limit.")
+    limit_tokens_per_minute: int = Field(0, ge=0, description="Its tokens, of prompts and answers; 0 for no limit.")
+    limit_tokens_per_day: int = Field(0, ge=0, description="The same for each day, by UTC; 0 for no limit.")
     channels: int = Field(4, ge=1, le=64, description="gRPC connections to each replica.")
     shutdown_grace: float = Field(
         10.0, ge=0, description="Seconds that running requests get to finish after Ctrl-C or SIGTERM."
@@ -133,6 +148,13 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
                     f"tls_cert and tls_key are no certificate and its key in PEM, without a passphrase: {error}"
                 ) from None
         return self
+
+    @field_validator("limits_store")
+    @classmethod
+    def _limits_store_is_redis(cls, value: str) -> str:
+        if value and not re.match(r"rediss?://[^/]", value):
+            raise ValueError("must be redis://HOST:PORT/DB, rediss:// for TLS, or empty")
+        return value
 
     @property
     def model_name(self) -> str:

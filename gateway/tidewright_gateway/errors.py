@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import msgspec
 
@@ -16,11 +17,19 @@ class ApiError(Exception):
     """Ends a request; the message says what the caller can change."""
 
     def __init__(
-        self, status: int, message: str, *, code: str, param: str | None = None, retry_after: float | None = None
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
         self.retry_after = retry_after  # seconds
+        self._headers = dict(headers or {})
 
     @property
     def type(self) -> str:
@@ -36,8 +45,12 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        headers = {} if self.retry_after is None else {"Retry-After": str(max(math.ceil(self.retry_after), 1))}
-        return {**headers, "WWW-Authenticate": "Bearer"} if self.status == 401 else headers
+        found = dict(self._headers)
+        if self.retry_after is not None:
+            found["Retry-After"] = str(max(math.ceil(self.retry_after), 1))
+        if self.status == 401:
+            found["WWW-Authenticate"] = "Bearer"
+        return found
 
 
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:

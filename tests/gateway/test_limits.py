@@ -1,0 +1,385 @@
+"""limits/: what is counted, by properties of the accounts; what callers are told. The stores: test_limit_stores.py."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import defaultdict
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from tidewright_gateway.callers import ANONYMOUS, Caller, Limits
+from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.errors import ApiError
+from tidewright_gateway.limits import Limiter, Subject, make_limiter, subjects_of
+from tidewright_gateway.limits import memory as memory_module
+from tidewright_gateway.limits.buckets import DAY
+from tidewright_gateway.limits.headers import duration
+from tidewright_gateway.limits.memory import MemoryStore
+from tidewright_gateway.limits.store import Outcome, Settle, Take, Usage
+
+START = 20_000 * DAY + DAY - 300.0  # five minutes before a day ends
+CLOSE = 1e-3  # tokens or requests; sums of floats
+
+LIMITS = st.builds(
+    Limits,
+    requests_per_second=st.none() | st.sampled_from([0.1, 1.0, 2.5, 10.0]),
+    concurrent=st.none() | st.integers(1, 4),
+    tokens_per_minute=st.none() | st.sampled_from([60, 600, 6000]),
+    tokens_per_day=st.none() | st.sampled_from([500, 5000]),
+)
+PAUSES = st.sampled_from([0.0, 0.0, 0.01, 0.3, 1.0, 7.0, 45.0, 200.0])
+COSTS = st.integers(0, 700)
+# A pause, and then: a request of the first, the second or both subjects, or one that ends (whichever is meant).
+STEPS = st.lists(
+    st.tuples(PAUSES, st.one_of(st.tuples(st.sampled_from([1, 2, 3]), COSTS), st.tuples(st.just(0), COSTS))),
+    min_size=15,
+    max_size=60,
+)
+
+
+@dataclass
+class Clock:
+    now: float = START
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@dataclass
+class Request:
+    take: Take
+    at: float
+    used: int
+    """All that was reserved, until it is settled."""
+
+
+def in_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Runs what waits for nothing."""
+    with pytest.raises(StopIteration) as ended:
+        coroutine.send(None)
+    return ended.value.value
+
+
+class History:
+    """Requests to a MemoryStore, and all that came of them."""
+
+    def __init__(self, *limits: Limits) -> None:
+        self.clock = Clock()
+        self.store = MemoryStore(self.clock)
+        self.subjects = [Subject(f"subject {number}", each) for number, each in enumerate(limits)]
+        self.admitted: list[Request] = []
+        self.running: list[Request] = []
+
+    def take(self, which: int, cost: int) -> Outcome:
+        """`which`: bits of the subjects."""
+        subjects = tuple(subject for bit, subject in enumerate(self.subjects) if which >> bit & 1)
+        take = Take(f"r{len(self.admitted)}", subjects, cost)
+        outcome = in_loop(self.store.take(take))
+        if not outcome.refusal:
+            request = Request(take, self.clock.now, cost)
+            self.admitted.append(request)
+            self.running.append(request)
+        return outcome
+
+    def settle(self, number: int, share: float = 0.0) -> None:
+        if self.running:
+            request = self.running.pop(number % len(self.running))
+            request.used = math.floor(request.take.cost * share)
+            in_loop(self.store.settle(Settle(request.take.id, request.take.subjects, request.used)))
+
+    def of(self, subject: Subject, requests: list[Request]) -> list[Request]:
+        return [request for request in requests if subject in request.take.subjects]
+
+    def usage(self, subject: Subject) -> Usage:
+        return self.store._account(subject, self.clock.now).usage
+
+
+@settings(max_examples=150, deadline=None)
+@given(LIMITS, LIMITS, STEPS)
+def test_nobody_gets_more_than_the_limits_in_any_window_or_day(first: Limits, second: Limits, steps: list) -> None:
+    history = History(first, second)
+    for pause, (which, number) in steps:
+        history.clock.now += pause
+        if which:
+            history.take(which, number)
+        else:
+            history.settle(number, number / 700)
+        for subject in history.subjects:
+            limits = subject.limits
+            running = len(history.of(subject, history.running))
+            assert running <= (limits.concurrent or running)
+            check_windows(history.of(subject, history.admitted), limits)
+
+
+def check_windows(requests: list[Request], limits: Limits) -> None:
+    """All windows that end at the last request; those before were looked at before. What a settled request used counts
+    when it was admitted."""
+    if not requests:
+        return
+    count = tokens = 0
+    end, days = requests[-1].at, defaultdict(int)
+    for request in reversed(requests):
+        count, tokens = count + 1, tokens + request.used
+        days[request.at // DAY] += request.used
+        window = end - request.at
+        if rate := limits.requests_per_second:
+            assert count <= max(1, rate) + rate * window + CLOSE
+        if limit := limits.tokens_per_minute:
+            assert tokens <= limit + limit / 60 * window + CLOSE
+    if limit := limits.tokens_per_day:
+        assert max(days.values()) <= limit
+
+
+@settings(max_examples=150, deadline=None)
+@given(LIMITS, STEPS)
+def test_a_refusal_is_right_and_says_how_long_to_wait(limits: Limits, steps: list) -> None:
+    history = History(limits)
+    for pause, (which, number) in steps:
+        history.clock.now += pause
+        if not which:
+            history.settle(number, number / 700)
+            continue
+        if not (refusal := history.take(1, number).refusal):
+            continue
+        if refusal.limit == "concurrent":
+            assert len(history.running) >= limits.concurrent
+        elif refusal.wait is None:
+            assert number > getattr(limits, refusal.limit)
+        else:
+            # As good as then it is still refused; then only requests that run could be in the way.
+            history.clock.now += refusal.wait - 0.001
+            assert history.take(1, number).refusal
+            history.clock.now += 0.002
+            again = history.take(1, number).refusal
+            assert again is None or again.limit == "concurrent"
+
+
+@settings(max_examples=150, deadline=None)
+@given(LIMITS, LIMITS, STEPS)
+def test_what_is_settled_at_once_is_all_back(first: Limits, second: Limits, steps: list) -> None:
+    history = History(first, second)
+    for _, (which, number) in steps:
+        if which:
+            history.take(which, number)
+        else:
+            history.settle(number)
+    while history.running:
+        history.settle(0)
+    for subject in history.subjects:
+        usage = history.usage(subject)
+        assert (usage.concurrent, usage.tokens, usage.day) == (0, 0, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(LIMITS, LIMITS, STEPS)
+def test_a_refused_request_takes_nothing(first: Limits, second: Limits, steps: list) -> None:
+    history = History(first, second)
+    for pause, (which, number) in steps:
+        history.clock.now += pause
+        before = [history.usage(subject) for subject in history.subjects]
+        if history.take(which or 3, number).refusal:
+            assert [history.usage(subject) for subject in history.subjects] == before
+
+
+def test_a_late_refund_is_what_neither_was_used_nor_has_drained() -> None:
+    history = History(Limits(tokens_per_minute=6000))
+    (subject,) = history.subjects
+    for _ in range(6):
+        history.take(1, 1000)
+    history.clock.now += 30  # 3000 of the 6000 have drained
+    for _ in range(5):
+        history.settle(0, 0.0)
+        assert history.usage(subject).tokens > 0
+    # Half of its 1000 has drained, so 100 more are owed.
+    history.settle(0, 0.6)
+    assert history.usage(subject).tokens == pytest.approx(100)
+
+
+def test_what_a_minute_refilled_is_not_given_back_once_more() -> None:
+    history = History(Limits(tokens_per_minute=1000))
+    history.take(1, 1000)
+    history.clock.now += 60
+    assert history.take(1, 1000).refusal is None
+    history.settle(0, 0.0)
+    assert history.take(1, 1000).refusal
+
+
+def test_more_than_was_reserved_is_charged() -> None:
+    history = History(Limits(tokens_per_minute=100, tokens_per_day=1000))
+    history.take(1, 10)
+    history.settle(0, 25.0)
+    usage = history.usage(history.subjects[0])
+    assert (usage.tokens, usage.day) == (250, 250)
+    history.clock.now += 60
+    assert history.usage(history.subjects[0]).tokens == 150
+
+
+def test_a_day_gets_back_only_what_was_reserved_on_it() -> None:
+    history = History(Limits(tokens_per_day=1000))
+    history.take(1, 1000)
+    assert history.take(1, 1).refusal.wait == 300
+    history.clock.now += 301
+    assert history.take(1, 600).refusal is None
+    history.settle(0, 0.0)
+    assert history.usage(history.subjects[0]).day == 600
+
+
+def test_accounts_that_nobody_uses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "SWEEP_AT", 10)
+    history = History(Limits(concurrent=1))
+    history.store._sweep_at = 10
+    limits = Limits(requests_per_second=1, tokens_per_minute=60)
+    for number in range(1000):
+        history.clock.now += 1
+        history.subjects = [Subject(f"user {number}", limits)]
+        history.take(1, 10)
+        if number >= 5:  # the first five go on
+            history.settle(-1, 0.5)
+    assert len(history.store._accounts) < 40
+    assert {f"user {number}" for number in range(5)} <= set(history.store._accounts)
+
+
+def test_limits_that_change_apply_at_once() -> None:
+    history = History(Limits(requests_per_second=1, tokens_per_minute=100, tokens_per_day=100))
+    history.take(1, 100)
+    (subject,) = history.subjects
+    history.subjects = [msgspec.structs.replace(subject, limits=Limits(concurrent=1))]
+    assert history.take(1, 10**6).refusal.limit == "concurrent"
+    history.subjects = [msgspec.structs.replace(subject, limits=Limits(tokens_per_minute=200, tokens_per_day=200))]
+    assert history.take(1, 200).refusal is None
+
+
+FULL = Limits(requests_per_second=2, concurrent=3, tokens_per_minute=1000, tokens_per_day=5000)
+
+
+def limiter(clock: Clock | None = None) -> Limiter:
+    return Limiter(MemoryStore(clock or Clock()))
+
+
+def test_a_reservation_is_settled_once() -> None:
+    async def scenario() -> None:
+        limits, subjects = limiter(), [Subject("key a", Limits(tokens_per_day=1000))]
+        first = await limits.reserve(subjects, 1000)
+        await limits.settle(first, 400)
+        await limits.settle(first, 0)
+        second = await limits.reserve(subjects, 600)
+        with pytest.raises(ApiError):
+            await limits.reserve(subjects, 1)
+        await limits.settle(second, 0)
+
+    asyncio.run(scenario())
+
+
+def test_who_has_no_limits_costs_nothing() -> None:
+    # The store is none: it would be an error to ask it.
+    limits = Limiter(None)  # type: ignore[arg-type]
+    reservation = in_loop(limits.reserve([Subject("key a", Limits())], 10**9))
+    assert reservation.headers == {}
+    in_loop(limits.settle(reservation, 5))
+
+
+def test_headers_tell_of_the_limit_that_leaves_the_least() -> None:
+    async def scenario() -> None:
+        limits = limiter()
+        key, user = Subject("key a", FULL), Subject("user 'b' of key a", Limits(tokens_per_minute=600))
+        reservation = await limits.reserve([key, user], 300)
+        assert reservation.headers == {
+            "X-RateLimit-Limit-Requests": "2",
+            "X-RateLimit-Remaining-Requests": "1",
+            "X-RateLimit-Reset-Requests": "500ms",
+            "X-RateLimit-Limit-Tokens": "600",
+            "X-RateLimit-Remaining-Tokens": "300",
+            "X-RateLimit-Reset-Tokens": "30s",
+        }
+        assert set((await limits.reserve([user], 0)).headers) == {
+            f"X-RateLimit-{what}-Tokens" for what in ("Limit", "Remaining", "Reset")
+        }
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("limits", "cost", "message", "retry_after"),
+    [
+        (Limits(requests_per_second=0.5), 1, "key a has 0.5 requests per second, which are used; try again in 2s", "2"),
+        (Limits(concurrent=1), 1, "key a has 1 requests at one time; wait until one of them ends", "1"),
+        (Limits(tokens_per_minute=120), 100, "key a has 120 tokens per minute, which are used; .* in 40s", "40"),
+        (Limits(tokens_per_day=120), 100, "key a has 120 tokens per day, which are used; .* in 5m0s", "300"),
+        (Limits(tokens_per_day=99), 100, "may need 100 tokens .* key a has 99 tokens per day; lower max_tokens", None),
+        (Limits(tokens_per_minute=1_234_567), 2 * 10**6, "key a has 1234567 tokens per minute", None),
+    ],
+)
+def test_a_refusal_says_which_limit_and_when_to_try_again(
+    limits: Limits, cost: int, message: str, retry_after: str | None
+) -> None:
+    async def scenario() -> None:
+        subjects, checks = [Subject("key a", limits)], limiter()
+        if retry_after:
+            await checks.reserve(subjects, cost)
+        with pytest.raises(ApiError, match=message) as refused:
+            await checks.reserve(subjects, cost)
+        error = refused.value
+        assert (error.status, error.code, error.type) == (429, "rate_limit_exceeded", "rate_limit_error")
+        assert error.headers.get("Retry-After") == retry_after
+        assert error.headers.get("X-Should-Retry") == (None if retry_after else "false")
+        assert ("X-RateLimit-Remaining-Tokens" in error.headers) == bool(
+            limits.tokens_per_minute or limits.tokens_per_day
+        )
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0ms"), (0.0121, "13ms"), (1.5, "1.5s"), (59.9999, "60s"), (360, "6m0s"), (86_399.2, "24h0m0s")],
+)
+def test_durations_look_as_those_of_openai(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_subjects_are_the_key_and_the_user() -> None:
+    options = GatewaySettings(limit_concurrent=7, limit_tokens_per_day=100)
+    default = Limits(concurrent=7, tokens_per_day=100)
+    of_user = Limits(concurrent=1)
+    own = Caller("a", limits=Limits(requests_per_second=1), user_limits=of_user)
+    assert subjects_of(ANONYMOUS, None, options) == [Subject("key anonymous", default)]
+    assert subjects_of(own, "", options) == [Subject("key a", own.limits)]
+    key, user = subjects_of(Caller("a", user_limits=of_user), "x", options)
+    assert (key.limits, user) == (default, Subject("user 'x' of key a", of_user))
+
+
+def test_no_user_has_the_account_of_another() -> None:
+    options = GatewaySettings()
+    users = ["x", "x' of key b", "\ud800", "ä" * 100, "ä" * 101]
+    names = [subjects_of(Caller(key), user, options)[1].name for key in ("a", "b") for user in users]
+    assert len(set(names)) == len(names)
+    assert all(name.isascii() and len(name) < 100 for name in names)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"limit_requests_per_second": -1},
+        {"limit_requests_per_second": "nan"},
+        {"limit_concurrent": -1},
+        {"limit_tokens_per_minute": -1},
+        {"limit_tokens_per_day": -1},
+        {"limits_store": "localhost:6379"},
+        {"limits_when_lost": "maybe"},
+    ],
+)
+def test_bad_options_are_refused(options: dict) -> None:
+    with pytest.raises(ValidationError, match=next(iter(options))):
+        GatewaySettings(**options)
+
+
+def test_a_gateway_alone_counts_in_memory() -> None:
+    assert isinstance(make_limiter(GatewaySettings())._store, MemoryStore)
