@@ -93,6 +93,14 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
     limit_concurrent: int = Field(0, ge=0, description="Its requests that run or wait at one time; 0 for no limit.")
     limit_tokens_per_minute: int = Field(0, ge=0, description="Its tokens, of prompts and answers; 0 for no limit.")
     limit_tokens_per_day: int = Field(0, ge=0, description="The same for each day, by UTC; 0 for no limit.")
+    cache_size: int = Field(
+        64 * 1024 * 1024,
+        ge=0,
+        le=1 << 40,
+        description="Memory for whole answers that would be the same again, in bytes; 0 keeps none, and lets no two "
+        "requests share one generation.",
+    )
+    cache_ttl: float = Field(600.0, gt=0, le=604_800, description="Seconds that such an answer is kept.")
     channels: int = Field(4, ge=1, le=64, description="gRPC connections to each replica.")
     shutdown_grace: float = Field(
         10.0, ge=0, description="Seconds that running requests get to finish after Ctrl-C or SIGTERM."

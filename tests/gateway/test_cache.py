@@ -1,0 +1,454 @@
+"""What is kept of generations, for whom and how long; and runs that several share."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import tracemalloc
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from contextlib import aclosing, nullcontext
+from itertools import pairwise
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tidewright.schema import SamplingParams
+from tidewright_gateway.cache import (
+    PIECE,
+    CachePolicy,
+    CacheState,
+    Replies,
+    ResponseCache,
+    _Entry,
+    cache_key,
+    is_repeatable,
+    join,
+)
+from tidewright_gateway.callers import ANONYMOUS, Caller
+from tidewright_gateway.single_flight import Flight, Subscription
+from tidewright_gateway.triton import Reply
+
+HIT, SHARED, MISS, BYPASS = CacheState
+
+
+def answer(length: int, finish_reason: str = "length", size: int = 1) -> list[Reply]:
+    """A reply for each token, whose text has `size` characters."""
+    reasons = [None] * (length - 1) + [finish_reason]
+    return [Reply(f"{n:>{size}}", [n], reason, b'[{"%d":{"rank": 1}}]' % n) for n, reason in enumerate(reasons)]
+
+
+class Source:
+    """Runs of one answer; counts those that began, and those that are under way."""
+
+    def __init__(self, replies: Sequence[Reply], pause: Callable[[], Coroutine[Any, Any, Any]] | None = None) -> None:
+        self.replies, self.pause = replies, pause or (lambda: asyncio.sleep(0))
+        self.begun = self.running = 0
+        self.error: Exception | None = None
+
+    async def run(self) -> AsyncGenerator[Reply, None]:
+        self.begun += 1
+        self.running += 1
+        try:
+            for reply in self.replies:
+                await self.pause()
+                yield reply
+            if self.error:
+                raise self.error
+        finally:
+            self.running -= 1
+
+
+async def read(replies: Replies) -> list[Reply]:
+    async with aclosing(replies):
+        return [reply async for reply in replies]
+
+
+def content(replies: Sequence[Reply]) -> tuple[str, list[int], str | None, list[Any]]:
+    logprobs = [position for reply in replies if reply.logprobs for position in msgspec.json.decode(reply.logprobs)]
+    ids = [token_id for reply in replies for token_id in reply.token_ids]
+    return "".join(reply.text for reply in replies), ids, replies[-1].finish_reason, logprobs
+
+
+async def ask(cache: ResponseCache, source: Source, **options: Any) -> CacheState:
+    """Asks for it under the key "k", and reads it to its end."""
+    state, replies = cache.open(b"k", source.run, **options)
+    assert content(await read(replies)) == content(source.replies)
+    return state
+
+
+def test_what_ended_whole_is_given_again_in_few_replies() -> None:
+    async def main() -> None:
+        cache, source = ResponseCache(2**20, 60), Source(answer(100, "stop"))
+        assert await ask(cache, source) is MISS
+        state, replies = cache.open(b"k", source.run)
+        again = await read(replies)
+        assert (state, content(again)) == (HIT, content(source.replies))
+        assert [len(reply.token_ids) for reply in again] == [PIECE] * 6 + [4]
+        assert (source.begun, source.running) == (1, 0)
+        assert cache.counts == {HIT: 1, SHARED: 0, MISS: 1, BYPASS: 0}
+
+    asyncio.run(main())
+
+
+@given(st.lists(st.tuples(st.integers(0, 40), st.booleans()), min_size=1, max_size=30))
+def test_joined_replies_say_the_same_and_none_is_split(shapes: list[tuple[int, bool]]) -> None:
+    """Each has so many tokens, with log-probabilities or, as of no token, without."""
+    replies = [
+        Reply("x" * size, [7] * size, None, b"[" + b",".join([b'{"7": 0.5}'] * size) + b"]" if size or has else None)
+        for size, has in shapes
+    ]
+    joined = join(replies)
+    assert content(joined) == content(replies)
+    sizes = [len(reply.token_ids) for reply in joined]
+    assert all(size <= PIECE or size in {size for size, _ in shapes} for size in sizes)
+    assert all(one + other > PIECE for one, other in pairwise(sizes) if other)
+
+
+@pytest.mark.parametrize("finish_reason", ["timeout", "cancelled", "overloaded"])
+def test_what_did_not_end_by_itself_is_not_kept(finish_reason: str) -> None:
+    async def main() -> None:
+        cache, source = ResponseCache(2**20, 60), Source(answer(3, finish_reason))
+        assert [await ask(cache, source), await ask(cache, source)] == [MISS, MISS]
+
+    asyncio.run(main())
+
+
+def test_nor_what_ended_without_a_last_reply_or_is_worse_than_what_was_asked_for() -> None:
+    async def main() -> None:
+        cache = ResponseCache(2**20, 60)
+        cut = Source(answer(3)[:2])
+        assert [await ask(cache, cut), await ask(cache, cut)] == [MISS, MISS]
+        source = Source(answer(3))
+        assert [await ask(cache, source, keep=lambda: False), await ask(cache, source)] == [MISS, MISS]
+        assert await ask(cache, source) is HIT
+
+    asyncio.run(main())
+
+
+def test_who_leaves_at_the_last_reply_has_had_all_of_it() -> None:
+    async def main() -> None:
+        cache, source = ResponseCache(2**20, 60), Source(answer(3))
+        _, replies = cache.open(b"k", source.run)
+        async with aclosing(replies):
+            async for reply in replies:
+                if reply.finish_reason:
+                    break
+        assert source.running == 0
+        assert await ask(cache, source) is HIT
+
+    asyncio.run(main())
+
+
+def test_it_is_kept_for_its_time() -> None:
+    async def main() -> None:
+        now = 0.0
+        cache, source = ResponseCache(2**20, 60, lambda: now), Source(answer(3))
+        assert await ask(cache, source) is MISS
+        now = 59.9
+        assert await ask(cache, source) is HIT  # which does not make it younger
+        now = 60.0
+        assert cache.num_bytes == 0
+        assert await ask(cache, source) is MISS
+
+    asyncio.run(main())
+
+
+def test_the_caller_says_whether_to_read_and_to_keep() -> None:
+    async def main() -> None:
+        cache, source = ResponseCache(2**20, 60), Source(answer(3))
+        assert await ask(cache, source, policy=CachePolicy.AVOID) is BYPASS
+        assert await ask(cache, source, policy=CachePolicy.REFRESH) is MISS
+        assert await ask(cache, source) is HIT
+        assert await ask(cache, source, policy=CachePolicy.AVOID) is BYPASS
+        newer = Source(answer(4))
+        assert await ask(cache, newer, policy=CachePolicy.REFRESH) is MISS
+        assert await ask(cache, newer) is HIT
+        assert (await read(cache.open(None, source.run)[1])) == source.replies
+        off = ResponseCache(0, 60)
+        assert [await ask(off, source), await ask(off, source)] == [BYPASS, BYPASS]
+
+    asyncio.run(main())
+
+
+def test_a_refresh_joins_no_run_that_began_before_and_what_that_one_says_is_not_kept() -> None:
+    async def main() -> None:
+        cache, old, new = ResponseCache(2**20, 60), Source(answer(9)), Source(answer(2))
+        _, replies = cache.open(b"k", old.run)
+        reading = asyncio.ensure_future(read(replies))
+        await asyncio.sleep(0)
+        assert await ask(cache, new, policy=CachePolicy.REFRESH) is MISS
+        assert content(await reading) == content(old.replies)
+        assert await ask(cache, new) is HIT
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("header", "policy"),
+    [
+        (None, CachePolicy.USE),
+        ("", CachePolicy.USE),
+        ("max-age=10, no-transform", CachePolicy.USE),
+        ("No-Cache", CachePolicy.REFRESH),
+        (" max-age=0 ,no-transform", CachePolicy.REFRESH),
+        ("no-cache, no-store", CachePolicy.AVOID),
+        ("no-store", CachePolicy.AVOID),
+    ],
+)
+def test_cache_control(header: str | None, policy: CachePolicy) -> None:
+    assert CachePolicy.of(header) is policy
+
+
+OTHER = {
+    "temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.1,
+    "frequency_penalty": 0.1, "logit_bias": {5: 1.0}, "bad_words": ["a"], "guided_json": {"type": "object"},
+    "guided_regex": "a", "guided_grammar": "a", "guided_choice": ["a"], "seed": 6, "max_tokens": 17, "min_tokens": 1,
+    "stop": "a", "stop_token_ids": [3], "ignore_eos": True, "logprobs": 1, "prompt_logprobs": 1, "n": 2,
+    "cache_salt": "a", "priority": 1, "timeout": 9.0,
+}  # fmt: skip
+
+
+def test_its_key_has_all_that_changes_the_answer() -> None:
+    def key(
+        caller: Caller = ANONYMOUS, model: str = "m", prompt: Sequence[int] = (1, 2), logprobs: bool = False, **own: Any
+    ) -> bytes:
+        return cache_key(caller, model, prompt, SamplingParams(**{"seed": 5, **own}), logprobs)
+
+    assert set(OTHER) == set(SamplingParams.__struct_fields__)  # a new one belongs in one of the two groups here
+    same = {"priority", "timeout"}
+    different = [key(**{name: value}) for name, value in OTHER.items() if name not in same]
+    different += [key(), key(model="mm"), key(prompt=[1, 3]), key(prompt=[1]), key(logprobs=True)]
+    different.append(key(Caller("another")))
+    assert len(set(different)) == len(different)
+    assert {key(**{name: OTHER[name]}) for name in same} == {key()}
+
+    assert key(temperature=0, seed=1) == key(temperature=0, seed=None)
+    assert key(logit_bias={1: 1.0, 2: 2.0}) == key(logit_bias={2: 2.0, 1: 1.0})
+    # The answer has its fields in the schema's order.
+    fields = ({"a": {}, "b": {}}, {"b": {}, "a": {}})
+    assert len({key(guided_json={"type": "object", "properties": own}) for own in fields}) == 2
+
+
+def test_what_can_be_repeated() -> None:
+    assert is_repeatable(SamplingParams(temperature=0))
+    assert is_repeatable(SamplingParams(seed=0))
+    assert not is_repeatable(SamplingParams())
+    assert not is_repeatable(SamplingParams(temperature=0, timeout=1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1500, 6000), st.lists(st.tuples(st.integers(0, 5), st.integers(1, 40)), max_size=40))
+def test_never_more_than_max_bytes_and_the_least_recently_used_goes_first(
+    max_bytes: int, asked: list[tuple[int, int]]
+) -> None:
+    """Each asks for a name; if that is not there, it is an answer of so many tokens."""
+
+    async def main() -> None:
+        cache, model = ResponseCache(max_bytes, 60, lambda: 0.0), OrderedDict[int, int]()
+        evictions = 0
+        for name, length in asked:
+            state, replies = cache.open(bytes([name]), Source(answer(length)).run)
+            await read(replies)
+            assert state is (HIT if name in model else MISS)
+            size = _Entry.of(answer(length)).size
+            if name in model:
+                model.move_to_end(name)
+            elif size <= max_bytes:
+                while sum(model.values()) + size > max_bytes:
+                    model.popitem(last=False)
+                    evictions += 1
+                model[name] = size
+            assert cache.num_bytes == sum(model.values()) <= max_bytes
+        assert cache.evictions == evictions
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("length", "size"), [(1, 1), (8, 4), (500, 4), (30, 2000)])
+def test_bytes_are_those_that_python_takes(length: int, size: int) -> None:
+    async def main() -> None:
+        cache, number = ResponseCache(2**30, 60), max(1000 // length, 20)
+
+        async def add(name: int) -> None:
+            replies = [Reply(one.text, [10_000 + name], one.finish_reason, None) for one in answer(length, size=size)]
+            await read(cache.open(b"%32d" % name, Source(replies).run)[1])
+
+        await add(-1)
+        tracemalloc.start()
+        try:
+            before, counted = tracemalloc.get_traced_memory()[0], cache.num_bytes
+            for name in range(number):
+                await add(name)
+            taken = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+        assert 0.9 < (cache.num_bytes - counted) / taken < 1.2
+
+    asyncio.run(main())
+
+
+def test_one_that_joins_late_gets_what_there_is_and_then_the_rest() -> None:
+    async def main() -> None:
+        allowed = asyncio.Semaphore(3)
+        cache, source = ResponseCache(2**20, 60), Source(answer(8), allowed.acquire)
+        first = cache.open(b"k", source.run)[1]
+        got = [await anext(aiter(first)) for _ in range(3)]
+        state, late = cache.open(b"k", source.run)
+        assert state is SHARED
+        assert [await anext(aiter(late)) for _ in range(3)] == got
+        for _ in range(5):
+            allowed.release()
+        assert got + await read(late) == got + await read(first) == source.replies
+        assert source.begun == 1
+
+    asyncio.run(main())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    length=st.shared(st.integers(1, 12), key="length"),
+    others=st.shared(st.integers(1, 12), key="length").flatmap(
+        lambda length: st.lists(
+            st.tuples(st.integers(0, 30), st.integers(0, 4), st.integers(1, length) | st.none(), st.booleans()),
+            max_size=6,
+        )
+    ),
+    rng=st.randoms(use_true_random=False),
+    fails=st.booleans(),
+)
+def test_whoever_stays_gets_the_whole_whoever_else_joins_and_leaves(
+    length: int, others: list[tuple[int, int, int | None, bool]], rng: random.Random, fails: bool
+) -> None:
+    """Each joins after so many turns, reads one in so many turns, and leaves after so many or is cancelled."""
+
+    async def main() -> None:
+        async def pause() -> None:
+            for _ in range(rng.randrange(3)):
+                await asyncio.sleep(0)
+
+        source, ended = Source(answer(length), pause), []
+        source.error = ValueError("no more") if fails else None
+        flight = Flight(source.run, ended.append)
+
+        async def take(subscription: Subscription[Reply], slowness: int, limit: int | None) -> list[Reply]:
+            got: list[Reply] = []
+            async with aclosing(subscription):
+                with pytest.raises(ValueError, match="no more") if fails and limit is None else nullcontext():
+                    async for reply in subscription:
+                        got.append(reply)
+                        if len(got) == limit:
+                            break
+                        for _ in range(slowness):
+                            await asyncio.sleep(0)
+            return got
+
+        async def come(turns: int, slowness: int, limit: int | None, is_cancelled: bool) -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if not flight.is_open:
+                return
+            subscription = flight.join()
+            taking = asyncio.ensure_future(take(subscription, slowness, limit))
+            if is_cancelled:
+                for _ in range(slowness):
+                    await asyncio.sleep(0)
+                taking.cancel()
+                await asyncio.wait((taking,))
+            else:
+                assert await taking == source.replies[:limit]
+
+        staying = asyncio.ensure_future(take(flight.join(), rng.randrange(3), None))
+        await asyncio.gather(*(come(*other) for other in others))
+        assert await staying == source.replies
+        await asyncio.sleep(0)
+        assert (source.begun, source.running, ended) == (1, 0, [flight])
+        assert not flight.is_open
+
+    asyncio.run(main())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=5))
+def test_the_last_one_that_leaves_ends_the_run(leavers: list[tuple[int, bool]]) -> None:
+    """Each reads so many of 10, and then leaves or is cancelled; the last never comes."""
+
+    async def main() -> None:
+        source = Source(answer(10))
+        steps = iter(range(9))
+
+        async def pause() -> None:
+            await (asyncio.sleep(0) if next(steps, None) is not None else asyncio.Event().wait())
+
+        source.pause = pause
+        cache = ResponseCache(2**20, 60)
+
+        async def come(replies: Replies, number: int, is_cancelled: bool) -> None:
+            async with aclosing(replies):
+                for _ in range(number):
+                    await anext(aiter(replies))
+                if is_cancelled:
+                    await asyncio.Event().wait()
+
+        opened = [cache.open(b"k", source.run) for _ in leavers]
+        assert [state for state, _ in opened] == [MISS] + [SHARED] * (len(leavers) - 1)
+        jobs = [asyncio.ensure_future(come(pair[1], *leaver)) for pair, leaver in zip(opened, leavers, strict=True)]
+        await asyncio.sleep(0.002)
+        for job, (_, is_cancelled) in zip(jobs, leavers, strict=True):
+            assert job.done() is not is_cancelled
+            assert source.running == (not all(job.done() for job in jobs))
+            job.cancel()
+            await asyncio.wait((job,))
+        assert source.running == 0
+        assert source.begun <= 1  # none, if all left before it began
+        await asyncio.sleep(0)
+        assert not cache._flights
+        assert cache.num_bytes == 0
+
+    asyncio.run(main())
+
+
+def test_one_that_comes_while_a_run_is_given_up_gets_a_new_one() -> None:
+    async def main() -> None:
+        cache, stuck = ResponseCache(2**20, 60), Source(answer(3), asyncio.Event().wait)
+        _, replies = cache.open(b"k", stuck.run)
+        await asyncio.sleep(0)
+        leaving = asyncio.ensure_future(replies.aclose())
+        for _ in range(3):
+            if stuck.running:
+                await asyncio.sleep(0)
+        source = Source(answer(3))
+        assert await ask(cache, source) is MISS
+        await leaving
+        assert await ask(cache, source) is HIT
+
+    asyncio.run(main())
+
+
+def test_an_error_reaches_all_who_are_there_and_the_next_one_tries_again() -> None:
+    async def main() -> None:
+        cache, source = ResponseCache(2**20, 60), Source(answer(3)[:2])
+        source.error = RuntimeError("gone")
+        opened = [cache.open(b"k", source.run)[1] for _ in range(3)]
+        for result in await asyncio.gather(*map(read, opened), return_exceptions=True):
+            assert isinstance(result, RuntimeError)
+        source.error, source.replies = None, answer(3)
+        assert [await ask(cache, source), await ask(cache, source)] == [MISS, HIT]
+        assert source.begun == 2
+
+    asyncio.run(main())
+
+
+def test_when_the_run_itself_is_cancelled_nobody_takes_half_an_answer_for_whole() -> None:
+    async def main() -> None:
+        source = Source(answer(3), asyncio.Event().wait)
+        flight = Flight(source.run, lambda flight: None)
+        reading = asyncio.ensure_future(read(flight.join()))
+        flight._job.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+
+    asyncio.run(main())
