@@ -64,7 +64,7 @@ class GenerationProbes:
         """`replicas`: may change; `probed` is called after each probe that can have changed what its replica gets."""
         self._settings, self._metrics, self._replicas, self._probed = settings, metrics, replicas, probed
         self._numbers = itertools.count(1)
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: dict[Replica, asyncio.Task[None]] = {}
 
     async def run_for_ever(self) -> None:
         interval = self._settings.generation_probe_interval
@@ -74,21 +74,27 @@ class GenerationProbes:
                 await asyncio.sleep(pause * random.uniform(1 - JITTER, 1 + JITTER))
                 if replica := self._next(time.monotonic()):
                     # One that hangs must not keep the others from their turns.
-                    task = asyncio.create_task(self.probe(replica))
-                    self._running.add(task)
-                    task.add_done_callback(self._running.discard)
+                    self._running[replica] = asyncio.create_task(self._probe_and_forget(replica))
         finally:
-            for task in tuple(self._running):
+            for task in tuple(self._running.values()):
                 task.cancel()
 
     def _next(self, now: float) -> Replica | None:
         """Whose turn it is; None if that one needs no probe."""
-        up = [replica for replica in self._replicas if replica.is_up]
+        up = [replica for replica in self._replicas if replica.is_up and replica not in self._running]
         if not up:
             return None
         replica = min(up, key=lambda replica: replica.probed_at)
         replica.probed_at = now
         return None if now - replica.generated_at < self._settings.generation_probe_interval else replica
+
+    async def _probe_and_forget(self, replica: Replica) -> None:
+        try:
+            await self.probe(replica)
+        except Exception:
+            log.exception("%s: the generation probe went wrong", replica.address)
+        finally:
+            del self._running[replica]
 
     async def probe(self, replica: Replica) -> None:
         """Once; ejects the replica if it was one failure too many."""
