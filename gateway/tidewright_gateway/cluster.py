@@ -12,29 +12,26 @@ import math
 import random
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
 from tidewright.failsafe.models import ModelError
-from tidewright.resilience.breaker import Permit, Refusal
+from tidewright.resilience.breaker import Permit, State
 from tidewright.resilience.budget import RetryBudget
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.outcome import Outcome
 from tidewright.resilience.retry import NoRetry
-from tidewright.schema import DecoderStatus, SamplingParams
-from tidewright_gateway.config import GatewaySettings, split_addresses
+from tidewright.schema import SamplingParams
+from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.fleet import WATCH_INTERVAL, ClusterLoad, Fleet
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replica import Attempt, Replica
-from tidewright_gateway.routing import Candidate, make_router
 from tidewright_gateway.triton import Order, Reply
 
 log = logging.getLogger(__name__)
-
-PROBE_TIMEOUT = 2.0  # seconds; longer than Triton takes to say that a stub is dead
-FRESH = 2.0  # seconds; what a replica said of its load before is not believed any more
-WATCH_INTERVAL = 0.05  # seconds between two looks at what is in flight
 
 # The request's own doing, or the same everywhere: nobody else is asked.
 _FINAL = (Outcome.INVALID, Outcome.CANCELLED, Outcome.REQUEST_TIMEOUT)
@@ -55,6 +52,8 @@ class Task:
     """Tokens that were handed on."""
     served_by: list[str] = field(default_factory=list)
     """Addresses of the replicas that were asked, in order."""
+    model: str = "decoder"
+    """The model of Triton that was asked last: decoder or fallback."""
 
 
 class Cluster:
@@ -62,43 +61,38 @@ class Cluster:
         """`max_model_len`: the model's own, in tokens."""
         self._settings, self._metrics = settings, metrics
         self._max_model_len = max_model_len
-        self._router = make_router(settings.routing)
+        self._fleet = Fleet(settings, metrics)
         self._retries = settings.retry_policy()
         self._budget = RetryBudget(settings.budget_config(), time.monotonic())
-        self.replicas: list[Replica] = []
-        self._jobs: list[asyncio.Task[None]] = []
-        self._recovered = asyncio.Event()
 
     async def start(self) -> None:
         """Asks each replica once, and goes on asking. In the event loop: gRPC ties its channels to it."""
-        settings = self._settings
-        self.replicas = [
-            Replica.at(address, settings.channels, settings.breaker_config())
-            for address in split_addresses(settings.replicas)
-        ]
-        await asyncio.gather(*(self._probe(replica) for replica in self.replicas))
-        self._jobs = [asyncio.create_task(self._probe_for_ever(replica)) for replica in self.replicas]
-        self._jobs.append(asyncio.create_task(self._watch_for_ever()))
+        await self._fleet.start()
 
     async def stop(self) -> None:
-        for job in self._jobs:
-            job.cancel()
-        await asyncio.gather(*self._jobs, return_exceptions=True)
-        for replica in self.replicas:
-            await replica.client.close()
+        await self._fleet.stop()
+
+    @property
+    def replicas(self) -> list[Replica]:
+        return self._fleet.replicas
 
     @property
     def trouble(self) -> str:
         """Why no replica can be sent anything; empty if one can."""
-        if any(replica.takes_requests for replica in self.replicas):
-            return ""
-        return "; ".join(f"{replica.address}: {replica.trouble or 'draining'}" for replica in self.replicas)
+        return self._fleet.trouble
 
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt and output together that every replica takes."""
-        lengths = [replica.status.max_model_len for replica in self.replicas if replica.status]
-        return min(lengths, default=self._max_model_len)
+        return self._fleet.max_model_len(self._max_model_len)
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """Each replica for people; times in seconds."""
+        return self._fleet.snapshot()
+
+    def load(self) -> ClusterLoad:
+        """How much room there is."""
+        return self._fleet.load()
 
     async def generate(self, task: Task) -> AsyncGenerator[Reply, None]:
         """To the last reply, which alone has a finish_reason.
@@ -115,11 +109,16 @@ class Cluster:
             try:
                 async with aclosing(attempt.generation.replies()) as replies:
                     async for reply in replies:
-                        attempt.last_token = time.monotonic()
+                        now, is_first = time.monotonic(), attempt.last_token is None
+                        attempt.last_token = now
                         task.delivered += reply.token_ids
+                        if is_first and reply.token_ids:
+                            self._fleet.generated(replica, now)
                         # At the first token: until a probe reports, nobody else gets through.
                         if not permit.reported and (permit.is_probe or reply.finish_reason):
-                            replica.breaker.record(permit, Outcome.SUCCESS, attempt.last_token)
+                            replica.breaker.record(permit, Outcome.SUCCESS, now)
+                            if permit.is_probe and replica.breaker.state is State.CLOSED:
+                                replica.came_at = now
                         yield reply
                         if reply.finish_reason:
                             return
@@ -136,10 +135,9 @@ class Cluster:
             if last.outcome in _FINAL:
                 raise last
             failures = 1 if len(task.delivered) > before else failures + 1
-            self._metrics.attempt_failed(replica.address, last.outcome)
-            log.warning("%s: %s failed: %s", task.request_id, replica.address, last)
+            self._failed(task, replica, last)
             if not await self._may_retry(last, failures, task.deadline):
-                raise last
+                raise _timed_out(last) if task.deadline.expired(time.monotonic()) else last
             if task.delivered:
                 self._metrics.moved()
 
@@ -163,90 +161,69 @@ class Cluster:
         """
         now = time.monotonic()
         until = min(now + self._settings.wait_for_replica, task.deadline.at)
-        while True:
-            if chosen := self._choose(task, now):
-                replica, permit = chosen
-                break
+        while not (chosen := self._fleet.choose(task.prompt, task.served_by[-1] if task.served_by else "", now)):
             if now >= until:
-                raise last or ModelError(f"no replica can take requests ({self.trouble})", Outcome.UNAVAILABLE)
-            self._recovered.clear()
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._recovered.wait(), min(until - now, WATCH_INTERVAL))
+                none = ModelError(f"no replica can take requests ({self.trouble})", Outcome.UNAVAILABLE)
+                raise _timed_out(last or none) if task.deadline.expired(now) else (last or none)
+            await self._fleet.wait_for_change(min(until - now, WATCH_INTERVAL))
             now = time.monotonic()
+        replica, permit = chosen
+        attempt = self._ask(task, replica, list(task.delivered), now)
+        replica.attempts.add(attempt)
+        return replica, attempt, permit
+
+    async def fall_back(self, task: Task) -> AsyncGenerator[Reply, None]:
+        """The same from the replicas' fallback model, for a task of which nothing was handed on yet.
+
+        It has no breaker, and no stream goes on elsewhere; one that has not begun is tried at another replica, once.
+
+        Raises:
+            ModelError: it can't be ended; what was handed on stands.
+        """
+        task.model = "fallback"
+        asked: list[str] = []
+        last = ModelError(f"no replica is there ({self.trouble})", Outcome.UNAVAILABLE)
+        while len(asked) < 2 and not task.delivered and (replica := self._fleet.choose_fallback(asked)):
+            now = time.monotonic()
+            if task.deadline.expired(now):
+                raise _timed_out(last)
+            asked.append(replica.address)
+            attempt = self._ask(task, replica, [], now)
+            replica.fallbacks.add(attempt)
+            try:
+                async with aclosing(attempt.generation.replies()) as replies:
+                    async for reply in replies:
+                        attempt.last_token = time.monotonic()
+                        task.delivered += reply.token_ids
+                        yield reply
+                        if reply.finish_reason:
+                            return
+                last = ModelError("the replica ended the stream without a last reply", Outcome.ENGINE_FAILED)
+            except ModelError as error:
+                last = error
+            finally:
+                replica.fallbacks.discard(attempt)
+            self._failed(task, replica, last)
+            if last.outcome is Outcome.INVALID:  # the decoder would have taken it
+                raise ModelError(f"the fallback can't answer this: {last}", Outcome.ENGINE_FAILED)
+            if last.outcome in _FINAL:
+                break
+        raise last
+
+    def _ask(self, task: Task, replica: Replica, resume_ids: list[int], now: float) -> Attempt:
         sampling = task.sampling
         if math.isfinite(task.deadline.at):
             sampling = msgspec.structs.replace(sampling, timeout=task.deadline.remaining(now))
-        order = Order(task.request_id, task.prompt, msgspec.json.encode(sampling), list(task.delivered), task.logprobs)
-        attempt = Attempt(replica.client.generate("decoder", order), now)
-        replica.attempts.add(attempt)
+        order = Order(task.request_id, task.prompt, msgspec.json.encode(sampling), resume_ids, task.logprobs)
         task.served_by.append(replica.address)
-        self._metrics.attempt(replica.address)
-        return replica, attempt, permit
+        self._metrics.attempt(replica.address, task.model)
+        return Attempt(replica.client.generate(task.model, order), now)
 
-    def _choose(self, task: Task, now: float) -> tuple[Replica, Permit] | None:
-        able = [replica for replica in self.replicas if replica.takes_requests]
-        # Another than the one that just failed, if there is one.
-        able = [replica for replica in able if replica.address not in task.served_by[-1:]] or able
-        refused: Replica | None = None
-        while able:
-            candidates = [_candidate(replica, now) for replica in able]
-            replica = able[self._router.choose(candidates, task.prompt)]
-            permit = replica.breaker.acquire(now)
-            if not isinstance(permit, Refusal):
-                return replica, permit
-            refused = refused or replica
-            able.remove(replica)
-        # All are well but fail of late: one that may fail is better than none. No breaker counts this call.
-        return (refused, Permit(-1, is_probe=False)) if refused else None
-
-    async def _probe_for_ever(self, replica: Replica) -> None:
-        while True:
-            await asyncio.sleep(self._settings.probe_interval)
-            try:
-                await self._probe(replica)
-            except Exception:
-                log.exception("a replica could not be asked how it is")
-
-    async def _probe(self, replica: Replica) -> None:
-        was_able = replica.takes_requests
-        replica.asked_at, replica.in_flight_when_asked = time.monotonic(), len(replica.attempts)
-        try:
-            answer = await replica.client.control("status", PROBE_TIMEOUT)
-            status = msgspec.json.decode(answer, type=DecoderStatus)
-            replica.heard(status, self._settings.patience, time.monotonic())
-        except msgspec.MsgspecError as error:
-            replica.lost(ModelError(f"is it a Tidewright server? {error}", Outcome.UNAVAILABLE))
-        except ModelError as error:
-            replica.lost(error)
-        finally:
-            replica.asked_at = None
-        if replica.takes_requests != was_able:
-            log.warning("%s: %s", replica.address, "is well" if not was_able else replica.trouble or "drains")
-            self._recovered.set()
-        self._metrics.replica_is(replica.address, replica.takes_requests)
-
-    async def _watch_for_ever(self) -> None:
-        """Ends attempts that take too long, so that they go on elsewhere."""
-        settings, slept_at = self._settings, time.monotonic()
-        while True:
-            await asyncio.sleep(WATCH_INTERVAL)
-            now = time.monotonic()
-            if now - slept_at > settings.patience:  # it was this process that slept
-                slept_at = now
-                continue
-            slept_at = now
-            for replica in self.replicas:
-                if replica.asked_at and now - replica.asked_at > settings.patience:
-                    replica.lost(ModelError(f"no answer for {now - replica.asked_at:.1f} s", Outcome.STALLED))
-                for attempt in tuple(replica.attempts):
-                    if error := attempt.overdue(settings.first_token_timeout, settings.stall_timeout, now):
-                        attempt.generation.abandon(error)
+    def _failed(self, task: Task, replica: Replica, error: ModelError) -> None:
+        self._metrics.attempt_failed(replica.address, task.model, error.outcome)
+        log.warning("%s: %s of %s failed: %s", task.request_id, task.model, replica.address, error)
 
 
-def _candidate(replica: Replica, now: float) -> Candidate:
-    status = replica.status if now - replica.heard_at < FRESH else None
-    return Candidate(
-        name=replica.address,
-        in_flight=len(replica.attempts) + (replica.others if status else 0),
-        load=None if status is None else max(status.waiting, status.kv_usage),
-    )
+def _timed_out(error: ModelError) -> ModelError:
+    """What a caller whose time is over is told: that, and what it was waiting for."""
+    return ModelError(f"the request's time is over: {error}", Outcome.REQUEST_TIMEOUT)

@@ -14,6 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.resilience.config import ResilienceSettings
+from tidewright_gateway.discovery import FileSource, make_source
 
 
 class GatewaySettings(ResilienceSettings, BaseSettings):
@@ -47,7 +48,34 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
     tls_cert: str = Field("", description="PEM file of the certificate and its chain, for HTTPS. Empty: plain HTTP.")
     tls_key: str = Field("", description="PEM file of the certificate's private key, without a passphrase.")
     replicas: str = Field(
-        "127.0.0.1:8001", description="Tritons to send requests to: gRPC addresses HOST:PORT, separated by commas."
+        "127.0.0.1:8001",
+        description="Tritons to send requests to: gRPC addresses HOST:PORT, separated by commas, with a weight as "
+        "HOST:PORT*2; or dns:NAME:PORT, all addresses of a name; or file:PATH, a file with one of them a line.",
+    )
+    discovery_interval: float = Field(
+        5.0, gt=0, le=3600, description="Seconds between two look-ups of dns:NAME:PORT; a file is read twice a second."
+    )
+    slow_start: float = Field(
+        10.0,
+        ge=0,
+        le=3600,
+        description="Seconds in which the share of a replica that came, or came back, grows from a tenth to all of it.",
+    )
+    generation_probe_interval: float = Field(
+        10.0,
+        ge=0,
+        le=3600,
+        description="Seconds after which a replica that answered no request in that time must generate a token; "
+        "0 for never.",
+    )
+    generation_probe_timeout: float = Field(
+        10.0, gt=0, le=3600, description="Seconds within which that token must come."
+    )
+    generation_probe_failures: int = Field(
+        2,
+        ge=1,
+        le=100,
+        description="Such tokens that did not come, one after the other, after which it gets nothing until one comes.",
     )
     routing: Literal["round_robin", "least_load", "prefix"] = Field(
         "least_load",
@@ -109,16 +137,10 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
 
     @field_validator("replicas")
     @classmethod
-    def _replicas_are_addresses(cls, value: str) -> str:
-        addresses = split_addresses(value)
-        if not addresses:
-            raise ValueError("names no replica; give HOST:PORT, such as 127.0.0.1:8001")
-        for address in addresses:
-            host, _, port = address.rpartition(":")
-            if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-                raise ValueError(f"{address!r} is not HOST:PORT, such as 127.0.0.1:8001")
-        if len(set(addresses)) < len(addresses):
-            raise ValueError("names a replica twice")
+    def _replicas_can_be_found(cls, value: str) -> str:
+        source = make_source(value, interval=1.0)
+        if isinstance(source, FileSource):
+            source.read()
         return value
 
     @model_validator(mode="after")
@@ -167,10 +189,6 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
     @property
     def model_name(self) -> str:
         return self.served_model_name or Path(self.model).name
-
-
-def split_addresses(text: str) -> list[str]:
-    return [address for part in text.split(",") if (address := part.strip())]
 
 
 def _is_loopback(host: str) -> bool:

@@ -23,13 +23,27 @@ class Metrics:
             "overhead_seconds", "Of it, what the gateway itself took before it asked a replica.", _OVERHEAD
         )
         self._tokens = self._counter("tokens_total", "Tokens, by kind: prompt or completion.", "kind")
-        self._attempts = self._counter("attempts_total", "Generations that a replica was asked for.", "replica")
+        self._attempts = self._counter(
+            "attempts_total", "Generations that a replica was asked for.", "replica", "model"
+        )
         self._failures = self._counter(
-            "attempt_failures_total", "Those that failed there, by outcome.", "replica", "outcome"
+            "attempt_failures_total", "Those that failed there, by outcome.", "replica", "model", "outcome"
         )
         self._moved = self._counter("streams_moved_total", "Streams that went on at another replica.")
         self._refused = self._counter("retries_refused_total", "Retries that were not made, by reason.", "reason")
         self._up = self._gauge("replica_up", "1 if it can be sent requests.", "replica")
+        self._stale = self._gauge(
+            "replica_load_stale", "1 if it did not say lately how much load it has, so only requests count.", "replica"
+        )
+        self._probes = self._counter(
+            "generation_probes_total",
+            "Tokens that a replica was asked for to see if it can, by outcome.",
+            "replica",
+            "outcome",
+        )
+        self._lookups_failed = self._counter(
+            "discovery_failures_total", "Looks for the replicas, by DNS or in a file, that found nothing of use."
+        )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"tidewright_gateway_{name}", text, labels, registry=self.registry)
@@ -61,11 +75,11 @@ class Metrics:
         self._tokens.labels("prompt").inc(prompt)
         self._tokens.labels("completion").inc(completion)
 
-    def attempt(self, replica: str) -> None:
-        self._attempts.labels(replica).inc()
+    def attempt(self, replica: str, model: str) -> None:
+        self._attempts.labels(replica, model).inc()
 
-    def attempt_failed(self, replica: str, outcome: Outcome) -> None:
-        self._failures.labels(replica, outcome.label).inc()
+    def attempt_failed(self, replica: str, model: str, outcome: Outcome) -> None:
+        self._failures.labels(replica, model, outcome.label).inc()
 
     def moved(self) -> None:
         self._moved.inc()
@@ -75,3 +89,17 @@ class Metrics:
 
     def replica_is(self, replica: str, up: bool) -> None:
         self._up.labels(replica).set(up)
+
+    def load_is_stale(self, replica: str, stale: bool) -> None:
+        self._stale.labels(replica).set(stale)
+
+    def generation_probed(self, replica: str, outcome: Outcome) -> None:
+        self._probes.labels(replica, outcome.label).inc()
+
+    def discovery_failed(self) -> None:
+        self._lookups_failed.inc()
+
+    def forget(self, replica: str) -> None:
+        """It is gone for good: where addresses change, the list would grow for ever."""
+        for metric in (self._attempts, self._failures, self._up, self._stale, self._probes):
+            metric.remove_by_labels({"replica": replica})

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.breaker import BreakerConfig, CircuitBreaker
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import DecoderStatus
+from tidewright_gateway.discovery import Endpoint
+from tidewright_gateway.routing import Candidate, slow_start
 from tidewright_gateway.triton import Generation, TritonClient
+
+FRESH = 2.0  # seconds; what a replica said of its load before is not believed any more
 
 
 @dataclass(eq=False)
@@ -32,31 +39,77 @@ class Attempt:
 
 @dataclass(eq=False)
 class Replica:
-    """All of it belongs to the event loop's thread."""
+    """All of it belongs to the event loop's thread. Times are of time.monotonic(), and -inf is never."""
 
     address: str
     client: TritonClient
     breaker: CircuitBreaker
+    weight: float = 1.0
     status: DecoderStatus | None = None
     """What it said last; None before it said anything, and after an error."""
     heard_at: float = -math.inf
-    """When it said something, time.monotonic()."""
+    """When it said something."""
+    status_took: float | None = None
+    """Seconds from the last question to its answer."""
     others: int = 0
     """Requests there that are not of this gateway, as of then."""
     in_flight_when_asked: int = 0
     asked_at: float | None = None
-    """Since when a question waits for its answer, time.monotonic()."""
+    """Since when a question waits for its answer."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not asked yet", Outcome.UNAVAILABLE))
-    """Why it can't be sent anything now."""
+    """Why it can't be sent anything now, by what it says."""
+    leaving: bool = False
+    """It is no longer among the replicas: gets nothing new, and is forgotten when what it has is done."""
+    ejected: ModelError | None = None
+    """Why it is not to be sent anything while others can be: it says that it is well, but generates nothing."""
+    failed_probes: int = 0
+    """Generation probes that failed, one after the other."""
+    probed_at: float = -math.inf
+    """When its last generation probe began, or was needless."""
+    probe_took: float | None = None
+    """Seconds that the last one that succeeded took."""
+    generated_at: float = -math.inf
+    """When a request last got its first tokens."""
+    came_at: float = -math.inf
+    """When it came, or came back; before the gateway started is -inf."""
+    took_requests: bool = False
+    load_is_stale: bool = True
+    """Both as they were last told to the log or the metrics."""
     attempts: set[Attempt] = field(default_factory=set)
+    """Of the decoder."""
+    fallbacks: set[Attempt] = field(default_factory=set)
+    """Of the fallback, which goes on when the decoder fails."""
 
     @classmethod
-    def at(cls, address: str, channels: int, breaker: BreakerConfig) -> Replica:
-        return cls(address, TritonClient(address, channels), CircuitBreaker(breaker))
+    def at(cls, endpoint: Endpoint, channels: int, breaker: BreakerConfig) -> Replica:
+        client = TritonClient(endpoint.address, channels)
+        return cls(endpoint.address, client, CircuitBreaker(breaker), endpoint.weight)
+
+    @property
+    def is_up(self) -> bool:
+        """It says that it takes requests."""
+        return self.trouble is None and not self.leaving and not (self.status and self.status.draining)
 
     @property
     def takes_requests(self) -> bool:
-        return self.trouble is None and not (self.status and self.status.draining)
+        return self.is_up and self.ejected is None
+
+    @property
+    def why_not(self) -> str:
+        """Why it can't be sent anything, or had better not; empty if it can."""
+        if self.takes_requests:
+            return ""
+        return "leaving" if self.leaving else str(self.trouble or self.ejected or "draining")
+
+    @property
+    def in_flight(self) -> int:
+        """Of this gateway."""
+        return len(self.attempts) + len(self.fallbacks)
+
+    @property
+    def running(self) -> Iterator[Attempt]:
+        """A copy: they may end meanwhile."""
+        return itertools.chain(tuple(self.attempts), tuple(self.fallbacks))
 
     def heard(self, status: DecoderStatus, patience: float, now: float) -> None:
         """It answered. `patience`: longest silence of its engine, in seconds."""
@@ -78,3 +131,47 @@ class Replica:
     def abandon_all(self, error: ModelError) -> None:
         for attempt in tuple(self.attempts):
             attempt.generation.abandon(error)
+
+    def generated(self, now: float) -> None:
+        """A request got its first tokens."""
+        self.generated_at = now
+        self.can_generate()
+
+    def can_generate(self) -> None:
+        """Whatever probes found before."""
+        self.failed_probes, self.ejected = 0, None
+
+    def fresh_status(self, now: float) -> DecoderStatus | None:
+        """None if it did not say lately how much load it has."""
+        return self.status if now - self.heard_at < FRESH else None
+
+    def candidate(self, ramp: float, now: float) -> Candidate:
+        """`ramp`: seconds until one that came has its whole share."""
+        status = self.fresh_status(now)
+        return Candidate(
+            name=self.address,
+            in_flight=len(self.attempts) + (self.others if status else 0),
+            load=None if status is None else max(status.waiting, status.kv_usage),
+            weight=self.weight,
+            share=slow_start(now - self.came_at, ramp),
+        )
+
+    def snapshot(self, ramp: float, now: float) -> dict[str, Any]:
+        """For people; times in seconds, `load` None if it is not known."""
+        candidate = self.candidate(ramp, now)
+        return {
+            "address": self.address,
+            "weight": self.weight,
+            "takes_requests": self.takes_requests,
+            "trouble": self.why_not,
+            "draining": bool(self.status and self.status.draining),
+            "leaving": self.leaving,
+            "breaker": self.breaker.state.value,
+            "in_flight": self.in_flight,
+            "others_in_flight": self.others,
+            "load": candidate.load,
+            "status_seconds": self.status_took,
+            "generation_probe_seconds": self.probe_took,
+            "failed_generation_probes": self.failed_probes,
+            "slow_start_share": candidate.share,
+        }

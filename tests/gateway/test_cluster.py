@@ -4,116 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
-from typing import Any
 
 import msgspec
 import pytest
 
+from helpers.scripted_replicas import WELL, ScriptedClient, error, generate, named, run, script_replicas, until
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.breaker import State
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.outcome import Outcome
-from tidewright.schema import DecoderStatus, SamplingParams
-from tidewright_gateway import replica as replica_module
 from tidewright_gateway.cluster import Cluster, Task
-from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.metrics import Metrics
-from tidewright_gateway.triton import Order, Reply
-
-WELL = DecoderStatus(trouble="", draining=False, silence=0.0, waiting=0.0, wait=0.0, kv_usage=0.0, max_model_len=99)
-Script = list[int | ModelError | None]  # token ids, then how it ends; None: nothing comes any more
-
-
-class ScriptedGeneration:
-    def __init__(self, script: Script) -> None:
-        self._script = script
-        self._abandoned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.closed = False
-
-    def abandon(self, error: ModelError) -> None:
-        if not self._abandoned.done():
-            self._abandoned.set_exception(error)
-
-    async def replies(self) -> AsyncGenerator[Reply, None]:
-        try:
-            for number, step in enumerate(self._script):
-                await asyncio.sleep(0)
-                if isinstance(step, ModelError):
-                    raise step
-                if step is None:
-                    await self._abandoned
-                else:
-                    is_last = number == len(self._script) - 1
-                    yield Reply(f"<{step}>", [step], "stop" if is_last else None, None)
-        finally:
-            self.closed = True
-
-
-class ScriptedClient:
-    """Each generation follows the next script of its address."""
-
-    scripts: dict[str, list[Script]]
-    orders: list[tuple[str, Order]]
-    status: dict[str, DecoderStatus | ModelError]
-
-    def __init__(self, address: str, channels: int) -> None:
-        self._address = address
-
-    async def close(self) -> None:
-        pass
-
-    def generate(self, model: str, order: Order) -> ScriptedGeneration:
-        self.orders.append((self._address, order))
-        return ScriptedGeneration(self.scripts[self._address].pop(0))
-
-    async def control(self, word: str, timeout: float) -> str:
-        status = self.status.get(self._address, WELL)
-        if isinstance(status, ModelError):
-            raise status
-        return msgspec.json.encode(status).decode()
 
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedClient]:
-    ScriptedClient.scripts, ScriptedClient.orders, ScriptedClient.status = {}, [], {}
-    monkeypatch.setattr(replica_module, "TritonClient", ScriptedClient)
-    return ScriptedClient
-
-
-def run(body: Callable[[Cluster], Any], **options: Any) -> Any:
-    async def main() -> Any:
-        settings = GatewaySettings(
-            **{
-                "replicas": "a:1,b:1",
-                "routing": "round_robin",
-                "probe_interval": 0.02,
-                "retry_base_delay": 0.01,
-                **options,
-            }
-        )
-        cluster = Cluster(settings, Metrics(), 99)
-        await cluster.start()
-        try:
-            return await body(cluster)
-        finally:
-            await cluster.stop()
-
-    return asyncio.run(main())
-
-
-async def generate(cluster: Cluster, deadline: Deadline = Deadline()) -> tuple[str, Task]:  # noqa: B008 - frozen
-    task = Task("r", [1, 2], SamplingParams(seed=3), deadline)
-    text = ""
-    async with aclosing(cluster.generate(task)) as replies:
-        async for reply in replies:
-            text += reply.text
-    return text, task
-
-
-def error(outcome: Outcome) -> ModelError:
-    return ModelError("scripted", outcome)
+    return script_replicas(monkeypatch)
 
 
 @pytest.mark.parametrize("outcome", [Outcome.UNAVAILABLE, Outcome.STUB_DIED, Outcome.ENGINE_FAILED, Outcome.OVERLOADED])
@@ -177,7 +82,7 @@ def test_streams_leave_a_replica_whose_engine_gives_no_sign_of_life(client: type
         await asyncio.sleep(0.1)
         client.status["b:1"] = msgspec.structs.replace(WELL, silence=3.0)
         got = await asking
-        assert [replica.takes_requests for replica in cluster.replicas] == [True, False]
+        assert [replica.takes_requests for replica in cluster.replicas] == [False, True]
         return got
 
     text, task = run(body)
@@ -224,12 +129,27 @@ def test_nobody_waits_beyond_its_deadline_for_a_replica(client: type[ScriptedCli
     client.status = {name: error(Outcome.UNAVAILABLE) for name in ("a:1", "b:1")}
 
     async def body(cluster: Cluster) -> None:
-        assert cluster.trouble == "a:1: scripted; b:1: scripted"
-        with pytest.raises(ModelError, match="no replica can take requests"):
+        assert cluster.trouble == "b:1: scripted; a:1: scripted"
+        with pytest.raises(ModelError, match="no replica can take requests") as caught:
             await generate(cluster, Deadline(time.monotonic() + 0.1))
+        assert caught.value.outcome is Outcome.REQUEST_TIMEOUT
 
     run(body, wait_for_replica=600)
     assert client.orders == []
+
+
+def test_who_waits_in_vain_but_in_time_is_told_that_nobody_is_there(client: type[ScriptedClient]) -> None:
+    client.status = {name: error(Outcome.UNAVAILABLE) for name in ("a:1", "b:1")}
+    with pytest.raises(ModelError) as caught:
+        run(lambda cluster: generate(cluster, Deadline(time.monotonic() + 60)), wait_for_replica=0.05)
+    assert caught.value.outcome is Outcome.UNAVAILABLE
+
+
+def test_a_deadline_that_passes_at_a_replica_that_fails_is_a_timeout(client: type[ScriptedClient]) -> None:
+    client.scripts = {"b:1": [[7, None]], "a:1": []}
+    with pytest.raises(ModelError, match="no further token") as caught:
+        run(lambda cluster: generate(cluster, Deadline(time.monotonic() + 0.1)), stall_timeout=0.3)
+    assert caught.value.outcome is Outcome.REQUEST_TIMEOUT
 
 
 def test_a_client_that_leaves_counts_against_nobody_and_leaves_nothing(client: type[ScriptedClient]) -> None:
@@ -255,3 +175,77 @@ def test_its_status_says_how_long_a_sequence_can_be(client: type[ScriptedClient]
         return cluster.max_model_len
 
     assert run(body) == 50
+
+
+def test_the_fallback_of_one_replica_then_of_another_can_be_asked_instead(client: type[ScriptedClient]) -> None:
+    failed = error(Outcome.UNAVAILABLE)
+    client.scripts = {"b:1/fallback": [[failed], [failed]], "a:1/fallback": [[4, 5], [failed]]}
+
+    async def body(cluster: Cluster) -> None:
+        text, task = await generate(cluster, fall_back=True)
+        assert (text, task.model) == ("<4><5>", "fallback")
+        assert sorted(task.served_by) == ["a:1", "b:1"]
+        with pytest.raises(ModelError, match="scripted"):
+            await generate(cluster, fall_back=True)
+        assert [replica.breaker.snapshot(0).window_calls for replica in cluster.replicas] == [0, 0]
+
+    run(body)
+    assert [order.resume_ids for _, order in client.orders] == [[]] * len(client.orders)
+
+
+@pytest.mark.parametrize(("script", "outcome"), [([7], None), ([7, error(Outcome.UNAVAILABLE)], Outcome.UNAVAILABLE)])
+def test_a_stream_of_the_fallback_that_has_begun_does_not_go_on_elsewhere(
+    client: type[ScriptedClient], script: list[int | ModelError | None], outcome: Outcome | None
+) -> None:
+    client.scripts = {f"{name}/fallback": [script] for name in ("a:1", "b:1")}
+    if outcome is None:
+        assert run(lambda cluster: generate(cluster, fall_back=True))[0] == "<7>"
+    else:
+        with pytest.raises(ModelError) as caught:
+            run(lambda cluster: generate(cluster, fall_back=True))
+        assert caught.value.outcome is outcome
+    assert len(client.orders) == 1
+
+
+def test_what_the_fallback_can_t_do_is_not_the_request_s_fault(client: type[ScriptedClient]) -> None:
+    client.scripts = {f"{name}/fallback": [[error(Outcome.INVALID)]] for name in ("a:1", "b:1")}
+    with pytest.raises(ModelError, match="the fallback can't answer") as caught:
+        run(lambda cluster: generate(cluster, fall_back=True))
+    assert (caught.value.outcome, len(client.orders)) == (Outcome.ENGINE_FAILED, 1)
+
+
+def test_the_fallback_answers_where_the_decoder_is_silent(client: type[ScriptedClient]) -> None:
+    client.scripts = {"b:1/fallback": [[4, None]]}
+
+    async def body(cluster: Cluster) -> None:
+        client.status["b:1"] = msgspec.structs.replace(WELL, silence=3.0)
+        await until(lambda: cluster.trouble)
+        asking = asyncio.ensure_future(generate(cluster, fall_back=True))
+        await until(lambda: cluster.load().in_flight)
+        await asyncio.sleep(0.1)  # several answers that say that the engine is silent
+        assert not asking.done()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert named(cluster, "b:1").in_flight == 0
+
+    run(body, replicas="b:1")
+
+
+@pytest.mark.parametrize("routing", ["round_robin", "least_load", "prefix"])
+def test_equal_replicas_get_equal_shares_of_an_even_load(client: type[ScriptedClient], routing: str) -> None:
+    """Within 5 %: 16 at a time, of 1 to 6 tokens each."""
+    addresses = ["a:1", "b:1", "c:1"]
+    client.scripts = {address: [[1] * (1 + number % 6) for number in range(600)] for address in addresses}
+
+    async def body(cluster: Cluster) -> None:
+        async def one_after_the_other() -> None:
+            for _ in range(45):
+                await generate(cluster)
+
+        await asyncio.gather(*(one_after_the_other() for _ in range(16)))
+
+    run(body, routing=routing, replicas=",".join(addresses), probe_interval=1)
+    counts = [sum(1 for asked, _ in client.orders if asked == address) for address in addresses]
+    assert sum(counts) == 720
+    assert max(counts) <= 1.05 * 240

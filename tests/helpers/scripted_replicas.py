@@ -1,0 +1,145 @@
+"""A cluster whose replicas follow scripts: what real Tritons would need minutes or luck for."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+import msgspec
+import pytest
+
+from tidewright.failsafe.models import ModelError
+from tidewright.resilience.deadline import Deadline
+from tidewright.resilience.outcome import Outcome
+from tidewright.schema import DecoderStatus, SamplingParams
+from tidewright_gateway import replica as replica_module
+from tidewright_gateway.cluster import Cluster, Task
+from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.replica import Replica
+from tidewright_gateway.triton import Order, Reply
+
+PATIENCE = 20.0  # seconds
+WELL = DecoderStatus(trouble="", draining=False, silence=0.0, waiting=0.0, wait=0.0, kv_usage=0.0, max_model_len=99)
+Script = list[int | ModelError | None]  # token ids, then how it ends; None: nothing comes any more
+
+
+class ScriptedGeneration:
+    def __init__(self, script: Script) -> None:
+        self._script = script
+        self._abandoned: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def abandon(self, error: ModelError) -> None:
+        if not self._abandoned.done():
+            self._abandoned.set_exception(error)
+
+    async def replies(self) -> AsyncGenerator[Reply, None]:
+        for number, step in enumerate(self._script):
+            await asyncio.sleep(0)
+            if isinstance(step, ModelError):
+                raise step
+            if step is None:
+                await self._abandoned
+            else:
+                is_last = number == len(self._script) - 1
+                yield Reply(f"<{step}>", [step], "stop" if is_last else None, None)
+
+
+class ScriptedClient:
+    """Each generation follows the next script of its address, or of `ADDRESS/fallback`; each probe the same one."""
+
+    scripts: dict[str, list[Script]]
+    probes: dict[str, Script]
+    """Where it is not one token."""
+    status: dict[str, DecoderStatus | ModelError | None]
+    """Where it is not WELL; None: no answer."""
+    orders: list[tuple[str, Order]]
+    probed: list[str]
+    closed: list[str]
+
+    def __init__(self, address: str, channels: int) -> None:
+        self._address = address
+
+    @classmethod
+    def forget_all(cls) -> None:
+        cls.scripts, cls.probes, cls.status, cls.orders, cls.probed, cls.closed = {}, {}, {}, [], [], []
+
+    async def close(self) -> None:
+        self.closed.append(self._address)
+
+    def generate(self, model: str, order: Order) -> ScriptedGeneration:
+        if order.request_id.startswith("probe"):
+            self.probed.append(self._address)
+            return ScriptedGeneration(self.probes.get(self._address, [1]))
+        address = self._address if model == "decoder" else f"{self._address}/{model}"
+        self.orders.append((address, order))
+        return ScriptedGeneration(self.scripts[address].pop(0))
+
+    async def control(self, word: str, timeout: float) -> str:
+        began = time.monotonic()
+        while (status := self.status.get(self._address, WELL)) is None:
+            if time.monotonic() - began > timeout:
+                raise ModelError("no answer in time", Outcome.STALLED)
+            await asyncio.sleep(0.005)
+        if isinstance(status, ModelError):
+            raise status
+        return msgspec.json.encode(status).decode()
+
+
+def script_replicas(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedClient]:
+    ScriptedClient.forget_all()
+    monkeypatch.setattr(replica_module, "TritonClient", ScriptedClient)
+    return ScriptedClient
+
+
+def run(body: Callable[[Cluster], Any], metrics: Metrics | None = None, **options: Any) -> Any:
+    """`body` with a cluster that runs; b:1 has the first turn."""
+
+    async def main() -> Any:
+        defaults = {
+            "replicas": "b:1,a:1",
+            "routing": "round_robin",
+            "probe_interval": 0.02,
+            "retry_base_delay": 0.01,
+            "generation_probe_interval": 0,
+        }
+        cluster = Cluster(GatewaySettings(**{**defaults, **options}), metrics or Metrics(), 99)
+        await cluster.start()
+        try:
+            return await body(cluster)
+        finally:
+            await cluster.stop()
+
+    return asyncio.run(main())
+
+
+async def generate(
+    cluster: Cluster,
+    deadline: Deadline = Deadline(),  # noqa: B008 - frozen
+    fall_back: bool = False,
+) -> tuple[str, Task]:
+    task = Task("r", [1, 2], SamplingParams(seed=3), deadline)
+    text = ""
+    async with aclosing(cluster.fall_back(task) if fall_back else cluster.generate(task)) as replies:
+        async for reply in replies:
+            text += reply.text
+    return text, task
+
+
+async def until(what: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.005)
+
+
+def error(outcome: Outcome) -> ModelError:
+    return ModelError("scripted", outcome)
+
+
+def named(cluster: Cluster, address: str) -> Replica:
+    (found,) = (replica for replica in cluster.replicas if replica.address == address)
+    return found
