@@ -74,7 +74,7 @@ class TritonClient:
 
     def generate(self, model: str, order: Order) -> Generation:
         """Ask `decoder` or `fallback`; nothing is sent before the replies are asked for."""
-        return Generation(self._next_stub().ModelStreamInfer, _request(model, order))
+        return Generation(self._next_stub().ModelStreamInfer, make_request(model, order))
 
     async def control(self, word: str, timeout: float) -> str:
         """The decoder's answer to a word (schema.CONTROL).
@@ -154,7 +154,7 @@ def _model_error(error: grpc.aio.AioRpcError) -> ModelError:
     return ModelError(message, Outcome.UNAVAILABLE if error.code() in _GONE else None)
 
 
-def _request(model: str, order: Order) -> service_pb2.ModelInferRequest:
+def make_request(model: str, order: Order) -> service_pb2.ModelInferRequest:
     request = service_pb2.ModelInferRequest(model_name=model, id=order.request_id)
     _add(request, INPUT_IDS.name, "INT32", len(order.prompt), struct.pack(f"<{len(order.prompt)}i", *order.prompt))
     _add(request, "sampling_parameters", "BYTES", 1, _bytes_element(order.sampling))

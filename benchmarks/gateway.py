@@ -1,0 +1,347 @@
+"""What the gateway itself costs. `python -m benchmarks.gateway`; needs an idle machine.
+
+A replica that answers at once stands behind it, in a process of its own, so what a request takes is the gateway's.
+Client, gateway and replica share the cores; what share of a core each used, and how much CPU time that is for each
+request, stands below each table.
+
+latency      what the gateway adds to a request at half of its capacity: requests arrive by chance, at the gateway and
+             at the replica itself in turn
+throughput   short answers a second, with one and with two worker processes
+concurrency  many requests and many streams at the same time, none of which may fail
+balance      how evenly requests go to replicas that are equal
+soak         memory, and false alarms of the health checks, under a mix of requests that lasts --soak seconds
+triton       beside the real Triton with the embedded model: what the gateway adds, and how long a failover takes
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import os
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.gateway_load import Cpu, GrpcClient, HttpClient, Load, at_once, closed_loop, open_loop, request
+from tidewright.bench.machine import description, free_ports, wait_idle
+from tidewright.cache import EMBEDDED_MODEL
+from tidewright.launch.prepare import prepare
+from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.triton import Order, make_request
+
+ROOT = Path(__file__).parents[1]
+MODEL = "echo"
+PER_RESPONSE = 8  # tokens
+SHORT, LONG = PER_RESPONSE, 16 * PER_RESPONSE  # tokens of an answer
+LONG_RESPONSES = LONG // PER_RESPONSE
+CALLERS = 32  # that find the capacity
+console = Console(width=140, highlight=False)
+
+
+@dataclass(frozen=True)
+class Row:
+    figure: str
+    value: str
+    target: str = ""
+    met: bool | None = None
+
+
+def show(title: str, rows: Sequence[Row], below: Sequence[str] = ()) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("figure")
+    table.add_column("measured", justify="right")
+    table.add_column("target", justify="right")
+    table.add_column("met")
+    for row in rows:
+        table.add_row(row.figure, row.value, row.target, {None: "", True: "yes", False: "NO"}[row.met])
+    console.print(table)
+    for line in below:
+        console.print(line)
+
+
+@contextmanager
+def process(*arguments: str, port: int, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A Python module that runs, and listens on `port`."""
+    started = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, **options)
+    try:
+        wait_for_port(port, started)
+        yield started
+    finally:
+        started.send_signal(signal.SIGTERM)
+        try:
+            started.wait(30)
+        except subprocess.TimeoutExpired:
+            started.kill()
+
+
+def wait_for_port(port: int, started: subprocess.Popen[bytes], patience: float = 60) -> None:
+    until = time.monotonic() + patience
+    while time.monotonic() < until and started.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise SystemExit(f"nothing listens on port {port}: {started.args}")
+
+
+@dataclass(frozen=True)
+class Echo:
+    url: str
+    pid: int
+
+
+@contextmanager
+def echoes(count: int = 1, pause: float = 0.0) -> Iterator[list[Echo]]:
+    with ExitStack() as stack:
+        made = []
+        for port in free_ports(count):
+            arguments = ["--port", str(port), "--per-response", str(PER_RESPONSE), "--pause", str(pause)]
+            started = stack.enter_context(process("benchmarks.echo_replica", *arguments, port=port))
+            made.append(Echo(f"127.0.0.1:{port}", started.pid))
+        yield made
+
+
+class Gateway:
+    def __init__(self, port: int, pid: int, log: Path) -> None:
+        self.port, self.pid, self._log = port, pid, log
+
+    @property
+    def log(self) -> list[str]:
+        return self._log.read_text().splitlines()
+
+    async def metrics(self) -> dict[tuple[str, ...], float]:
+        """Name without its prefix, and values of the labels, to the value."""
+        client = HttpClient(self.port)
+        text = (await client.get("/metrics")).decode()
+        client.close()
+        return {
+            (sample.name.removeprefix("tidewright_gateway_"), *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+
+@contextmanager
+def gateway(urls: Sequence[str], **options: Any) -> Iterator[Gateway]:
+    (port,) = free_ports(1)
+    values = {"model": model_folder(), "served_model_name": MODEL, "port": port, "replicas": ",".join(urls), **options}
+    environment = {f"TIDEWRIGHT_GATEWAY_{name.upper()}": str(value) for name, value in values.items()}
+    with tempfile.NamedTemporaryFile(suffix=".log") as log:
+        arguments = {"env": {**os.environ, **environment}, "stderr": log}
+        with process("tidewright_gateway", port=port, **arguments) as started:
+            yield Gateway(port, started.pid, Path(log.name))
+
+
+@functools.cache
+def model_folder() -> Path:
+    return prepare(EMBEDDED_MODEL)
+
+
+def chat(max_tokens: int, stream: bool = False, **more: Any) -> bytes:
+    """Without a seed, so no cache can answer."""
+    messages = [{"role": "user", "content": "Tell me a story of the sea, please."}]
+    return request({"model": MODEL, "messages": messages, "max_tokens": max_tokens, "stream": stream, **more})
+
+
+def direct(max_tokens: int) -> bytes:
+    """The same for the replica itself."""
+    order = Order("0", list(range(40)), f'{{"max_tokens":{max_tokens}}}'.encode())
+    return make_request("decoder", order).SerializeToString()
+
+
+class Pair:
+    """Ways to send one kind of request: through the gateway, and to the replica itself."""
+
+    def __init__(self, client: HttpClient, replica: GrpcClient, stream: bool) -> None:
+        self._client, self._replica, self._stream = client, replica, stream
+        self._tokens, self._responses = (LONG, LONG_RESPONSES) if stream else (SHORT, 1)
+
+    @property
+    def through(self) -> Any:
+        raw = chat(self._tokens, self._stream)
+        return lambda: self._client.generate(raw, self._stream, self._responses)
+
+    @property
+    def direct(self) -> Any:
+        raw = direct(self._tokens)
+        return lambda: self._replica.generate(raw, self._responses)
+
+
+def check(load: Load) -> None:
+    if load.errors:
+        raise SystemExit(f"{load.errors.total()} requests failed: {load.errors.most_common(3)}")
+
+
+async def latency(seconds: float, rounds: int) -> None:
+    rows, below = [], []
+    with echoes() as (echo,), gateway([echo.url]) as running:
+        for stream in (False, True):
+            client, replica = HttpClient(running.port), GrpcClient(echo.url)
+            await client.warm(CALLERS)
+            pair = Pair(client, replica, stream)
+            await closed_loop(pair.through, CALLERS, 1)  # warm
+            load = await closed_loop(pair.through, CALLERS, seconds)
+            check(load)
+            capacity = load.rate
+            added: dict[str, list[float]] = {name: [] for name in ("p50", "p99", "first p50", "first p99")}
+            absolute = []
+            for number in range(rounds):
+                wait_idle(2)
+                alone = await open_loop(pair.direct, capacity / 2, seconds, number)
+                cpu = Cpu(gateway=running.pid, replica=echo.pid)
+                through = await open_loop(pair.through, capacity / 2, seconds, number)
+                check(alone)
+                check(through)
+                for name, found in added.items():
+                    share = int(name[-2:])
+                    first = name.startswith("first")
+                    found.append(through.ms(share, first) - alone.ms(share, first))
+                absolute.append((alone.ms(50), through.ms(50), alone.ms(99), through.ms(99)))
+            what = f"stream of {LONG_RESPONSES} responses" if stream else "short answer"
+            for name, found in added.items():
+                if name.startswith("first") and not stream:
+                    continue
+                value, most = statistics.median(found), 2 if name.endswith("p50") else 5
+                rows.append(Row(f"{what}: added, {name}", f"{value:.2f} ms", f"<= {most} ms", value <= most))
+            medians = [statistics.median(column) for column in zip(*absolute, strict=True)]
+            below.append(
+                f"{what}: capacity {capacity:.0f}/s, measured at half of it; p50 {medians[0]:.2f} ms direct and "
+                f"{medians[1]:.2f} ms through the gateway, p99 {medians[2]:.2f} and {medians[3]:.2f} ms"
+            )
+            below.append(f"  {cpu.text(len(through.lasts))}")
+            client.close()
+            await replica.close()
+    show(f"latency at half of capacity, medians of {rounds} rounds of {seconds:g} s", rows, below)
+
+
+async def throughput(seconds: float, rounds: int) -> None:
+    rows, below = [], []
+    has_workers = "workers" in GatewaySettings.model_fields
+    for workers in (1, 2) if has_workers else (1,):
+        options = {"workers": workers} if has_workers else {}
+        with echoes() as (echo,), gateway([echo.url], **options) as running:
+            for stream in (False, True):
+                client, replica = HttpClient(running.port), GrpcClient(echo.url)
+                await client.warm(CALLERS)
+                pair = Pair(client, replica, stream)
+                await closed_loop(pair.through, CALLERS, 1)  # warm
+                rates = []
+                for _ in range(rounds):
+                    wait_idle(2)
+                    cpu = Cpu(gateway=running.pid, replica=echo.pid)
+                    load = await closed_loop(pair.through, CALLERS, seconds)
+                    check(load)
+                    rates.append(load.rate)
+                rate = statistics.median(rates)
+                what = f"streams of {LONG_RESPONSES} responses" if stream else "short answers"
+                figure = f"{what}, workers: {workers}"
+                if stream:
+                    rows.append(Row(figure, f"{rate:.0f}/s"))
+                else:
+                    rows.append(Row(figure, f"{rate:.0f}/s", ">= 1000/s", rate >= 1000))
+                below.append(f"{figure}: {cpu.text(len(load.lasts))}")
+                client.close()
+                await replica.close()
+    if not has_workers:
+        below.append("The gateway has no option `workers` yet: one process only.")
+    show(f"throughput, {CALLERS} callers, medians of {rounds} rounds of {seconds:g} s", rows, below)
+
+
+async def concurrency(requests: int, streams: int) -> None:
+    rows, below = [], []
+    # Pauses, or the first would have ended before the last is there.
+    with echoes(pause=0.2) as (echo,), gateway([echo.url]) as running:
+        for stream, count in ((False, requests), (True, streams)):
+            client = HttpClient(running.port)
+            raw, responses = chat(LONG, stream), LONG_RESPONSES
+            cpu = Cpu(gateway=running.pid, replica=echo.pid)
+            send = functools.partial(client.generate, raw, stream, responses)
+            highest = asyncio.create_task(_most_active(running, 2))
+            load = await at_once(send, count)
+            figure = f"{count} {'streams' if stream else 'requests'} at the same time: errors"
+            rows.append(Row(figure, str(load.errors.total()), "0", not load.errors))
+            below.append(
+                f"{figure.partition(':')[0]}: {await highest:.0f} were in the gateway at once; first byte p99 "
+                f"{load.ms(99, True):.0f} ms, last {load.ms(99):.0f} ms (the replica's pauses: "
+                f"{200 * (LONG_RESPONSES - 1)} ms); {cpu.text(count)}"
+            )
+            if load.errors:
+                below.append(f"  {load.errors.most_common(3)}")
+            client.close()
+    show("concurrency", rows, below)
+
+
+async def _most_active(running: Gateway, seconds: float) -> float:
+    """Most requests that it had at a time."""
+    until, most = time.monotonic() + seconds, 0.0
+    while time.monotonic() < until:
+        most = max(most, (await running.metrics())["requests_active",] - 1)  # less the question itself
+        await asyncio.sleep(0.2)
+    return most
+
+
+async def balance(requests: int) -> None:
+    rows = []
+    for count in (2, 3):
+        for routing in ("round_robin", "least_load"):
+            with echoes(count, pause=0.005) as made, gateway([echo.url for echo in made], routing=routing) as running:
+                client = HttpClient(running.port)
+                raw = chat(2 * PER_RESPONSE)
+                rate = 100.0 * count
+                load = await open_loop(lambda: client.generate(raw, False), rate, requests / rate, count)  # noqa: B023
+                check(load)
+                metrics = await running.metrics()
+                shares = [metrics["attempts_total", echo.url] for echo in made]
+                apart = (max(shares) - min(shares)) / statistics.mean(shares)
+                figure = f"{count} replicas, {routing}: most and least busy apart by"
+                rows.append(Row(figure, f"{apart:.1%}", "< 5%", apart < 0.05))
+                client.close()
+    show(f"balance over equal replicas, {requests} requests that arrive by chance", rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = ["latency", "throughput", "concurrency", "balance", "soak", "triton"]
+    parser.add_argument("what", nargs="*", default=choices[:-1], choices=choices, metavar="WHAT")
+    parser.add_argument("--triton", action="store_true", help="measure beside the real Triton as well")
+    parser.add_argument("--seconds", type=float, default=5, help="that a round lasts")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--soak", type=float, default=60, help="seconds of the soak")
+    options = parser.parse_args()
+    what = {*options.what, *(["triton"] if options.triton else [])}
+    machine = description()
+    console.print(f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}")
+    if not wait_idle():
+        console.print("The machine is not idle: the figures are disturbed.")
+
+    async def measure() -> None:
+        if "latency" in what:
+            await latency(options.seconds, options.rounds)
+        if "throughput" in what:
+            await throughput(options.seconds, options.rounds)
+        if "concurrency" in what:
+            await concurrency(1000, 500)
+        if "balance" in what:
+            await balance(3000)
+        # A measure of the WebSocket endpoint (first token at 100 streams < 500 ms) belongs here.
+
+    uvloop.run(measure())
+
+
+if __name__ == "__main__":
+    main()
