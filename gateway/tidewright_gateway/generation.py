@@ -126,7 +126,7 @@ class Generator:
         choices = [Choice(index) for index in range(len(work.tasks))]
         began = False
         try:
-            async with aclosing(self._merged(work)) as replies:
+            async with aclosing(self.replies(work)) as replies:
                 async for index, reply in replies:
                     if not began:
                         began = True
@@ -161,7 +161,7 @@ class Generator:
                     self._metrics.first_token(time.monotonic() - work.arrived_at)
                 yield reply
 
-    async def _merged(self, work: Work) -> AsyncGenerator[tuple[int, Reply], None]:
+    async def replies(self, work: Work) -> AsyncGenerator[tuple[int, Reply], None]:
         """Replies of all generations as they come, each with its index."""
         if len(work.tasks) == 1:
             async with aclosing(self._timed(work.tasks[0], work)) as replies:
