@@ -19,10 +19,14 @@ from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.edge import Edge
 from tidewright_gateway.errors import JSON, ApiError
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.page import make_page_router
 from tidewright_gateway.prompts import Prompts
 from tidewright_gateway.protocol import of_validation
 from tidewright_gateway.routes import make_router
 from tidewright_gateway.service import Service
+from tidewright_gateway.websocket.backend import ServiceBackend
+from tidewright_gateway.websocket.hub import Hub
+from tidewright_gateway.websocket.routes import make_stream_router
 
 
 def make_app(settings: GatewaySettings) -> ASGIApp:
@@ -30,15 +34,21 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
     metrics = Metrics()
     prompts = Prompts(Tokenizer(find_prepared(settings.model)))
     cluster = Cluster(settings, metrics, prompts.tokenizer.max_model_len)
+    hub = Hub(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await cluster.start()
+        hub.start()
         yield
+        await hub.stop()
         await cluster.stop()
 
     app = FastAPI(title="Tidewright", version=__version__, lifespan=lifespan, redoc_url=None)
-    app.include_router(make_router(settings, cluster, prompts, Service(settings, cluster, prompts, metrics)))
+    service = Service(settings, cluster, prompts, metrics)
+    app.include_router(make_router(settings, cluster, prompts, service))
+    app.include_router(make_stream_router(settings, hub, ServiceBackend(service, metrics), metrics))
+    app.include_router(make_page_router())
 
     @app.get("/health/live")
     async def live() -> dict[str, str]:

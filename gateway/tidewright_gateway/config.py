@@ -129,6 +129,38 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
         "requests share one generation.",
     )
     cache_ttl: float = Field(600.0, gt=0, le=604_800, description="Seconds that such an answer is kept.")
+    ws_max_generations: int = Field(
+        100, ge=1, le=10_000, description="Generations that run over one WebSocket connection at a time, at most."
+    )
+    ws_idle_timeout: float = Field(
+        300.0,
+        gt=0,
+        le=86400,
+        description="Seconds after which a WebSocket connection is closed over which nothing runs and nothing is said.",
+    )
+    ws_send_timeout: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds that a WebSocket client may leave what it was sent unread, or a ping unanswered, before "
+        "it is cut off.",
+    )
+    ws_ping_interval: float = Field(
+        20.0, gt=0, le=3600, description="Seconds between two pings to a WebSocket client, which its library answers."
+    )
+    ws_resume_grace: float = Field(
+        10.0,
+        ge=0,
+        le=3600,
+        description="Seconds that a generation goes on without its WebSocket connection, and that its result is kept, "
+        "for the client to resume it.",
+    )
+    ws_kept: int = Field(
+        1000, ge=0, le=1_000_000, description="Generations kept so at a time, at most; the oldest go first."
+    )
+    ws_kept_bytes: int = Field(
+        64 * 1024 * 1024, ge=0, le=1 << 40, description="What they take together, in bytes, at most."
+    )
     channels: int = Field(4, ge=1, le=64, description="gRPC connections to each replica.")
     shutdown_grace: float = Field(
         10.0, ge=0, description="Seconds that running requests get to finish after Ctrl-C or SIGTERM."

@@ -31,6 +31,7 @@ class Metrics:
         )
         self._moved = self._counter("streams_moved_total", "Streams that went on at another replica.")
         self._refused = self._counter("retries_refused_total", "Retries that were not made, by reason.", "reason")
+        self._connections = self._gauge("websocket_connections", "WebSocket connections that are open.")
         self._up = self._gauge("replica_up", "1 if it can be sent requests.", "replica")
         self._stale = self._gauge(
             "replica_load_stale", "1 if it did not say lately how much load it has, so only requests count.", "replica"
@@ -86,6 +87,10 @@ class Metrics:
 
     def retry_refused(self, reason: str) -> None:
         self._refused.labels(reason).inc()
+
+    def connected(self, change: int) -> None:
+        """`change`: of the number of WebSocket connections."""
+        self._connections.inc(change)
 
     def replica_is(self, replica: str, up: bool) -> None:
         self._up.labels(replica).set(up)

@@ -1,0 +1,90 @@
+"""What the WebSocket needs from the rest of the gateway, and how the service gives it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Protocol
+
+from tidewright.failsafe.models import ModelError
+from tidewright_gateway.callers import ANONYMOUS, Caller
+from tidewright_gateway.errors import of_model
+from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.protocol import ChatRequest, CompletionRequest
+from tidewright_gateway.service import Service, Work
+from tidewright_gateway.triton import Reply
+
+PATH = "/v1/stream"
+
+
+class OpenGeneration(Protocol):
+    """A request that runs, until its replies end or are closed."""
+
+    @property
+    def usage_prompt(self) -> int:
+        """Tokens of its prompts."""
+
+    @property
+    def served_by(self) -> str:
+        """Who answers, as far as known: of use once the replies have ended."""
+
+    @property
+    def replies(self) -> AsyncGenerator[tuple[int, Reply], None]:
+        """Each with the index of its choice. Raises ApiError or ModelError."""
+
+
+class Backend(Protocol):
+    async def authenticate(self, token: str | None) -> Caller:
+        """`token`: of the handshake's Authorization header or of `open`.
+
+        Raises:
+            ApiError: it is no key.
+        """
+
+    async def open(self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str) -> OpenGeneration:
+        """May be cancelled.
+
+        Raises:
+            ApiError: the request is refused.
+        """
+
+
+class _Running:
+    def __init__(self, work: Work, service: Service, metrics: Metrics) -> None:
+        self.usage_prompt = work.num_prompt_tokens
+        self._work, self._service, self._metrics = work, service, metrics
+        self.replies = self._replies()
+
+    @property
+    def served_by(self) -> str:
+        return ", ".join(sorted({task.served_by[-1] for task in self._work.tasks if task.served_by}))
+
+    async def _replies(self) -> AsyncGenerator[tuple[int, Reply], None]:
+        status, generated = 499, 0  # if it is closed early
+        self._metrics.began()
+        try:
+            async with aclosing(self._service.replies(self._work)) as replies:
+                async for index, reply in replies:
+                    generated += len(reply.token_ids)
+                    yield index, reply
+            status = 200
+        except ModelError as error:
+            made = of_model(error)
+            status = made.status
+            raise made from None
+        finally:
+            self._metrics.ended(PATH, status, time.monotonic() - self._work.arrived_at)
+            await self._service.close(self._work, generated)
+
+
+class ServiceBackend:
+    def __init__(self, service: Service, metrics: Metrics) -> None:
+        self._service, self._metrics = service, metrics
+
+    async def authenticate(self, token: str | None) -> Caller:
+        return ANONYMOUS
+
+    async def open(self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str) -> OpenGeneration:
+        work = await self._service.open(body, caller, request_id, time.monotonic())
+        return _Running(work, self._service, self._metrics)

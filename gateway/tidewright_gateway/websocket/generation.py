@@ -1,0 +1,109 @@
+"""A generation that outlives its connection: it runs, and whichever connection has it asks for what to send next."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from contextlib import aclosing
+from typing import Protocol
+
+from tidewright.failsafe.models import ModelError
+from tidewright_gateway.answers import Usage
+from tidewright_gateway.callers import Caller
+from tidewright_gateway.errors import ApiError, of_model
+from tidewright_gateway.protocol import ChatRequest, CompletionRequest
+from tidewright_gateway.websocket.backend import Backend, OpenGeneration
+from tidewright_gateway.websocket.messages import ChoiceEnd, Done, Failure, Token
+from tidewright_gateway.websocket.outbox import Outbox
+
+log = logging.getLogger(__name__)
+
+
+class Owner(Protocol):
+    """The connection that a generation goes to."""
+
+    def ready(self, generation: Generation) -> None:
+        """It may have something to send."""
+
+    def give_up(self, generation: Generation) -> None:
+        """Another connection has it now."""
+
+
+class Generation:
+    def __init__(self, caller: Caller, credits: int | None) -> None:
+        self.caller = caller
+        self.request_id = secrets.token_hex(12)
+        self.resume_token = secrets.token_urlsafe(16)
+        self.outbox = Outbox(credits)
+        self.id = ""
+        """What its owner calls it."""
+        self.owner: Owner | None = None
+        self.is_cancelled = False
+        """By its client, which wants nothing more of it."""
+        self._opened: OpenGeneration | None = None
+        self._job: asyncio.Task[None] | None = None
+        self._failure: Failure | None = None
+
+    def start(self, backend: Backend, body: ChatRequest | CompletionRequest) -> None:
+        self._job = asyncio.create_task(self._run(backend, body))
+        self._job.add_done_callback(self._ended)
+
+    @property
+    def is_running(self) -> bool:
+        return self._job is not None and not self._job.done()
+
+    async def _run(self, backend: Backend, body: ChatRequest | CompletionRequest) -> None:
+        self._opened = await backend.open(body, self.caller, self.request_id)
+        async with aclosing(self._opened.replies) as replies:
+            async for index, reply in replies:
+                self.outbox.put(index, reply)
+                self._changed()
+
+    def _ended(self, job: asyncio.Task[None]) -> None:
+        error = None if job.cancelled() else job.exception()
+        if isinstance(error, ModelError):
+            error = of_model(error)
+        elif error is not None and not isinstance(error, ApiError):
+            log.error("request %s went wrong", self.request_id, exc_info=error)
+            error = ApiError(500, "internal error; see the gateway's log", code="internal_error")
+        if error is not None:
+            self._failure = Failure.of(error)
+        self._changed()
+
+    def _changed(self) -> None:
+        if self.owner:
+            self.owner.ready(self)
+
+    def grant(self, tokens: int) -> None:
+        self.outbox.grant(tokens)
+        self._changed()
+
+    def cancel(self) -> None:
+        """It stops soon; its `done` is what is left to send."""
+        self.is_cancelled = True
+        self.stop()
+        self._changed()
+
+    def stop(self) -> None:
+        if self._job:
+            self._job.cancel()
+
+    async def stopped(self) -> None:
+        if self._job:
+            await asyncio.wait((self._job,))
+
+    def next_message(self) -> Token | Done | None:
+        """After `Done` there is no other."""
+        if not self.is_cancelled and (piece := self.outbox.take()):
+            return Token(self.id, piece.index, piece.seq, piece.text, piece.token_ids, piece.logprobs)
+        if self.is_running or not (self.is_cancelled or self.outbox.is_sent):
+            return None
+        unfinished = None if self._failure else "cancelled"
+        return Done(
+            self.id,
+            [ChoiceEnd(index, seq, reason or unfinished) for index, (seq, reason) in enumerate(self.outbox.ends)],
+            Usage(self._opened.usage_prompt if self._opened else 0, self.outbox.num_tokens).json(),
+            self._opened.served_by if self._opened else "",
+            self._failure,
+        )

@@ -1,0 +1,100 @@
+"""All connections of this process and their generations: who may have one, what is kept how long, and the clock."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Protocol
+
+from tidewright_gateway.callers import Caller
+from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.errors import ApiError
+from tidewright_gateway.websocket.generation import Generation
+
+log = logging.getLogger(__name__)
+
+SWEEP_INTERVAL = 0.2  # seconds
+
+
+class Connection(Protocol):
+    def check(self, now: float) -> None:
+        """Ends it when its time is over. `now`: time.monotonic()."""
+
+
+class Hub:
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._grace = settings.ws_resume_grace
+        self._max_kept, self._max_bytes = settings.ws_kept, settings.ws_kept_bytes
+        self.connections: set[Connection] = set()
+        self._generations: dict[str, Generation] = {}  # by resume_token
+        self._kept: dict[Generation, float] = {}  # and until when; the oldest first
+        self._sweeper: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._sweeper = asyncio.create_task(self._sweep_for_ever())
+
+    async def stop(self) -> None:
+        """Everything that still runs is cancelled."""
+        if self._sweeper:
+            self._sweeper.cancel()
+        generations = list(self._generations.values())
+        for generation in generations:
+            self.forget(generation)
+        for generation in generations:
+            await generation.stopped()
+
+    def add(self, generation: Generation) -> None:
+        self._generations[generation.resume_token] = generation
+
+    def find(self, resume_token: str, caller: Caller) -> Generation:
+        """
+        Raises:
+            ApiError: there is none, or it is another caller's.
+        """
+        generation = self._generations.get(resume_token)
+        if generation is None or generation.caller.key_id != caller.key_id:
+            message = f"no generation has this resume_token; one is kept for {self._grace:g} s (ws_resume_grace)"
+            raise ApiError(404, message, code="unknown_generation", param="resume_token")
+        return generation
+
+    def keep(self, generation: Generation) -> None:
+        """No connection has it any more, because of its end or of the connection's: for a while it can be resumed."""
+        generation.owner = None
+        self._kept[generation] = time.monotonic() + self._grace
+        if len(self._kept) > self._max_kept:
+            self.forget(next(iter(self._kept)))
+
+    def claim(self, generation: Generation) -> None:
+        """A connection has it again."""
+        self._kept.pop(generation, None)
+
+    def forget(self, generation: Generation) -> None:
+        """It is stopped if it runs."""
+        generation.owner = None
+        generation.stop()
+        self._kept.pop(generation, None)
+        self._generations.pop(generation.resume_token, None)
+
+    def sweep(self, now: float) -> None:
+        """Ends what is over. `now`: time.monotonic()."""
+        for generation, until in list(self._kept.items()):
+            if until > now:
+                break
+            self.forget(generation)
+        # Those that run grow while they are kept, so that the sum is not known between two sweeps.
+        size = sum(generation.outbox.size for generation in self._kept)
+        while size > self._max_bytes:
+            oldest = next(iter(self._kept))
+            size -= oldest.outbox.size
+            self.forget(oldest)
+        for connection in list(self.connections):
+            connection.check(now)
+
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL)
+            try:
+                self.sweep(time.monotonic())
+            except Exception:
+                log.exception("the WebSocket's sweep went wrong")

@@ -1,0 +1,134 @@
+"""What one generation has written, and how much of it its client was sent. No I/O and no clock.
+
+All of it stays until the generation is forgotten, so that a client that comes back gets the rest from wherever it was:
+no more than the generation's own max_tokens. What waits is sent joined, however long it waited.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import msgspec
+
+from tidewright_gateway.errors import invalid
+from tidewright_gateway.triton import Reply
+
+MAX_JOINED = 256  # tokens in one message
+_BYTES_OF_ENTRY = 150  # of Python's objects for one token, without its text
+
+_positions = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The next part of a choice."""
+
+    index: int
+    seq: int
+    """Entries of the choice to the end of this part. An entry is a token, or text that came without one."""
+    text: str
+    token_ids: list[int]
+    logprobs: list[msgspec.Raw] | None
+
+
+@dataclass
+class _Choice:
+    """Lists have an item for each entry, which never changes: numbers of entries mean the same to old connections."""
+
+    texts: list[str] = field(default_factory=list)
+    token_ids: list[int | None] = field(default_factory=list)
+    logprobs: list[msgspec.Raw] = field(default_factory=list)
+    """Empty if none were asked for."""
+    sent: int = 0
+    num_tokens: int = 0
+    finish_reason: str | None = None
+
+
+class Outbox:
+    def __init__(self, credits: int | None) -> None:
+        """`credits`: tokens that may be sent before more are granted; None for any number."""
+        self.credits = credits
+        self.size = 0
+        """Bytes that it takes, about."""
+        self._choices: list[_Choice] = []
+        self._turn = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(choice.num_tokens for choice in self._choices)
+
+    @property
+    def is_sent(self) -> bool:
+        return all(choice.sent == len(choice.texts) for choice in self._choices)
+
+    @property
+    def ends(self) -> list[tuple[int, str | None]]:
+        """Of each choice the last seq and the finish_reason."""
+        return [(len(choice.texts), choice.finish_reason) for choice in self._choices]
+
+    def put(self, index: int, reply: Reply) -> None:
+        while len(self._choices) <= index:
+            self._choices.append(_Choice())
+        choice = self._choices[index]
+        choice.finish_reason = reply.finish_reason
+        choice.num_tokens += len(reply.token_ids)
+        tokens: list[int | None] = list(reply.token_ids)
+        if not tokens and reply.text:
+            tokens.append(None)
+        if not tokens:
+            return
+        # Which token wrote what of the text is not known: it goes with the last.
+        choice.texts += [""] * (len(tokens) - 1) + [reply.text]
+        choice.token_ids += tokens
+        if reply.logprobs:
+            choice.logprobs += _positions.decode(reply.logprobs)
+        self.size += len(tokens) * _BYTES_OF_ENTRY + len(reply.text) + len(reply.logprobs or b"")
+
+    def grant(self, tokens: int) -> None:
+        if self.credits is not None:
+            self.credits += tokens
+
+    def take(self) -> Piece | None:
+        """What is to be sent next; None if there is nothing, or no credit for it."""
+        limit = MAX_JOINED if self.credits is None else min(self.credits, MAX_JOINED)
+        for step in range(len(self._choices)):
+            index = (self._turn + step) % len(self._choices)
+            if piece := self._take(index, limit):
+                self._turn = index + 1
+                return piece
+        return None
+
+    def _take(self, index: int, limit: int) -> Piece | None:
+        choice = self._choices[index]
+        begin, end = choice.sent, choice.sent
+        token_ids: list[int] = []
+        while end < len(choice.texts):
+            token_id = choice.token_ids[end]
+            if token_id is not None:
+                if len(token_ids) == limit:
+                    break
+                token_ids.append(token_id)
+            end += 1
+        if end == begin:
+            return None
+        choice.sent = end
+        if self.credits is not None:
+            self.credits -= len(token_ids)
+        logprobs = choice.logprobs[begin:end] if choice.logprobs else None
+        return Piece(index, end, "".join(choice.texts[begin:end]), token_ids, logprobs)
+
+    def rewind(self, received: Sequence[int], credits: int | None) -> None:
+        """Sends from there again. `received`: the last seq of each choice; those that are not named got nothing.
+
+        Raises:
+            ApiError: that much has not been written.
+        """
+        ends = self.ends
+        for index, seq in enumerate(received):
+            written = ends[index][0] if index < len(ends) else 0
+            if seq > written:
+                raise invalid(f"choice {index} has no seq {seq}; its last is {written}", "received")
+        for index, choice in enumerate(self._choices):
+            choice.sent = received[index] if index < len(received) else 0
+        self.credits = credits

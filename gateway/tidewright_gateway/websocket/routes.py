@@ -1,0 +1,45 @@
+"""The endpoint /v1/stream."""
+
+from __future__ import annotations
+
+from urllib.parse import urlsplit
+
+from fastapi import APIRouter
+from starlette.responses import Response
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.errors import JSON, ApiError
+from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.websocket.backend import PATH, Backend
+from tidewright_gateway.websocket.hub import Hub
+from tidewright_gateway.websocket.session import Session
+
+
+def make_stream_router(settings: GatewaySettings, hub: Hub, backend: Backend, metrics: Metrics) -> APIRouter:
+    router = APIRouter()
+
+    @router.websocket(PATH)
+    async def stream(socket: WebSocket) -> None:
+        if error := _cross_site(socket):
+            await socket.send_denial_response(Response(error.body, error.status, error.headers, JSON))
+            return
+        await socket.accept()
+        metrics.connected(1)
+        try:
+            await Session(socket, hub, backend, settings).run()
+        except WebSocketDisconnect:  # while it was closed
+            pass
+        finally:
+            metrics.connected(-1)
+
+    return router
+
+
+def _cross_site(socket: WebSocket) -> ApiError | None:
+    """Browsers let any page connect to any address, also to one of this machine, and only say where it came from."""
+    origin, host = socket.headers.get("origin"), socket.headers.get("host", "")
+    if origin is None or urlsplit(origin).netloc.lower() == host.lower():
+        return None
+    message = f"a page of {origin[:200]} may not connect to {host[:200]}; pages of the same host and port may"
+    return ApiError(403, message, code="cross_site")
