@@ -22,12 +22,13 @@ class Choice:
     num_tokens: int = 0
     finish_reason: str | None = None
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    served_by: str = "decoder"
 
     def take(self, reply: Reply) -> list[dict[str, Any]]:
         """Adds a reply; returns its log-probabilities, a position each: `{id: {logprob, rank, decoded_token}}`."""
         self.text += reply.text
         self.num_tokens += len(reply.token_ids)
-        self.finish_reason = reply.finish_reason
+        self.finish_reason, self.served_by = reply.finish_reason, reply.served_by
         positions: list[dict[str, Any]] = msgspec.json.decode(reply.logprobs) if reply.logprobs else []
         self.logprobs += positions
         return positions
@@ -61,11 +62,20 @@ class Answer(ABC):
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         parts = [self._whole_choice(choice) for choice in choices]
-        return msgspec.json.encode({**self._head, "object": self.whole_object, "choices": parts, "usage": usage.json()})
+        models = {choice.served_by for choice in choices}
+        return msgspec.json.encode(
+            {
+                **self._head,
+                "object": self.whole_object,
+                "choices": parts,
+                "usage": usage.json(),
+                "served_by": "fallback" if "fallback" in models else "decoder",
+            }
+        )
 
     def piece(self, choice: Choice, reply: Reply, positions: list[dict[str, Any]]) -> bytes:
         """For a reply that `choice` has taken."""
-        return self._event([self._piece_choice(choice, reply, positions)])
+        return self._event([self._piece_choice(choice, reply, positions)], served_by=choice.served_by)
 
     def opening(self, index: int) -> bytes:
         """What a choice begins with, if anything."""
@@ -75,8 +85,10 @@ class Answer(ABC):
         """The event before the end, if it was asked for."""
         return self._event([], usage.json()) if self._with_usage else b""
 
-    def _event(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
-        piece: dict[str, Any] = {**self._head, "object": self.piece_object, "choices": choices}
+    def _event(
+        self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None, served_by: str = "decoder"
+    ) -> bytes:
+        piece: dict[str, Any] = {**self._head, "object": self.piece_object, "choices": choices, "served_by": served_by}
         if self._with_usage:
             piece["usage"] = usage
         return event(msgspec.json.encode(piece))

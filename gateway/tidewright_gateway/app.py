@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -14,10 +15,14 @@ from starlette.types import ASGIApp
 from tidewright import __version__
 from tidewright.cache import find_prepared
 from tidewright.tokenization import Tokenizer
+from tidewright_gateway.admission import Admission
+from tidewright_gateway.auth import Authenticator
+from tidewright_gateway.cache import ResponseCache
 from tidewright_gateway.cluster import Cluster
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.edge import Edge
 from tidewright_gateway.errors import JSON, ApiError
+from tidewright_gateway.limits import make_limiter
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.page import make_page_router
 from tidewright_gateway.prompts import Prompts
@@ -32,22 +37,29 @@ from tidewright_gateway.websocket.routes import make_stream_router
 def make_app(settings: GatewaySettings) -> ASGIApp:
     """Reads the tokenizer; the replicas are asked when the application starts."""
     metrics = Metrics()
+    authenticator = Authenticator(settings)
     prompts = Prompts(Tokenizer(find_prepared(settings.model)))
     cluster = Cluster(settings, metrics, prompts.tokenizer.max_model_len)
+    limiter, cache = make_limiter(settings), ResponseCache(settings.cache_size, settings.cache_ttl)
+    admission = Admission(settings, cluster, metrics)
+    service = Service(settings, cluster, prompts, limiter, admission, cache, metrics)
     hub = Hub(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await authenticator.start()
+        await limiter.start()
         await cluster.start()
         hub.start()
         yield
         await hub.stop()
         await cluster.stop()
+        await limiter.close()
+        await authenticator.stop()
 
     app = FastAPI(title="Tidewright", version=__version__, lifespan=lifespan, redoc_url=None)
-    service = Service(settings, cluster, prompts, metrics)
     app.include_router(make_router(settings, cluster, prompts, service))
-    app.include_router(make_stream_router(settings, hub, ServiceBackend(service, metrics), metrics))
+    app.include_router(make_stream_router(settings, hub, ServiceBackend(service, authenticator, metrics), metrics))
     app.include_router(make_page_router())
 
     @app.get("/health/live")
@@ -67,6 +79,15 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
         """The gateway's own metrics, for Prometheus."""
         return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @app.get("/admin/status")
+    async def status() -> dict[str, Any]:
+        """How the gateway and its replicas are, for people; times in seconds. Needs the role admin."""
+        return {
+            **admission.snapshot(),
+            "cache": {"bytes": cache.num_bytes, **{state.value.lower(): n for state, n in cache.counts.items()}},
+            "replicas": cluster.snapshot(),
+        }
+
     @app.exception_handler(ApiError)
     async def of_api(request: Request, error: ApiError) -> Response:
         return Response(error.body, error.status, error.headers, JSON)
@@ -82,4 +103,4 @@ def make_app(settings: GatewaySettings) -> ASGIApp:
         response.headers.update(error.headers or {})
         return response
 
-    return Edge(app, metrics, settings.max_body)
+    return Edge(app, authenticator, metrics, settings.max_body)

@@ -101,6 +101,7 @@ class Cluster:
             ModelError: it can't be ended; what was handed on stands.
         """
         self._budget.deposit()
+        task.model = "decoder"
         failures = 0  # since a token came
         last: ModelError | None = None
         while True:

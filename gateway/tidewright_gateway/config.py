@@ -107,6 +107,14 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
     max_choices: int = Field(
         32, ge=1, le=4096, description="Prompts of one request times its n, at most; each is a generation."
     )
+    fallback: bool = Field(
+        True, description="Ask the replicas' model `fallback` where the decoder can't answer; false if they have none."
+    )
+    max_running: int = Field(
+        512, ge=1, le=1_000_000, description="Generations at one time for each replica; others wait their turn."
+    )
+    max_queue: int = Field(1000, ge=0, le=1_000_000, description="Generations that wait so, at most; more get a 503.")
+    queue_timeout: float = Field(60.0, gt=0, le=86400, description="Seconds that one waits, at most, before a 503.")
     limits_store: str = Field(
         "",
         description="Where use is counted that is limited: redis://HOST:PORT/DB (or rediss://) for several gateways; "

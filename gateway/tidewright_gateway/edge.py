@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tidewright_gateway.auth import Authenticator, require_admin
 from tidewright_gateway.errors import JSON, ApiError
 from tidewright_gateway.metrics import Metrics
 
@@ -21,6 +22,10 @@ log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 T = TypeVar("T")
+# Whoever else adds a path need not think of keys: they are asked for.
+_FOR_ALL = frozenset(("/", "/docs", "/openapi.json", "/health/live", "/health/ready"))
+_FOR_ALL_BELOW = "/page/"
+_FOR_ADMINS = ("/metrics", "/admin/")
 
 
 class ClientGoneError(Exception):
@@ -30,13 +35,13 @@ class ClientGoneError(Exception):
 class Edge:
     """Pure ASGI: FastAPI's own middleware costs more than the rest of a request."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, max_body: int) -> None:
-        self._app, self._metrics, self._max_body = app, metrics, max_body
+    def __init__(self, app: ASGIApp, authenticator: Authenticator, metrics: Metrics, max_body: int) -> None:
+        self._app, self._authenticator, self._metrics, self._max_body = app, authenticator, metrics, max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        exchange = _Exchange(scope, receive, send, self._max_body)
+        exchange = _Exchange(scope, receive, send, self._authenticator, self._max_body)
         self._metrics.began()
         try:
             await exchange.run(self._app)
@@ -51,8 +56,9 @@ class Edge:
 
 
 class _Exchange:
-    def __init__(self, scope: Scope, receive: Receive, send: Send, max_body: int) -> None:
+    def __init__(self, scope: Scope, receive: Receive, send: Send, authenticator: Authenticator, max_body: int) -> None:
         self._scope, self._receive, self._send, self._max_body = scope, receive, send, max_body
+        self._authenticator = authenticator
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         given = self._headers.get(b"x-request-id", b"")
         self._id = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
@@ -64,6 +70,7 @@ class _Exchange:
 
     async def run(self, app: ASGIApp) -> None:
         try:
+            await self._authenticate(self._scope["path"])
             self._check()
             await app(self._scope, self.receive, self.send)
         except ApiError as error:
@@ -74,6 +81,15 @@ class _Exchange:
             log.exception("request %s went wrong", self._id)
             await self._refuse(ApiError(500, "internal error; see the gateway's log", code="internal_error"))
 
+    async def _authenticate(self, path: str) -> None:
+        if path in _FOR_ALL or path.startswith(_FOR_ALL_BELOW):
+            return
+        given = self._headers.get(b"authorization")
+        caller = await self._authenticator.caller(given.decode("latin-1") if given else None)
+        if path.startswith(_FOR_ADMINS):
+            require_admin(caller)
+        self._scope["state"]["caller"] = caller
+
     def line(self, seconds: float) -> dict[str, Any]:
         """Of the access log."""
         return {
@@ -82,6 +98,7 @@ class _Exchange:
             "path": self._scope["path"],
             "status": self.status,
             "seconds": round(seconds, 4),
+            **(work.facts if (work := self._scope["state"].get("work")) else {}),
         }
 
     def _check(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from tidewright.resilience.outcome import Outcome
+from tidewright_gateway.cache import CacheState
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 _OVERHEAD = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
@@ -45,6 +46,12 @@ class Metrics:
         self._lookups_failed = self._counter(
             "discovery_failures_total", "Looks for the replicas, by DNS or in a file, that found nothing of use."
         )
+        self._degradation = self._gauge(
+            "degradation_level", "0 all features, 1 short answers, 2 fallback only, 3 requests are refused."
+        )
+        self._cache = self._counter(
+            "cache_total", "Generations, by what the cache did: hit, shared, miss, bypass.", "state"
+        )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"tidewright_gateway_{name}", text, labels, registry=self.registry)
@@ -54,6 +61,12 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"tidewright_gateway_{name}", text, labels, buckets=buckets, registry=self.registry)
+
+    def degraded(self, level: int) -> None:
+        self._degradation.set(level)
+
+    def cache(self, state: CacheState) -> None:
+        self._cache.labels(state.value.lower()).inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

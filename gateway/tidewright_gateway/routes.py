@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tidewright_gateway.answers import ChatAnswer, CompletionAnswer
-from tidewright_gateway.callers import ANONYMOUS
+from tidewright_gateway.cache import CachePolicy
 from tidewright_gateway.cluster import Cluster
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.edge import ClientGoneError, unless_client_leaves
@@ -21,18 +21,19 @@ from tidewright_gateway.protocol import ChatRequest, CompletionRequest, Detokeni
 from tidewright_gateway.rendering import stream, whole
 from tidewright_gateway.service import Service
 
-_EVENT_STREAM = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # a proxy must not wait for more
-]
+_EVENT_STREAM = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # a proxy must not wait for more
+}
 
 
 class EventStream(Response):
     """Server-sent events, the first of which is there already. A client that leaves ends them."""
 
     def __init__(self, first: bytes, events: AsyncGenerator[bytes, None]) -> None:
-        super().__init__()
+        super().__init__(headers=_EVENT_STREAM)
+        del self.headers["content-length"]
         self._first, self._events = first, events
 
     @classmethod
@@ -45,7 +46,7 @@ class EventStream(Response):
             raise
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": _EVENT_STREAM})
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async with aclosing(self._events):
             await unless_client_leaves(receive, self._send_all(send))
 
@@ -64,15 +65,22 @@ def make_router(settings: GatewaySettings, cluster: Cluster, prompts: Prompts, s
     ) -> Response:
         state = request.scope["state"]
         with_usage = wants_usage(body)
-        work = await service.open(body, ANONYMOUS, state["request_id"], state["arrived_at"])
+        policy = CachePolicy.of(request.headers.get("cache-control"))
+        work = await service.open(body, state["caller"], state["request_id"], state["arrived_at"], policy)
+        state["work"] = work
         answer = kind(work.request_id, settings.model_name, body.num_logprobs(), with_usage, work.echoes)
         try:
             if body.stream:
-                return await EventStream.begun(request.receive, stream(service, work, answer))
+                events = await EventStream.begun(request.receive, stream(service, work, answer))
+                events.headers.update(work.headers)
+                return events
             content = await unless_client_leaves(request.receive, whole(service, work, answer))
-            return Response(content, media_type=JSON)
-        except ClientGoneError:  # nobody reads it, but the log and the metrics do
-            raise ApiError(499, "the client has left", code="cancelled") from None
+            return Response(content, headers=work.headers, media_type=JSON)
+        except BaseException as error:
+            await service.close(work, 0)  # in case that it had not begun
+            if isinstance(error, ClientGoneError):  # nobody reads it, but the log and the metrics do
+                raise ApiError(499, "the client has left", code="cancelled") from None
+            raise
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:

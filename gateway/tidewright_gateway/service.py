@@ -7,40 +7,54 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 
 import msgspec
 
+from tidewright.failsafe.models import ModelError
 from tidewright.resilience.deadline import Deadline
+from tidewright.resilience.degradation import Route
+from tidewright.resilience.outcome import Outcome
 from tidewright.schema import SamplingParams
+from tidewright_gateway.admission import Admission
+from tidewright_gateway.cache import CachePolicy, ResponseCache, cache_key, is_repeatable
 from tidewright_gateway.callers import Caller
 from tidewright_gateway.cluster import Cluster, Task
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.errors import ApiError, invalid
+from tidewright_gateway.limits import Limiter, subjects_of
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.prompts import Prompts
 from tidewright_gateway.protocol import ChatRequest, CompletionRequest
 from tidewright_gateway.triton import Reply
+from tidewright_gateway.work import Work
 
 _DEFAULT_COMPLETION = 16  # tokens, as OpenAI's
 
 
-@dataclass
-class Work:
-    """One request of the API: a generation for each prompt and choice."""
-
-    request_id: str
-    caller: Caller
-    tasks: list[Task]
-    num_prompt_tokens: int
-    arrived_at: float  # time.monotonic()
-    echoes: list[str]
-    """Of each task, the text that its answer begins with; empty if that was not asked for."""
+# The decoder can't answer, whoever's fault that is: the fallback is asked, if nothing was handed on yet.
+_FALLS_BACK = (
+    Outcome.UNAVAILABLE,
+    Outcome.STALLED,
+    Outcome.STUB_DIED,
+    Outcome.ENGINE_FAILED,
+    Outcome.FIRST_TOKEN_TIMEOUT,
+    Outcome.OVERLOADED,
+)
 
 
 class Service:
-    def __init__(self, settings: GatewaySettings, cluster: Cluster, prompts: Prompts, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        cluster: Cluster,
+        prompts: Prompts,
+        limiter: Limiter,
+        admission: Admission,
+        cache: ResponseCache,
+        metrics: Metrics,
+    ) -> None:
         self._settings, self._cluster, self._prompts, self._metrics = settings, cluster, prompts, metrics
+        self._limiter, self._admission, self._cache = limiter, admission, cache
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError: another model than ours is asked for."""
@@ -50,7 +64,12 @@ class Service:
             raise ApiError(404, message, code="model_not_found", param="model")
 
     async def open(
-        self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str, arrived_at: float
+        self,
+        body: ChatRequest | CompletionRequest,
+        caller: Caller,
+        request_id: str,
+        arrived_at: float,
+        policy: CachePolicy = CachePolicy.USE,
     ) -> Work:
         """Whoever opens it must `close` it.
 
@@ -72,10 +91,33 @@ class Service:
             sampling = body.sampling(_DEFAULT_COMPLETION)
             prompts = [await self._prompts.of_text(text) for text in texts]
             shown = texts if body.echo else []
+        self._check_lengths(prompts)
+        given = self._admission.treatment(sampling.max_tokens)
+        repeatable, is_shortened = is_repeatable(sampling), given.max_tokens < sampling.max_tokens
+        if is_shortened:
+            shorter = min(sampling.min_tokens, given.max_tokens)
+            sampling = msgspec.structs.replace(sampling, max_tokens=given.max_tokens, min_tokens=shorter)
         tasks = self._tasks(request_id, prompts, sampling, n, arrived_at)
-        decode = self._prompts.tokenizer.decode
-        echoes = [text if isinstance(text, str) else decode(text) for text in shown for _ in range(n)]
-        return Work(request_id, caller, tasks, sum(map(len, prompts)), arrived_at, echoes)
+        num_prompt_tokens = sum(map(len, prompts))
+        cost = num_prompt_tokens + len(tasks) * sampling.max_tokens
+        reservation = await self._limiter.reserve(subjects_of(caller, body.user, self._settings), cost)
+        return Work(
+            request_id,
+            caller,
+            tasks,
+            num_prompt_tokens,
+            arrived_at,
+            [
+                text if isinstance(text, str) else self._prompts.tokenizer.decode(text)
+                for text in shown
+                for _ in range(n)
+            ],
+            policy,
+            repeatable,
+            given,
+            is_shortened,
+            reservation,
+        )
 
     def _check_size(self, num_prompts: int, n: int) -> None:
         if n < 1:
@@ -84,17 +126,16 @@ class Service:
         if num_prompts * n > most:
             raise invalid(f"{num_prompts} prompts times n = {n} is more than {most} (max_choices)", "n")
 
+    def _check_lengths(self, prompts: Sequence[list[int]]) -> None:
+        longest, limit = max(map(len, prompts)), self._cluster.max_model_len
+        if longest >= limit:
+            message = f"the prompt has {longest} tokens; with its answer the model's context takes {limit}"
+            raise invalid(message, code="context_length_exceeded")
+
     def _tasks(
         self, request_id: str, prompts: Sequence[list[int]], sampling: SamplingParams, n: int, arrived_at: float
     ) -> list[Task]:
         """`n` of each prompt; the same seed, one more for each of them."""
-        max_model_len = self._cluster.max_model_len
-        for prompt in prompts:
-            if len(prompt) >= max_model_len:
-                message = (
-                    f"the prompt has {len(prompt)} tokens; with its answer the model's context takes {max_model_len}"
-                )
-                raise invalid(message, code="context_length_exceeded")
         seed = sampling.seed
         if seed is None and sampling.temperature > 0:
             seed = secrets.randbits(62)  # so that another replica can go on as this one would have
@@ -108,8 +149,12 @@ class Service:
         return tasks
 
     async def close(self, work: Work, num_tokens: int) -> None:
-        """It has ended, however it did. `num_tokens`: what it generated."""
+        """It has ended, however it did; the second time nothing happens. `num_tokens`: what it generated."""
+        if work.num_tokens is not None:
+            return
+        work.num_tokens = num_tokens
         self._metrics.tokens(work.num_prompt_tokens, num_tokens)
+        await self._limiter.settle(work.reservation, work.num_prompt_tokens + num_tokens)
 
     async def replies(self, work: Work) -> AsyncGenerator[tuple[int, Reply], None]:
         """Replies of all generations as they come, each with its index; leaving early ends them.
@@ -150,11 +195,47 @@ class Service:
             await asyncio.gather(*jobs, return_exceptions=True)
 
     async def _replies_of(self, task: Task, work: Work) -> AsyncGenerator[Reply, None]:
-        is_first = True
-        self._metrics.asked(time.monotonic() - work.arrived_at)
-        async with aclosing(self._cluster.generate(task)) as replies:
+        key: bytes | None = None
+        if work.is_repeatable and work.treatment.route is Route.DECODER:
+            key = cache_key(work.caller, self._settings.model_name, task.prompt, task.sampling, task.logprobs)
+        state, replies = self._cache.open(
+            key, lambda: self._run(task, work), work.policy, lambda: task.model == "decoder"
+        )
+        work.cache_states.append(state)
+        self._metrics.cache(state)
+        async with aclosing(replies):
             async for reply in replies:
-                if is_first and reply.token_ids:
-                    is_first = False
-                    self._metrics.first_token(time.monotonic() - work.arrived_at)
+                work.models.add(reply.served_by)
+                if reply.token_ids and work.token_came():
+                    self._metrics.first_token(work.first_token_after or 0.0)
                 yield reply
+
+    async def _run(self, task: Task, work: Work) -> AsyncGenerator[Reply, None]:
+        """At a replica, once it is its turn."""
+        priority = work.caller.priority + task.sampling.priority
+        async with self._admission.place(task, work.caller.key_id, priority):
+            self._metrics.asked(time.monotonic() - work.arrived_at)
+            async with aclosing(self._ask(task, work.treatment.route)) as replies:
+                async for reply in replies:
+                    yield reply
+
+    async def _ask(self, task: Task, route: Route) -> AsyncGenerator[Reply, None]:
+        """The decoder, and where it can't answer the fallback; by `route` the other way round."""
+        order = [self._cluster.generate, self._cluster.fall_back]
+        if not self._settings.fallback:
+            order = order[:1]
+        elif route is Route.FALLBACK:
+            order.reverse()
+        first: ModelError | None = None
+        for ask in order:
+            try:
+                async with aclosing(ask(task)) as replies:
+                    async for reply in replies:
+                        yield reply
+                return
+            except ModelError as error:
+                first = first or error
+                if task.delivered or error.outcome not in _FALLS_BACK:
+                    raise first from None
+        if first:
+            raise first

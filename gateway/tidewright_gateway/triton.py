@@ -55,6 +55,8 @@ class Reply:
     token_ids: list[int]
     finish_reason: str | None
     logprobs: bytes | None  # JSON, as docs/api.md describes it
+    served_by: str = "decoder"
+    """The model of Triton that made it."""
 
 
 class TritonClient:
@@ -189,4 +191,5 @@ def _reply(response: service_pb2.ModelInferResponse) -> Reply:
         token_ids=list(struct.unpack(f"<{len(ids) // 4}i", ids)),
         finish_reason=None if reason == "None" else reason,
         logprobs=logprobs[4:] if logprobs else None,
+        served_by=response.model_name,
     )

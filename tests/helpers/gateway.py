@@ -28,6 +28,8 @@ class RunningGateway:
             "served_model_name": MODEL,
             "port": self.port,
             "replicas": ",".join(server.grpc_url for server in servers),
+            "fallback": False,
+            "cache_size": 0,  # most tests are about what the replicas do
             **options,
         }
         self._environment = {

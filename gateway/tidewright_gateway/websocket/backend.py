@@ -8,12 +8,14 @@ from contextlib import aclosing
 from typing import Protocol
 
 from tidewright.failsafe.models import ModelError
-from tidewright_gateway.callers import ANONYMOUS, Caller
+from tidewright_gateway.auth import Authenticator
+from tidewright_gateway.callers import Caller
 from tidewright_gateway.errors import of_model
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.protocol import ChatRequest, CompletionRequest
-from tidewright_gateway.service import Service, Work
+from tidewright_gateway.service import Service
 from tidewright_gateway.triton import Reply
+from tidewright_gateway.work import Work
 
 PATH = "/v1/stream"
 
@@ -58,7 +60,7 @@ class _Running:
 
     @property
     def served_by(self) -> str:
-        return ", ".join(sorted({task.served_by[-1] for task in self._work.tasks if task.served_by}))
+        return self._work.served_by
 
     async def _replies(self) -> AsyncGenerator[tuple[int, Reply], None]:
         status, generated = 499, 0  # if it is closed early
@@ -79,11 +81,11 @@ class _Running:
 
 
 class ServiceBackend:
-    def __init__(self, service: Service, metrics: Metrics) -> None:
-        self._service, self._metrics = service, metrics
+    def __init__(self, service: Service, authenticator: Authenticator, metrics: Metrics) -> None:
+        self._service, self._authenticator, self._metrics = service, authenticator, metrics
 
     async def authenticate(self, token: str | None) -> Caller:
-        return ANONYMOUS
+        return await self._authenticator.caller(f"Bearer {token}" if token else None)
 
     async def open(self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str) -> OpenGeneration:
         work = await self._service.open(body, caller, request_id, time.monotonic())
