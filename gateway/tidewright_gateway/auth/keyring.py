@@ -1,4 +1,4 @@
-"""The API keys in force: follows their store, checks keys in a few threads, and remembers what came out."""
+"""The API keys in force: follows their store, checks keys in a thread, and remembers what came out."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tidewright_gateway.errors import ApiError
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL = 0.5  # seconds
-THREADS = 2  # more would take processors from the event loop
-MOST_WAITING = 256  # keys that are being checked; they take about two seconds, if all are wrong
+THREADS = 1  # with two on two processors, a flood of wrong keys delayed the event loop by milliseconds
+MOST_WAITING = 256  # keys that are being checked; they take about two seconds
 WRONG_REMEMBERED = 10.0  # seconds
 MOST_WRONG = 10_000
 
