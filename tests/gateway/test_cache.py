@@ -308,6 +308,39 @@ def test_one_that_joins_late_gets_what_there_is_and_then_the_rest() -> None:
     asyncio.run(main())
 
 
+def test_who_has_much_to_read_lets_others_work_meanwhile() -> None:
+    async def main() -> None:
+        cache, source = ResponseCache(2**20, 60), Source(answer(100))
+        first, late = cache.open(b"k", source.run)[1], cache.open(b"k", source.run)[1]
+        await read(first)
+        for replies, number in ((late, 100), (cache.open(b"k", source.run)[1], 6)):
+            turns = 0
+
+            async def count() -> None:
+                nonlocal turns
+                while True:
+                    turns += 1
+                    await asyncio.sleep(0)
+
+            counting = asyncio.ensure_future(count())
+            await read(replies)
+            counting.cancel()
+            assert turns >= number
+
+    asyncio.run(main())
+
+
+def test_who_leaves_twice_has_left_once() -> None:
+    async def main() -> None:
+        cache, source = ResponseCache(2**20, 60), Source(answer(3))
+        staying, leaving = cache.open(b"k", source.run)[1], cache.open(b"k", source.run)[1]
+        for _ in range(2):
+            await leaving.aclose()
+        assert await read(staying) == source.replies
+
+    asyncio.run(main())
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     length=st.shared(st.integers(1, 12), key="length"),
