@@ -72,7 +72,7 @@ def strike(server: RunningServer, how: str) -> None:
 def test_streams_go_on_where_their_replica_left_them(
     model_dir: Path, pair: list[RunningServer], blows: list[str]
 ) -> None:
-    with RunningGateway(model_dir, *pair) as gateway:
+    with RunningGateway(model_dir, *pair, wait_for_replica=2, slow_start=0) as gateway:
         undisturbed = all_at_once(gateway)
         for how in blows:
             moved = gateway.metric("streams_moved_total")
@@ -88,6 +88,19 @@ def test_streams_go_on_where_their_replica_left_them(
                 deadline = time.monotonic() + 30
                 while not gateway.metric("replica_up", replica=pair[0].grpc_url):
                     assert time.monotonic() < deadline
+        if "kill" in blows:
+            the_last_one_dies_and_comes_back(gateway, pair[1])
+
+
+def the_last_one_dies_and_comes_back(gateway: RunningGateway, last: RunningServer) -> None:
+    body = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
+    strike(last, "kill")
+    refused = gateway.post("/v1/completions", body)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
+    late = gateway.post("/v1/completions", {**body, "timeout": 0.2})
+    assert late.status_code == 408
+    last.triton.start_again()
+    assert "Paris" in gateway.post("/v1/completions", body).json()["choices"][0]["text"]
 
 
 def test_when_all_are_gone_requests_wait_and_then_get_a_503_and_a_replica_that_comes_back_is_found(
@@ -95,7 +108,11 @@ def test_when_all_are_gone_requests_wait_and_then_get_a_503_and_a_replica_that_c
 ) -> None:
     engine = child(server.triton.pid or 0, "tidewright.engine")
     body = {"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0}
-    with RunningGateway(model_dir, server, wait_for_replica=2) as gateway:
+    with RunningGateway(model_dir, server, wait_for_replica=2, generation_probe_interval=0.2) as gateway:
+        deadline = time.monotonic() + 30
+        while gateway.metric("generation_probes_total", outcome="success") < 3:
+            assert time.monotonic() < deadline
+        assert gateway.metric("generation_probes_total") == gateway.metric("generation_probes_total", outcome="success")
         engine.suspend()
         try:
             deadline = time.monotonic() + 10
