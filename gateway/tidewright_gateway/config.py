@@ -70,8 +70,8 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
         30.0,
         gt=0,
         le=3600,
-        description="Seconds that a WebSocket client may leave what it was sent unread, or a ping unanswered, before it "
-        "is cut off.",
+        description="Seconds that a WebSocket client may leave what it was sent unread, or a ping unanswered, before "
+        "it is cut off.",
     )
     ws_ping_interval: float = Field(
         20.0, gt=0, le=3600, description="Seconds between two pings to a WebSocket client, which its library answers."
