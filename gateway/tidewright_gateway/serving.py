@@ -9,7 +9,7 @@ import uvicorn
 
 from tidewright_gateway.app import make_app
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.websocket.server import StreamProtocol
+from tidewright_gateway.websocket.server import uvicorn_options
 
 
 def serve(settings: GatewaySettings) -> None:
@@ -23,11 +23,7 @@ def serve(settings: GatewaySettings) -> None:
         port=settings.port,
         loop="uvloop",
         http="httptools",
-        ws=StreamProtocol,
-        ws_max_size=settings.max_body,
-        ws_ping_interval=settings.ws_ping_interval,
-        ws_ping_timeout=settings.ws_send_timeout,
-        ws_per_message_deflate=False,  # a token is too small to gain by it
+        **uvicorn_options(settings),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -41,6 +41,7 @@ class Generation:
         self.owner: Owner | None = None
         self.is_cancelled = False
         """By its client, which wants nothing more of it."""
+        self.is_running = True
         self._opened: OpenGeneration | None = None
         self._job: asyncio.Task[None] | None = None
         self._failure: Failure | None = None
@@ -48,10 +49,6 @@ class Generation:
     def start(self, backend: Backend, body: ChatRequest | CompletionRequest) -> None:
         self._job = asyncio.create_task(self._run(backend, body))
         self._job.add_done_callback(self._ended)
-
-    @property
-    def is_running(self) -> bool:
-        return self._job is not None and not self._job.done()
 
     async def _run(self, backend: Backend, body: ChatRequest | CompletionRequest) -> None:
         self._opened = await backend.open(body, self.caller, self.request_id)
@@ -61,6 +58,7 @@ class Generation:
                 self._changed()
 
     def _ended(self, job: asyncio.Task[None]) -> None:
+        self.is_running = False
         error = None if job.cancelled() else job.exception()
         if isinstance(error, ModelError):
             error = of_model(error)

@@ -38,8 +38,7 @@ class _Choice:
 
     texts: list[str] = field(default_factory=list)
     token_ids: list[int | None] = field(default_factory=list)
-    logprobs: list[msgspec.Raw] = field(default_factory=list)
-    """Empty if none were asked for."""
+    logprobs: list[msgspec.Raw | None] = field(default_factory=list)
     sent: int = 0
     num_tokens: int = 0
     finish_reason: str | None = None
@@ -81,8 +80,8 @@ class Outbox:
         # Which token wrote what of the text is not known: it goes with the last.
         choice.texts += [""] * (len(tokens) - 1) + [reply.text]
         choice.token_ids += tokens
-        if reply.logprobs:
-            choice.logprobs += _positions.decode(reply.logprobs)
+        positions = _positions.decode(reply.logprobs) if reply.logprobs else []
+        choice.logprobs += positions + [None] * (len(tokens) - len(positions))
         self.size += len(tokens) * _BYTES_OF_ENTRY + len(reply.text) + len(reply.logprobs or b"")
 
     def grant(self, tokens: int) -> None:
@@ -115,8 +114,8 @@ class Outbox:
         choice.sent = end
         if self.credits is not None:
             self.credits -= len(token_ids)
-        logprobs = choice.logprobs[begin:end] if choice.logprobs else None
-        return Piece(index, end, "".join(choice.texts[begin:end]), token_ids, logprobs)
+        logprobs = [position for position in choice.logprobs[begin:end] if position is not None]
+        return Piece(index, end, "".join(choice.texts[begin:end]), token_ids, logprobs or None)
 
     def rewind(self, received: Sequence[int], credits: int | None) -> None:
         """Sends from there again. `received`: the last seq of each choice; those that are not named got nothing.

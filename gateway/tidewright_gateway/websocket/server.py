@@ -8,6 +8,8 @@ from typing import Any, cast
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
+from tidewright_gateway.config import GatewaySettings
+
 _KEY = "tidewright_transport"
 
 
@@ -44,3 +46,13 @@ class StreamProtocol(WebSocketsSansIOProtocol):
             super().shutdown()
         else:  # uvicorn would close it at once, in the middle of its generations
             self._own.is_going_away = True
+
+
+def uvicorn_options(settings: GatewaySettings) -> dict[str, Any]:
+    return {
+        "ws": StreamProtocol,
+        "ws_max_size": settings.max_body,
+        "ws_ping_interval": settings.ws_ping_interval,
+        "ws_ping_timeout": settings.ws_send_timeout,
+        "ws_per_message_deflate": False,  # a token is too small to gain by it
+    }

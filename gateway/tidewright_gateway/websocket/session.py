@@ -212,7 +212,9 @@ class Session:
             self._check_free(message.id)
         credits = self._credits if message.credits is UNSET else message.credits
         generation.outbox.rewind(message.received, credits)
-        if generation.owner:
+        if generation.owner is self:
+            self._remove(generation)
+        elif generation.owner:
             generation.owner.give_up(generation)
         self._hub.claim(generation)
         self._attach(generation, message.id)
