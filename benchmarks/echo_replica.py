@@ -83,12 +83,17 @@ class Echo:
         return self._status
 
 
-async def serve(port: int, echo: Echo) -> None:
+async def start(port: int, echo: Echo) -> grpc.aio.Server:
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     handler = grpc.stream_stream_rpc_method_handler(echo.stream)  # bytes in, bytes out
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, {METHOD: handler}),))
     server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
+    return server
+
+
+async def serve(port: int, echo: Echo) -> None:
+    server = await start(port, echo)
     await server.wait_for_termination()
 
 

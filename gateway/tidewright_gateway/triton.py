@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import grpc
 import grpc.aio
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2
 
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.outcome import Outcome
@@ -66,9 +66,8 @@ class TritonClient:
         self._channels = [grpc.aio.insecure_channel(address, _OPTIONS) for _ in range(channels)]
         # Questions have a connection of their own: they must not wait behind what a busy one carries.
         self._control_channel = grpc.aio.insecure_channel(address, _OPTIONS)
-        self._control = service_pb2_grpc.GRPCInferenceServiceStub(self._control_channel)
-        stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
-        self._next_stub = itertools.cycle(stubs).__next__
+        self._control = _one_request(self._control_channel)
+        self._next_method = itertools.cycle([_one_request(channel) for channel in self._channels]).__next__
 
     async def close(self) -> None:
         for channel in (*self._channels, self._control_channel):
@@ -76,7 +75,7 @@ class TritonClient:
 
     def generate(self, model: str, order: Order) -> Generation:
         """Ask `decoder` or `fallback`; nothing is sent before the replies are asked for."""
-        return Generation(self._next_stub().ModelStreamInfer, make_request(model, order))
+        return Generation(self._next_method(), make_request(model, order))
 
     async def control(self, word: str, timeout: float) -> str:
         """The decoder's answer to a word (schema.CONTROL).
@@ -86,10 +85,8 @@ class TritonClient:
         """
         request = service_pb2.ModelInferRequest(model_name="decoder")
         _add(request, CONTROL.name, "BYTES", 1, _bytes_element(word.encode()))
-        call = self._control.ModelStreamInfer(timeout=timeout)
+        call = self._control(request, timeout=timeout)
         try:
-            await call.write(request)
-            await call.done_writing()
             response = await call.read()
         except grpc.aio.AioRpcError as error:
             raise _model_error(error) from None
@@ -107,9 +104,9 @@ class TritonClient:
 class Generation:
     """One attempt at a generation. `abandon` may be called by anyone at any time."""
 
-    def __init__(self, method: grpc.aio.StreamStreamMultiCallable, request: service_pb2.ModelInferRequest) -> None:
+    def __init__(self, method: grpc.aio.UnaryStreamMultiCallable, request: service_pb2.ModelInferRequest) -> None:
         self._method, self._request = method, request
-        self._call: grpc.aio.StreamStreamCall | None = None
+        self._call: grpc.aio.UnaryStreamCall | None = None
         self._abandoned: ModelError | None = None
 
     def abandon(self, error: ModelError) -> None:
@@ -124,10 +121,8 @@ class Generation:
         Raises:
             ModelError: there is no further one.
         """
-        call = self._call = self._method()
+        call = self._call = self._method(self._request)
         try:
-            await call.write(self._request)
-            await call.done_writing()
             while True:
                 response = await call.read()
                 if response is grpc.aio.EOF:
@@ -147,6 +142,18 @@ class Generation:
             raise
         finally:
             call.cancel()
+
+
+def _one_request(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
+    """`ModelStreamInfer` with a single request: the same to Triton, and one step for grpc where a stream takes three.
+
+    And no `write`, which waits for ever when the call is cancelled before it has begun.
+    """
+    return channel.unary_stream(
+        "/inference.GRPCInferenceService/ModelStreamInfer",
+        request_serializer=service_pb2.ModelInferRequest.SerializeToString,
+        response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
+    )
 
 
 def _model_error(error: grpc.aio.AioRpcError) -> ModelError:
