@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -34,13 +35,16 @@ from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.routes import make_stream_router
 
 
-def make_app(settings: GatewaySettings) -> ASGIApp:
-    """Reads the tokenizer; the replicas are asked when the application starts."""
+def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> ASGIApp:
+    """Reads the tokenizer; the replicas are asked when the application starts.
+
+    `limits_socket`: of the parent of several workers, which counts for all.
+    """
     metrics = Metrics()
     authenticator = Authenticator(settings)
     prompts = Prompts(Tokenizer(find_prepared(settings.model)))
     cluster = Cluster(settings, metrics, prompts.tokenizer.max_model_len)
-    limiter, cache = make_limiter(settings), ResponseCache(settings.cache_size, settings.cache_ttl)
+    limiter, cache = make_limiter(settings, limits_socket), ResponseCache(settings.cache_size, settings.cache_ttl)
     admission = Admission(settings, cluster, metrics)
     service = Service(settings, cluster, prompts, limiter, admission, cache, metrics)
     hub = Hub(settings)

@@ -31,6 +31,7 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
         description="Address that the gateway listens on; one that other machines reach needs `keys` or `jwt_jwks`.",
     )
     port: int = Field(8080, ge=1, le=65535, description="The gateway's port.")
+    workers: int = Field(1, ge=1, le=256, description="Processes that serve the port; limits hold over all of them.")
     keys: str = Field(
         "",
         repr=False,  # there may be a password in it

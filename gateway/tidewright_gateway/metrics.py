@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+from typing import Literal
+
+import psutil
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from tidewright.resilience.outcome import Outcome
 from tidewright_gateway.cache import CacheState
 
+_OfWorkers = Literal["livesum", "livemin", "livemax"]
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 _OVERHEAD = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
 
@@ -17,7 +24,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests = self._counter("requests_total", "Requests that ended, by path and status.", "path", "status")
-        self._active = self._gauge("requests_active", "Requests that run or wait.")
+        self._active = self._gauge("livesum", "requests_active", "Requests that run or wait.")
         self._duration = self._histogram("request_seconds", "From the request to its last byte.", _SECONDS, "path")
         self._ttft = self._histogram("first_token_seconds", "From the request to its first token.", _SECONDS)
         self._overhead = self._histogram(
@@ -32,10 +39,13 @@ class Metrics:
         )
         self._moved = self._counter("streams_moved_total", "Streams that went on at another replica.")
         self._refused = self._counter("retries_refused_total", "Retries that were not made, by reason.", "reason")
-        self._connections = self._gauge("websocket_connections", "WebSocket connections that are open.")
-        self._up = self._gauge("replica_up", "1 if it can be sent requests.", "replica")
+        self._connections = self._gauge("livesum", "websocket_connections", "WebSocket connections that are open.")
+        self._up = self._gauge("livemin", "replica_up", "1 if it can be sent requests.", "replica")
         self._stale = self._gauge(
-            "replica_load_stale", "1 if it did not say lately how much load it has, so only requests count.", "replica"
+            "livemax",
+            "replica_load_stale",
+            "1 if it did not say lately how much load it has, so only requests count.",
+            "replica",
         )
         self._probes = self._counter(
             "generation_probes_total",
@@ -47,7 +57,7 @@ class Metrics:
             "discovery_failures_total", "Looks for the replicas, by DNS or in a file, that found nothing of use."
         )
         self._degradation = self._gauge(
-            "degradation_level", "0 all features, 1 short answers, 2 fallback only, 3 requests are refused."
+            "livemax", "degradation_level", "0 all features, 1 short answers, 2 fallback only, 3 requests are refused."
         )
         self._cache = self._counter(
             "cache_total", "Generations, by what the cache did: hit, shared, miss, bypass.", "state"
@@ -56,8 +66,9 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"tidewright_gateway_{name}", text, labels, registry=self.registry)
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"tidewright_gateway_{name}", text, labels, registry=self.registry)
+    def _gauge(self, mode: _OfWorkers, name: str, text: str, *labels: str) -> Gauge:
+        """`mode`: what several workers together show."""
+        return Gauge(f"tidewright_gateway_{name}", text, labels, registry=self.registry, multiprocess_mode=mode)
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"tidewright_gateway_{name}", text, labels, buckets=buckets, registry=self.registry)
@@ -69,7 +80,17 @@ class Metrics:
         self._cache.labels(state.value.lower()).inc()
 
     def text(self) -> bytes:
-        return generate_latest(self.registry)
+        """Of all workers, if this is one of several."""
+        folder = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+        if not folder:
+            return generate_latest(self.registry)
+        for file in Path(folder).glob("gauge_live*.db"):
+            pid = int(file.stem.rpartition("_")[2])
+            if not psutil.pid_exists(pid):
+                mark_process_dead(pid, folder)
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry, folder)
+        return generate_latest(registry)
 
     def began(self) -> None:
         self._active.inc()

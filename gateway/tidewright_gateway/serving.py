@@ -1,33 +1,95 @@
-"""Runs the application in uvicorn, and ends it gently."""
+"""Runs the application in uvicorn, in one process or several on one port, and ends it gently."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import signal
 import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
+from tidewright.parent_death import signal_on_parent_death
 from tidewright_gateway.app import make_app
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.limits import LimitServer
 from tidewright_gateway.websocket.server import uvicorn_options
+
+# From the parent to its workers.
+_SETTINGS, _LIMITS, _METRICS = "_TIDEWRIGHT_GATEWAY_SETTINGS", "_TIDEWRIGHT_GATEWAY_LIMITS", "PROMETHEUS_MULTIPROC_DIR"
 
 
 def serve(settings: GatewaySettings) -> None:
     """Until Ctrl-C or SIGTERM."""
+    _log_to_stderr(settings)
+    app = make_app(settings)  # also to find what is wrong with the settings before there are workers
+    if settings.workers == 1:
+        uvicorn.run(app, **_options(settings))
+        return
+    with tempfile.TemporaryDirectory(prefix="tidewright-gateway-") as folder:
+        limits, metrics = Path(folder, "limits"), Path(folder, "metrics")
+        metrics.mkdir()
+        os.environ.update(
+            {_SETTINGS: settings.model_dump_json(), _LIMITS: str(limits), _METRICS: str(metrics)}  # for the workers
+        )
+        with _limit_server(limits):
+            uvicorn.run(f"{__name__}:worker_app", factory=True, workers=settings.workers, **_options(settings))
+
+
+def worker_app() -> ASGIApp:
+    """In a worker, which uvicorn starts again when it ends."""
+    signal_on_parent_death(signal.SIGTERM)
+    settings = GatewaySettings.model_validate_json(os.environ[_SETTINGS])
+    _log_to_stderr(settings)
+    return make_app(settings, Path(os.environ[_LIMITS]))
+
+
+def _options(settings: GatewaySettings) -> dict[str, Any]:
+    return {
+        "host": settings.host,
+        "port": settings.port,
+        "loop": "uvloop",
+        "http": "httptools",
+        **uvicorn_options(settings),
+        "log_config": None,
+        "access_log": False,
+        "server_header": False,
+        "ssl_certfile": settings.tls_cert or None,
+        "ssl_keyfile": settings.tls_key or None,
+        "timeout_graceful_shutdown": max(1, round(settings.shutdown_grace)),
+    }
+
+
+def _log_to_stderr(settings: GatewaySettings) -> None:
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    uvicorn.run(
-        make_app(settings),
-        host=settings.host,
-        port=settings.port,
-        loop="uvloop",
-        http="httptools",
-        **uvicorn_options(settings),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        ssl_certfile=settings.tls_cert or None,
-        ssl_keyfile=settings.tls_key or None,
-        timeout_graceful_shutdown=max(1, round(settings.shutdown_grace)),
-    )
+
+
+@contextmanager
+def _limit_server(socket: Path) -> Iterator[None]:
+    """Limits of all workers, in a thread beside uvicorn's supervisor."""
+    loop, started = asyncio.new_event_loop(), threading.Event()
+    stopped = asyncio.Event()
+
+    async def run() -> None:
+        async with LimitServer(socket):
+            started.set()
+            await stopped.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(run(),), name="limits", daemon=True)
+    thread.start()
+    started.wait()
+    try:
+        yield
+    finally:
+        loop.call_soon_threadsafe(stopped.set)
+        thread.join()

@@ -38,6 +38,7 @@ class GatewayProcess(ChildProcess):
             "TIDEWRIGHT_GATEWAY_HOST": HOST,
             "TIDEWRIGHT_GATEWAY_PORT": str(settings.gateway_port),
             "TIDEWRIGHT_GATEWAY_REPLICAS": f"{reachable(settings.host)}:{settings.grpc_port}",
+            "TIDEWRIGHT_GATEWAY_FALLBACK": str(bool(settings.fallback)),
             "TIDEWRIGHT_GATEWAY_SHUTDOWN_GRACE": str(settings.shutdown_grace),
             "TIDEWRIGHT_GATEWAY_LOG_LEVEL": settings.log_level,
         }
