@@ -61,7 +61,7 @@ def test_redis_and_memory_agree(redis: RunningRedis) -> None:
     loop, clock = asyncio.new_event_loop(), Clock()
     link = RedisLink(redis.url, clock, lease=1e6)
 
-    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
     @given(st.tuples(LIMITS, LIMITS), STEPS)
     def compare(limits: tuple[Limits, Limits], steps: list) -> None:
         redis.client.flushall()
