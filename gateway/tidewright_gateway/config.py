@@ -66,6 +66,13 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
     )
     cache_ttl: float = Field(600.0, gt=0, le=604_800, description="Seconds that such an answer is kept.")
     channels: int = Field(4, ge=1, le=64, description="gRPC connections to each replica.")
+    trace_sample_ratio: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the requests without a traceparent that the replicas are to trace; the decision in a "
+        "traceparent stands.",
+    )
     shutdown_grace: float = Field(
         10.0, ge=0, description="Seconds that running requests get to finish after Ctrl-C or SIGTERM."
     )

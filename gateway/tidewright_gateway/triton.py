@@ -45,6 +45,8 @@ class Order:
     sampling: bytes  # JSON of SamplingParams
     resume_ids: list[int] = field(default_factory=list)
     logprobs: bool = False
+    metadata: tuple[tuple[str, str], ...] = ()
+    """Sent with the call; Triton reads the trace from it."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class TritonClient:
 
     def generate(self, model: str, order: Order) -> Generation:
         """Ask `decoder` or `fallback`; nothing is sent before the replies are asked for."""
-        return Generation(self._next_stub().ModelStreamInfer, _request(model, order))
+        return Generation(self._next_stub().ModelStreamInfer, _request(model, order), order.metadata)
 
     async def control(self, word: str, timeout: float) -> str:
         """The decoder's answer to a word (schema.CONTROL).
@@ -105,8 +107,13 @@ class TritonClient:
 class Generation:
     """One attempt at a generation. `abandon` may be called by anyone at any time."""
 
-    def __init__(self, method: grpc.aio.StreamStreamMultiCallable, request: service_pb2.ModelInferRequest) -> None:
-        self._method, self._request = method, request
+    def __init__(
+        self,
+        method: grpc.aio.StreamStreamMultiCallable,
+        request: service_pb2.ModelInferRequest,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        self._method, self._request, self._metadata = method, request, metadata
         self._call: grpc.aio.StreamStreamCall | None = None
         self._abandoned: ModelError | None = None
 
@@ -122,7 +129,7 @@ class Generation:
         Raises:
             ModelError: there is no further one.
         """
-        call = self._call = self._method()
+        call = self._call = self._method(metadata=self._metadata)
         try:
             await call.write(self._request)
             await call.done_writing()
