@@ -171,6 +171,13 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
         64 * 1024 * 1024, ge=0, le=1 << 40, description="What they take together, in bytes, at most."
     )
     channels: int = Field(4, ge=1, le=64, description="gRPC connections to each replica.")
+    trace_sample_ratio: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the requests without a traceparent that the replicas are to trace; the decision in a "
+        "traceparent stands.",
+    )
     shutdown_grace: float = Field(
         10.0, ge=0, description="Seconds that running requests get to finish after Ctrl-C or SIGTERM."
     )

@@ -45,6 +45,8 @@ class Order:
     sampling: bytes  # JSON of SamplingParams
     resume_ids: list[int] = field(default_factory=list)
     logprobs: bool = False
+    metadata: tuple[tuple[str, str], ...] = ()
+    """Sent with the call; Triton reads the trace from it."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class TritonClient:
 
     def generate(self, model: str, order: Order) -> Generation:
         """Ask `decoder` or `fallback`; nothing is sent before the replies are asked for."""
-        return Generation(self._next_method(), make_request(model, order))
+        return Generation(self._next_method(), make_request(model, order), order.metadata)
 
     async def control(self, word: str, timeout: float) -> str:
         """The decoder's answer to a word (schema.CONTROL).
@@ -104,8 +106,13 @@ class TritonClient:
 class Generation:
     """One attempt at a generation. `abandon` may be called by anyone at any time."""
 
-    def __init__(self, method: grpc.aio.UnaryStreamMultiCallable, request: service_pb2.ModelInferRequest) -> None:
-        self._method, self._request = method, request
+    def __init__(
+        self,
+        method: grpc.aio.UnaryStreamMultiCallable,
+        request: service_pb2.ModelInferRequest,
+        metadata: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        self._method, self._request, self._metadata = method, request, metadata
         self._call: grpc.aio.UnaryStreamCall | None = None
         self._abandoned: ModelError | None = None
 
@@ -121,7 +128,7 @@ class Generation:
         Raises:
             ModelError: there is no further one.
         """
-        call = self._call = self._method(self._request)
+        call = self._call = self._method(self._request, metadata=self._metadata)
         try:
             while True:
                 response = await call.read()

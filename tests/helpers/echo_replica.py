@@ -1,0 +1,100 @@
+"""A replica without a model, over real gRPC: `max_tokens` tokens of one text each, as fast as they are taken."""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import msgspec
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from tidewright.bench.machine import free_ports
+from tidewright.schema import CONTROL, INPUT_IDS, DecoderStatus, SamplingParams
+
+TOKEN = 11  # the id of each of its tokens
+
+
+class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
+    """`text` is that of a token; a request for `endless_from` tokens or more gets them until its client leaves."""
+
+    def __init__(self, text: str = " word", max_model_len: int = 100_000, endless_from: int = 1_000_000) -> None:
+        self.text, self._max_model_len, self._endless_from = text, max_model_len, endless_from
+        self.requests: list[tuple[int, SamplingParams]] = []
+        """Tokens of the prompt and parameters, of each generation."""
+        self.metadata: list[dict[str, Any]] = []
+        """Of the same."""
+        self.sent = 0  # tokens
+        self._running, self._changed = 0, threading.Condition()
+        (port,) = free_ports(1)
+        self.grpc_url = f"127.0.0.1:{port}"
+        options = [("grpc.max_receive_message_length", -1)]
+        self._server = grpc.server(ThreadPoolExecutor(32), options=options)
+        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
+        self._server.add_insecure_port(self.grpc_url)
+
+    def __enter__(self) -> EchoReplica:
+        self._server.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stop(0).wait()
+
+    def wait_running(self, number: int, seconds: float) -> bool:
+        """True as soon as so many generations run."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._running == number, seconds)
+
+    def ModelStreamInfer(  # noqa: N802 - gRPC's name
+        self, requests: Iterator[service_pb2.ModelInferRequest], context: grpc.ServicerContext
+    ) -> Iterator[service_pb2.ModelStreamInferResponse]:
+        for request in requests:
+            inputs = dict(zip((one.name for one in request.inputs), request.raw_input_contents, strict=True))
+            if CONTROL.name in inputs:
+                status = DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, max_model_len=self._max_model_len)
+                yield _response(text_output=_text(msgspec.json.encode(status)))
+            else:
+                yield from self._generate(inputs, context)
+
+    def _generate(
+        self, inputs: dict[str, bytes], context: grpc.ServicerContext
+    ) -> Iterator[service_pb2.ModelStreamInferResponse]:
+        sampling = msgspec.json.decode(inputs["sampling_parameters"][4:], type=SamplingParams)
+        self.requests.append((len(inputs[INPUT_IDS.name]) // 4, sampling))
+        self.metadata.append(dict(context.invocation_metadata()))
+        self._count(1)
+        context.add_callback(lambda: self._count(-1))
+        entry = {"logprob": -0.5, "rank": 1, "decoded_token": self.text}
+        logprobs = {"logprobs": _text(msgspec.json.encode([{TOKEN: entry}]))} if "return_logprobs" in inputs else {}
+        is_endless = sampling.max_tokens >= self._endless_from
+        number = 0
+        while context.is_active() and (is_endless or number < sampling.max_tokens):
+            number += 1
+            self.sent += 1
+            is_last = number == sampling.max_tokens and not is_endless
+            yield _response(
+                text_output=_text(self.text.encode()),
+                output_ids=struct.pack("<i", TOKEN),
+                finish_reason=_text(b"length" if is_last else b"None"),
+                **logprobs,
+            )
+
+    def _count(self, change: int) -> None:
+        with self._changed:
+            self._running += change
+            self._changed.notify_all()
+
+
+def _response(**outputs: bytes) -> service_pb2.ModelStreamInferResponse:
+    response = service_pb2.ModelStreamInferResponse()
+    for name, raw in outputs.items():
+        response.infer_response.outputs.add(name=name, shape=[1])
+        response.infer_response.raw_output_contents.append(raw)
+    return response
+
+
+def _text(value: bytes) -> bytes:
+    return struct.pack("<I", len(value)) + value
