@@ -135,6 +135,7 @@ class Cluster:
             replica.breaker.record(permit, last.outcome, now)
             if last.outcome in _FINAL:
                 raise last
+            self._fleet.failed(replica, last)
             failures = 1 if len(task.delivered) > before else failures + 1
             self._failed(task, replica, last)
             if not await self._may_retry(last, failures, task.deadline):

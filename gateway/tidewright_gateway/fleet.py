@@ -142,9 +142,17 @@ class Fleet:
         replica.generated(now)
         self.settle(replica)
 
+    def failed(self, replica: Replica, error: ModelError) -> None:
+        """A request there failed. If it is gone, others must not find it out by failing, too, until it is asked again.
+
+        That alone is no return with a slow start: most such errors are of one request.
+        """
+        if error.outcome in (Outcome.UNAVAILABLE, Outcome.STUB_DIED):
+            replica.suspicion = error
+
     def settle(self, replica: Replica) -> None:
         """To be called when whether it takes requests may have changed: those who wait get to know, and the log."""
-        if replica.takes_requests == replica.took_requests:
+        if replica.suspicion or replica.takes_requests == replica.took_requests:
             return
         replica.took_requests = replica.takes_requests
         if replica.takes_requests:

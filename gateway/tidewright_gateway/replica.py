@@ -58,6 +58,8 @@ class Replica:
     """Since when a question waits for its answer."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not asked yet", Outcome.UNAVAILABLE))
     """Why it can't be sent anything now, by what it says."""
+    suspicion: ModelError | None = None
+    """A request there failed as if nobody were there: nothing is sent until it says, or shows, that it is well."""
     leaving: bool = False
     """It is no longer among the replicas: gets nothing new, and is forgotten when what it has is done."""
     ejected: ModelError | None = None
@@ -88,7 +90,8 @@ class Replica:
     @property
     def is_up(self) -> bool:
         """It says that it takes requests."""
-        return self.trouble is None and not self.leaving and not (self.status and self.status.draining)
+        is_well = self.trouble is None and self.suspicion is None
+        return is_well and not self.leaving and not (self.status and self.status.draining)
 
     @property
     def takes_requests(self) -> bool:
@@ -99,7 +102,7 @@ class Replica:
         """Why it can't be sent anything, or had better not; empty if it can."""
         if self.takes_requests:
             return ""
-        return "leaving" if self.leaving else str(self.trouble or self.ejected or "draining")
+        return "leaving" if self.leaving else str(self.trouble or self.suspicion or self.ejected or "draining")
 
     @property
     def in_flight(self) -> int:
@@ -113,7 +116,7 @@ class Replica:
 
     def heard(self, status: DecoderStatus, patience: float, now: float) -> None:
         """It answered. `patience`: longest silence of its engine, in seconds."""
-        self.status, self.heard_at, self.trouble = status, now, None
+        self.status, self.heard_at, self.trouble, self.suspicion = status, now, None, None
         # What ended or began since it was asked may be in the figure or not.
         self.others = max(status.active - max(len(self.attempts), self.in_flight_when_asked), 0)
         if status.silence > patience:
@@ -125,7 +128,7 @@ class Replica:
 
     def lost(self, error: ModelError) -> None:
         """It did not answer, or with an error: what is there is lost, or will never be seen."""
-        self.status, self.trouble = None, error
+        self.status, self.trouble, self.suspicion = None, error, None
         self.abandon_all(error)
 
     def abandon_all(self, error: ModelError) -> None:
@@ -134,7 +137,7 @@ class Replica:
 
     def generated(self, now: float) -> None:
         """A request got its first tokens."""
-        self.generated_at = now
+        self.generated_at, self.suspicion = now, None
         self.can_generate()
 
     def can_generate(self) -> None:

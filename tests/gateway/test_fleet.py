@@ -340,6 +340,27 @@ def test_a_breaker_that_closes_begins_the_slow_start_anew(client: type[ScriptedC
     run(body, replicas="b:1", retry_max_attempts=1, breaker_cool_down=0.05, slow_start=3600)
 
 
+def test_one_that_breaks_a_connection_gets_nothing_until_it_is_asked_and_has_its_share_at_once(
+    client: type[ScriptedClient],
+) -> None:
+    client.scripts = {"b:1": [[error(Outcome.UNAVAILABLE)], [8]], "a:1": [[7]] * 9}
+
+    async def body(cluster: Cluster) -> None:
+        client.status["b:1"] = None  # it is asked, and has not answered yet
+        bad = named(cluster, "b:1")
+        await until(lambda: bad.asked_at)
+        for _ in range(6):
+            assert (await generate(cluster))[0] == "<7>"
+        assert len(client.orders) == 7
+        assert "scripted" in cluster.snapshot()[0]["trouble"]
+        client.status["b:1"] = WELL
+        await until(lambda: bad.takes_requests)
+        assert bad.candidate(10, time.monotonic()).share == 1
+        assert "b:1" in [(await generate(cluster))[1].served_by[0] for _ in range(2)]
+
+    run(body, patience=60)
+
+
 def test_the_load_is_that_of_the_one_with_the_most_room(client: type[ScriptedClient]) -> None:
     full = msgspec.structs.replace(WELL, waiting=0.9, kv_usage=0.8, wait=7.0, active=3)
     client.status = {
