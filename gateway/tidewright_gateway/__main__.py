@@ -1,7 +1,12 @@
 """`python -m tidewright_gateway`: the gateway by itself, from the environment. `tidewright gateway` has the flags."""
 
+import sys
+
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.serving import serve
+from tidewright_gateway.serving import SetupError, serve
 
 if __name__ == "__main__":
-    serve(GatewaySettings())
+    try:
+        serve(GatewaySettings())
+    except SetupError as error:
+        sys.exit(f"Error: {error}")

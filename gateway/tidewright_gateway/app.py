@@ -30,6 +30,7 @@ from tidewright_gateway.prompts import Prompts
 from tidewright_gateway.protocol import of_validation
 from tidewright_gateway.routes import make_router
 from tidewright_gateway.service import Service
+from tidewright_gateway.tracing import Tracer
 from tidewright_gateway.websocket.backend import ServiceBackend
 from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.routes import make_stream_router
@@ -40,7 +41,7 @@ def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> AS
 
     `limits_socket`: of the parent of several workers, which counts for all.
     """
-    metrics = Metrics()
+    metrics, tracer = Metrics(), Tracer(settings.trace_sample_ratio)
     authenticator = Authenticator(settings)
     prompts = Prompts(Tokenizer(find_prepared(settings.model)))
     cluster = Cluster(settings, metrics, prompts.tokenizer.max_model_len)
@@ -63,7 +64,9 @@ def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> AS
 
     app = FastAPI(title="Tidewright", version=__version__, lifespan=lifespan, redoc_url=None)
     app.include_router(make_router(settings, cluster, prompts, service))
-    app.include_router(make_stream_router(settings, hub, ServiceBackend(service, authenticator, metrics), metrics))
+    app.include_router(
+        make_stream_router(settings, hub, ServiceBackend(service, authenticator, tracer, metrics), metrics)
+    )
     app.include_router(make_page_router())
 
     @app.get("/health/live")
@@ -107,4 +110,4 @@ def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> AS
         response.headers.update(error.headers or {})
         return response
 
-    return Edge(app, authenticator, metrics, settings.max_body)
+    return Edge(app, authenticator, tracer, metrics, settings.max_body)

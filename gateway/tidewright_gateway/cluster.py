@@ -48,6 +48,8 @@ class Task:
     sampling: SamplingParams
     deadline: Deadline
     logprobs: bool = False
+    metadata: tuple[tuple[str, str], ...] = ()
+    """Of its calls to the replicas."""
     delivered: list[int] = field(default_factory=list)
     """Tokens that were handed on."""
     served_by: list[str] = field(default_factory=list)
@@ -216,7 +218,9 @@ class Cluster:
         sampling = task.sampling
         if math.isfinite(task.deadline.at):
             sampling = msgspec.structs.replace(sampling, timeout=task.deadline.remaining(now))
-        order = Order(task.request_id, task.prompt, msgspec.json.encode(sampling), resume_ids, task.logprobs)
+        order = Order(
+            task.request_id, task.prompt, msgspec.json.encode(sampling), resume_ids, task.logprobs, task.metadata
+        )
         task.served_by.append(replica.address)
         self._metrics.attempt(replica.address, task.model)
         return Attempt(replica.client.generate(task.model, order), now)

@@ -181,6 +181,9 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
     shutdown_grace: float = Field(
         10.0, ge=0, description="Seconds that running requests get to finish after Ctrl-C or SIGTERM."
     )
+    access_log: str = Field(
+        "", description="File that gets a line of JSON for each request; - is standard output. Empty: none."
+    )
     log_level: Literal["info", "warning", "error"] = Field("warning", description="Lowest level to log.")
 
     @field_validator("replicas")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import secrets
@@ -13,11 +12,12 @@ from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tidewright_gateway import access_log
 from tidewright_gateway.auth import Authenticator, require_admin
 from tidewright_gateway.errors import JSON, ApiError
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.tracing import Tracer
 
-access_log = logging.getLogger("tidewright_gateway.access")
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -35,13 +35,18 @@ class ClientGoneError(Exception):
 class Edge:
     """Pure ASGI: FastAPI's own middleware costs more than the rest of a request."""
 
-    def __init__(self, app: ASGIApp, authenticator: Authenticator, metrics: Metrics, max_body: int) -> None:
-        self._app, self._authenticator, self._metrics, self._max_body = app, authenticator, metrics, max_body
+    def __init__(
+        self, app: ASGIApp, authenticator: Authenticator, tracer: Tracer, metrics: Metrics, max_body: int
+    ) -> None:
+        """`max_body`: of a request, in bytes."""
+        self._app, self._authenticator, self._tracer, self._metrics = app, authenticator, tracer, metrics
+        self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         exchange = _Exchange(scope, receive, send, self._authenticator, self._max_body)
+        scope["state"]["trace"] = self._tracer.begin(scope["headers"])
         self._metrics.began()
         try:
             await exchange.run(self._app)
@@ -51,8 +56,8 @@ class Edge:
             route = scope.get("route")
             path = getattr(route, "path", "other")
             self._metrics.ended(path, exchange.status, seconds)
-            if access_log.isEnabledFor(logging.INFO):
-                access_log.info(json.dumps(exchange.line(seconds), ensure_ascii=False))
+            if access_log.is_on():
+                access_log.write(exchange.line(seconds))
 
 
 class _Exchange:
@@ -94,6 +99,7 @@ class _Exchange:
         """Of the access log."""
         return {
             "request_id": self._id,
+            "trace_id": self._scope["state"]["trace"].trace_id,
             "method": self._scope["method"],
             "path": self._scope["path"],
             "status": self.status,

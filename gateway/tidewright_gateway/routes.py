@@ -66,7 +66,9 @@ def make_router(settings: GatewaySettings, cluster: Cluster, prompts: Prompts, s
         state = request.scope["state"]
         with_usage = wants_usage(body)
         policy = CachePolicy.of(request.headers.get("cache-control"))
-        work = await service.open(body, state["caller"], state["request_id"], state["arrived_at"], policy)
+        work = await service.open(
+            body, state["caller"], state["request_id"], state["arrived_at"], state["trace"], policy
+        )
         state["work"] = work
         answer = kind(work.request_id, settings.model_name, body.num_logprobs(), with_usage, work.echoes)
         try:

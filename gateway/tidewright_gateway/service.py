@@ -25,6 +25,7 @@ from tidewright_gateway.limits import Limiter, subjects_of
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.prompts import Prompts
 from tidewright_gateway.protocol import ChatRequest, CompletionRequest
+from tidewright_gateway.tracing import TraceContext
 from tidewright_gateway.triton import Reply
 from tidewright_gateway.work import Work
 
@@ -69,6 +70,7 @@ class Service:
         caller: Caller,
         request_id: str,
         arrived_at: float,
+        trace: TraceContext,
         policy: CachePolicy = CachePolicy.USE,
     ) -> Work:
         """Whoever opens it must `close` it.
@@ -97,12 +99,13 @@ class Service:
         if is_shortened:
             shorter = min(sampling.min_tokens, given.max_tokens)
             sampling = msgspec.structs.replace(sampling, max_tokens=given.max_tokens, min_tokens=shorter)
-        tasks = self._tasks(request_id, prompts, sampling, n, arrived_at)
+        tasks = self._tasks(request_id, prompts, sampling, n, arrived_at, trace)
         num_prompt_tokens = sum(map(len, prompts))
         cost = num_prompt_tokens + len(tasks) * sampling.max_tokens
         reservation = await self._limiter.reserve(subjects_of(caller, body.user, self._settings), cost)
         return Work(
             request_id,
+            trace.trace_id,
             caller,
             tasks,
             num_prompt_tokens,
@@ -133,7 +136,13 @@ class Service:
             raise invalid(message, code="context_length_exceeded")
 
     def _tasks(
-        self, request_id: str, prompts: Sequence[list[int]], sampling: SamplingParams, n: int, arrived_at: float
+        self,
+        request_id: str,
+        prompts: Sequence[list[int]],
+        sampling: SamplingParams,
+        n: int,
+        arrived_at: float,
+        trace: TraceContext,
     ) -> list[Task]:
         """`n` of each prompt; the same seed, one more for each of them."""
         seed = sampling.seed
@@ -145,7 +154,8 @@ class Service:
         for prompt in prompts:
             for number in range(n):
                 own = sampling if seed is None else msgspec.structs.replace(sampling, seed=(seed + number) % 2**63)
-                tasks.append(Task(f"{request_id}-{len(tasks)}", prompt, own, deadline, sampling.logprobs is not None))
+                name, logprobs = f"{request_id}-{len(tasks)}", sampling.logprobs is not None
+                tasks.append(Task(name, prompt, own, deadline, logprobs, trace.metadata))
         return tasks
 
     async def close(self, work: Work, num_tokens: int) -> None:

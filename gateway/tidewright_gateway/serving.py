@@ -18,7 +18,9 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from tidewright.parent_death import signal_on_parent_death
+from tidewright_gateway import access_log
 from tidewright_gateway.app import make_app
+from tidewright_gateway.auth import AuthSetupError
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.limits import LimitServer
 from tidewright_gateway.websocket.server import uvicorn_options
@@ -27,10 +29,21 @@ from tidewright_gateway.websocket.server import uvicorn_options
 _SETTINGS, _LIMITS, _METRICS = "_TIDEWRIGHT_GATEWAY_SETTINGS", "_TIDEWRIGHT_GATEWAY_LIMITS", "PROMETHEUS_MULTIPROC_DIR"
 
 
+class SetupError(Exception):
+    """The settings name something that can't be used; the message says what."""
+
+
 def serve(settings: GatewaySettings) -> None:
-    """Until Ctrl-C or SIGTERM."""
-    _log_to_stderr(settings)
-    app = make_app(settings)  # also to find what is wrong with the settings before there are workers
+    """Until Ctrl-C or SIGTERM.
+
+    Raises:
+        SetupError: the model, keys or the access log can't be read or written.
+    """
+    try:
+        _start_logs(settings)
+        app = make_app(settings)  # also with several workers, each of which would only fail again and again
+    except (AuthSetupError, OSError, ValueError) as error:
+        raise SetupError(str(error)) from error
     if settings.workers == 1:
         uvicorn.run(app, **_options(settings))
         return
@@ -48,7 +61,7 @@ def worker_app() -> ASGIApp:
     """In a worker, which uvicorn starts again when it ends."""
     signal_on_parent_death(signal.SIGTERM)
     settings = GatewaySettings.model_validate_json(os.environ[_SETTINGS])
-    _log_to_stderr(settings)
+    _start_logs(settings)
     return make_app(settings, Path(os.environ[_LIMITS]))
 
 
@@ -68,7 +81,8 @@ def _options(settings: GatewaySettings) -> dict[str, Any]:
     }
 
 
-def _log_to_stderr(settings: GatewaySettings) -> None:
+def _start_logs(settings: GatewaySettings) -> None:
+    access_log.write_to(settings.access_log)
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

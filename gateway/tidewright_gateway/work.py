@@ -18,6 +18,7 @@ class Work:
     """A generation for each prompt and choice."""
 
     request_id: str
+    trace_id: str
     caller: Caller
     tasks: list[Task]
     num_prompt_tokens: int

@@ -21,12 +21,10 @@ def gateway(**flags: str | None) -> None:
       tidewright gateway --replicas 10.0.0.1:8001,10.0.0.2:8001
       tidewright gateway --routing prefix --port 9090
     """
-    from tidewright.cache import find_prepared
-    from tidewright_gateway.serving import serve
+    from tidewright_gateway.serving import SetupError, serve
 
     settings = settings_from(GatewaySettings, flags)
     try:
-        find_prepared(settings.model)
-    except (OSError, ValueError) as error:
+        serve(settings)
+    except SetupError as error:
         raise click.ClickException(str(error)) from None
-    serve(settings)

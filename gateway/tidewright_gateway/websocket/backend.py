@@ -8,12 +8,14 @@ from contextlib import aclosing
 from typing import Protocol
 
 from tidewright.failsafe.models import ModelError
+from tidewright_gateway import access_log
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.callers import Caller
 from tidewright_gateway.errors import of_model
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.protocol import ChatRequest, CompletionRequest
 from tidewright_gateway.service import Service
+from tidewright_gateway.tracing import Tracer
 from tidewright_gateway.triton import Reply
 from tidewright_gateway.work import Work
 
@@ -76,17 +78,21 @@ class _Running:
             status = made.status
             raise made from None
         finally:
-            self._metrics.ended(PATH, status, time.monotonic() - self._work.arrived_at)
-            await self._service.close(self._work, generated)
+            work, seconds = self._work, time.monotonic() - self._work.arrived_at
+            self._metrics.ended(PATH, status, seconds)
+            await self._service.close(work, generated)
+            if access_log.is_on():
+                head = {"request_id": work.request_id, "trace_id": work.trace_id, "method": "WEBSOCKET", "path": PATH}
+                access_log.write({**head, "status": status, "seconds": round(seconds, 4), **work.facts})
 
 
 class ServiceBackend:
-    def __init__(self, service: Service, authenticator: Authenticator, metrics: Metrics) -> None:
-        self._service, self._authenticator, self._metrics = service, authenticator, metrics
+    def __init__(self, service: Service, authenticator: Authenticator, tracer: Tracer, metrics: Metrics) -> None:
+        self._service, self._authenticator, self._tracer, self._metrics = service, authenticator, tracer, metrics
 
     async def authenticate(self, token: str | None) -> Caller:
         return await self._authenticator.caller(f"Bearer {token}" if token else None)
 
     async def open(self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str) -> OpenGeneration:
-        work = await self._service.open(body, caller, request_id, time.monotonic())
+        work = await self._service.open(body, caller, request_id, time.monotonic(), self._tracer.begin(()))
         return _Running(work, self._service, self._metrics)
