@@ -17,7 +17,7 @@ serve: $(VENV)/.server  ## Set up and serve the embedded model through Triton
 doctor: $(VENV)/.server  ## Check this machine and say what to fix
 	@$(BIN)/tidewright doctor
 
-test: $(VENV)/.dev  ## Set up and run all tests, against the real Triton and the real model
+test: $(VENV)/.dev $(VENV)/.programs  ## Set up and run all tests, against the real Triton and the real model
 	@$(BIN)/tidewright prepare
 	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
@@ -56,4 +56,16 @@ $(VENV)/.server: $(BIN)/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/.server
 	@echo "Installing what tests and benchmarks need"
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,gateway,triton-wheel,dev]'
+	@touch $@
+
+# Redis and a browser, which tests start: from Debian's packages when they are missing.
+$(VENV)/.programs: $(BIN)/python
+	@if ! command -v redis-server >/dev/null || ! command -v chromium >/dev/null; then \
+	  as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	  install="$$as_root apt-get install -y --no-install-recommends redis-server chromium"; \
+	  echo "Installing what the tests start: redis-server chromium"; \
+	  export DEBIAN_FRONTEND=noninteractive; \
+	  $$install >/dev/null 2>&1 || { $$as_root apt-get update -qq && $$install >/dev/null; } || \
+	    { echo "The tests need redis-server and chromium, which could not be installed; install them yourself"; exit 1; }; \
+	fi
 	@touch $@

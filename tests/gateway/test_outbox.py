@@ -105,7 +105,8 @@ def test_what_waits_is_joined_and_choices_take_turns() -> None:
     outbox.grant(10_000)
     pieces = [outbox.take() for _ in range(4)]
     assert [(piece.index, piece.seq) for piece in pieces if piece] == [(0, 256), (1, 256), (0, 300), (1, 300)]
-    assert pieces[0] and pieces[0].text == "".join(f"{number} " for number in range(256))
+    assert pieces[0]
+    assert pieces[0].text == "".join(f"{number} " for number in range(256))
     assert outbox.take() is None
 
 

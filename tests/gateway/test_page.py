@@ -13,8 +13,15 @@ from helpers.chromium import Chromium
 from helpers.gateway import RunningGateway
 from helpers.triton import RunningServer
 
-# And `model` is not what a test made of it before the page is there again.
-READY = "document.readyState == 'complete' && document.getElementById('model')?.textContent == model && model != 'gpt-9'"
+READY = "document.readyState == 'complete' && (document.getElementById('model')?.textContent ?? '').startsWith('smol')"
+# Each answer is long enough to be in the middle of it.
+LONG_ANSWERS = """
+const send = WebSocket.prototype.send;
+WebSocket.prototype.send = function (text) {
+  const message = JSON.parse(text);
+  if (message.request) message.request.min_tokens = 1000;
+  send.call(this, JSON.stringify(message));
+};"""
 LAST = "[...document.querySelectorAll('#chat p.assistant')].at(-1)"
 
 
@@ -35,6 +42,7 @@ def page(gateway: RunningGateway, chromium: Chromium) -> Chromium:
     chromium.complaints.clear()
     chromium.call("Page.navigate", url=gateway.url)
     chromium.wait(READY)
+    chromium.run(LONG_ANSWERS)
     return chromium
 
 
@@ -50,7 +58,7 @@ def test_a_chat_streams_shows_its_speed_and_stops(
     server.wait_idle()
     assert page.run("document.getElementById('model').textContent") == "smollm2-135m"
     ask(page, "<img src=x onerror=alert(1)> Write a very long story about the sea.")
-    page.wait(f"({LAST}?.textContent.length ?? 0) > 20")
+    page.wait(f"({LAST}?.textContent.length ?? 0) > 0")
     text = page.run(f"{LAST}.textContent")
     page.wait(f"{LAST}.textContent.length > {len(text)}")  # it streams
     assert page.run("document.getElementById('send').disabled")
@@ -83,22 +91,21 @@ def test_a_chat_streams_shows_its_speed_and_stops(
 
 def test_an_answer_goes_on_after_the_connection_broke(page: Chromium, gateway: RunningGateway) -> None:
     ask(page, "Count from one to fifty.")
-    page.wait(f"({LAST}?.textContent.length ?? 0) > 5")
+    page.wait(f"({LAST}?.textContent.length ?? 0) > 0")
     page.run("window.broken = socket; socket.close()")
     page.wait("socket && socket != broken && socket.readyState == WebSocket.OPEN")
     text = page.run(f"{LAST}.textContent")
-    page.wait(f"{LAST}.textContent.length > {len(text)} || !document.getElementById('send').disabled")
+    page.wait(f"{LAST}.textContent.length > {len(text)}")
     page.run("document.getElementById('stop').click()")
     page.wait("!document.getElementById('send').disabled")
     assert page.run("document.getElementById('error').hidden")
 
 
-def test_errors_are_shown_and_the_key_stays_in_this_tab(page: Chromium) -> None:
+def test_errors_are_shown_and_the_key_stays_in_this_tab(page: Chromium, gateway: RunningGateway) -> None:
     page.run("document.getElementById('key').value = 'secret'; document.getElementById('key').onchange()")
     assert page.run("[localStorage.length, document.cookie]") == [0, ""]
     assert page.run("sessionStorage.getItem('key')") == "secret"
-    page.run("model = 'gpt-9'")
-    page.call("Page.reload")
+    page.call("Page.navigate", url=gateway.url)
     page.wait(READY)
     assert page.run("document.getElementById('key').value") == "secret"
     page.run("model = 'gpt-9'")

@@ -56,7 +56,7 @@ def test_a_chat_beside_several_choices_gives_what_http_gives(gateway: RunningGat
     assert ends["chat"]["choices"][0]["finish_reason"] == over_http["choices"][0]["finish_reason"]
     assert ends["chat"]["served_by"].startswith("127.0.0.1:")
     assert all(
-        [list(position)[0] for position in message["logprobs"]] == list(map(str, message["token_ids"]))
+        [next(iter(position)) for position in message["logprobs"]] == list(map(str, message["token_ids"]))
         for message in tokens
         if message["id"] == "several"
     )

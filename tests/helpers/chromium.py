@@ -25,7 +25,12 @@ class Chromium:
         assert program, "install Chromium: apt-get install chromium"
         # Root has no sandbox, and containers little of /dev/shm.
         flags = ["--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--no-first-run"]
-        options = ["--remote-debugging-port=0", f"--user-data-dir={folder}", "--window-size=900,700", "--no-proxy-server"]
+        options = [
+            "--no-proxy-server",
+            "--remote-debugging-port=0",
+            "--window-size=900,700",
+            f"--user-data-dir={folder}",
+        ]
         self._log = (folder / "log").open("w")
         self._process = subprocess.Popen([program, *flags, *options, "about:blank"], stdout=self._log, stderr=self._log)
         port_file = folder / "DevToolsActivePort"
@@ -73,8 +78,9 @@ class Chromium:
         self.call("Input.insertText", text=text)
 
     def press_enter(self) -> None:
+        key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
         for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13, text="\r")
+            self.call("Input.dispatchKeyEvent", type=kind, **key)
 
     def screenshot(self, dark: bool = False) -> bytes:
         """A PNG."""

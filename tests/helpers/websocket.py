@@ -6,13 +6,14 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from tidewright.bench.machine import free_ports
@@ -66,6 +67,12 @@ class StreamClient:
             message = self.receive()
             (done if message["type"] == "done" else tokens).append(message)
         return tokens, done
+
+    def until_closed(self) -> Iterator[str | bytes]:
+        """All further messages."""
+        with suppress(ConnectionClosed):
+            while True:
+                yield self.connection.recv(timeout=TIMEOUT)
 
     def drop(self) -> None:
         """The TCP connection breaks without a farewell."""
