@@ -22,12 +22,18 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
     """`text` is that of a token; a request for `endless_from` tokens or more gets them until its client leaves."""
 
     def __init__(self, text: str = " word", max_model_len: int = 100_000, endless_from: int = 1_000_000) -> None:
-        self.text, self._max_model_len, self._endless_from = text, max_model_len, endless_from
+        self.text, self._endless_from = text, endless_from
         self.requests: list[tuple[int, SamplingParams]] = []
         """Tokens of the prompt and parameters, of each generation."""
         self.metadata: list[dict[str, Any]] = []
         """Of the same."""
         self.sent = 0  # tokens
+        self.status = DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, max_model_len=max_model_len)
+        self.errors: dict[str, str] = {}
+        """Of each model that answers with an error."""
+        self.go_on = threading.Event()
+        """Clear it, and generations wait before their first token."""
+        self.go_on.set()
         self._running, self._changed = 0, threading.Condition()
         (port,) = free_ports(1)
         self.grpc_url = f"127.0.0.1:{port}"
@@ -54,13 +60,14 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
         for request in requests:
             inputs = dict(zip((one.name for one in request.inputs), request.raw_input_contents, strict=True))
             if CONTROL.name in inputs:
-                status = DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, max_model_len=self._max_model_len)
-                yield _response(text_output=_text(msgspec.json.encode(status)))
+                yield _response("decoder", text_output=_text(msgspec.json.encode(self.status)))
+            elif error := self.errors.get(request.model_name):
+                yield service_pb2.ModelStreamInferResponse(error_message=error)
             else:
-                yield from self._generate(inputs, context)
+                yield from self._generate(request.model_name, inputs, context)
 
     def _generate(
-        self, inputs: dict[str, bytes], context: grpc.ServicerContext
+        self, model: str, inputs: dict[str, bytes], context: grpc.ServicerContext
     ) -> Iterator[service_pb2.ModelStreamInferResponse]:
         sampling = msgspec.json.decode(inputs["sampling_parameters"][4:], type=SamplingParams)
         self.requests.append((len(inputs[INPUT_IDS.name]) // 4, sampling))
@@ -69,6 +76,7 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
         context.add_callback(lambda: self._count(-1))
         entry = {"logprob": -0.5, "rank": 1, "decoded_token": self.text}
         logprobs = {"logprobs": _text(msgspec.json.encode([{TOKEN: entry}]))} if "return_logprobs" in inputs else {}
+        self.go_on.wait(60)
         is_endless = sampling.max_tokens >= self._endless_from
         number = 0
         while context.is_active() and (is_endless or number < sampling.max_tokens):
@@ -76,6 +84,7 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
             self.sent += 1
             is_last = number == sampling.max_tokens and not is_endless
             yield _response(
+                model,
                 text_output=_text(self.text.encode()),
                 output_ids=struct.pack("<i", TOKEN),
                 finish_reason=_text(b"length" if is_last else b"None"),
@@ -88,8 +97,9 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
             self._changed.notify_all()
 
 
-def _response(**outputs: bytes) -> service_pb2.ModelStreamInferResponse:
+def _response(model: str, **outputs: bytes) -> service_pb2.ModelStreamInferResponse:
     response = service_pb2.ModelStreamInferResponse()
+    response.infer_response.model_name = model
     for name, raw in outputs.items():
         response.infer_response.outputs.add(name=name, shape=[1])
         response.infer_response.raw_output_contents.append(raw)

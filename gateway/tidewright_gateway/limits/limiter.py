@@ -29,13 +29,12 @@ class Reservation:
 
     def __init__(self, take: Take | None, outcome: Outcome | None) -> None:
         self._take, self._outcome = take, outcome
+        self._subjects = take.subjects if take else ()
 
     @cached_property
     def headers(self) -> dict[str, str]:
-        """For the answer; empty if nothing limits the request."""
-        if self._take is None or self._outcome is None:
-            return {}
-        return headers_of(self._take.subjects, self._outcome)
+        """For the answer, as of when it was made; empty if nothing limits the request."""
+        return headers_of(self._subjects, self._outcome) if self._outcome else {}
 
     def end(self, used: int) -> Settle | None:
         """None if there is nothing to settle, or not any more."""
