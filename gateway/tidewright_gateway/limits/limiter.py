@@ -27,19 +27,14 @@ _NO_LIMITS = Limits()
 class Reservation:
     """What a request may use; give it to `Limiter.settle` when the request ends, however it ends."""
 
-    def __init__(self, take: Take | None, outcome: Outcome | None) -> None:
-        self._take, self._outcome = take, outcome
-        self._subjects = take.subjects if take else ()
+    def __init__(self, take: Take | None = None, outcome: Outcome | None = None) -> None:
+        """Of nothing, if nothing limits the request."""
+        self.take, self._outcome = take, outcome
 
     @cached_property
     def headers(self) -> dict[str, str]:
-        """For the answer, as of when it was made; empty if nothing limits the request."""
-        return headers_of(self._subjects, self._outcome) if self._outcome else {}
-
-    def end(self, used: int) -> Settle | None:
-        """None if there is nothing to settle, or not any more."""
-        take, self._take = self._take, None
-        return Settle(take.id, take.subjects, used) if take else None
+        """For the answer; empty if nothing limits the request."""
+        return headers_of(self.take.subjects, self._outcome) if self.take and self._outcome else {}
 
 
 class Limiter:
@@ -64,14 +59,14 @@ class Limiter:
         """
         limited = tuple(subject for subject in subjects if subject.limits != _NO_LIMITS)
         if not limited:
-            return Reservation(None, None)
+            return Reservation()
         take = Take(f"{self._prefix}{next(self._numbers)}", limited, cost)
         try:
             outcome = await self._store.take(take)
         except StoreLostError:
             self.without_store += 1
             if self._when_lost == "open":
-                return Reservation(None, None)
+                return Reservation()
             message = "limits can't be checked at the moment; try again"
             raise ApiError(503, message, code="limits_unavailable", retry_after=TICK) from None
         if outcome.refusal:
@@ -80,9 +75,8 @@ class Limiter:
 
     async def settle(self, reservation: Reservation, used: int) -> None:
         """Gives back what was not used. `used`: tokens of prompt and answers. The second time it does nothing."""
-        settle = reservation.end(used)
-        if settle:
-            await self._store.settle(settle)
+        if take := reservation.take:
+            await self._store.settle(Settle(take.id, take.subjects, used))
 
 
 def make_limiter(settings: GatewaySettings, socket_path: Path | None = None) -> Limiter:
