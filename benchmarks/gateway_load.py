@@ -148,17 +148,19 @@ class GrpcClient:
 
     def __init__(self, url: str) -> None:
         self._channel = grpc.aio.insecure_channel(url, [("grpc.use_local_subchannel_pool", 1)])
-        self._method = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")
+        self._method = self._channel.unary_stream(f"/{SERVICE}/{METHOD}")
 
     async def generate(self, raw: bytes, responses: int | None = 1) -> Answer:
-        call, last, answer = self._method(), b"", Answer()
-        await call.write(raw)
-        await call.done_writing()
-        while (response := await call.read()) is not grpc.aio.EOF:
+        call, last, answer = self._method(raw), b"", Answer()
+        while b"length" not in last:
+            last = await call.read()
+            if last is grpc.aio.EOF:
+                answer.error = "an answer without an end"
+                return answer
             answer.times.append(time.perf_counter())
-            last = response
-        if responses not in (None, len(answer.times)) or b"length" not in last:
-            answer.error = f"{len(answer.times)} responses, where {responses} were due; the last: {last[-200:]!r}"
+        call.cancel()  # as the gateway: Triton does not always end a stream after its last response
+        if responses not in (None, len(answer.times)):
+            answer.error = f"{len(answer.times)} responses, where {responses} were due"
         return answer
 
     async def close(self) -> None:
