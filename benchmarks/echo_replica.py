@@ -1,7 +1,7 @@
 """A replica that answers at once, so that what is measured in front of it is the gateway's own cost.
 
-It speaks what the gateway asks of a Triton: `decoder` over `ModelStreamInfer`, and `control`. It decodes no request,
-and its responses are serialized once: `max_tokens` tokens, so many to a response as it was told.
+It speaks what the gateway asks of a Triton: `decoder` over `ModelStreamInfer`, and `control`. It decodes no request but
+one that goes on, and its responses are serialized once: `max_tokens` tokens, so many to a response as it was told.
 `python -m benchmarks.echo_replica --port 8001`; the benchmarks start it themselves.
 """
 
@@ -19,13 +19,13 @@ import msgspec
 import uvloop
 from tritonclient.grpc import service_pb2
 
-from tidewright.schema import CONTROL, DecoderStatus
+from tidewright.schema import CONTROL, RESUME_IDS, DecoderStatus
 
 SERVICE, METHOD = "inference.GRPCInferenceService", "ModelStreamInfer"
 PROBES = b"probes"  # a control word of its own: how often it was asked for its status
-_CONTROL = CONTROL.name.encode()
+_CONTROL, _RESUME_IDS = CONTROL.name.encode(), RESUME_IDS.name.encode()
 _MAX_TOKENS = re.compile(rb'"max_tokens":(\d+)')
-_DEFAULT_TOKENS = b"16"  # the gateway leaves out what is the default
+_DEFAULT_TOKENS = 16  # the gateway leaves out what is the default
 WORD, TOKEN = b" word", 2
 
 
@@ -46,6 +46,15 @@ def _status() -> bytes:
     return _response(text_output=_text(msgspec.json.encode(status)))
 
 
+def _num_resumed(request: bytes) -> int:
+    """Tokens that another replica, or this one, has generated of it."""
+    if _RESUME_IDS not in request:
+        return 0
+    decoded = service_pb2.ModelInferRequest.FromString(request)
+    inputs = zip(decoded.inputs, decoded.raw_input_contents, strict=True)
+    return next(len(raw) // 4 for tensor, raw in inputs if tensor.name == RESUME_IDS.name)
+
+
 class Echo:
     def __init__(self, per_response: int, pause: float) -> None:
         """`per_response`: tokens in one; `pause`: seconds before each but the first."""
@@ -53,8 +62,7 @@ class Echo:
         self._status, self._num_probes = _status(), 0
         self._answers = cache(self._answer)
 
-    def _answer(self, num_tokens: bytes) -> list[bytes]:
-        total = int(num_tokens)
+    def _answer(self, total: int) -> list[bytes]:
         sizes = [min(self._per_response, total - done) for done in range(0, total, self._per_response)]
         return [
             _response(
@@ -71,7 +79,8 @@ class Echo:
                 await context.write(self._control(request))
                 continue
             found = _MAX_TOKENS.search(request)
-            for number, response in enumerate(self._answers(found[1] if found else _DEFAULT_TOKENS)):
+            left = (int(found[1]) if found else _DEFAULT_TOKENS) - _num_resumed(request)
+            for number, response in enumerate(self._answers(left)):
                 if number and self._pause:
                     await asyncio.sleep(self._pause)
                 await context.write(response)

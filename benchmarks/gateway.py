@@ -18,138 +18,25 @@ from __future__ import annotations
 import argparse
 import asyncio
 import functools
-import os
-import signal
-import socket
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import uvloop
-from prometheus_client.parser import text_string_to_metric_families
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.gateway_load import Cpu, GrpcClient, HttpClient, Load, at_once, closed_loop, open_loop, request
-from tidewright.bench.machine import description, free_ports, wait_idle
-from tidewright.cache import EMBEDDED_MODEL
-from tidewright.launch.prepare import prepare
+from benchmarks.gateway_parts import MODEL, PER_RESPONSE, Echo, Gateway, Row, console, echoes, gateway, show
+from benchmarks.gateway_soak import RATE, Soak, count_probes, slope, watch_memory
+from benchmarks.gateway_triton import added_by_gateway, failover
+from tidewright.bench.machine import description, wait_idle
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.triton import Order, make_request
 
-ROOT = Path(__file__).parents[1]
-MODEL = "echo"
-PER_RESPONSE = 8  # tokens
 SHORT, LONG = PER_RESPONSE, 16 * PER_RESPONSE  # tokens of an answer
 LONG_RESPONSES = LONG // PER_RESPONSE
+ATTEMPTS = ("attempts_total", "attempt_failures_total")
 CALLERS = 32  # that find the capacity
-console = Console(width=140, highlight=False)
-
-
-@dataclass(frozen=True)
-class Row:
-    figure: str
-    value: str
-    target: str = ""
-    met: bool | None = None
-
-
-def show(title: str, rows: Sequence[Row], below: Sequence[str] = ()) -> None:
-    table = Table(title=title, title_justify="left")
-    table.add_column("figure")
-    table.add_column("measured", justify="right")
-    table.add_column("target", justify="right")
-    table.add_column("met")
-    for row in rows:
-        table.add_row(row.figure, row.value, row.target, {None: "", True: "yes", False: "NO"}[row.met])
-    console.print(table)
-    for line in below:
-        console.print(line)
-
-
-@contextmanager
-def process(*arguments: str, port: int, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A Python module that runs, and listens on `port`."""
-    started = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, **options)
-    try:
-        wait_for_port(port, started)
-        yield started
-    finally:
-        started.send_signal(signal.SIGTERM)
-        try:
-            started.wait(30)
-        except subprocess.TimeoutExpired:
-            started.kill()
-
-
-def wait_for_port(port: int, started: subprocess.Popen[bytes], patience: float = 60) -> None:
-    until = time.monotonic() + patience
-    while time.monotonic() < until and started.poll() is None:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.05)
-    raise SystemExit(f"nothing listens on port {port}: {started.args}")
-
-
-@dataclass(frozen=True)
-class Echo:
-    url: str
-    pid: int
-
-
-@contextmanager
-def echoes(count: int = 1, pause: float = 0.0) -> Iterator[list[Echo]]:
-    with ExitStack() as stack:
-        made = []
-        for port in free_ports(count):
-            arguments = ["--port", str(port), "--per-response", str(PER_RESPONSE), "--pause", str(pause)]
-            started = stack.enter_context(process("benchmarks.echo_replica", *arguments, port=port))
-            made.append(Echo(f"127.0.0.1:{port}", started.pid))
-        yield made
-
-
-class Gateway:
-    def __init__(self, port: int, pid: int, log: Path) -> None:
-        self.port, self.pid, self._log = port, pid, log
-
-    @property
-    def log(self) -> list[str]:
-        return self._log.read_text().splitlines()
-
-    async def metrics(self) -> dict[tuple[str, ...], float]:
-        """Name without its prefix, and values of the labels, to the value."""
-        client = HttpClient(self.port)
-        text = (await client.get("/metrics")).decode()
-        client.close()
-        return {
-            (sample.name.removeprefix("tidewright_gateway_"), *sample.labels.values()): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
-
-
-@contextmanager
-def gateway(urls: Sequence[str], **options: Any) -> Iterator[Gateway]:
-    (port,) = free_ports(1)
-    values = {"model": model_folder(), "served_model_name": MODEL, "port": port, "replicas": ",".join(urls), **options}
-    environment = {f"TIDEWRIGHT_GATEWAY_{name.upper()}": str(value) for name, value in values.items()}
-    with tempfile.NamedTemporaryFile(suffix=".log") as log:
-        arguments = {"env": {**os.environ, **environment}, "stderr": log}
-        with process("tidewright_gateway", port=port, **arguments) as started:
-            yield Gateway(port, started.pid, Path(log.name))
-
-
-@functools.cache
-def model_folder() -> Path:
-    return prepare(EMBEDDED_MODEL)
 
 
 def chat(max_tokens: int, stream: bool = False, **more: Any) -> bytes:
@@ -314,6 +201,39 @@ async def balance(requests: int) -> None:
     show(f"balance over equal replicas, {requests} requests that arrive by chance", rows)
 
 
+async def soak(seconds: float) -> None:
+    with echoes(2, pause=0.005) as made, gateway([echo.url for echo in made]) as running:
+        mix = Soak(HttpClient(running.port), chat(LONG), chat(LONG, True), LONG_RESPONSES)
+        await mix.run(2)
+        said, asked, metrics = len(running.log), await _probes(made), await running.metrics()
+        cpu = Cpu(gateway=running.pid, **{f"replica {number}": echo.pid for number, echo in enumerate(made, 1)})
+        memory, _ = await asyncio.gather(watch_memory(running.pid, seconds), mix.run(seconds))
+        probes, after = await _probes(made) - asked, await running.metrics()
+        alarms = [line for line in running.log[said:] if "cluster: 127." in line and not line.endswith("is well")]
+        attempts, failed = (_sum(after, name) - _sum(metrics, name) for name in ATTEMPTS)
+        active = after["requests_active",] - 1  # less the question itself
+        below = [", ".join(f"{kind} {count}" for kind, count in mix.done.items()), cpu.text(mix.done.total())]
+    growth = slope(memory)
+    rows = [
+        Row("memory of its own (USS), before and after", f"{memory[0].mib:.1f} and {memory[-1].mib:.1f} MiB"),
+        Row("slope over the second half", f"{growth:+.2f} MiB/min", "<= 0.1 MiB/min", growth <= 0.1),
+        Row("wrong answers", str(mix.wrong.total()), "0", not mix.wrong),
+        Row("requests left behind", f"{active:.0f}", "0", active == 0),
+        Row("replicas called sick that were well", f"{len(alarms)} of {probes}", "< 1%", len(alarms) < 0.01 * probes),
+        Row("generations taken from a replica that was well", f"{failed:.0f} of {attempts:.0f}", "0", failed == 0),
+    ]
+    below += [f"{error}: {count}" for error, count in mix.wrong.most_common(5)] + alarms[:5]
+    show(f"soak of {seconds:g} s, {RATE:g} requests/s that arrive by chance", rows, below)
+
+
+async def _probes(made: Sequence[Echo]) -> int:
+    return sum([await count_probes(echo.url) for echo in made])
+
+
+def _sum(metrics: dict[tuple[str, ...], float], name: str) -> float:
+    return sum(value for (series, *_), value in metrics.items() if series == name)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = ["latency", "throughput", "concurrency", "balance", "soak", "triton"]
@@ -338,6 +258,11 @@ def main() -> None:
             await concurrency(1000, 500)
         if "balance" in what:
             await balance(3000)
+        if "soak" in what:
+            await soak(options.soak)
+        if "triton" in what:
+            await added_by_gateway(options.rounds)
+            await failover(min(options.rounds, 3))
         # A measure of the WebSocket endpoint (first token at 100 streams < 500 ms) belongs here.
 
     uvloop.run(measure())

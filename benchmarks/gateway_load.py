@@ -31,7 +31,8 @@ DONE, LAST_CHUNK = b"data: [DONE]", b"0\r\n\r\n"
 class Answer:
     """Times are of time.perf_counter()."""
 
-    times: list[float]  # when parts of its body came
+    times: list[float] = field(default_factory=list)  # when parts of its body came
+    sent: float = 0.0
     status: int = 200
     body: bytes = b""
     error: str = ""
@@ -52,6 +53,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._waiter: asyncio.Future[Answer] | None = None
+        self.times: list[float] = []  # of the answer that comes
         self.is_open = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -59,10 +61,11 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_open = False
-        self._end(Answer([], error="the connection was closed"))
+        self._end(Answer(error="the connection was closed"))
 
     def send(self, raw: bytes) -> asyncio.Future[Answer]:
-        self._received, self._times, self._needed = b"", list[float](), -1
+        self._received, self._needed, self.times = b"", -1, list[float]()
+        self._sent = time.perf_counter()
         self._waiter = asyncio.get_running_loop().create_future()
         self._transport.write(raw)
         return self._waiter
@@ -81,10 +84,10 @@ class Connection(asyncio.Protocol):
             found = _LENGTH.search(self._received, 0, end)
             self._needed = end + int(found[1]) if found else 0  # 0: chunks
         if len(self._received) > self._body_at:
-            self._times.append(time.perf_counter())
+            self.times.append(time.perf_counter())
         if len(self._received) >= self._needed if self._needed else self._received.endswith(LAST_CHUNK):
             status, body = int(self._received[9:12]), self._received[self._body_at :]
-            self._end(Answer(self._times, status, body))
+            self._end(Answer(self.times, self._sent, status, body))
 
     def _end(self, answer: Answer) -> None:
         if self._waiter and not self._waiter.done():
@@ -114,8 +117,8 @@ class HttpClient:
         self._free.append(connection)
         return answer
 
-    async def generate(self, raw: bytes, stream: bool, responses: int = 1) -> Answer:
-        """The answer must be whole: of a stream, an opening, its `responses`, and the end."""
+    async def generate(self, raw: bytes, stream: bool, responses: int | None = 1) -> Answer:
+        """The answer must be whole: of a streamed chat, an opening, its `responses` if they are known, and the end."""
         answer = await self.send(raw)
         if answer.error:
             return answer
@@ -123,7 +126,9 @@ class HttpClient:
             answer.error = f"status {answer.status}: {answer.body[:200].decode()}"
         elif stream:
             events = answer.body.count(b"data: ")
-            if DONE not in answer.body or events != responses + 2:
+            if DONE not in answer.body or b'"finish_reason":"length"' not in answer.body:
+                answer.error = f"a stream that ended early: {answer.body[-200:].decode()}"
+            elif responses is not None and events != responses + 2:
                 answer.error = f"a stream of {events} events, where {responses + 2} were due"
         elif b'"finish_reason":"length"' not in answer.body:
             answer.error = "no whole answer"
@@ -143,16 +148,18 @@ class GrpcClient:
 
     def __init__(self, url: str) -> None:
         self._channel = grpc.aio.insecure_channel(url, [("grpc.use_local_subchannel_pool", 1)])
-        self._method = self._channel.stream_stream(f"/{SERVICE}/{METHOD}")
+        self._method = self._channel.unary_stream(f"/{SERVICE}/{METHOD}")
 
-    async def generate(self, raw: bytes, responses: int = 1) -> Answer:
-        call, last, answer = self._method(), b"", Answer([])
-        await call.write(raw)
-        await call.done_writing()
-        while (response := await call.read()) is not grpc.aio.EOF:
+    async def generate(self, raw: bytes, responses: int | None = 1) -> Answer:
+        call, last, answer = self._method(raw), b"", Answer()
+        while b"length" not in last:
+            last = await call.read()
+            if last is grpc.aio.EOF:
+                answer.error = "an answer without an end"
+                return answer
             answer.times.append(time.perf_counter())
-            last = response
-        if len(answer.times) != responses or b"length" not in last:
+        call.cancel()  # as the gateway: Triton does not always end a stream after its last response
+        if responses not in (None, len(answer.times)):
             answer.error = f"{len(answer.times)} responses, where {responses} were due"
         return answer
 
@@ -164,7 +171,7 @@ async def _answer(send: Send) -> Answer:
     try:
         return await send()
     except (OSError, grpc.aio.AioRpcError) as error:
-        return Answer([], error=repr(error))
+        return Answer(error=repr(error))
 
 
 @dataclass
@@ -235,11 +242,6 @@ async def at_once(send: Send, count: int) -> Load:
 def family(pid: int) -> list[psutil.Process]:
     root = psutil.Process(pid)
     return [root, *root.children(recursive=True)]
-
-
-def pss(pid: int) -> float:
-    """MiB of the process and its children (proportional set size)."""
-    return sum(process.memory_full_info().pss for process in family(pid)) / 2**20
 
 
 class Cpu:
