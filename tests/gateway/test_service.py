@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 import time
@@ -27,6 +28,7 @@ LIMITS = {
     "few": Limits(tokens_per_minute=100),
     "slow": Limits(requests_per_second=0.01),
 }
+DOCS = Path(__file__).parent.parent.parent / "docs"
 TOO_BUSY = 1.0  # of what may wait
 
 
@@ -117,6 +119,25 @@ def test_a_key_is_needed_and_its_role_counts(clients: Clients) -> None:
             assert http.get(path, headers=headers).status_code == 404
     wrong = clients.gateway.post("/v1/completions", {"prompt": "Hi"}, headers={"Authorization": "Bearer tw-plain-x"})
     assert (wrong.status_code, wrong.headers["WWW-Authenticate"]) == (401, "Bearer")
+
+
+def test_the_api_page_is_what_the_gateway_says_and_its_examples_work(clients: Clients) -> None:
+    spec = importlib.util.spec_from_file_location("make_gateway_api", DOCS / "make_gateway_api.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    document = clients.gateway.http.get("/openapi.json").json()
+    assert (DOCS / "gateway-api.md").read_text() == module.page(document), "run python docs/make_gateway_api.py"
+    headers = {"Authorization": f"Bearer {clients.keys['boss']}"}
+    for path, example in module.EXAMPLES.items():
+        assert f"127.0.0.1:8080{path}" in example
+        if "-d '" in example:
+            body = json.loads(example.partition("-d '")[2].rstrip("'"))
+            answer = clients.gateway.post(path, body, headers=headers)
+        else:
+            answer = clients.gateway.http.get(path, headers=headers)
+        assert answer.status_code == 200, answer.text
 
 
 def test_what_is_the_same_for_the_same_key_is_generated_once(clients: Clients) -> None:
