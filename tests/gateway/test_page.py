@@ -16,11 +16,11 @@ from helpers.triton import RunningServer
 READY = "document.readyState == 'complete' && (document.getElementById('model')?.textContent ?? '').startsWith('smol')"
 # Each answer is long enough to be in the middle of it.
 LONG_ANSWERS = """
-const send = WebSocket.prototype.send;
+const sendAsItIs = WebSocket.prototype.send;
 WebSocket.prototype.send = function (text) {
   const message = JSON.parse(text);
   if (message.request) message.request.min_tokens = 1000;
-  send.call(this, JSON.stringify(message));
+  sendAsItIs.call(this, JSON.stringify(message));
 };"""
 LAST = "[...document.querySelectorAll('#chat p.assistant')].at(-1)"
 

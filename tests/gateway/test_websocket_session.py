@@ -266,7 +266,10 @@ def test_after_the_grace_nothing_is_left() -> None:
 
 
 def test_what_is_kept_is_bounded_in_number_and_bytes() -> None:
-    with ScriptedGateway(ws_kept=2, ws_kept_bytes=50_000) as gateway, StreamClient(gateway.url) as client:
+    with (
+        ScriptedGateway(ws_kept=2, ws_kept_bytes=50_000, ws_resume_grace=3600) as gateway,
+        StreamClient(gateway.url) as client,
+    ):
         for id in ("a", "b", "c"):
             client.start(id, **ENDLESS, max_tokens=1)
             client.rest()
@@ -312,7 +315,7 @@ def test_a_client_that_does_not_read_is_cut_off_and_gets_the_rest_when_it_comes_
         deaf.connect(("127.0.0.1", gateway.server.config.port))
         with StreamClient(gateway.url, sock=deaf, max_queue=1) as client:
             client.start("a", model="m", prompt="big", max_tokens=1500)
-            gateway.wait(running=0, connections=0)
+            gateway.wait(running=0, sockets=0)
             got = list(map(json.loads, client.until_closed()))
         assert 0 < len(got) < 1500
         with StreamClient(gateway.url, max_size=None) as other:

@@ -166,7 +166,7 @@ class ScriptedGateway:
         self._thread = threading.Thread(target=self.server.run)
 
     def wait(self, seconds: float = 30, **counts: int) -> None:
-        """Until so many generations are `running`, `kept` or over `connections`."""
+        """Until so many generations are `running` or `kept`, or so many `connections` or `sockets` open."""
         deadline = time.monotonic() + seconds
         while any(getattr(self, name) != count for name, count in counts.items()):
             assert time.monotonic() < deadline, {name: getattr(self, name) for name in counts}
@@ -183,6 +183,10 @@ class ScriptedGateway:
     @property
     def kept(self) -> int:
         return len(self.hub._kept)
+
+    @property
+    def sockets(self) -> int:
+        return len(self.server.server_state.connections)
 
     @property
     def connections(self) -> int:

@@ -69,9 +69,7 @@ class Session:
                 raise result
         if self._close.done():
             code, reason = self._close.result()
-            if code == SLOW:
-                self._transport.abort()  # it would not read a farewell either
-            else:
+            if code != SLOW:  # it would not read a farewell either
                 await self._socket.close(code, reason)
 
     def check(self, now: float) -> None:
