@@ -11,7 +11,7 @@ import httpx
 PAGE = Path(__file__).with_name("gateway-api.md")
 HEAD = """# The gateway's HTTP API
 
-Made from its OpenAPI document (`/openapi.json`; a running gateway shows it at `/docs`) by `python docs/make_gateway_api.py`.
+Made from its OpenAPI document (`/openapi.json`, shown at `/docs`) by `python docs/make_gateway_api.py`.
 How to run the gateway, its errors and headers: [serving.md](serving.md). The WebSocket: [websocket.md](websocket.md).
 """
 EXAMPLES = {
