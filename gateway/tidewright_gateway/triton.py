@@ -25,13 +25,11 @@ _OPTIONS = [
     ("grpc.max_receive_message_length", -1),
     # Each channel its own connection, or a pool of them would be one.
     ("grpc.use_local_subchannel_pool", 1),
-    # A replica that comes back is to be found again soon, and one on a host that vanished to be noticed.
+    # No keepalive: a server takes pings without data in between for an attack, and ends all streams of the connection.
+    # A replica that comes back is to be found again soon.
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
 ]
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
