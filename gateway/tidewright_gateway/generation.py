@@ -118,23 +118,26 @@ class Generator:
         return answer.whole(choices, self._usage(work, choices))
 
     async def stream(self, work: Work, answer: Answer) -> AsyncGenerator[bytes, None]:
-        """The answer as server-sent events. The first says that a replica took the request.
+        """The answer as server-sent events, several at once where they are: a write costs more than what is written.
+
+        The first says that a replica took the request.
 
         Raises:
             ApiError: before the first event only; later the error is an event.
         """
         choices = [Choice(index) for index in range(len(work.tasks))]
-        began = False
+        began, held = False, b""
         try:
             async with aclosing(self._merged(work)) as replies:
                 async for index, reply in replies:
                     if not began:
                         began = True
-                        for choice in choices:
-                            if opening := answer.opening(choice.index):
-                                yield opening
+                        held = b"".join(answer.opening(choice.index) for choice in choices)
                     choice = choices[index]
-                    yield answer.piece(choice, reply, choice.take(reply))
+                    held += answer.piece(choice, reply, choice.take(reply))
+                    if not all(choice.finish_reason for choice in choices):
+                        yield held
+                        held = b""
         except ModelError as error:
             if not began:
                 raise of_model(error) from None
@@ -142,9 +145,7 @@ class Generator:
             return
         finally:
             usage = self._usage(work, choices)
-        if ending := answer.usage(usage):
-            yield ending
-        yield DONE
+        yield held + answer.usage(usage) + DONE
 
     async def _collect(self, task: Task, choice: Choice, work: Work) -> None:
         async with aclosing(self._timed(task, work)) as replies:
