@@ -157,6 +157,7 @@ async def concurrency(requests: int, streams: int) -> None:
         for stream, count in ((False, requests), (True, streams)):
             client = HttpClient(running.port)
             raw, responses = chat(LONG, stream), LONG_RESPONSES
+            failed = _sum(await running.metrics(), ATTEMPTS[1])
             cpu = Cpu(gateway=running.pid, replica=echo.pid)
             send = functools.partial(client.generate, raw, stream, responses)
             highest = asyncio.create_task(_most_active(running, 2))
@@ -168,6 +169,8 @@ async def concurrency(requests: int, streams: int) -> None:
                 f"{load.ms(99, True):.0f} ms, last {load.ms(99):.0f} ms (the replica's pauses: "
                 f"{200 * (LONG_RESPONSES - 1)} ms); {cpu.text(count)}"
             )
+            taken = _sum(await running.metrics(), ATTEMPTS[1]) - failed
+            rows.append(Row("  generations taken from a replica that was well", f"{taken:.0f}", "0", taken == 0))
             if load.errors:
                 below.append(f"  {load.errors.most_common(3)}")
             client.close()
