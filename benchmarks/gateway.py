@@ -10,7 +10,8 @@ throughput   short answers a second, with one and with two worker processes
 concurrency  many requests and many streams at the same time, none of which may fail
 balance      how evenly requests go to replicas that are equal
 soak         memory, and false alarms of the health checks, under a mix of requests that lasts --soak seconds
-triton       beside the real Triton with the embedded model: what the gateway adds, and how long a failover takes
+triton       what the gateway adds to the real Triton with the embedded model
+failover     from the end of one of two real Tritons until new requests, and running streams, get tokens from the other
 """
 
 from __future__ import annotations
@@ -156,6 +157,7 @@ async def concurrency(requests: int, streams: int) -> None:
         for stream, count in ((False, requests), (True, streams)):
             client = HttpClient(running.port)
             raw, responses = chat(LONG, stream), LONG_RESPONSES
+            failed = _sum(await running.metrics(), ATTEMPTS[1])
             cpu = Cpu(gateway=running.pid, replica=echo.pid)
             send = functools.partial(client.generate, raw, stream, responses)
             highest = asyncio.create_task(_most_active(running, 2))
@@ -167,6 +169,8 @@ async def concurrency(requests: int, streams: int) -> None:
                 f"{load.ms(99, True):.0f} ms, last {load.ms(99):.0f} ms (the replica's pauses: "
                 f"{200 * (LONG_RESPONSES - 1)} ms); {cpu.text(count)}"
             )
+            taken = _sum(await running.metrics(), ATTEMPTS[1]) - failed
+            rows.append(Row("  generations taken from a replica that was well", f"{taken:.0f}", "0", taken == 0))
             if load.errors:
                 below.append(f"  {load.errors.most_common(3)}")
             client.close()
@@ -236,14 +240,14 @@ def _sum(metrics: dict[tuple[str, ...], float], name: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = ["latency", "throughput", "concurrency", "balance", "soak", "triton"]
-    parser.add_argument("what", nargs="*", default=choices[:-1], choices=choices, metavar="WHAT")
-    parser.add_argument("--triton", action="store_true", help="measure beside the real Triton as well")
+    choices = ["latency", "throughput", "concurrency", "balance", "soak", "triton", "failover"]
+    parser.add_argument("what", nargs="*", default=choices[:-2], choices=choices, metavar="WHAT")
+    parser.add_argument("--triton", action="store_true", help="with the real Triton as well: the last two")
     parser.add_argument("--seconds", type=float, default=5, help="that a round lasts")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--soak", type=float, default=60, help="seconds of the soak")
     options = parser.parse_args()
-    what = {*options.what, *(["triton"] if options.triton else [])}
+    what = {*options.what, *(choices[-2:] if options.triton else [])}
     machine = description()
     console.print(f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}")
     if not wait_idle():
@@ -262,6 +266,7 @@ def main() -> None:
             await soak(options.soak)
         if "triton" in what:
             await added_by_gateway(options.rounds)
+        if "failover" in what:
             await failover(min(options.rounds, 3))
         # A measure of the WebSocket endpoint (first token at 100 streams < 500 ms) belongs here.
 

@@ -158,7 +158,7 @@ class GrpcClient:
                 answer.error = "an answer without an end"
                 return answer
             answer.times.append(time.perf_counter())
-        call.cancel()  # as the gateway: Triton does not always end a stream after its last response
+        call.cancel()  # as the gateway does
         if responses not in (None, len(answer.times)):
             answer.error = f"{len(answer.times)} responses, where {responses} were due"
         return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -56,7 +57,11 @@ def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> AS
         await limiter.start()
         await cluster.start()
         hub.start()
+        # What there is by now stays: looking through it again and again would stop all requests, 50 ms each time.
+        gc.collect()
+        gc.freeze()
         yield
+        gc.unfreeze()
         await hub.stop()
         await cluster.stop()
         await limiter.close()

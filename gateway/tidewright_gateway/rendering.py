@@ -30,23 +30,26 @@ async def whole(service: Service, work: Work, answer: Answer) -> bytes:
 
 
 async def stream(service: Service, work: Work, answer: Answer) -> AsyncGenerator[bytes, None]:
-    """The answer as server-sent events, the first of which says that a replica took the request; closes the work.
+    """The answer as server-sent events, several at once where they are: a write costs more than what is written.
+
+    The first says that a replica took the request. Closes the work.
 
     Raises:
         ApiError: before the first event only; later the error is an event.
     """
     choices = [Choice(index) for index in range(len(work.tasks))]
-    began = False
+    began, held = False, b""
     try:
         async with aclosing(service.replies(work)) as replies:
             async for index, reply in replies:
                 if not began:
                     began = True
-                    for choice in choices:
-                        if opening := answer.opening(choice.index):
-                            yield opening
+                    held = b"".join(answer.opening(choice.index) for choice in choices)
                 choice = choices[index]
-                yield answer.piece(choice, reply, choice.take(reply))
+                held += answer.piece(choice, reply, choice.take(reply))
+                if not all(choice.finish_reason for choice in choices):
+                    yield held
+                    held = b""
     except ModelError as error:
         if not began:
             raise of_model(error) from None
@@ -54,9 +57,7 @@ async def stream(service: Service, work: Work, answer: Answer) -> AsyncGenerator
         return
     finally:
         await service.close(work, _generated(choices))
-    if ending := answer.usage(Usage(work.num_prompt_tokens, _generated(choices))):
-        yield ending
-    yield DONE
+    yield held + answer.usage(Usage(work.num_prompt_tokens, _generated(choices))) + DONE
 
 
 def _generated(choices: Sequence[Choice]) -> int:
