@@ -96,6 +96,7 @@ def test_an_answer_goes_on_after_the_connection_broke(page: Chromium, gateway: R
     page.wait("socket && socket != broken && socket.readyState == WebSocket.OPEN")
     text = page.run(f"{LAST}.textContent")
     page.wait(f"{LAST}.textContent.length > {len(text)}")
+    assert page.run("answer.tokens == answer.seq")  # none came twice
     page.run("document.getElementById('stop').click()")
     page.wait("!document.getElementById('send').disabled")
     assert page.run("document.getElementById('error').hidden")

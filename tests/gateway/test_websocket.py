@@ -18,7 +18,7 @@ LONG = {**REQUEST, "max_tokens": 4000, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def gateway(model_dir: Path, server: RunningServer) -> Iterator[RunningGateway]:
-    with RunningGateway(model_dir, server, ws_resume_grace=3) as running:
+    with RunningGateway(model_dir, server, ws_resume_grace=5) as running:
         yield running
 
 

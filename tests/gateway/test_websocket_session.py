@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,10 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from helpers.websocket import ScriptedGateway, StreamClient, fruitless, text_of
+from tidewright_gateway.callers import ANONYMOUS
+from tidewright_gateway.triton import Reply
+from tidewright_gateway.websocket.generation import Generation
+from tidewright_gateway.websocket.messages import Done, Token
 
 ENDLESS = {"model": "m", "prompt": "a"}
 
@@ -76,12 +81,29 @@ def test_the_connection_s_credits_are_those_of_its_generations(gateway: Scripted
 
 
 def test_a_cancelled_generation_leaves_what_waits_for_credit(client: StreamClient) -> None:
-    client.start("a", credits=0, model="m", prompt="a", max_tokens=40)
+    client.start("a", credits=1, model="m", prompt="a", max_tokens=40)
+    client.tokens(1)
     client.send("cancel", id="a")
     tokens, (done,) = client.rest()
     assert tokens == []
     assert fruitless_id(client, "a") == "unknown_id"
-    assert done["usage"]["completion_tokens"] == done["choices"][0]["seq"] if done["choices"] else True
+    assert done["usage"]["completion_tokens"] == done["choices"][0]["seq"] >= 1
+
+
+def test_a_cancelled_generation_sends_nothing_more_even_with_credit() -> None:
+    async def ends() -> tuple[object, object]:
+        generation = Generation(ANONYMOUS, None)
+        for number in range(2):
+            generation.outbox.put(0, Reply("a", [number], None, None))
+        first = generation.next_message()
+        generation.outbox.put(0, Reply("b", [2], "length", None))
+        generation.cancel()
+        generation.is_running = False
+        return first, generation.next_message()
+
+    first, last = asyncio.run(ends())
+    assert isinstance(first, Token)
+    assert isinstance(last, Done)
 
 
 def fruitless_id(client: StreamClient, id: str) -> str:

@@ -35,7 +35,9 @@ class StreamClient:
 
     def __init__(self, url: str, opens: bool = True, token: str | None = None, **options: Any) -> None:
         address = url.replace("http", "ws", 1) + "/v1/stream"
-        self.connection = connect(address, proxy=None, ping_interval=None, **options)
+        # With a queue that fills up, the library would not notice an end of the connection behind it.
+        options = {"max_queue": None, **options}
+        self.connection = connect(address, proxy=None, ping_interval=None, close_timeout=1, **options)
         self.resume_tokens: dict[str, str] = {}
         if opens:
             self.send("open", token=token)

@@ -165,7 +165,7 @@ $("text").onkeydown = (event) => {
   $("form").requestSubmit();
 };
 $("stop").onclick = () => {
-  if (socket && socket.readyState === WebSocket.OPEN && answer.resumeToken) send({ type: "cancel", id: answer.id });
+  if (!answer.resuming && socket && socket.readyState === WebSocket.OPEN) send({ type: "cancel", id: answer.id });
   else finish(null);
 };
 $("new").onclick = () => {
