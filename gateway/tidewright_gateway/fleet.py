@@ -208,18 +208,18 @@ class Fleet:
 
     async def _watch_for_ever(self) -> None:
         """Ends attempts that take too long, so that they go on elsewhere."""
-        settings, slept_at = self._settings, time.monotonic()
+        settings, last = self._settings, time.monotonic()
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             now = time.monotonic()
-            if now - slept_at > settings.patience:  # it was this process that slept
-                slept_at = now
-                continue
-            slept_at = now
+            # Of a longer time this process slept or was busy the most: an answer that came meanwhile is not read yet.
+            listened, last = min(now - last, 2 * WATCH_INTERVAL), now
             for replica in self.replicas:
-                if replica.asked_at and now - replica.asked_at > settings.patience:
-                    replica.lost(ModelError(f"no answer for {now - replica.asked_at:.1f} s", Outcome.STALLED))
-                    self.settle(replica)
+                if replica.asked_at is not None:
+                    replica.unanswered += min(listened, now - replica.asked_at)
+                    if replica.unanswered > settings.patience:
+                        replica.lost(ModelError(f"no answer for {now - replica.asked_at:.1f} s", Outcome.STALLED))
+                        self.settle(replica)
                 is_stale = replica.fresh_status(now) is None
                 if is_stale != replica.load_is_stale:
                     replica.load_is_stale = is_stale

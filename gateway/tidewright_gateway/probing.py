@@ -32,6 +32,7 @@ _PROMPT = [0]  # a token id that every vocabulary has
 async def ask_status(replica: Replica, patience: float) -> None:
     """Once; the replica knows the answer, or why there was none. `patience`: longest silence of its engine, in s."""
     began = replica.asked_at = time.monotonic()
+    replica.unanswered = 0.0
     replica.in_flight_when_asked = len(replica.attempts)
     try:
         answer = await replica.client.control("status", STATUS_TIMEOUT)

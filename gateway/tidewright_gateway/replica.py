@@ -56,6 +56,8 @@ class Replica:
     in_flight_when_asked: int = 0
     asked_at: float | None = None
     """Since when a question waits for its answer."""
+    unanswered: float = 0.0
+    """Seconds of that in which this process listened."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not asked yet", Outcome.UNAVAILABLE))
     """Why it can't be sent anything now, by what it says."""
     suspicion: ModelError | None = None

@@ -361,6 +361,21 @@ def test_one_that_breaks_a_connection_gets_nothing_until_it_is_asked_and_has_its
     run(body, patience=60)
 
 
+def test_a_gateway_that_is_busy_itself_takes_no_replica_for_gone(client: type[ScriptedClient]) -> None:
+    async def body(cluster: Cluster) -> None:
+        replica = cluster.replicas[0]
+        client.status[replica.address] = None
+        await until(lambda: replica.asked_at)
+        for _ in range(4):
+            time.sleep(0.4)  # as a thousand requests at once would keep it
+            await asyncio.sleep(0.06)
+            assert replica.is_up
+        client.status[replica.address] = WELL
+        await until(lambda: replica.asked_at is None)
+
+    run(body, patience=1.2)
+
+
 def test_the_load_is_that_of_the_one_with_the_most_room(client: type[ScriptedClient]) -> None:
     full = msgspec.structs.replace(WELL, waiting=0.9, kv_usage=0.8, wait=7.0, active=3)
     client.status = {
