@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helpers.redis_server import RedisServer
@@ -152,6 +152,7 @@ def test_whatever_is_no_good_key_is_a_401(tmp_path: Path) -> None:
         "tw-",
         "sk-x",
         "é",
+        "\udce9",
         key * 200,
     ]
     headers = [None, "", "Bearer", "Bearer ", f"Basic {key}", key, f"Bearer{key}", f"Bearer {key} {key}"]
@@ -514,7 +515,8 @@ ENTRIES = st.builds(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=25, deadline=None)
+@example(entry=KeyEntry("a", (HASH,), note="\x85"))
 @given(entry=ENTRIES)
 def test_every_entry_is_read_as_it_was_written(entry: KeyEntry, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("keys") / "keys.yaml"
@@ -522,6 +524,7 @@ def test_every_entry_is_read_as_it_was_written(entry: KeyEntry, tmp_path_factory
     assert FileStore(path).read() == ({entry.id: entry}, [])
 
 
+@settings(deadline=None)
 @given(key_id=IDS, secret=st.from_regex(r"[A-Za-z0-9_-]{43}", fullmatch=True))
 def test_id_and_secret_are_told_apart_whatever_hyphens_they_have(key_id: str, secret: str) -> None:
     assert split_key(f"tw-{key_id}-{secret}") == (key_id, secret)
