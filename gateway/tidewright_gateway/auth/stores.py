@@ -233,7 +233,8 @@ def _line(node: yaml.Node, message: str = "") -> int:
 
 def _text(entries: Entries) -> str:
     document = {"keys": [msgspec.to_builtins(entry) for entry in entries.values()]}
-    return _HEADER + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    # What is not ASCII is escaped: YAML takes some of it for the end of a line.
+    return _HEADER + yaml.safe_dump(document, sort_keys=False)
 
 
 def _replace(path: Path, text: str, mode: int) -> None:
