@@ -207,6 +207,12 @@ def test_a_stream_of_the_fallback_that_has_begun_does_not_go_on_elsewhere(
     assert len(client.orders) == 1
 
 
+def test_a_fallback_that_failed_is_not_asked_again(client: type[ScriptedClient]) -> None:
+    client.scripts["b:1/fallback"] = [[error(Outcome.UNAVAILABLE)], [7]]
+    with pytest.raises(ModelError, match="scripted"):
+        run(lambda cluster: generate(cluster, fall_back=True), replicas="b:1")
+
+
 def test_what_the_fallback_can_t_do_is_not_the_request_s_fault(client: type[ScriptedClient]) -> None:
     client.scripts = {f"{name}/fallback": [[error(Outcome.INVALID)]] for name in ("a:1", "b:1")}
     with pytest.raises(ModelError, match="the fallback can't answer") as caught:

@@ -71,7 +71,7 @@ def test_one_that_leaves_ends_what_it_has_and_then_its_connections(
     client: type[ScriptedClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names, metrics = Names(monkeypatch, "a:1", "b:1"), Metrics()
-    client.scripts = {"a:1": [[7, None], [8], [8], [8]], "b:1": [[6]] * 9}
+    client.scripts = {"a:1": [[7, None], [8], [8], [8]], "b:1": [[6]] * 9, "b:1/fallback": [[5]] * 3}
 
     async def body(cluster: Cluster) -> None:
         asking = asyncio.ensure_future(generate(cluster))
@@ -80,6 +80,7 @@ def test_one_that_leaves_ends_what_it_has_and_then_its_connections(
         assert named(cluster, "a:1").snapshot(0, 0)["trouble"] == "leaving"
         for _ in range(3):
             assert (await generate(cluster))[1].served_by == ["b:1"]
+            assert (await generate(cluster, fall_back=True))[1].served_by == ["b:1"]
         await asyncio.sleep(0.1)
         assert client.closed == []
         assert not asking.done()
@@ -353,6 +354,7 @@ def test_one_that_breaks_a_connection_gets_nothing_until_it_is_asked_and_has_its
             assert (await generate(cluster))[0] == "<7>"
         assert len(client.orders) == 7
         assert "scripted" in cluster.snapshot()[0]["trouble"]
+        cluster._fleet.settle(bad)  # as after any look at the replicas
         client.status["b:1"] = WELL
         await until(lambda: bad.takes_requests)
         assert bad.candidate(10, time.monotonic()).share == 1
