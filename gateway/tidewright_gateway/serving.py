@@ -9,6 +9,7 @@ import uvicorn
 
 from tidewright_gateway.app import make_app
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.connection import patient
 
 
 def serve(settings: GatewaySettings) -> None:
@@ -21,7 +22,7 @@ def serve(settings: GatewaySettings) -> None:
         host=settings.host,
         port=settings.port,
         loop="uvloop",
-        http="httptools",
+        http=patient(settings.read_timeout, settings.send_timeout),
         ws="none",
         log_config=None,
         access_log=False,

@@ -13,6 +13,7 @@ import httpx
 import openai
 from prometheus_client.parser import text_string_to_metric_families
 
+from helpers.echo_replica import EchoReplica
 from helpers.triton import RunningServer
 from tidewright.bench.machine import free_ports
 
@@ -20,7 +21,7 @@ MODEL = "smollm2-135m"
 
 
 class RunningGateway:
-    def __init__(self, model_dir: Path, *servers: RunningServer, **options: Any) -> None:
+    def __init__(self, model_dir: Path, *servers: RunningServer | EchoReplica, **options: Any) -> None:
         (self.port,) = free_ports(1)
         self.url = f"http://127.0.0.1:{self.port}"
         values = {
