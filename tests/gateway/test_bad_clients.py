@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import time
@@ -184,9 +185,6 @@ OBJECTS = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
         b'{"model":"m","prompt":"a","max_tokens":1e999}',
         b'{"model":"m","prompt":"a","temperature":NaN}',
         b'{"model":"m","prompt":"a","logit_bias":{"1":NaN}}',
-        b'{"model":"m","prompt":"a","timeout":Infinity}',
-        b'{"model":"m","prompt":"a","timeout":1e308}',
-        b'{"model":"m","prompt":"a","logit_bias":{"99999999999999999999":1}}',
         b'{"model":"m","prompt":"\\ud800"}',
         b'{"model":"m","prompt":"a","stop":"\\ud800"}',
         b'{"model":"m","prompt":"a","user":"\\ud800"}',
@@ -195,26 +193,29 @@ OBJECTS = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
         b'{"\\ud800":1}',
         b"",
         b"null",
+        *(b'{"model":"m","prompt":"a","guided_json":' + b'{"a":' * n + b"1" + b"}" * n + b"}" for n in (940, 960, 975)),
     ],
-    ids=range(22),
+    ids=itertools.count(),
 )
 def test_a_body_that_is_not_for_it_is_a_400(echo_gateway: RunningGateway, body: bytes) -> None:
     with closing(connect(echo_gateway)) as client:
         client.sendall(post(body.replace(b'"m"', b'"%s"' % MODEL.encode(), 1)))
-        answer = client.recv(65536)
-    print(answer[-300:])
-    assert answer[9:12] in (b"400", b"404", b"422"), answer
+        answer = client.recv(65536)  # uvicorn writes head and body one after the other
+        answer += client.recv(65536) if answer.endswith(b"\r\n\r\n") else b""
+    assert answer[9:12] in (b"400", b"404"), answer
+    assert json.loads(answer.split(b"\r\n\r\n")[1])["error"]["message"]
     assert serves(echo_gateway)
 
 
 def test_a_prompt_of_10_mb_holds_up_nobody(echo_gateway: RunningGateway) -> None:
+    answered = 0
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(echo_gateway.post, "/v1/completions", {"prompt": "word " * (2 * MIB)})
         while not long.done():
-            began = time.monotonic()
             assert serves(echo_gateway)
-            print(time.monotonic() - began)
+            answered += 1
     assert long.result().json()["error"]["code"] == "context_length_exceeded"
+    assert answered > 5  # while the tokenizer held the interpreter, it was one
 
 
 def test_a_client_that_never_reads_its_stream_is_cut_off_and_its_generation_ends(
@@ -231,7 +232,6 @@ def test_a_client_that_never_reads_its_stream_is_cut_off_and_its_generation_ends
             assert not read_all(client).endswith(b"0\r\n\r\n")
     finally:
         echo.text, echo.limit = " word", 50
-    print((echo.sent - sent) / MIB * 1000, (memory(echo_gateway) - before) / MIB)
     assert (echo.sent - sent) * 1000 < 64 * MIB
     assert memory(echo_gateway) - before < 64 * MIB
     assert serves(echo_gateway)
@@ -240,18 +240,16 @@ def test_a_client_that_never_reads_its_stream_is_cut_off_and_its_generation_ends
 def test_nor_is_a_whole_answer_kept_for_one_that_does_not_take_it(
     echo: EchoReplica, echo_gateway: RunningGateway
 ) -> None:
-    echo.text, echo.limit = "x" * 10_000, 2000
+    echo.text, echo.limit = "x" * 100_000, 200
     try:
         with closing(connect(echo_gateway, receive_buffer=4096)) as client:
-            client.sendall(post({"prompt": "Once", "max_tokens": 2000}))
+            client.sendall(post({"prompt": "Once", "max_tokens": 200}))
             assert echo.wait_running(1, PATIENCE)
             assert echo.wait_running(0, PATIENCE)
-            deadline = time.monotonic() + PATIENCE
-            while psutil.Process(echo_gateway.process.pid).net_connections() and time.monotonic() < deadline:
-                mine = client.getsockname()
-                if all(one.raddr != mine for one in psutil.Process(echo_gateway.process.pid).net_connections()):
-                    break
-                time.sleep(0.1)
+            deadline, mine = time.monotonic() + PATIENCE, client.getsockname()
+            while any(one.raddr == mine for one in psutil.Process(echo_gateway.process.pid).net_connections()):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
             assert len(read_all(client)) < 20_000_000
     finally:
         echo.text, echo.limit = " word", 50

@@ -11,7 +11,7 @@ from schemathesis import GenerationMode
 
 from helpers.gateway import MODEL, RunningGateway
 
-EXAMPLES = 25  # for each operation
+EXAMPLES = 15  # for each operation
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
@@ -20,10 +20,9 @@ def test_no_request_is_too_much_for_it(echo_gateway: RunningGateway, mode: Gener
     statuses: Counter[str] = Counter()
     for found in document.get_all_operations():
         operation = found.ok()
-        try:
-            cases = operation.as_strategy(generation_mode=mode)
-        except schemathesis.errors.SchemathesisError:  # nothing that it takes can be wrong
-            continue
+        if mode is GenerationMode.NEGATIVE and not operation.body:
+            continue  # nothing that it takes can be wrong
+        cases = operation.as_strategy(generation_mode=mode)
 
         @settings(
             max_examples=EXAMPLES,

@@ -20,7 +20,10 @@ TOKEN = 11  # the id of each of its tokens
 
 
 class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """`text` is that of a token; no answer has more than `limit` tokens; `pause`: seconds before each. All may be set at any time."""
+    """`text` is that of a token, of which no answer has more than `limit`; `pause`: seconds before each.
+
+    All three may be set at any time.
+    """
 
     def __init__(self, text: str = " word", max_model_len: int = 8192, limit: int | None = None) -> None:
         self.text, self._max_model_len, self.limit = text, max_model_len, limit
