@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -11,13 +9,13 @@ from schemathesis import GenerationMode
 
 from helpers.gateway import MODEL, RunningGateway
 
-EXAMPLES = 15  # for each operation
+EXAMPLES = 12  # for each operation
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_no_request_is_too_much_for_it(echo_gateway: RunningGateway, mode: GenerationMode) -> None:
     document = schemathesis.openapi.from_dict(echo_gateway.http.get("/openapi.json").json())
-    statuses: Counter[str] = Counter()
+    seen: set[tuple[str, int]] = set()
     for found in document.get_all_operations():
         operation = found.ok()
         if mode is GenerationMode.NEGATIVE and not operation.body:
@@ -36,7 +34,7 @@ def test_no_request_is_too_much_for_it(echo_gateway: RunningGateway, mode: Gener
             if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
                 case.body["model"] = MODEL  # or hardly any gets further than that
             response = case.call(base_url=echo_gateway.url)
-            statuses[f"{case.operation.label} {response.status_code}"] += 1
+            seen.add((case.operation.label, response.status_code))
             told = case.as_curl_command()
             assert response.status_code < 500, told
             assert response.headers["x-request-id"], told
@@ -46,4 +44,5 @@ def test_no_request_is_too_much_for_it(echo_gateway: RunningGateway, mode: Gener
                 assert error["code"], told
 
         ask()
-    print(statuses)
+    if mode is GenerationMode.POSITIVE:  # some got as far as the replica
+        assert {("POST /v1/chat/completions", 200), ("POST /tokenize", 200)} <= seen
