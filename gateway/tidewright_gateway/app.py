@@ -23,7 +23,7 @@ from tidewright_gateway.cache import ResponseCache
 from tidewright_gateway.cluster import Cluster
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.edge import Edge
-from tidewright_gateway.errors import JSON, ApiError
+from tidewright_gateway.errors import JSON, ApiError, invalid
 from tidewright_gateway.limits import make_limiter
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.page import make_page_router
@@ -108,8 +108,14 @@ def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> AS
     async def of_body(request: Request, error: RequestValidationError) -> Response:
         return await of_api(request, of_validation(list(error.errors())))
 
+    @app.exception_handler(Exception)
+    async def of_bug(request: Request, error: Exception) -> Response:
+        return await of_api(request, ApiError(500, "internal error; see the gateway's log", code="internal_error"))
+
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:
+        if error.status_code == 400:  # FastAPI's, of a body that is no text or nested without end
+            return await of_api(request, invalid(f"the body is not JSON: {error.detail}", code="invalid_json"))
         made = ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}", code="no_such_path")
         response = await of_api(request, made)
         response.headers.update(error.headers or {})

@@ -170,7 +170,6 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
     ws_kept_bytes: int = Field(
         64 * 1024 * 1024, ge=0, le=1 << 40, description="What they take together, in bytes, at most."
     )
-    channels: int = Field(4, ge=1, le=64, description="gRPC connections to each replica.")
     trace_sample_ratio: float = Field(
         0.0,
         ge=0,
@@ -178,6 +177,21 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
         description="Share of the requests without a traceparent that the replicas are to trace; the decision in a "
         "traceparent stands.",
     )
+    read_timeout: float = Field(
+        30.0,
+        gt=0,
+        le=3600,
+        description="Seconds that a request may take to arrive; then its connection is closed, with a 408 if the "
+        "headers are there.",
+    )
+    send_timeout: float = Field(
+        60.0,
+        gt=0,
+        le=3600,
+        description="Seconds that a client may leave unread what it was sent; then its connection is closed and its "
+        "generation ends.",
+    )
+    channels: int = Field(4, ge=1, le=64, description="gRPC connections to each replica.")
     shutdown_grace: float = Field(
         10.0, ge=0, description="Seconds that running requests get to finish after Ctrl-C or SIGTERM."
     )

@@ -69,7 +69,7 @@ class _Exchange:
         self._id = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
         self._received = 0
         self._refusal: ApiError | None = None
-        self._has_begun = False
+        self._has_begun = self._has_ended = False
         self.status = 499  # if no answer begins, nobody was there to take one
         scope["state"] = {**scope.get("state", {}), "request_id": self._id, "arrived_at": time.monotonic()}
 
@@ -84,6 +84,8 @@ class _Exchange:
             pass
         except Exception:
             log.exception("request %s went wrong", self._id)
+            if self._has_ended:  # with what FastAPI made of it
+                return
             await self._refuse(ApiError(500, "internal error; see the gateway's log", code="internal_error"))
 
     async def _authenticate(self, path: str) -> None:
@@ -144,6 +146,7 @@ class _Exchange:
             self._has_begun, self.status = True, message["status"]
             message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id.encode())]
         await self._send(message)
+        self._has_ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def _refuse(self, error: ApiError) -> None:
         if self._has_begun:  # it is too late to say so, and half an answer must not look whole

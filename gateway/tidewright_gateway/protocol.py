@@ -11,16 +11,34 @@ from abc import ABC, abstractmethod
 from typing import Any, Literal
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from tidewright.schema import SamplingParams
 from tidewright_gateway.errors import ApiError, invalid
 
 Number = StrictFloat | StrictInt
+_SPARE_DEPTH = 50  # calls that a nested value may be further down where it is encoded again
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class _Body(_Strict):
+    @model_validator(mode="before")
+    @classmethod
+    def _can_be_passed_on(cls, data: Any) -> Any:
+        """JSON may have half surrogate pairs, and nesting without end; all that it is passed on to may not."""
+        nested = data
+        for _ in range(_SPARE_DEPTH):
+            nested = [nested]
+        try:
+            msgspec.json.encode(nested)
+        except UnicodeEncodeError:
+            raise ValueError("a text is not valid Unicode: it has half of a surrogate pair, such as \\ud800") from None
+        except RecursionError:
+            raise ValueError("too many objects or lists within each other") from None
+        return data
 
 
 class StreamOptions(_Strict):
@@ -41,7 +59,7 @@ class ResponseFormat(_Strict):
     json_schema: JsonSchema | None = None
 
 
-class _Generation(_Strict, ABC):
+class _Generation(_Body, ABC):
     """What both endpoints share."""
 
     model: StrictStr
@@ -219,13 +237,13 @@ class CompletionRequest(_Generation):
         return list(prompt)
 
 
-class TokenizeRequest(_Strict):
+class TokenizeRequest(_Body):
     model: StrictStr | None = None
     prompt: StrictStr | None = None
     messages: list[Message] | None = None
 
 
-class DetokenizeRequest(_Strict):
+class DetokenizeRequest(_Body):
     model: StrictStr | None = None
     tokens: list[StrictInt]
 

@@ -22,6 +22,7 @@ from tidewright_gateway import access_log
 from tidewright_gateway.app import make_app
 from tidewright_gateway.auth import AuthSetupError
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.connection import patient
 from tidewright_gateway.limits import LimitServer
 from tidewright_gateway.websocket.server import uvicorn_options
 
@@ -70,7 +71,7 @@ def _options(settings: GatewaySettings) -> dict[str, Any]:
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": "httptools",
+        "http": patient(settings.read_timeout, settings.send_timeout),
         **uvicorn_options(settings),
         "log_config": None,
         "access_log": False,

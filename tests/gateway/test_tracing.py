@@ -63,6 +63,12 @@ def test_two_parents_are_none_and_states_are_joined() -> None:
     assert Tracer(0).begin(headers).tracestate == "a=1,b=2"
 
 
+@pytest.mark.parametrize(("length", "kept"), [(1024, 1024), (1025, 0)])
+def test_a_state_that_is_too_long_is_dropped(length: int, kept: int) -> None:
+    headers = [(b"traceparent", GIVEN), (b"tracestate", b"a" * length)]
+    assert len(Tracer(0).begin(headers).tracestate) == kept
+
+
 def test_so_many_of_the_new_ones_are_sampled() -> None:
     for ratio in (0.0, 0.25, 1.0):
         contexts = [Tracer(ratio).begin([]) for _ in range(2000)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,10 +20,14 @@ TOKEN = 11  # the id of each of its tokens
 
 
 class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """`text` is that of a token; a request for `endless_from` tokens or more gets them until its client leaves."""
+    """`text` is that of a token, of which no answer has more than `limit`; `pause`: seconds before each.
 
-    def __init__(self, text: str = " word", max_model_len: int = 100_000, endless_from: int = 1_000_000) -> None:
-        self.text, self._endless_from = text, endless_from
+    All three may be set at any time.
+    """
+
+    def __init__(self, text: str = " word", max_model_len: int = 8192, limit: int | None = None) -> None:
+        self.text, self.limit = text, limit
+        self.pause = 0.0
         self.requests: list[tuple[int, SamplingParams]] = []
         """Tokens of the prompt and parameters, of each generation."""
         self.metadata: list[dict[str, Any]] = []
@@ -77,17 +82,16 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
         entry = {"logprob": -0.5, "rank": 1, "decoded_token": self.text}
         logprobs = {"logprobs": _text(msgspec.json.encode([{TOKEN: entry}]))} if "return_logprobs" in inputs else {}
         self.go_on.wait(60)
-        is_endless = sampling.max_tokens >= self._endless_from
-        number = 0
-        while context.is_active() and (is_endless or number < sampling.max_tokens):
+        number, last = 0, min(sampling.max_tokens, self.limit or sampling.max_tokens)
+        while context.is_active() and number < last:
+            time.sleep(self.pause)
             number += 1
             self.sent += 1
-            is_last = number == sampling.max_tokens and not is_endless
             yield _response(
                 model,
                 text_output=_text(self.text.encode()),
                 output_ids=struct.pack("<i", TOKEN),
-                finish_reason=_text(b"length" if is_last else b"None"),
+                finish_reason=_text(b"length" if number == last else b"None"),
                 **logprobs,
             )
 

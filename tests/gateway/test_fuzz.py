@@ -1,0 +1,48 @@
+"""Whatever the OpenAPI document allows, and what it forbids: each gets an answer of its own, and never a 5xx."""
+
+from __future__ import annotations
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import GenerationMode
+
+from helpers.gateway import MODEL, RunningGateway
+
+EXAMPLES = 12  # for each operation
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+def test_no_request_is_too_much_for_it(echo_gateway: RunningGateway, mode: GenerationMode) -> None:
+    document = schemathesis.openapi.from_dict(echo_gateway.http.get("/openapi.json").json())
+    seen: set[tuple[str, int]] = set()
+    for found in document.get_all_operations():
+        operation = found.ok()
+        if mode is GenerationMode.NEGATIVE and not operation.body:
+            continue  # nothing that it takes can be wrong
+        cases = operation.as_strategy(generation_mode=mode)
+
+        @settings(
+            max_examples=EXAMPLES,
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(cases)
+        def ask(case: schemathesis.Case) -> None:
+            if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+                case.body["model"] = MODEL  # or hardly any gets further than that
+            response = case.call(base_url=echo_gateway.url)
+            seen.add((case.operation.label, response.status_code))
+            told = case.as_curl_command()
+            assert response.status_code < 500, told
+            assert response.headers["x-request-id"], told
+            if response.status_code >= 400:
+                error = response.json()["error"]
+                assert error["message"], told
+                assert error["code"], told
+
+        ask()
+    if mode is GenerationMode.POSITIVE:  # some got as far as the replica
+        assert {("POST /v1/chat/completions", 200), ("POST /tokenize", 200)} <= seen
