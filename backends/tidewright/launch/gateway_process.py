@@ -37,6 +37,8 @@ class GatewayProcess(ChildProcess):
             "TIDEWRIGHT_GATEWAY_SERVED_MODEL_NAME": self.model_name,
             "TIDEWRIGHT_GATEWAY_HOST": HOST,
             "TIDEWRIGHT_GATEWAY_PORT": str(settings.gateway_port),
+            "TIDEWRIGHT_GATEWAY_TLS_CERT": "",  # nobody else sees what stays on this machine
+            "TIDEWRIGHT_GATEWAY_TLS_KEY": "",
             "TIDEWRIGHT_GATEWAY_REPLICAS": f"{reachable(settings.host)}:{settings.grpc_port}",
             "TIDEWRIGHT_GATEWAY_FALLBACK": str(bool(settings.fallback)),
             "TIDEWRIGHT_GATEWAY_SHUTDOWN_GRACE": str(settings.shutdown_grace),
