@@ -45,7 +45,7 @@ class RedisLink:
         )
 
     async def connect(self) -> None:
-        # Connections to a Redis that was started again would each fail once.
+        # A network that was gone may have left them half open: each would cost a timeout.
         await _of_redis(self._client.connection_pool.disconnect(inuse_connections=False))
         await _of_redis(self._client.ping())
 

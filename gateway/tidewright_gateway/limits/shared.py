@@ -56,7 +56,7 @@ class LimitServer:
         """`path`: of the socket, in a folder that exists; what an earlier one left there is replaced."""
         self._path = path
         self._store = MemoryStore()
-        self._connections: set[asyncio.StreamWriter] = set()
+        self._held: dict[asyncio.StreamWriter, dict[str, tuple[Subject, ...]]] = {}
 
     async def __aenter__(self) -> LimitServer:
         umask = os.umask(0o177)  # whoever may write to the socket may give back what others hold
@@ -68,13 +68,12 @@ class LimitServer:
 
     async def __aexit__(self, *_: object) -> None:
         self._server.close()
-        for writer in self._connections:
+        for writer in self._held:
             writer.close()
         self._path.unlink(missing_ok=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        held: dict[str, tuple[Subject, ...]] = {}
-        self._connections.add(writer)
+        held = self._held[writer] = {}
         try:
             while True:
                 question = _question(await _read(reader))
@@ -84,7 +83,7 @@ class LimitServer:
         except msgspec.MsgspecError as error:
             log.error("a process that is no worker of this gateway asked for limits: %s", error)
         finally:
-            self._connections.discard(writer)
+            del self._held[writer]
             writer.close()
             for id, subjects in held.items():
                 await self._store.settle(Settle(id, subjects, 0))
