@@ -17,10 +17,10 @@ MAX_HEADERS = 64 * 1024  # bytes, of the address and all headers
 
 
 class PatientProtocol(HttpToolsProtocol):
-    """For a time only; the subclasses that `patient` makes say for how long, in seconds."""
+    """For a time only, which the process sets for all its connections; uvicorn makes them, and has no such options."""
 
-    read_timeout: float
-    send_timeout: float
+    read_timeout = 30.0  # seconds
+    send_timeout = 60.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -121,8 +121,3 @@ class PatientProtocol(HttpToolsProtocol):
         head = f"content-type: {JSON}\r\ncontent-length: {len(error.body)}\r\nconnection: close\r\n\r\n"
         self.transport.write(STATUS_LINE[error.status] + head.encode() + error.body)
         self.transport.close()
-
-
-def patient(read_timeout: float, send_timeout: float) -> type[PatientProtocol]:
-    """uvicorn's `http` option. Both are in seconds."""
-    return type("Protocol", (PatientProtocol,), {"read_timeout": read_timeout, "send_timeout": send_timeout})

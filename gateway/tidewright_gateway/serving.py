@@ -22,7 +22,7 @@ from tidewright_gateway import access_log
 from tidewright_gateway.app import make_app
 from tidewright_gateway.auth import AuthSetupError
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.connection import patient
+from tidewright_gateway.connection import PatientProtocol
 from tidewright_gateway.limits import LimitServer
 from tidewright_gateway.websocket.server import uvicorn_options
 
@@ -41,7 +41,7 @@ def serve(settings: GatewaySettings) -> None:
         SetupError: the model, keys or the access log can't be read or written.
     """
     try:
-        _start_logs(settings)
+        _prepare_process(settings)
         app = make_app(settings)  # also with several workers, each of which would only fail again and again
     except (AuthSetupError, OSError, ValueError) as error:
         raise SetupError(str(error)) from error
@@ -62,7 +62,7 @@ def worker_app() -> ASGIApp:
     """In a worker, which uvicorn starts again when it ends."""
     signal_on_parent_death(signal.SIGTERM)
     settings = GatewaySettings.model_validate_json(os.environ[_SETTINGS])
-    _start_logs(settings)
+    _prepare_process(settings)
     return make_app(settings, Path(os.environ[_LIMITS]))
 
 
@@ -71,7 +71,7 @@ def _options(settings: GatewaySettings) -> dict[str, Any]:
         "host": settings.host,
         "port": settings.port,
         "loop": "uvloop",
-        "http": patient(settings.read_timeout, settings.send_timeout),
+        "http": PatientProtocol,
         **uvicorn_options(settings),
         "log_config": None,
         "access_log": False,
@@ -82,7 +82,8 @@ def _options(settings: GatewaySettings) -> dict[str, Any]:
     }
 
 
-def _start_logs(settings: GatewaySettings) -> None:
+def _prepare_process(settings: GatewaySettings) -> None:
+    PatientProtocol.read_timeout, PatientProtocol.send_timeout = settings.read_timeout, settings.send_timeout
     access_log.write_to(settings.access_log)
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"

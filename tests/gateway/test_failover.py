@@ -159,7 +159,7 @@ def test_round_robin_gives_equal_shares_and_one_that_drains_ends_what_it_has(
 
 def test_the_gateway_ends_gently(model_dir: Path, server: RunningServer) -> None:
     with RunningGateway(model_dir, server) as gateway:
-        body = {"model": MODEL, "prompt": "Once", "max_tokens": 100, "ignore_eos": True, "stream": True}
+        body = {"model": MODEL, "prompt": "Once", "max_tokens": 40, "ignore_eos": True, "stream": True}
         with gateway.http.stream("POST", "/v1/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
