@@ -27,7 +27,8 @@ from tidewright_gateway.limits import LimitServer
 from tidewright_gateway.websocket.server import uvicorn_options
 
 # From the parent to its workers.
-_SETTINGS, _LIMITS, _METRICS = "_TIDEWRIGHT_GATEWAY_SETTINGS", "_TIDEWRIGHT_GATEWAY_LIMITS", "PROMETHEUS_MULTIPROC_DIR"
+_PARENT, _SETTINGS, _LIMITS = (f"_TIDEWRIGHT_GATEWAY_{name}" for name in ("PARENT", "SETTINGS", "LIMITS"))
+_METRICS = "PROMETHEUS_MULTIPROC_DIR"
 
 
 class SetupError(Exception):
@@ -52,7 +53,12 @@ def serve(settings: GatewaySettings) -> None:
         limits, metrics = Path(folder, "limits"), Path(folder, "metrics")
         metrics.mkdir()
         os.environ.update(
-            {_SETTINGS: settings.model_dump_json(), _LIMITS: str(limits), _METRICS: str(metrics)}  # for the workers
+            {
+                _PARENT: str(os.getpid()),
+                _SETTINGS: settings.model_dump_json(),
+                _LIMITS: str(limits),
+                _METRICS: str(metrics),
+            }
         )
         with _limit_server(limits):
             uvicorn.run(f"{__name__}:worker_app", factory=True, workers=settings.workers, **_options(settings))
@@ -61,6 +67,8 @@ def serve(settings: GatewaySettings) -> None:
 def worker_app() -> ASGIApp:
     """In a worker, which uvicorn starts again when it ends."""
     signal_on_parent_death(signal.SIGTERM)
+    if os.getppid() != int(os.environ[_PARENT]):
+        sys.exit("the gateway ended while this worker began")
     settings = GatewaySettings.model_validate_json(os.environ[_SETTINGS])
     _prepare_process(settings)
     return make_app(settings, Path(os.environ[_LIMITS]))

@@ -67,8 +67,9 @@ def test_limits_hold_over_all_workers_and_a_killed_one_gives_back_its_places(mod
             kept = [job.result() for job in [*jobs, *again] if job.result() not in (0, 429)]
             assert kept == [200] * LIMIT
         assert gateway.metric("requests_total", path="/v1/completions", status="429") >= 4
+        left = workers(gateway)
         gateway.process.kill()
-        wait(lambda: not other.is_running())
+        wait(lambda: not any(worker.is_running() for worker in left))
         gateway.process.wait()
 
 
