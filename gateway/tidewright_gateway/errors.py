@@ -68,4 +68,5 @@ def of_model(error: ModelError) -> ApiError:
         return ApiError(503, message, code="overloaded", retry_after=1)
     if error.outcome is Outcome.CANCELLED:
         return ApiError(499, message, code="cancelled")
-    return ApiError(503, message, code="engine_failed", retry_after=1)
+    code = "unavailable" if error.outcome is Outcome.UNAVAILABLE else "engine_failed"
+    return ApiError(503, message, code=code, retry_after=1)

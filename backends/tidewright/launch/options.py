@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from tidewright.config import options_in_order
 from tidewright.resilience.config import ResilienceSettings
@@ -34,7 +35,12 @@ def settings_from(settings: type[S], flags: Mapping[str, str | None]) -> S:
     try:
         return settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {e['msg']}" for e in error.errors()]
-        raise click.ClickException("; ".join(problems)) from None
+        raise click.ClickException("; ".join(map(_problem, error.errors()))) from None
     except (OSError, ValueError) as error:
         raise click.ClickException(str(error)) from None
+
+
+def _problem(error: ErrorDetails) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    place = ".".join(map(str, error["loc"]))  # what is about several options names them
+    return f"{place}: {message}" if place else message
