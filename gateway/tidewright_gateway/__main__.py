@@ -8,5 +8,5 @@ from tidewright_gateway.serving import SetupError, serve
 if __name__ == "__main__":
     try:
         serve(GatewaySettings())
-    except SetupError as error:
+    except (SetupError, ValueError) as error:
         sys.exit(f"Error: {error}")
