@@ -12,6 +12,7 @@ balance      how evenly requests go to replicas that are equal
 soak         memory, and false alarms of the health checks, under a mix of requests that lasts --soak seconds
 triton       what the gateway adds to the real Triton with the embedded model
 failover     from the end of one of two real Tritons until new requests, and running streams, get tokens from the other
+websocket    first tokens of 100 streams over the WebSocket, from the real Triton
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from benchmarks.gateway_load import Cpu, GrpcClient, HttpClient, Load, at_once, 
 from benchmarks.gateway_parts import MODEL, PER_RESPONSE, Echo, Gateway, Row, console, echoes, gateway, show
 from benchmarks.gateway_soak import RATE, Soak, count_probes, slope, watch_memory
 from benchmarks.gateway_triton import added_by_gateway, failover
+from benchmarks.gateway_websocket import first_tokens
 from tidewright.bench.machine import description, wait_idle
-from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.triton import Order, make_request
 
 SHORT, LONG = PER_RESPONSE, 16 * PER_RESPONSE  # tokens of an answer
@@ -119,34 +120,29 @@ async def latency(seconds: float, rounds: int) -> None:
 
 async def throughput(seconds: float, rounds: int) -> None:
     rows, below = [], []
-    has_workers = "workers" in GatewaySettings.model_fields
-    for workers in (1, 2) if has_workers else (1,):
-        options = {"workers": workers} if has_workers else {}
-        with echoes() as (echo,), gateway([echo.url], **options) as running:
-            for stream in (False, True):
-                client, replica = HttpClient(running.port), GrpcClient(echo.url)
-                await client.warm(CALLERS)
-                pair = Pair(client, replica, stream)
-                await closed_loop(pair.through, CALLERS, 1)  # warm
+    for workers in (1, 2):
+        with echoes() as (echo,), gateway([echo.url], workers=workers) as running:
+            client = HttpClient(running.port)
+            await client.warm(CALLERS)
+            for what, target, raw, stream, responses in (
+                ("short answers", 1000, chat(SHORT), False, 1),
+                ("cached short answers", 1000, chat(SHORT, temperature=0), False, 1),
+                (f"streams of {LONG_RESPONSES} responses", None, chat(LONG, True), True, LONG_RESPONSES),
+            ):
+                send = functools.partial(client.generate, raw, stream, responses)
+                await closed_loop(send, CALLERS, 1)  # warm
                 rates = []
                 for _ in range(rounds):
                     wait_idle(2)
                     cpu = Cpu(gateway=running.pid, replica=echo.pid)
-                    load = await closed_loop(pair.through, CALLERS, seconds)
+                    load = await closed_loop(send, CALLERS, seconds)
                     check(load)
                     rates.append(load.rate)
-                rate = statistics.median(rates)
-                what = f"streams of {LONG_RESPONSES} responses" if stream else "short answers"
-                figure = f"{what}, workers: {workers}"
-                if stream:
-                    rows.append(Row(figure, f"{rate:.0f}/s"))
-                else:
-                    rows.append(Row(figure, f"{rate:.0f}/s", ">= 1000/s", rate >= 1000))
+                rate, figure = statistics.median(rates), f"{what}, workers: {workers}"
+                asked = (f">= {target}/s", rate >= target) if target else ("", None)
+                rows.append(Row(figure, f"{rate:.0f}/s", *asked))
                 below.append(f"{figure}: {cpu.text(len(load.lasts))}")
-                client.close()
-                await replica.close()
-    if not has_workers:
-        below.append("The gateway has no option `workers` yet: one process only.")
+            client.close()
     show(f"throughput, {CALLERS} callers, medians of {rounds} rounds of {seconds:g} s", rows, below)
 
 
@@ -213,7 +209,7 @@ async def soak(seconds: float) -> None:
         cpu = Cpu(gateway=running.pid, **{f"replica {number}": echo.pid for number, echo in enumerate(made, 1)})
         memory, _ = await asyncio.gather(watch_memory(running.pid, seconds), mix.run(seconds))
         probes, after = await _probes(made) - asked, await running.metrics()
-        alarms = [line for line in running.log[said:] if "cluster: 127." in line and not line.endswith("is well")]
+        alarms = [line for line in running.log[said:] if "fleet: 127." in line and not line.endswith("is well")]
         attempts, failed = (_sum(after, name) - _sum(metrics, name) for name in ATTEMPTS)
         active = after["requests_active",] - 1  # less the question itself
         below = [", ".join(f"{kind} {count}" for kind, count in mix.done.items()), cpu.text(mix.done.total())]
@@ -240,14 +236,14 @@ def _sum(metrics: dict[tuple[str, ...], float], name: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    choices = ["latency", "throughput", "concurrency", "balance", "soak", "triton", "failover"]
-    parser.add_argument("what", nargs="*", default=choices[:-2], choices=choices, metavar="WHAT")
-    parser.add_argument("--triton", action="store_true", help="with the real Triton as well: the last two")
+    echo, real = ["latency", "throughput", "concurrency", "balance", "soak"], ["triton", "failover", "websocket"]
+    parser.add_argument("what", nargs="*", default=echo, choices=echo + real, metavar="WHAT")
+    parser.add_argument("--triton", action="store_true", help="with the real Triton as well: the last three")
     parser.add_argument("--seconds", type=float, default=5, help="that a round lasts")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--soak", type=float, default=60, help="seconds of the soak")
     options = parser.parse_args()
-    what = {*options.what, *(choices[-2:] if options.triton else [])}
+    what = {*options.what, *(real if options.triton else [])}
     machine = description()
     console.print(f"{machine['cpu']}, {machine['cores']} cores, Python {machine['python']}")
     if not wait_idle():
@@ -268,7 +264,8 @@ def main() -> None:
             await added_by_gateway(options.rounds)
         if "failover" in what:
             await failover(min(options.rounds, 3))
-        # A measure of the WebSocket endpoint (first token at 100 streams < 500 ms) belongs here.
+        if "websocket" in what:
+            await first_tokens(min(options.rounds, 3))
 
     uvloop.run(measure())
 

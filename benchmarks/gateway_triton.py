@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import msgspec
 
@@ -28,7 +29,7 @@ NEW, EVERY = 10, 0.02  # requests that begin then, and the seconds between them
 
 
 @contextmanager
-def _tritons(count: int) -> Iterator[list[tuple[int, str]]]:
+def tritons(count: int) -> Iterator[list[tuple[int, str]]]:
     """Process id and gRPC address of each."""
     with ExitStack() as stack:
         made = []
@@ -43,7 +44,7 @@ def _tritons(count: int) -> Iterator[list[tuple[int, str]]]:
         yield made
 
 
-class _Requests:
+class Requests:
     """Greedy, of a set length, each with a prompt of its own, so that none finds its beginning in the KV cache."""
 
     def __init__(self, tokens: int = TOKENS) -> None:
@@ -52,9 +53,12 @@ class _Requests:
     def _prompt(self) -> list[int]:
         return self._rng.choices(self._ids, k=PROMPT)
 
+    def body(self) -> dict[str, Any]:
+        options = {"max_tokens": self._tokens, "ignore_eos": True, "temperature": 0}
+        return {"model": MODEL, "prompt": self._prompt(), **options}
+
     def through(self) -> bytes:
-        options = {"max_tokens": self._tokens, "ignore_eos": True, "temperature": 0, "stream": True}
-        return request({"model": MODEL, "prompt": self._prompt(), **options}, "/v1/completions")
+        return request({**self.body(), "stream": True}, "/v1/completions")
 
     def direct(self) -> bytes:
         sampling = SamplingParams(max_tokens=self._tokens, ignore_eos=True, temperature=0)
@@ -75,8 +79,8 @@ def _figures(load: Load) -> dict[str, float]:
 
 async def added_by_gateway(rounds: int) -> None:
     """TTFT, TPOT and requests a second, directly and through the gateway in turn."""
-    rows, below, requests = [], [], _Requests()
-    with _tritons(1) as ((pid, url),), gateway([url]) as running:
+    rows, below, requests = [], [], Requests()
+    with tritons(1) as ((pid, url),), gateway([url]) as running:
         client, replica = HttpClient(running.port), GrpcClient(url)
 
         async def through() -> Answer:
@@ -110,14 +114,14 @@ async def failover(rounds: int) -> None:
     """Kills one of two Tritons while streams run at both."""
     waits: dict[str, list[float]] = {"usual": [], "kill": [], "new": [], "running": []}
     for _ in range(rounds):
-        with _tritons(2) as tritons, gateway([url for _, url in tritons]) as running:
-            client, long, short = HttpClient(running.port), _Requests(MOVED_TOKENS), _Requests(4)
+        with tritons(2) as made, gateway([url for _, url in made]) as running:
+            client, long, short = HttpClient(running.port), Requests(MOVED_TOKENS), Requests(4)
             usual = await _new_requests(client, short.through)
             streams = [await client.connect() for _ in range(RUNNING)]
             answers = [connection.send(long.through()) for connection in streams]
             while not all(len(connection.times) > 10 for connection in streams):
                 await asyncio.sleep(0.01)
-            os.kill(tritons[0][0], signal.SIGKILL)
+            os.kill(made[0][0], signal.SIGKILL)
             killed = time.perf_counter()
             new = await _new_requests(client, short.through)
             moved = await asyncio.gather(*answers)
