@@ -22,6 +22,7 @@ import asyncio
 import functools
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -169,6 +170,9 @@ async def concurrency(requests: int, streams: int) -> None:
             rows.append(Row("  generations taken from a replica that was well", f"{taken:.0f}", "0", taken == 0))
             if load.errors:
                 below.append(f"  {load.errors.most_common(3)}")
+            if taken:
+                reasons = Counter(line.rpartition("failed: ")[2] for line in running.log if "failed: " in line)
+                below.append(f"  {reasons.most_common(3)}")
             client.close()
     show("concurrency", rows, below)
 
@@ -193,7 +197,7 @@ async def balance(requests: int) -> None:
                 load = await open_loop(lambda: client.generate(raw, False), rate, requests / rate, count)  # noqa: B023
                 check(load)
                 metrics = await running.metrics()
-                shares = [metrics["attempts_total", echo.url] for echo in made]
+                shares = [metrics["attempts_total", "decoder", echo.url] for echo in made]
                 apart = (max(shares) - min(shares)) / statistics.mean(shares)
                 figure = f"{count} replicas, {routing}: most and least busy apart by"
                 rows.append(Row(figure, f"{apart:.1%}", "< 5%", apart < 0.05))

@@ -114,6 +114,7 @@ class Cluster:
                     async for reply in replies:
                         now, is_first = time.monotonic(), attempt.last_token is None
                         attempt.last_token = now
+                        replica.unanswered = 0.0  # it lives, even if it has too much to do to say so
                         task.delivered += reply.token_ids
                         if is_first and reply.token_ids:
                             self._fleet.generated(replica, now)

@@ -57,7 +57,7 @@ class Replica:
     asked_at: float | None = None
     """Since when a question waits for its answer."""
     unanswered: float = 0.0
-    """Seconds of that in which this process listened."""
+    """Seconds of that in which this process listened, and heard nothing of its generations either."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not asked yet", Outcome.UNAVAILABLE))
     """Why it can't be sent anything now, by what it says."""
     suspicion: ModelError | None = None

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from helpers.scripted_replicas import WELL, ScriptedClient, error, generate, named, run, script_replicas, until
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.breaker import State
+from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.outcome import Outcome
+from tidewright.schema import SamplingParams
 from tidewright_gateway import discovery
-from tidewright_gateway.cluster import Cluster
+from tidewright_gateway.cluster import Cluster, Task
 from tidewright_gateway.discovery import DnsSource, Endpoint
 from tidewright_gateway.fleet import ClusterLoad
 from tidewright_gateway.metrics import Metrics
@@ -376,6 +379,24 @@ def test_a_gateway_that_is_busy_itself_takes_no_replica_for_gone(client: type[Sc
         await until(lambda: replica.asked_at is None)
 
     run(body, patience=1.2)
+
+
+def test_one_that_generates_is_not_gone_if_it_has_no_time_to_say_so(client: type[ScriptedClient]) -> None:
+    async def body(cluster: Cluster) -> int:
+        replica = cluster.replicas[0]
+        client.scripts[replica.address] = [[*range(40)]]
+        task = Task("r", [1, 2], SamplingParams(), Deadline())
+        client.status[replica.address] = None
+        await until(lambda: replica.asked_at)
+        async with aclosing(cluster.generate(task)) as replies:
+            async for _ in replies:
+                assert replica.is_up
+                await asyncio.sleep(0.02)
+        assert client.status[replica.address] is None
+        await until(lambda: not replica.is_up)
+        return len(task.served_by)
+
+    assert run(body, patience=0.3, replicas="b:1") == 1
 
 
 def test_the_load_is_that_of_the_one_with_the_most_room(client: type[ScriptedClient]) -> None:
