@@ -17,6 +17,7 @@ widths = st.integers(1, 150)  # most are no multiple of a vector
 rows = st.integers(1, 21)
 seeds = st.integers(0, 2**31)
 quick = settings(max_examples=60, deadline=None)
+pytestmark = pytest.mark.usefixtures("all_cores")
 
 
 def native(dtype: torch.dtype) -> CpuKernels:
