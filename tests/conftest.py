@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from helpers.oracle import Oracle
@@ -13,6 +15,20 @@ from helpers.triton import RunningServer
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.launch.export import export
 from tidewright.launch.prepare import prepare
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """For the small models of tests, and transformers' token by token: there threads wait longer than they compute."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def all_cores() -> Iterator[None]:
+    """Kernels share their work out among threads."""
+    torch.set_num_threads(max(2, len(os.sched_getaffinity(0))))
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

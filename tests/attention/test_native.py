@@ -18,6 +18,7 @@ from tidewright.attention.reference import ReferenceAttention
 from tidewright.attention.registry import UnknownAttentionError, make_attention
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("all_cores")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from tidewright.distributed import cpu_linear
 from tidewright.distributed.cpu_linear import CpuLinear, native_rows
 
 WAYS = ["native", "onednn", "plain"]
+pytestmark = pytest.mark.usefixtures("all_cores")
 
 
 @pytest.fixture

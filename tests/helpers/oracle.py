@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,21 +41,37 @@ class Oracle:
     def __init__(self, model_dir: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-        self._answers: dict[tuple[tuple[int, ...], int], list[int]] = {}
+        self._answers: dict[tuple[int, ...], list[int]] = {}  # the longest to each prompt
+        self._eos = self._model.generation_config.eos_token_id
 
     def ids(self, text: str) -> list[int]:
         return self.tokenizer(text)["input_ids"]
 
-    def greedy(self, prompt_ids: list[int], max_tokens: int) -> list[int]:
-        """Output ids, including the EOS if it came."""
-        key = (tuple(prompt_ids), max_tokens)
-        if key not in self._answers:
-            ids = torch.tensor([prompt_ids])
+    def greedy(self, prompt_ids: list[int], max_tokens: int, guess: Sequence[int] = ()) -> list[int]:
+        """Output ids, including the EOS if it came. A `guess` whose beginning is right changes the time and no more."""
+        answer = self._answers.setdefault(tuple(prompt_ids), [])
+        if self._eos not in answer:
+            answer += self._confirmed(prompt_ids + answer, guess[len(answer) : max_tokens])
+        if len(answer) < max_tokens and self._eos not in answer:
+            ids = torch.tensor([prompt_ids + answer])
             out = self._model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens - len(answer), do_sample=False
             )
-            self._answers[key] = out[0, len(prompt_ids) :].tolist()
-        return self._answers[key]
+            answer += out[0, ids.shape[1] :].tolist()
+        return answer[:max_tokens]
+
+    def _confirmed(self, ids: list[int], guess: Sequence[int]) -> list[int]:
+        """How the guess begins that is greedy: in one pass, where `generate` takes one for each token."""
+        if not guess:
+            return []
+        with torch.inference_mode():
+            logits_TV = self._model(torch.tensor([[*ids, *guess]]), logits_to_keep=len(guess) + 1).logits[0, :-1]
+        confirmed: list[int] = []
+        for best, token in zip(logits_TV.argmax(dim=-1).tolist(), guess, strict=True):
+            if best != token or self._eos in confirmed:
+                break
+            confirmed.append(token)
+        return confirmed
 
     def shortfalls(self, prompt_ids: list[int], output_ids: list[int]) -> list[float]:
         """How far the logit of each output token is below the best one, after the tokens before it, in float32."""

@@ -33,7 +33,7 @@ def test_float32_alone_equals_transformers(server: RunningServer, oracle: Oracle
     )
     assert got.error is None
     assert got.outputs["num_input_tokens"].tolist() == [len(ids)]
-    expected = oracle.greedy(ids, TOKENS)
+    expected = oracle.greedy(ids, TOKENS, guess=got.token_ids)
     assert got.token_ids == expected
     assert got.text == oracle.tokenizer.decode(expected, skip_special_tokens=True)
     assert got.outputs["finish_reason"][0].decode() == ("length" if len(expected) == TOKENS else "stop")
@@ -41,6 +41,16 @@ def test_float32_alone_equals_transformers(server: RunningServer, oracle: Oracle
 
 def test_the_long_prompt_is_long(oracle: Oracle) -> None:
     assert len(oracle.ids(PROMPTS["long"])) >= 1900
+
+
+@pytest.mark.parametrize("right", [0, 4])
+@pytest.mark.parametrize("known", [0, 2])
+def test_a_wrong_guess_does_not_mislead_the_oracle(oracle: Oracle, right: int, known: int) -> None:
+    ids = oracle.ids(f"A ship came into harbour {right}{known}")  # nobody has asked about it yet
+    answer = oracle.greedy(ids, max(right, known))
+    guessed = oracle.greedy(ids, 8, [*answer[:right], 5, 6, 7, 8])
+    assert len(guessed) == 8
+    assert oracle.shortfalls(ids, guessed) == [0.0] * 8
 
 
 def test_float32_in_mixed_batches_arriving_at_different_times(server: RunningServer, oracle: Oracle) -> None:
