@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp
@@ -28,9 +29,10 @@ from tidewright_gateway.limits import make_limiter
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.page import make_page_router
 from tidewright_gateway.prompts import Prompts
-from tidewright_gateway.protocol import of_validation
+from tidewright_gateway.protocol import ChatRequest, CompletionRequest, of_validation
 from tidewright_gateway.routes import make_router
 from tidewright_gateway.service import Service
+from tidewright_gateway.shortcut import Shortcut
 from tidewright_gateway.tracing import Tracer
 from tidewright_gateway.websocket.backend import ServiceBackend
 from tidewright_gateway.websocket.hub import Hub
@@ -68,7 +70,8 @@ def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> AS
         await authenticator.stop()
 
     app = FastAPI(title="Tidewright", version=__version__, lifespan=lifespan, redoc_url=None)
-    app.include_router(make_router(settings, cluster, prompts, service))
+    router = make_router(settings, cluster, prompts, service)
+    app.include_router(router)
     app.include_router(
         make_stream_router(settings, hub, ServiceBackend(service, authenticator, tracer, metrics), metrics)
     )
@@ -121,4 +124,5 @@ def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> AS
         response.headers.update(error.headers or {})
         return response
 
-    return Edge(app, authenticator, tracer, metrics, settings.max_body)
+    bodies: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
+    return Edge(Shortcut(app, router.routes, bodies), authenticator, tracer, metrics, settings.max_body)
