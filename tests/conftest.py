@@ -15,6 +15,7 @@ from helpers.triton import RunningServer
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.launch.export import export
 from tidewright.launch.prepare import prepare
+from tidewright.tokenization import Tokenizer
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -35,6 +36,12 @@ def all_cores() -> Iterator[None]:
 def model_dir() -> Path:
     """The embedded model, prepared."""
     return prepare(EMBEDDED_MODEL)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_dir: Path) -> Tokenizer:
+    """The embedded model's; it takes a while to load."""
+    return Tokenizer(model_dir)
 
 
 @pytest.fixture(scope="session")

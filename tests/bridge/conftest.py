@@ -13,9 +13,8 @@ from tidewright.tokenization import Tokenizer
 
 
 @pytest.fixture
-def world(model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+def world(model_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(bridge_module, "EngineClient", ScriptedEngine)
-    tokenizer = Tokenizer(model_dir)
     settings = Settings(max_running=3, max_waiting=2, shutdown_grace=1)
     bridge = Bridge(settings, settings.engine_config(model_dir), tokenizer)
     bridge.start()

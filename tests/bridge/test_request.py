@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,11 +23,6 @@ ENGINE = Ready(
     vocab_size=49152,
     load_seconds=0.1,
 )
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_dir: Path) -> Tokenizer:
-    return Tokenizer(model_dir)
 
 
 def tensors(**values: object) -> dict[str, np.ndarray]:

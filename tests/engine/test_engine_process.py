@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 import signal
 import termios
 import time
@@ -15,8 +16,10 @@ import torch
 import transformers
 
 from helpers.engine_process import PATIENCE, Bridge, bridge, config, submit
+from tidewright.engine.engine import Engine
 from tidewright.engine.messages import (
     Abort,
+    EngineConfig,
     Failed,
     Heartbeat,
     Ready,
@@ -24,6 +27,7 @@ from tidewright.engine.messages import (
     StepOutputs,
     Submit,
 )
+from tidewright.engine.placement import place
 from tidewright.schema import SamplingParams
 
 
@@ -160,30 +164,41 @@ def test_ctrl_c_is_not_the_engines_business(engine: Bridge) -> None:
     assert len(engine.outputs({1})) == 4
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model_dir": "/nowhere"}, "/nowhere/config.json can't be read"),
-        ({"dtype": "int3"}, "dtype 'int3' is not supported; use one of: bfloat16, float16, float32"),
-        ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
-        ({"device": "toaster"}, "device 'toaster' is not one"),
-        ({"device": "meta"}, "device 'meta' is not supported"),
-        ({"attention": "magic"}, "attention 'magic' does not exist"),
-        ({"kv_cache_memory": "1000"}, "one sequence may need 256"),
-        ({"kv_cache_memory": "512KiB", "max_model_len": 4096}, "one sequence may need 4096"),
-        ({"kv_cache_memory": "1000000GiB"}, "lower kv_cache_memory"),
-        ({"max_model_len": 5000}, "max_model_len is 5000, but the model's limit is 4096"),
-        ({"block_size": 0}, "block_size must be at least 1"),
-    ],
-)
-def test_a_bad_configuration_is_explained_in_one_line(model: Path, changes: dict[str, Any], message: str) -> None:
+BAD = [
+    ({"model_dir": "/nowhere"}, "/nowhere/config.json can't be read"),
+    ({"dtype": "int3"}, "dtype 'int3' is not supported; use one of: bfloat16, float16, float32"),
+    ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
+    ({"device": "toaster"}, "device 'toaster' is not one"),
+    ({"device": "meta"}, "device 'meta' is not supported"),
+    ({"attention": "magic"}, "attention 'magic' does not exist"),
+    ({"kv_cache_memory": "1000"}, "one sequence may need 256"),
+    ({"kv_cache_memory": "512KiB", "max_model_len": 4096}, "one sequence may need 4096"),
+    ({"kv_cache_memory": "1000000GiB"}, "lower kv_cache_memory"),
+    ({"max_model_len": 5000}, "max_model_len is 5000, but the model's limit is 4096"),
+    ({"block_size": 0}, "block_size must be at least 1"),
+]
+
+
+def changed(model: Path, changes: dict[str, Any]) -> EngineConfig:
+    values = {"model_dir": str(model)} | changes
+    return config(Path(values.pop("model_dir")), **values)
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD)
+def test_a_bad_configuration_is_explained(model: Path, changes: dict[str, Any], message: str) -> None:
+    """As the process makes its engine."""
+    with pytest.raises(ValueError, match=re.escape(message)) as raised:
+        Engine(place(changed(model, changes), 0))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("changes", "message"), [BAD[0], BAD[2]])
+def test_the_process_gives_its_explanation_and_ends(model: Path, changes: dict[str, Any], message: str) -> None:
     with bridge() as started:
-        values = {"model_dir": str(model)} | changes
-        started.begin(config(Path(values.pop("model_dir")), **values))
+        started.begin(changed(model, changes))
         answer = started.hear()
         assert isinstance(answer, Failed)
-        assert message in answer.message
-        assert "\n" not in answer.message
+        assert answer.message.startswith(message)
         assert started.exit_code() == 1
 
 

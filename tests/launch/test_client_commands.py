@@ -89,7 +89,8 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def double() -> Iterator[Double]:
     server = Double()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # It looks so often, in seconds, whether it is to end.
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield server
     server.endless = False
     server.shutdown()

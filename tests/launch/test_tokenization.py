@@ -61,11 +61,6 @@ CHATS: list[list[dict[str, str]]] = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer(model_dir: Path) -> Tokenizer:
-    return Tokenizer(model_dir)
-
-
-@pytest.fixture(scope="module")
 def reference(model_dir: Path) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(model_dir)
 
