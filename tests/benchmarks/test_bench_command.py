@@ -14,6 +14,7 @@ from helpers.triton import RunningServer
 from tidewright.bench import machine
 from tidewright.bench.targets import TransformersTarget, TritonTarget
 from tidewright.bench.workloads import ONE_BY_ONE, SHORT, Request, Run, Workload
+from tidewright.kernels.build import build
 from tidewright.launch import bench_command
 from tidewright.launch.cli import main
 
@@ -62,6 +63,8 @@ def test_a_refused_request_is_one_error_and_leaves_the_others(server: RunningSer
 
 
 def test_comparison_with_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path) -> None:
+    # No peers are installed there, but the kernels are: compiling them takes longer than all the rest.
+    (tmp_path / "kernels").symlink_to(build().parent)
     monkeypatch.setenv("TIDEWRIGHT_CACHE", str(tmp_path))
     monkeypatch.setattr(bench_command, "prepare", lambda model: model_dir)
     alone = {ONE_BY_ONE: small(3, 8, 3, True, engine_too=False), SHORT: small(3, 4, 1, True)}

@@ -153,6 +153,8 @@ def test_a_stub_that_is_gone_or_stuck_is_replaced(
         stream.next()
         for model in ("decoder", "tokenizer"):
             before = len(said)
+            assert server.triton.pid is not None
+            engine = child(server.triton.pid, "tidewright.engine")
             stub_of(server, model).send_signal(number)
             deadline = time.monotonic() + 60
             # Triton aborts, rarely, when a stub dies with a lock of their shared memory: then all is started again.
@@ -161,6 +163,7 @@ def test_a_stub_that_is_gone_or_stuck_is_replaced(
                 assert time.monotonic() < deadline, why
                 time.sleep(0.05)
             assert said[before].startswith((f"the stub of {model} ", "tritonserver ended by itself")), said
+            assert model != "decoder" or not psutil.wait_procs([engine], timeout=5)[1]  # it ends with its bridge
             answer = server.post("generate/generate", {"text_input": "Once", "max_tokens": 3})
             assert answer.status_code == 200, answer.text
         assert healthy(server.triton.http_url) == ""
