@@ -28,7 +28,9 @@ class Metrics:
         self._duration = self._histogram("request_seconds", "From the request to its last byte.", _SECONDS, "path")
         self._ttft = self._histogram("first_token_seconds", "From the request to its first token.", _SECONDS)
         self._overhead = self._histogram(
-            "overhead_seconds", "Of it, what the gateway itself took before it asked a replica.", _OVERHEAD
+            "overhead_seconds",
+            "What the gateway itself took until the request could be sent on, or had to wait.",
+            _OVERHEAD,
         )
         self._tokens = self._counter("tokens_total", "Tokens, by kind: prompt or completion.", "kind")
         self._attempts = self._counter(

@@ -100,6 +100,8 @@ class Service:
             shorter = min(sampling.min_tokens, given.max_tokens)
             sampling = msgspec.structs.replace(sampling, max_tokens=given.max_tokens, min_tokens=shorter)
         tasks = self._tasks(request_id, prompts, sampling, n, arrived_at, trace)
+        decode = self._prompts.tokenizer.decode
+        echoes = [text if isinstance(text, str) else decode(text) for text in shown for _ in range(n)]
         num_prompt_tokens = sum(map(len, prompts))
         cost = num_prompt_tokens + len(tasks) * sampling.max_tokens
         reservation = await self._limiter.reserve(subjects_of(caller, body.user, self._settings), cost)
@@ -110,11 +112,7 @@ class Service:
             tasks,
             num_prompt_tokens,
             arrived_at,
-            [
-                text if isinstance(text, str) else self._prompts.tokenizer.decode(text)
-                for text in shown
-                for _ in range(n)
-            ],
+            echoes,
             policy,
             repeatable,
             given,
@@ -223,8 +221,8 @@ class Service:
     async def _run(self, task: Task, work: Work) -> AsyncGenerator[Reply, None]:
         """At a replica, once it is its turn."""
         priority = work.caller.priority + task.sampling.priority
+        self._metrics.asked(time.monotonic() - work.arrived_at)
         async with self._admission.place(task, work.caller.key_id, priority):
-            self._metrics.asked(time.monotonic() - work.arrived_at)
             async with aclosing(self._ask(task, work.treatment.route)) as replies:
                 async for reply in replies:
                     yield reply

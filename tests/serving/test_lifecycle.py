@@ -226,6 +226,7 @@ def test_a_taken_port_is_one_clear_line(serve: type[Serve]) -> None:
         (["--kv-cache-memory", "10000GiB"], "memory"),
         (["--http-port", "nine"], "http_port"),
         (["--dtype", "int3"], "dtype"),
+        (["--device", "cuda:7"], "cuda"),
     ],
 )
 def test_a_bad_start_says_what_to_change(serve: type[Serve], options: list[str], message: str) -> None:
