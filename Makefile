@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test lint format bench bench-sweep bench-peers doctor clean
+.PHONY: help serve test coverage lint format bench bench-sweep bench-peers doctor clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -19,7 +19,10 @@ doctor: $(VENV)/.server  ## Check this machine and say what to fix
 
 test: $(VENV)/.dev $(VENV)/.programs  ## Set up and run all tests, against the real Triton and the real model
 	@$(BIN)/tidewright prepare
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(VENV)/.dev  ## The same, with what of the code they ran (takes longer)
+	@$(MAKE) test ARGS="--cov --cov-report=term $(ARGS)"
 
 lint: $(VENV)/.dev  ## Check style and types
 	$(BIN)/ruff check .

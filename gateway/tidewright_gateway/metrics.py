@@ -29,7 +29,7 @@ class Metrics:
         self._ttft = self._histogram("first_token_seconds", "From the request to its first token.", _SECONDS)
         self._overhead = self._histogram(
             "overhead_seconds",
-            "What the gateway itself took until the request could be sent on, or had to wait.",
+            "What the gateway itself took, until it sent the request on or let it wait.",
             _OVERHEAD,
         )
         self._tokens = self._counter("tokens_total", "Tokens, by kind: prompt or completion.", "kind")

@@ -15,20 +15,15 @@ PROMPT = "The capital of France is"
 OPTIONS = {"temperature": 0, "max_tokens": 6}
 
 
-@pytest.fixture(scope="module")
-def answer(server: RunningServer) -> Iterator[list[int]]:
-    """Before all tests; after them the server's pool is whole."""
+@pytest.fixture(autouse=True)
+def _server_unharmed(server: RunningServer) -> Iterator[None]:
+    """Before and after each test the server gives the same answer, and then its pool is whole."""
     before = server.generate(text_input=PROMPT, sampling_parameters=OPTIONS)
     assert before.error is None
-    yield before.token_ids
-    server.wait_idle()
-
-
-@pytest.fixture(autouse=True)
-def _server_unharmed(server: RunningServer, answer: list[int]) -> Iterator[None]:
-    """After each test the server gives the same answer."""
     yield
-    assert server.generate(text_input=PROMPT, sampling_parameters=OPTIONS).token_ids == answer
+    after = server.generate(text_input=PROMPT, sampling_parameters=OPTIONS)
+    assert after.token_ids == before.token_ids
+    server.wait_idle()
 
 
 BAD = {
