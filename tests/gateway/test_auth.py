@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from helpers.redis_server import RedisServer
+from helpers.redis import RunningRedis
 from tidewright_gateway.auth import Authenticator, keyring, keys, require_admin
 from tidewright_gateway.auth.keys import KeyEntry, make_key, split_key
 from tidewright_gateway.auth.stores import REDIS_HASH, FileStore, KeyStore, open_store
@@ -25,8 +25,8 @@ from tidewright_gateway.errors import ApiError
 
 
 @pytest.fixture(scope="module")
-def redis_server() -> Iterator[RedisServer]:
-    server = RedisServer()
+def redis_server() -> Iterator[RunningRedis]:
+    server = RunningRedis()
     server.start()
     yield server
     server.kill()
@@ -364,7 +364,7 @@ def test_a_file_that_breaks_later_leaves_the_keys_as_they_were(
 
 
 def test_redis_may_go_and_come_back(caplog: pytest.LogCaptureFixture) -> None:
-    server = RedisServer()
+    server = RunningRedis()
     server.start()
     key = add(open_store(server.url), "alice")
 
@@ -387,7 +387,7 @@ def test_redis_may_go_and_come_back(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_a_broken_entry_in_redis_costs_only_its_own_key(
-    redis_server: RedisServer, caplog: pytest.LogCaptureFixture
+    redis_server: RunningRedis, caplog: pytest.LogCaptureFixture
 ) -> None:
     redis_server.client.flushall()
     store = open_store(redis_server.url)

@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from pydantic import ValidationError
 
-from helpers.redis_server import RedisServer
+from helpers.redis import RunningRedis
 from tidewright.bench.machine import free_ports
 from tidewright.launch.cli import main
 from tidewright_gateway.auth import Authenticator
@@ -44,7 +44,7 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "file":
         yield str(tmp_path / "keys.yaml")
         return
-    server = RedisServer()
+    server = RunningRedis()
     server.start()
     yield server.url
     server.kill()

@@ -194,7 +194,7 @@ def test_redis_goes_and_comes_back(when_lost: str, caplog: pytest.LogCaptureFixt
         await asyncio.sleep(0.2)  # some tries to reach it, of which the log has nothing
         # Who has no limits is served in any case.
         assert await limiter.reserve([Subject("key free", Limits())], 1)
-        redis.begin()
+        redis.start()
         await until(lambda: limits_apply(limiter))
         await limiter.close()
 

@@ -1,13 +1,11 @@
-"""A real redis-server on a free port."""
+"""A real redis-server on a free port, which can be killed, frozen and started again."""
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import time
 
-import pytest
 import redis
 
 from tidewright.bench.machine import free_ports
@@ -15,21 +13,19 @@ from tidewright.bench.machine import free_ports
 
 class RunningRedis:
     def __init__(self) -> None:
-        if shutil.which("redis-server") is None:
-            pytest.skip("needs redis-server")
         (self.port,) = free_ports(1)
         self.url = f"redis://127.0.0.1:{self.port}"
         self.client = redis.Redis.from_url(self.url)
 
     def __enter__(self) -> RunningRedis:
-        self.begin()
+        self.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.kill()
         self.client.close()
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """With nothing in it."""
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
