@@ -18,6 +18,8 @@ import tokenizers
 # What chat templates may name. One that the model lacks is left out: it must print as nothing, not as "None".
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
+LONG_TEXT = 16_384  # characters; tokenizing more takes so long that others should not wait for it
+
 
 class InvalidPromptError(ValueError):
     """A prompt that can't be tokenized; the message is for the caller."""
@@ -54,7 +56,7 @@ class Tokenizer:
         """
         if not text:
             raise InvalidPromptError("the prompt is empty; send at least one character")
-        token_ids: list[int] = self.backend.encode(text).ids
+        token_ids = self._encode(text, add_special_tokens=True)
         if not token_ids:
             raise InvalidPromptError("the prompt has no character that the model's vocabulary can express")
         return token_ids
@@ -84,7 +86,14 @@ class Tokenizer:
         """The same of messages that are checked already. Raises InvalidPromptError as `apply_chat_template`."""
         text = self.apply_chat_template(messages)
         # The template wrote the special tokens itself.
-        token_ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) <= LONG_TEXT:
+            encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        else:  # for a single text, tokenizers holds the GIL to the end
+            (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        token_ids: list[int] = encoding.ids
         return token_ids
 
     def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:

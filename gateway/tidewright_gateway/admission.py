@@ -10,7 +10,7 @@ from typing import Any
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.degradation import Ladder, Level, Load, Route, Treatment, treatment
 from tidewright.resilience.outcome import Outcome
-from tidewright_gateway.cluster import Cluster, Task
+from tidewright_gateway.cluster import Cluster, Task, timed_out
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.errors import ApiError
 from tidewright_gateway.gate import Gate
@@ -65,7 +65,7 @@ class Admission:
                 yield
         except ModelError as error:
             if error.outcome is Outcome.OVERLOADED and task.deadline.expired(time.monotonic()):
-                raise ModelError(f"the request's time is over: {error}", Outcome.REQUEST_TIMEOUT) from None
+                raise timed_out(error) from None
             raise
 
     def snapshot(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from tidewright_gateway.cache import ResponseCache
 from tidewright_gateway.cluster import Cluster
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.edge import Edge
-from tidewright_gateway.errors import JSON, ApiError, invalid
+from tidewright_gateway.errors import JSON, ApiError, internal, invalid
 from tidewright_gateway.limits import make_limiter
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.page import make_page_router
@@ -113,7 +113,7 @@ def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> AS
 
     @app.exception_handler(Exception)
     async def of_bug(request: Request, error: Exception) -> Response:
-        return await of_api(request, ApiError(500, "internal error; see the gateway's log", code="internal_error"))
+        return await of_api(request, internal())
 
     @app.exception_handler(HTTPException)
     async def of_http(request: Request, error: HTTPException) -> Response:

@@ -142,7 +142,7 @@ class Cluster:
             failures = 1 if len(task.delivered) > before else failures + 1
             self._failed(task, replica, last)
             if not await self._may_retry(last, failures, task.deadline):
-                raise _timed_out(last) if task.deadline.expired(time.monotonic()) else last
+                raise timed_out(last) if task.deadline.expired(time.monotonic()) else last
             if task.delivered:
                 self._metrics.moved()
 
@@ -169,7 +169,7 @@ class Cluster:
         while not (chosen := self._fleet.choose(task.prompt, task.served_by[-1] if task.served_by else "", now)):
             if now >= until:
                 none = ModelError(f"no replica can take requests ({self.trouble})", Outcome.UNAVAILABLE)
-                raise _timed_out(last or none) if task.deadline.expired(now) else (last or none)
+                raise timed_out(last or none) if task.deadline.expired(now) else (last or none)
             await self._fleet.wait_for_change(min(until - now, WATCH_INTERVAL))
             now = time.monotonic()
         replica, permit = chosen
@@ -191,7 +191,7 @@ class Cluster:
         while len(asked) < 2 and not task.delivered and (replica := self._fleet.choose_fallback(asked)):
             now = time.monotonic()
             if task.deadline.expired(now):
-                raise _timed_out(last)
+                raise timed_out(last)
             asked.append(replica.address)
             attempt = self._ask(task, replica, [], now)
             replica.fallbacks.add(attempt)
@@ -231,6 +231,6 @@ class Cluster:
         log.warning("%s: %s of %s failed: %s", task.request_id, task.model, replica.address, error)
 
 
-def _timed_out(error: ModelError) -> ModelError:
+def timed_out(error: ModelError) -> ModelError:
     """What a caller whose time is over is told: that, and what it was waiting for."""
     return ModelError(f"the request's time is over: {error}", Outcome.REQUEST_TIMEOUT)

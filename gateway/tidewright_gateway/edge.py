@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tidewright_gateway import access_log
 from tidewright_gateway.auth import Authenticator, require_admin
-from tidewright_gateway.errors import JSON, ApiError
+from tidewright_gateway.errors import JSON, ApiError, internal
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.tracing import Tracer
 
@@ -86,7 +86,7 @@ class _Exchange:
             log.exception("request %s went wrong", self._id)
             if self._has_ended:  # with what FastAPI made of it
                 return
-            await self._refuse(ApiError(500, "internal error; see the gateway's log", code="internal_error"))
+            await self._refuse(internal())
 
     async def _authenticate(self, path: str) -> None:
         if path in _FOR_ALL or path.startswith(_FOR_ALL_BELOW):

@@ -53,6 +53,11 @@ class ApiError(Exception):
         return found
 
 
+def internal() -> ApiError:
+    """A fault of ours; whoever makes it logs what it was."""
+    return ApiError(500, "internal error; see the gateway's log", code="internal_error")
+
+
 def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, code=code, param=param)
 

@@ -214,8 +214,9 @@ class Service:
         async with aclosing(replies):
             async for reply in replies:
                 work.models.add(reply.served_by)
-                if reply.token_ids and work.token_came():
-                    self._metrics.first_token(work.first_token_after or 0.0)
+                if reply.token_ids and work.first_token_after is None:
+                    work.first_token_after = time.monotonic() - work.arrived_at
+                    self._metrics.first_token(work.first_token_after)
                 yield reply
 
     async def _run(self, task: Task, work: Work) -> AsyncGenerator[Reply, None]:
@@ -243,7 +244,5 @@ class Service:
                 return
             except ModelError as error:
                 first = first or error
-                if task.delivered or error.outcome not in _FALLS_BACK:
+                if ask is order[-1] or task.delivered or error.outcome not in _FALLS_BACK:
                     raise first from None
-        if first:
-            raise first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +61,7 @@ class Work:
     @property
     def facts(self) -> dict[str, Any]:
         """For the access log."""
-        found: dict[str, Any] = {
+        return {
             "key_id": self.caller.key_id,
             "prompt_tokens": self.num_prompt_tokens,
             "completion_tokens": self.num_tokens,
@@ -71,11 +70,3 @@ class Work:
             "served_by": self.served_by if self.models else None,
             "replicas": [address for task in self.tasks for address in task.served_by],
         }
-        return found
-
-    def token_came(self) -> bool:
-        """True for the first."""
-        if self.first_token_after is not None:
-            return False
-        self.first_token_after = time.monotonic() - self.arrived_at
-        return True

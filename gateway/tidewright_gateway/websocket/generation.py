@@ -11,7 +11,7 @@ from typing import Protocol
 from tidewright.failsafe.models import ModelError
 from tidewright_gateway.answers import Usage
 from tidewright_gateway.callers import Caller
-from tidewright_gateway.errors import ApiError, of_model
+from tidewright_gateway.errors import ApiError, internal, of_model
 from tidewright_gateway.protocol import ChatRequest, CompletionRequest
 from tidewright_gateway.websocket.backend import Backend, OpenGeneration
 from tidewright_gateway.websocket.messages import ChoiceEnd, Done, Failure, Token
@@ -64,7 +64,7 @@ class Generation:
             error = of_model(error)
         elif error is not None and not isinstance(error, ApiError):
             log.error("request %s went wrong", self.request_id, exc_info=error)
-            error = ApiError(500, "internal error; see the gateway's log", code="internal_error")
+            error = internal()
         if error is not None:
             self._failure = Failure.of(error)
         self._changed()
