@@ -93,25 +93,25 @@ class TritonPythonModel:
             known = ", ".join((*CONTROL_WORDS, f"{CANCEL}<request id>"))
             raise InvalidRequestError(f"control is {word!r}; it can be: {known}")
         if word == "status":
-            return stub.send_text(sender, msgspec.json.encode(self._bridge.status))
+            return self._bridge.reply(lambda: stub.send_text(sender, msgspec.json.encode(self._bridge.status)))
         if word == "drain":
             self._bridge.drain()
         elif trouble := self._bridge.trouble:
             # Not `_refuse`: it is no request that failed.
-            return stub.send_final(sender, error=stub.error(trouble, "UNAVAILABLE"))
-        stub.send_text(sender, b"ok")
+            return self._bridge.reply(lambda: stub.send_final(sender, error=stub.error(trouble, "UNAVAILABLE")))
+        self._bridge.reply(lambda: stub.send_text(sender, b"ok"))
 
     def _cancel(self, sender: object, client_id: str) -> None:
         if not client_id:
             raise InvalidRequestError(f"{CANCEL} must be followed by the id of a request")
         if self._bridge.cancel(client_id):
-            return stub.send_text(sender, b"ok")
+            return self._bridge.reply(lambda: stub.send_text(sender, b"ok"))
         message = f"no request with the id {client_id!r} is in flight; it may have ended"
-        stub.send_final(sender, error=stub.error(message, "NOT_FOUND"))
+        self._bridge.reply(lambda: stub.send_final(sender, error=stub.error(message, "NOT_FOUND")))
 
     def _refuse(self, sender: object, error: RequestError) -> None:
         self._bridge.statistics.finished(error.reason)
-        stub.send_error(sender, str(error), error.reason)
+        self._bridge.reply(lambda: stub.send_error(sender, str(error), error.reason))
 
     def _parse(self, request: object) -> GenerationRequest:
         if self._bridge.engine is None:
@@ -164,8 +164,12 @@ class _TritonResponder:
                 stub.send_error(self._sender, str(error), error.reason)
 
     def is_cancelled(self) -> bool:
-        with self._end_lock:
+        if not self._end_lock.acquire(blocking=False):
+            return False  # the end is being sent, which may never return
+        try:
             return not self._ended and bool(self._sender.is_cancelled())  # type: ignore[attr-defined]
+        finally:
+            self._end_lock.release()
 
 
 def _control_word(request: object) -> str:

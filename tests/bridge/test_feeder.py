@@ -26,7 +26,7 @@ class Simulation:
         self.done: list[int] = []
         self.deaths = 0
         self.running: dict[int, Any] = {}
-        self.feeder = Feeder(self.send, lambda part: self.given_up.append(part.request_id))
+        self.feeder = Feeder(self.send, lambda part, error: self.given_up.append(part.request_id))
         self.parts = [self.part(number) for number in range(len(lengths))]
 
     def part(self, number: int) -> Any:

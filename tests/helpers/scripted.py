@@ -26,7 +26,7 @@ class ScriptedEngine:
         self.events = events
         self.sent: list[ToEngine] = []
         self.on_send: Callable[[ToEngine], None] = lambda message: None
-        self.available = True
+        self.available = self.alive = True
         self.cause = "the engine is starting"
         self.restarts = 0
         self.silent_for = 0.0
@@ -45,6 +45,10 @@ class ScriptedEngine:
 
     def stop(self) -> None:
         pass
+
+    @property
+    def trouble(self) -> str:
+        return "" if self.available else f"the engine is not available ({self.cause})"
 
     def silence(self) -> float:
         return self.silent_for

@@ -1,8 +1,8 @@
 """Requests in flight: hands them to the engine, makes text of its tokens, and ends each exactly once.
 
-Five threads meet here. Triton's calls `submit`; the feeder gives the engine its work (feeder.py), the engine client's
-delivers tokens; the sender turns them into responses; the canceller asks Triton who hung up. Only the sender answers a
-request once it was submitted.
+Six threads meet here. Triton's calls `submit`; the feeder gives the engine its work (feeder.py), the engine client's
+delivers tokens; the sender turns them into responses (sender.py); the canceller asks Triton who hung up; the watch
+looks for what hangs or is overdue. Only the sender answers a request once it was submitted.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 
 from tidewright.bridge.call import Call, Part, Responder
+from tidewright.bridge.canceller import Canceller
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.bridge.feeder import Feeder
-from tidewright.bridge.outgoing import Outgoing
+from tidewright.bridge.outgoing import Job, Outgoing, Reply
 from tidewright.bridge.request import GenerationRequest
+from tidewright.bridge.sender import Sender
 from tidewright.bridge.statistics import EngineFigures, RequestStatistics
 from tidewright.config import Settings
 from tidewright.engine.messages import EngineConfig, EngineStats, Ready, SequenceOutput
@@ -30,14 +33,15 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import ATTEMPT, DRAINING, DecoderStatus, FinishReason
+from tidewright.schema import ATTEMPT, DRAINING, STUCK, DecoderStatus, FinishReason
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)
 
-CANCEL_POLL_INTERVAL = 0.01  # seconds
-CANCEL_POLL_SHARE = 0.05  # of one core, at most: asking Triton is a round trip to its process
 MAX_FAILED_STARTS = 3  # in a row; then nobody waits for the engine any longer
+WATCH_INTERVAL = 0.1  # seconds
+LATE = 0.5  # seconds after a request's deadline in which an engine that is up should have ended it
+JOIN_TIMEOUT = 2.0  # seconds for a thread to end; Triton's own end must not wait for one that hangs
 
 
 class Bridge:
@@ -54,17 +58,16 @@ class Bridge:
         self._streaming_share = settings.streaming_share
         self._stopping = threading.Event()
         self._grace = settings.shutdown_grace
-        self._draining = False
+        self._drained_at: float | None = None  # time.monotonic() when what is left ends; None: not draining
         self._client = EngineClient(
             config,
             EngineEvents(self._on_outputs, self._on_stats, self._on_up, self._on_lost),
             start_timeout=settings.start_timeout,
             heartbeat_timeout=settings.heartbeat_timeout,
         )
-        self._threads = [
-            threading.Thread(target=self._send_loop, name="sender", daemon=True),
-            threading.Thread(target=self._cancel_loop, name="canceller", daemon=True),
-        ]
+        self._sender = Sender(self._changed, self._outgoing, self._send, self._abandon, self._release)
+        self._canceller = Canceller(self._changed, self._calls, self._hung_up)
+        self._watch = threading.Thread(target=self._watch_loop, name="watch", daemon=True)
         self._feeder = Feeder(self._client.send, self._give_up)
         self._failed_starts = 0  # of engines, since one was up
         self._failing = ""  # why nobody waits for the engine any longer
@@ -83,9 +86,26 @@ class Bridge:
 
         A heart that beats stands for all ranks: see engine/process.py.
         """
-        if self._draining:
+        if self._drained_at:
             return DRAINING
-        return "" if self._client.available else f"the engine is not available ({self._client.cause})"
+        if stuck := self._stuck:
+            return f"{STUCK}{stuck}"
+        return self._client.trouble
+
+    @property
+    def _stuck(self) -> str:
+        """What only a new process can mend."""
+        hanging, seconds = self._sender.stuck
+        if hanging:
+            return f"Triton has not taken {hanging} responses for up to {seconds:.0f} s, as if their caller had died"
+        threads = {
+            "sender": self._sender.alive,
+            "feeder": self._feeder.alive,
+            "canceller": self._canceller.alive,
+            "watch": self._watch.is_alive(),
+            "engine client": self._client.alive,
+        }
+        return next((f"the {name} thread has ended; see the log" for name, alive in threads.items() if not alive), "")
 
     @property
     def status(self) -> DecoderStatus:
@@ -94,7 +114,7 @@ class Bridge:
             arrived = [call.arrived_at for call in self._calls if not any(part.has_new_tokens for part in call.parts)]
         return DecoderStatus(
             trouble=self.trouble,
-            draining=self._draining,
+            draining=self._drained_at is not None,
             silence=self._client.silence(),
             waiting=stats.waiting / max(self._max_waiting, 1),
             wait=time.monotonic() - min(arrived) if arrived else 0.0,
@@ -123,32 +143,26 @@ class Bridge:
         try:
             self._client.start()
         except Exception:
-            self._feeder.stop()
+            self._feeder.stop(JOIN_TIMEOUT)
             raise
-        for thread in self._threads:
-            thread.start()
+        self._sender.start()
+        self._canceller.start()
+        self._watch.start()
 
     def drain(self) -> None:
         """Take no new requests; those in flight get `shutdown_grace` seconds, then they end with the reason."""
         with self._changed:
-            if self._draining:
-                return
-            self._draining = True
-        message = f"the server is shutting down, and {self._grace:g} s (shutdown_grace) were not enough to finish"
-        timer = threading.Timer(self._grace, self._fail_all, [message])
-        timer.daemon = True
-        timer.start()
+            self._drained_at = self._drained_at or time.monotonic() + self._grace
 
     def stop(self) -> None:
         """End the engine; what is still in flight ends with `EngineUnavailableError`."""
-        self._client.stop()
-        self._feeder.stop()
-        self._fail_all("the server is shutting down")
         self._stopping.set()
-        with self._changed:
-            self._outgoing.stop()
-        for thread in self._threads:
-            thread.join()
+        self._client.stop()
+        self._feeder.stop(JOIN_TIMEOUT)
+        self._fail_all("the server is shutting down")
+        self._sender.stop(JOIN_TIMEOUT)
+        self._canceller.stop(JOIN_TIMEOUT)
+        self._watch.join(JOIN_TIMEOUT)
 
     def submit(self, request: GenerationRequest, responder: Responder, client_id: str = "") -> None:
         """Queue a valid request; its answer comes through `responder`. `client_id` is what `cancel` calls it.
@@ -167,7 +181,7 @@ class Bridge:
         ids = [next(self._ids) for _ in range(sampling.n)]
         call = Call(request, responder, self._tokenizer, ids, arrived_at, deadline, client_id)
         with self._changed:
-            if self._draining:
+            if self._drained_at:
                 raise EngineUnavailableError("the server is shutting down; send the request to another")
             if self._failing:
                 raise EngineUnavailableError(self._failing)
@@ -177,6 +191,14 @@ class Bridge:
             self._changed.notify_all()
         for part in call.parts:
             self._feeder.submit(part)
+
+    def reply(self, send: Callable[[], None]) -> None:
+        """Have the sender send an answer to something else than a request for text.
+
+        Triton's thread must not send it: a caller that has died would block it.
+        """
+        with self._changed:
+            self._sender.add(Reply(send), urgent=True)
 
     def cancel(self, client_id: str) -> int:
         """End the requests of that id, which their clients chose, or that attempt at one; how many are in flight."""
@@ -234,9 +256,9 @@ class Bridge:
             )
             self._fail_all(self._failing)
 
-    def _give_up(self, part: Part) -> None:
+    def _give_up(self, part: Part, error: RequestError) -> None:
         with self._changed:
-            self._fail(part.call, EngineUnavailableError("the engine died again and again over this request"))
+            self._fail(part.call, error)
 
     def _fail_all(self, message: str) -> None:
         with self._changed:
@@ -251,50 +273,67 @@ class Bridge:
     def _wake_sender(self, call: Call, urgent: bool) -> None:
         """With `_changed` held. An ended call must not be answered again, as when a cancel is noticed meanwhile."""
         if call in self._calls:
-            self._outgoing.add(call, urgent)
+            self._sender.add(call, urgent)
 
-    def _send_loop(self) -> None:
-        while True:
-            with self._changed:
-                calls = self._outgoing.take()
-            if not calls:
-                return
-            began = time.monotonic()
-            for call in calls:
-                self._send(call)
-            self._outgoing.sent(time.monotonic() - began)
-
-    def _send(self, call: Call) -> None:
+    def _send(self, job: Job) -> None:
+        if isinstance(job, Reply):
+            try:
+                job.send()
+            except Exception:
+                log.exception("an answer could not be sent")
+            return
         with self._changed:
-            arrived = [part.arrived for part in call.parts]
-            for part in call.parts:
+            arrived = [part.arrived for part in job.parts]
+            for part in job.parts:
                 part.arrived = []
         try:
-            reason = self._answer(call, arrived)
+            reason = self._answer(job, arrived)
         except Exception:
             log.exception("a request could not be answered")
             with contextlib.suppress(Exception):  # it may have ended before it went wrong
-                call.responder.fail(RequestError("the response could not be made; see the server's log"))
+                job.responder.fail(RequestError("the response could not be made; see the server's log"))
             reason = RequestError.reason
-            self.statistics.finished(reason)
-        self._forget(call, call.parts if reason else [part for part in call.parts if part.over])
+            self._finished(job, reason)
+        self._forget(job, job.parts if reason else [part for part in job.parts if part.over])
+
+    def _abandon(self, job: Job) -> None:
+        """Triton does not take its response: end it here. Should the send return, it ends there too, with an error."""
+        if isinstance(job, Call):
+            with self._changed:
+                job.error = job.error or CancelledError("cancelled: its caller took no response")
+                self._finished(job, CancelledError.reason)
+                job.abandoned = True
+            self._forget(job, job.parts)
+
+    def _release(self, job: Job) -> None:
+        """With `_changed` held: a send that took long is over."""
+        if isinstance(job, Call):
+            self._wake_sender(job, urgent=True)
+
+    def _finished(self, call: Call, reason: FinishReason, since_arrival: float | None = None) -> None:
+        if not call.abandoned:  # else it was counted then
+            self.statistics.finished(reason, since_arrival)
 
     def _answer(self, call: Call, arrived: list[list[SequenceOutput]]) -> FinishReason | None:
         """Send what there is to send of one call; why it is over, None if it goes on."""
         new_tokens = [part.take(outputs) for part, outputs in zip(call.parts, arrived, strict=True)]
         if failure := call.failure:
             call.responder.fail(failure)
-            self.statistics.finished(failure.reason)
+            self._finished(call, failure.reason)
             return failure.reason
         reason = call.finish_reason
         if reason or (call.request.stream and call.has_news):
             call.responder.send(call.chunk(), final=reason is not None)
             for part in call.parts:
                 part.next_piece()
+        if call.abandoned:
+            if call.error and not reason:
+                call.responder.fail(call.error)
+            return CancelledError.reason
         now = time.monotonic()
         self._time_tokens(call, new_tokens, now)
         if reason:
-            self.statistics.finished(reason, now - call.arrived_at)
+            self._finished(call, reason, now - call.arrived_at)
         return reason
 
     def _time_tokens(self, call: Call, new_tokens: list[int], now: float) -> None:
@@ -322,16 +361,38 @@ class Bridge:
         for part in dropped:
             self._feeder.drop(part)
 
-    def _cancel_loop(self) -> None:
-        while not self._stopping.is_set():
-            with self._changed:
-                self._changed.wait_for(lambda: self._calls or self._stopping.is_set())
-                # Triton never says of a call from model to model that it was cancelled: failsafe does, by its id.
-                calls = [call for call in self._calls if call.error is None and ATTEMPT not in call.client_id]
-            began = time.monotonic()
-            for call in calls:
-                if call.responder.is_cancelled():
-                    with self._changed:
-                        self._fail(call, CancelledError("cancelled by the client"))
-            took = time.monotonic() - began
-            self._stopping.wait(max(CANCEL_POLL_INTERVAL, took / CANCEL_POLL_SHARE))
+    def _hung_up(self, call: Call) -> None:
+        with self._changed:
+            self._fail(call, CancelledError("cancelled by the client"))
+
+    def _watch_loop(self) -> None:
+        while not self._stopping.wait(WATCH_INTERVAL):
+            for look in (self._sender.watch, self._end_overdue, self._end_drain):
+                try:
+                    look()
+                except Exception:
+                    log.exception("the bridge could not look after its requests")
+
+    def _end_drain(self) -> None:
+        if self._drained_at and time.monotonic() > self._drained_at:
+            grace = f"{self._grace:g} s (shutdown_grace)"
+            self._fail_all(f"the server is shutting down, and {grace} were not enough to finish")
+
+    def _end_overdue(self) -> None:
+        """Ends requests whose deadline has passed and that no engine has ended: none is up, or it hangs."""
+        now = time.monotonic()
+        late = now - LATE if self._client.available else now
+        with self._changed:
+            for call in self._calls:
+                if call.deadline is not None and call.deadline < late:
+                    self._end_in_time(call)
+
+    def _end_in_time(self, call: Call) -> None:
+        """With `_changed` held."""
+        why = self._client.trouble or "the engine is busy"
+        message = f"timed out after {call.request.sampling.timeout:g} s; {why}"
+        for part in call.parts:
+            if not part.overdue:
+                part.overdue = True
+                part.arrived.append(SequenceOutput(part.request_id, [], "timeout", message=message))
+        self._wake_sender(call, urgent=True)

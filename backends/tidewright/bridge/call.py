@@ -55,8 +55,8 @@ class Responder(Protocol):
 class Part:
     """One of a call's sequences: a request of its own for the engine.
 
-    `Bridge._changed` guards `arrived`. The engine client's thread writes `token_ids` and `progressed` while an engine
-    has it, the feeder's in between; `deaths` is the feeder's. The rest is the sender's alone.
+    `Bridge._changed` guards `arrived` and `overdue`. The engine client's thread writes `token_ids` and `progressed`
+    while an engine has it, the feeder's in between; `deaths` is the feeder's. The rest is the sender's alone.
     """
 
     def __init__(self, call: Call, index: int, request_id: int, tokenizer: Tokenizer) -> None:
@@ -67,6 +67,7 @@ class Part:
         self.token_ids = list(call.request.resume_ids)  # all that came, also those that are not sent yet
         self.progressed = False  # tokens came since an engine was given it last
         self.deaths = 0  # of engines that had it, since a token came
+        self.overdue = False  # its timeout passed, and no engine ended it
         self.piece = Piece(text=call.request.echo)
         self.prompt_logprobs: list[list[TokenLogprob]] | None = None
         self.num_tokens = 0
@@ -139,7 +140,7 @@ class Part:
 
 
 class Call:
-    """One request of one caller. `Bridge._changed` guards `error`; the rest is the sender's."""
+    """One request of one caller. `Bridge._changed` guards `error` and `abandoned`; the rest is the sender's."""
 
     def __init__(
         self,
@@ -157,6 +158,8 @@ class Call:
         self.arrived_at = arrived_at  # time.monotonic()
         self.deadline = deadline  # likewise
         self.error: RequestError | None = None
+        self.abandoned = False  # Triton took no response for so long that it was given up
+        self.askable = True  # Triton can be asked whether its client hung up
         self.parts = [Part(self, index, id_, tokenizer) for index, id_ in enumerate(request_ids)]
 
     @property

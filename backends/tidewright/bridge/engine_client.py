@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 from tidewright.bridge.liveness import Work
 from tidewright.engine.messages import (
@@ -39,9 +41,12 @@ log = logging.getLogger(__name__)
 
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.1, 10.0  # seconds between two starts
 LONGEST_WORK = 5.0  # seconds that work alone passes for a sign of life
+QUIET = 3.0  # seconds without a message and without work, after which an engine is in trouble
 POLL_INTERVAL = 0.25  # seconds; how often deadlines are looked at
 STOP_TIMEOUT = 3.0  # seconds from the polite request to SIGKILL
+KILL_TIMEOUT = 10.0  # seconds from SIGKILL to the end of a process that works
 STANDBY_DELAY = 3.0  # seconds that an engine is up before the next one gets ready to replace it
+STANDBY_RETRY = 60.0  # seconds until the next try to start one that could not be started, or that died
 
 # A step's large tensors come and go: kept memory saves the page faults (a tenth of a long prefill's time on a CPU), and
 # huge pages save some more. glibc reads this at the start of a process only; other C libraries ignore it.
@@ -49,6 +54,9 @@ _MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
     ":glibc.malloc.hugetlb=1"
 }
+
+
+_T = TypeVar("_T")
 
 
 class EngineStartError(RuntimeError):
@@ -85,10 +93,13 @@ class EngineClient:
         self._connection: Connection | None = None  # set while the engine takes requests
         self._process: subprocess.Popen[bytes] | None = None
         self._standby: tuple[subprocess.Popen[bytes], Connection] | None = None
+        self._next_standby = 0.0  # time.monotonic() from when on one may be started
         self._up_at = 0.0  # time.monotonic() when the engine came up
         self._heard_at = self._worked_at = 0.0  # likewise, when it last said something, and did something
         self._work: Work | None = None
+        self._quiet = 0.0  # seconds without a message and without work
         self._stopping = threading.Event()
+        self._stop_by = math.inf  # time.monotonic(); then the engine is killed
         self._first_start_over = threading.Event()
         self._came_up = False  # at least once
         self._cause = "the engine is starting"
@@ -113,22 +124,33 @@ class EngineClient:
         return self._connection is not None
 
     @property
-    def cause(self) -> str:
-        """Why none is available, while that is so."""
-        return self._cause
+    def alive(self) -> bool:
+        """Its thread goes on, so that an engine that is gone comes back."""
+        return self._thread.is_alive()
+
+    @property
+    def trouble(self) -> str:
+        """Why no engine computes; empty if all is well, however long a step takes."""
+        if not self._connection:
+            return f"the engine is not available ({self._cause})"
+        # A heartbeat may be late by itself.
+        if (quiet := self._quiet) > max(QUIET, 2 * self._config.heartbeat_interval):
+            return (
+                f"the engine has said and computed nothing for {quiet:.0f} s; after {self._heartbeat_timeout:g} s "
+                "(heartbeat_timeout) another takes its place"
+            )
+        return ""
 
     def silence(self) -> float:
         """Seconds since the engine that is up gave a sign of life, 0 if none is: a message, or for a while work.
 
-        On a busy machine a step can take long. To be asked several times a second, for work shows only in between.
+        On a busy machine a step can take long.
         """
-        if not self._connection or not self._work:
+        if not self._connection:
             return 0.0
         now = time.monotonic()
-        if self._work.went_on():
-            self._worked_at = now
         silence = now - self._heard_at
-        return silence if silence > LONGEST_WORK else now - max(self._heard_at, self._worked_at)
+        return max(silence if silence > LONGEST_WORK else now - max(self._heard_at, self._worked_at), 0.0)
 
     def send(self, message: ToEngine) -> None:
         """Send one message.
@@ -145,64 +167,115 @@ class EngineClient:
                 raise EngineUnavailableError(f"the engine just went away ({error}); try again shortly") from None
 
     def stop(self) -> None:
-        """End the engine and the client's thread; at most about `STOP_TIMEOUT`."""
+        """End the engine and the client's thread, within about `STOP_TIMEOUT`."""
+        self._stop_by = time.monotonic() + STOP_TIMEOUT
         self._stopping.set()
-        with contextlib.suppress(EngineUnavailableError):
-            self.send(Shutdown())
-        self._thread.join()
+        # Another thread may have the lock, in a send to an engine that is stuck.
+        if self._send_lock.acquire(timeout=POLL_INTERVAL):
+            try:
+                if self._connection:
+                    self._connection.send_bytes(encode(Shutdown()))
+            except OSError:
+                pass  # it has ended
+            finally:
+                self._send_lock.release()
+        self._thread.join(STOP_TIMEOUT + 2 * KILL_TIMEOUT)  # the engine's, and that of the one that stands by
 
     def _supervise(self) -> None:
         backoff = FIRST_BACKOFF
-        while not self._stopping.is_set():
-            started = time.monotonic()
-            self._run_engine()
-            if self._stopping.is_set():
-                break
-            if not self._came_up:
-                break  # a first start that fails is for the operator, not for a retry
-            if time.monotonic() - started > LONGEST_BACKOFF:
-                backoff = FIRST_BACKOFF
-            log.error("engine lost: %s; starting it again in %.1f s", self._cause, backoff)
-            self._stopping.wait(backoff)
-            backoff = min(2 * backoff, LONGEST_BACKOFF)
-            self.restarts += 1
-        if self._standby:
-            process, connection = self._standby
-            process.kill()
-            process.wait()
-            connection.close()
-        self._first_start_over.set()
+        try:
+            while not self._stopping.is_set():
+                started = time.monotonic()
+                self._run_engine()
+                if self._stopping.is_set():
+                    break
+                if not self._came_up:
+                    break  # a first start that fails is for the operator, not for a retry
+                if time.monotonic() - started > LONGEST_BACKOFF:
+                    backoff = FIRST_BACKOFF
+                log.error("engine lost: %s; starting it again in %.1f s", self._cause, backoff)
+                self._stopping.wait(backoff)
+                backoff = min(2 * backoff, LONGEST_BACKOFF)
+                self.restarts += 1
+        finally:
+            self._drop_standby()
+            self._first_start_over.set()
 
     def _run_engine(self) -> None:
         """Run one engine process until it ends, by itself or by us, and keep why it ended."""
-        if self._standby and self._standby[0].poll() is not None:
-            self._standby[1].close()
-            self._standby = None
-        self._process, connection = self._standby or self._start_process()
-        self._standby = None
+        cause, connection = "", None
         try:
+            self._process, connection = self._take_standby() or self._start_process()
             connection.send_bytes(encode(Begin()))
             cause = self._read_messages(connection)
         except (EOFError, OSError):
-            cause = ""
+            pass  # how the process ended says more
+        except EngineStartError as error:
+            cause = str(error)
+        except Exception as error:
+            # Whatever it was, the next engine is started, and health says what happened.
+            log.exception("the engine is given up")
+            cause = f"{type(error).__name__}: {error}"
         # First of all: a send to a stuck engine blocks, with the lock held, for as long as the engine is there.
         ended = self._end_process()
         with self._send_lock:
             self._connection = None
             self._cause = cause or ended
-        connection.close()
+        self._quiet = 0.0
+        if connection:
+            connection.close()
         if self._came_up and not self._stopping.is_set():
-            self._events.lost(self._cause)
+            self._report(self._events.lost, self._cause)
+
+    def _report(self, event: Callable[[_T], None], what: _T) -> None:
+        """An error of the listener must not end the engine, or its supervision."""
+        try:
+            event(what)
+        except Exception:
+            log.exception("what the engine said could not be handed on")
+
+    def _take_standby(self) -> tuple[subprocess.Popen[bytes], Connection] | None:
+        standby, self._standby = self._standby, None
+        if standby and standby[0].poll() is not None:
+            standby[1].close()
+            return None
+        return standby
+
+    def _keep_standby(self) -> None:
+        """Have another process stand by. It is a convenience: one that can't be started is tried again later."""
+        now = time.monotonic()
+        if now < max(self._next_standby, self._up_at + STANDBY_DELAY):
+            return
+        if self._standby and self._standby[0].poll() is None:
+            return
+        self._next_standby = now + STANDBY_RETRY
+        self._drop_standby()
+        try:
+            self._standby = self._start_process()
+        except EngineStartError as error:
+            log.warning("no engine can stand by: %s; trying again in %g s", error, STANDBY_RETRY)
+
+    def _drop_standby(self) -> None:
+        standby, self._standby = self._standby, None
+        if standby:
+            _kill(standby[0])
+            standby[1].close()
 
     def _start_process(self) -> tuple[subprocess.Popen[bytes], Connection]:
-        """An engine process that gets ready to begin."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = [_python(), "-m", "tidewright.engine", str(theirs.fileno())]
-            process = subprocess.Popen(
-                command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**_MALLOC, **os.environ}
-            )
-        connection = Connection(ours.detach())
+        """An engine process that gets ready to begin; raises EngineStartError."""
+        python = _python()
+        try:
+            ours, theirs = socket.socketpair()
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(theirs)
+                stack.callback(ours.close)
+                command = [python, "-m", "tidewright.engine", str(theirs.fileno())]
+                process = subprocess.Popen(
+                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**_MALLOC, **os.environ}
+                )
+                connection = Connection(ours.detach())
+        except OSError as error:
+            raise EngineStartError(f"the engine's process could not be started: {error}") from None
         with contextlib.suppress(OSError):  # it died already; reading will show it
             connection.send_bytes(encode(Configure(self._config)))
         return process, connection
@@ -211,47 +284,71 @@ class EngineClient:
         """Hand on what the engine says until a deadline passes or (EOFError) it is gone; return the cause."""
         deadline = time.monotonic() + self._start_timeout
         while True:
-            is_up = self._connection is not None and time.monotonic() > self._up_at + STANDBY_DELAY
-            if is_up and self._config.standby and not self._standby:
-                self._standby = self._start_process()
+            if self._connection and self._config.standby:
+                self._keep_standby()
+            if self._stopping.is_set() and self._connection is None:
+                return "stopped while starting"
             if not connection.poll(POLL_INTERVAL):
-                if time.monotonic() > deadline:
+                now = time.monotonic()
+                if self._work and self._work.went_on():
+                    self._worked_at = now
+                self._quiet = now - max(self._heard_at, self._worked_at) if self._connection else 0.0
+                if now > self._stop_by:
+                    return f"did not end within {STOP_TIMEOUT:g} s"
+                if now > deadline:
                     return (
                         f"no heartbeat for {self._heartbeat_timeout:g} s"
                         if self._connection
                         else f"the model was not loaded within {self._start_timeout:g} s (start_timeout)"
                     )
-                if self._stopping.is_set() and self._connection is None:
-                    return "stopped while starting"
                 continue
             message = decode_to_bridge(connection.recv_bytes())
-            self._heard_at = time.monotonic()
+            self._heard_at, self._quiet = time.monotonic(), 0.0
             deadline = self._heard_at + self._heartbeat_timeout
             if isinstance(message, StepOutputs):
-                self._events.outputs(message.outputs)
+                self._report(self._events.outputs, message.outputs)
             elif isinstance(message, Heartbeat):
-                self._events.stats(message.stats)
+                self._report(self._events.stats, message.stats)
             elif isinstance(message, Failed):
                 return message.message
             else:
                 self._work = Work(message.pid)
                 self._connection = connection
                 self._up_at = time.monotonic()
-                self._events.up(message)
+                self._report(self._events.up, message)
                 self._came_up = True
                 self._first_start_over.set()
                 log.info("engine %d ready: %d KV blocks on %s", message.pid, message.num_blocks, message.device)
 
     def _end_process(self) -> str:
         """Make sure that the process is gone; return how it ended."""
-        assert self._process is not None
-        try:
-            # It may be about to exit by itself (crash, shutdown); its own exit code says more than our kill.
-            code = self._process.wait(STOP_TIMEOUT if self._stopping.is_set() else 0.5)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            code = self._process.wait()
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}, see its log above"
+        process, self._process = self._process, None
+        if process is None:
+            return "it could not be started"
+        # It may be about to exit by itself (crash, shutdown); its own exit code says more than our kill.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(self._stop_by - time.monotonic(), 0.0) if self._stopping.is_set() else 0.5)
+        code = process.returncode if process.returncode is not None else _kill(process)
+        if code is None:
+            return "it does not end"
+        return f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}, see its log above"
+
+
+def _kill(process: subprocess.Popen[bytes]) -> int | None:
+    """Its exit code. One that the kernel does not let go, as in a call of a broken driver, is left to itself: None."""
+    process.kill()
+    try:
+        return process.wait(KILL_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        log.error("engine process %d has not ended %g s after SIGKILL; it is left to itself", process.pid, KILL_TIMEOUT)
+        return None
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
 
 
 def _python() -> str:

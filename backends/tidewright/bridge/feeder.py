@@ -19,7 +19,7 @@ import msgspec
 
 from tidewright.bridge.call import Part
 from tidewright.engine.messages import Abort, Submit, ToEngine
-from tidewright.errors import EngineUnavailableError
+from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ TRIES = 2  # engines that may die over a sequence before it is a suspect
 class Feeder:
     """Every method only leaves a note for the thread: none of them blocks, not even on an engine that is stuck."""
 
-    def __init__(self, send: Callable[[ToEngine], None], give_up: Callable[[Part], None]) -> None:
+    def __init__(self, send: Callable[[ToEngine], None], give_up: Callable[[Part, RequestError], None]) -> None:
         self._send = send
         self._give_up = give_up
         self._notes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -44,9 +44,13 @@ class Feeder:
     def start(self) -> None:
         self._thread.start()
 
-    def stop(self) -> None:
+    def stop(self, timeout: float) -> None:
         self._notes.put(None)
-        self._thread.join()
+        self._thread.join(timeout)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
 
     def submit(self, part: Part) -> None:
         self._notes.put(lambda: self._take(part))
@@ -83,7 +87,14 @@ class Feeder:
         self.replayed += part.deaths > 0
         part.progressed = False
         self._given.add(part.request_id)
-        self._send(_submission(part))
+        try:
+            self._send(_submission(part))
+        except EngineUnavailableError:
+            raise
+        except Exception as error:
+            # Of this one alone: those behind it, and the note that it is part of, must go on.
+            log.exception("a request could not be handed to the engine")
+            self._give_up(part, _refusal(error))
 
     def _drop(self, part: Part) -> None:
         if self._parts.pop(part.request_id, None) is None:
@@ -116,7 +127,7 @@ class Feeder:
     def _lose(self) -> None:
         self._engine_up = False
         if self._trial and not self._trial.progressed:
-            self._give_up(self._trial)
+            self._give_up(self._trial, EngineUnavailableError("the engine died again and again over this request"))
             del self._parts[self._trial.request_id]
         for request_id in self._given & self._parts.keys():
             part = self._parts[request_id]
@@ -127,6 +138,13 @@ class Feeder:
                 part.deaths += 1
         self._given.clear()
         self._trial = None
+
+
+def _refusal(error: Exception) -> RequestError:
+    """MemoryError and the like say nothing of the request; what can't be encoded is its own fault."""
+    if isinstance(error, (ValueError, TypeError, OverflowError, RecursionError)):
+        return InvalidRequestError(f"the request can't be handed to the engine: {error}")
+    return RequestError(f"the request could not be handed to the engine: {error or type(error).__name__}")
 
 
 def _submission(part: Part) -> Submit:

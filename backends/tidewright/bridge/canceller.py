@@ -1,0 +1,58 @@
+"""Asks Triton whose client hung up, and ends those requests."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Collection
+
+from tidewright.bridge.call import Call
+from tidewright.schema import ATTEMPT
+
+log = logging.getLogger(__name__)
+
+POLL_INTERVAL = 0.01  # seconds
+POLL_SHARE = 0.05  # of one core, at most: asking Triton is a round trip to its process
+
+
+class Canceller:
+    """`changed` guards `calls`, and is notified of a new one. `cancel` is told of each call whose client hung up."""
+
+    def __init__(self, changed: threading.Condition, calls: Collection[Call], cancel: Callable[[Call], None]) -> None:
+        self._changed, self._calls, self._cancel = changed, calls, cancel
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="canceller", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout: float) -> None:
+        self._stopping.set()
+        with self._changed:
+            self._changed.notify_all()
+        self._thread.join(timeout)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def _loop(self) -> None:
+        while not self._stopping.is_set():
+            with self._changed:
+                self._changed.wait_for(lambda: self._calls or self._stopping.is_set())
+                # Triton never says of a call from model to model that it was cancelled: failsafe does, by its id.
+                calls = [call for call in self._calls if call.askable and ATTEMPT not in call.client_id]
+            began = time.monotonic()
+            for call in calls:
+                self._ask(call)
+            took = time.monotonic() - began
+            self._stopping.wait(max(POLL_INTERVAL, took / POLL_SHARE))
+
+    def _ask(self, call: Call) -> None:
+        try:
+            if call.error is None and call.responder.is_cancelled():
+                self._cancel(call)
+        except Exception:
+            log.exception("Triton could not be asked whether a client hung up; it is not asked again about this one")
+            call.askable = False
