@@ -210,7 +210,7 @@ def _named(entries: list[TokenLogprob], tokenizer: Tokenizer) -> dict[str, dict[
         str(entry.token_id): {
             "logprob": entry.logprob,
             "rank": entry.rank,
-            "decoded_token": tokenizer.decode([entry.token_id], skip_special_tokens=False),
+            "decoded_token": tokenizer.token_text(entry.token_id),
         }
         for entry in entries
     }

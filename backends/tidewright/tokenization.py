@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ import tokenizers
 # What chat templates may name. One that the model lacks is left out: it must print as nothing, not as "None".
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
+_KNOWN_TEXTS = 65_536  # tokens whose text is remembered, at most
 LONG_TEXT = 16_384  # characters; tokenizing more takes so long that others should not wait for it
 
 
@@ -45,6 +47,11 @@ class Tokenizer:
         self._special_tokens = {
             name: text for name in _SPECIAL_TOKENS if (text := _token_text(self._config.get(name))) is not None
         }
+        self._special_ids = {id_ for id_, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        self._letter = self._encode("a", add_special_tokens=False)
+        self.token_text = functools.lru_cache(_KNOWN_TEXTS)(self._text_of)
+        self.bytes: dict[int, int] = self._byte_tokens()
+        """Which byte each byte token stands for; empty unless the vocabulary falls back to bytes, as Llama 2's does."""
         self.max_model_len: int = _read_json(model_dir / "config.json").get("max_position_embeddings", 0)
         """The longest sequence that the model was made for; 0 if it does not say."""
 
@@ -65,6 +72,24 @@ class Tokenizer:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
         text: str = self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def is_text(self, token_id: int) -> bool:
+        """Whether a decoded text has something of this token: it is in the vocabulary, and not special."""
+        return token_id not in self._special_ids and self.backend.id_to_token(token_id) is not None
+
+    def _text_of(self, token_id: int) -> str:
+        """The text of a token within a text, also of a special one.
+
+        At the start of a text many tokenizers drop the token's leading space.
+        """
+        before = self.decode(self._letter)
+        return self.decode([*self._letter, token_id], skip_special_tokens=False)[len(before) :]
+
+    def _byte_tokens(self) -> dict[int, int]:
+        ids = [self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
+        found = {token_id: byte for byte, token_id in enumerate(ids) if token_id is not None}
+        # Not every tokenizer with tokens of these names reads them as bytes.
+        return found if [self.decode([id_]) for id_, byte in found.items() if byte == ord("A")] == ["A"] else {}
 
     def encode_chat(self, messages_json: str) -> list[int]:
         """Token ids of chat messages, given as JSON: `[{"role": "user", "content": "Hi"}]`.

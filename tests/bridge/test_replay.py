@@ -130,7 +130,7 @@ def test_wherever_it_is_cut_the_text_is_the_undisturbed_one(world: World, text: 
     whole = text[: min(found, default=len(text))]
     cuts = 0
     for cut in range(1, len(words)):
-        undisturbed = TextStream(world.tokenizer, tuple(stop))
+        undisturbed = TextStream(world.tokenizer, [], tuple(stop))
         before = "".join(undisturbed.push(token) for token in words[:cut])
         if undisturbed.stopped:
             break

@@ -23,7 +23,7 @@ LETTERS = st.sampled_from("ab👍\n ")
 
 
 def run(tokenizer: Tokenizer, token_ids: list[int], stop: tuple[str, ...] = (), min_tokens: int = 0) -> list[str]:
-    stream = TextStream(tokenizer, stop, min_tokens)
+    stream = TextStream(tokenizer, [], stop, min_tokens)
     pieces = []
     for token_id in token_ids:
         pieces.append(stream.push(token_id))

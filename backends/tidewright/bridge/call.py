@@ -77,7 +77,7 @@ class Part:
         self.timeout_message = ""
         self.engine_is_done = False
         sampling = call.request.sampling
-        self._text = TextStream(tokenizer, sampling.stop_strings, sampling.min_tokens)
+        self._text = TextStream(tokenizer, call.request.prompt_token_ids, sampling.stop_strings, sampling.min_tokens)
         for token_id in call.request.resume_ids:
             self._text.push(token_id)  # the caller has that text
 

@@ -1,62 +1,64 @@
-"""Token ids to text, one token at a time: whole characters only, and nothing of a stop string.
+"""The text of a sequence that its caller gets: nothing of a stop string, and nothing that may still become one.
 
 Tokens go through one by one, so the text does not depend on how they were grouped on their way here.
 """
 
 from __future__ import annotations
 
-from tokenizers.decoders import DecodeStream
+from collections.abc import Sequence
 
+from tidewright.bridge.detokenizer import Detokenizer
 from tidewright.tokenization import Tokenizer
 
 
 class TextStream:
-    """The text of one sequence.
+    """The text of one sequence behind its prompt.
 
     Text that may be the beginning of a stop string is held back until it is known not to be one.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...] = (), min_tokens: int = 0) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_token_ids: Sequence[int], stop: tuple[str, ...] = (), min_tokens: int = 0
+    ) -> None:
+        self._detokenizer = Detokenizer.behind(prompt_token_ids, tokenizer)
         self._stop = stop
         self._min_tokens = min_tokens
-        self._token_ids: list[int] = []
-        self._decoded = 0  # characters that the decoder gave so far
+        self._num_tokens = 0
         self._held = ""
+        self._ignored = 0  # characters at the start of what is not returned yet, in which no stop string counts
         self.stopped = False
         """A stop string was found: no more text comes, and the sequence is over."""
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now certain."""
-        self._token_ids.append(token_id)
-        text = self._decoder.step(self._tokenizer.backend, token_id) or ""
-        self._decoded += len(text)
-        return self._release(text)
+        self._num_tokens += 1
+        return self._release(self._detokenizer.push(token_id), self._detokenizer.tentative)
 
     def finish(self) -> str:
-        """The rest of the text, when no further token comes.
-
-        That is what the decoder still kept, waiting for the last bytes of a character (they are now U+FFFD, as in
-        a decoding of the whole), and what could have begun a stop string.
-        """
-        whole = self._tokenizer.decode(self._token_ids, skip_special_tokens=True)
-        text = self._release(whole[self._decoded :])
+        """The rest of the text, when no further token comes: what could have begun a stop string, or a character."""
+        text = self._release(self._detokenizer.finish(), "")
         held, self._held = self._held, ""
         return text + held
 
-    def _release(self, text: str) -> str:
-        if not self._stop or not text or len(self._token_ids) < self._min_tokens:
+    def _release(self, text: str, tentative: str) -> str:
+        """`tentative`: text that may follow, or become another; it can stop the sequence as any."""
+        if not self._stop or self.stopped:
+            return "" if self.stopped else text
+        if self._num_tokens < self._min_tokens:
+            self._ignored = len(tentative)
             return text
         text = self._held + text
-        found = [at for at in map(text.find, self._stop) if at >= 0]
+        following = text + tentative
+        found = [at for stop in self._stop if (at := following.find(stop, self._ignored)) >= 0]
         if found:
             self.stopped = True
             self._held = ""
-            return text[: min(found)]
-        keep = max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+            return following[: min(found)]
+        searched = following[self._ignored :]
+        free = len(following) - max(_overlap(searched, stop) for stop in self._stop)
+        released, self._held = text[:free], text[free:]
+        self._ignored = max(self._ignored - len(released), 0)
+        return released
 
 
 def _overlap(text: str, stop: str) -> int:
