@@ -48,6 +48,9 @@ TOKENIZER_OUTPUTS = (TensorSpec("input_ids", "TYPE_INT32", (-1,)),)
 CONTROL = TensorSpec("control", "TYPE_STRING", (1,), optional=True)
 ControlWord = Literal["health", "drain", "status"]
 DRAINING = "draining: no new requests are taken"  # the answer to "health" while that is so
+# The answer to "health" begins so while a response has waited too long for Triton to take it. Only a reload of the
+# model, with its process killed, ends that wait.
+STUCK = "stuck: Triton does not take a response"
 CONTROL_WORDS: tuple[str, ...] = get_args(ControlWord)
 # Before a request id: ends the requests of that id, also where Triton carries no cancel, as through an ensemble.
 CANCEL = "cancel:"
