@@ -27,14 +27,25 @@ class ChildProcess:
     def exit_code(self) -> int | None:
         return self._process.poll() if self._process else None
 
-    def _launch(self, command: Sequence[str], environment: Mapping[str, str], *, piped: bool = False) -> None:
-        """`piped`: its output and errors come through `_process.stdout`, else they go where ours go."""
+    def _launch(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        piped: bool = False,
+        inherited: Sequence[int] = (),
+    ) -> None:
+        """`piped`: its output and errors come through `_process.stdout`, else they go where ours go.
+
+        `inherited`: file descriptors that it keeps open.
+        """
         self._process = subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE if piped else None,
             stderr=subprocess.STDOUT if piped else None,
+            pass_fds=inherited,
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle, and the session finds orphans
             preexec_fn=_terminate_with_parent,
         )

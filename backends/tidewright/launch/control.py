@@ -1,13 +1,29 @@
-"""Asks a running server about itself: the decoders' `control` input, and whether its stubs live. HTTP only."""
+"""Asks a running server about itself: the decoders' `control` input, and whether its stubs live. HTTP only.
+
+Imports little: `tidewright health` is run as a probe, every few seconds.
+"""
 
 from __future__ import annotations
 
-from typing import Any
-
-import httpx
+import http.client
+import json
+import select
+import time
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from tidewright.launch.errors import LaunchError
-from tidewright.schema import ControlWord
+
+if TYPE_CHECKING:
+    from tidewright.schema import ControlWord
+
+CONNECT_TIMEOUT = 5.0  # seconds
+MAX_ANSWER = 2**20  # bytes
+
+T = TypeVar("T")
+Waiting = Generator[None, None, T]
+"""A wait that blocks nobody: yields as long as there is nothing to do, and returns what it waited for."""
 
 
 class UnreachableError(LaunchError):
@@ -15,7 +31,7 @@ class UnreachableError(LaunchError):
 
 
 class NoAnswerError(LaunchError):
-    """The connection stands, but nothing came in time."""
+    """Somebody listens there, but nothing came in time."""
 
 
 class DeadStubError(LaunchError):
@@ -26,30 +42,83 @@ class TroubleError(LaunchError):
     """The server answered, and the answer is no."""
 
 
+class Question:
+    """One request, sent when this is made, whose answer is taken later."""
+
+    def __init__(self, url: str, body: dict[str, Any] | None = None, timeout: float = CONNECT_TIMEOUT) -> None:
+        """A GET if there is no body. Raises UnreachableError, or NoAnswerError: no connection within `timeout`."""
+        self._url = url
+        self._connection: http.client.HTTPConnection | None = None
+        # The connection must not stay: Triton waits for idle ones when it ends.
+        headers = {"Connection": "close", "Content-Type": "application/json"}
+        try:
+            parts = urlsplit(url)
+            makers = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
+            if parts.scheme not in makers or not parts.hostname:
+                raise ValueError("an address is http://HOST:PORT")
+            self._connection = makers[parts.scheme](parts.hostname, parts.port, timeout=timeout)
+            text = None if body is None else json.dumps(body).encode()
+            self._connection.request("GET" if text is None else "POST", parts.path or "/", text, headers)
+        except TimeoutError:
+            self.close()
+            raise NoAnswerError(f"{url} took no connection within {timeout:g} s") from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            self.close()
+            raise UnreachableError(f"can't reach {url}: {error}") from None
+
+    @property
+    def answered(self) -> bool:
+        """The answer, or the end of the connection, is there."""
+        assert self._connection is not None
+        poll = select.poll()
+        poll.register(self._connection.sock, select.POLLIN)
+        return bool(poll.poll(0))
+
+    def answer(self, timeout: float) -> bytes:
+        """Waits for it, and closes. Raises one of the errors above; `timeout` is in seconds."""
+        assert self._connection is not None
+        try:
+            self._connection.sock.settimeout(timeout)
+            response = self._connection.getresponse()
+            content = response.read(MAX_ANSWER)
+        except TimeoutError:
+            raise NoAnswerError(f"{self._url} did not answer within {timeout:g} s") from None
+        except (OSError, http.client.HTTPException) as error:
+            raise UnreachableError(f"can't reach {self._url}: {error or type(error).__name__}") from None
+        finally:
+            self.close()
+        if response.status == 200:
+            return content
+        try:
+            message = str(json.loads(content)["error"])
+        except (ValueError, KeyError, TypeError):
+            message = f"{self._url} answered with status {response.status}; is it a Tidewright server?"
+        raise DeadStubError(message) if "Stub process" in message else TroubleError(message)
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+
+
+def ask(url: str, body: dict[str, Any] | None, patience: float) -> Waiting[bytes]:
+    """As `post`, without blocking: `patience` is how long the answer may take, in seconds."""
+    began = time.monotonic()
+    question = Question(url, body)
+    try:
+        while not question.answered:
+            if time.monotonic() - began > patience:
+                raise NoAnswerError(f"{url} did not answer within {patience:g} s")
+            yield
+        return question.answer(CONNECT_TIMEOUT)  # the rest of it
+    finally:
+        question.close()
+
+
+def post(url: str, body: dict[str, Any], timeout: float) -> bytes:
+    """The answer; raises one of the errors above."""
+    return Question(url, body, timeout).answer(timeout)
+
+
 def control(url: str, word: ControlWord, timeout: float, model: str = "decoder") -> None:
     """Returns if the answer is yes; raises one of the errors above. `timeout` is in seconds."""
     post(f"{url}/v2/models/{model}/generate", {"control": word}, timeout)
-
-
-def probe_tokenizer(url: str, timeout: float) -> None:
-    """Raises as `control`."""
-    inputs = [{"name": "text_input", "shape": [1, 1], "datatype": "BYTES", "data": ["a"]}]
-    post(f"{url}/v2/models/tokenizer/infer", {"inputs": inputs}, timeout)
-
-
-def post(url: str, body: dict[str, Any], timeout: float) -> None:
-    try:
-        # The connection must not stay: Triton waits for idle ones when it ends.
-        headers = {"Connection": "close"}
-        response = httpx.post(url, json=body, timeout=timeout, headers=headers, trust_env=False)
-    except httpx.ReadTimeout:
-        raise NoAnswerError(f"{url} did not answer within {timeout:g} s") from None
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise UnreachableError(f"can't reach {url}: {error}") from None
-    if response.status_code == 200:
-        return
-    try:
-        message = str(response.json()["error"])
-    except (ValueError, KeyError, TypeError):
-        message = f"{url} answered with status {response.status_code}; is it a Tidewright server?"
-    raise DeadStubError(message) if "Stub process" in message else TroubleError(message)

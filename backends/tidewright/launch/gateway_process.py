@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
@@ -10,12 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-import httpx
-
 from tidewright.config import Settings
 from tidewright.launch.child_process import ChildProcess
+from tidewright.launch.control import Question
 from tidewright.launch.errors import LaunchError
-from tidewright.launch.server import check_port, reachable
+from tidewright.launch.server import END_TIMEOUT, check_port, reachable
 
 HOST = "127.0.0.1"
 START_TIMEOUT = 30.0  # seconds
@@ -54,11 +54,9 @@ class GatewayProcess(ChildProcess):
         while time.monotonic() < deadline:
             if not self.running:
                 raise LaunchError(f"the gateway ended with code {self.exit_code}; see its log above")
-            try:
-                if httpx.get(f"{self.url}/health/ready", timeout=5, trust_env=False).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
+            with contextlib.suppress(LaunchError):
+                Question(f"{self.url}/health/ready").answer(timeout=5)
+                return
             time.sleep(0.05)
         raise LaunchError(f"the gateway was not ready within {START_TIMEOUT:g} s")
 
@@ -76,4 +74,5 @@ class GatewayProcess(ChildProcess):
             self._process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             self._process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_TIMEOUT)

@@ -92,7 +92,7 @@ def _run(settings: Settings, console: Console) -> int:
         _print_welcome(console, server, gateway, time.monotonic() - started)
         if Watchdog(server, gateway, lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)).run():
             raise _Stopped
-        console.print(f"[red]tritonserver ended by itself with code {server.exit_code} again[/]; see its log above")
+        console.print("[red]tritonserver does not stay well[/]; see its log above")
         return server.exit_code or 1
     except LaunchError as error:
         console.print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)

@@ -4,36 +4,46 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import json
 import math
 import os
 import re
-import shutil
 import signal
 import socket
+import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
-import httpx
 import psutil
 
 from tidewright.bridge.start_error import ERROR_FILE_VARIABLE
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
 from tidewright.launch.child_process import ChildProcess
-from tidewright.launch.control import control
+from tidewright.launch.control import Question, UnreachableError, control, post
 from tidewright.launch.errors import LaunchError
+from tidewright.launch.leftovers import Leftovers, remove_those_of_the_dead
 from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
 
 IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figure lags by up to 0.25 s
 ANSWER_TIME = 0.5  # seconds after the grace time in which the bridge ends what is left
 KILL_AFTER = 2.0  # seconds from the end of the grace time, or from idle, to SIGKILL
+END_TIMEOUT = 10.0  # seconds from SIGKILL until the kernel has ended a process, at most
 _TAIL_LINES = 20
 
 
 class ServerStartError(LaunchError):
     """tritonserver did not come up; the message says why and what to change."""
+
+
+class Stub(NamedTuple):
+    """The Python process of a model."""
+
+    process: psutil.Process
+    region: str
+    """Its shared memory, in /dev/shm."""
 
 
 class TritonServer(ChildProcess):
@@ -50,12 +60,15 @@ class TritonServer(ChildProcess):
         """It has generated a token."""
         self.asked_to_end = False
         self._pump: threading.Thread | None = None
-        self._run_dir: Path | None = None
-        self._shm_prefix = f"tidewright_{os.getpid()}_{os.urandom(3).hex()}_"
+        self._leftovers: Leftovers | None = None
 
     @property
     def http_url(self) -> str:
         return f"http://{reachable(self.settings.host)}:{self.settings.http_port}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{reachable(self.settings.host)}:{self.settings.metrics_port}/metrics"
 
     @property
     def models(self) -> set[str]:
@@ -84,9 +97,10 @@ class TritonServer(ChildProcess):
         for option in ("http_port", "grpc_port", "metrics_port"):
             check_port(self.settings.host, getattr(self.settings, option), option)
         install = find_triton()
-        self._run_dir = Path(tempfile.mkdtemp(prefix="tidewright-"))
-        backends = assemble_backend_dir(install, self._run_dir / "backends")
-        self._launch(self._command(install.binary, backends), self._environment(), piped=True)
+        remove_those_of_the_dead()
+        self._leftovers = leftovers = Leftovers()
+        command = self._command(install.binary, assemble_backend_dir(install, leftovers.folder / "backends"))
+        self._launch(command, self._environment(), piped=True, inherited=[leftovers.lock.fileno()])
         self._pump = threading.Thread(target=self._pump_log, name="triton-log", daemon=True)
         self._pump.start()
 
@@ -96,26 +110,17 @@ class TritonServer(ChildProcess):
         Raises:
             ServerStartError: Triton ended, or the model can't be loaded, or start_timeout passed.
         """
+        url = f"{self.http_url}/v2/models/generate/generate"
         body = {"text_input": "Hello", "max_tokens": 1, "temperature": 0.0}
         deadline = time.monotonic() + self.settings.start_timeout + 10
-        with httpx.Client(trust_env=False) as client:
-            while time.monotonic() < deadline:
-                if not self.running:
-                    raise ServerStartError(self._why_it_ended())
-                try:
-                    # The connection must not stay: Triton waits for idle ones when it ends.
-                    answer = client.post(
-                        f"{self.http_url}/v2/models/generate/generate",
-                        json=body,
-                        headers={"Connection": "close"},
-                        timeout=self.settings.start_timeout,
-                    )
-                    if answer.status_code == 200 and answer.json().get("served_by") == "decoder":
-                        self.ready = True
-                        return
-                except httpx.TransportError:
-                    pass
-                time.sleep(0.05)
+        while time.monotonic() < deadline:
+            if not self.running:
+                raise ServerStartError(self._why_it_ended())
+            with contextlib.suppress(LaunchError):
+                if json.loads(post(url, body, self.settings.start_timeout)).get("served_by") == "decoder":
+                    self.ready = True
+                    return
+            time.sleep(0.05)
         raise ServerStartError(f"no token was generated within {self.settings.start_timeout:g} s (start_timeout)")
 
     def drain(self) -> None:
@@ -154,24 +159,31 @@ class TritonServer(ChildProcess):
             for process in self._session_processes():
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            self._process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_TIMEOUT)
             psutil.wait_procs(self._session_processes(), timeout=2)
-            assert self._pump is not None
-            self._pump.join(timeout=1)
-        for region in Path("/dev/shm").glob(f"{self._shm_prefix}*"):
-            region.unlink(missing_ok=True)
-        if self._run_dir is not None:
-            shutil.rmtree(self._run_dir, ignore_errors=True)
+            if self._pump is not None:
+                self._pump.join(timeout=1)
+        if self._leftovers is not None:
+            self._leftovers.remove()
+            self._leftovers = None
 
-    def kill_stub(self, model: str) -> None:
-        """End the Python process of a model, if it is there."""
+    def stub(self, model: str) -> Stub | None:
+        """The Python process of a model, if it lives."""
         for process in self._session_processes():
             with contextlib.suppress(psutil.NoSuchProcess):
                 command = process.cmdline()
                 if command and command[0].endswith("triton_python_backend_stub") and f"/{model}/" in command[1]:
-                    process.kill()
+                    return Stub(process, command[2])
+        return None
+
+    def remove_region(self, name: str) -> None:
+        """The shared memory of a stub that is gone, once its model is loaded again: Triton leaves it."""
+        if self._leftovers is not None:
+            self._leftovers.remove_region(name)
 
     def _command(self, binary: Path, backends: Path) -> list[str]:
+        assert self._leftovers is not None
         settings, repositories = self.settings, _repositories()
         shown = ["info", "warning", "error"].index(settings.log_level)
         return [
@@ -190,7 +202,7 @@ class TritonServer(ChildProcess):
             f"--metrics-port={settings.metrics_port}",
             "--metrics-interval-ms=500",
             f"--exit-timeout-secs={math.ceil(settings.shutdown_grace + ANSWER_TIME + 1)}",
-            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--backend-config=python,shm-region-prefix-name={self._leftovers.region_prefix}",
             f"--log-info={int(shown == 0)}",
             f"--log-warning={int(shown <= 1)}",
         ]
@@ -199,7 +211,7 @@ class TritonServer(ChildProcess):
         """The stubs must find this Python environment, libpython and the settings."""
         environment = {**os.environ, **self.settings.as_environment()}
         environment.pop(CONFIG_FILE_VARIABLE, None)  # its values are in the settings already
-        environment[ERROR_FILE_VARIABLE] = str(self._run_dir and self._run_dir / "start_error")
+        environment[ERROR_FILE_VARIABLE] = str(self._start_error)
         environment["PATH"] = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{environment.get('PATH', os.defpath)}"
         if sys.prefix != sys.base_prefix:
             environment["VIRTUAL_ENV"] = sys.prefix
@@ -215,26 +227,31 @@ class TritonServer(ChildProcess):
             text = line.decode(errors="replace")
             self.log_tail.append(text)
             if self.ready or self.settings.log_level == "info":
-                sys.stderr.write(text)
-                sys.stderr.flush()
+                # Whoever reads our log may be gone; if nobody emptied its pipe, Triton would wait for ever.
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stderr.write(text)
+                    sys.stderr.flush()
+
+    @property
+    def _start_error(self) -> Path:
+        """A file in which a stub says why it can't start."""
+        assert self._leftovers is not None
+        return self._leftovers.folder / "start_error"
 
     def _why_it_ended(self) -> str:
-        assert self._run_dir is not None
-        cause = self._run_dir / "start_error"
-        if cause.is_file():
-            return cause.read_text(encoding="utf-8").strip()
+        if self._start_error.is_file():
+            return self._start_error.read_text(encoding="utf-8").strip()
         assert self._pump is not None
         self._pump.join(timeout=1)
         return f"tritonserver ended with code {self.exit_code}; its last lines:\n{''.join(self.log_tail)}"
 
     def _busy(self) -> bool:
         """Requests are in flight, as the bridge counts them."""
-        url = f"http://{reachable(self.settings.host)}:{self.settings.metrics_port}/metrics"
         try:
-            text = httpx.get(url, timeout=1, trust_env=False, headers={"Connection": "close"}).text
-        except httpx.ConnectError:
+            text = Question(self.metrics_url, timeout=1).answer(timeout=1).decode()
+        except UnreachableError:
             return False
-        except httpx.TransportError:
+        except LaunchError:
             return True  # too loaded to say
         match = re.search(r"^tidewright_requests_active(?:\{\})? (\S+)", text, re.MULTILINE)
         return match is not None and float(match[1]) > 0

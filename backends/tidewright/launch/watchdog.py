@@ -2,117 +2,110 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import time
 from collections import deque
 from collections.abc import Callable
 
-from tidewright.launch.control import (
-    DeadStubError,
-    NoAnswerError,
-    TroubleError,
-    UnreachableError,
-    control,
-    post,
-    probe_tokenizer,
-)
+from tidewright.launch.control import NoAnswerError, Waiting, ask
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.gateway_process import GatewayProcess
-from tidewright.launch.server import TritonServer
-from tidewright.schema import DRAINING
+from tidewright.launch.model_watch import DrainingError, HopelessError, ModelWatch, pause
+from tidewright.launch.server import ANSWER_TIME, TritonServer
 
-PROBE_INTERVAL = 1.0  # seconds
-PROBE_TIMEOUT = 5.0  # seconds
-PATIENCE = 3  # probes in a row without an answer; then the stub is taken for stuck
-RELOAD_INTERVAL = 5.0  # seconds between attempts to load a model that would not load
+ROUND = 0.2  # seconds between two looks
+LIVE_INTERVAL = 2.0  # seconds between two questions to Triton itself
+LIVE_PATIENCE = 3.0  # seconds for an answer
+HANG_AFTER = 20.0  # seconds in which Triton answered none of several
 MAX_RESTARTS = 3  # of Triton, within RESTART_WINDOW; whoever started us may know better than to try once more
 RESTART_WINDOW = 600.0  # seconds
+CALLED_BY_FAILSAFE = ("decoder", "fallback")
 
 
 class Watchdog:
     def __init__(self, server: TritonServer, gateway: GatewayProcess | None, say: Callable[[str], None]) -> None:
-        self._server, self._gateway, self._say = server, gateway, say
-        self._silent = dict.fromkeys(("tokenizer", "failsafe", *server.models_with_engine), 0)
-        self._missing: dict[str, float] = {}  # models to be loaded again, and when (time.monotonic())
+        self._server, self._gateway, self._tell = server, gateway, say
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)  # when (time.monotonic())
+        self._begin()
 
     def run(self) -> bool:
         """Until Triton ends and stays so (False), or someone has asked for a drain (True)."""
-        while self._server.running or self._start_again():
-            for model in self._silent:
-                if self._probe(model):
-                    return True
-            if self._gateway and not self._gateway.running:
-                self._say(f"the gateway ended with code {self._gateway.exit_code}; starting it again")
-                self._gateway.start()
-            time.sleep(PROBE_INTERVAL)
-        return False
+        while True:
+            try:
+                if not self._server.running and not self._start_again(f"ended with code {self._server.exit_code}"):
+                    return False
+                self._look()
+            except DrainingError:
+                return True
+            except HopelessError as error:
+                if not self._start_again(f"does not serve: {error}"):
+                    return False
+            except Exception as error:  # of ours, or of a system without memory or files; nobody else would watch
+                self._say(f"the watchdog failed, and goes on: {error!r}")
+            time.sleep(ROUND)
 
-    def _start_again(self) -> bool:
+    def _begin(self) -> None:
+        """With a server that is up."""
+        self._live = self._listen()
+        self._models = {
+            model: ModelWatch(self._server, model, self._say, functools.partial(self._lost, model))
+            for model in ("tokenizer", "failsafe", *sorted(self._server.models_with_engine))
+        }
+
+    def _look(self) -> None:
+        """Raises HopelessError and DrainingError."""
+        next(self._live)
+        for watch in self._models.values():
+            watch.step()
+        loads = any(watch.reloading for watch in self._models.values())
+        for watch in self._models.values():
+            watch.hold() if loads else watch.go_on()
+        if self._gateway and not self._gateway.running:
+            self._say(f"the gateway ended with code {self._gateway.exit_code}; starting it again")
+            self._gateway.start()
+
+    def _listen(self) -> Waiting[None]:
+        """Is there anybody? Raises HopelessError."""
+        patience, answered_at = HANG_AFTER, time.monotonic()
+        while True:
+            try:
+                yield from ask(f"{self._server.http_url}/v2/health/live", None, LIVE_PATIENCE)
+                patience, answered_at = HANG_AFTER, time.monotonic()
+            except NoAnswerError:  # the next comes on a new connection: one of Triton's threads may be loading a model
+                pass
+            except LaunchError:  # it takes no connections while it ends
+                patience = HANG_AFTER + self._server.settings.shutdown_grace + ANSWER_TIME
+            if time.monotonic() - answered_at > patience:
+                raise HopelessError(f"no answer for {patience:g} s")
+            yield from pause(LIVE_INTERVAL)
+
+    def _lost(self, model: str) -> None:
+        for other in CALLED_BY_FAILSAFE if model == "failsafe" else ():
+            if other in self._models:
+                self._models[other].suspect()
+
+    def _start_again(self, why: str) -> bool:
         """Triton aborts by itself when, for one, a stub is killed while it holds a lock of their shared memory."""
         if self._server.asked_to_end:
             return False
-        began = time.monotonic()
-        if len(self._restarts) == MAX_RESTARTS and began - self._restarts[0] < RESTART_WINDOW:
-            return False
-        self._restarts.append(began)
-        self._say(
-            f"tritonserver ended by itself with code {self._server.exit_code}; its requests are lost; starting it again"
-        )
-        try:
-            self._server.start_again()
-        except LaunchError as error:
-            self._say(f"tritonserver could not be started again: {error}")
-            return False
-        self._missing.clear()
-        self._silent = dict.fromkeys(self._silent, 0)
+        self._say(f"tritonserver {why}; its requests are lost")
+        while True:
+            began = time.monotonic()
+            if len(self._restarts) == MAX_RESTARTS and began - self._restarts[0] < RESTART_WINDOW:
+                self._say(f"tritonserver was started {MAX_RESTARTS} times within {RESTART_WINDOW:g} s; giving up")
+                return False
+            self._restarts.append(began)
+            self._say("starting tritonserver again")
+            try:
+                self._server.start_again()
+                break
+            except LaunchError as error:
+                self._say(f"tritonserver could not be started again: {error}")
+        self._begin()
         self._say(f"tritonserver is back after {time.monotonic() - began:.1f} s")
         return True
 
-    def _probe(self, model: str) -> bool:
-        """True if the server drains."""
-        if model in self._missing:
-            self._load(model)
-            return False
-        try:
-            if model == "tokenizer":
-                probe_tokenizer(self._server.http_url, PROBE_TIMEOUT)
-            else:
-                control(self._server.http_url, "health", PROBE_TIMEOUT, model)
-        except DeadStubError:
-            self._reload(model, "died")
-        except NoAnswerError:
-            self._silent[model] += 1
-            if self._silent[model] == PATIENCE:
-                self._reload(model, "does not answer")
-            return False
-        except TroubleError as error:
-            # An engine that is down comes up again by itself.
-            return model == "decoder" and str(error) == DRAINING
-        except UnreachableError:
-            return False  # it is about to end
-        self._silent[model] = 0
-        return False
-
-    def _reload(self, model: str, what: str) -> None:
-        self._say(f"the stub of {model} {what}; requests in it are lost; loading the model again")
-        self._server.kill_stub(model)
-        try:
-            post(f"{self._server.http_url}/v2/repository/models/{model}/unload", {}, PROBE_TIMEOUT)
-        except LaunchError as error:
-            self._say(f"{model} could not be unloaded: {error}")
-        self._missing[model] = 0.0
-        self._load(model)
-
-    def _load(self, model: str) -> None:
-        began = time.monotonic()
-        if began < self._missing[model]:
-            return
-        timeout = self._server.settings.start_timeout + 10
-        try:
-            post(f"{self._server.http_url}/v2/repository/models/{model}/load", {}, timeout)
-        except LaunchError as error:
-            self._say(f"{model} could not be loaded again: {error}; trying again in {RELOAD_INTERVAL:g} s")
-            self._missing[model] = time.monotonic() + RELOAD_INTERVAL
-            return
-        del self._missing[model]
-        self._say(f"{model} is back after {time.monotonic() - began:.1f} s")
+    def _say(self, text: str) -> None:
+        with contextlib.suppress(Exception, SystemExit):  # rich exits if nobody reads its output any more
+            self._tell(text)

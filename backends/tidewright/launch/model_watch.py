@@ -1,0 +1,271 @@
+"""Watches one model of a running Triton, and loads it again when its stub is dead or stuck.
+
+Nothing here blocks: a task is a generator that yields while it waits, and the watchdog steps all tasks in turn.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+import time
+from collections.abc import Callable
+
+import msgspec
+import psutil
+
+from tidewright.launch.control import (
+    DeadStubError,
+    NoAnswerError,
+    TroubleError,
+    UnreachableError,
+    Waiting,
+    ask,
+)
+from tidewright.launch.errors import LaunchError
+from tidewright.launch.server import TritonServer
+from tidewright.schema import DRAINING, STUCK, DecoderStatus
+
+PROBE_INTERVAL = 1.0  # seconds
+PROBE_PATIENCE = 10.0  # seconds without an answer; then a closer look
+LOOK_PATIENCE = 5.0  # seconds of the closer look; without an answer the stub is stuck, unless it computes
+COMPUTES = 0.3  # of a core
+HUNG_AFTER = 60.0  # seconds after which even a stub that computes is stuck
+# A token is asked for when nobody got an answer in the last interval, so after one to two of them. In seconds.
+GENERATION_INTERVALS = {"failsafe": 10.0, "decoder": 10.0, "fallback": 60.0}
+SUSPECT_PATIENCE = 10.0  # seconds for a token, of a model that may be stuck
+HOPELESS_WITHIN = 30.0  # seconds after a reload in which it must not be stuck again
+SILENT = 2.0  # seconds without a sign of life of an engine, which its bridge deals with
+RELOAD_INTERVAL = 5.0  # seconds between attempts to load a model that would not load
+RELOAD_PATIENCE = 60.0  # seconds of such attempts
+
+DIED = "died"
+# Answers that a model gave, in Triton's metrics.
+_ANSWERS = {
+    "failsafe": re.compile(r'^tidewright_failsafe_requests_served_total\{by="\w+"\} (\S+)', re.MULTILINE),
+    "decoder": re.compile(r'^tidewright_requests_finished_total\{reason="(?:stop|length)"\} (\S+)', re.MULTILINE),
+    "fallback": re.compile(
+        r'^tidewright_fallback_requests_finished_total\{reason="(?:stop|length)"\} (\S+)', re.MULTILINE
+    ),
+}
+_ONE_TOKEN = {"max_tokens": 1, "temperature": 0, "ignore_eos": True, "priority": -(2**31)}  # ahead of all that waits
+
+
+class HopelessError(LaunchError):
+    """Loading the model again does not help; a restart of Triton may."""
+
+
+class DrainingError(LaunchError):
+    """Someone asked the server to end."""
+
+
+class ModelWatch:
+    """`step` it several times a second."""
+
+    def __init__(self, server: TritonServer, model: str, say: Callable[[str], None], lost: Callable[[], None]) -> None:
+        """`lost` is called when the model's process is gone, with all that it was at."""
+        self._server, self._model, self._say, self._lost = server, model, say, lost
+        self._url = f"{server.http_url}/v2/models/{model}"
+        self._patience = server.settings.heartbeat_timeout  # for a token: a step may take as long
+        # When to look next at what it generates, and when it was loaded again, if ever: time.monotonic().
+        self._due = time.monotonic() + GENERATION_INTERVALS.get(model, 0.0)
+        self._loaded_at = -math.inf
+        self._suspected = False
+        self._answers: float | None = None
+        self.reloading = False
+        self._stub = server.stub(model)
+        self._tasks = self._checks()
+
+    def step(self) -> None:
+        """Raises HopelessError and DrainingError."""
+        for task in self._tasks:
+            try:
+                next(task)
+                continue
+            except StopIteration as end:
+                following = self._after(end.value)
+            except (HopelessError, DrainingError):
+                raise
+            except Exception as error:  # of ours, or of a system without memory or files: try again
+                self._say(f"watching {self._model} failed, and goes on: {error!r}")
+                following = self._after("may be gone" if self.reloading else "")
+            self._replace_tasks(following)
+            return
+
+    def suspect(self) -> None:
+        """A model that called this one is gone: the thread that sends its responses may wait for it for ever."""
+        self._due, self._suspected, self._loaded_at = time.monotonic(), True, -math.inf
+
+    def hold(self) -> None:
+        """Another model is loaded: one of Triton's HTTP threads is busy with it, and answers nothing else meanwhile."""
+        if not self.reloading:
+            self._replace_tasks([])
+
+    def go_on(self) -> None:
+        if not self._tasks:
+            self._replace_tasks(self._checks())
+
+    def _after(self, why: str) -> list[Waiting[str]]:
+        """What to do when a task has found out what is wrong, or nothing."""
+        if not why:
+            return self._checks()
+        if why != DIED and time.monotonic() - self._loaded_at < HOPELESS_WITHIN:
+            raise HopelessError(f"the stub of {self._model} {why} after it was loaded again")
+        return [self._reload(why)]
+
+    def _replace_tasks(self, tasks: list[Waiting[str]]) -> None:
+        for task in self._tasks:
+            task.close()
+        self._tasks = tasks
+
+    def _checks(self) -> list[Waiting[str]]:
+        return [self._check(), *([self._check_generation()] if self._model in GENERATION_INTERVALS else [])]
+
+    def _check(self) -> Waiting[str]:
+        """Asks how the model is; returns what is wrong."""
+        was_away = False
+        while True:
+            try:
+                yield from self._ask_how_it_is(PROBE_PATIENCE)
+                if was_away:
+                    self._stub, was_away = self._server.stub(self._model), False
+            except DeadStubError:
+                return DIED
+            except NoAnswerError:
+                if (yield from self._is_stuck()):
+                    return "does not answer"
+            except TroubleError as error:
+                # An engine that is down comes up again by itself.
+                if str(error) == DRAINING and self._model == "decoder":
+                    raise DrainingError(DRAINING) from None
+                if str(error).startswith(STUCK):
+                    return f"is {error}"
+                was_away = True  # perhaps somebody else unloads it, and loads it again
+            except UnreachableError:  # Triton is about to end
+                pass
+            yield from pause(PROBE_INTERVAL)
+
+    def _ask_how_it_is(self, patience: float) -> Waiting[bytes]:
+        if self._model == "tokenizer":
+            text = {"name": "text_input", "shape": [1, 1], "datatype": "BYTES", "data": ["a"]}
+            return ask(f"{self._url}/infer", {"inputs": [text]}, patience)
+        return ask(f"{self._url}/generate", {"control": "health"}, patience)
+
+    def _is_stuck(self) -> Waiting[bool]:
+        """After a question without an answer."""
+        began = time.monotonic()
+        while True:
+            used = self._cpu_seconds()
+            try:
+                yield from self._ask_how_it_is(LOOK_PATIENCE)
+                return False
+            except NoAnswerError:
+                computes = self._cpu_seconds() - used > COMPUTES * LOOK_PATIENCE
+                if not computes or time.monotonic() - began > HUNG_AFTER:
+                    return (yield from self._triton_answers())
+            except LaunchError:
+                return False  # the next question shows what is wrong
+
+    def _cpu_seconds(self) -> float:
+        """That the stub has used."""
+        if self._stub is not None:
+            with contextlib.suppress(psutil.Error):
+                times = self._stub.process.cpu_times()
+                return times.user + times.system
+        return 0.0
+
+    def _triton_answers(self) -> Waiting[bool]:
+        """If it does not, the model is not to blame."""
+        try:
+            yield from ask(f"{self._server.http_url}/v2/health/live", None, LOOK_PATIENCE)
+        except LaunchError:
+            return False
+        return True
+
+    def _check_generation(self) -> Waiting[str]:
+        """Asks for a token if nobody got an answer lately; returns what is wrong."""
+        while True:
+            while time.monotonic() < self._due:
+                yield
+            suspected, self._suspected = self._suspected, False
+            self._due = time.monotonic() + GENERATION_INTERVALS[self._model]
+            if suspected:
+                why = yield from self._generate(SUSPECT_PATIENCE)
+            elif (yield from self._somebody_got_an_answer()):
+                continue
+            else:
+                why = yield from self._generate(self._patience)
+            if why:
+                return why
+
+    def _somebody_got_an_answer(self) -> Waiting[bool]:
+        """Since the last look."""
+        try:
+            text = yield from ask(self._server.metrics_url, None, LOOK_PATIENCE)
+        except LaunchError:
+            return False
+        before, self._answers = self._answers, sum(map(float, _ANSWERS[self._model].findall(text.decode())))
+        return before is not None and self._answers > before
+
+    def _generate(self, patience: float) -> Waiting[str]:
+        """What is wrong if no answer comes. That the server is full, or the time over, is one."""
+        sampling = {**_ONE_TOKEN, "timeout": patience / 2}
+        body = {"input_ids": [0], "sampling_parameters": json.dumps(sampling)}
+        try:
+            yield from ask(f"{self._url}/generate", body, patience)
+        except DeadStubError:
+            return DIED
+        except NoAnswerError:
+            if (yield from self._should_generate()):
+                return f"generated nothing for {patience:g} s"
+        except LaunchError:
+            pass
+        return ""
+
+    def _should_generate(self) -> Waiting[bool]:
+        """It says of itself that it can. If not, its bridge knows, and does what can be done."""
+        if self._model == "failsafe":
+            return (yield from self._triton_answers())
+        try:
+            answer = yield from ask(f"{self._url}/generate", {"control": "status"}, LOOK_PATIENCE)
+            status = msgspec.json.decode(json.loads(answer)["text_output"], type=DecoderStatus)
+        except (LaunchError, ValueError, KeyError):
+            return False
+        return not status.trouble and status.silence < SILENT
+
+    def _reload(self, why: str) -> Waiting[str]:
+        self._say(f"the stub of {self._model} {why}; requests in it are lost; loading the model again")
+        self.reloading = True
+        began, gone = time.monotonic(), self._stub
+        if gone:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                gone.process.kill()
+        self._lost()
+        repository = f"{self._server.http_url}/v2/repository/models/{self._model}"
+        try:
+            yield from ask(f"{repository}/unload", {}, PROBE_PATIENCE)
+        except LaunchError as error:
+            self._say(f"{self._model} could not be unloaded: {error}")
+        while True:
+            try:
+                yield from ask(f"{repository}/load", {}, self._server.settings.start_timeout + 10)
+                break
+            except LaunchError as error:
+                if time.monotonic() - began > RELOAD_PATIENCE:
+                    raise HopelessError(f"could not load {self._model} again: {error}") from None
+                self._say(f"{self._model} could not be loaded again: {error}; trying again in {RELOAD_INTERVAL:g} s")
+            yield from pause(RELOAD_INTERVAL)
+        if gone:
+            self._server.remove_region(gone.region)
+        self.reloading, self._stub = False, self._server.stub(self._model)
+        self._due, self._suspected, self._loaded_at = time.monotonic(), True, time.monotonic()
+        self._say(f"{self._model} is back after {time.monotonic() - began:.1f} s")
+        return ""
+
+
+def pause(seconds: float) -> Waiting[None]:
+    until = time.monotonic() + seconds
+    yield
+    while time.monotonic() < until:
+        yield
