@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from failsafe.test_failsafe import world
 from helpers.checkpoints import save
 from helpers.exports import save_tokenizer
 from helpers.families import FAMILIES
-from helpers.two_models import HANG, STUB_DIED, Caller, Last, World
+from helpers.two_models import HANG, STUB_DIED, Caller, Last, World, world
 from tidewright.cache import MANIFEST
 from tidewright.config import Settings
 from tidewright.failsafe.models import ModelError

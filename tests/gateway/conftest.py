@@ -1,4 +1,4 @@
-"""A gateway process in front of a replica without a model, for all tests that need no answers of sense."""
+"""What tests of the gateway share: a gateway with an echoing replica, scripted replicas, a Redis, key stores."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import pytest
 
 from helpers.echo_replica import EchoReplica
 from helpers.gateway import RunningGateway
+from helpers.redis import RunningRedis
+from helpers.scripted_replicas import ScriptedClient, script_replicas
+from tidewright_gateway.auth import keyring, keys
+from tidewright_gateway.limits import remote
 
 TIMEOUT = 1.0  # seconds, of the gateway's reading and sending
 
@@ -24,3 +28,55 @@ def echo_gateway(model_dir: Path, echo: EchoReplica) -> Iterator[RunningGateway]
     options = {"read_timeout": TIMEOUT, "send_timeout": TIMEOUT, "max_body": 32 * 2**20}
     with RunningGateway(model_dir, echo, **options) as gateway:
         yield gateway
+
+
+@pytest.fixture
+def client(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedClient]:
+    return script_replicas(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def redis() -> Iterator[RunningRedis]:
+    """For tests that neither kill it nor leave it frozen."""
+    with RunningRedis() as running:
+        yield running
+
+
+@pytest.fixture(params=["file", "redis"])
+def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A store of API keys with nothing in it."""
+    if request.param == "file":
+        return str(tmp_path / "keys.yaml")
+    server = request.getfixturevalue("redis")
+    server.client.flushall()
+    return server.url
+
+
+@pytest.fixture
+def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert keyring.POLL_INTERVAL <= 0.5  # a change is to count within a second
+    monkeypatch.setattr(keyring, "POLL_INTERVAL", 0.02)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The secrets that were held against hashes."""
+    made = []
+
+    def fits(secret: str, hashes: tuple[str, ...]) -> bool:
+        made.append(secret)
+        return keys.fits(secret, hashes)
+
+    monkeypatch.setattr(keyring, "fits", fits)
+    return made
+
+
+@pytest.fixture
+def patient_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine is not a store that is gone; where that is meant, connections break, or the test says so."""
+    monkeypatch.setattr(remote, "TIMEOUT", 3600)
+
+
+@pytest.fixture
+def quick_ticks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "TICK", 0.05)

@@ -8,17 +8,12 @@ import time
 import msgspec
 import pytest
 
-from helpers.scripted_replicas import WELL, ScriptedClient, error, generate, named, run, script_replicas, until
+from helpers.scripted_replicas import WELL, ScriptedClient, error, generate, named, run, until
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.breaker import State
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.outcome import Outcome
 from tidewright_gateway.cluster import Cluster, Task
-
-
-@pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedClient]:
-    return script_replicas(monkeypatch)
 
 
 @pytest.mark.parametrize("outcome", [Outcome.UNAVAILABLE, Outcome.STUB_DIED, Outcome.ENGINE_FAILED, Outcome.OVERLOADED])

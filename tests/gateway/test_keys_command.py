@@ -8,7 +8,6 @@ import ssl
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from pydantic import ValidationError
 
-from helpers.redis import RunningRedis
 from tidewright.bench.machine import free_ports
 from tidewright.launch.cli import main
 from tidewright_gateway.auth import Authenticator
@@ -37,17 +35,6 @@ def run(*words: str, where: str) -> Result:
 
 def ask(where: str, key: str) -> Caller:
     return asyncio.run(Authenticator(GatewaySettings(keys=where)).caller(f"Bearer {key}"))
-
-
-@pytest.fixture(params=["file", "redis"])
-def where(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "file":
-        yield str(tmp_path / "keys.yaml")
-        return
-    server = RunningRedis()
-    server.start()
-    yield server.url
-    server.kill()
 
 
 def test_the_life_of_a_key(where: str) -> None:

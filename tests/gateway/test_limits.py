@@ -1,4 +1,4 @@
-"""limits/: what is counted, by properties of the accounts; what callers are told. The stores: test_limit_stores.py."""
+"""limits/: what is counted, by properties of the accounts; what callers are told. The stores: test_limit_*.py."""
 
 from __future__ import annotations
 

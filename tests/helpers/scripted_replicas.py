@@ -10,6 +10,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.deadline import Deadline
@@ -142,4 +143,14 @@ def error(outcome: Outcome) -> ModelError:
 
 def named(cluster: Cluster, address: str) -> Replica:
     (found,) = (replica for replica in cluster.replicas if replica.address == address)
+    return found
+
+
+def figures(metrics: Metrics) -> dict[tuple[str, ...], float]:
+    """By name without prefix and values of labels, which come in the order of their names."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.text().decode()):
+        for sample in family.samples:
+            key = (sample.name.removeprefix("tidewright_gateway_"), *sample.labels.values())
+            found[key] = sample.value
     return found

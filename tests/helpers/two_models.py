@@ -25,6 +25,7 @@ PATIENCE = 20.0  # seconds
 WELL = DecoderStatus(trouble="", draining=False, silence=0.0, waiting=0.0, wait=0.0, kv_usage=0.0)
 SILENT = msgspec.structs.replace(WELL, silence=1000.0)
 STUB_DIED = "Stub process 'decoder_0_0' is not healthy."
+RESTARTING = msgspec.structs.replace(WELL, trouble="the engine is starting")
 UNLOADED = "Request for unknown model: 'decoder' is not found"
 
 
@@ -35,6 +36,7 @@ class Last:
     token_ids: list[int] = field(default_factory=list)
 
 
+FIRST_TOKEN_TIMEOUT, STALL_TIMEOUT = 30.0, 10.0  # seconds; of the settings
 HANG = "hang"  # until it is cancelled
 
 # Tokens, a last response, HANG, any other text as an error, or something to do: one after the other.
@@ -213,6 +215,11 @@ class Caller:
 
     def has(self, *token_ids: int) -> None:
         until(lambda: self.token_ids == list(token_ids))
+
+
+def end(answer: Sent | None) -> tuple[str, str]:
+    assert answer
+    return answer.served_by, answer.fallback_reason
 
 
 class CountingBreaker(CircuitBreaker):

@@ -1,0 +1,173 @@
+"""engine/scheduler.py over random workloads on tiny pools, with a fake model that reads its KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.scheduling import EOS, make
+from tidewright.engine.plan import DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
+from tidewright.engine.sequence import Sequence
+from tidewright.schema import SamplingParams
+
+
+def next_token(history: tuple[int, ...]) -> int:
+    """What the fake model generates: repeats itself now and then, so that guesses are sometimes right."""
+    if len(history) % 13 == 0:
+        return EOS
+    return history[-3] if len(history) > 3 and len(history) % 5 else 1 + sum(history[-2:]) % 6
+
+
+def reference(prompt: tuple[int, ...], max_tokens: int, ignore_eos: bool) -> list[int]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + max_tokens:
+        tokens.append(next_token(tuple(tokens)))
+        if tokens[-1] == EOS and not ignore_eos:
+            break
+    return tokens[len(prompt) :]
+
+
+class FakeModel:
+    """A KV cache whose cells say of which salt and history they are; it reads nothing but them."""
+
+    def __init__(self, block_size: int, salts: dict[int, str | None]) -> None:
+        self._block_size = block_size
+        self._salts = salts
+        self._cells: dict[tuple[int, int], tuple[str | None, tuple[int, ...]]] = {}
+
+    def run(self, plan: StepPlan) -> StepResult:
+        # All of a step is written before any of it is read, as in each layer of the real model; in any order.
+        for planned in reversed(plan.sequences):
+            self._write(planned)
+        return StepResult(tuple(self._read(planned) for planned in plan.sequences))
+
+    def _cell(self, planned: ScheduledSequence, position: int) -> tuple[int, int]:
+        return planned.block_table[position // self._block_size], position % self._block_size
+
+    def _write(self, planned: ScheduledSequence) -> None:
+        for position, token in enumerate(planned.token_ids, start=planned.start):
+            self._cells[self._cell(planned, position)] = (self._salts[planned.request_id], (token,))
+
+    def _read(self, planned: ScheduledSequence) -> SequenceResult:
+        cells = [self._cells[self._cell(planned, p)] for p in range(planned.start + planned.count)]
+        assert {salt for salt, _ in cells} == {self._salts[planned.request_id]}
+        history = tuple(token for _, (token,) in cells)
+        ends = range(len(history) - len(planned.draws) + 1, len(history) + 1)
+        return SequenceResult(tuple(DrawnToken(next_token(history[:end])) for end in ends))
+
+
+@dataclass(frozen=True)
+class Arrival:
+    step: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    priority: int
+    ignore_eos: bool
+    salt: str | None
+
+
+@dataclass(frozen=True)
+class Workload:
+    blocks: int
+    config: dict[str, object]
+    arrivals: list[Arrival]
+    aborts: set[tuple[int, int]]  # step, request
+    expiries: set[tuple[int, int]]
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> Workload:
+    block_size, blocks = draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    room = block_size * blocks
+    beginning = draw(st.lists(st.integers(1, 6), min_size=room, max_size=room))
+    arrivals = []
+    for _ in range(draw(st.integers(1, 12))):
+        length, common = draw(st.integers(1, room)), draw(st.integers(0, room))
+        own = draw(st.lists(st.integers(1, 6), min_size=length, max_size=length))
+        arrivals.append(
+            Arrival(
+                step=draw(st.integers(0, 20)),
+                prompt=tuple([*beginning[:common], *own][:length]),
+                max_tokens=draw(st.integers(1, 12)),
+                priority=draw(st.integers(0, 2)),
+                ignore_eos=draw(st.booleans()),
+                salt=draw(st.sampled_from([None, None, "a"])),
+            )
+        )
+    events = st.sets(st.tuples(st.integers(0, 40), st.integers(0, len(arrivals) - 1)), max_size=4)
+    config: dict[str, object] = {
+        "block_size": block_size,
+        "max_batched_tokens": draw(st.integers(1, 12)),
+        "max_running": draw(st.integers(1, 6)),
+        "max_model_len": room + 1,
+        "prefix_caching": draw(st.booleans()),
+        "speculative_tokens": draw(st.integers(0, 3)),
+    }
+    return Workload(blocks, config, arrivals, draw(events), draw(events))
+
+
+@settings(max_examples=300, deadline=None)
+@given(workloads())
+def test_random_workloads(work: Workload) -> None:
+    (first, pool), (second, _) = (make(work.blocks, **work.config) for _ in range(2))
+    model = FakeModel(int(str(work.config["block_size"])), {i: a.salt for i, a in enumerate(work.arrivals)})
+    produced: dict[int, list[int]] = {}
+    ends: dict[int, list[str]] = {}
+    aborted: set[int] = set()
+    now, last_arrival = 0, max(arrival.step for arrival in work.arrivals)
+    total_tokens = sum(len(a.prompt) + a.max_tokens for a in work.arrivals)
+    while now <= last_arrival or first.has_work:
+        for request_id, a in enumerate(work.arrivals):
+            if a.step == now:
+                params = SamplingParams(
+                    max_tokens=a.max_tokens, ignore_eos=a.ignore_eos, priority=a.priority, cache_salt=a.salt, timeout=1
+                )
+                for scheduler in (first, second):
+                    scheduler.add(Sequence(request_id, list(a.prompt), params))
+                produced[request_id], ends[request_id] = [], []
+        for request_id in sorted(request for at, request in work.aborts if at == now and request in produced):
+            first.abort(request_id)
+            second.abort(request_id)
+            if not ends[request_id]:
+                aborted.add(request_id)
+        for request_id in sorted(request for at, request in work.expiries if at == now):
+            output = first.expire(request_id)
+            assert output == second.expire(request_id)
+            if output:
+                ends[request_id].append("timeout")
+
+        plan = first.schedule()
+        assert plan == second.schedule()
+        assert bool(plan.sequences) == first.has_work  # always progress, never an empty step
+        assert sum(planned.count for planned in plan.sequences) <= work.config["max_batched_tokens"]  # type: ignore[operator]
+        assert len(plan.sequences) <= work.config["max_running"]  # type: ignore[operator]
+        for planned in plan.sequences:
+            assert planned.request_id not in aborted
+            assert not ends[planned.request_id]
+            assert planned.count >= 1
+        step_result = model.run(plan)
+        outputs = first.commit(plan, step_result)
+        assert outputs == second.commit(plan, step_result)
+        for output in outputs:
+            produced[output.request_id] += output.token_ids
+            if output.finish_reason:
+                ends[output.request_id].append(output.finish_reason)
+        first.check_integrity()
+        now += 1
+        # The first in order advances each step, so all is done within the work that computing everything anew would be.
+        assert now <= last_arrival + 2 + total_tokens * (total_tokens + 2)
+    assert pool.num_free == pool.num_blocks
+    for request_id, a in enumerate(work.arrivals):
+        expected = reference(
+            a.prompt, min(a.max_tokens, int(str(work.config["max_model_len"])) - len(a.prompt)), a.ignore_eos
+        )
+        if request_id in aborted:
+            assert not ends[request_id]
+        else:
+            (reason,) = ends[request_id]
+            if reason != "timeout":
+                assert produced[request_id] == expected
+                assert (reason == "stop") == (expected[-1] == EOS and not a.ignore_eos)
+        assert produced[request_id] == expected[: len(produced[request_id])]

@@ -1,0 +1,143 @@
+"""API keys: how fast a change counts, and what becomes of a store that breaks; with a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from helpers.api_keys import add, refusal, running, until_logged, until_refused, until_taken
+from helpers.redis import RunningRedis
+from tidewright_gateway.auth import keyring
+from tidewright_gateway.auth.keys import KeyEntry, make_key, split_key
+from tidewright_gateway.auth.stores import REDIS_HASH, FileStore, open_store
+
+pytestmark = pytest.mark.usefixtures("quick_polls")
+
+
+def test_changes_count_without_a_restart(where: str, checks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyring, "WRONG_REMEMBERED", 3600)
+    store = open_store(where)
+    old, other = add(store, "alice"), add(store, "other")
+
+    async def main() -> None:
+        async with running(where) as ask:
+            assert [(await ask(key)).key_id for key in (old, other)] == ["alice", "other"]
+            (new, text), (early, early_text) = make_key("alice"), make_key("early")
+            await refusal(ask(early))  # what is remembered as wrong may be right later
+
+            store.change("alice", lambda entry: msgspec.structs.replace(entry, hashes=(text, entry.hashes[0])))
+            store.change("early", lambda _: KeyEntry("early", (early_text,)))
+            await until_taken(ask, new)
+            await until_taken(ask, early)
+            assert (await ask(old)).key_id == "alice"  # both, while users change over
+
+            store.change("alice", lambda entry: msgspec.structs.replace(entry, hashes=(text,), priority=7))
+            await until_refused(ask, old)
+            assert (await ask(new)).priority == 7
+
+            store.change("alice", lambda _: None)
+            assert "not known" in str(await until_refused(ask, new))
+            await ask(other)
+            assert checks.count(split_key(other)[1]) == 1  # it did not change, so it was not forgotten
+
+    asyncio.run(main())
+
+
+def test_a_key_that_is_revoked_while_it_is_checked_is_not_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = FileStore(tmp_path / "keys.yaml")
+    key = add(store, "alice")
+
+    async def main() -> None:
+        ring = keyring.Keyring(FileStore(tmp_path / "keys.yaml"))
+
+        def fits(secret: str, hashes: tuple[str, ...]) -> bool:
+            ring._put({}, [])
+            return bool(hashes)
+
+        monkeypatch.setattr(keyring, "fits", fits)
+        await refusal(ring.caller(key))
+        await ring.stop()
+
+    asyncio.run(main())
+
+
+def test_a_file_that_breaks_later_leaves_the_keys_as_they_were(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys.yaml"
+    key = add(FileStore(path), "alice")
+    good = path.read_text()
+
+    async def main() -> None:
+        async with running(str(path)) as ask:
+            path.write_text(good + "  rolle: use\n")
+            await until_logged(caplog, "unknown field `rolle`")
+            await asyncio.sleep(0.1)  # several polls
+            assert caplog.text.count("unknown field `rolle`") == 1
+            assert "are read from" not in caplog.text
+            await ask(key)
+            path.unlink()
+            await until_logged(caplog, "there is no such file")
+            await ask(key)
+            path.write_text(good.replace("alice", "bob"))
+            await until_refused(ask, key)
+            await ask(key.replace("alice", "bob"))
+            assert "are read from" in caplog.text
+
+    asyncio.run(main())
+
+
+def test_redis_may_go_and_come_back(caplog: pytest.LogCaptureFixture) -> None:
+    server = RunningRedis()
+    server.start()
+    key = add(open_store(server.url), "alice")
+
+    async def main() -> None:
+        async with running(server.url) as ask:
+            server.kill()
+            await until_logged(caplog, "stay in force")
+            await asyncio.sleep(0.1)  # several polls
+            assert (await ask(key)).key_id == "alice"  # which it was not asked for before
+            server.start()
+            new = add(open_store(server.url), "bob")
+            await until_taken(ask, new)
+            assert "are read from" in caplog.text
+        assert caplog.text.count("stay in force") <= 2  # the connection that broke, and the ones that were refused
+
+    try:
+        asyncio.run(main())
+    finally:
+        server.kill()
+
+
+def test_a_broken_entry_in_redis_costs_only_its_own_key(redis: RunningRedis, caplog: pytest.LogCaptureFixture) -> None:
+    redis.client.flushall()
+    store = open_store(redis.url)
+    keys_of = {name: add(store, name) for name in ("good", "broken", "renamed")}
+    redis.client.hset(REDIS_HASH, "broken", b'{"id": "broken", "hashes": ["\xff"]}')
+    redis.client.hset(REDIS_HASH, "renamed", redis.client.hget(REDIS_HASH, "good"))
+
+    async def main() -> None:
+        async with running(redis.url) as ask:
+            await ask(keys_of["good"])
+            for name in ("broken", "renamed"):
+                await refusal(ask(keys_of[name]))
+                assert f"entry '{name}'" in caplog.text
+            keys_of["broken"] = add(store, "broken2")
+            await until_taken(ask, keys_of["broken"])
+
+    asyncio.run(main())
+
+
+def test_changes_at_the_same_time_are_all_kept(where: str) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: add(open_store(where), f"key{number}"), range(8)))
+    entries, faults = open_store(where).read() or ({}, [])
+    assert entries.keys() == {f"key{number}" for number in range(8)}
+    assert not faults
