@@ -10,12 +10,31 @@ import pytest
 import torch
 from rich.console import Console
 
+from helpers import needs
 from helpers.oracle import Oracle
 from helpers.triton import RunningServer
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.launch.export import export
 from tidewright.launch.prepare import prepare
 from tidewright.tokenization import Tokenizer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark, meaning in needs.MARKS.items():
+        config.addinivalue_line("markers", f"{mark}: {meaning}")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    needs.add_marks(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    needs.begin(item)
+    try:
+        return (yield)
+    finally:
+        needs.begin(None)
 
 
 @pytest.fixture(scope="session", autouse=True)
