@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test coverage lint format bench bench-sweep bench-peers doctor clean
+.PHONY: help serve check test coverage lint format bench bench-sweep bench-peers doctor clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -17,12 +17,17 @@ serve: $(VENV)/.server  ## Set up and serve the embedded model through Triton
 doctor: $(VENV)/.server  ## Check this machine and say what to fix
 	@$(BIN)/tidewright doctor
 
+check: lint $(VENV)/.programs  ## Style, types and all tests that start no server: a few minutes
+	@$(BIN)/tidewright prepare
+	$(BIN)/python tests/suite.py --without-servers $(ARGS)
+
 test: $(VENV)/.dev $(VENV)/.programs  ## Set up and run all tests, against the real Triton and the real model
 	@$(BIN)/tidewright prepare
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python tests/suite.py $(ARGS)
 
-coverage: $(VENV)/.dev  ## The same, with what of the code they ran (takes longer)
-	@$(MAKE) test ARGS="--cov --cov-report=term $(ARGS)"
+coverage: $(VENV)/.dev $(VENV)/.programs  ## All tests, with what of the code they ran (takes longer)
+	@$(BIN)/tidewright prepare
+	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev  ## Check style and types
 	$(BIN)/ruff check .

@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from rich.console import Console
 
+from helpers import needs
 from helpers.oracle import Oracle
 from helpers.triton import RunningServer
 from tidewright.cache import EMBEDDED_MODEL
-from tidewright.launch.export import export
-from tidewright.launch.prepare import prepare
 from tidewright.tokenization import Tokenizer
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark, meaning in needs.MARKS.items():
+        config.addinivalue_line("markers", f"{mark}: {meaning}")
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    needs.add_marks(item)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    needs.begin(item)
+    try:
+        return (yield)
+    finally:
+        needs.begin(None)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """For the small models of tests, and transformers' token by token: there threads wait longer than they compute."""
-    torch.set_num_threads(1)
+    if torch := sys.modules.get("torch"):  # it takes seconds to import, and a run of a few tests may do without
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def all_cores() -> Iterator[None]:
     """Kernels share their work out among threads."""
+    import torch
+
     torch.set_num_threads(max(2, len(os.sched_getaffinity(0))))
     yield
     torch.set_num_threads(1)
@@ -35,6 +54,11 @@ def all_cores() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def model_dir() -> Path:
     """The embedded model, prepared."""
+    import torch
+
+    from tidewright.launch.prepare import prepare
+
+    torch.set_num_threads(1)  # for whoever did not import it before
     return prepare(EMBEDDED_MODEL)
 
 
@@ -53,6 +77,10 @@ def oracle(model_dir: Path) -> Oracle:
 @pytest.fixture(scope="session")
 def float32_fallback(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model in ONNX, whose tokens can be held against transformers'."""
+    from rich.console import Console
+
+    from tidewright.launch.export import export
+
     folder = tmp_path_factory.mktemp("fallback") / "float32"
     export(model_dir, folder, ("float32",), Console(quiet=True))
     return folder

@@ -42,7 +42,7 @@ def redis() -> Iterator[RunningRedis]:
         yield running
 
 
-@pytest.fixture(params=["file", "redis"])
+@pytest.fixture(params=["file", pytest.param("redis", marks=pytest.mark.redis)])
 def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A store of API keys with nothing in it."""
     if request.param == "file":

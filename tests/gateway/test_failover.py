@@ -16,9 +16,8 @@ import psutil
 import pytest
 
 from helpers.gateway import MODEL, RunningGateway
+from helpers.processes import child, stub_of
 from helpers.triton import RunningServer
-from serving.test_health import stub_of
-from serving.test_lifecycle import child
 
 LENGTH = 80  # tokens; long enough to be in the middle
 REQUESTS: list[dict[str, Any]] = [

@@ -13,9 +13,12 @@ from typing import Any
 import httpx
 from websockets.sync.client import connect
 
+from helpers.needs import needs
+
 TIMEOUT = 60  # seconds
 
 
+@needs("browser")
 class Chromium:
     """One tab."""
 

@@ -14,6 +14,7 @@ import openai
 from prometheus_client.parser import text_string_to_metric_families
 
 from helpers.echo_replica import EchoReplica
+from helpers.needs import needs
 from helpers.triton import RunningServer
 from tidewright.bench.machine import free_ports
 
@@ -21,6 +22,7 @@ MODEL = "smollm2-135m"
 _COMMAND = [sys.executable, "-m", "tidewright_gateway"]
 
 
+@needs("gateway")
 class RunningGateway:
     def __init__(self, model_dir: Path, *servers: RunningServer | EchoReplica, **options: Any) -> None:
         (self.port,) = free_ports(1)

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from helpers.needs import needs
+
 _CLONE_NEWNET = 0x40000000
 _CABLE = "cable"  # the name of both its ends
 _ESTABLISHED, _LISTENING = "01", "0A"  # in /proc/net/tcp
@@ -68,6 +70,7 @@ class Host:
         return list(zip(own, remote, (line[3] for line in lines), strict=True))
 
 
+@needs("hosts")
 @contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
     """In the end nothing may run on them, and they are gone in any case.

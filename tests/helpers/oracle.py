@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 PROMPTS = {
     "english": "The lighthouse keeper climbed the stairs and",
     "question": "What is the capital of France?",
@@ -39,6 +36,11 @@ class Oracle:
     """transformers' model in float32; answers are remembered."""
 
     def __init__(self, model_dir: Path) -> None:
+        # Here, as they take seconds, and most runs of a few tests need no oracle.
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._torch = torch
         self.tokenizer = AutoTokenizer.from_pretrained(model_dir)
         self._model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
         self._answers: dict[tuple[int, ...], list[int]] = {}  # the longest to each prompt
@@ -53,9 +55,9 @@ class Oracle:
         if self._eos not in answer:
             answer += self._confirmed(prompt_ids + answer, guess[len(answer) : max_tokens])
         if len(answer) < max_tokens and self._eos not in answer:
-            ids = torch.tensor([prompt_ids + answer])
+            ids = self._torch.tensor([prompt_ids + answer])
             out = self._model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens - len(answer), do_sample=False
+                ids, attention_mask=self._torch.ones_like(ids), max_new_tokens=max_tokens - len(answer), do_sample=False
             )
             answer += out[0, ids.shape[1] :].tolist()
         return answer[:max_tokens]
@@ -64,8 +66,8 @@ class Oracle:
         """How the guess begins that is greedy: in one pass, where `generate` takes one for each token."""
         if not guess:
             return []
-        with torch.inference_mode():
-            logits_TV = self._model(torch.tensor([[*ids, *guess]]), logits_to_keep=len(guess) + 1).logits[0, :-1]
+        with self._torch.inference_mode():
+            logits_TV = self._model(self._torch.tensor([[*ids, *guess]]), logits_to_keep=len(guess) + 1).logits[0, :-1]
         confirmed: list[int] = []
         for best, token in zip(logits_TV.argmax(dim=-1).tolist(), guess, strict=True):
             if best != token or self._eos in confirmed:
@@ -75,7 +77,7 @@ class Oracle:
 
     def shortfalls(self, prompt_ids: list[int], output_ids: list[int]) -> list[float]:
         """How far the logit of each output token is below the best one, after the tokens before it, in float32."""
-        with torch.inference_mode():
-            logits = self._model(torch.tensor([prompt_ids + output_ids])).logits[0, len(prompt_ids) - 1 : -1]
-        chosen = logits.gather(-1, torch.tensor(output_ids)[:, None])[:, 0]
+        with self._torch.inference_mode():
+            logits = self._model(self._torch.tensor([prompt_ids + output_ids])).logits[0, len(prompt_ids) - 1 : -1]
+        chosen = logits.gather(-1, self._torch.tensor(output_ids)[:, None])[:, 0]
         return (logits.max(dim=-1).values - chosen).tolist()

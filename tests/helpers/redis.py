@@ -8,9 +8,11 @@ import time
 
 import redis
 
+from helpers.needs import needs
 from tidewright.bench.machine import free_ports
 
 
+@needs("redis")
 class RunningRedis:
     def __init__(self) -> None:
         (self.port,) = free_ports(1)

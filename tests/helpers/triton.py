@@ -15,6 +15,7 @@ import numpy as np
 import tritonclient.grpc as grpcclient
 from prometheus_client.parser import text_string_to_metric_families
 
+from helpers.needs import needs
 from tidewright.bench.machine import free_ports
 from tidewright.config import Settings
 from tidewright.launch.server import TritonServer
@@ -111,6 +112,7 @@ class Stream:
         self.close(cancel=True)
 
 
+@needs("server")
 class RunningServer:
     """A `TritonServer` with the calls that tests make."""
 

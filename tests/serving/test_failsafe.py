@@ -18,9 +18,8 @@ import psutil
 import pytest
 
 from helpers.oracle import PROMPTS, Oracle
+from helpers.processes import child, stub_of
 from helpers.triton import Generation, RunningServer, Stream
-from serving.test_health import stub_of
-from serving.test_lifecycle import child
 
 TOKENS = 24
 NAMES = ("english", "code", "chinese", "emoji", "accents")

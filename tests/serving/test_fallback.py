@@ -13,9 +13,8 @@ import psutil
 import pytest
 from rich.console import Console
 
+from helpers.processes import Serve, child, stub_of
 from helpers.triton import RunningServer
-from serving.test_health import stub_of
-from serving.test_lifecycle import Serve, child, serve  # noqa: F401 - a fixture
 from tidewright.cache import EMBEDDED_MODEL, fallback_path
 from tidewright.launch.export import export
 
@@ -139,7 +138,7 @@ def test_a_folder_that_holds_no_export_stops_the_start_with_the_reason(model_dir
         pass
 
 
-def test_serve_makes_it_watches_it_and_ends_it(serve: type[Serve]) -> None:  # noqa: F811
+def test_serve_makes_it_watches_it_and_ends_it(serve: type[Serve]) -> None:
     started = serve("--fallback=auto")
     started.wait_ready()
     url = f"http://127.0.0.1:{started.http}/v2/models/fallback/generate"

@@ -18,8 +18,8 @@ import msgspec
 import psutil
 import pytest
 
+from helpers.processes import Serve, child, stub_of
 from helpers.triton import RunningServer
-from serving.test_lifecycle import Serve, child
 from tidewright.bench.machine import free_ports
 from tidewright.launch import model_watch, watchdog
 from tidewright.launch.watchdog import Watchdog
@@ -134,11 +134,6 @@ def watched(server: RunningServer) -> Iterator[list[str]]:
     server.triton.stop()
     thread.join(10)
     assert not thread.is_alive()
-
-
-def stub_of(server: RunningServer, model: str) -> psutil.Process:
-    assert server.triton.pid is not None
-    return child(server.triton.pid, f"/{model}/")
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

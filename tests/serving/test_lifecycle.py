@@ -2,98 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
+from helpers.processes import Serve, child
 from helpers.triton import Generation, RunningServer
-from tidewright.bench.machine import free_ports
 
 LONG = {"temperature": 0, "max_tokens": 1000, "ignore_eos": True}
-
-
-def child(pid: int, what: str) -> psutil.Process:
-    """The oldest that lives: beside the engine that runs another stands by, and Triton leaves zombies of its stubs."""
-    family = psutil.Process(pid).children(recursive=True)
-    alive = [process for process in family if process.status() != psutil.STATUS_ZOMBIE]
-    return min((p for p in alive if what in " ".join(p.cmdline())), key=psutil.Process.create_time)
-
-
-def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
-
-
-class Serve:
-    """`tidewright serve` as a user starts it."""
-
-    def __init__(self, *options: str) -> None:
-        self.http, self.grpc, self.metrics, self.gateway = free_ports(4)
-        ports = [
-            f"--http-port={self.http}",
-            f"--grpc-port={self.grpc}",
-            f"--metrics-port={self.metrics}",
-            f"--gateway-port={self.gateway}",
-        ]
-        self.process = subprocess.Popen(
-            [Path(sys.executable).with_name("tidewright"), "serve", *ports, *options],
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        self.log = ""
-        self.family: list[psutil.Process] = []
-
-    def wait_ready(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.log += line
-            if "Ctrl-C stops" in line:
-                self.family = psutil.Process(self.process.pid).children(recursive=True)
-                return
-        raise AssertionError(f"serve ended: {self.log}")
-
-    def wait(self, timeout: float) -> int:
-        _, rest = self.process.communicate(timeout=timeout)
-        self.log += rest
-        return self.process.returncode
-
-    def assert_nothing_left(self) -> None:
-        _, alive = psutil.wait_procs(self.family, timeout=5)
-        assert not alive
-        for port in (self.http, self.grpc, self.metrics, self.gateway):
-            with socket.socket() as probe:
-                assert probe.connect_ex(("127.0.0.1", port)) != 0
-
-
-@pytest.fixture
-def serve() -> Iterator[type[Serve]]:
-    """Starts servers; whatever a failed test leaves is ended."""
-    started: list[Serve] = []
-
-    class Tracked(Serve):
-        def __init__(self, *options: str) -> None:
-            super().__init__(*options)
-            started.append(self)
-
-    before = shared_memory()
-    yield Tracked
-    for one in started:
-        for process in [*one.family, psutil.Process(one.process.pid)] if one.process.poll() is None else one.family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-    assert shared_memory() <= before
 
 
 def test_a_killed_engine_is_replaced_and_nobody_notices(server: RunningServer) -> None:

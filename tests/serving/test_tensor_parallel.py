@@ -10,9 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from helpers.needs import needs
 from helpers.oracle import PROMPTS, Oracle
+from helpers.processes import shared_memory
 from helpers.triton import Generation, RunningServer
-from serving.test_lifecycle import shared_memory
 
 SOME = ("english", "code", "numbers", "chinese", "emoji", "long")
 
@@ -36,6 +37,7 @@ def listening() -> set[int]:
     return {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
 
 
+@needs("chaos")
 def ranks_of(server: RunningServer) -> list[psutil.Process]:
     """Rank 0, then the others."""
     assert server.triton.pid is not None
