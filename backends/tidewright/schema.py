@@ -79,6 +79,8 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     """Requests in flight."""
     max_model_len: int = 0
     """Longest prompt and output together, in tokens; 0 before the engine came up."""
+    pid: int = 0
+    """Of the process that answers: what another had is lost."""
 
 
 # Tokens that another model, or this one before its death, has generated for the same request: it goes on behind them.

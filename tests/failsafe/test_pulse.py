@@ -39,7 +39,7 @@ class Patient:
         if model == "fallback":
             if self.fallback:
                 raise ModelError(self.fallback)
-            return "ok"
+            return WELL_JSON
         answer = self.decoder
         if isinstance(answer, str):
             raise ModelError(answer)
@@ -146,12 +146,12 @@ def test_a_question_that_is_never_answered_is_asked_anew(patient: Patient) -> No
     patient.decoder = lambda: gate() or WELL_JSON
     assert gate.reached.wait(PATIENCE)
     patient.clock.ahead += pulse_module.UNANSWERED - 1
-    patient.pulse.watch(patient.clock.monotonic())
+    patient.pulse.watch(patient.clock.monotonic(), is_awaited=True)
     asked = len(patient.asked)
     patient.clock.ahead += 1.1
     patient.decoder = UNLOADED
     assert len(patient.asked) == asked
-    patient.pulse.watch(patient.clock.monotonic())
+    patient.pulse.watch(patient.clock.monotonic(), is_awaited=True)
     until(lambda: patient.trouble is not None)
     assert kind_of(patient.trouble) is Kind.UNLOADED
     gate.open()  # what is said so late says nothing any more
@@ -192,7 +192,7 @@ def test_the_fallback_is_ready_when_it_says_so(patient: Patient) -> None:
     assert not patient.pulse.fallback_ready
     patient.feel()
     assert patient.pulse.fallback_ready
-    assert ("fallback", "health") in patient.asked
+    assert ("fallback", "status") in patient.asked
 
 
 def test_a_fallback_that_does_not_exist_is_never_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -132,14 +132,12 @@ class Models:
         if word.startswith(CANCEL):
             self._cancel(model, word.removeprefix(CANCEL))
             return "ok"
-        assert word == {"decoder": "status", "fallback": "health"}[model]
+        assert word == "status"
         self.asked[model] += 1
-        error = self.status if model == "decoder" else self.fallback_error
+        error = self.status if model == "decoder" else self.fallback_error or WELL
         if isinstance(error, DecoderStatus):
             return msgspec.json.encode(error).decode()
-        if error:
-            raise ModelError(error)
-        return "ok"
+        raise ModelError(error)
 
     def _cancel(self, model: str, request_id: str) -> None:
         self.cancel_tries += 1
@@ -323,7 +321,7 @@ def world(**settings: Any) -> Iterator[World]:
     with (
         patch.object(failsafe, "time", made.clock),
         patch.object(pulse, "time", made.clock),
-        patch.multiple(pulse, INTERVAL=0.001, FALLBACK_EVERY=1),
+        patch.multiple(pulse, INTERVAL=0.001, IDLE_INTERVAL=0.001, FALLBACK_EVERY=1),
         patch.multiple(failsafe, MONITOR_INTERVAL=0.001, MONITOR_SHARE=1.0, CANCEL_PAUSE=0.001),
         patch.object(made.failsafe, "_watch_load", count_round),
     ):

@@ -121,6 +121,7 @@ class Bridge:
             kv_usage=stats.kv_usage,
             active=self.active,
             max_model_len=self.engine.max_model_len if self.engine else 0,
+            pid=os.getpid(),
         )
 
     @property

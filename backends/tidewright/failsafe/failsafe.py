@@ -180,6 +180,8 @@ class Failsafe:
         wait = attempt.began - time.monotonic()
         if wait > 0:
             self._stopping.wait(wait)
+        if attempt.model == "decoder":
+            self._wait_for_decoder(relay, attempt)
         if relay.current is not attempt:
             return None
         try:
@@ -192,6 +194,14 @@ class Failsafe:
             if relay.ended or relay.current is not attempt:
                 return None
             return self._next(relay, attempt, error, time.monotonic())
+
+    def _wait_for_decoder(self, relay: Relay, attempt: Attempt) -> None:
+        """While another process is on its way, if nobody else can answer."""
+        until = attempt.began + self._limits.first_token
+        while self._pulse.decoder_is_gone and relay.current is attempt and not self._stopping.is_set():
+            if self._can_fall_back(relay) or time.monotonic() > until:
+                break
+            self._stopping.wait(MONITOR_INTERVAL)
 
     def _read(self, relay: Relay, attempt: Attempt) -> None:
         sampling, now = relay.sampling, time.monotonic()
@@ -234,13 +244,17 @@ class Failsafe:
             return self._begin_fallback(relay, error.outcome.label, now)
         if failed.model == "fallback":
             message = f"neither the decoder ({failed.reason}) nor the fallback can answer: {message}"
-        if error.outcome in _RETRIABLE and (attempt := self._retry(relay, now)):
+        if error.outcome in _RETRIABLE and (attempt := self._retry(relay, error.outcome, now)):
             return attempt
         self._fail(relay, message, reason)
         return None
 
-    def _retry(self, relay: Relay, now: float) -> Attempt | None:
+    def _retry(self, relay: Relay, outcome: Outcome, now: float) -> Attempt | None:
         """The decoder once more, after a while."""
+        if outcome is Outcome.STUB_DIED and relay.tries < self._settings.retry_max_attempts:
+            # It lost all that it had at once: all of it is taken up again, as after the death of an engine.
+            self._counters.count("retries_total")
+            return relay.begin("decoder", now)
         delay = self._retries.next_delay(max(relay.tries, 1), now, relay.deadline, random.random(), self._budget)
         if isinstance(delay, NoRetry):
             self._counters.count("retries_refused_total", delay.value)
@@ -301,7 +315,7 @@ class Failsafe:
                 self._changed.wait_for(lambda: self._relays or self._stopping.is_set(), MONITOR_INTERVAL * 10)
                 relays = list(self._relays)
             began = time.monotonic()
-            self._pulse.watch(began)
+            self._pulse.watch(began, is_awaited=bool(relays))
             self._watch_load(began)
             for relay in relays:
                 try:
@@ -340,9 +354,10 @@ class Failsafe:
 
     def _why_not_wait(self, relay: Relay, attempt: Attempt, now: float) -> ModelError | None:
         """For an attempt any longer; None: wait."""
-        if attempt.model == "fallback":  # where else to go? Only from what is lost
-            is_lost = attempt.began < self._pulse.fallback_died
-            return ModelError("the fallback's process died", Outcome.STUB_DIED) if is_lost else None
+        if attempt.began < self._pulse.stubs[attempt.model].lost_before:
+            return ModelError(f"the {attempt.model}'s process died", Outcome.STUB_DIED)
+        if attempt.model == "fallback":  # where else to go?
+            return None
         trouble, has_fallback = self._pulse.trouble, self._can_fall_back(relay)
         outcome = overdue(relay.progress(attempt), trouble, self._limits, now, has_fallback=has_fallback)
         if outcome is None:

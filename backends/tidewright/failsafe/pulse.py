@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from enum import Enum
 import msgspec
 
 from tidewright.failsafe.models import Control, ModelError
+from tidewright.failsafe.stub_process import StubProcess
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import DecoderStatus
 
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 # Seconds between two questions, each of which costs 1 ms of a core. Without a fallback nobody has to be quick.
 INTERVAL, INTERVAL_ALONE = 0.1, 1.0
+IDLE_INTERVAL = 1.0  # while nobody waits for an answer, and all is well
 UNANSWERED = 2.0  # seconds; for a stub that is dead Triton answers after one
 FALLBACK_EVERY = 5  # questions to the decoder for one to the fallback
 STOP_PATIENCE = 2.0  # seconds; a model that is there answers within one
@@ -56,13 +57,16 @@ class Pulse:
         self._control, self._silence, self._has_fallback = control, silence, has_fallback
         self._stopping = threading.Event()
         self._asked_at: float | None = None  # time.monotonic(), while a question waits for its answer
+        self._is_awaited = True
+        self._ask_now = threading.Event()
+        self.stubs = {"decoder": StubProcess(), "fallback": StubProcess()}
+        self.decoder_is_gone = False
+        """Its process has died, and another is not there yet; nobody unloaded it, but to load it again."""
         self.trouble: Trouble | None = None
         """Of the decoder."""
         self.status: DecoderStatus | None = None
         """What the decoder said last; None if it said nothing, or an error."""
         self.fallback_ready = False
-        self.fallback_died = -math.inf
-        """When it got known, the last time, that its stub had died; what it had then is lost."""
 
     def start(self) -> None:
         self._asked_at = None
@@ -72,12 +76,24 @@ class Pulse:
     def stop(self) -> None:
         """Does not wait for ever: a stub that dies leaves a question open."""
         self._stopping.set()
+        self._ask_now.set()
         self._thread.join(STOP_PATIENCE)
+        for stub in self.stubs.values():
+            stub.close()
 
-    def watch(self, now: float) -> None:
-        """To be called now and then: a question that was in a stub when it died is never answered, so ask anew."""
-        if self._asked_at is not None and now - self._asked_at > UNANSWERED:
+    def watch(self, now: float, *, is_awaited: bool) -> None:
+        """To be called now and then, and at once when somebody begins to wait for an answer (`is_awaited`)."""
+        if is_awaited and not self._is_awaited:
+            self._ask_now.set()
+        self._is_awaited = is_awaited
+        ended = [model for model, stub in self.stubs.items() if stub.look(now)]
+        if "decoder" in ended and self.stubs["decoder"].died:
+            self.decoder_is_gone = True
+        # A question that was in a stub when it died is never answered.
+        if self._asked_at is not None and (ended or now - self._asked_at > UNANSWERED):
             self.start()
+        elif ended:
+            self._ask_now.set()
 
     def _loop(self) -> None:
         rounds, interval = 0, INTERVAL if self._has_fallback else INTERVAL_ALONE
@@ -91,7 +107,8 @@ class Pulse:
                 return
             except Exception:  # without this thread, nobody would know how the models are
                 log.exception("a model could not be asked how it is")
-            self._stopping.wait(interval)
+            self._ask_now.wait(interval if self._is_awaited or self.trouble else IDLE_INTERVAL)
+            self._ask_now.clear()
 
     def _ask(self, model: str, word: str) -> str:
         self._asked_at = time.monotonic()
@@ -104,14 +121,19 @@ class Pulse:
 
     def _ask_decoder(self) -> None:
         try:
-            self.status = msgspec.json.decode(self._ask("decoder", "status"), type=DecoderStatus)
+            self.status = self._ask_status("decoder")
+            self.decoder_is_gone = False
             found = self._of_status(self.status)
         except ModelError as error:
             self.status = None
-            # In its own words: Triton's, handed on by our health, would say that this model's stub had died.
-            died = error.outcome is Outcome.STUB_DIED
-            kind, cause = (Kind.STUB_DIED, "its process died") if died else (Kind.UNLOADED, str(error))
-            found = Trouble(kind, time.monotonic(), cause)  # it may have died long after the question
+            now = time.monotonic()  # it may have died, or been unloaded, long after the question
+            if error.outcome is Outcome.STUB_DIED or self.decoder_is_gone:
+                # In its own words: Triton's, handed on by our health, would say that this model's stub had died.
+                since = self.stubs["decoder"].lost_before if self.decoder_is_gone else now
+                self.decoder_is_gone = True
+                found = Trouble(Kind.STUB_DIED, since, "its process died")
+            else:
+                found = Trouble(Kind.UNLOADED, now, str(error))
         before = self.trouble
         if found and before and found.kind is before.kind:
             found = Trouble(found.kind, min(found.since, before.since), found.cause)
@@ -131,9 +153,14 @@ class Pulse:
 
     def _ask_fallback(self) -> None:
         try:
-            self._ask("fallback", "health")
-            self.fallback_ready = True
+            self.fallback_ready = not self._ask_status("fallback").trouble
         except ModelError as error:
             self.fallback_ready = False
             if error.outcome is Outcome.STUB_DIED:
-                self.fallback_died = time.monotonic()
+                self.stubs["fallback"].lost_before = time.monotonic()
+
+    def _ask_status(self, model: str) -> DecoderStatus:
+        status = msgspec.json.decode(self._ask(model, "status"), type=DecoderStatus)
+        if status.pid:
+            self.stubs[model].named(status.pid, time.monotonic())
+        return status
