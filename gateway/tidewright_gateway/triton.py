@@ -31,6 +31,7 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+END_TIMEOUT = 5.0  # seconds from the last response of a stream to its end
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
@@ -86,14 +87,16 @@ class TritonClient:
         request = service_pb2.ModelInferRequest(model_name="decoder")
         _add(request, CONTROL.name, "BYTES", 1, _bytes_element(word.encode()))
         call = self._control(request, timeout=timeout)
+        answered = False
         try:
             response = await call.read()
+            answered = True
         except grpc.aio.AioRpcError as error:
             raise _model_error(error) from None
         except asyncio.InvalidStateError as error:
             raise ModelError(str(error), Outcome.UNAVAILABLE) from None
         finally:
-            call.cancel()
+            _leave(call, at_the_end=answered)
         if response is grpc.aio.EOF:
             raise ModelError("Triton closed the stream", Outcome.UNAVAILABLE)
         if response.error_message:
@@ -127,14 +130,17 @@ class Generation:
             ModelError: there is no further one.
         """
         call = self._call = self._method(self._request, metadata=self._metadata)
+        at_the_end = False
         try:
             while True:
                 response = await call.read()
                 if response is grpc.aio.EOF:
                     raise ModelError("Triton ended the stream without a last response", Outcome.ENGINE_FAILED)
                 if response.error_message:
+                    at_the_end = True
                     raise ModelError(response.error_message)
                 reply = _reply(response.infer_response)
+                at_the_end = reply.finish_reason is not None
                 yield reply
                 if reply.finish_reason:
                     return
@@ -146,7 +152,37 @@ class Generation:
                 raise self._abandoned from None
             raise
         finally:
-            call.cancel()
+            _leave(call, at_the_end)
+
+
+_ending: set[asyncio.Task[None]] = set()  # a task that nobody holds may be dropped
+
+
+def _leave(call: grpc.aio.UnaryStreamCall, at_the_end: bool) -> None:
+    """Cancels a call; one whose last response has come is read to its end instead.
+
+    A cancel between the last response and the end of the stream makes Triton (2.51) keep the request for ever: the
+    model can't be unloaded any more, and sometimes its memory is corrupted.
+    """
+    if not at_the_end:
+        call.cancel()
+        return
+    task = asyncio.get_running_loop().create_task(_read_to_end(call))
+    _ending.add(task)
+    task.add_done_callback(_ending.discard)
+
+
+async def _read_to_end(call: grpc.aio.UnaryStreamCall) -> None:
+    async def read() -> None:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+
+    try:
+        await asyncio.wait_for(read(), END_TIMEOUT)
+    except (grpc.aio.AioRpcError, asyncio.TimeoutError, asyncio.InvalidStateError):
+        pass  # it ended in another way, or does not end
+    finally:
+        call.cancel()
 
 
 def _one_request(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
