@@ -31,6 +31,7 @@ _OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+LINGER = 5.0  # seconds after its last response until a call that has not ended is cancelled
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
@@ -92,8 +93,10 @@ class TritonClient:
             raise _model_error(error) from None
         except asyncio.InvalidStateError as error:
             raise ModelError(str(error), Outcome.UNAVAILABLE) from None
-        finally:
+        except BaseException:
             call.cancel()
+            raise
+        let_end(call)
         if response is grpc.aio.EOF:
             raise ModelError("Triton closed the stream", Outcome.UNAVAILABLE)
         if response.error_message:
@@ -127,16 +130,19 @@ class Generation:
             ModelError: there is no further one.
         """
         call = self._call = self._method(self._request, metadata=self._metadata)
+        ended = False
         try:
             while True:
                 response = await call.read()
                 if response is grpc.aio.EOF:
                     raise ModelError("Triton ended the stream without a last response", Outcome.ENGINE_FAILED)
                 if response.error_message:
+                    ended = True
                     raise ModelError(response.error_message)
                 reply = _reply(response.infer_response)
+                ended = reply.finish_reason is not None
                 yield reply
-                if reply.finish_reason:
+                if ended:
                     return
         except grpc.aio.AioRpcError as error:
             raise self._abandoned or _model_error(error) from None
@@ -146,7 +152,10 @@ class Generation:
                 raise self._abandoned from None
             raise
         finally:
-            call.cancel()
+            if ended:
+                let_end(call)
+            else:
+                call.cancel()
 
 
 def _one_request(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
@@ -159,6 +168,14 @@ def _one_request(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable
         request_serializer=service_pb2.ModelInferRequest.SerializeToString,
         response_deserializer=service_pb2.ModelStreamInferResponse.FromString,
     )
+
+
+def let_end(call: grpc.aio.UnaryStreamCall) -> None:
+    """Call it after the last response; it does not wait. Triton (2.51) leaks about 20 kB for a call that is cancelled
+    while it ends."""
+    if not call.done():
+        timer = asyncio.get_running_loop().call_later(LINGER, call.cancel)
+        call.add_done_callback(lambda _: timer.cancel())
 
 
 def _model_error(error: grpc.aio.AioRpcError) -> ModelError:
