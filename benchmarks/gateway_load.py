@@ -22,6 +22,7 @@ import psutil
 
 from benchmarks.echo_replica import METHOD, SERVICE
 from tidewright.bench.sweep import percentile
+from tidewright_gateway.triton import let_end
 
 _LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 DONE, LAST_CHUNK = b"data: [DONE]", b"0\r\n\r\n"
@@ -158,7 +159,7 @@ class GrpcClient:
                 answer.error = "an answer without an end"
                 return answer
             answer.times.append(time.perf_counter())
-        call.cancel()  # as the gateway does
+        let_end(call)
         if responses not in (None, len(answer.times)):
             answer.error = f"{len(answer.times)} responses, where {responses} were due"
         return answer

@@ -28,18 +28,18 @@ REFUSED = (
 class Soak:
     """`whole` and `stream` are requests that are answered, with `responses` of the replica."""
 
-    def __init__(self, client: HttpClient, whole: bytes, stream: bytes, responses: int) -> None:
+    def __init__(self, client: HttpClient, whole: bytes, stream: bytes, responses: int | None) -> None:
         self._client, self._whole, self._stream, self._responses = client, whole, stream, responses
         self.done: Counter[str] = Counter()
         self.wrong: Counter[str] = Counter()
 
-    async def run(self, seconds: float) -> None:
+    async def run(self, seconds: float, rate: float = RATE) -> None:
         """Requests arrive by chance."""
         rng, until = random.Random(0), time.monotonic() + seconds
         running: set[asyncio.Task[None]] = set()
         kinds = ("whole", "stream", "cancelled", "cancelled stream", "refused")
         while time.monotonic() < until:
-            await asyncio.sleep(rng.expovariate(RATE))
+            await asyncio.sleep(rng.expovariate(rate))
             (kind,) = rng.choices(kinds, (50, 25, 8, 7, 10))
             task = asyncio.create_task(self._send(kind, rng.choice(REFUSED)))
             running.add(task)
