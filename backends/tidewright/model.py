@@ -50,7 +50,8 @@ class TritonPythonModel:
             else:
                 model_dir, config = find_prepared(settings.model), settings.engine_config
             self._tokenizer = Tokenizer(model_dir)
-            self._bridge = Bridge(settings, config(model_dir), self._tokenizer)
+            self._name, self._version = args["model_name"], args["model_version"]
+            self._bridge = Bridge(settings, config(model_dir), self._tokenizer, self._is_loaded)
             self._bridge.start()
         except Exception as error:
             report_start_error(error)
@@ -85,6 +86,9 @@ class TritonPythonModel:
         self._metrics.stop()
         self._bridge.stop()
         end_within()
+
+    def _is_loaded(self) -> bool:
+        return bool(pb_utils.is_model_ready(model_name=self._name, model_version=self._version))
 
     def _control(self, sender: object, word: str) -> None:
         if word.startswith(CANCEL):

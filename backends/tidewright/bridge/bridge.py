@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from tidewright.bridge.call import Call, Part, Responder
 from tidewright.bridge.canceller import Canceller
@@ -41,13 +43,30 @@ log = logging.getLogger(__name__)
 MAX_FAILED_STARTS = 3  # in a row; then nobody waits for the engine any longer
 WATCH_INTERVAL = 0.1  # seconds
 LATE = 0.5  # seconds after a request's deadline in which an engine that is up should have ended it
+UNLOAD_GRACE = 10.0  # seconds, at most, for requests of a model that is being unloaded
 JOIN_TIMEOUT = 2.0  # seconds for a thread to end; Triton's own end must not wait for one that hangs
+
+
+@dataclass(frozen=True)
+class Drain:
+    """Why nothing new is taken, when what is in flight ends (time.monotonic()), and what it is told."""
+
+    why: str
+    ends_at: float
+    message: str
 
 
 class Bridge:
     """Owns the engine client and every request between Triton and the engine."""
 
-    def __init__(self, settings: Settings, config: EngineConfig, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        config: EngineConfig,
+        tokenizer: Tokenizer,
+        is_loaded: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """`is_loaded`: whether Triton still gives this model requests; asked now and then while it has some."""
         self._tokenizer = tokenizer
         self._limit, self._max_waiting = config.max_running + config.max_waiting, config.max_waiting
         self._ids = itertools.count(1)
@@ -58,7 +77,7 @@ class Bridge:
         self._streaming_share = settings.streaming_share
         self._stopping = threading.Event()
         self._grace = settings.shutdown_grace
-        self._drained_at: float | None = None  # time.monotonic() when what is left ends; None: not draining
+        self._drain: Drain | None = None
         self._client = EngineClient(
             config,
             EngineEvents(self._on_outputs, self._on_stats, self._on_up, self._on_lost),
@@ -66,7 +85,7 @@ class Bridge:
             heartbeat_timeout=settings.heartbeat_timeout,
         )
         self._sender = Sender(self._changed, self._outgoing, self._send, self._abandon, self._release)
-        self._canceller = Canceller(self._changed, self._calls, self._hung_up)
+        self._canceller = Canceller(self._changed, self._calls, self._hung_up, is_loaded, self._unloaded)
         self._watch = threading.Thread(target=self._watch_loop, name="watch", daemon=True)
         self._feeder = Feeder(self._client.send, self._give_up)
         self._failed_starts = 0  # of engines, since one was up
@@ -86,7 +105,7 @@ class Bridge:
 
         A heart that beats stands for all ranks: see engine/process.py.
         """
-        if self._drained_at:
+        if self._drain:
             return DRAINING
         if stuck := self._stuck:
             return f"{STUCK}{stuck}"
@@ -114,7 +133,7 @@ class Bridge:
             arrived = [call.arrived_at for call in self._calls if not any(part.has_new_tokens for part in call.parts)]
         return DecoderStatus(
             trouble=self.trouble,
-            draining=self._drained_at is not None,
+            draining=self._drain is not None,
             silence=self._client.silence(),
             waiting=stats.waiting / max(self._max_waiting, 1),
             wait=time.monotonic() - min(arrived) if arrived else 0.0,
@@ -150,10 +169,13 @@ class Bridge:
         self._canceller.start()
         self._watch.start()
 
-    def drain(self) -> None:
+    def drain(self, why: str = "the server is shutting down", longest: float = math.inf) -> None:
         """Take no new requests; those in flight get `shutdown_grace` seconds, then they end with the reason."""
+        grace = min(self._grace, longest)
         with self._changed:
-            self._drained_at = self._drained_at or time.monotonic() + self._grace
+            if self._drain is None:
+                message = f"{why}, and {grace:g} s (shutdown_grace) were not enough to finish"
+                self._drain = Drain(why, time.monotonic() + grace, message)
 
     def stop(self) -> None:
         """End the engine; what is still in flight ends with `EngineUnavailableError`."""
@@ -182,8 +204,8 @@ class Bridge:
         ids = [next(self._ids) for _ in range(sampling.n)]
         call = Call(request, responder, self._tokenizer, ids, arrived_at, deadline, client_id)
         with self._changed:
-            if self._drained_at:
-                raise EngineUnavailableError("the server is shutting down; send the request to another")
+            if self._drain:
+                raise EngineUnavailableError(f"{self._drain.why}; send the request to another")
             if self._failing:
                 raise EngineUnavailableError(self._failing)
             self._check_room(sampling.n)
@@ -366,6 +388,10 @@ class Bridge:
         with self._changed:
             self._fail(call, CancelledError("cancelled by the client"))
 
+    def _unloaded(self) -> None:
+        """Triton waits for the last request, however long that takes, and says nothing."""
+        self.drain("the model is being unloaded", UNLOAD_GRACE)
+
     def _watch_loop(self) -> None:
         while not self._stopping.wait(WATCH_INTERVAL):
             for look in (self._sender.watch, self._end_overdue, self._end_drain):
@@ -375,9 +401,8 @@ class Bridge:
                     log.exception("the bridge could not look after its requests")
 
     def _end_drain(self) -> None:
-        if self._drained_at and time.monotonic() > self._drained_at:
-            grace = f"{self._grace:g} s (shutdown_grace)"
-            self._fail_all(f"the server is shutting down, and {grace} were not enough to finish")
+        if self._drain and time.monotonic() > self._drain.ends_at:
+            self._fail_all(self._drain.message)
 
     def _end_overdue(self) -> None:
         """Ends requests whose deadline has passed and that no engine has ended: none is up, or it hangs."""

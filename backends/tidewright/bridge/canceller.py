@@ -1,8 +1,9 @@
-"""Asks Triton whose client hung up, and ends those requests."""
+"""Asks Triton what it does not say by itself: whose client hung up, and whether the model is being unloaded."""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Collection
@@ -13,14 +14,27 @@ from tidewright.schema import ATTEMPT
 log = logging.getLogger(__name__)
 
 POLL_INTERVAL = 0.01  # seconds
+LOADED_INTERVAL = 1.0  # seconds
 POLL_SHARE = 0.05  # of one core, at most: asking Triton is a round trip to its process
 
 
 class Canceller:
-    """`changed` guards `calls`, and is notified of a new one. `cancel` is told of each call whose client hung up."""
+    """`changed` guards `calls`, and is notified of a new one. `cancel` is told of each call whose client hung up.
 
-    def __init__(self, changed: threading.Condition, calls: Collection[Call], cancel: Callable[[Call], None]) -> None:
+    While there are calls, `is_loaded` is asked now and then; `unloaded` is told once that it is not so.
+    """
+
+    def __init__(
+        self,
+        changed: threading.Condition,
+        calls: Collection[Call],
+        cancel: Callable[[Call], None],
+        is_loaded: Callable[[], bool],
+        unloaded: Callable[[], None],
+    ) -> None:
         self._changed, self._calls, self._cancel = changed, calls, cancel
+        self._is_loaded, self._unloaded = is_loaded, unloaded
+        self._ask_loaded_at = 0.0  # time.monotonic()
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="canceller", daemon=True)
 
@@ -46,6 +60,9 @@ class Canceller:
             began = time.monotonic()
             for call in calls:
                 self._ask(call)
+            if began >= self._ask_loaded_at:
+                self._ask_loaded_at = began + LOADED_INTERVAL
+                self._ask_loaded()
             took = time.monotonic() - began
             self._stopping.wait(max(POLL_INTERVAL, took / POLL_SHARE))
 
@@ -56,3 +73,12 @@ class Canceller:
         except Exception:
             log.exception("Triton could not be asked whether a client hung up; it is not asked again about this one")
             call.askable = False
+
+    def _ask_loaded(self) -> None:
+        try:
+            if not self._is_loaded():
+                self._ask_loaded_at = math.inf
+                self._unloaded()
+        except Exception:
+            log.exception("Triton could not be asked whether the model is loaded; it is not asked again")
+            self._ask_loaded_at = math.inf
