@@ -62,7 +62,7 @@ class StubProcess:
 
 
 def _has_died(pid: int) -> bool:
-    """Of a process that has ended. Triton waits for one that it ends; of another it leaves a zombie, with its status."""
+    """Of a process that has ended: Triton waits for one that it ends, and leaves another as a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
