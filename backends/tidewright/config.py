@@ -94,7 +94,8 @@ class Settings(ResilienceSettings, BaseSettings):
         "the name of another, or a folder that `tidewright export-onnx` made; exported if need be. Empty: none.",
     )
     fallback_device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where onnxruntime runs the fallback; auto takes a GPU if it can use one."
+        "auto",
+        description="Where onnxruntime runs the fallback; auto is the CPU, which still works when the GPU does not.",
     )
     fallback_threads: int = Field(
         0,
@@ -193,7 +194,7 @@ class Settings(ResilienceSettings, BaseSettings):
         return msgspec.structs.replace(
             self.engine_config(model_dir),
             is_onnx=True,
-            device=self.fallback_device,
+            device="cpu" if self.fallback_device == "auto" else self.fallback_device,
             threads=self.fallback_threads,
             niceness=10,
             kv_cache_memory=self.fallback_memory,

@@ -59,6 +59,7 @@ class Answer(ABC):
         """`echoes`: for each choice what is put before its text; empty if that was not asked for."""
         self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
         self._num_logprobs, self._with_usage, self._echoes = num_logprobs, with_usage, echoes
+        self._served_by = "decoder"
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         parts = [self._whole_choice(choice) for choice in choices]
@@ -75,6 +76,8 @@ class Answer(ABC):
 
     def piece(self, choice: Choice, reply: Reply, positions: list[dict[str, Any]]) -> bytes:
         """For a reply that `choice` has taken."""
+        if choice.served_by == "fallback":
+            self._served_by = "fallback"
         return self._event([self._piece_choice(choice, reply, positions)], served_by=choice.served_by)
 
     def opening(self, index: int) -> bytes:
@@ -83,7 +86,7 @@ class Answer(ABC):
 
     def usage(self, usage: Usage) -> bytes:
         """The event before the end, if it was asked for."""
-        return self._event([], usage.json()) if self._with_usage else b""
+        return self._event([], usage.json(), self._served_by) if self._with_usage else b""
 
     def _event(
         self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None, served_by: str = "decoder"

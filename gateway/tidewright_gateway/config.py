@@ -83,7 +83,12 @@ class GatewaySettings(ResilienceSettings, BaseSettings):
         description="How a replica is chosen: in turn, by least load, or one that has the prompt's beginning in its "
         "KV cache unless it has much more load than others.",
     )
-    probe_interval: float = Field(0.1, gt=0, le=60, description="Seconds between two questions to a replica.")
+    probe_interval: float = Field(
+        0.1,
+        gt=0,
+        le=60,
+        description="Seconds between two questions to a replica; ten times as many while nothing is in flight.",
+    )
     patience: float = Field(
         0.5,
         gt=0,

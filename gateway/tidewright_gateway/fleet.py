@@ -14,6 +14,7 @@ from typing import Any
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.breaker import Permit, Refusal, State
 from tidewright.resilience.outcome import Outcome
+from tidewright_gateway import replica as replicas
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.discovery import Endpoint, Lookout, make_source
 from tidewright_gateway.metrics import Metrics
@@ -23,6 +24,7 @@ from tidewright_gateway.routing import Candidate, LeastLoad, make_router
 
 log = logging.getLogger(__name__)
 
+IDLE_INTERVALS = 10  # of `probe_interval` between two questions while nobody waits for an answer
 WATCH_INTERVAL = 0.05  # seconds between two looks at what is in flight
 
 
@@ -194,13 +196,23 @@ class Fleet:
                 await self._ask(replica)
             except Exception:
                 log.exception("a replica could not be asked how it is")
-            await asyncio.sleep(self._settings.probe_interval)
+            await self._pause(replica)
         self.replicas.remove(replica)
         for router in (self._router, self._fallback_router):
             router.forget(replica.address)
         self._metrics.forget(replica.address)
         await replica.client.close()
         del self._lives[replica]
+
+    async def _pause(self, replica: Replica) -> None:
+        """Until it is to be asked again. Seldom, as long as it is well and nothing is in flight anywhere."""
+        interval = self._settings.probe_interval
+        until = time.monotonic() + min(IDLE_INTERVALS * interval, replicas.FRESH / 2)
+        while True:
+            await asyncio.sleep(interval)
+            is_awaited = not replica.takes_requests or any(one.in_flight for one in self.replicas)
+            if is_awaited or time.monotonic() >= until:
+                return
 
     async def _ask(self, replica: Replica) -> None:
         await ask_status(replica, self._settings.patience)

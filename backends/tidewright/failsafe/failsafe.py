@@ -197,7 +197,7 @@ class Failsafe:
 
     def _wait_for_decoder(self, relay: Relay, attempt: Attempt) -> None:
         """While another process is on its way, if nobody else can answer."""
-        until = attempt.began + self._limits.first_token
+        until = attempt.began + self._settings.start_timeout
         while self._pulse.decoder_is_gone and relay.current is attempt and not self._stopping.is_set():
             if self._can_fall_back(relay) or time.monotonic() > until:
                 break

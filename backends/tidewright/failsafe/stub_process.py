@@ -62,7 +62,7 @@ class StubProcess:
 
 
 def _has_died(pid: int) -> bool:
-    """Triton waits for a process that it ends itself; any other stays a zombie, which has its exit status."""
+    """Of a process that has ended: Triton waits for one that it ends, and leaves another as a zombie."""
     try:
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -6,7 +6,6 @@ import importlib
 import sys
 
 import click
-from rich.console import Console
 
 from tidewright import __version__
 from tidewright.cache import EMBEDDED_MODEL
@@ -71,6 +70,8 @@ def prepare(model: str, force: bool, fallback: bool, fallback_model: str | None)
       tidewright prepare ./model.gguf --no-fallback
       tidewright prepare HuggingFaceTB/SmolLM2-1.7B-Instruct --fallback-model smollm2-135m
     """
+    from rich.console import Console
+
     from tidewright.launch.errors import ExportError, LaunchError
     from tidewright.launch.prepare import prepare as make_ready
 

