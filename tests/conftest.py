@@ -86,6 +86,12 @@ def float32_fallback(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) 
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _revive(request: pytest.FixtureRequest) -> None:
+    for name in {"server", "bf16_server"} & set(request.fixturenames):
+        request.getfixturevalue(name).revive()
+
+
 @pytest.fixture(scope="session")
 def server(model_dir: Path) -> Iterator[RunningServer]:
     """The real thing in float32, in which its tokens can be held against transformers'. A response for each token."""

@@ -68,6 +68,8 @@ class Stream:
         self._arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
         self.generations: dict[str, Generation] = {}
         self._errors: list[Exception] = []
+        self.broken: Exception | None = None
+        """The connection's error; nothing comes any more."""
         self.client.start_stream(lambda result, error: self._arrived.put((result, error)))
 
     def send(self, request_id: str, model: str = "decoder", parameters: dict | None = None, **inputs: Any) -> None:
@@ -85,21 +87,29 @@ class Stream:
     def next(self, timeout: float = STREAM_TIMEOUT) -> None:
         """Take one response."""
         result, error = self._arrived.get(timeout=timeout)
-        if error is not None:
+        if error is not None and error.status():  # of the call as a whole; those of requests have none
+            self.broken = error
+        elif error is not None:
             self._errors.append(error)
         else:
             self.generations[result.get_response().id].take(result)
 
     def finish(self, timeout: float = STREAM_TIMEOUT) -> dict[str, Generation]:
-        """Wait until every request has ended."""
-        while sum(g.ended > 0 for g in self.generations.values()) + len(self._errors) < len(self.generations):
+        """Wait until every request has ended, with an error at the latest when the connection breaks."""
+        while not self.broken and len(self._unended()) > len(self._errors):
             self.next(timeout)
         # The client library drops the request id of an error, so errors go to those that got no answer.
-        for generation, error in zip((g for g in self.generations.values() if not g.ended), self._errors, strict=True):
+        unended = self._unended()
+        if self.broken:
+            self._errors += [self.broken] * (len(unended) - len(self._errors))
+        for generation, error in zip(unended, self._errors, strict=True):
             generation.error = error
             generation.ended += 1
         self._errors.clear()
         return self.generations
+
+    def _unended(self) -> list[Generation]:
+        return [generation for generation in self.generations.values() if not generation.ended]
 
     def close(self, cancel: bool = False) -> None:
         self.client.stop_stream(cancel_requests=cancel)
@@ -136,6 +146,11 @@ class RunningServer:
 
     def __exit__(self, *_: object) -> None:
         self.triton.stop()
+
+    def revive(self) -> None:
+        """Of tests that share it, a Triton that has ended fails only the one that ran then."""
+        if not self.triton.running:
+            self.triton.start_again()
 
     @property
     def grpc_url(self) -> str:
