@@ -91,13 +91,15 @@ class Scheduler:
         message = f"timed out after {sequence.sampling.timeout:g} s {where}"
         return SequenceOutput(request_id, [], "timeout", message=message)
 
-    def schedule(self) -> StepPlan:
+    def schedule(self, pace: int | None = None) -> StepPlan:
+        """`pace`: prompt tokens that are computed, at most, while other sequences wait for their next token."""
         budget, index, admitting = self._config.max_batched_tokens, 0, True
+        paced = budget if pace is None or not any(s.decodes for s in self._running) else pace
         preemptions = self._preemptions
         scheduled: list[ScheduledSequence] = []
         while budget:
             running = self._running[index] if index < len(self._running) else None
-            waiting = self._waiting[0] if self._waiting and admitting else None
+            waiting = self._waiting[0] if self._waiting and admitting and paced else None
             if waiting and (running is None or waiting.order[0] < running.order[0]):
                 # A request that does not fit blocks those behind it, or it might wait forever. And one that was just
                 # preempted is not admitted again in the same step.
@@ -110,10 +112,18 @@ class Scheduler:
             elif not self._grow(running, index):
                 index += 1  # no block to be had; it keeps its place for the next step
                 continue
+            sequence = self._running[index]
             # One token is left for each that runs behind this one.
-            share = budget - (len(self._running) - index - 1)
-            scheduled.append(self._take(self._running[index], max(share, 1)))
+            share = max(budget - (len(self._running) - index - 1), 1)
+            if not sequence.decodes:
+                share = min(share, paced)
+                if not share:
+                    index += 1  # in a later step
+                    continue
+            scheduled.append(self._take(sequence, share))
             budget -= scheduled[-1].count
+            if not sequence.decodes:
+                paced -= scheduled[-1].count
             admitting = admitting and self._preemptions == preemptions
             index += 1
         self._steps += 1
