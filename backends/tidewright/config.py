@@ -75,6 +75,13 @@ class Settings(ResilienceSettings, BaseSettings):
         0, ge=0, description="Longest prompt plus output, in tokens; 0 takes the model's own limit."
     )
     max_batched_tokens: int = Field(2048, ge=1, description="Tokens computed in one engine step, at most.")
+    prefill_step_time: float = Field(
+        0.25,
+        ge=0,
+        le=60,
+        description="Seconds that a step should take while streams wait for their next token: it computes as much of "
+        "the prompts beside them as that allows, by what tokens were measured to cost. 0: up to max_batched_tokens.",
+    )
     max_running: int = Field(64, ge=1, le=4096, description="Sequences computed in one engine step, at most.")
     prefix_caching: bool = Field(True, description="Share the KV blocks of equal prompt beginnings.")
     speculative_tokens: int = Field(
@@ -221,6 +228,7 @@ class Settings(ResilienceSettings, BaseSettings):
             kv_cache_memory=self.kv_cache_memory,
             max_model_len=self.max_model_len,
             max_batched_tokens=self.max_batched_tokens,
+            prefill_step_time=self.prefill_step_time,
             max_running=self.max_running,
             max_waiting=self.max_waiting,
             prefix_caching=self.prefix_caching,

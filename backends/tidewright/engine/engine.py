@@ -12,6 +12,7 @@ import msgspec
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
 from tidewright.engine.model_runner import ModelRunner
+from tidewright.engine.pace import Pace
 from tidewright.engine.plan import DrawnToken, SequenceResult, StepPlan
 from tidewright.engine.rank_messages import Expire, Input
 from tidewright.engine.ranks import Ranks
@@ -38,6 +39,7 @@ class Engine:
         self.load_seconds = time.monotonic() - started
         self.config = config
         self.scheduler = make_scheduler(config, self.runner)
+        self._pace = Pace(config.prefill_step_time, config.max_batched_tokens)
         self._ranks = ranks
         self._inputs: list[Input] = []  # that the other ranks have not got yet
         self._results: tuple[SequenceResult, ...] = ()  # likewise
@@ -84,12 +86,14 @@ class Engine:
 
     def step(self) -> list[SequenceOutput]:
         began = time.monotonic()
-        plan = self.scheduler.schedule()
+        pace = self._pace.tokens
+        plan = self.scheduler.schedule(pace)
         planned = time.monotonic()
-        self._lead(plan)
+        self._lead(plan, pace)
         agreed = time.monotonic()
         result = self.runner.run(plan)
         computed = time.monotonic()
+        self._pace.computed(plan, computed - agreed)
         if self._ranks:
             self._results = tuple(_only_tokens(drawn) for drawn in result.sequences)
         outputs = self.scheduler.commit(plan, result)
@@ -109,10 +113,10 @@ class Engine:
         if self._ranks:
             self._inputs.append(entry)
 
-    def _lead(self, plan: StepPlan) -> None:
+    def _lead(self, plan: StepPlan, pace: int) -> None:
         """Lets the other ranks begin the same step."""
         if self._ranks:
-            self._ranks.send(plan, self._results, self._inputs)
+            self._ranks.send(plan, self._results, self._inputs, pace)
             self._inputs = []
 
     def check_ranks(self) -> None:

@@ -36,7 +36,7 @@ class Follower:
                 self._scheduler.expire(entry.request_id)
             else:
                 self._scheduler.abort(entry.request_id)
-        self._plan = self._scheduler.schedule()
+        self._plan = self._scheduler.schedule(step.pace)
         if plan_checksum(self._plan) != step.checksum:
             log.error("this rank's plan, where rank 0 has another: %s", self._plan)
             raise PlanMismatchError("it made another plan than rank 0; both are in the log")

@@ -27,6 +27,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache_memory: str = "auto"  # as tidewright.kv_cache.budget reads it
     max_model_len: int = 0  # tokens; 0: the model's own limit
     max_batched_tokens: int = 2048  # token budget of one step
+    prefill_step_time: float = 0.25  # seconds of a step that computes prompts beside running streams, about; 0: any
     max_running: int = 64  # sequences in one step
     max_waiting: int = 512  # requests beyond those that run; one more is refused
     prefix_caching: bool = True

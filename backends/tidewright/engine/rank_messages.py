@@ -49,6 +49,7 @@ class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
 
     results: tuple[SequenceResult, ...]  # of the step before: the drawn tokens, without log-probabilities
     inputs: list[Input]
+    pace: int  # as `Scheduler.schedule` takes it
     checksum: int
 
 

@@ -123,14 +123,14 @@ class Ranks:
             self._send_to(rank, encode(Join(self._config, store_port)))
         threading.Thread(target=self._watch, args=(on_lost,), name="rank-watch", daemon=True).start()
 
-    def send(self, plan: StepPlan, results: tuple[SequenceResult, ...], inputs: list[Input]) -> None:
+    def send(self, plan: StepPlan, results: tuple[SequenceResult, ...], inputs: list[Input], pace: int) -> None:
         """Lets the ranks compute a step: what happened since the last one, and the plan that has to come of it.
 
         Raises:
             RankError: a rank is gone.
         """
         self._plan = plan
-        message = encode(Step(results, inputs, plan_checksum(plan)))
+        message = encode(Step(results, inputs, pace, plan_checksum(plan)))
         for rank in self._connections:
             self._send_to(rank, message)
 

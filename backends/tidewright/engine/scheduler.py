@@ -7,6 +7,7 @@ token budget a step. Every rank runs its own copy, so nothing here may depend on
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable
 from dataclasses import dataclass
 from operator import attrgetter
 
@@ -90,29 +91,39 @@ class Scheduler:
         message = f"timed out after {sequence.sampling.timeout:g} s {where}"
         return SequenceOutput(request_id, [], "timeout", message=message)
 
-    def schedule(self) -> StepPlan:
+    def schedule(self, pace: int | None = None) -> StepPlan:
+        """`pace`: prompt tokens that are computed, at most, while other sequences wait for their next token."""
         budget, index, admitting = self._config.max_batched_tokens, 0, True
+        paced = budget if pace is None or not any(s.decodes for s in self._running) else pace
         preemptions = self._preemptions
         scheduled: list[ScheduledSequence] = []
         while budget:
             running = self._running[index] if index < len(self._running) else None
-            waiting = self._waiting[0] if self._waiting and admitting else None
+            waiting = self._waiting[0] if self._waiting and admitting and paced else None
             if waiting and (running is None or waiting.order[0] < running.order[0]):
-                # Who does not fit keeps all behind it waiting, or it might wait forever. And who was just thrown
-                # out is not let in again in the same step.
+                # A request that does not fit blocks those behind it, or it might wait forever. And one that was just
+                # preempted is not admitted again in the same step.
                 admitted = self._admit(waiting, index)
                 admitting = admitted and self._preemptions == preemptions
                 if not admitted:
                     continue
             elif running is None:
                 break
-            elif not self._grow(running):
+            elif not self._grow(running, index):
                 index += 1  # no block to be had; it keeps its place for the next step
                 continue
+            sequence = self._running[index]
             # One token is left for each that runs behind this one.
-            share = budget - (len(self._running) - index - 1)
-            scheduled.append(self._take(self._running[index], max(share, 1)))
+            share = max(budget - (len(self._running) - index - 1), 1)
+            if not sequence.decodes:
+                share = min(share, paced)
+                if not share:
+                    index += 1  # in a later step
+                    continue
+            scheduled.append(self._take(sequence, share))
             budget -= scheduled[-1].count
+            if not sequence.decodes:
+                paced -= scheduled[-1].count
             admitting = admitting and self._preemptions == preemptions
             index += 1
         self._steps += 1
@@ -187,19 +198,19 @@ class Scheduler:
         return -(-num_tokens // self._config.block_size)
 
     def _admit(self, sequence: Sequence, index: int) -> bool:
-        """Moves the first that waits to place `index` of those that run, throwing out less important ones if need be.
+        """Moves the first waiting sequence to place `index` of the running ones, if it fits.
 
-        One block is left for each running sequence: else who enters now is soon thrown out again.
+        One block is left for each running sequence: without it, the new one would soon be preempted again.
         """
         # Prompt log-probabilities need all of the prompt's hidden states, also those that a cached block would skip.
         may_skip = sequence.sampling.prompt_logprobs is None
         shared = self._cache.find(sequence.token_ids, sequence.chain) if may_skip else []
         needed = self._blocks(sequence.num_known) - len(shared)
-        while len(self._running) >= self._max_running or self._cache.free_after(shared, needed) < len(self._running):
-            # All from `index` on are less important, and not yet part of this step.
-            if len(self._running) <= index:
-                return False
-            self._preempt(self._running.pop())
+        # All from `index` on have a lower priority, and are not yet part of this step.
+        if not self._make_room(
+            index, shared, needed, lambda left, running: running <= min(left, self._max_running - 1)
+        ):
+            return False
         self._waiting.remove(sequence)
         self._running.insert(index, sequence)
         sequence.block_table = self._cache.take(shared, needed)
@@ -211,18 +222,34 @@ class Scheduler:
             self._prefix_hits += sequence.num_computed
         return True
 
-    def _grow(self, sequence: Sequence) -> bool:
+    def _grow(self, sequence: Sequence, index: int) -> bool:
         """Gets blocks for all known tokens, from the last in order if need be; False if even that fails.
 
         The first never fails, for `_check` made sure that it fits into the pool alone: so there is always progress.
         """
         needed = self._blocks(sequence.num_known) - len(sequence.block_table)
-        while needed > self._cache.pool.num_free and self._running[-1] is not sequence:
-            self._preempt(self._running.pop())
-        if needed > self._cache.pool.num_free:
+        if needed <= 0:
+            return True
+        if not self._make_room(index + 1, [], needed, lambda left, _: left >= 0):
             return False
-        if needed > 0:
-            sequence.block_table += self._cache.take([], needed)
+        sequence.block_table += self._cache.take([], needed)
+        return True
+
+    def _make_room(self, first: int, shared: list[int], needed: int, fits: Callable[[int, int], bool]) -> bool:
+        """Preempts from the end, but none before number `first`, until `fits`; preempts none if that never comes.
+
+        `fits` gets the blocks that are left once `shared` and `needed` more are taken, and the number that still run.
+        """
+        running = len(self._running)
+        tables = (sequence.block_table for sequence in reversed(self._running[first:]))
+        for left in self._cache.free_after(shared, needed, tables):
+            if fits(left, running):
+                break
+            running -= 1
+        else:
+            return False
+        while len(self._running) > running:
+            self._preempt(self._running.pop())
         return True
 
     def _preempt(self, sequence: Sequence) -> None:

@@ -39,5 +39,10 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def decodes(self) -> bool:
+        """It has a token already, and waits for the next one."""
+        return self.num_generated > 0 and self.num_known == self.num_computed + 1
+
+    @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.prompt_token_ids)

@@ -8,7 +8,8 @@ their last owner is gone; they are forgotten when the pool gives them to someone
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -71,9 +72,22 @@ class PrefixCache:
             blocks.append(entry.block)
         return blocks
 
-    def free_after(self, shared: Iterable[int], count: int) -> int:
-        """Blocks that would be left if `shared` were taken and `count` allocated; negative if it can't be."""
-        return self.pool.num_free - count - sum(1 for block in shared if self.pool.references(block) == 0)
+    def free_after(self, shared: Sequence[int], count: int, tables: Iterable[Sequence[int]] = ()) -> Iterator[int]:
+        """Blocks that would be left if `shared` were taken and `count` allocated; negative if it can't be.
+
+        First as things are, then as if one more of `tables` had been freed, after each. Frees nothing itself.
+        """
+        references = self.pool.references
+        left = self.pool.num_free - count - sum(1 for block in shared if references(block) == 0)
+        yield left
+        wanted = set(shared)
+        dropped: Counter[int] = Counter()
+        for table in tables:
+            for block in table:
+                dropped[block] += 1
+                # A block that others share becomes free with its last owner, and one that is wanted is taken again.
+                left += dropped[block] == references(block) and block not in wanted
+            yield left
 
     def take(self, shared: list[int], count: int) -> list[int]:
         """A block table: the shared blocks, then `count` fresh ones."""
