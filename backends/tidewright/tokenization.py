@@ -48,6 +48,7 @@ class Tokenizer:
             name: text for name in _SPECIAL_TOKENS if (text := _token_text(self._config.get(name))) is not None
         }
         self._special_ids = {id_ for id_, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        self._added = self._encode("", add_special_tokens=True)
         self._letter = self._encode("a", add_special_tokens=False)
         self.token_text = functools.lru_cache(_KNOWN_TEXTS)(self._text_of)
         self.bytes: dict[int, int] = self._byte_tokens()
@@ -72,6 +73,11 @@ class Tokenizer:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
         text: str = self.backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def prompt_text(self, token_ids: list[int]) -> str:
+        """The text of a prompt as its writer sent it: without the special tokens that `encode` puts before it."""
+        added = self._added if token_ids[: len(self._added)] == self._added else []
+        return self.decode(token_ids[len(added) :], skip_special_tokens=False)
 
     def is_text(self, token_id: int) -> bool:
         """Whether a decoded text has something of this token: it is in the vocabulary, and not special."""

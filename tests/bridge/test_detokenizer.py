@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import functools
 import itertools
 from collections.abc import Sequence
@@ -12,13 +11,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from helpers.byte_fallback import BOS, EOS, VOCAB, byte_tokens, make_tokenizer, token
+from helpers.byte_fallback import BOS, EOS, INVALID, VOCAB, byte_tokens, make_tokenizer, text_behind, token
 from tidewright.bridge.detokenizer import MAX_HELD, Detokenizer
 from tidewright.bridge.text_stream import TextStream
 from tidewright.tokenization import Tokenizer
 
 KINDS = ["llama", "gemma", "metaspace"]
-INVALID = "\ufffd"
 
 
 @pytest.fixture(scope="module")
@@ -34,30 +32,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
 def pieces(tokenizer: Tokenizer, prompt: Sequence[int], output: Sequence[int]) -> list[str]:
     stream = Detokenizer.behind(prompt, tokenizer)
     return [*map(stream.push, output), stream.finish()]
-
-
-def behind(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> str:
-    """What the output adds to the text of the prompt, which must be whole."""
-    before, text = tokenizer.decode(prompt), tokenizer.decode(prompt + output)
-    assert text.startswith(before)
-    return text[len(before) :]
-
-
-def expected(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> str:
-    """The same, but half a character at the end is one U+FFFD; the tokenizer makes one of each byte of its run."""
-    text_ids = list(filter(tokenizer.is_text, output))
-    data = bytearray()
-    for token_id in reversed(text_ids):
-        if token_id not in tokenizer.bytes:
-            break
-        data.insert(0, tokenizer.bytes[token_id])
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        decoder.decode(bytes(data))
-    except UnicodeDecodeError:
-        return behind(tokenizer, prompt, output)
-    cut = len(decoder.getstate()[0])
-    return behind(tokenizer, prompt, text_ids[: len(text_ids) - cut]) + INVALID * bool(cut)
 
 
 @functools.cache
@@ -91,7 +65,7 @@ def test_pieces_join_to_what_the_tokenizer_decodes_behind_the_prompt(
     ids = [BOS] if prompt is None else tokenizer.encode(prompt)
     if ids[-1] in tokenizer.bytes:  # an invalid byte would change the prompt's text as well
         output = [token("▁is"), *output]
-    assert "".join(pieces(tokenizer, ids, output)) == expected(tokenizer, ids, output)
+    assert "".join(pieces(tokenizer, ids, output)) == text_behind(tokenizer, ids, output)
 
 
 @settings(max_examples=400, deadline=None)
@@ -160,7 +134,7 @@ def test_stop_strings_cut_the_text_at_their_first_appearance(
     stream, text = TextStream(tokenizer, prompt, stop), ""
     for count, token_id in enumerate(output, 1):
         text += stream.push(token_id)
-        so_far = expected(tokenizer, prompt, output[:count])
+        so_far = text_behind(tokenizer, prompt, output[:count])
         found = [so_far.index(string) for string in stop if string in so_far]
         assert stream.stopped == bool(found)
         if found:
@@ -168,7 +142,7 @@ def test_stop_strings_cut_the_text_at_their_first_appearance(
             assert stream.push(token("a")) == stream.finish() == ""
             return
         assert so_far.startswith(text) or INVALID in so_far
-    assert text + stream.finish() == expected(tokenizer, prompt, output)
+    assert text + stream.finish() == text_behind(tokenizer, prompt, output)
 
 
 def test_a_stop_string_of_bytes_ends_the_text_with_its_last_byte(made: dict[str, Tokenizer]) -> None:

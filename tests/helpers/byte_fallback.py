@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from helpers.checkpoints import SIZES, save
 from tidewright.cache import MANIFEST
+from tidewright.tokenization import Tokenizer
 
 BOS, EOS = 1, 2
+INVALID = "\ufffd"
 _WORDS = ["▁", "▁▁", "▁Paris", "Paris", "▁is", "▁the", "the", "▁true", "true", "é", "中", "\ufffd"]
 _LETTERS = 'abcdefghijklmnopqrstuvwxyzPT{}":,.'
 VOCAB = ["<unk>", "<s>", "</s>", "<turn>", *(f"<0x{byte:02X}>" for byte in range(256)), *_WORDS, *_LETTERS]
@@ -53,6 +56,32 @@ def make_tokenizer(kind: str) -> tokenizers.Tokenizer:
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
     )
     return made
+
+
+def text_behind(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> str:
+    """What the tokenizer decodes from both, less the prompt's text; half a character at the end is one U+FFFD.
+
+    The tokenizer itself makes a U+FFFD of each byte in its run.
+    """
+    text_ids = list(filter(tokenizer.is_text, output))
+    data = bytearray()
+    for token_id in reversed(text_ids):
+        if token_id not in tokenizer.bytes:
+            break
+        data.insert(0, tokenizer.bytes[token_id])
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        decoder.decode(bytes(data))
+    except UnicodeDecodeError:
+        return _behind(tokenizer, prompt, output)
+    cut = len(decoder.getstate()[0])
+    return _behind(tokenizer, prompt, text_ids[: len(text_ids) - cut]) + INVALID * bool(cut)
+
+
+def _behind(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> str:
+    before, text = tokenizer.decode(prompt), tokenizer.decode(prompt + output)
+    assert text.startswith(before)
+    return text[len(before) :]
 
 
 def save_byte_fallback(folder: Path, config: type[hf.PreTrainedConfig], kind: str = "llama", **options: Any) -> None:

@@ -271,5 +271,5 @@ def parse_request(
     if exclude_input or resume_ids:  # what is between the prompt and this output is not sent again either
         prompt = ""
     elif text is None:
-        prompt = tokenizer.decode(prompt_token_ids, skip_special_tokens=False)
+        prompt = tokenizer.prompt_text(prompt_token_ids)
     return GenerationRequest(prompt_token_ids, prompt, stream, sampling, returns, resume_ids, bad_words_ids)
