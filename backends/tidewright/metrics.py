@@ -6,6 +6,7 @@ Prometheus stores the same series either way.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -13,7 +14,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 REFRESH_INTERVAL = 0.25  # seconds
+STOP_TIMEOUT = 2.0  # seconds
 PREFIX = "tidewright_"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class MetricsMirror:
 
     def stop(self) -> None:
         self._stopping.set()
-        self._thread.join()
+        self._thread.join(STOP_TIMEOUT)
         self._metrics.clear()
         self._families.clear()
 
@@ -85,6 +89,12 @@ class MetricsMirror:
             self._metrics[name, value] = made.Metric(labels={spec.label: value} if value else {})
 
     def _loop(self) -> None:
-        while not self._stopping.is_set():
-            self.refresh()
-            self._stopping.wait(REFRESH_INTERVAL)
+        failing = False
+        while not self._stopping.wait(REFRESH_INTERVAL):
+            try:
+                self.refresh()
+                failing = False
+            except Exception:
+                if not failing:
+                    log.exception("the figures could not be copied into Triton's metrics; trying again")
+                failing = True

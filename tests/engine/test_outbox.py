@@ -23,7 +23,7 @@ class Wire:
 
     def send(self, message: ToBridge) -> None:
         self.sending.set()
-        assert self.reads.wait(PATIENCE)
+        self.reads.wait()  # an error here would end this process: see engine/vital_thread.py
         with self.changed:
             self.sent.append(message)
             self.changed.notify_all()
@@ -53,7 +53,7 @@ def stuck(limit: int) -> tuple[Outbox, Wire]:
     """An outbox amid a send that does not return."""
     wire = Wire()
     outbox = Outbox(wire.send, limit)
-    outbox.start(PATIENCE, lambda: 0)
+    outbox.start(PATIENCE, lambda: 0, print)
     outbox.put_outputs([output(0)])
     assert wire.sending.wait(PATIENCE)
     return outbox, wire
@@ -106,7 +106,7 @@ def test_a_long_step_is_told_from_a_stuck_one_by_its_progress() -> None:
     wire, layers = Wire(), 0
     wire.reads.set()
     outbox = Outbox(wire.send)
-    outbox.start(0.01, lambda: layers)
+    outbox.start(0.01, lambda: layers, print)
     outbox.put_heartbeat(stats(7))
     wire.wait(lambda sent: len(sent) == 1)
     time.sleep(0.2)  # no progress

@@ -126,9 +126,9 @@ class Feeder:
 
     def _lose(self) -> None:
         self._engine_up = False
-        if self._trial and not self._trial.progressed:
-            self._give_up(self._trial, EngineUnavailableError("the engine died again and again over this request"))
-            del self._parts[self._trial.request_id]
+        guilty = self._trial if self._trial and not self._trial.progressed else None
+        if guilty:
+            del self._parts[guilty.request_id]
         for request_id in self._given & self._parts.keys():
             part = self._parts[request_id]
             # One that ran beside a trial is not to blame: the one on trial is.
@@ -138,6 +138,8 @@ class Feeder:
                 part.deaths += 1
         self._given.clear()
         self._trial = None
+        if guilty:
+            self._give_up(guilty, EngineUnavailableError("the engine died again and again over this request"))
 
 
 def _refusal(error: Exception) -> RequestError:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from tidewright.engine.messages import EngineStats, Heartbeat, SequenceOutput, StepOutputs, ToBridge
+from tidewright.engine.vital_thread import start_vital_thread
 
 MAX_PENDING = 8192  # outputs; beyond it the engine waits, and its heartbeat stops
 
@@ -30,9 +31,12 @@ class Outbox:
         self._changed = threading.Condition()
         self._seconds = 0.0  # encoding and sending, so far
 
-    def start(self, interval: float, progress: Callable[[], int]) -> None:
-        """`progress` is asked every `interval` seconds in which nothing is to be sent: has the number changed?"""
-        threading.Thread(target=self._loop, args=(interval, progress), name="sender", daemon=True).start()
+    def start(self, interval: float, progress: Callable[[], int], tell: Callable[[str], None]) -> None:
+        """`progress` is asked every `interval` seconds in which nothing is to be sent: has the number changed?
+
+        Should the thread fail, `tell` is called with the cause and the process ends.
+        """
+        start_vital_thread("sender", lambda: self._loop(interval, progress), tell)
 
     def put_outputs(self, outputs: list[SequenceOutput]) -> None:
         """Blocks while too many outputs wait."""

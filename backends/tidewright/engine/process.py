@@ -27,6 +27,7 @@ from tidewright.engine.messages import (
 from tidewright.engine.outbox import Outbox
 from tidewright.engine.placement import place
 from tidewright.engine.ranks import RankError, Ranks
+from tidewright.engine.vital_thread import start_vital_thread
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class EngineProcess:
 
     def run(self, config: EngineConfig, ranks: Ranks | None) -> int:
         """Serves until `Shutdown`; returns the exit status. `ranks` have been started, and are closed by the caller."""
-        threading.Thread(target=self._listen, name="intake", daemon=True).start()
+        start_vital_thread("intake", self._listen, self._tell_failure)
         try:
             self._engine = self._make_engine(config, ranks)
         except Exception as error:
@@ -54,7 +55,7 @@ class EngineProcess:
             return 1
         self._interval = config.heartbeat_interval
         self._send(self._engine.ready())
-        self._outbox.start(config.heartbeat_interval, lambda: self._engine.progress)
+        self._outbox.start(config.heartbeat_interval, lambda: self._engine.progress, self._tell_failure)
         try:
             while self._take_messages():
                 if expired := self._engine.expire():
@@ -85,12 +86,15 @@ class EngineProcess:
             time.sleep(RANK_GRACE)
         log.error(what, exc_info=error)
         reason = str(error) if isinstance(error, ValueError | RankError) else f"{type(error).__name__}: {error}"
-        self._send(Failed(" ".join(reason.split())))
+        self._tell_failure(reason)
+
+    def _tell_failure(self, cause: str) -> None:
+        self._send(Failed(" ".join(cause.split())))
 
     def _rank_lost(self, cause: str) -> None:
         """Called from another thread, at any time: the main one may wait in a collective that can't end."""
         log.error("%s", cause)
-        self._send(Failed(cause))
+        self._tell_failure(cause)
         os._exit(1)
 
     def _listen(self) -> None:

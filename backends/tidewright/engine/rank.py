@@ -13,7 +13,6 @@ import queue
 import signal
 import socket
 import sys
-import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,6 +36,7 @@ from tidewright.engine.rank_messages import (
     end_when_silent,
     lost_patience,
 )
+from tidewright.engine.vital_thread import start_vital_thread
 from tidewright.parent_death import signal_on_parent_death
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Rank:
         """Returns the exit status."""
         end_when_silent(self._connection, LOST_PATIENCE)
         self._send(Hello(rank, __version__, model_fingerprint(model_dir)))
-        threading.Thread(target=self._listen, name="intake", daemon=True).start()
+        start_vital_thread("intake", self._listen, lambda cause: self._send(Failed(cause)))
         importlib.import_module("tidewright.engine.follower")  # torch: a second that need not be spent later
         join = self._inbox.get()
         assert isinstance(join, Join)

@@ -38,6 +38,7 @@ from tidewright.engine.rank_messages import (
     lost_patience,
     plan_checksum,
 )
+from tidewright.engine.vital_thread import start_vital_thread
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ class Ranks:
         for rank, connection in self._connections.items():
             end_when_silent(connection, lost_patience(self._config))
             self._send_to(rank, encode(Join(self._config, store_port)))
-        threading.Thread(target=self._watch, args=(on_lost,), name="rank-watch", daemon=True).start()
+        start_vital_thread("rank-watch", lambda: self._watch(on_lost), on_lost)
 
     def send(self, plan: StepPlan, results: tuple[SequenceResult, ...], inputs: list[Input], pace: int) -> None:
         """Lets the ranks compute a step: what happened since the last one, and the plan that has to come of it.
