@@ -21,6 +21,7 @@ class StubProcess:
         self.died = False
         """The one that ended last was killed, or crashed: Triton had not asked it to end."""
         self._pid = 0
+        self._is_unseen = False  # the kernel does not tell when it ends
         self._lives: dict[int, tuple[int, float]] = {}  # by pidfd: process, and when the next one took its place
         self._ends = select.poll()
         self._lock = threading.Lock()
@@ -30,14 +31,15 @@ class StubProcess:
         if pid == self._pid:
             return
         with self._lock:
-            replaced, self._pid = self._pid != 0, pid
-            if replaced and not self._lives:  # nobody knows whether it still works
-                self.lost_before = now
+            self._pid = pid
+            if self._is_unseen:  # nobody knows whether the one before still works
+                self.lost_before, self._is_unseen = now, False
             # One that was replaced may still answer what it has.
             self._lives = {life: (process, min(until, now)) for life, (process, until) in self._lives.items()}
             try:
                 life = os.pidfd_open(pid)
             except OSError:  # an old kernel, or gone by now
+                self._is_unseen = True
                 return
             self._lives[life] = (pid, math.inf)
             self._ends.register(life, select.POLLIN)

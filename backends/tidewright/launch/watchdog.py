@@ -43,6 +43,7 @@ class Watchdog:
                     return False
             except Exception as error:  # of ours, or of a system without memory or files; nobody else would watch
                 self._say(f"the watchdog failed, and goes on: {error!r}")
+                self._live = self._listen()
             time.sleep(ROUND)
 
     def _begin(self) -> None:

@@ -1,0 +1,127 @@
+"""launch/control.py: what an answer means, and one that does not come. Against scripted sockets."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tidewright.launch.control import (
+    DeadStubError,
+    NoAnswerError,
+    Question,
+    TroubleError,
+    UnreachableError,
+    Waiting,
+    ask,
+    control,
+    post,
+)
+
+PATIENCE = 20.0  # seconds
+
+
+@contextlib.contextmanager
+def listener(answer: bytes | None) -> Iterator[str]:
+    """Gives each connection the same answer and closes it; None: says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held: list[socket.socket] = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    held.append(connection)
+                    if answer is not None:
+                        connection.recv(65536)
+                        connection.sendall(answer)
+                        connection.close()
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+        server.shutdown(socket.SHUT_RDWR)
+        for connection in held:
+            connection.close()
+
+
+def response(status: int, body: bytes) -> bytes:
+    return b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, len(body)) + body
+
+
+def finish(asking: Waiting[bytes]) -> bytes:
+    while True:
+        try:
+            next(asking)
+        except StopIteration as end:
+            return bytes(end.value)
+
+
+def test_a_good_answer_is_handed_out() -> None:
+    with listener(response(200, b'{"text_output": "ok"}')) as url:
+        control(url, "health", PATIENCE)
+        assert json.loads(post(f"{url}/x", {}, PATIENCE)) == {"text_output": "ok"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (response(400, b'{"error": "no such model"}'), TroubleError, "^no such model$"),
+        (response(500, b"oops"), TroubleError, "status 500; is it a Tidewright server"),
+        (response(400, b"[]"), TroubleError, "status 400"),
+        (response(400, b'{"error": "Stub process \'a\' is not healthy."}'), DeadStubError, "Stub process"),
+        (b"", UnreachableError, "^can't reach http://127"),
+        (b"nonsense\r\n\r\n", UnreachableError, "^can't reach http://127"),
+    ],
+)
+def test_what_an_answer_means(answer: bytes, error: type[Exception], message: str) -> None:
+    with listener(answer) as url, pytest.raises(error, match=message):
+        control(url, "health", PATIENCE)
+
+
+def test_silence_ends_in_time() -> None:
+    with listener(None) as url, pytest.raises(NoAnswerError, match="did not answer within 0"):
+        control(url, "health", 0.1)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost:8000", "ftp://a", "http://", "http://[::1", "http://a:b", "http://\x00"]
+)
+def test_an_address_that_is_none_is_one_line(url: str) -> None:
+    with pytest.raises(UnreachableError, match="can't reach"):
+        control(url, "health", 1)
+
+
+def test_a_question_blocks_nobody() -> None:
+    with listener(None) as url:
+        question = Question(url)
+        assert not question.answered
+        question.close()
+        began = time.monotonic()
+        with pytest.raises(NoAnswerError):
+            finish(ask(url, {}, 0.2))
+        assert time.monotonic() - began >= 0.2
+    with listener(response(200, b"{}")) as url:
+        assert finish(ask(url, {}, PATIENCE)) == b"{}"
+
+
+def test_the_health_command_imports_nothing_heavy() -> None:
+    """It is a probe, run every few seconds beside the model."""
+    with listener(response(200, b"{}")) as url:
+        code = (
+            "import sys\n"
+            f"sys.argv = ['tidewright', 'health', '--url', {url!r}]\n"
+            "from tidewright.launch.cli import main\n"
+            "try: main()\n"
+            "except SystemExit as end: assert end.code == 0\n"
+            "heavy = {'torch', 'numpy', 'pydantic', 'httpx', 'rich', 'msgspec', 'psutil', 'tokenizers', 'asyncio'}\n"
+            "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "healthy\n", "")
