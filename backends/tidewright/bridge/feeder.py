@@ -20,6 +20,7 @@ import msgspec
 from tidewright.bridge.call import Part
 from tidewright.engine.messages import Abort, Submit, ToEngine
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
+from tidewright.schema import KILLS_ENGINES
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class Feeder:
     def _lose(self) -> None:
         self._engine_up = False
         if self._trial and not self._trial.progressed:
-            self._give_up(self._trial, EngineUnavailableError("the engine died again and again over this request"))
+            self._give_up(self._trial, EngineUnavailableError(KILLS_ENGINES))
             del self._parts[self._trial.request_id]
         for request_id in self._given & self._parts.keys():
             part = self._parts[request_id]

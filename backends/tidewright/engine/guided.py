@@ -69,7 +69,7 @@ class GuidedDecoding:
         for index, row in enumerate(rows):
             try:
                 self._allow(draws[row], bits_RI, index)
-            except GrammarError as error:
+            except Exception as error:  # llguidance's own, too: it is one request's grammar
                 errors[row] = f"guided output failed: {error}"
         allowed_RV = np.unpackbits(bits_RI.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
         for index, row in enumerate(rows):
