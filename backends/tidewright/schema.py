@@ -57,6 +57,13 @@ CANCEL = "cancel:"
 # Between a request id and a number: one attempt of `failsafe` at that request. A control character, so that no client's
 # own id looks like one. "cancel:<request id>" ends all attempts, "cancel:<whole id>" only that one.
 ATTEMPT = "\x1f"
+
+
+def attempt_of(own_id: str, asked_for: str) -> bool:
+    """Whether a request with the id `own_id` is meant by `asked_for`: its whole id, or that without the attempt."""
+    return asked_for in (own_id, own_id.partition(ATTEMPT)[0])
+
+
 # The last response of an attempt has a finish_reason, asked for or not. It is this one if the attempt failed, and
 # text_output the error: as an error, Triton (2.51) loses it if it follows other responses.
 FAILED = "failed"

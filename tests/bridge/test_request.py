@@ -207,11 +207,15 @@ def test_each_unseeded_request_gets_a_seed_of_its_own(tokenizer: Tokenizer) -> N
     assert parse(tokenizer, text_input="a", sampling_parameters={"seed": 9}).sampling.seed == 9
 
 
-def test_asking_for_logprobs_turns_them_on(tokenizer: Tokenizer) -> None:
+def test_logprobs_need_the_parameter_but_their_sum_does_not(tokenizer: Tokenizer) -> None:
     assert parse(tokenizer, text_input="a").sampling.logprobs is None
-    assert parse(tokenizer, text_input="a", return_logprobs=True).sampling.logprobs == 0
+    without = parse(tokenizer, text_input="a", return_logprobs=True)
+    assert (without.sampling.logprobs, without.returns.null_logprobs) == (None, True)
+    total = parse(tokenizer, text_input="a", return_logprobs=True, return_cumulative_logprob=True)
+    assert (total.sampling.logprobs, total.returns.null_logprobs) == (0, True)
     options = {"logprobs": 3}
-    assert parse(tokenizer, text_input="a", return_logprobs=True, sampling_parameters=options).sampling.logprobs == 3
+    both = parse(tokenizer, text_input="a", return_logprobs=True, sampling_parameters=options)
+    assert (both.sampling.logprobs, both.returns.null_logprobs) == (3, False)
 
 
 def test_every_sampling_parameter_arrives(tokenizer: Tokenizer) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -30,6 +30,7 @@ class OutputOptions:
     num_output_tokens: bool = False
     logprobs: bool = False
     cumulative_logprob: bool = False
+    null_logprobs: bool = False  # `logprobs` without the sampling parameter of that name: null, as of the vLLM backend
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,16 @@ def tokenize_bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]
     return found
 
 
+def _token_ids(tensors: Mapping[str, np.ndarray], name: str, max_model_len: int) -> list[int]:
+    """Empty without such a tensor. One too long for the model is refused before it becomes a list."""
+    ids = tensors.get(name)
+    if ids is None:
+        return []
+    if ids.size > max_model_len:
+        raise InvalidRequestError(f"{name} has {ids.size} tokens; the model takes at most {max_model_len - 1}")
+    return list(ids.reshape(-1).tolist())
+
+
 def check_prompt_length(prompt_token_ids: list[int], max_model_len: int) -> None:
     """A prompt must leave room for one token of output."""
     length = len(prompt_token_ids)
@@ -252,7 +263,7 @@ def parse_request(
 
     options = single(tensors, "sampling_parameters")
     sampling = parse_sampling(None if options is None else decode_text(options, "sampling_parameters"), parameters)
-    resume_ids = tensors["resume_ids"].reshape(-1).tolist() if "resume_ids" in tensors else []
+    resume_ids = _token_ids(tensors, "resume_ids", engine.max_model_len)
     if engine.max_output_tokens:
         sampling = with_max_tokens(sampling, min(len(resume_ids) + engine.max_output_tokens, engine.max_model_len))
     check_sampling(sampling, engine)
@@ -261,8 +272,10 @@ def parse_request(
     # Of n outputs each further one has the next seed, so the range is a circle.
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
     sampling = msgspec.structs.replace(sampling, seed=seed)
-    if (returns.logprobs or returns.cumulative_logprob) and sampling.logprobs is None:
-        sampling = msgspec.structs.replace(sampling, logprobs=0)
+    if sampling.logprobs is None:
+        returns = replace(returns, null_logprobs=True)
+        if returns.cumulative_logprob:
+            sampling = msgspec.structs.replace(sampling, logprobs=0)
     bad_words_ids = tokenize_bad_words(sampling.bad_words, tokenizer)
 
     text = single(tensors, "text_input")
@@ -271,11 +284,11 @@ def parse_request(
     if text is not None:
         prompt = decode_text(text, "text_input")
         try:
-            prompt_token_ids = tokenizer.encode(prompt)
+            prompt_token_ids = tokenizer.encode(prompt, engine.max_model_len)
         except InvalidPromptError as error:
             raise InvalidRequestError(str(error)) from None
     else:
-        prompt_token_ids = tensors["input_ids"].reshape(-1).tolist()
+        prompt_token_ids = _token_ids(tensors, "input_ids", engine.max_model_len)
         if not prompt_token_ids:
             raise InvalidRequestError("input_ids is empty; send at least one token")
     check_prompt(prompt_token_ids, resume_ids, sampling, engine)
