@@ -18,12 +18,13 @@ import triton_python_backend_utils as pb_utils
 from tidewright import stub
 from tidewright.bridge.bridge import Bridge
 from tidewright.bridge.call import Chunk
+from tidewright.bridge.intake import Arrival, Intake
 from tidewright.bridge.metrics import FALLBACK_PREFIX, METRICS, figures
 from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_request
 from tidewright.bridge.start_error import report_start_error
 from tidewright.cache import find_prepared
 from tidewright.engine.messages import TokenLogprob
-from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
+from tidewright.errors import CancelledError, EngineUnavailableError, InvalidRequestError, RequestError
 from tidewright.metrics import PREFIX, MetricsMirror
 from tidewright.onnx_export.manifest import load_manifest
 from tidewright.parent_death import end_within
@@ -52,7 +53,10 @@ class TritonPythonModel:
             self._tokenizer = Tokenizer(model_dir)
             self._name, self._version = args["model_name"], args["model_version"]
             self._bridge = Bridge(settings, config(model_dir), self._tokenizer, self._is_loaded)
+            limit = settings.max_running + settings.max_waiting
+            self._intake = Intake(self._take, lambda arrival, error: self._refuse(arrival.sender, error), limit)
             self._bridge.start()
+            self._intake.start()
         except Exception as error:
             report_start_error(error)
             raise
@@ -67,10 +71,12 @@ class TritonPythonModel:
                 if word := _control_word(request):
                     self._control(sender, word)
                     continue
-                parsed = self._parse(request)
-                client_id = request.request_id()
-                responder = _TritonResponder(sender, parsed, self._tokenizer, in_band=ATTEMPT in client_id)
-                self._bridge.submit(parsed, responder, client_id)
+                tensors = stub.inputs_of(request, _INPUT_NAMES)
+                arrival = Arrival(tensors, request.parameters(), request.request_id(), sender)
+                if arrival.is_quick:
+                    self._take(arrival)
+                else:
+                    self._intake.put(arrival)
             except RequestError as error:
                 self._refuse(sender, error)
             except Exception:
@@ -78,12 +84,32 @@ class TritonPythonModel:
                 log.exception("a request could not be taken")
                 self._refuse(sender, RequestError("internal error; see the server's log"))
 
+    def _take(self, arrival: Arrival) -> None:
+        """Check a request and hand it to the bridge, or refuse it. Never raises."""
+        client_id = arrival.client_id
+        try:
+            if self._bridge.engine is None:
+                raise EngineUnavailableError("the engine has not started")
+            request = parse_request(arrival.tensors, arrival.parameters, self._tokenizer, self._bridge.engine)
+            if arrival.cancelled:
+                raise CancelledError("cancelled by its id")
+            responder = _TritonResponder(arrival.sender, request, self._tokenizer, in_band=ATTEMPT in client_id)
+            self._bridge.submit(request, responder, client_id, arrival.arrived_at)
+            if arrival.cancelled:  # meanwhile
+                self._bridge.cancel(client_id)
+        except RequestError as error:
+            self._refuse(arrival.sender, error)
+        except Exception:
+            log.exception("a request could not be taken")
+            self._refuse(arrival.sender, RequestError("internal error; see the server's log"))
+
     def is_ready(self) -> bool:
         """Asked by newer Tritons (not by 2.51) when someone asks whether the model is ready."""
         return not self._bridge.trouble
 
     def finalize(self) -> None:
         self._metrics.stop()
+        self._intake.stop()
         self._bridge.stop()
         end_within()
 
@@ -97,7 +123,9 @@ class TritonPythonModel:
             known = ", ".join((*CONTROL_WORDS, f"{CANCEL}<request id>"))
             raise InvalidRequestError(f"control is {word!r}; it can be: {known}")
         if word == "status":
-            return self._bridge.reply(lambda: stub.send_text(sender, msgspec.json.encode(self._bridge.status)))
+            status = self._bridge.status
+            status = msgspec.structs.replace(status, active=status.active + self._intake.active)
+            return self._bridge.reply(lambda: stub.send_text(sender, msgspec.json.encode(status)))
         if word == "drain":
             self._bridge.drain()
         elif trouble := self._bridge.trouble:
@@ -108,7 +136,8 @@ class TritonPythonModel:
     def _cancel(self, sender: object, client_id: str) -> None:
         if not client_id:
             raise InvalidRequestError(f"{CANCEL} must be followed by the id of a request")
-        if self._bridge.cancel(client_id):
+        # In this order: what leaves the intake in between is with the bridge.
+        if self._intake.cancel(client_id) + self._bridge.cancel(client_id):
             return self._bridge.reply(lambda: stub.send_text(sender, b"ok"))
         message = f"no request with the id {client_id!r} is in flight; it may have ended"
         self._bridge.reply(lambda: stub.send_final(sender, error=stub.error(message, "NOT_FOUND")))
@@ -116,12 +145,6 @@ class TritonPythonModel:
     def _refuse(self, sender: object, error: RequestError) -> None:
         self._bridge.statistics.finished(error.reason)
         self._bridge.reply(lambda: stub.send_error(sender, str(error), error.reason))
-
-    def _parse(self, request: object) -> GenerationRequest:
-        if self._bridge.engine is None:
-            raise EngineUnavailableError("the engine has not started")
-        tensors = stub.inputs_of(request, _INPUT_NAMES)
-        return parse_request(tensors, request.parameters(), self._tokenizer, self._bridge.engine)  # type: ignore[attr-defined]
 
 
 class _TritonResponder:
@@ -196,7 +219,9 @@ def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int,
     if returns.num_output_tokens or len(pieces) > 1:  # else nobody could tell whose output_ids are whose
         counts = np.array([len(piece.token_ids) for piece in pieces], dtype=np.uint32)
         tensors.append(pb_utils.Tensor("num_output_tokens", counts))
-    if returns.logprobs:
+    if returns.logprobs and returns.null_logprobs:
+        tensors.append(stub.text_tensor("logprobs", [b"null"] * len(pieces)))
+    elif returns.logprobs:
         positions = [[_named(entries, tokenizer) for entries in piece.logprobs] for piece in pieces]
         tensors.append(stub.text_tensor("logprobs", [msgspec.json.encode(of_piece) for of_piece in positions]))
     if returns.cumulative_logprob:
@@ -209,12 +234,9 @@ def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int,
 
 
 def _named(entries: list[TokenLogprob], tokenizer: Tokenizer) -> dict[str, dict[str, object]]:
-    """Log-probabilities at one position, by token id."""
-    return {
-        str(entry.token_id): {
-            "logprob": entry.logprob,
-            "rank": entry.rank,
-            "decoded_token": tokenizer.token_text(entry.token_id),
-        }
-        for entry in entries
-    }
+    """Log-probabilities at one position, by token id. The chosen token comes first, and keeps its rank at a tie."""
+    named: dict[str, dict[str, object]] = {}
+    for entry in entries:
+        text = tokenizer.token_text(entry.token_id)
+        named.setdefault(str(entry.token_id), {"logprob": entry.logprob, "rank": entry.rank, "decoded_token": text})
+    return named

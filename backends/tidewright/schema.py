@@ -6,6 +6,7 @@ Names follow Triton's vLLM backend, so its clients work unchanged. It imports no
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -56,9 +57,18 @@ CANCEL = "cancel:"
 # Between a request id and a number: one attempt of `failsafe` at that request. A control character, so that no client's
 # own id looks like one. "cancel:<request id>" ends all attempts, "cancel:<whole id>" only that one.
 ATTEMPT = "\x1f"
+
+
+def attempt_of(own_id: str, asked_for: str) -> bool:
+    """Whether a request with the id `own_id` is meant by `asked_for`: its whole id, or that without the attempt."""
+    return asked_for in (own_id, own_id.partition(ATTEMPT)[0])
+
+
 # The last response of an attempt has a finish_reason, asked for or not. It is this one if the attempt failed, and
 # text_output the error: as an error, Triton (2.51) loses it if it follows other responses.
 FAILED = "failed"
+# The error of a request that engines died over, one after the other. Another replica would lose its engines as well.
+KILLS_ENGINES = "the engine died again and again over this request"
 
 
 class DecoderStatus(msgspec.Struct, frozen=True):
@@ -113,20 +123,35 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout", "overloaded", "
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 
 MAX_LOGPROBS = 20
+MAX_N = 16
+MAX_TOKENS = 2**31 - 1  # of any count of tokens, and of any token id: what an INT32 tensor holds
+MAX_TIMEOUT = 1e9  # seconds; threads can't wait much longer
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256  # length: in characters, as of all texts here
+MAX_STOP_TOKEN_IDS = 1024
+MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 64, 64
+MAX_LOGIT_BIASES = 300
+MAX_SALT_LENGTH = 256
+MAX_GRAMMAR_LENGTH = 65_536
+MAX_CHOICES = 8192
+MAX_PARAMETERS_LENGTH = 1 << 20  # of the JSON of all sampling parameters
 
-_NonNegative = Annotated[int, msgspec.Meta(ge=0)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)]
+_Grammar = Annotated[str, msgspec.Meta(max_length=MAX_GRAMMAR_LENGTH)]
+_StopString = Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
+_Bias = Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """How to choose the next token and when to stop. Names and defaults follow vLLM.
 
     Decoding with `msgspec.convert(..., strict=False)` validates types and ranges, names an unknown field,
-    and accepts numbers written as strings, as clients of the vLLM backend send them.
+    and accepts numbers written as strings, as clients of the vLLM backend send them. Every number, text and list has
+    a bound, for it goes into msgpack and tensors. NaN is in no range.
     """
 
     temperature: Annotated[float, msgspec.Meta(ge=0.0, le=100.0)] = 1.0
     """0 means greedy."""
-    top_k: Annotated[int, msgspec.Meta(ge=-1)] = -1
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=MAX_TOKENS)] = -1
     """Keep the k most likely tokens; 0 or -1 keeps all."""
     top_p: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
     """Keep the smallest set of most likely tokens whose probability reaches p."""
@@ -138,39 +163,50 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Subtracted from the logits of tokens that the output already has."""
     frequency_penalty: Annotated[float, msgspec.Meta(ge=-2.0, le=2.0)] = 0.0
     """Subtracted from a token's logit for each time that the output already has it."""
-    logit_bias: dict[int, Annotated[float, msgspec.Meta(ge=-100.0, le=100.0)]] | None = None
+    logit_bias: Annotated[dict[TokenId, _Bias], msgspec.Meta(max_length=MAX_LOGIT_BIASES)] | None = None
     """Added to the logits of token ids; in JSON the ids are strings."""
-    bad_words: list[str] = []
+    bad_words: Annotated[
+        list[Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_BAD_WORD_LENGTH)]],
+        msgspec.Meta(max_length=MAX_BAD_WORDS),
+    ] = []
     """Words that must not appear in the output, as the tokenizer writes each alone and after a space."""
-    guided_json: dict[str, Any] | str | None = None
-    """A JSON schema, as an object or as its text, that the output follows. At most one of the guided_… is given."""
-    guided_regex: str | None = None
+    guided_json: dict[str, Any] | _Grammar | None = None
+    """A JSON schema that the output follows, as an object or as its text; kept as text, for msgpack carries no integer
+    of more than 64 bits. At most one of the guided_… is given."""
+    guided_regex: _Grammar | None = None
     """A regular expression that the whole output matches: Rust's syntax, with \\d, \\w and \\s in ASCII."""
-    guided_grammar: str | None = None
+    guided_grammar: _Grammar | None = None
     """A context-free grammar in Lark syntax."""
-    guided_choice: list[str] | None = None
+    guided_choice: Annotated[list[_Grammar], msgspec.Meta(max_length=MAX_CHOICES)] | None = None
     """The output is one of these."""
-    seed: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
-    """Same seed, same prompt: same tokens, whatever else is in the batch. Unset: a random seed."""
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 16
-    min_tokens: _NonNegative = 0
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    """Same seed, same prompt: same tokens, whatever else is in the batch. Unset or -1: a random seed."""
+    max_tokens: Annotated[int, msgspec.Meta(ge=1, le=MAX_TOKENS)] = 16
+    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     """EOS, stop token ids and stop strings are ignored before so many tokens."""
-    stop: str | list[str] | None = None
+    stop: _StopString | Annotated[list[_StopString], msgspec.Meta(max_length=MAX_STOP_STRINGS)] | None = None
     """Strings that end the text; never part of the output."""
-    stop_token_ids: list[_NonNegative] = []
+    stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_STOP_TOKEN_IDS)] = []
     ignore_eos: bool = False
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     """Log-probabilities of the chosen token and of so many most likely ones, for each position."""
     prompt_logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None
     """The same for each prompt token but the first, which has none."""
-    n: Annotated[int, msgspec.Meta(ge=1)] = 1
+    n: Annotated[int, msgspec.Meta(ge=1, le=MAX_N)] = 1
     """So many independent outputs of one prompt."""
     priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] = 0
     """Lower values run first, and are preempted last."""
-    timeout: Annotated[float, msgspec.Meta(ge=0.0)] | None = None
+    timeout: Annotated[float, msgspec.Meta(ge=0.0, le=MAX_TIMEOUT)] | None = None
     """Seconds from arrival after which the request ends with `timeout`, with the tokens it has."""
-    cache_salt: str | None = None
+    cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
     """Only requests with the same salt share prefixes in the KV cache; keeps tenants apart."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, which msgspec makes a ValidationError of."""
+        if isinstance(self.guided_json, dict):
+            msgspec.structs.force_setattr(self, "guided_json", _schema_text(self.guided_json))
+        if self.seed == -1:
+            msgspec.structs.force_setattr(self, "seed", None)
 
     @property
     def guided(self) -> bool:
@@ -188,3 +224,15 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+def _schema_text(schema: dict[str, Any]) -> str:
+    try:
+        text = json.dumps(schema, allow_nan=False)
+    except RecursionError:
+        raise ValueError("guided_json has too many objects or lists within each other") from None
+    except ValueError as error:  # NaN, infinity, or an integer too long to be written
+        raise ValueError(f"guided_json is not JSON: {error}") from None
+    if len(text) > MAX_GRAMMAR_LENGTH:
+        raise ValueError(f"guided_json has {len(text)} characters, more than the limit of {MAX_GRAMMAR_LENGTH}")
+    return text

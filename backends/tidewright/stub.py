@@ -10,9 +10,11 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tidewright.config import Settings
+from tidewright.errors import InvalidRequestError
 from tidewright.parent_death import exit_with_parent
 from tidewright.schema import FinishReason
 
+MAX_ELEMENTS = 1 << 24  # of a tensor: more than any model's context
 # Names in pb_utils.TritonError, which the stub fills in only after models are imported.
 _ERROR_CODES: dict[FinishReason, str] = {"invalid": "INVALID_ARG", "cancelled": "CANCELLED"}
 
@@ -30,9 +32,17 @@ def begin() -> Settings:
 
 
 def inputs_of(request: object, names: Iterable[str]) -> dict[str, np.ndarray]:
-    """Those of the named inputs that the request has; they are Triton's until `execute` returns."""
+    """Copies of those of the named inputs that the request has: Triton takes its memory back after `execute`.
+
+    Raises:
+        InvalidRequestError: one is too large.
+    """
     tensors = ((name, pb_utils.get_input_tensor_by_name(request, name)) for name in names)
-    return {name: tensor.as_numpy() for name, tensor in tensors if tensor is not None}
+    found = {name: tensor.as_numpy() for name, tensor in tensors if tensor is not None}
+    for name, values in found.items():
+        if values.size > MAX_ELEMENTS:
+            raise InvalidRequestError(f"{name} has {values.size} elements, more than the limit of {MAX_ELEMENTS}")
+    return {name: np.array(values) for name, values in found.items()}
 
 
 def text_tensor(name: str, values: list[bytes]) -> object:

@@ -20,6 +20,7 @@ import tokenizers
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 _KNOWN_TEXTS = 65_536  # tokens whose text is remembered, at most
+_MAX_ESCAPE = 6  # characters of JSON for one of its text, as \u00e9
 LONG_TEXT = 16_384  # characters; tokenizing more takes so long that others should not wait for it
 
 
@@ -53,15 +54,17 @@ class Tokenizer:
         self.token_text = functools.lru_cache(_KNOWN_TEXTS)(self._text_of)
         self.bytes: dict[int, int] = self._byte_tokens()
         """Which byte each byte token stands for; empty unless the vocabulary falls back to bytes, as Llama 2's does."""
+        self._longest_token = max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)  # characters
         self.max_model_len: int = _read_json(model_dir / "config.json").get("max_position_embeddings", 0)
         """The longest sequence that the model was made for; 0 if it does not say."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt.
+    def encode(self, text: str, max_tokens: int = 0) -> list[int]:
+        """Token ids of a prompt. `max_tokens`: a text that can't have so few is not tokenized; 0 is no limit.
 
         Raises:
-            InvalidPromptError: there are none.
+            InvalidPromptError: there are none, or certainly too many.
         """
+        self._check_length(text, max_tokens)
         if not text:
             raise InvalidPromptError("the prompt is empty; send at least one character")
         token_ids = self._encode(text, add_special_tokens=True)
@@ -97,27 +100,40 @@ class Tokenizer:
         # Not every tokenizer with tokens of these names reads them as bytes.
         return found if [self.decode([id_]) for id_, byte in found.items() if byte == ord("A")] == ["A"] else {}
 
-    def encode_chat(self, messages_json: str) -> list[int]:
+    def encode_chat(self, messages_json: str, max_tokens: int = 0) -> list[int]:
         """Token ids of chat messages, given as JSON: `[{"role": "user", "content": "Hi"}]`.
 
         Raises:
-            InvalidPromptError: they are not that, or the model has no chat template or refuses them.
+            InvalidPromptError: they are not that, or certainly too long (`max_tokens` as of `encode`), or the model has
+                no chat template or refuses them.
         """
+        self._check_length(messages_json, max_tokens * _MAX_ESCAPE)
         try:
             messages = msgspec.json.decode(messages_json, type=list[ChatMessage])
         except msgspec.ValidationError as error:
             raise InvalidPromptError(f"messages: {error}") from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise InvalidPromptError(f"messages is not JSON: {error}") from None
+        if max_tokens and len(messages) > max_tokens:
+            raise InvalidPromptError(f"{len(messages)} messages; the model takes {max_tokens} tokens")
         if not messages:
             raise InvalidPromptError("messages is empty; send at least one message")
-        return self.encode_messages(msgspec.to_builtins(messages))
+        return self.encode_messages(msgspec.to_builtins(messages), max_tokens)
 
-    def encode_messages(self, messages: list[dict[str, Any]]) -> list[int]:
-        """The same of messages that are checked already. Raises InvalidPromptError as `apply_chat_template`."""
+    def encode_messages(self, messages: list[dict[str, Any]], max_tokens: int = 0) -> list[int]:
+        """The same of messages that are checked already. Raises InvalidPromptError as `encode_chat`."""
         text = self.apply_chat_template(messages)
+        self._check_length(text, max_tokens)
         # The template wrote the special tokens itself.
         return self._encode(text, add_special_tokens=False)
+
+    def _check_length(self, text: str, max_tokens: int) -> None:
+        limit = max_tokens * self._longest_token
+        if limit and len(text) > limit:
+            raise InvalidPromptError(
+                f"the prompt has {len(text)} characters; the model takes at most {max_tokens} tokens, which have no "
+                f"more than {limit}"
+            )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         if len(text) <= LONG_TEXT:
@@ -136,8 +152,7 @@ class Tokenizer:
             return self._template.render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
             )
-        # TypeError: the template computes with something that these messages lack.
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # whatever the template can't compute with in these messages
             raise InvalidPromptError(f"the model's chat template refuses the messages: {error}") from None
 
     def _load_template(self, model_dir: Path) -> jinja2.Template | None:

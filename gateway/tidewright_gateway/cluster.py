@@ -148,6 +148,8 @@ class Cluster:
 
     async def _may_retry(self, error: ModelError, failures: int, deadline: Deadline) -> bool:
         """True when it is time for the next attempt."""
+        if error.outcome is Outcome.ENGINE_KILLED:
+            return False
         now = time.monotonic()
         if error.outcome in _MOVES and failures < self._retries.max_attempts:
             return not deadline.expired(now)

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tidewright_gateway import access_log
 from tidewright_gateway.auth import Authenticator, require_admin
-from tidewright_gateway.errors import JSON, ApiError, internal
+from tidewright_gateway.errors import JSON, ApiError, internal, invalid
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.tracing import Tracer
 
@@ -67,7 +67,7 @@ class _Exchange:
         self._headers: dict[bytes, bytes] = dict(scope["headers"])
         given = self._headers.get(b"x-request-id", b"")
         self._id = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
-        self._received = 0
+        self._received, self._head = 0, b""  # bytes of the body; JSON begins with ASCII, and so says its encoding
         self._refusal: ApiError | None = None
         self._has_begun = self._has_ended = False
         self.status = 499  # if no answer begins, nobody was there to take one
@@ -127,10 +127,14 @@ class _Exchange:
     async def receive(self) -> Message:
         message = await self._receive()
         if message["type"] == "http.request":
-            self._received += len(message.get("body", b""))
+            body = message.get("body", b"")
+            self._received += len(body)
+            self._head = (self._head + body[:2])[:2]
             if self._received > self._max_body:
-                # FastAPI makes a 400 of it, which `send` replaces.
                 self._refusal = self._too_large()
+            elif self._head[:1] >= b"\x80" or b"\0" in self._head:
+                self._refusal = invalid("the body must be UTF-8, without a byte order mark", code="invalid_json")
+            if self._refusal:  # FastAPI makes a 400 of it, which `send` replaces
                 raise self._refusal
         return message
 

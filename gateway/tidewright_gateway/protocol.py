@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, Stri
 from tidewright.schema import SamplingParams
 from tidewright_gateway.errors import ApiError, invalid
 
-Number = StrictFloat | StrictInt
+Number = Annotated[StrictFloat, Field(allow_inf_nan=False)] | StrictInt
 _SPARE_DEPTH = 50  # calls that a nested value may be further down where it is encoded again
 
 

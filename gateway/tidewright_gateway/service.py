@@ -38,6 +38,7 @@ _FALLS_BACK = (
     Outcome.STALLED,
     Outcome.STUB_DIED,
     Outcome.ENGINE_FAILED,
+    Outcome.ENGINE_KILLED,
     Outcome.FIRST_TOKEN_TIMEOUT,
     Outcome.OVERLOADED,
 )

@@ -2,39 +2,14 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 from msgspec.structs import replace
 
+from helpers.requests import ENGINE, tensors
 from tidewright.bridge.request import GenerationRequest, parse_request
-from tidewright.engine.messages import Ready
 from tidewright.errors import InvalidRequestError
 from tidewright.tokenization import Tokenizer
-
-ENGINE = Ready(
-    pid=1,
-    device="cpu",
-    dtype="float32",
-    block_size=16,
-    num_blocks=8,
-    max_model_len=256,
-    vocab_size=49152,
-    load_seconds=0.1,
-)
-
-
-def tensors(**values: object) -> dict[str, np.ndarray]:
-    made = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            value = json.dumps(value)
-        if isinstance(value, str):
-            value = value.encode()
-        dtype = {bytes: np.object_, bool: np.bool_, list: np.int32}[type(value)]
-        made[name] = np.array(value if isinstance(value, list) else [value], dtype=dtype)
-    return made
 
 
 def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> GenerationRequest:
@@ -68,41 +43,44 @@ def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> Gen
         ({"text_input": "a", "sampling_parameters": {"max_tokens": 0}}, "max_tokens"),
         ({"text_input": "a", "sampling_parameters": {"max_tokens": 257}}, "context of 256"),
         ({"text_input": "a", "sampling_parameters": {"min_tokens": 17}}, "more than max_tokens"),
-        ({"text_input": "a", "sampling_parameters": {"stop": [""]}}, "stop string"),
-        ({"text_input": "a", "sampling_parameters": {"stop": ["x"] * 17}}, "17 stop strings"),
+        ({"text_input": "a", "sampling_parameters": {"stop": [""]}}, "length >= 1 for `stop"),
+        ({"text_input": "a", "sampling_parameters": {"stop": ["x"] * 17}}, "length <= 16 for `stop`"),
         ({"text_input": "a", "sampling_parameters": {"stop_token_ids": [49152]}}, "stop_token_ids"),
         ({"text_input": "a", "sampling_parameters": {"logprobs": 21}}, "logprobs"),
-        ({"text_input": "a", "sampling_parameters": {"seed": -1}}, "seed"),
+        ({"text_input": "a", "sampling_parameters": {"seed": -(2**63) - 1}}, "seed"),
         ({"text_input": "a", "sampling_parameters": {"prompt_logprobs": 21}}, "<= 20 for `prompt_logprobs`"),
         ({"text_input": "a", "sampling_parameters": {"prompt_logprobs": True}}, "prompt_logprobs"),
-        ({"text_input": "a", "sampling_parameters": {"n": 17}}, "n is 17, more than the limit of 16"),
+        ({"text_input": "a", "sampling_parameters": {"n": 17}}, "<= 16 for `n`"),
         ({"text_input": "a", "sampling_parameters": {"n": 0}}, "`n`"),
         ({"text_input": "a", "sampling_parameters": {"timeout": -1}}, "timeout"),
-        ({"text_input": "a", "sampling_parameters": {"timeout": "inf"}}, "timeout must be a finite number"),
+        ({"text_input": "a", "sampling_parameters": {"timeout": "inf"}}, "<= 1000000000.0 for `timeout`"),
         ({"text_input": "a", "sampling_parameters": {"timeout": "soon"}}, "timeout"),
         ({"text_input": "a", "sampling_parameters": {"priority": 1.5}}, "priority"),
-        ({"text_input": "a", "sampling_parameters": {"cache_salt": "x" * 257}}, "cache_salt must have 1 to 256"),
-        ({"text_input": "a", "sampling_parameters": {"cache_salt": ""}}, "cache_salt must have 1 to 256"),
+        ({"text_input": "a", "sampling_parameters": {"cache_salt": "x" * 257}}, "length <= 256 for `cache_salt`"),
+        ({"text_input": "a", "sampling_parameters": {"cache_salt": ""}}, "length >= 1 for `cache_salt`"),
         ({"text_input": "a", "sampling_parameters": {"repetition_penalty": 0}}, "repetition_penalty"),
         ({"text_input": "a", "sampling_parameters": {"presence_penalty": 2.1}}, "presence_penalty"),
         ({"text_input": "a", "sampling_parameters": {"frequency_penalty": "nan"}}, "frequency_penalty"),
         ({"text_input": "a", "sampling_parameters": {"min_p": 1.5}}, "min_p"),
         ({"text_input": "a", "sampling_parameters": {"logit_bias": {"49152": 1}}}, "logit_bias: 49152 is outside"),
-        ({"text_input": "a", "sampling_parameters": {"logit_bias": {"-1": 1}}}, "logit_bias: -1 is outside"),
+        (
+            {"text_input": "a", "sampling_parameters": {"logit_bias": {"-1": 1}}},
+            "the key '-1' is no token id",
+        ),
         (
             {"text_input": "a", "sampling_parameters": {"logit_bias": {"yes": 1}}},
-            "logit_bias: the keys must be token ids",
+            "logit_bias: the key 'yes' is no token id",
         ),
         ({"text_input": "a", "sampling_parameters": {"logit_bias": {"5": 101}}}, "<= 100.0 for `logit_bias"),
         ({"text_input": "a", "sampling_parameters": {"logit_bias": {"5": "nan"}}}, "logit_bias"),
         (
             {"text_input": "a", "sampling_parameters": {"logit_bias": {str(i): 1 for i in range(301)}}},
-            "logit_bias has 301 entries, at most 300",
+            "length <= 300 for `logit_bias`",
         ),
-        ({"text_input": "a", "sampling_parameters": {"bad_words": ["x"] * 65}}, "65 bad_words, at most 64"),
-        ({"text_input": "a", "sampling_parameters": {"bad_words": ["x" * 65]}}, "bad_words: each must have 1 to 64"),
-        ({"text_input": "a", "sampling_parameters": {"bad_words": [""]}}, "bad_words: each must have"),
-        ({"text_input": "a", "sampling_parameters": {"bad_words": [" "]}}, "not only spaces"),
+        ({"text_input": "a", "sampling_parameters": {"bad_words": ["x"] * 65}}, "length <= 64 for `bad_words`"),
+        ({"text_input": "a", "sampling_parameters": {"bad_words": ["x" * 65]}}, "length <= 64 for `bad_words"),
+        ({"text_input": "a", "sampling_parameters": {"bad_words": [""]}}, "length >= 1 for `bad_words"),
+        ({"text_input": "a", "sampling_parameters": {"bad_words": [" "]}}, "more than spaces"),
         ({"text_input": "a", "sampling_parameters": {"guided_choice": []}}, "guided_choice: the list is empty"),
         ({"text_input": "a", "sampling_parameters": {"guided_regex": "a("}}, "guided_regex: .*unclosed group"),
         ({"text_input": "a", "sampling_parameters": {"guided_grammar": "x"}}, "guided_grammar: "),
@@ -205,11 +183,13 @@ def test_numbers_may_be_strings_as_clients_of_the_vllm_backend_send_them(tokeniz
     assert (sampling.temperature, sampling.top_p, sampling.max_tokens, sampling.ignore_eos) == (0.5, 0.9, 7, True)
 
 
-def test_request_parameters_and_the_tensor_are_joined_but_must_not_repeat(tokenizer: Tokenizer) -> None:
-    sampling = parse(tokenizer, '{"max_tokens": 3}', text_input="a", sampling_parameters={"top_k": 5}).sampling
-    assert (sampling.max_tokens, sampling.top_k) == (3, 5)
-    with pytest.raises(InvalidRequestError, match="max_tokens given both"):
-        parse(tokenizer, '{"max_tokens": 3}', text_input="a", sampling_parameters={"max_tokens": 3})
+def test_the_tensor_wins_over_request_parameters_as_in_the_vllm_backend(tokenizer: Tokenizer) -> None:
+    options = {"top_k": 5}
+    sampling = parse(
+        tokenizer, '{"max_tokens": 3, "nonsense": 1}', text_input="a", sampling_parameters=options
+    ).sampling
+    assert (sampling.max_tokens, sampling.top_k) == (16, 5)
+    assert parse(tokenizer, '{"max_tokens": 3}', text_input="a").sampling.max_tokens == 3
 
 
 def test_the_prompt_is_echoed_as_the_vllm_backend_does(tokenizer: Tokenizer) -> None:
@@ -227,11 +207,15 @@ def test_each_unseeded_request_gets_a_seed_of_its_own(tokenizer: Tokenizer) -> N
     assert parse(tokenizer, text_input="a", sampling_parameters={"seed": 9}).sampling.seed == 9
 
 
-def test_asking_for_logprobs_turns_them_on(tokenizer: Tokenizer) -> None:
+def test_logprobs_need_the_parameter_but_their_sum_does_not(tokenizer: Tokenizer) -> None:
     assert parse(tokenizer, text_input="a").sampling.logprobs is None
-    assert parse(tokenizer, text_input="a", return_logprobs=True).sampling.logprobs == 0
+    without = parse(tokenizer, text_input="a", return_logprobs=True)
+    assert (without.sampling.logprobs, without.returns.null_logprobs) == (None, True)
+    total = parse(tokenizer, text_input="a", return_logprobs=True, return_cumulative_logprob=True)
+    assert (total.sampling.logprobs, total.returns.null_logprobs) == (0, True)
     options = {"logprobs": 3}
-    assert parse(tokenizer, text_input="a", return_logprobs=True, sampling_parameters=options).sampling.logprobs == 3
+    both = parse(tokenizer, text_input="a", return_logprobs=True, sampling_parameters=options)
+    assert (both.sampling.logprobs, both.returns.null_logprobs) == (3, False)
 
 
 def test_every_sampling_parameter_arrives(tokenizer: Tokenizer) -> None:
@@ -248,7 +232,7 @@ def test_every_sampling_parameter_arrives(tokenizer: Tokenizer) -> None:
     }
     sampling = parse(tokenizer, text_input="a", sampling_parameters=options).sampling
     assert sampling.logit_bias == {5: 1.0, 7: -2.0}
-    assert (sampling.guided_json, sampling.n, sampling.timeout) == ({"type": "object"}, 16, 2.5)
+    assert (sampling.guided_json, sampling.n, sampling.timeout) == ('{"type": "object"}', 16, 2.5)
     assert (sampling.priority, sampling.cache_salt, sampling.prompt_logprobs) == (-3, "tenant", 0)
 
 

@@ -103,5 +103,5 @@ def test_a_draw_that_failed_ends_its_request_alone() -> None:
     plan = scheduler.schedule()
     drawn = (DrawnToken(EOS, error="the grammar is lost"), DrawnToken(7))
     outputs = scheduler.commit(plan, StepResult(tuple(SequenceResult((token,)) for token in drawn)))
-    assert outputs == [SequenceOutput(1, [], "engine_failed", message="the grammar is lost"), SequenceOutput(2, [7])]
+    assert outputs == [SequenceOutput(1, [], "invalid", message="the grammar is lost"), SequenceOutput(2, [7])]
     assert [s.request_id for s in step(scheduler)[0].sequences] == [2]

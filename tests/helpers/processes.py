@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
@@ -28,6 +29,17 @@ def child(pid: int, what: str) -> psutil.Process:
 def stub_of(server: RunningServer, model: str) -> psutil.Process:
     assert server.triton.pid is not None
     return child(server.triton.pid, f"/{model}/")
+
+
+def processes(server: RunningServer) -> set[int]:
+    """Triton's pid, and those of its stubs, their engines and the engines that stand by; not of any that has ended."""
+    triton = psutil.Process(server.triton.pid)
+    living = set()
+    for process in (triton, *triton.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                living.add(process.pid)
+    return living
 
 
 def shared_memory() -> set[str]:

@@ -84,6 +84,11 @@ class Stream:
             parameters=parameters,
         )
 
+    @property
+    def is_silent(self) -> bool:
+        """Nothing came that was not taken."""
+        return self._arrived.empty()
+
     def next(self, timeout: float = STREAM_TIMEOUT) -> None:
         """Take one response."""
         result, error = self._arrived.get(timeout=timeout)

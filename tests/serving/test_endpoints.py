@@ -50,7 +50,7 @@ def test_grpc_with_every_optional_output(server: RunningServer, model: str, stre
         text_input=PROMPT,
         stream=stream,
         exclude_input_in_output=True,
-        sampling_parameters=OPTIONS,
+        sampling_parameters={**OPTIONS, "logprobs": 0},
         return_finish_reason=True,
         return_num_input_tokens=True,
         return_num_output_tokens=True,

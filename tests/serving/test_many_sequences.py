@@ -45,7 +45,7 @@ def ask(server: RunningServer, model: str = "decoder", stream: bool = False, **o
         return_finish_reason=True,
         return_cumulative_logprob=True,
         return_logprobs=True,
-        sampling_parameters=options,
+        sampling_parameters={"logprobs": 0, **options},
     )
 
 

@@ -89,7 +89,7 @@ def test_the_other_outputs_are_of_new_tokens(server: RunningServer) -> None:
     ids = server.generate(text_input="The sea is", sampling_parameters=GREEDY).token_ids
     inputs = {"text_input": "The sea is", "return_logprobs": True, "return_num_output_tokens": True}
     inputs |= {"return_num_input_tokens": True, "return_cumulative_logprob": True}
-    options = {**GREEDY, "prompt_logprobs": 1}
+    options = {**GREEDY, "prompt_logprobs": 1, "logprobs": 0}
     whole = server.generate(sampling_parameters=options, **inputs)
     got = server.generate(sampling_parameters=options, resume_ids=ids[:20], **inputs)
     assert whole.text.startswith("The sea is")

@@ -99,7 +99,7 @@ def test_a_prefix_is_computed_once_for_one_tenant_and_again_for_another(bf16_ser
         ({"guided_regex": "("}, "guided_regex"),
         ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_"),
         ({"guided_choice": []}, "guided_choice"),
-        ({"n": 1000}, "n is 1000, more than the limit of 16"),
+        ({"n": 1000}, "<= 16 for `n`"),
         ({"logit_bias": {"49152": 1}}, "49152 is outside the vocabulary of 49152"),
         ({"logit_bias": {"word": 1}}, "token ids"),
         ({"bad_words": [""]}, "bad_words"),

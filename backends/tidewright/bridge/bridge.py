@@ -35,7 +35,7 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import ATTEMPT, DRAINING, STUCK, DecoderStatus, FinishReason
+from tidewright.schema import DRAINING, STUCK, DecoderStatus, FinishReason, attempt_of
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -187,8 +187,16 @@ class Bridge:
         self._canceller.stop(JOIN_TIMEOUT)
         self._watch.join(JOIN_TIMEOUT)
 
-    def submit(self, request: GenerationRequest, responder: Responder, client_id: str = "") -> None:
+    def submit(
+        self,
+        request: GenerationRequest,
+        responder: Responder,
+        client_id: str = "",
+        arrived_at: float | None = None,
+    ) -> None:
         """Queue a valid request; its answer comes through `responder`. `client_id` is what `cancel` calls it.
+
+        `arrived_at`: on time.monotonic(), now by default.
 
         Raises:
             TimedOutError: its timeout is over already, and its caller has no tokens, which would be the answer.
@@ -196,7 +204,7 @@ class Bridge:
             InvalidRequestError: it has more sequences than may ever be in flight.
             EngineUnavailableError: the engine does not come up again, or the server is draining.
         """
-        arrived_at = time.monotonic()
+        arrived_at = time.monotonic() if arrived_at is None else arrived_at
         sampling = request.sampling
         deadline = None if sampling.timeout is None else arrived_at + sampling.timeout
         if deadline is not None and deadline <= time.monotonic() and not request.resume_ids:
@@ -226,9 +234,7 @@ class Bridge:
     def cancel(self, client_id: str) -> int:
         """End the requests of that id, which their clients chose, or that attempt at one; how many are in flight."""
         with self._changed:
-            found = [
-                call for call in self._calls if client_id in (call.client_id, call.client_id.partition(ATTEMPT)[0])
-            ]
+            found = [call for call in self._calls if attempt_of(call.client_id, client_id)]
             for call in found:
                 self._fail(call, CancelledError("cancelled by its id"))
         return len(found)

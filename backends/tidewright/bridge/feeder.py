@@ -20,6 +20,7 @@ import msgspec
 from tidewright.bridge.call import Part
 from tidewright.engine.messages import Abort, Submit, ToEngine
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
+from tidewright.schema import KILLS_ENGINES
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +140,7 @@ class Feeder:
         self._given.clear()
         self._trial = None
         if guilty:
-            self._give_up(guilty, EngineUnavailableError("the engine died again and again over this request"))
+            self._give_up(guilty, EngineUnavailableError(KILLS_ENGINES))
 
 
 def _refusal(error: Exception) -> RequestError:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import json
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,16 +14,11 @@ import numpy as np
 from tidewright.engine.grammar import GrammarError, check_grammar
 from tidewright.engine.messages import Ready
 from tidewright.errors import InvalidRequestError
-from tidewright.schema import SamplingParams
+from tidewright.schema import MAX_PARAMETERS_LENGTH, SamplingParams, TokenId
 from tidewright.tokenization import InvalidPromptError, Tokenizer
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 256  # characters
-MAX_BAD_WORDS = 64
-MAX_BAD_WORD_LENGTH = 64  # characters
-MAX_LOGIT_BIASES = 300
-MAX_N = 16
-MAX_SALT_LENGTH = 256  # characters
+# vLLM's newer name of guided_…, as one object.
+_STRUCTURED = {"json": "guided_json", "regex": "guided_regex", "choice": "guided_choice", "grammar": "guided_grammar"}
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,7 @@ class OutputOptions:
     num_output_tokens: bool = False
     logprobs: bool = False
     cumulative_logprob: bool = False
+    null_logprobs: bool = False  # `logprobs` without the sampling parameter of that name: null, as of the vLLM backend
 
 
 @dataclass(frozen=True)
@@ -66,33 +63,73 @@ def single(tensors: Mapping[str, np.ndarray], name: str) -> object | None:
 
 
 def parse_sampling(text: str | None, parameters: str) -> SamplingParams:
-    """Sampling parameters from the JSON tensor and from Triton's request parameters, checked.
+    """Sampling parameters from the JSON tensor or, without it, from Triton's request parameters, checked.
+
+    As in Triton's vLLM backend, whose clients send both, the tensor wins.
 
     Raises:
-        InvalidRequestError: names the parameter that is unknown, out of range, or given twice.
+        InvalidRequestError: names the parameter that is unknown or out of range.
     """
-    fields: dict[str, object] = msgspec.json.decode(parameters, type=dict) if parameters else {}
-    if text is not None:
-        try:
-            from_tensor = msgspec.json.decode(text)
-        except msgspec.DecodeError as error:
-            raise InvalidRequestError(f"sampling_parameters is not JSON: {error}") from None
-        if not isinstance(from_tensor, dict):
-            raise InvalidRequestError('sampling_parameters must be a JSON object such as {"max_tokens": 64}')
-        if twice := sorted(fields.keys() & from_tensor.keys()):
-            raise InvalidRequestError(
-                f"{', '.join(twice)} given both in sampling_parameters and as a request parameter; send one"
-            )
-        fields |= from_tensor
+    fields = _sampling_fields(text, parameters)
+    _rename_structured_outputs(fields)
     if unknown := sorted(fields.keys() - set(SamplingParams.__struct_fields__)):
         known = ", ".join(SamplingParams.__struct_fields__)
-        raise InvalidRequestError(f"unknown sampling parameter: {', '.join(unknown)}; known are {known}")
+        raise InvalidRequestError(f"unknown sampling parameter: {', '.join(unknown)[:200]}; known are {known}")
     try:
         return msgspec.convert(fields, SamplingParams, strict=False)
     except msgspec.ValidationError as error:
         if "`key` in `$.logit_bias`" in str(error):
-            raise InvalidRequestError('logit_bias: the keys must be token ids, as in {"5": 1.0}') from None
+            wrong = next(key for key in fields["logit_bias"] if not _is_token_id(key))
+            raise InvalidRequestError(
+                f'logit_bias: the key {wrong[:50]!r} is no token id; send ids as in {{"5": 1.0}}'
+            ) from None
         raise InvalidRequestError(f"sampling parameters: {error}".replace(" - at `$.", " for `")) from None
+    except RecursionError:
+        raise _too_nested() from None
+
+
+def _sampling_fields(text: str | None, parameters: str) -> dict[str, Any]:
+    name = "the request's parameters" if text is None else "sampling_parameters"
+    source = parameters or "{}" if text is None else text
+    if len(source) > MAX_PARAMETERS_LENGTH:
+        raise InvalidRequestError(f"{name}: {len(source)} characters, more than the limit of {MAX_PARAMETERS_LENGTH}")
+    try:
+        # Triton writes a request parameter that is NaN as such.
+        fields = msgspec.json.decode(source) if text is not None else json.loads(source)
+    except RecursionError:
+        raise _too_nested() from None
+    except ValueError as error:
+        raise InvalidRequestError(f"{name}: not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequestError('sampling_parameters must be a JSON object such as {"max_tokens": 64}')
+    return fields
+
+
+def _rename_structured_outputs(fields: dict[str, Any]) -> None:
+    given = fields.pop("structured_outputs", None)
+    if given is None:
+        return
+    kinds = {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else {}
+    if not kinds or kinds.keys() - _STRUCTURED.keys():
+        raise InvalidRequestError(
+            f'structured_outputs must be an object with one of {", ".join(_STRUCTURED)}, as in {{"choice": ["a", "b"]}}'
+        )
+    for kind, value in kinds.items():
+        if _STRUCTURED[kind] in fields:
+            raise InvalidRequestError(f"{_STRUCTURED[kind]} and structured_outputs given; send one")
+        fields[_STRUCTURED[kind]] = value
+
+
+def _is_token_id(key: str) -> bool:
+    try:
+        msgspec.convert(key, TokenId, strict=False)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _too_nested() -> InvalidRequestError:
+    return InvalidRequestError("sampling parameters: too many objects or lists within each other")
 
 
 def with_max_tokens(sampling: SamplingParams, limit: int) -> SamplingParams:
@@ -104,31 +141,18 @@ def with_max_tokens(sampling: SamplingParams, limit: int) -> SamplingParams:
 
 def check_sampling(sampling: SamplingParams, engine: Ready) -> None:
     """What a type can't say: values that must agree with each other and with the model."""
-    _check_numbers(sampling)
-    if sampling.n > MAX_N:
-        raise InvalidRequestError(f"n is {sampling.n}, more than the limit of {MAX_N}")
     if sampling.max_tokens > engine.max_model_len:
         raise InvalidRequestError(
             f"max_tokens is {sampling.max_tokens}, more than the model's context of {engine.max_model_len} tokens"
         )
     if sampling.min_tokens > sampling.max_tokens:
         raise InvalidRequestError(f"min_tokens is {sampling.min_tokens}, more than max_tokens, {sampling.max_tokens}")
-    if len(sampling.stop_strings) > MAX_STOP_STRINGS:
-        raise InvalidRequestError(f"{len(sampling.stop_strings)} stop strings, at most {MAX_STOP_STRINGS}")
-    for text in sampling.stop_strings:
-        if not 0 < len(text) <= MAX_STOP_LENGTH:
-            raise InvalidRequestError(f"a stop string must have 1 to {MAX_STOP_LENGTH} characters")
     for token_id in sampling.stop_token_ids:
         if token_id >= engine.vocab_size:
             raise InvalidRequestError(f"stop_token_ids: {token_id} is outside the vocabulary of {engine.vocab_size}")
-    biases = sampling.logit_bias or {}
-    if len(biases) > MAX_LOGIT_BIASES:
-        raise InvalidRequestError(f"logit_bias has {len(biases)} entries, at most {MAX_LOGIT_BIASES}")
-    for token_id in biases:
-        if not 0 <= token_id < engine.vocab_size:
+    for token_id in sampling.logit_bias or {}:
+        if token_id >= engine.vocab_size:
             raise InvalidRequestError(f"logit_bias: {token_id} is outside the vocabulary of {engine.vocab_size}")
-    if sampling.cache_salt is not None and not 0 < len(sampling.cache_salt) <= MAX_SALT_LENGTH:
-        raise InvalidRequestError(f"cache_salt must have 1 to {MAX_SALT_LENGTH} characters")
     _check_guided(sampling)
 
 
@@ -142,15 +166,6 @@ def _to_resume(sampling: SamplingParams, resume_ids: list[int]) -> SamplingParam
         )
     # What the prompt's tokens are worth was told with the first of the output.
     return msgspec.structs.replace(sampling, prompt_logprobs=None)
-
-
-def _check_numbers(sampling: SamplingParams) -> None:
-    """NaN passes every range, and infinity those that are open."""
-    numbers = msgspec.structs.asdict(sampling)
-    numbers |= {f"logit_bias of {token_id}": bias for token_id, bias in (sampling.logit_bias or {}).items()}
-    for name, value in numbers.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InvalidRequestError(f"{name} must be a finite number, got {value}")
 
 
 def _check_guided(sampling: SamplingParams) -> None:
@@ -174,19 +189,25 @@ def _check_guided(sampling: SamplingParams) -> None:
 
 def tokenize_bad_words(words: list[str], tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of each word as it stands at the start of a text, and as it stands after a space."""
-    if len(words) > MAX_BAD_WORDS:
-        raise InvalidRequestError(f"{len(words)} bad_words, at most {MAX_BAD_WORDS}")
     found: list[list[int]] = []
     for word in words:
-        if not word.strip() or len(word) > MAX_BAD_WORD_LENGTH:
-            raise InvalidRequestError(
-                f"bad_words: each must have 1 to {MAX_BAD_WORD_LENGTH} characters, not only spaces"
-            )
+        if not word.strip():
+            raise InvalidRequestError("bad_words: each must have more than spaces")
         for text in (word.lstrip(), " " + word.lstrip()):
             token_ids = tokenizer.backend.encode(text, add_special_tokens=False).ids
             if token_ids and token_ids not in found:
                 found.append(token_ids)
     return found
+
+
+def _token_ids(tensors: Mapping[str, np.ndarray], name: str, max_model_len: int) -> list[int]:
+    """Empty without such a tensor. One too long for the model is refused before it becomes a list."""
+    ids = tensors.get(name)
+    if ids is None:
+        return []
+    if ids.size > max_model_len:
+        raise InvalidRequestError(f"{name} has {ids.size} tokens; the model takes at most {max_model_len - 1}")
+    return list(ids.reshape(-1).tolist())
 
 
 def check_prompt_length(prompt_token_ids: list[int], max_model_len: int) -> None:
@@ -242,16 +263,19 @@ def parse_request(
 
     options = single(tensors, "sampling_parameters")
     sampling = parse_sampling(None if options is None else decode_text(options, "sampling_parameters"), parameters)
-    resume_ids = tensors["resume_ids"].reshape(-1).tolist() if "resume_ids" in tensors else []
+    resume_ids = _token_ids(tensors, "resume_ids", engine.max_model_len)
     if engine.max_output_tokens:
         sampling = with_max_tokens(sampling, min(len(resume_ids) + engine.max_output_tokens, engine.max_model_len))
     check_sampling(sampling, engine)
     if resume_ids:
         sampling = _to_resume(sampling, resume_ids)
-    if sampling.seed is None:
-        sampling = msgspec.structs.replace(sampling, seed=secrets.randbits(63))
-    if (returns.logprobs or returns.cumulative_logprob) and sampling.logprobs is None:
-        sampling = msgspec.structs.replace(sampling, logprobs=0)
+    # Of n outputs each further one has the next seed, so the range is a circle.
+    seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
+    sampling = msgspec.structs.replace(sampling, seed=seed)
+    if sampling.logprobs is None:
+        returns = replace(returns, null_logprobs=True)
+        if returns.cumulative_logprob:
+            sampling = msgspec.structs.replace(sampling, logprobs=0)
     bad_words_ids = tokenize_bad_words(sampling.bad_words, tokenizer)
 
     text = single(tensors, "text_input")
@@ -260,11 +284,11 @@ def parse_request(
     if text is not None:
         prompt = decode_text(text, "text_input")
         try:
-            prompt_token_ids = tokenizer.encode(prompt)
+            prompt_token_ids = tokenizer.encode(prompt, engine.max_model_len)
         except InvalidPromptError as error:
             raise InvalidRequestError(str(error)) from None
     else:
-        prompt_token_ids = tensors["input_ids"].reshape(-1).tolist()
+        prompt_token_ids = _token_ids(tensors, "input_ids", engine.max_model_len)
         if not prompt_token_ids:
             raise InvalidRequestError("input_ids is empty; send at least one token")
     check_prompt(prompt_token_ids, resume_ids, sampling, engine)

@@ -64,6 +64,10 @@ class Engine:
         except RequestRefusedError as error:
             log.warning("request %d refused: %s", request.request_id, error)
             return SequenceOutput(request.request_id, [], error.reason, message=str(error))
+        except Exception as error:
+            log.exception("request %d could not be taken", request.request_id)
+            message = f"the engine can't take this request ({type(error).__name__}: {error})"
+            return SequenceOutput(request.request_id, [], "invalid", message=message)
         self._tell_ranks(request)
         self._arrived[request.request_id] = time.monotonic()
         if request.deadline is not None:

@@ -7,11 +7,11 @@ import json
 
 import llguidance
 
-from tidewright.schema import SamplingParams
+from tidewright.schema import MAX_GRAMMAR_LENGTH, SamplingParams
 
-MAX_GRAMMAR_LENGTH = 65_536  # characters
-# Building a request's automaton holds up the engine's other requests. This is 0.1 s or so, and enough for a JSON
-# schema of 300 fields.
+_MAX_ERROR = 500  # characters
+# Building a request's automaton takes processor time from the engine. This is 0.1 s or so, and enough for a JSON schema
+# of 300 fields.
 _LIMITS = llguidance.LLParserLimits(initial_lexer_fuel=100_000, verbose_errors=False)
 
 
@@ -25,15 +25,26 @@ def make_matcher(params: SamplingParams, tokenizer: llguidance.LLTokenizer) -> l
     Raises:
         GrammarError: the grammar is wrong, or too large.
     """
-    grammar = _grammar(params)
-    matcher = llguidance.LLMatcher(tokenizer, grammar, limits=_LIMITS, log_level=0)
+    try:
+        grammar = _grammar(params)
+        matcher = llguidance.LLMatcher(tokenizer, grammar, limits=_LIMITS, log_level=0)
+    except RecursionError:
+        raise GrammarError("it has too many parts within each other") from None
+    except ValueError as error:  # llguidance's, of what it can't read: nested too deeply, a number out of range, …
+        raise GrammarError(_one_line(str(error))) from None
     check_matcher(matcher)
     return matcher
 
 
 def check_matcher(matcher: llguidance.LLMatcher) -> None:
     if matcher.is_error():
-        raise GrammarError(" ".join(matcher.get_error().removesuffix("<non-verbose/>").split()))
+        raise GrammarError(_one_line(matcher.get_error()))
+
+
+def _one_line(message: str) -> str:
+    """An error of llguidance, which may quote the whole grammar."""
+    text = " ".join(message.removesuffix("<non-verbose/>").split())
+    return text if len(text) <= _MAX_ERROR else f"{text[:_MAX_ERROR]}…"
 
 
 def check_grammar(params: SamplingParams) -> None:
@@ -54,11 +65,11 @@ def check_grammar(params: SamplingParams) -> None:
 
 def _grammar(params: SamplingParams) -> str:
     if params.guided_json is not None:
-        schema = params.guided_json
-        text = schema if isinstance(schema, str) else json.dumps(schema)
+        assert isinstance(params.guided_json, str)  # SamplingParams writes an object as text
+        text = params.guided_json
         _check_length(text)
         try:
-            is_object = isinstance(json.loads(text), dict)
+            is_object = isinstance(json.loads(text, parse_constant=_refuse_constant), dict)
         except ValueError as error:
             raise GrammarError(f"the schema is not JSON: {error}") from None
         if not is_object:
@@ -82,6 +93,10 @@ def _grammar(params: SamplingParams) -> str:
     lark = "start: " + " | ".join(choices)
     _check_length(lark)
     return llguidance.LLMatcher.grammar_from_lark(lark)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def _check_length(text: str) -> None:

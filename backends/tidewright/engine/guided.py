@@ -69,7 +69,7 @@ class GuidedDecoding:
         for index, row in enumerate(rows):
             try:
                 self._allow(draws[row], bits_RI, index)
-            except GrammarError as error:
+            except Exception as error:  # llguidance's own, too: it is one request's grammar
                 errors[row] = f"guided output failed: {error}"
         allowed_RV = np.unpackbits(bits_RI.view(np.uint8), axis=1, count=self._vocab_size, bitorder="little")
         for index, row in enumerate(rows):
@@ -85,12 +85,19 @@ class GuidedDecoding:
         for request_id in ended:
             self._places.pop(request_id, None)
 
+    def prepare(self, request_id: int, params: SamplingParams) -> None:
+        """Makes a request's grammar beforehand; from any thread.
+
+        Raises:
+            GrammarError: it can't be followed.
+        """
+        self._places[request_id] = _Place(params, make_matcher(params, self._load_tokenizer()))
+
     def _allow(self, draw: Draw, bits_RI: np.ndarray, index: int) -> None:
-        place = self._places.get(draw.request_id)
         # Another request may come with an id that was used before.
-        if place is None or place.params != draw.params:
-            place = _Place(draw.params, make_matcher(draw.params, self._load_tokenizer()))
-            self._places[draw.request_id] = place
+        if (place := self._places.get(draw.request_id)) is None or place.params != draw.params:
+            self.prepare(draw.request_id, draw.params)
+            place = self._places[draw.request_id]
         place.move_to(draw.history[draw.prompt_length :])
         llguidance.numpy.fill_next_token_bitmask(place.matcher, bits_RI, index)
         check_matcher(place.matcher)

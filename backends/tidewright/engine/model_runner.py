@@ -51,7 +51,7 @@ class ModelRunner:
 
         self.vocab_size = model_config.vocab_size
         self.eos_ids = eos_ids(folder)
-        self._guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
+        self.guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         self._attention = make_attention(config.attention, config.block_size, self.device, self.dtype)
         with _defaults(self.device, self.dtype):
             self.model = architecture(model_config, wanted, group, self._attention).eval()
@@ -91,7 +91,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        self._guided.forget(plan.ended)
+        self.guided.forget(plan.ended)
         spans = sorted(plan.sequences, key=self._attention.order)
         token_ids = [token for span in spans for token in span.token_ids]
         positions = [p for span in spans for p in range(span.start, span.start + span.count)]
@@ -133,7 +133,7 @@ class ModelRunner:
         if not draws:
             return []
         logits_BV = self.model.logits(hidden_TE[self._tensor(rows)])
-        return [] if logits_BV is None else sample(logits_BV, draws, self._guided)
+        return [] if logits_BV is None else sample(logits_BV, draws, self.guided)
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

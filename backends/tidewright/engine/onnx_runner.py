@@ -39,7 +39,7 @@ class OnnxRunner:
         if config.threads:
             torch.set_num_threads(config.threads)  # for sampling
         self.vocab_size, self.eos_ids = manifest.vocab_size, manifest.source.eos_token_ids
-        self._guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
+        self.guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         wanted = min(config.max_model_len or manifest.max_length, manifest.max_length)
         shape = KVCacheShape(
             manifest.num_layers, manifest.num_kv_heads, manifest.head_dim, config.block_size, torch.float32
@@ -55,7 +55,7 @@ class OnnxRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        self._guided.forget(plan.ended)
+        self.guided.forget(plan.ended)
         for request_id in plan.ended:
             self._past.pop(request_id, None)
         decoding = [
@@ -115,4 +115,4 @@ class OnnxRunner:
             assert len(planned.draws) <= 1  # without speculation
             draws += planned.draws
             rows += [logits[planned.request_id]] * len(planned.draws)
-        return sample(torch.from_numpy(np.stack(rows)), draws, self._guided) if draws else []
+        return sample(torch.from_numpy(np.stack(rows)), draws, self.guided) if draws else []

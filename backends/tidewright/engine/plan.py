@@ -58,7 +58,7 @@ class StepPlan:
 class DrawnToken:
     token_id: int
     logprobs: list[TokenLogprob] | None = None  # the chosen token's, then those of the most likely ones
-    error: str = ""  # the request can't go on, and why; the token is EOS then, if the model has one
+    error: str = ""  # the request can't go on, and why; the token means nothing then
 
 
 @dataclass(frozen=True)

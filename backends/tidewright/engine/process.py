@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from tidewright.distributed.group import ALONE
 from tidewright.distributed.process_group import join_group, make_store
 from tidewright.engine.engine import Engine
+from tidewright.engine.grammar_compiler import Compiled, GrammarCompiler
 from tidewright.engine.messages import (
     Abort,
     EngineConfig,
@@ -38,9 +39,10 @@ class EngineProcess:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._send_lock = threading.Lock()
-        self._inbox: queue.SimpleQueue[ToEngine] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToEngine | Compiled] = queue.SimpleQueue()
         self._outbox = Outbox(self._send)
         self._engine: Engine
+        self._grammars: GrammarCompiler
         self._interval = 0.0
         self._last_heartbeat = 0.0
         self._checked_steps = 0  # the KV cache's books were right after so many
@@ -53,6 +55,7 @@ class EngineProcess:
         except Exception as error:
             self._fail("the engine can't start", error, ranks)
             return 1
+        self._grammars = GrammarCompiler(self._engine.runner.guided.prepare, self._inbox.put)
         self._interval = config.heartbeat_interval
         self._send(self._engine.ready())
         self._outbox.start(config.heartbeat_interval, lambda: self._engine.progress, self._tell_failure)
@@ -111,10 +114,13 @@ class EngineProcess:
         refused: list[SequenceOutput] = []
         message = self._next_message()
         while message is not None:
-            if isinstance(message, Submit):
-                refusal = self._engine.submit(message)
+            if isinstance(message, Submit) and message.sampling.guided:
+                self._grammars.put(message)  # and comes back as Compiled
+            elif isinstance(message, Submit | Compiled):
+                refusal = self._submit(message)
                 refused += [refusal] if refusal else []
             elif isinstance(message, Abort):
+                self._grammars.drop(message.request_id)
                 self._engine.abort(message.request_id)
             elif isinstance(message, Shutdown):
                 return False
@@ -123,7 +129,17 @@ class EngineProcess:
             self._outbox.put_outputs(refused)
         return True
 
-    def _next_message(self) -> ToEngine | None:
+    def _submit(self, message: Submit | Compiled) -> SequenceOutput | None:
+        """The output that ends it at once, if it can't be taken."""
+        if isinstance(message, Submit):
+            return self._engine.submit(message)
+        refusal = message.refusal
+        if not self._grammars.take(message):  # aborted meanwhile
+            self._engine.runner.guided.forget([message.request.request_id])
+            return None
+        return refusal or self._engine.submit(message.request)
+
+    def _next_message(self) -> ToEngine | Compiled | None:
         until_heartbeat = max(0.0, self._last_heartbeat + self._interval - time.monotonic())
         try:
             return self._inbox.get(timeout=0.0 if self._engine.has_work else until_heartbeat)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.plan import StepPlan, StepResult
 
 # A pool that holds less than this is a mistake, whatever the longest sequence may be.
@@ -18,6 +19,7 @@ class Runner(Protocol):
     """`num_blocks` of its KV cache; `progress` grows as long as a step comes on, however long it takes."""
 
     vocab_size: int
+    guided: GuidedDecoding
     eos_ids: tuple[int, ...]
     max_model_len: int
     sample_seconds: float  # logits and sampling, of all steps

@@ -6,6 +6,7 @@ in any batch, after a preemption and after a restart.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,6 +19,10 @@ from tidewright.engine.plan import Draw, DrawnToken
 from tidewright.engine.truncation import column, drop_unlikely, first_argmax, num_lots, race, top
 from tidewright.schema import SamplingParams
 
+log = logging.getLogger(__name__)
+
+# Not the doing of one request: the engine has to start again.
+_DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 # Below this, dividing by the temperature leaves nothing but the maximum.
 _GREEDY_BELOW = 1e-5
 
@@ -29,13 +34,38 @@ def exponentials(seed: int, position: int, count: int) -> np.ndarray:
 
 
 def sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None = None) -> list[DrawnToken]:
-    """One token for each row. `logits_BV` is used up.
+    """One token for each row; without `guided` no grammar is followed.
 
-    The order is: raw log-probabilities for the report; grammar, banned ids and bad words; bias; penalties;
-    temperature; min_p, top_k, top_p, each of what the one before left; the draw. Without `guided` no grammar is
-    followed.
+    A row that fails by its request's parameters has an error and ends that request; the others go on. Only rank 0
+    samples, and the other ranks learn of the error with the tokens: all decide the same.
     """
-    logits_BV = logits_BV.float()
+    try:
+        return _sample(logits_BV, draws, guided)
+    except _DEVICE_ERRORS:
+        raise
+    except Exception as error:
+        log.exception("a batch could not be sampled; trying its rows one by one")
+        drawn = [_sample_alone(logits_BV[row : row + 1], draw, guided) for row, draw in enumerate(draws)]
+        if len(drawn) > 1 and all(token.error for token in drawn):
+            raise error from None  # nobody's parameters
+        return drawn
+
+
+def _sample_alone(logits_1V: torch.Tensor, draw: Draw, guided: GuidedDecoding | None) -> DrawnToken:
+    try:
+        return _sample(logits_1V, [draw], guided)[0]
+    except _DEVICE_ERRORS:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return DrawnToken(0, error=f"no token can be drawn with these sampling parameters ({cause})")
+
+
+def _sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None) -> list[DrawnToken]:
+    """The order is: raw log-probabilities for the report; grammar, banned ids and bad words; bias; penalties;
+    temperature; min_p, top_k, top_p, each of what the one before left; the draw.
+    """
+    logits_BV = logits_BV.to(torch.float32, copy=True)  # the caller's stay as they are
     wants_logprobs = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
     # Before any change: logprobs tell what the model said.
     logprobs_RV = logits_BV[wants_logprobs].log_softmax(dim=-1) if wants_logprobs else None

@@ -336,7 +336,7 @@ class Scheduler:
         message = ""
         for drawn in computed.drawn[: right + 1]:
             if drawn.error:
-                reason, message = "engine_failed", drawn.error
+                reason, message = "invalid", drawn.error  # its own parameters: any other engine would say the same
                 break
             sequence.token_ids.append(drawn.token_id)
             accepted.append(drawn)

@@ -17,7 +17,7 @@ FAILSAFE_PREFIX = f"{PREFIX}failsafe_"
 BREAKER_OPEN, DEGRADED = "breaker_open", "degraded"
 FALLBACK_REASONS = (
     *(outcome.label for outcome in Outcome if outcome.verdict is Verdict.FAILURE),
-    *(Outcome.OVERLOADED.label, BREAKER_OPEN, DEGRADED),
+    *(Outcome.ENGINE_KILLED.label, Outcome.OVERLOADED.label, BREAKER_OPEN, DEGRADED),
 )
 SERVED_BY = ("decoder", "fallback")
 _STATES = tuple(state.value for state in State)

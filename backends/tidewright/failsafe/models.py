@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tidewright.resilience.outcome import Outcome
-from tidewright.schema import FinishReason, SamplingParams
+from tidewright.schema import KILLS_ENGINES, FinishReason, SamplingParams
 
 # How the text of an error ends, if it is one of ours.
 _BY_REASON: dict[str, Outcome] = {
@@ -32,6 +32,8 @@ class ModelError(Exception):
         text, _, mark = message.rpartition(" ")
         known = _BY_REASON.get(mark)
         super().__init__(text if known else message)
+        if text == KILLS_ENGINES:
+            known = Outcome.ENGINE_KILLED
         self.outcome = outcome or known or (Outcome.STUB_DIED if "Stub process" in message else Outcome.UNAVAILABLE)
 
     @property

@@ -34,7 +34,7 @@ class Translator:
         if messages is None:
             return {TEXT_INPUT.name: tensors[TEXT_INPUT.name]}
         try:
-            token_ids = self._tokenizer.encode_chat(decode_text(messages, MESSAGES.name))
+            token_ids = self._tokenizer.encode_chat(decode_text(messages, MESSAGES.name), self._tokenizer.max_model_len)
         except InvalidPromptError as error:
             raise ModelError(f"the fallback: {error}", Outcome.INVALID) from None
         return {INPUT_IDS.name: np.array(token_ids, dtype=np.int32)}

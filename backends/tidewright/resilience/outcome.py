@@ -29,6 +29,7 @@ class Outcome(Enum):
     INVALID = ("invalid", Verdict.IGNORED)
     CANCELLED = ("cancelled", Verdict.IGNORED)
     OVERLOADED = ("overloaded", Verdict.IGNORED)
+    ENGINE_KILLED = ("engine_killed", Verdict.IGNORED)  # the request that ends every engine that has it
     REQUEST_TIMEOUT = ("request_timeout", Verdict.IGNORED)  # a long generation: the request's own timeout ended it
 
     def __init__(self, label: str, verdict: Verdict) -> None:

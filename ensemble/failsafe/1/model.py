@@ -81,8 +81,7 @@ class TritonPythonModel:
         end_within()
 
     def _take(self, request: object, sender: object) -> None:
-        # Copies: Triton takes its memory back when `execute` returns.
-        tensors = {name: np.array(values) for name, values in stub.inputs_of(request, _INPUT_NAMES).items()}
+        tensors = stub.inputs_of(request, _INPUT_NAMES)
         if (word := single(tensors, CONTROL.name)) is not None:
             self._obey(sender, decode_text(word, CONTROL.name))
             return

@@ -42,7 +42,7 @@ class TritonPythonModel:
         ((name, _),) = tensors.items()
         text = decode_text(single(tensors, name), name)
         encode = self._tokenizer.encode if name == "text_input" else self._tokenizer.encode_chat
-        token_ids = encode(text)
+        token_ids = encode(text, self._max_model_len)
         if self._max_model_len:
             check_prompt_length(token_ids, self._max_model_len)
         return token_ids
