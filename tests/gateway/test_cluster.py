@@ -69,12 +69,19 @@ def test_a_stream_that_stalls_and_one_that_never_begins_go_on_elsewhere(client: 
     assert (text, task.served_by) == ("<8>", ["b:1", "a:1"])
 
 
+async def has_begun(client: type[ScriptedClient]) -> None:
+    """A generation was asked for, and what its script has at once has arrived."""
+    await until(lambda: client.orders)
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
 def test_streams_leave_a_replica_whose_engine_gives_no_sign_of_life(client: type[ScriptedClient]) -> None:
     client.scripts = {"b:1": [[7, None]], "a:1": [[8]]}
 
     async def body(cluster: Cluster) -> tuple[str, Task]:
         asking = asyncio.ensure_future(generate(cluster))
-        await asyncio.sleep(0.1)
+        await has_begun(client)
         client.status["b:1"] = msgspec.structs.replace(WELL, silence=3.0)
         got = await asking
         assert [replica.takes_requests for replica in cluster.replicas] == [False, True]
@@ -89,9 +96,9 @@ def test_one_whose_engine_restarts_keeps_its_streams_and_gets_nothing_new(client
 
     async def body(cluster: Cluster) -> None:
         asking = asyncio.ensure_future(generate(cluster))
-        await asyncio.sleep(0.1)
+        await has_begun(client)
         client.status["b:1"] = msgspec.structs.replace(WELL, trouble="the engine is not available")
-        await asyncio.sleep(0.1)
+        await until(lambda: not named(cluster, "b:1").takes_requests)
         for _ in range(2):
             assert (await generate(cluster))[1].served_by == ["a:1"]
         assert not asking.done()

@@ -228,8 +228,8 @@ def test_a_client_that_leaves_stops_the_engine(gateway: RunningGateway, server: 
                 leaving.post(f"{gateway.url}/v1/completions", json=body, timeout=0.5)
     before = server.metric("generated_tokens_total")
     server.wait_idle()
-    assert server.metric("generated_tokens_total") - before < 500
-    deadline = time.monotonic() + 10
+    assert server.metric("generated_tokens_total") - before < 2000
+    deadline = time.monotonic() + 60
     while gateway.metric("requests_active") > 1:  # the one that asks
         assert time.monotonic() < deadline
         time.sleep(0.05)

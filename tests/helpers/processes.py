@@ -86,7 +86,7 @@ class Serve:
         return self.process.returncode
 
     def assert_nothing_left(self) -> None:
-        _, alive = psutil.wait_procs(self.family, timeout=5)
+        _, alive = psutil.wait_procs(self.family, timeout=30)
         assert not alive
         for port in (self.http, self.grpc, self.metrics, self.gateway):
             with socket.socket() as probe:

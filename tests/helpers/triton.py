@@ -157,6 +157,17 @@ class RunningServer:
         if not self.triton.running:
             self.triton.start_again()
 
+    def is_well(self) -> bool:
+        """It answers, and its decoder takes requests and can generate."""
+        if not self.triton.running:
+            return False
+        url = f"{self.triton.http_url}/v2/models/decoder/generate"
+        try:
+            answer = httpx.post(url, json={"text_input": "a", "max_tokens": 1}, timeout=10, trust_env=False)
+        except httpx.TransportError:
+            return False
+        return answer.status_code == 200 and "error" not in answer.json()
+
     @property
     def grpc_url(self) -> str:
         return f"127.0.0.1:{self.settings.grpc_port}"

@@ -9,6 +9,7 @@ import time
 import pytest
 import torch
 
+from tidewright.kv_cache import prefault
 from tidewright.kv_cache.prefault import Prefaulter
 from tidewright.kv_cache.storage import KVCache, KVCacheShape, allocate_kv_cache
 
@@ -68,12 +69,13 @@ def test_what_is_written_meanwhile_stays() -> None:
     assert not kv.k_cache_LNSKD[:, 1::7].any()
 
 
-def test_it_stands_back_while_a_step_runs() -> None:
+def test_it_stands_back_while_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefault, "_QUIET", 0.5)  # longer than it takes to get into the second step
     kv = cache()
     made = Prefaulter(kv, ahead=BLOCKS * SHAPE.bytes_per_block)
     step(made, 0)
     with made.step(0):  # before the first has been quiet for long enough
-        time.sleep(0.3)
+        time.sleep(1.2)
         assert resident(kv.k_cache_LNSKD) == 0
     made.wait()
     assert resident(kv.k_cache_LNSKD) == 1

@@ -86,9 +86,9 @@ def test_ctrl_c_in_complete_ends_the_generation_on_the_server(bf16_server: Runni
         assert process.stdout is not None
         process.stdout.read(4)
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=10) == 130
-    bf16_server.wait_idle(timeout=10)
-    assert bf16_server.metric("generated_tokens_total") - start < 200
+        assert process.wait(timeout=60) == 130
+    bf16_server.wait_idle()
+    assert bf16_server.metric("generated_tokens_total") - start < 2000
 
 
 def test_a_bad_request_is_one_line(server: RunningServer) -> None:

@@ -22,7 +22,7 @@ from helpers.oracle import PROMPTS, Oracle
 from helpers.processes import child, stub_of
 from helpers.triton import Generation, RunningServer, Stream
 
-TOKENS = 24
+TOKENS = 40
 NAMES = ("english", "code", "chinese", "emoji", "accents")
 DECODER, STALLED, UNAVAILABLE = ("decoder", ""), ("fallback", "stalled"), ("fallback", "unavailable")
 LONG = {"temperature": 0, "max_tokens": 2000, "ignore_eos": True}
@@ -89,6 +89,16 @@ def assert_right(generation: Generation, oracle: Oracle, name: str) -> None:
     assert generation.text == oracle.tokenizer.decode(expected, skip_special_tokens=True), name
     assert "served_by" in generation.responses[0]
     assert "served_by" in generation.responses[-1]
+
+
+def assert_moved(generations: dict[str, Generation], oracle: Oracle, to: tuple[str, str]) -> int:
+    """How many went on there. On a busy machine the engine may have been ahead of us, and done with some."""
+    for name, generation in generations.items():
+        assert served(generation) in ([DECODER, to], [DECODER])
+        assert_right(generation, oracle, name)
+    moved = sum(len(served(generation)) > 1 for generation in generations.values())
+    assert moved
+    return moved
 
 
 def disturbed(server: RunningServer, disturb: Callable[[], None]) -> dict[str, Generation]:
@@ -172,10 +182,7 @@ def test_an_engine_that_hangs_loses_its_streams_to_the_fallback(server: RunningS
     before = server.metric("failsafe_resumed_total")
     engine = engine_of(server)
     try:
-        generations = disturbed(server, engine.suspend)
-        for name, generation in generations.items():
-            assert served(generation) == [DECODER, STALLED]
-            assert_right(generation, oracle, name)
+        moved = assert_moved(disturbed(server, engine.suspend), oracle, STALLED)
         with server.stream() as stream:  # some that come while it hangs
             for name in NAMES:
                 send(stream, name)
@@ -186,7 +193,7 @@ def test_an_engine_that_hangs_loses_its_streams_to_the_fallback(server: RunningS
     finally:
         engine.resume()
     wait_until_well(server)
-    assert server.metric("failsafe_resumed_total") - before == len(NAMES)
+    assert server.metric("failsafe_resumed_total") - before == moved
 
 
 def test_a_request_that_does_not_stream_leaves_a_hanging_engine_too(server: RunningServer, oracle: Oracle) -> None:
@@ -229,8 +236,9 @@ def test_a_killed_stub_loses_its_streams_to_the_fallback(
             server.revive()
         else:
             for name, generation in generations.items():
-                assert [by for by, _ in served(generation)] == ["decoder", "fallback"]
+                assert [by for by, _ in served(generation)] in (["decoder", "fallback"], ["decoder"])
                 assert_right(generation, oracle, name)
+            assert any(len(served(generation)) > 1 for generation in generations.values())
         with server.stream() as stream:
             send(stream, "english")
             assert_right(stream.finish()["english"], oracle, "english")
@@ -280,9 +288,7 @@ def test_models_that_are_unloaded(server: RunningServer, oracle: Oracle) -> None
 def test_a_slow_first_token_and_a_stall_in_the_middle(impatient: RunningServer, oracle: Oracle) -> None:
     engine = engine_of(impatient)
     try:
-        for name, generation in disturbed(impatient, engine.suspend).items():
-            assert served(generation) == [DECODER, STALLED]
-            assert_right(generation, oracle, name)
+        assert_moved(disturbed(impatient, engine.suspend), oracle, STALLED)
     finally:
         engine.resume()
     wait_until_well(impatient)
@@ -296,8 +302,10 @@ def test_a_slow_first_token_and_a_stall_in_the_middle(impatient: RunningServer, 
     # So many failures in a row open the breaker; a probe closes it.
     assert impatient.metrics()["failsafe_breaker_transitions_total", "closed_open"] >= 1
     wait_until_well(impatient)
-    time.sleep(0.3)
-    assert impatient.metrics()["failsafe_breaker_state", "closed"] == 1
+    deadline = time.monotonic() + 30
+    while not impatient.metrics()["failsafe_breaker_state", "closed"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_flapping_engine(server: RunningServer, oracle: Oracle) -> None:
@@ -330,8 +338,8 @@ def test_a_cancel_reaches_the_engine(server: RunningServer, way: str) -> None:
         got = stream.finish()["doomed"]
         assert "cancelled by its id [cancelled]" in str(got.error)
         stream.close()
-    server.wait_idle(timeout=10)
-    assert server.metric("generated_tokens_total") - start < 200
+    server.wait_idle()
+    assert server.metric("generated_tokens_total") - start < 1000
 
 
 def test_a_cancel_of_what_the_fallback_serves(server: RunningServer) -> None:
