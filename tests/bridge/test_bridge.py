@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from typing import Any
@@ -343,18 +344,18 @@ def test_trouble_is_what_the_engine_died_of(world: World) -> None:
 
 def test_status_tells_what_is_wrong_and_how_full_it_is(world: World) -> None:
     longest = 1000  # of the scripted engine
-    assert world.bridge.status == DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, 0, longest)
+    assert world.bridge.status == DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, 0, longest, os.getpid())
     world.engine.silent_for = 0.75
     world.engine.events.stats(EngineStats(3, 1, 40, 10, 0, 0, 0, 0))
     assert world.bridge.status == DecoderStatus(
-        "", False, 0.75, waiting=0.5, wait=0.0, kv_usage=0.75, max_model_len=longest
+        "", False, 0.75, waiting=0.5, wait=0.0, kv_usage=0.75, max_model_len=longest, pid=os.getpid()
     )
     world.engine.available, world.engine.cause, world.engine.silent_for = False, "killed by SIGKILL", 0.0
     world.engine.dies()
     trouble = "the engine is not available (killed by SIGKILL)"
-    assert world.bridge.status == DecoderStatus(trouble, False, 0.0, 0.0, 0.0, 0.0, 0, longest)
+    assert world.bridge.status == DecoderStatus(trouble, False, 0.0, 0.0, 0.0, 0.0, 0, longest, os.getpid())
     world.bridge.drain()
-    assert world.bridge.status == DecoderStatus(DRAINING, True, 0.0, 0.0, 0.0, 0.0, 0, longest)
+    assert world.bridge.status == DecoderStatus(DRAINING, True, 0.0, 0.0, 0.0, 0.0, 0, longest, os.getpid())
 
 
 def test_status_tells_how_long_the_oldest_waits_for_its_first_token(world: World) -> None:

@@ -16,9 +16,9 @@ import httpx
 import psutil
 import pytest
 
+from helpers.processes import child, stub_of
 from helpers.triton import RunningServer, Stream
-from serving.test_health import stub_of
-from serving.test_lifecycle import child
+from helpers.upstream import aborted
 from tidewright.schema import STUCK
 
 LONG = {"temperature": 0, "max_tokens": 6000, "ignore_eos": True}
@@ -36,10 +36,7 @@ def alive(server: RunningServer) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        deadline = time.monotonic() + 2
-        while server.triton.running and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if server.triton.running or server.triton.exit_code != -signal.SIGABRT:
+        if not aborted(server):
             raise
         raise TritonAbortedError from error
 

@@ -145,10 +145,10 @@ class Pulse:
 
     def _of_status(self, status: DecoderStatus) -> Trouble | None:
         now = time.monotonic()
+        if status.silence > self._silence:  # which is trouble too, after a while
+            return Trouble(Kind.SILENT, now - status.silence, f"no sign of life for {status.silence:.1f} s")
         if status.trouble and not status.draining:
             return Trouble(Kind.RESTARTING, now, status.trouble)
-        if status.silence > self._silence:
-            return Trouble(Kind.SILENT, now - status.silence, f"no sign of life for {status.silence:.1f} s")
         return None
 
     def _ask_fallback(self) -> None:
