@@ -75,3 +75,29 @@ def test_triton_is_never_asked_about_a_request_that_has_ended(model: Any, end: s
     assert sender.ended
     assert responder.is_cancelled() is False
     assert not sender.crashed
+
+
+def test_an_end_that_hangs_keeps_nobody_who_asks(model: Any) -> None:
+    """Triton may never take it, and one thread asks for all requests."""
+
+    class Hanging(FakeSender):
+        sending, taken = threading.Event(), threading.Event()
+
+        def send(self, response: object, flags: int = 0) -> None:
+            self.sending.set()
+            self.taken.wait(5)
+            super().send(response, flags)
+
+    sender = Hanging()
+    request = GenerationRequest([1], "", True, SamplingParams(), OutputOptions())
+    responder = model._TritonResponder(sender, request, None)
+    ending = threading.Thread(target=responder.fail, args=(CancelledError("gone"),))
+    ending.start()
+    assert sender.sending.wait(5)
+    asking = threading.Thread(target=responder.is_cancelled)
+    asking.start()
+    asking.join(4)
+    assert not asking.is_alive()
+    assert ending.is_alive()
+    sender.taken.set()
+    ending.join()
