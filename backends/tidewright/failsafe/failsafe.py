@@ -312,7 +312,7 @@ class Failsafe:
     def _monitor(self) -> None:
         while not self._stopping.is_set():
             with self._changed:
-                self._changed.wait_for(lambda: self._relays or self._stopping.is_set(), MONITOR_INTERVAL * 10)
+                self._changed.wait_for(lambda: self._relays or self._stopping.is_set(), MONITOR_INTERVAL * 50)
                 relays = list(self._relays)
             began = time.monotonic()
             self._pulse.watch(began, is_awaited=bool(relays))

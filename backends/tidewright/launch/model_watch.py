@@ -33,7 +33,7 @@ LOOK_PATIENCE = 5.0  # seconds of the closer look; without an answer the stub is
 COMPUTES = 0.3  # of a core
 HUNG_AFTER = 60.0  # seconds after which even a stub that computes is stuck
 # A token is asked for when nobody got an answer in the last interval, so after one to two of them. In seconds.
-GENERATION_INTERVALS = {"failsafe": 10.0, "decoder": 10.0, "fallback": 60.0}
+GENERATION_INTERVALS = {"failsafe": 15.0, "decoder": 15.0, "fallback": 60.0}
 SUSPECT_PATIENCE = 10.0  # seconds for a token, of a model that may be stuck
 HOPELESS_WITHIN = 30.0  # seconds after a reload in which it must not be stuck again
 SILENT = 2.0  # seconds without a sign of life of an engine, which its bridge deals with
