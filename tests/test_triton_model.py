@@ -12,6 +12,7 @@ import pytest
 
 from tidewright.bridge.call import Chunk, Piece
 from tidewright.bridge.request import GenerationRequest, OutputOptions
+from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import CancelledError
 from tidewright.schema import SamplingParams
 
@@ -75,3 +76,13 @@ def test_triton_is_never_asked_about_a_request_that_has_ended(model: Any, end: s
     assert sender.ended
     assert responder.is_cancelled() is False
     assert not sender.crashed
+
+
+def test_at_an_exact_tie_the_chosen_token_has_rank_1(model: Any) -> None:
+    class Tokenizer:
+        def token_text(self, token_id: int) -> str:
+            return str(token_id)
+
+    entries = [TokenLogprob(7, -1.0, 1), TokenLogprob(5, -1.0, 1), TokenLogprob(7, -1.0, 2)]
+    named = model._named(entries, Tokenizer())
+    assert {name: entry["rank"] for name, entry in named.items()} == {"7": 1, "5": 1}
