@@ -12,6 +12,7 @@ import pytest
 
 from tidewright.bridge.call import Chunk, Piece
 from tidewright.bridge.request import GenerationRequest, OutputOptions
+from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import CancelledError
 from tidewright.schema import SamplingParams
 
@@ -101,3 +102,13 @@ def test_an_end_that_hangs_keeps_nobody_who_asks(model: Any) -> None:
     assert ending.is_alive()
     sender.taken.set()
     ending.join()
+
+
+def test_at_an_exact_tie_the_chosen_token_has_rank_1(model: Any) -> None:
+    class Tokenizer:
+        def token_text(self, token_id: int) -> str:
+            return str(token_id)
+
+    entries = [TokenLogprob(7, -1.0, 1), TokenLogprob(5, -1.0, 1), TokenLogprob(7, -1.0, 2)]
+    named = model._named(entries, Tokenizer())
+    assert {name: entry["rank"] for name, entry in named.items()} == {"7": 1, "5": 1}

@@ -80,7 +80,7 @@ def contents(rng: random.Random, datatype: str, shape: list[int]) -> bytes:
 
 def inputs(rng: random.Random, model: str) -> list[tuple[str, str, list[int]]]:
     """Some of the model's inputs, or one that it has not; name, type and shape of each, mostly wrong."""
-    names = rng.sample(MODELS[model], rng.randrange(1, 4))
+    names = rng.sample(MODELS[model], min(rng.randrange(1, 4), len(MODELS[model])))
     found = [(spec.name, TYPES[spec.dtype]) for spec in names] + [("nonsense", "INT32")] * (rng.random() < 0.05)
     return [
         (name, rng.choice(list(SIZES)) if rng.random() < 0.3 else datatype, rng.choice(SHAPES))
@@ -93,7 +93,7 @@ def test_grpc(server: RunningServer, seed: int) -> None:
     rng = random.Random(seed)
     with grpc.insecure_channel(server.grpc_url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        for _ in range(80):
+        for _ in range(60):
             model = rng.choice(list(MODELS))
             request = service_pb2.ModelInferRequest(model_name=model)
             for name, datatype, shape in inputs(rng, model):
@@ -114,8 +114,9 @@ def test_grpc(server: RunningServer, seed: int) -> None:
 def test_http_infer(server: RunningServer, seed: int) -> None:
     rng = random.Random(seed)
     with httpx.Client(base_url=server.triton.http_url, timeout=TIMEOUT, trust_env=False) as client:
-        for _ in range(80):
-            model, tail, described = rng.choice(list(MODELS)), b"", []
+        for _ in range(60):
+            # Triton takes no decoupled model here, and says so with 501.
+            model, tail, described = rng.choice(["tokenizer", "tokenizer", *MODELS]), b"", []
             is_binary = rng.random() < 0.5
             for name, datatype, shape in inputs(rng, model):
                 if wraps_around(shape, SIZES[datatype]) or (not is_binary and is_allocated(shape)):
@@ -131,7 +132,7 @@ def test_http_infer(server: RunningServer, seed: int) -> None:
             head = json.dumps({"inputs": described}).encode()
             headers = {"Inference-Header-Content-Length": str(len(head))} if is_binary else {}
             answer = client.post(f"/v2/models/{model}/infer", content=head + tail, headers=headers)
-            assert answer.status_code in (200, 400, 500), answer.text
+            assert answer.status_code in (200, 400, 500, 501), answer.text
 
 
 VALUES: list[Any] = [
@@ -145,7 +146,7 @@ VALUES: list[Any] = [
 def test_http_generate(server: RunningServer, seed: int) -> None:
     rng = random.Random(seed)
     with httpx.Client(base_url=server.triton.http_url, timeout=TIMEOUT, trust_env=False) as client:
-        for _ in range(80):
+        for _ in range(40):
             model = rng.choice([name for name in MODELS if name != "tokenizer"])
             fields = {rng.choice(MODELS[model]).name: rng.choice(VALUES) for _ in range(rng.randrange(3))}
             fields |= {

@@ -32,7 +32,7 @@ class ModelError(Exception):
         text, _, mark = message.rpartition(" ")
         known = _BY_REASON.get(mark)
         super().__init__(text if known else message)
-        if text == KILLS_ENGINES:
+        if known and KILLS_ENGINES in text:
             known = Outcome.ENGINE_KILLED
         self.outcome = outcome or known or (Outcome.STUB_DIED if "Stub process" in message else Outcome.UNAVAILABLE)
 
