@@ -96,6 +96,15 @@ def test_what_is_wrong(patient: Patient, answer: DecoderStatus | str, kind: Kind
     assert patient.feel(WELL) is None
 
 
+def test_what_was_in_a_stub_that_nobody_saw_end_stays_lost(patient: Patient) -> None:
+    assert patient.feel(WELL) is None
+    sent = patient.clock.monotonic()
+    first = patient.feel(STUB_DIED)
+    assert first
+    assert sent < first.since == patient.pulse.stubs["decoder"].lost_before
+    assert patient.feel(STUB_DIED) == first
+
+
 def test_what_it_means_for_a_request_there() -> None:
     assert {kind: kind.outcome for kind in Kind} == {
         Kind.RESTARTING: Outcome.UNAVAILABLE,

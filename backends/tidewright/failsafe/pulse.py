@@ -128,9 +128,10 @@ class Pulse:
             self.status = None
             now = time.monotonic()  # it may have died, or been unloaded, long after the question
             if error.outcome is Outcome.STUB_DIED or self.decoder_is_gone:
+                if not self.decoder_is_gone:  # nobody saw it end
+                    self.stubs["decoder"].lost_before, self.decoder_is_gone = now, True
                 # In its own words: Triton's, handed on by our health, would say that this model's stub had died.
-                since = self.stubs["decoder"].lost_before if self.decoder_is_gone else now
-                self.decoder_is_gone = True
+                since = self.stubs["decoder"].lost_before
                 found = Trouble(Kind.STUB_DIED, since, "its process died")
             else:
                 found = Trouble(Kind.UNLOADED, now, str(error))
