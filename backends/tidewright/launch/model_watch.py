@@ -188,14 +188,14 @@ class ModelWatch:
         while True:
             while time.monotonic() < self._due:
                 yield
-            suspected, self._suspected = self._suspected, False
-            self._due = time.monotonic() + GENERATION_INTERVALS[self._model]
-            if suspected:
+            if self._suspected:
                 why = yield from self._generate(SUSPECT_PATIENCE)
             elif (yield from self._somebody_got_an_answer()):
-                continue
+                why = ""
             else:
                 why = yield from self._generate(self._patience)
+            # Only now: what a reload of another model cuts short is asked again after it.
+            self._due, self._suspected = time.monotonic() + GENERATION_INTERVALS[self._model], False
             if why:
                 return why
 
