@@ -214,7 +214,7 @@ def test_a_heartbeat_comes_before_the_first_step_is_over(model: Path) -> None:
     slow = (
         "import sys, time; from tidewright.engine import __main__, model_runner; run = model_runner.ModelRunner.run\n"
         "model_runner.ModelRunner.run = lambda self, plan: (time.sleep(1), run(self, plan))[1]\n"
-        "sys.exit(__main__.main())"
+        "__main__.main()"
     )
     with bridge("-c", slow) as started:
         started.begin(config(model))
@@ -230,7 +230,7 @@ def test_a_heartbeat_comes_before_the_first_step_is_over(model: Path) -> None:
 def test_a_failing_step_ends_the_process_with_a_traceback(model: Path) -> None:
     broken = (
         "import sys; from unittest import mock; from tidewright.engine import __main__, model_runner; "
-        "model_runner.sample = mock.Mock(side_effect=RuntimeError('out of luck')); sys.exit(__main__.main())"
+        "model_runner.sample = mock.Mock(side_effect=RuntimeError('out of luck')); __main__.main()"
     )
     with bridge("-c", broken) as started:
         started.begin(config(model))

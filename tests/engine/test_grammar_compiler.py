@@ -25,7 +25,7 @@ class World:
         self.begun = threading.Semaphore(0)
         self.made: list[int] = []
         self.done: queue.SimpleQueue[Compiled] = queue.SimpleQueue()
-        self.compiler = GrammarCompiler(self._make, self.done.put)
+        self.compiler = GrammarCompiler(self._make, self.done.put, pytest.fail)
 
     def _make(self, request_id: int, params: SamplingParams) -> None:
         self.begun.release()

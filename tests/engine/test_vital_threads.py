@@ -74,3 +74,31 @@ def test_a_sender_that_fails_is_the_end_too() -> None:
         f"time.sleep({PATIENCE})"
     )
     assert (done.returncode, done.stdout) == (1, "its sender thread failed (KeyError: 'x')\n")
+
+
+def test_a_compiler_of_grammars_that_fails_is_the_end_too() -> None:
+    done = run(
+        "import time\n"
+        "from tidewright.engine.grammar_compiler import GrammarCompiler\n"
+        "from tidewright.engine.messages import Submit\n"
+        "from tidewright.schema import SamplingParams\n"
+        "made, tell = lambda compiled: {}['x'], lambda cause: print(cause, flush=True)\n"
+        "compiler = GrammarCompiler(lambda request_id, params: None, made, tell)\n"
+        "compiler.put(Submit(1, [1], SamplingParams(guided_regex='a')))\n"
+        f"time.sleep({PATIENCE})"
+    )
+    assert (done.returncode, done.stdout) == (1, "its grammars thread failed (KeyError: 'x')\n")
+
+
+def test_a_process_ends_with_its_status_whatever_its_threads_do() -> None:
+    """Python's own end aborts: the thread is in C++ code of torch."""
+    code = (
+        "import threading, torch\n"
+        "from tidewright.parent_death import end_now\n"
+        "def loop():\n"
+        "    while True: torch.zeros(64, 64).view(-1).split(100)\n"
+        "for _ in range(4): threading.Thread(target=loop, daemon=True).start()\n"
+        "print('flushed')\n"
+    )
+    done = run(code + "end_now(7)")
+    assert (done.returncode, done.stdout) == (7, "flushed\n")

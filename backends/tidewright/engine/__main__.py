@@ -7,16 +7,20 @@ import os
 import signal
 import sys
 from multiprocessing.connection import Connection
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import msgspec
 
 from tidewright.engine.messages import Begin, Configure, Failed, ToEngine, decode_to_engine, encode
 from tidewright.engine.ranks import RankError, Ranks
-from tidewright.parent_death import signal_on_parent_death
+from tidewright.parent_death import end_now, signal_on_parent_death
 
 
-def main() -> int:
+def main() -> NoReturn:
+    end_now(_run())
+
+
+def _run() -> int:
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
     # The end of the socket also tells that the bridge died, but not while a step holds the interpreter.
     signal_on_parent_death(signal.SIGKILL)
@@ -59,4 +63,4 @@ def _expect(kind: type[_Message], connection: Connection) -> _Message:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,11 +7,11 @@ enters the scheduler when its grammar is ready, as an input like any other: all 
 from __future__ import annotations
 
 import queue
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tidewright.engine.messages import SequenceOutput, Submit
+from tidewright.engine.vital_thread import start_vital_thread
 from tidewright.schema import SamplingParams
 
 
@@ -28,16 +28,25 @@ class Compiled:
 class GrammarCompiler:
     """`put`, `drop` and `take` are for one thread."""
 
-    def __init__(self, make: Callable[[int, SamplingParams], None], done: Callable[[Compiled], None]) -> None:
-        """`make`: the grammar of a request id; `done`: called in the compiler's thread."""
-        self._make, self._done = make, done
+    def __init__(
+        self,
+        make: Callable[[int, SamplingParams], None],
+        done: Callable[[Compiled], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        """`make`: the grammar of a request id; `done`: called in the compiler's thread.
+
+        Should the thread fail, `tell` is called with the cause and the process ends.
+        """
+        self._make, self._done, self._tell = make, done, tell
         self._requests: queue.SimpleQueue[Submit] = queue.SimpleQueue()
         self._wanted: set[int] = set()
-        self._thread = threading.Thread(target=self._loop, name="grammars", daemon=True)
+        self._is_started = False
 
     def put(self, request: Submit) -> None:
-        if not self._thread.ident:
-            self._thread.start()
+        if not self._is_started:
+            self._is_started = True
+            start_vital_thread("grammars", self._loop, self._tell)
         self._wanted.add(request.request_id)
         self._requests.put(request)
 

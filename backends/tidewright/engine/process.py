@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import threading
@@ -44,7 +45,7 @@ class EngineProcess:
         self._engine: Engine
         self._grammars: GrammarCompiler
         self._interval = 0.0
-        self._last_heartbeat = 0.0
+        self._last_heartbeat = -math.inf
         self._checked_steps = 0  # the KV cache's books were right after so many
 
     def run(self, config: EngineConfig, ranks: Ranks | None) -> int:
@@ -55,7 +56,7 @@ class EngineProcess:
         except Exception as error:
             self._fail("the engine can't start", error, ranks)
             return 1
-        self._grammars = GrammarCompiler(self._engine.runner.guided.prepare, self._inbox.put)
+        self._grammars = GrammarCompiler(self._engine.runner.guided.prepare, self._inbox.put, self._tell_failure)
         self._interval = config.heartbeat_interval
         self._send(self._engine.ready())
         self._outbox.start(config.heartbeat_interval, lambda: self._engine.progress, self._tell_failure)

@@ -16,6 +16,7 @@ import sys
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import NoReturn
 
 import msgspec
 
@@ -37,7 +38,7 @@ from tidewright.engine.rank_messages import (
     lost_patience,
 )
 from tidewright.engine.vital_thread import start_vital_thread
-from tidewright.parent_death import signal_on_parent_death
+from tidewright.parent_death import end_now, signal_on_parent_death
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,11 @@ class Rank:
             os._exit(1)  # as in `_listen`
 
 
-def main() -> int:
+def main() -> NoReturn:
+    end_now(_run())
+
+
+def _run() -> int:
     address, rank, local_rank, model_dir, *shared = sys.argv[1:]
     logging.basicConfig(stream=sys.stderr, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
     signal_on_parent_death(signal.SIGKILL)
@@ -134,4 +139,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
