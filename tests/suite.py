@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -127,7 +128,9 @@ def run_pytest(arguments: list[str]) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "reports"
         command = [sys.executable, "-m", "pytest", f"--report-log={log}", *arguments]
-        run = Run(subprocess.run(command, check=False).returncode)
+        # Where this is set, the hundreds of processes that tests start would each compile what they import.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        run = Run(subprocess.run(command, env=environment, check=False).returncode)
         lines = log.read_text().splitlines() if log.exists() else []
     for line in lines:
         report = json.loads(line)

@@ -23,7 +23,13 @@ def test_what_counts_is_what_the_model_is_to_blame_for() -> None:
         "stalled",
         "stub_died",
     }
-    assert {outcome.label for outcome in IGNORED} == {"invalid", "cancelled", "overloaded", "request_timeout"}
+    assert {outcome.label for outcome in IGNORED} == {
+        "invalid",
+        "cancelled",
+        "overloaded",
+        "engine_killed",
+        "request_timeout",
+    }
 
 
 @pytest.mark.parametrize("failure", FAILURES)

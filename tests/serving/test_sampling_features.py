@@ -101,7 +101,7 @@ def test_a_prefix_is_computed_once_for_one_tenant_and_again_for_another(bf16_ser
         ({"guided_choice": []}, "guided_choice"),
         ({"n": 1000}, "<= 16 for `n`"),
         ({"logit_bias": {"49152": 1}}, "49152 is outside the vocabulary of 49152"),
-        ({"logit_bias": {"word": 1}}, "token ids"),
+        ({"logit_bias": {"word": 1}}, "is no token id"),
         ({"bad_words": [""]}, "bad_words"),
         ({"timeout": -1}, "timeout"),
         ({"min_p": 1.5}, "min_p"),
