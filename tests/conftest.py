@@ -13,12 +13,15 @@ from helpers import needs
 from helpers.oracle import Oracle
 from helpers.triton import RunningServer
 from tidewright.cache import EMBEDDED_MODEL
+from tidewright.launch.server import TritonServer
 from tidewright.tokenization import Tokenizer
 
 
 def pytest_configure(config: pytest.Config) -> None:
     for mark, meaning in needs.MARKS.items():
         config.addinivalue_line("markers", f"{mark}: {meaning}")
+    # Not only through our helpers: `tidewright bench` starts its own.
+    TritonServer.start = needs.needs("server")(TritonServer.start)  # type: ignore[method-assign]
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

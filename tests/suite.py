@@ -1,8 +1,8 @@
 """Runs the test suite and judges it: `python tests/suite.py [--without-servers] [pytest's arguments]`.
 
-The tests that start no server run first, on two workers; then the others, one at a time, as a server takes both cores.
-A test that failed runs once more, alone in a fresh process. If it passes there, it is flaky: the run is green and says
-so. More than three flaky tests are red. A run that crashes, is killed or finds no tests is red.
+The tests that start no server run first, on three workers; then the others, one at a time, as a server takes both
+cores. A test that failed runs once more, alone in a fresh process. If it passes there, it is flaky: the run is green
+and says so. More than three flaky tests are red. A run that crashes, is killed or finds no tests is red.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ class Stage:
     options: tuple[str, ...]
 
 
-# Each file goes to one worker as a whole, so its fixtures are made once.
-WITHOUT_SERVERS = Stage("without servers", "not server", ("-n", "2", "--dist", "loadfile", "--max-worker-restart", "0"))
+# Three workers: many tests wait for processes. One that has nothing left takes half of what another has.
+WITHOUT_SERVERS = Stage(
+    "without servers", "not server", ("-n", "3", "--dist", "worksteal", "--max-worker-restart", "0")
+)
 WITH_SERVERS = Stage("with servers", "server", ("-n", "0"))
 
 
@@ -96,7 +98,7 @@ def run_stages(stages: list[Stage], mark: str, arguments: list[str]) -> dict[str
         found = True
     if not found:
         raise NotRunError("no tests were found")
-    return failures
+    return dict(sorted(failures.items()))
 
 
 def passes_alone(test: str) -> bool:

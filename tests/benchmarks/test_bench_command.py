@@ -62,6 +62,7 @@ def test_a_refused_request_is_one_error_and_leaves_the_others(server: RunningSer
     assert outcomes[1].error
 
 
+@pytest.mark.server
 def test_comparison_with_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path) -> None:
     # No peers are installed there, but the kernels are: compiling them takes longer than all the rest.
     (tmp_path / "kernels").symlink_to(build().parent)
@@ -83,6 +84,7 @@ def test_comparison_with_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert report["memory, MiB (proportional set size)"]["engine"] > 100
 
 
+@pytest.mark.server
 def test_sweep_writes_figures_and_chart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, model_dir: Path) -> None:
     monkeypatch.setattr(bench_command, "prepare", lambda model: model_dir)
     options = ["--rates", "5,10", "--requests", "4", "--mix", "6:2,9:1", "--output", str(tmp_path)]

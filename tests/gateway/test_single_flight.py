@@ -15,6 +15,8 @@ from tidewright_gateway.cache import Replies, ResponseCache
 from tidewright_gateway.single_flight import Flight, Subscription
 from tidewright_gateway.triton import Reply
 
+PATIENCE = 20.0  # seconds
+
 
 def test_one_that_joins_late_gets_what_there_is_and_then_the_rest() -> None:
     async def main() -> None:
@@ -149,12 +151,19 @@ def test_the_last_one_that_leaves_ends_the_run(leavers: list[tuple[int, bool]]) 
                 for _ in range(number):
                     await anext(aiter(replies))
                 if is_cancelled:
+                    waiting.add(asyncio.current_task())
                     await asyncio.Event().wait()
 
+        waiting: set[asyncio.Task | None] = set()
         opened = [cache.open(b"k", source.run) for _ in leavers]
         assert [state for state, _ in opened] == [MISS] + [SHARED] * (len(leavers) - 1)
         jobs = [asyncio.ensure_future(come(pair[1], *leaver)) for pair, leaver in zip(opened, leavers, strict=True)]
-        await asyncio.sleep(0.002)
+
+        async def settle() -> None:
+            while not all(job.done() or job in waiting for job in jobs):
+                await asyncio.sleep(0)
+
+        await asyncio.wait_for(settle(), PATIENCE)
         for job, (_, is_cancelled) in zip(jobs, leavers, strict=True):
             assert job.done() is not is_cancelled
             assert source.running == (not all(job.done() for job in jobs))

@@ -60,9 +60,8 @@ def hugging_face_folder(tmp_path: Path, model_dir: Path) -> Path:
 def test_weights_equal_those_that_transformers_reads_from_the_file(converted: Path, gguf_file: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(**load_gguf_checkpoint(gguf_file)["config"])
     with torch.device("meta"):
-        skeleton = LlamaForCausalLM(config)
+        skeleton = LlamaForCausalLM(LlamaConfig.from_pretrained(converted))
     expected = load_gguf_checkpoint(gguf_file, return_tensors=True, model_to_load=skeleton)["tensors"]
     ours = load_file(converted / "model.safetensors")
     assert ours.keys() == expected.keys()
