@@ -58,6 +58,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("-m", dest="mark", default="", help="only tests with such marks, as for pytest")
     known, arguments = parser.parse_known_args(words)
     stages = [WITHOUT_SERVERS] if known.without_servers else [WITHOUT_SERVERS, WITH_SERVERS]
+    # A shell starts what it runs in the background with SIGINT ignored, and so would be all that the tests start.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()
     try:
         failures = run_stages(stages, known.mark, arguments)

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tidewright.bridge.answers import Answers
 from tidewright.bridge.call import Call, Part, Responder
 from tidewright.bridge.canceller import Canceller
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
@@ -35,7 +36,7 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import DRAINING, STUCK, DecoderStatus, FinishReason, attempt_of
+from tidewright.schema import DRAINING, STUCK, DecoderStatus, attempt_of
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Bridge:
         self._failing = ""  # why nobody waits for the engine any longer
         self._engine_figures = EngineFigures()
         self.statistics = RequestStatistics()
+        self._answers = Answers(self.statistics)
         self.engine: Ready | None = None
         """What the running engine said of itself; kept while it restarts."""
 
@@ -316,13 +318,13 @@ class Bridge:
             for part in job.parts:
                 part.arrived = []
         try:
-            reason = self._answer(job, arrived)
+            reason = self._answers.answer(job, arrived)
         except Exception:
             log.exception("a request could not be answered")
             with contextlib.suppress(Exception):  # it may have ended before it went wrong
                 job.responder.fail(RequestError("the response could not be made; see the server's log"))
             reason = RequestError.reason
-            self._finished(job, reason)
+            self._answers.ended(job, reason)
         self._forget(job, job.parts if reason else [part for part in job.parts if part.over])
 
     def _abandon(self, job: Job) -> None:
@@ -330,7 +332,7 @@ class Bridge:
         if isinstance(job, Call):
             with self._changed:
                 job.error = job.error or CancelledError("cancelled: its caller took no response")
-                self._finished(job, CancelledError.reason)
+                self._answers.ended(job, CancelledError.reason)
                 job.abandoned = True
             self._forget(job, job.parts)
 
@@ -338,47 +340,6 @@ class Bridge:
         """With `_changed` held: a send that took long is over."""
         if isinstance(job, Call):
             self._wake_sender(job, urgent=True)
-
-    def _finished(self, call: Call, reason: FinishReason, since_arrival: float | None = None) -> None:
-        if not call.abandoned:  # else it was counted then
-            self.statistics.finished(reason, since_arrival)
-
-    def _answer(self, call: Call, arrived: list[list[SequenceOutput]]) -> FinishReason | None:
-        """Send what there is to send of one call; why it is over, None if it goes on."""
-        new_tokens = [part.take(outputs) for part, outputs in zip(call.parts, arrived, strict=True)]
-        if failure := call.failure:
-            call.responder.fail(failure)
-            self._finished(call, failure.reason)
-            return failure.reason
-        reason = call.finish_reason
-        if reason or (call.request.stream and call.has_news):
-            call.responder.send(call.chunk(), final=reason is not None)
-            for part in call.parts:
-                part.next_piece()
-        if call.abandoned:
-            if call.error and not reason:
-                call.responder.fail(call.error)
-            return CancelledError.reason
-        now = time.monotonic()
-        self._time_tokens(call, new_tokens, now)
-        if reason:
-            self._finished(call, reason, now - call.arrived_at)
-        return reason
-
-    def _time_tokens(self, call: Call, new_tokens: list[int], now: float) -> None:
-        """Tokens that leave together share the time since the sequence's last response."""
-        first = all(part.last_sent is None for part in call.parts)
-        for part, count in zip(call.parts, new_tokens, strict=True):
-            if not count:
-                continue
-            if first:
-                self.statistics.first_token(part.queued_seconds, now - call.arrived_at)
-                first = False
-            if part.last_sent is not None:
-                self.statistics.further_tokens((now - part.last_sent) / count, count)
-            elif count > 1:
-                self.statistics.further_tokens(0.0, count - 1)
-            part.last_sent = now
 
     def _forget(self, call: Call, ended: list[Part]) -> None:
         """Drop sequences that have ended here, and abort those that the engine still has."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from tidewright.engine.plan import StepPlan
 
-FIRST = 256  # tokens, until a step has been measured
+FIRST = 128  # tokens, until a step has been measured
 LEAST = 64  # so that a prompt comes on however slow the machine is
 _WEIGHT = 0.5  # of the newest step: a token costs more the longer the context is
 
