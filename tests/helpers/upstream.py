@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Callable
 
 from helpers.triton import RunningServer
 
@@ -23,6 +24,17 @@ CLIENT_HANGS = "Timeout ("
 def aborted(server: RunningServer) -> bool:
     """A stub that is killed while it holds a lock of the shared memory makes tritonserver abort (lock_exception)."""
     return _ended_by(server, signal.SIGABRT)
+
+
+def unless_aborted(server: RunningServer, what: Callable[[], None]) -> None:
+    """Does it, and if tritonserver aborts meanwhile, once more with a new one."""
+    try:
+        what()
+    except Exception:
+        if not aborted(server):
+            raise
+        server.revive()
+        what()
 
 
 def crashed(server: RunningServer) -> bool:

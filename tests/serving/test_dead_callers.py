@@ -19,6 +19,7 @@ import pytest
 from helpers.processes import child, stub_of
 from helpers.triton import RunningServer, Stream
 from helpers.upstream import aborted
+from tidewright.failsafe.pulse import IDLE_INTERVAL
 from tidewright.schema import STUCK
 
 LONG = {"temperature": 0, "max_tokens": 6000, "ignore_eos": True}
@@ -48,20 +49,28 @@ def wait_for(what: Callable[[], object]) -> None:
         time.sleep(0.05)
 
 
+def send(stream: Stream, name: str, model: str) -> None:
+    stream.send(name, model, text_input="Once upon a time", stream=True, sampling_parameters=LONG)
+
+
 def begin(stream: Stream, model: str, count: int, name: str = "") -> None:
     names = [f"{name}{number}" for number in range(count)]
     for one in names:
-        stream.send(one, model, text_input="Once upon a time", stream=True, sampling_parameters=LONG)
+        send(stream, one, model)
     while min(len(stream.generations[one].token_ids) for one in names) < 3:
         stream.next()
 
 
-def go_on(stream: Stream, name: str) -> None:
+def go_on(stream: Stream, name: str, model: str) -> None:
     """It gets some more tokens."""
-    generation = stream.generations[name]
-    enough = len(generation.token_ids) + 20
-    while len(generation.token_ids) < enough:
+    tokens = 0
+    while tokens < 20:
+        if stream.generations[name].ended:  # on a fast machine
+            send(stream, name, model)
+        generation = stream.generations[name]
+        before = len(generation.token_ids)
         stream.next()
+        tokens += len(generation.token_ids) - before
 
 
 def health(server: RunningServer, model: str) -> str:
@@ -84,15 +93,15 @@ def check(server: RunningServer, model: str, hanging: int) -> None:
         begin(beside, model, 1, "beside")
         begin(lost, "failsafe", hanging)
         stub_of(server, "failsafe").kill()
-        go_on(beside, "beside0")
+        go_on(beside, "beside0", model)
         got = server.generate(model, text_input="Once", sampling_parameters={"max_tokens": 3})
         assert (got.error, len(got.token_ids)) == (None, 3)
         wait_for(lambda: health(server, model).startswith(f"{STUCK}Triton has not taken {hanging} responses"))
-        go_on(beside, "beside0")
+        go_on(beside, "beside0", model)
         # What nobody reads is not generated for ever.
         active = "requests_active" if model == "decoder" else "fallback_requests_active"
-        wait_for(lambda: server.metric(active) == 1)
-        go_on(beside, "beside0")
+        wait_for(lambda: server.metric(active) <= 1)
+        go_on(beside, "beside0", model)
         for name in ("failsafe", model):
             reload(server, name)
         wait_for(lambda: health(server, model) == "")
@@ -174,14 +183,19 @@ def test_a_control_question_of_a_dead_caller_blocks_nobody(model_dir: Path) -> N
     """Failsafe asks for the status all the time; Triton's one thread that takes requests must not send the answer."""
 
     def check_questions(server: RunningServer) -> None:
-        for _ in range(3):
-            server.generate("failsafe", text_input="Once", sampling_parameters={"max_tokens": 1})  # it begins to ask
-            failsafe = stub_of(server, "failsafe")
-            os.kill(failsafe.pid, signal.SIGSTOP)  # so that a question is open when it is killed
-            time.sleep(0.3)
+        server.generate("failsafe", text_input="Once", sampling_parameters={"max_tokens": 1})  # it begins to ask
+        decoder, failsafe = stub_of(server, "decoder"), stub_of(server, "failsafe")
+        os.kill(decoder.pid, signal.SIGSTOP)
+        try:
+            time.sleep(1.5 * IDLE_INTERVAL)  # now a question waits for it
             failsafe.kill()
             psutil.wait_procs([failsafe], timeout=10)
+        finally:
+            os.kill(decoder.pid, signal.SIGCONT)
+        for _ in range(3):
             assert server.generate(text_input="Once", sampling_parameters={"max_tokens": 1}).error is None
-            reload(server, "failsafe")
+        reload(server, "failsafe")
+        got = server.generate("failsafe", text_input="Once", sampling_parameters={"max_tokens": 1})
+        assert got.error is None
 
     with_a_server(check_questions, model_dir)

@@ -225,6 +225,28 @@ def test_what_only_the_decoder_can_go_on_with_ends_with_the_reason(server: Runni
     wait_until_well(server)
 
 
+def loads_all_anew_and_unloads_all(server: RunningServer, oracle: Oracle) -> None:
+    with server.stream() as stream:
+        send(stream, "english")
+        assert_right(stream.finish()["english"], oracle, "english")
+    for action in ("unload", "load"):
+        load(server, "decoder", action)
+    wait_until_well(server)
+    for model in ("generate", "generate_direct", "failsafe", "fallback", "decoder", "tokenizer"):
+        load(server, model, "unload")
+    url = f"{server.triton.http_url}/v2/repository/index"
+    deadline = time.monotonic() + 30
+    while left := {
+        model["name"]: model
+        for model in httpx.post(url, json={}, trust_env=False).json()
+        if model.get("state") != "UNAVAILABLE"
+    }:
+        if time.monotonic() > deadline:
+            assert left.keys() <= upstream.MAY_STAY_UNLOADING, left
+            break
+        time.sleep(0.1)
+
+
 def test_a_killed_stub_loses_its_streams_to_the_fallback(
     model_dir: Path, float32_fallback: Path, oracle: Oracle
 ) -> None:
@@ -239,25 +261,7 @@ def test_a_killed_stub_loses_its_streams_to_the_fallback(
                 assert [by for by, _ in served(generation)] in (["decoder", "fallback"], ["decoder"])
                 assert_right(generation, oracle, name)
             assert any(len(served(generation)) > 1 for generation in generations.values())
-        with server.stream() as stream:
-            send(stream, "english")
-            assert_right(stream.finish()["english"], oracle, "english")
-        for action in ("unload", "load"):
-            load(server, "decoder", action)
-        wait_until_well(server)
-        for model in ("generate", "generate_direct", "failsafe", "fallback", "decoder", "tokenizer"):
-            load(server, model, "unload")
-        url = f"{server.triton.http_url}/v2/repository/index"
-        deadline = time.monotonic() + 30
-        while left := {
-            model["name"]: model
-            for model in httpx.post(url, json={}, trust_env=False).json()
-            if model.get("state") != "UNAVAILABLE"
-        }:
-            if time.monotonic() > deadline:
-                assert left.keys() <= upstream.MAY_STAY_UNLOADING, left
-                break
-            time.sleep(0.1)
+        upstream.unless_aborted(server, lambda: loads_all_anew_and_unloads_all(server, oracle))
 
 
 def test_models_that_are_unloaded(server: RunningServer, oracle: Oracle) -> None:
