@@ -16,6 +16,7 @@ import pytest
 
 from helpers.processes import Serve, child
 from helpers.triton import Generation, RunningServer
+from tidewright.launch.leftovers import remove_those_of_the_dead
 
 LONG = {"temperature": 0, "max_tokens": 1000, "ignore_eos": True}
 
@@ -129,6 +130,7 @@ def test_a_killed_serve_takes_its_server_along(serve: type[Serve]) -> None:
     running.process.kill()
     _, alive = psutil.wait_procs(running.family, timeout=60)
     assert not alive
+    remove_those_of_the_dead()  # as the next start does; the fixture sees that nothing stays
 
 
 def test_a_taken_port_is_one_clear_line(serve: type[Serve]) -> None:
