@@ -1,8 +1,9 @@
 """Runs the test suite and judges it: `python tests/suite.py [--without-servers] [pytest's arguments]`.
 
-The tests that start no server run first, on three workers; then the others, one at a time, as a server takes both
-cores. A test that failed runs once more, alone in a fresh process. If it passes there, it is flaky: the run is green
-and says so. More than three flaky tests are red. A run that crashes, is killed or finds no tests is red.
+The tests that start no server run first, on three workers; then the others on two, with servers of their own that
+compute in one thread each. A test that failed runs once more, alone in a fresh process. If it passes there, it is
+flaky: the run is green and says so. More than three flaky tests are red. A run that crashes, is killed or finds no
+tests is red.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ class Stage:
     options: tuple[str, ...]
 
 
-# Three workers: many tests wait for processes. One that has nothing left takes half of what another has.
-WITHOUT_SERVERS = Stage(
-    "without servers", "not server", ("-n", "3", "--dist", "worksteal", "--max-worker-restart", "0")
-)
-WITH_SERVERS = Stage("with servers", "server", ("-n", "0"))
+# More than one worker though a server takes both cores: most tests wait for processes. One that has nothing left takes
+# half of what another has.
+_SHARED = ("--dist", "worksteal", "--max-worker-restart", "0")
+WITHOUT_SERVERS = Stage("without servers", "not server", ("-n", "3", *_SHARED))
+WITH_SERVERS = Stage("with servers", "server", ("-n", "2", *_SHARED))
 
 
 class NotRunError(Exception):

@@ -30,7 +30,7 @@ REQUESTS: list[dict[str, Any]] = [
 @pytest.fixture(scope="module")
 def two(model_dir: Path) -> Iterator[list[RunningServer]]:
     # A thread each: two engines that take both cores keep each other waiting.
-    options = {"dtype": "float32", "kv_cache_memory": "64MiB", "streaming_share": 1, "threads": 1, "shutdown_grace": 30}
+    options = {"dtype": "float32", "kv_cache_memory": "64MiB", "streaming_share": 1, "shutdown_grace": 30}
     with RunningServer(model_dir, **options) as one, RunningServer(model_dir, **options) as other:
         yield [one, other]
 

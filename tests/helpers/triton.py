@@ -137,7 +137,8 @@ class RunningServer:
     def __init__(self, model_dir: Path, **options: Any) -> None:
         http, grpc, metrics = free_ports(3)
         ports = {"http_port": http, "grpc_port": grpc, "metrics_port": metrics}
-        self.settings = Settings(**{**ports, "shutdown_grace": 0, "heartbeat_interval": 0.1, **options})
+        # One thread: where others compute too, two that wait for each other at each product take many times as long.
+        self.settings = Settings(**{**ports, "shutdown_grace": 0, "heartbeat_interval": 0.1, "threads": 1, **options})
         self.triton = TritonServer(self.settings, model_dir)
 
     def __enter__(self) -> RunningServer:

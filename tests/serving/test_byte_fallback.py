@@ -29,7 +29,7 @@ TEXT = "中文 é 😀 中\n"
 
 
 def serve(folder: Path, **options: Any) -> RunningServer:
-    return RunningServer(folder, dtype="float32", threads=1, streaming_share=1, kv_cache_memory="16MiB", **options)
+    return RunningServer(folder, dtype="float32", streaming_share=1, kv_cache_memory="16MiB", **options)
 
 
 @pytest.fixture(scope="module")

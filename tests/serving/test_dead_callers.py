@@ -110,7 +110,7 @@ def check(server: RunningServer, model: str, hanging: int) -> None:
 
 def with_a_server(check: Callable[[RunningServer], None], model_dir: Path, **options: object) -> None:
     for _ in range(TRIES):
-        with contextlib.suppress(TritonAbortedError), RunningServer(model_dir, threads=1, **options) as server:
+        with contextlib.suppress(TritonAbortedError), RunningServer(model_dir, **options) as server:
             with alive(server):
                 check(server)
             return

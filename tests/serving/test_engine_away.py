@@ -19,7 +19,7 @@ TIMEOUT = 60.0  # seconds
 
 @pytest.fixture(scope="module")
 def server(model_dir: Path) -> Iterator[RunningServer]:
-    with RunningServer(model_dir, threads=1, heartbeat_timeout=600) as running:
+    with RunningServer(model_dir, heartbeat_timeout=600) as running:
         yield running
 
 

@@ -11,7 +11,7 @@ SMALL = [f"small {number}" for number in range(6)]
 
 def test_small_streams_go_on_while_a_large_prompt_waits_for_blocks_of_a_more_urgent_one(model_dir: Path) -> None:
     # 68 blocks of 16 tokens, of which the urgent one takes 13 to 20 and the large one 57.
-    with RunningServer(model_dir, kv_cache_memory="24MiB", threads=1, streaming_share=1) as server:
+    with RunningServer(model_dir, kv_cache_memory="24MiB", streaming_share=1) as server:
         server.wait_idle()  # before that, nothing has been measured
         assert server.metric("kv_blocks_total") == 68
         with server.stream() as stream:

@@ -53,7 +53,7 @@ def load(server: RunningServer) -> None:
 
 def test_a_decoder_is_unloaded_with_a_gateway_connected(model_dir: Path) -> None:
     """The gateway asks it for its status all the time, and has just had answers from it."""
-    with RunningServer(model_dir, threads=1) as server, RunningGateway(model_dir, server) as gateway:
+    with RunningServer(model_dir) as server, RunningGateway(model_dir, server) as gateway:
         regions = None
         for _ in range(3):
             deadline = time.monotonic() + TIMEOUT
@@ -68,7 +68,7 @@ def test_a_decoder_is_unloaded_with_a_gateway_connected(model_dir: Path) -> None
 
 
 def test_a_stream_that_runs_while_its_model_is_unloaded_ends_with_the_reason(model_dir: Path) -> None:
-    with RunningServer(model_dir, threads=1, shutdown_grace=1) as server:
+    with RunningServer(model_dir, shutdown_grace=1) as server:
         for _ in range(2):
             with server.stream() as done:
                 done.send("1", text_input="Once", stream=True, sampling_parameters={**LONG, "max_tokens": 5})
@@ -85,7 +85,7 @@ def test_a_stream_that_runs_while_its_model_is_unloaded_ends_with_the_reason(mod
 
 
 def test_a_stream_that_ends_in_the_grace_time_ends_whole(model_dir: Path) -> None:
-    with RunningServer(model_dir, threads=1, shutdown_grace=60) as server, server.stream() as stream:
+    with RunningServer(model_dir, shutdown_grace=60) as server, server.stream() as stream:
         sampling = {**LONG, "max_tokens": 40}
         stream.send("1", text_input="Once", stream=True, sampling_parameters=sampling)
         stream.next()

@@ -31,7 +31,7 @@ PATIENCE = 120.0  # seconds
 @contextlib.contextmanager
 def watched(model_dir: Path, **options: Any) -> Iterator[tuple[RunningServer, list[str]]]:
     said: list[str] = []
-    with RunningServer(model_dir, threads=1, **options) as server:
+    with RunningServer(model_dir, **options) as server:
         thread = threading.Thread(target=Watchdog(server.triton, None, said.append).run, daemon=True)
         thread.start()
         yield server, said
