@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", f"{mark}: {meaning}")
     # Not only through our helpers: `tidewright bench` starts its own.
     TritonServer.start = needs.needs("server")(TritonServer.start)  # type: ignore[method-assign]
+    gc.disable()  # until all is imported
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what was imported stays: nobody need search it for garbage again and again
+    gc.enable()
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:

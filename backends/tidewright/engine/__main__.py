@@ -13,6 +13,7 @@ import msgspec
 
 from tidewright.engine.messages import Begin, Configure, Failed, ToEngine, decode_to_engine, encode
 from tidewright.engine.ranks import RankError, Ranks
+from tidewright.engine.torch_import import importing_torch
 from tidewright.parent_death import end_now, signal_on_parent_death
 
 
@@ -35,7 +36,8 @@ def _run() -> int:
         if config.tensor_parallel_size > 1 and config.nodes == 1:
             ranks = Ranks(config)
         # Imports torch, which takes a second; the other ranks do so at the same time.
-        from tidewright.engine.process import EngineProcess
+        with importing_torch():
+            from tidewright.engine.process import EngineProcess
 
         _expect(Begin, connection)
         if config.nodes > 1:

@@ -37,6 +37,7 @@ from tidewright.engine.rank_messages import (
     end_when_silent,
     lost_patience,
 )
+from tidewright.engine.torch_import import importing_torch
 from tidewright.engine.vital_thread import start_vital_thread
 from tidewright.parent_death import end_now, signal_on_parent_death
 
@@ -61,7 +62,8 @@ class Rank:
         end_when_silent(self._connection, LOST_PATIENCE)
         self._send(Hello(rank, __version__, model_fingerprint(model_dir)))
         start_vital_thread("intake", self._listen, lambda cause: self._send(Failed(cause)))
-        importlib.import_module("tidewright.engine.follower")  # torch: a second that need not be spent later
+        with importing_torch():
+            importlib.import_module("tidewright.engine.follower")  # a second that need not be spent later
         join = self._inbox.get()
         assert isinstance(join, Join)
         try:
