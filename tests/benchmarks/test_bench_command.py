@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -133,3 +135,13 @@ def test_the_machine_has_a_name_and_gets_idle(monkeypatch: pytest.MonkeyPatch) -
     assert next(loads, None) is None
     monkeypatch.setattr(machine.psutil, "cpu_percent", lambda interval: 90.0)
     assert not machine.wait_idle(timeout=0.05)
+
+
+def test_ports_are_free_and_none_that_connections_take() -> None:
+    ports = [port for _ in range(3) for port in machine.free_ports(4)]
+    assert len(set(ports)) == len(ports)
+    assert max(ports) < int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with socket.socket() as taken:
+        with contextlib.suppress(OSError):  # somebody else has it
+            taken.bind(("127.0.0.1", ports[-1] + 1))
+        assert ports[-1] + 1 not in machine.free_ports(2)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import os
 import platform
 import socket
 import time
@@ -48,10 +50,22 @@ def server_memory(pid: int) -> dict[str, float]:
     return sizes
 
 
+_PORTS = range(10_000, 32_768)  # Linux gives those from 32768 on (net.ipv4.ip_local_port_range)
+# Processes that start one after the other begin far apart (Fibonacci hashing, Knuth, TAOCP 3, 6.4).
+_next_port = itertools.count(int(os.getpid() * (5**0.5 - 1) / 2 * len(_PORTS)) % len(_PORTS))
+
+
 def free_ports(count: int) -> list[int]:
-    """TCP ports of this machine that nobody listens on."""
+    """TCP ports of this machine that nobody listens on, never twice the same in one process.
+
+    They are below those that the kernel gives to whoever wants any, or a connection could have one before it is used.
+    """
+    found: list[int] = []
     with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind(("127.0.0.1", 0))
-        return [probe.getsockname()[1] for probe in probes]
+        while len(found) < count:
+            port = _PORTS[next(_next_port) % len(_PORTS)]
+            probe = stack.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", port))
+                found.append(port)
+    return found
