@@ -52,9 +52,11 @@ class Canceller:
         return self._thread.is_alive()
 
     def _loop(self) -> None:
-        while not self._stopping.is_set():
+        while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._calls or self._stopping.is_set())
+                if self._stopping.is_set():
+                    return  # Triton ends too, and aborts if a question to it is open when this process is gone
                 # Triton never says of a call from model to model that it was cancelled: failsafe does, by its id.
                 calls = [call for call in self._calls if call.askable and ATTEMPT not in call.client_id]
             began = time.monotonic()
