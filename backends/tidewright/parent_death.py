@@ -59,6 +59,8 @@ def end_now(status: int) -> NoReturn:
     That one stops daemon threads wherever they are, and if it is in C++ or Rust, the process aborts (SIGABRT) instead
     of ending with its status.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)  # also if nobody reads them any longer

@@ -63,31 +63,26 @@ def test_a_listener_that_does_not_listen_does_not_keep_it() -> None:
     assert done.returncode == -signal.SIGALRM
 
 
-def test_a_sender_that_fails_is_the_end_too() -> None:
-    done = run(
-        "import time\n"
-        "from tidewright.engine.messages import EngineStats\n"
-        "from tidewright.engine.outbox import Outbox\n"
-        "outbox = Outbox(lambda message: {}['x'])\n"
-        "outbox.start(0.1, lambda: 0, lambda cause: print(cause, flush=True))\n"
-        "outbox.put_heartbeat(EngineStats(0, 0, 0, 0, 0, 0, 0, 0))\n"
-        f"time.sleep({PATIENCE})"
-    )
-    assert (done.returncode, done.stdout) == (1, "its sender thread failed (KeyError: 'x')\n")
+SENDER = """
+from tidewright.engine.messages import EngineStats
+from tidewright.engine.outbox import Outbox
+outbox = Outbox(lambda message: {}['x'])
+outbox.start(0.1, lambda: 0, tell)
+outbox.put_heartbeat(EngineStats(0, 0, 0, 0, 0, 0, 0, 0))
+"""
+GRAMMARS = """
+from tidewright.engine.grammar_compiler import GrammarCompiler
+from tidewright.engine.messages import Submit
+from tidewright.schema import SamplingParams
+compiler = GrammarCompiler(lambda request_id, params: None, lambda compiled: {}['x'], tell)
+compiler.put(Submit(1, [1], SamplingParams(guided_regex='a')))
+"""
 
 
-def test_a_compiler_of_grammars_that_fails_is_the_end_too() -> None:
-    done = run(
-        "import time\n"
-        "from tidewright.engine.grammar_compiler import GrammarCompiler\n"
-        "from tidewright.engine.messages import Submit\n"
-        "from tidewright.schema import SamplingParams\n"
-        "made, tell = lambda compiled: {}['x'], lambda cause: print(cause, flush=True)\n"
-        "compiler = GrammarCompiler(lambda request_id, params: None, made, tell)\n"
-        "compiler.put(Submit(1, [1], SamplingParams(guided_regex='a')))\n"
-        f"time.sleep({PATIENCE})"
-    )
-    assert (done.returncode, done.stdout) == (1, "its grammars thread failed (KeyError: 'x')\n")
+@pytest.mark.parametrize(("thread", "code"), [("sender", SENDER), ("grammars", GRAMMARS)])
+def test_a_failing_thread_of_the_engine_is_its_end_too(thread: str, code: str) -> None:
+    done = run(f"import time\ntell = lambda cause: print(cause, flush=True)\n{code}\ntime.sleep({PATIENCE})")
+    assert (done.returncode, done.stdout) == (1, f"its {thread} thread failed (KeyError: 'x')\n")
 
 
 def test_a_process_ends_with_its_status_whatever_its_threads_do() -> None:

@@ -64,7 +64,7 @@ def go_on(stream: Stream, name: str, model: str) -> None:
     """It gets some more tokens."""
     tokens = 0
     while tokens < 20:
-        if stream.generations[name].ended:  # on a fast machine
+        if stream.generations[name].ended:  # the fallback's answers have a limit
             send(stream, name, model)
         generation = stream.generations[name]
         before = len(generation.token_ids)

@@ -26,10 +26,25 @@ def two_ranks(model_dir: Path) -> Iterator[RunningServer]:
     with RunningServer(model_dir, **options) as running:
         yield running
         assert running.triton.pid is not None
-        family = psutil.Process(running.triton.pid).children(recursive=True)
+        triton = psutil.Process(running.triton.pid)
+        family = triton.children(recursive=True)
+        ports = listening() & {port for one in (triton, *family) for port in ports_of(one)}
+        assert ports
     # After all the deaths in this file.
     assert not psutil.wait_procs(family, timeout=10)[1]
     assert shared_memory() <= before
+    assert not listening() & ports
+
+
+def listening() -> set[int]:
+    return {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+
+
+def ports_of(process: psutil.Process) -> set[int]:
+    try:
+        return {c.laddr.port for c in process.net_connections("tcp")}
+    except psutil.NoSuchProcess:
+        return set()
 
 
 @needs("chaos")
