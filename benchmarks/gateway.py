@@ -34,7 +34,7 @@ from benchmarks.gateway_soak import RATE, Soak, count_probes, slope, watch_memor
 from benchmarks.gateway_triton import added_by_gateway, failover
 from benchmarks.gateway_websocket import first_tokens
 from tidewright.bench.machine import description, wait_idle
-from tidewright_gateway.triton import Order, make_request
+from tidewright_gateway.replicas.triton import Order, make_request
 
 SHORT, LONG = PER_RESPONSE, 16 * PER_RESPONSE  # tokens of an answer
 LONG_RESPONSES = LONG // PER_RESPONSE

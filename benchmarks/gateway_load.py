@@ -22,7 +22,7 @@ import psutil
 
 from benchmarks.echo_replica import METHOD, SERVICE
 from tidewright.bench.sweep import percentile
-from tidewright_gateway.triton import let_end
+from tidewright_gateway.replicas.triton import let_end
 
 _LENGTH = re.compile(rb"content-length: (\d+)", re.IGNORECASE)
 DONE, LAST_CHUNK = b"data: [DONE]", b"0\r\n\r\n"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from benchmarks.gateway_load import HttpClient, family, request
-from tidewright_gateway.triton import TritonClient
+from tidewright_gateway.replicas.triton import TritonClient
 
 RATE = 100.0  # requests a second
 LEAVE_AFTER = 0.02  # seconds

@@ -33,8 +33,8 @@ from tidewright.bench.machine import free_ports
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.launch.prepare import prepare
 from tidewright.schema import SamplingParams
-from tidewright_gateway import triton
-from tidewright_gateway.triton import Order, TritonClient
+from tidewright_gateway.replicas import triton
+from tidewright_gateway.replicas.triton import Order, TritonClient
 
 AT_ONCE = 16
 QUARTERS = 4

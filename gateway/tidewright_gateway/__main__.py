@@ -3,7 +3,7 @@
 import sys
 
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.serving import SetupError, serve
+from tidewright_gateway.http.serving import SetupError, serve
 
 if __name__ == "__main__":
     try:

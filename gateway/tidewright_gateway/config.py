@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.resilience.config import ResilienceSettings
-from tidewright_gateway.discovery import FileSource, make_source
+from tidewright_gateway.replicas.discovery import FileSource, make_source
 
 
 class GatewaySettings(ResilienceSettings, BaseSettings):

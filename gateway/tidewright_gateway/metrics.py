@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 from tidewright.resilience.outcome import Outcome
-from tidewright_gateway.cache import CacheState
+from tidewright_gateway.cache.responses import CacheState
 
 _OfWorkers = Literal["livesum", "livemin", "livemax"]
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)

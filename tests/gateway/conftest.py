@@ -11,8 +11,8 @@ from helpers.echo_replica import EchoReplica
 from helpers.gateway import RunningGateway
 from helpers.redis import RunningRedis
 from helpers.scripted_replicas import ScriptedClient, script_replicas
+from tidewright_gateway.admission.limits import remote
 from tidewright_gateway.auth import keyring, keys
-from tidewright_gateway.limits import remote
 
 TIMEOUT = 1.0  # seconds, of the gateway's reading and sending
 

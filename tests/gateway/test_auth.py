@@ -13,11 +13,11 @@ import pytest
 
 from helpers.api_keys import add, refusal, running, until_logged
 from tidewright_gateway.auth import Authenticator, keyring, keys, require_admin
+from tidewright_gateway.auth.callers import ANONYMOUS, Caller, Limits, Role
 from tidewright_gateway.auth.keys import make_key, split_key
 from tidewright_gateway.auth.stores import FileStore, open_store
-from tidewright_gateway.callers import ANONYMOUS, Caller, Limits, Role
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import ApiError
+from tidewright_gateway.openai.errors import ApiError
 
 pytestmark = pytest.mark.usefixtures("quick_polls")
 

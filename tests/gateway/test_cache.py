@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from helpers.cached import BYPASS, HIT, MISS, SHARED, Source, answer, ask, content, read
 from tidewright.schema import SamplingParams
-from tidewright_gateway.cache import PIECE, CachePolicy, ResponseCache, _Entry, cache_key, is_repeatable, join
-from tidewright_gateway.callers import ANONYMOUS, Caller
-from tidewright_gateway.triton import Reply
+from tidewright_gateway.auth.callers import ANONYMOUS, Caller
+from tidewright_gateway.cache.responses import PIECE, CachePolicy, ResponseCache, _Entry, cache_key, is_repeatable, join
+from tidewright_gateway.replicas.triton import Reply
 
 OTHER = {
     "temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.1, "presence_penalty": 0.1,

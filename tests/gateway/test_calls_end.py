@@ -10,8 +10,8 @@ import pytest
 
 from benchmarks.echo_replica import Echo, start
 from tidewright.bench.machine import free_ports
-from tidewright_gateway import triton
-from tidewright_gateway.triton import Order, TritonClient
+from tidewright_gateway.replicas import triton
+from tidewright_gateway.replicas.triton import Order, TritonClient
 
 PATIENCE = 30.0  # seconds
 

@@ -13,7 +13,7 @@ from tidewright.failsafe.models import ModelError
 from tidewright.resilience.breaker import State
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.outcome import Outcome
-from tidewright_gateway.cluster import Cluster, Task
+from tidewright_gateway.replicas.failover import Cluster, Task
 
 
 @pytest.mark.parametrize("outcome", [Outcome.UNAVAILABLE, Outcome.STUB_DIED, Outcome.ENGINE_FAILED, Outcome.OVERLOADED])

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.discovery import DnsSource, Endpoint, make_source, parse_lines
+from tidewright_gateway.replicas.discovery import DnsSource, Endpoint, make_source, parse_lines
 
 
 def look(text: str) -> list[Endpoint]:

@@ -9,8 +9,8 @@ import httpx
 import pytest
 
 from helpers.gateway import MODEL, RunningGateway
-from tidewright_gateway.errors import ApiError
-from tidewright_gateway.protocol import ChatRequest, CompletionRequest, of_validation
+from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest, of_validation
 
 ENDPOINTS = {
     "/v1/completions": {"model": MODEL, "prompt": "a"},

@@ -8,7 +8,7 @@ from helpers.scripted_replicas import ScriptedClient, generate, run
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import KILLS_ENGINES
-from tidewright_gateway.errors import of_model
+from tidewright_gateway.openai.errors import of_model
 
 
 @pytest.mark.parametrize("before", [[], [7, 8]])

@@ -14,11 +14,11 @@ import pytest
 from helpers.scripted_replicas import WELL, ScriptedClient, error, figures, generate, named, run, until
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright_gateway import discovery
-from tidewright_gateway.cluster import Cluster
-from tidewright_gateway.discovery import DnsSource, Endpoint
-from tidewright_gateway.fleet import ClusterLoad
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.replicas import discovery
+from tidewright_gateway.replicas.discovery import DnsSource, Endpoint
+from tidewright_gateway.replicas.failover import Cluster
+from tidewright_gateway.replicas.replica_set import ClusterLoad
 
 DNS: dict[str, Any] = {"replicas": "dns:replicas.test:1", "discovery_interval": 0.01}
 
@@ -171,7 +171,7 @@ def test_a_name_server_that_does_not_answer_does_not_keep_the_gateway_from_start
         await until(lambda: not cluster.trouble)
 
     monkeypatch.setattr(DnsSource, "look", look)
-    monkeypatch.setattr("tidewright_gateway.fleet.STATUS_TIMEOUT", 0.01)
+    monkeypatch.setattr("tidewright_gateway.replicas.replica_set.STATUS_TIMEOUT", 0.01)
     run(body, replicas="dns:replicas.test:1")
 
 

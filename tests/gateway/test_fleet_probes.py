@@ -12,8 +12,8 @@ import pytest
 
 from helpers.scripted_replicas import WELL, ScriptedClient, error, figures, generate, named, run, until
 from tidewright.resilience.outcome import Outcome
-from tidewright_gateway.cluster import Cluster
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.replicas.failover import Cluster
 
 PROBES = {"generation_probe_interval": 0.05, "generation_probe_timeout": 0.05}
 

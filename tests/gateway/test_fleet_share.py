@@ -15,9 +15,9 @@ from tidewright.resilience.breaker import State
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import SamplingParams
-from tidewright_gateway.cluster import Cluster, Task
-from tidewright_gateway.fleet import ClusterLoad
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.replicas.failover import Cluster, Task
+from tidewright_gateway.replicas.replica_set import ClusterLoad
 
 
 def test_a_breaker_that_closes_begins_the_slow_start_anew(client: type[ScriptedClient]) -> None:
@@ -115,7 +115,7 @@ def test_the_load_is_that_of_the_one_with_the_most_room(client: type[ScriptedCli
 def test_a_replica_whose_load_is_not_known_is_shown(
     client: type[ScriptedClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tidewright_gateway.replica.FRESH", 0.1)
+    monkeypatch.setattr("tidewright_gateway.replicas.replica.FRESH", 0.1)
     metrics = Metrics()
 
     async def body(cluster: Cluster) -> None:

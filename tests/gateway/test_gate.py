@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright_gateway.gate import Gate
+from tidewright_gateway.admission.queue import Gate
 
 LATER = 1e9  # on any clock
 

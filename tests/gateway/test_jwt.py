@@ -20,11 +20,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidewright_gateway.auth import Authenticator, AuthSetupError, tokens
+from tidewright_gateway.auth.callers import Caller, Role
 from tidewright_gateway.auth.keys import KeyEntry, make_key
 from tidewright_gateway.auth.stores import FileStore
-from tidewright_gateway.callers import Caller, Role
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import ApiError
+from tidewright_gateway.openai.errors import ApiError
 
 ISSUER, AUDIENCE = "https://id.example", "tidewright"
 RSA, OTHER_RSA = (rsa.generate_private_key(65537, 2048) for _ in range(2))

@@ -10,9 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tidewright_gateway.auth import Authenticator, AuthSetupError
+from tidewright_gateway.auth.callers import Limits, Role
 from tidewright_gateway.auth.keys import KeyEntry, make_key, split_key
 from tidewright_gateway.auth.stores import FileStore
-from tidewright_gateway.callers import Limits, Role
 from tidewright_gateway.config import GatewaySettings
 
 HASH = make_key("x")[1]

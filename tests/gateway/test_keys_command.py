@@ -23,10 +23,10 @@ from pydantic import ValidationError
 from tidewright.bench.machine import free_ports
 from tidewright.launch.cli import main
 from tidewright_gateway.auth import Authenticator
+from tidewright_gateway.auth.callers import Caller, Limits, Role
 from tidewright_gateway.auth.stores import open_store
-from tidewright_gateway.callers import Caller, Limits, Role
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import ApiError
+from tidewright_gateway.openai.errors import ApiError
 
 
 def run(*words: str, where: str) -> Result:
@@ -198,7 +198,7 @@ def test_a_key_with_a_passphrase_is_refused(tmp_path: Path) -> None:
 
 
 SERVE = """
-from tidewright_gateway import serving
+from tidewright_gateway.http import serving
 from tidewright_gateway.config import GatewaySettings
 
 async def app(scope, receive, send):

@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from gateway.test_limits import LIMITS, START, STEPS, Clock
 from helpers.limiting import ONE, limits_apply, passes, until
 from helpers.redis import RunningRedis
-from tidewright_gateway.callers import Limits
+from tidewright_gateway.admission.limits import Limiter, Subject, make_limiter, remote
+from tidewright_gateway.admission.limits.memory import MemoryStore
+from tidewright_gateway.admission.limits.redis_store import PREFIX, RedisLink
+from tidewright_gateway.admission.limits.remote import Remote
+from tidewright_gateway.admission.limits.store import Outcome, Settle, Take
+from tidewright_gateway.auth.callers import Limits
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import ApiError
-from tidewright_gateway.limits import Limiter, Subject, make_limiter, remote
-from tidewright_gateway.limits.memory import MemoryStore
-from tidewright_gateway.limits.redis_store import PREFIX, RedisLink
-from tidewright_gateway.limits.remote import Remote
-from tidewright_gateway.limits.store import Outcome, Settle, Take
+from tidewright_gateway.openai.errors import ApiError
 
 WITHOUT_SHRINKING = [Phase.explicit, Phase.reuse, Phase.generate]  # it takes minutes
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from helpers.limiting import ONE, limits_apply, passes, until
-from tidewright_gateway.callers import Limits
+from tidewright_gateway.admission.limits import Limiter, LimitServer, Subject, make_limiter
+from tidewright_gateway.auth.callers import Limits
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import ApiError
-from tidewright_gateway.limits import Limiter, LimitServer, Subject, make_limiter
+from tidewright_gateway.openai.errors import ApiError
 
 pytestmark = pytest.mark.usefixtures("patient_limits")
 
@@ -22,7 +22,7 @@ PARENT = textwrap.dedent(
     """
     import asyncio, sys
     from pathlib import Path
-    from tidewright_gateway.limits import LimitServer
+    from tidewright_gateway.admission.limits import LimitServer
 
     async def main():
         async with LimitServer(Path(sys.argv[1])):
@@ -37,10 +37,10 @@ WORKER = textwrap.dedent(
     """
     import asyncio, sys
     from pathlib import Path
-    from tidewright_gateway.callers import Limits
+    from tidewright_gateway.auth.callers import Limits
     from tidewright_gateway.config import GatewaySettings
-    from tidewright_gateway.errors import ApiError
-    from tidewright_gateway.limits import Subject, make_limiter, remote
+    from tidewright_gateway.openai.errors import ApiError
+    from tidewright_gateway.admission.limits import Subject, make_limiter, remote
 
     remote.TIMEOUT = 3600
 

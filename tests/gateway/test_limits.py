@@ -15,15 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from tidewright_gateway.callers import ANONYMOUS, Caller, Limits
+from tidewright_gateway.admission.limits import Limiter, Subject, make_limiter, subjects_of
+from tidewright_gateway.admission.limits import memory as memory_module
+from tidewright_gateway.admission.limits.buckets import DAY
+from tidewright_gateway.admission.limits.headers import duration
+from tidewright_gateway.admission.limits.memory import MemoryStore
+from tidewright_gateway.admission.limits.store import Outcome, Settle, Take, Usage
+from tidewright_gateway.auth.callers import ANONYMOUS, Caller, Limits
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import ApiError
-from tidewright_gateway.limits import Limiter, Subject, make_limiter, subjects_of
-from tidewright_gateway.limits import memory as memory_module
-from tidewright_gateway.limits.buckets import DAY
-from tidewright_gateway.limits.headers import duration
-from tidewright_gateway.limits.memory import MemoryStore
-from tidewright_gateway.limits.store import Outcome, Settle, Take, Usage
+from tidewright_gateway.openai.errors import ApiError
 
 START = 20_000 * DAY + DAY - 300.0  # five minutes before a day ends
 CLOSE = 1e-3  # tokens or requests; sums of floats

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidewright_gateway.errors import ApiError
-from tidewright_gateway.triton import Reply
+from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.replicas.triton import Reply
 from tidewright_gateway.websocket.outbox import MAX_JOINED, Outbox, Piece
 
 

@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator
 from types import SimpleNamespace
 from typing import Any
 
-from tidewright_gateway.answers import DONE, ChatAnswer
-from tidewright_gateway.rendering import stream
-from tidewright_gateway.triton import Reply
+from tidewright_gateway.openai.answers import DONE, ChatAnswer
+from tidewright_gateway.openai.rendering import stream
+from tidewright_gateway.replicas.triton import Reply
 
 
 class Scripted:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidewright_gateway.routing import (
+from tidewright_gateway.replicas.routing import (
     FIRST_SHARE,
     PREFIX_BLOCK,
     Candidate,
@@ -178,7 +178,7 @@ def test_a_home_may_have_more_by_its_weight(weight: float, in_flight: int, stays
 
 
 def test_the_table_of_beginnings_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tidewright_gateway.routing.PREFIX_BLOCKS", 10)
+    monkeypatch.setattr("tidewright_gateway.replicas.routing.PREFIX_BLOCKS", 10)
     router = PrefixAware(LeastLoad())
     for number in range(100):
         router.choose(idle(), [number] * PREFIX_BLOCK * 2)

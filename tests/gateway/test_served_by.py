@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from tidewright_gateway.answers import ChatAnswer, Choice, Usage
-from tidewright_gateway.triton import Reply
+from tidewright_gateway.openai.answers import ChatAnswer, Choice, Usage
+from tidewright_gateway.replicas.triton import Reply
 
 
 def served_by(event: bytes) -> str:

@@ -16,9 +16,9 @@ import pytest
 
 from helpers.echo_replica import EchoReplica
 from helpers.gateway import RunningGateway
+from tidewright_gateway.auth.callers import Limits, Role
 from tidewright_gateway.auth.keys import KeyEntry, make_key
 from tidewright_gateway.auth.stores import open_store
-from tidewright_gateway.callers import Limits, Role
 
 LIMITS = {
     "boss": Limits(),

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.cached import HIT, MISS, SHARED, Source, answer, ask, read
-from tidewright_gateway.cache import Replies, ResponseCache
-from tidewright_gateway.single_flight import Flight, Subscription
-from tidewright_gateway.triton import Reply
+from tidewright_gateway.cache.responses import Replies, ResponseCache
+from tidewright_gateway.cache.single_flight import Flight, Subscription
+from tidewright_gateway.replicas.triton import Reply
 
 PATIENCE = 20.0  # seconds
 

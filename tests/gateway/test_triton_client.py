@@ -12,7 +12,7 @@ from benchmarks.echo_replica import Echo, start
 from tidewright.bench.machine import free_ports
 from tidewright.failsafe.models import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright_gateway.triton import Generation, Order, Reply, TritonClient
+from tidewright_gateway.replicas.triton import Generation, Order, Reply, TritonClient
 
 ORDER = Order("one", [1, 2, 3], b'{"max_tokens":20}')
 

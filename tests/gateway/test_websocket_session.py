@@ -11,8 +11,8 @@ import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from helpers.websocket import ScriptedGateway, StreamClient, fruitless, text_of
-from tidewright_gateway.callers import ANONYMOUS
-from tidewright_gateway.triton import Reply
+from tidewright_gateway.auth.callers import ANONYMOUS
+from tidewright_gateway.replicas.triton import Reply
 from tidewright_gateway.websocket.generation import Generation
 from tidewright_gateway.websocket.messages import Done, Token
 

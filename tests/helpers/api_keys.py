@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from tidewright_gateway.auth import Authenticator
+from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.auth.keys import KeyEntry, make_key
 from tidewright_gateway.auth.stores import KeyStore
-from tidewright_gateway.callers import Caller
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import ApiError
+from tidewright_gateway.openai.errors import ApiError
 
 
 def add(store: KeyStore, key_id: str, **values: Any) -> str:

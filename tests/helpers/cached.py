@@ -9,8 +9,8 @@ from typing import Any
 
 import msgspec
 
-from tidewright_gateway.cache import CacheState, Replies, ResponseCache
-from tidewright_gateway.triton import Reply
+from tidewright_gateway.cache.responses import CacheState, Replies, ResponseCache
+from tidewright_gateway.replicas.triton import Reply
 
 HIT, SHARED, MISS, BYPASS = CacheState
 

@@ -6,9 +6,9 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from tidewright_gateway.callers import Limits
-from tidewright_gateway.errors import ApiError
-from tidewright_gateway.limits import Limiter, Reservation, Subject
+from tidewright_gateway.admission.limits import Limiter, Reservation, Subject
+from tidewright_gateway.auth.callers import Limits
+from tidewright_gateway.openai.errors import ApiError
 
 ONE = [Subject("key a", Limits(concurrent=1))]
 """One at a time."""

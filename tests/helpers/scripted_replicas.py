@@ -16,12 +16,12 @@ from tidewright.failsafe.models import ModelError
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import DecoderStatus, SamplingParams
-from tidewright_gateway import replica as replica_module
-from tidewright_gateway.cluster import Cluster, Task
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
-from tidewright_gateway.replica import Replica
-from tidewright_gateway.triton import Order, Reply
+from tidewright_gateway.replicas import replica as replica_module
+from tidewright_gateway.replicas.failover import Cluster, Task
+from tidewright_gateway.replicas.replica import Replica
+from tidewright_gateway.replicas.triton import Order, Reply
 
 PATIENCE = 20.0  # seconds
 WELL = DecoderStatus(trouble="", draining=False, silence=0.0, waiting=0.0, wait=0.0, kv_usage=0.0, max_model_len=99)

@@ -17,12 +17,12 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from tidewright.bench.machine import free_ports
-from tidewright_gateway.callers import ANONYMOUS, Caller
+from tidewright_gateway.auth.callers import ANONYMOUS, Caller
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import ApiError
 from tidewright_gateway.metrics import Metrics
-from tidewright_gateway.protocol import ChatRequest, CompletionRequest
-from tidewright_gateway.triton import Reply
+from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
+from tidewright_gateway.replicas.triton import Reply
 from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.routes import make_stream_router
 from tidewright_gateway.websocket.server import uvicorn_options

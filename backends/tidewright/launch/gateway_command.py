@@ -21,7 +21,7 @@ def gateway(**flags: str | None) -> None:
       tidewright gateway --replicas 10.0.0.1:8001,10.0.0.2:8001
       tidewright gateway --routing prefix --port 9090
     """
-    from tidewright_gateway.serving import SetupError, serve
+    from tidewright_gateway.http.serving import SetupError, serve
 
     settings = settings_from(GatewaySettings, flags)
     try:

@@ -13,7 +13,7 @@ import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from tidewright_gateway.callers import Limits, Role
+from tidewright_gateway.auth.callers import Limits, Role
 
 if TYPE_CHECKING:
     from tidewright_gateway.auth.keys import KeyEntry

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from tidewright_gateway.auth.callers import ANONYMOUS, Caller, Role
 from tidewright_gateway.auth.errors import MISSING, WRONG, unauthorized
 from tidewright_gateway.auth.keyring import Keyring
 from tidewright_gateway.auth.keys import KEY_PREFIX
 from tidewright_gateway.auth.stores import open_store
 from tidewright_gateway.auth.tokens import TokenChecker
-from tidewright_gateway.callers import ANONYMOUS, Caller, Role
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import ApiError
+from tidewright_gateway.openai.errors import ApiError
 
 _LONGEST = 8192  # characters; nothing longer is a token
 

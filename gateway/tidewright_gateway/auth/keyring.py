@@ -11,11 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.auth.errors import WRONG, unauthorized
 from tidewright_gateway.auth.keys import KeyEntry, fits, split_key
 from tidewright_gateway.auth.stores import KeyStore
-from tidewright_gateway.callers import Caller
-from tidewright_gateway.errors import ApiError
+from tidewright_gateway.openai.errors import ApiError
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ import msgspec
 from argon2 import PasswordHasher, extract_parameters
 from argon2.exceptions import InvalidHashError, VerificationError
 
-from tidewright_gateway.callers import ANONYMOUS, Caller, Limits, Role
+from tidewright_gateway.auth.callers import ANONYMOUS, Caller, Limits, Role
 
 KEY_PREFIX = "tw-"
 _ID = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"

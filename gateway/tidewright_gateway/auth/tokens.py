@@ -13,8 +13,8 @@ import httpx
 import jwt
 import msgspec
 
+from tidewright_gateway.auth.callers import Caller, Role
 from tidewright_gateway.auth.errors import WRONG, AuthSetupError, unauthorized
-from tidewright_gateway.callers import Caller, Role
 
 log = logging.getLogger(__name__)
 

@@ -8,16 +8,16 @@ from contextlib import aclosing
 from typing import Protocol
 
 from tidewright.failsafe.models import ModelError
-from tidewright_gateway import access_log
 from tidewright_gateway.auth import Authenticator
-from tidewright_gateway.callers import Caller
-from tidewright_gateway.errors import of_model
+from tidewright_gateway.auth.callers import Caller
+from tidewright_gateway.context import Work
+from tidewright_gateway.http import access_log
+from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
-from tidewright_gateway.protocol import ChatRequest, CompletionRequest
-from tidewright_gateway.service import Service
-from tidewright_gateway.tracing import Tracer
-from tidewright_gateway.triton import Reply
-from tidewright_gateway.work import Work
+from tidewright_gateway.openai.errors import of_model
+from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
+from tidewright_gateway.pipeline import Service
+from tidewright_gateway.replicas.triton import Reply
 
 PATH = "/v1/stream"
 

@@ -9,10 +9,10 @@ from contextlib import aclosing
 from typing import Protocol
 
 from tidewright.failsafe.models import ModelError
-from tidewright_gateway.answers import Usage
-from tidewright_gateway.callers import Caller
-from tidewright_gateway.errors import ApiError, internal, of_model
-from tidewright_gateway.protocol import ChatRequest, CompletionRequest
+from tidewright_gateway.auth.callers import Caller
+from tidewright_gateway.openai.answers import Usage
+from tidewright_gateway.openai.errors import ApiError, internal, of_model
+from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
 from tidewright_gateway.websocket.backend import Backend, OpenGeneration
 from tidewright_gateway.websocket.messages import ChoiceEnd, Done, Failure, Token
 from tidewright_gateway.websocket.outbox import Outbox

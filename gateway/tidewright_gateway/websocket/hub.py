@@ -7,9 +7,9 @@ import logging
 import time
 from typing import Protocol
 
-from tidewright_gateway.callers import Caller
+from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import ApiError
+from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.websocket.generation import Generation
 
 log = logging.getLogger(__name__)

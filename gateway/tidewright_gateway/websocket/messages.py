@@ -7,7 +7,7 @@ from typing import Annotated, Any, Union
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from tidewright_gateway.errors import ApiError, invalid
+from tidewright_gateway.openai.errors import ApiError, invalid
 
 Id = Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**31)]

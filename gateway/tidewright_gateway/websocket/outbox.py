@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from tidewright_gateway.errors import invalid
-from tidewright_gateway.triton import Reply
+from tidewright_gateway.openai.errors import invalid
+from tidewright_gateway.replicas.triton import Reply
 
 MAX_JOINED = 256  # tokens in one message
 _BYTES_OF_ENTRY = 150  # of Python's objects for one token, without its text

@@ -9,8 +9,8 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import JSON, ApiError
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.openai.errors import JSON, ApiError
 from tidewright_gateway.websocket.backend import PATH, Backend
 from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.session import Session

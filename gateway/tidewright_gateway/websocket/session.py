@@ -16,10 +16,10 @@ from msgspec import UNSET, UnsetType
 from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from tidewright_gateway.callers import Caller
+from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.errors import ApiError, invalid
-from tidewright_gateway.protocol import ChatRequest, CompletionRequest, of_validation
+from tidewright_gateway.openai.errors import ApiError, invalid
+from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest, of_validation
 from tidewright_gateway.websocket import messages as m
 from tidewright_gateway.websocket.backend import Backend
 from tidewright_gateway.websocket.generation import Generation

@@ -1,0 +1,86 @@
+"""What a caller reads of its limits: OpenAI's X-RateLimit headers, and why a request was refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tidewright_gateway.admission.limits.buckets import DAY, MINUTE
+from tidewright_gateway.admission.limits.store import Outcome, Refusal, Subject
+from tidewright_gateway.openai.errors import ApiError
+
+_UNITS = {
+    "requests_per_second": "requests per second",
+    "concurrent": "requests at one time",
+    "tokens_per_minute": "tokens per minute",
+    "tokens_per_day": "tokens per day",
+}
+
+
+class _Room(NamedTuple):
+    """Least first."""
+
+    remaining: int
+    limit: int
+    reset: float
+    """Seconds until all of it is there again."""
+
+
+def headers_of(subjects: Sequence[Subject], outcome: Outcome) -> dict[str, str]:
+    """Of requests and of tokens, where something limits them: the limit that leaves the least."""
+    requests, tokens = [], []
+    for subject, usage in zip(subjects, outcome.usages, strict=True):
+        limits = subject.limits
+        if rate := limits.requests_per_second:
+            requests.append(_room(max(1.0, rate), usage.requests, usage.requests / rate))
+        if limit := limits.tokens_per_minute:
+            tokens.append(_room(limit, usage.tokens, usage.tokens * MINUTE / limit))
+        if limit := limits.tokens_per_day:
+            tokens.append(_room(limit, usage.day, DAY - outcome.now % DAY))
+    return _headers("Requests", requests) | _headers("Tokens", tokens)
+
+
+def refused(subjects: Sequence[Subject], cost: int, outcome: Outcome, refusal: Refusal) -> ApiError:
+    """`cost`: tokens."""
+    subject = subjects[refusal.subject]
+    limit = f"{getattr(subject.limits, refusal.limit):.15g} {_UNITS[refusal.limit]}"
+    headers = headers_of(subjects, outcome)
+    if refusal.wait is None:
+        message = (
+            f"the request may need {cost} tokens (its prompt, and max_tokens for each choice), and {subject.name} has "
+            f"{limit}; lower max_tokens, n or the prompt"
+        )
+        # OpenAI's clients try a 429 again unless told.
+        return ApiError(429, message, code="rate_limit_exceeded", headers={**headers, "X-Should-Retry": "false"})
+    if refusal.limit == "concurrent":
+        message = f"{subject.name} has {limit}; wait until one of them ends"
+    else:
+        message = f"{subject.name} has {limit}, which are used; try again in {duration(refusal.wait)}"
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after=refusal.wait, headers=headers)
+
+
+def duration(seconds: float) -> str:
+    """As OpenAI's headers have it, such as 250ms, 12.5s or 6m0s; never less than it is."""
+    if seconds < 1:
+        return f"{math.ceil(seconds * 1000)}ms"
+    if seconds < 60:
+        return f"{math.ceil(seconds * 1000) / 1000:g}s"
+    minutes, whole = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes}m{whole}s" if hours else f"{minutes}m{whole}s"
+
+
+def _room(limit: float, used: float, reset: float) -> _Room:
+    return _Room(max(math.floor(limit - used), 0), math.floor(limit), reset)
+
+
+def _headers(kind: str, rooms: list[_Room]) -> dict[str, str]:
+    if not rooms:
+        return {}
+    least = min(rooms, key=lambda room: (room.remaining, -room.reset))
+    return {
+        f"X-RateLimit-Limit-{kind}": str(least.limit),
+        f"X-RateLimit-Remaining-{kind}": str(least.remaining),
+        f"X-RateLimit-Reset-{kind}": duration(least.reset),
+    }

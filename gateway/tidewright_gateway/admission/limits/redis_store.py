@@ -1,0 +1,83 @@
+"""Accounts in Redis, for several gateways. Each question is one Lua script, so nothing comes between.
+
+Redis' clock counts. A place in `concurrent` is a lease, so that what a gateway held that was killed comes back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from tidewright_gateway.admission.limits.store import Outcome, Settle, StoreLostError, Subject, Take
+
+LEASE = 60.0  # seconds
+PREFIX = "tidewright:{limits}:"  # the braces keep all keys on one node of a cluster
+
+T = TypeVar("T")
+
+_encode = msgspec.msgpack.Encoder().encode
+_outcome = msgspec.msgpack.Decoder(Outcome).decode
+
+
+class _Arguments(msgspec.Struct, frozen=True):
+    lease: float
+    body: Take | Settle | list[str]
+    """The list: ids that are renewed, one for each pair of keys."""
+    now: float | None
+
+
+class RedisLink:
+    def __init__(self, url: str, clock: Callable[[], float] | None = None, lease: float = LEASE) -> None:
+        """`clock`: seconds since 1970 (UTC), instead of Redis' own. `lease`: seconds that a reservation is held
+        without being renewed."""
+        self._client = Redis.from_url(url, socket_timeout=None, retry=Retry(NoBackoff(), 0))
+        self._clock, self._lease = clock, lease
+        account = _script("account")
+        self._reserve, self._settle, self._renew = (
+            self._client.register_script(account + _script(name)) for name in ("reserve", "settle", "renew")
+        )
+
+    async def connect(self) -> None:
+        # A network that was gone may have left them half open: each would cost a timeout.
+        await _of_redis(self._client.connection_pool.disconnect(inuse_connections=False))
+        await _of_redis(self._client.ping())
+
+    async def take(self, take: Take) -> Outcome:
+        return _outcome(await _of_redis(self._reserve(_keys(take.subjects), [self._arguments(take)])))
+
+    async def settle(self, settle: Settle) -> None:
+        await _of_redis(self._settle(_keys(settle.subjects), [self._arguments(settle)]))
+
+    async def renew(self, held: Sequence[tuple[str, tuple[Subject, ...]]]) -> None:
+        keys = [key for _, subjects in held for key in _keys(subjects)]
+        ids = [id for id, subjects in held for _ in subjects]
+        if ids:
+            await _of_redis(self._renew(keys, [self._arguments(ids)]))
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    def _arguments(self, body: Take | Settle | list[str]) -> bytes:
+        return _encode(_Arguments(self._lease, body, self._clock() if self._clock else None))
+
+
+def _script(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.lua").read_text(encoding="utf-8")
+
+
+def _keys(subjects: Sequence[Subject]) -> list[str]:
+    return [key for subject in subjects for key in (f"{PREFIX}{subject.name}", f"{PREFIX}{subject.name}:places")]
+
+
+async def _of_redis(answer: Awaitable[T]) -> T:
+    try:
+        return await answer
+    except (RedisError, OSError) as error:
+        raise StoreLostError(f"Redis: {error}") from None

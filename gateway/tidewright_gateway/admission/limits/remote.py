@@ -1,0 +1,139 @@
+"""A store in another process, which can go away and come back.
+
+Nobody waits for it while it is gone. What could not be settled meanwhile, and what was perhaps taken for a request that
+did not hear so, is settled when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Coroutine, Sequence
+from typing import Any, Protocol, TypeVar
+
+from tidewright_gateway.admission.limits.store import Outcome, Settle, StoreLostError, Subject, Take
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+TIMEOUT, STEPS = 0.25, 10  # seconds for an answer, and in how many steps they are waited for
+TICK = 1.0  # seconds between two tries to reach it
+RENEW_INTERVAL = 15.0  # seconds
+AT_A_TIME = (
+    8  # questions; the others wait here, where no timeout runs, and see that it is lost as soon as one of them does
+)
+UNSETTLED = 100_000  # that are remembered while it is gone; the oldest are forgotten
+
+
+class Link(Protocol):
+    """Its methods raise StoreLostError. None of them has a timeout of its own."""
+
+    async def connect(self) -> None:
+        """If it is connected as well: whether it answers."""
+        ...
+
+    async def take(self, take: Take) -> Outcome: ...
+
+    async def settle(self, settle: Settle) -> None: ...
+
+    async def renew(self, held: Sequence[tuple[str, tuple[Subject, ...]]]) -> None:
+        """Reservations, by id, that go on."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Remote:
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._lost = False
+        self._slots = asyncio.Semaphore(AT_A_TIME)
+        self._held: dict[str, tuple[Subject, ...]] = {}
+        self._unsettled: deque[Settle] = deque(maxlen=UNSETTLED)
+        self._job: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        try:
+            await _in_time(self._link.connect())
+        except StoreLostError as error:
+            self._loses(error)
+        self._job = asyncio.create_task(self._look_after_it())
+
+    async def close(self) -> None:
+        if self._job:
+            self._job.cancel()
+            await asyncio.gather(self._job, return_exceptions=True)
+        await self._link.close()
+
+    async def take(self, take: Take) -> Outcome:
+        async with self._slots:
+            self._check()
+            try:
+                outcome = await _in_time(self._link.take(take))
+            except BaseException as error:  # such as a client that leaves
+                self._unsettled.append(Settle(take.id, take.subjects, 0))
+                self._loses(error)
+                raise
+        if not outcome.refusal:
+            self._held[take.id] = take.subjects
+        return outcome
+
+    async def settle(self, settle: Settle) -> None:
+        """Later, if the store is gone: this raises no StoreLostError."""
+        self._held.pop(settle.id, None)
+        try:
+            async with self._slots:
+                self._check()
+                await _in_time(self._link.settle(settle))
+        except BaseException as error:
+            self._unsettled.append(settle)
+            self._loses(error)
+            if not isinstance(error, StoreLostError):
+                raise
+
+    def _check(self) -> None:
+        if self._lost:
+            raise StoreLostError("gone, as was seen before")
+
+    def _loses(self, error: BaseException) -> None:
+        if isinstance(error, StoreLostError) and not self._lost:
+            self._lost = True
+            log.warning("the store of limits is gone: %s", error)
+
+    async def _look_after_it(self) -> None:
+        renewed_at = time.monotonic()
+        while True:
+            await asyncio.sleep(TICK)
+            try:
+                if self._lost:
+                    await _in_time(self._link.connect())
+                    self._lost = False
+                    log.warning("the store of limits is back")
+                while self._unsettled:
+                    settle = self._unsettled.popleft()
+                    await self.settle(settle)
+                    self._check()
+                if time.monotonic() - renewed_at >= RENEW_INTERVAL:
+                    await _in_time(self._link.renew(list(self._held.items())))
+                    renewed_at = time.monotonic()
+            except StoreLostError as error:
+                self._loses(error)
+            except Exception:
+                log.exception("the store of limits could not be looked after")
+
+
+async def _in_time(answer: Coroutine[Any, Any, T]) -> T:
+    # Not wait_for: before Python 3.12, it loses the cancelling of who waits if the answer comes at the same time.
+    asking = asyncio.create_task(answer)
+    try:
+        # In steps, each of which reads what has come: an event loop that is late, not the store, makes them longer.
+        for _ in range(STEPS):
+            done, _pending = await asyncio.wait({asking}, timeout=TIMEOUT / STEPS)
+            if done:
+                return asking.result()
+    finally:
+        asking.cancel()
+    raise StoreLostError(f"no answer within {TIMEOUT:g} s")

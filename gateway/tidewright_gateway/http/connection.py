@@ -1,0 +1,123 @@
+"""What a client may do to its connection: how long its request may take, how long its headers may be, how long it may
+leave unread what it is sent. uvicorn itself would wait for ever.
+
+In the protocol, where it costs a request two timers, and where a request is seen before it is one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+
+from tidewright_gateway.openai.errors import JSON, ApiError
+
+MAX_HEADERS = 64 * 1024  # bytes, of the address and all headers
+
+
+class PatientProtocol(HttpToolsProtocol):
+    """For a time only, which the process sets for all its connections; uvicorn makes them, and has no such options."""
+
+    read_timeout = 30.0  # seconds
+    send_timeout = 60.0
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._read_timer: asyncio.TimerHandle | None = None
+        self._send_timer: asyncio.TimerHandle | None = None
+        self._in_headers = False
+        self._unparsed = self._header_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
+        super().connection_made(transport)
+        self._start_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_reading()
+        self._stop_writing()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._read_timer is None:  # even if it is an empty line only: uvicorn stops its own timer for it
+            self._start_reading()
+        super().data_received(data)
+        if self._in_headers:
+            self._unparsed += len(data)
+            if self._unparsed > MAX_HEADERS:
+                self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_headers = True
+        self._unparsed = self._header_bytes = 0
+        self._start_reading()
+
+    def on_url(self, url: bytes) -> None:
+        self._count(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._count(len(name) + len(value))
+        super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._in_headers = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._stop_reading()
+        super().on_message_complete()
+
+    def handle_websocket_upgrade(self) -> None:
+        self._stop_reading()
+        super().handle_websocket_upgrade()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._send_timer = self.loop.call_later(self.send_timeout, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._stop_writing()
+        super().resume_writing()
+
+    def send_400_response(self, msg: str) -> None:
+        """Also uvicorn's own way to refuse what it can't parse."""
+        if max(self._unparsed, self._header_bytes) > MAX_HEADERS:
+            self._refuse(ApiError(431, f"the headers are longer than {MAX_HEADERS} bytes", code="headers_too_large"))
+        else:
+            self._refuse(ApiError(400, "this is not HTTP/1.1, or not valid", code="invalid_http"))
+
+    def _count(self, num_bytes: int) -> None:
+        self._header_bytes += num_bytes
+        if self._header_bytes > MAX_HEADERS:
+            raise ValueError("too long")  # which the parser makes an error of its own, and uvicorn a refusal
+
+    def _start_reading(self) -> None:
+        self._stop_reading()
+        self._read_timer = self.loop.call_later(self.read_timeout, self._read_too_long)
+
+    def _read_too_long(self) -> None:
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if answering and (self.flow.read_paused or not self.cycle.more_body):
+            self._start_reading()  # not the client is slow: it is being answered, or what it sent is not being read
+        elif answering and not self.cycle.response_started:
+            message = f"the body did not come within {self.read_timeout:g} s (read_timeout)"
+            self._refuse(ApiError(408, message, code="timeout"))
+        else:
+            self.transport.close()
+
+    def _stop_reading(self) -> None:
+        if self._read_timer is not None:
+            self._read_timer.cancel()
+            self._read_timer = None
+
+    def _stop_writing(self) -> None:
+        if self._send_timer is not None:
+            self._send_timer.cancel()
+            self._send_timer = None
+
+    def _refuse(self, error: ApiError) -> None:
+        head = f"content-type: {JSON}\r\ncontent-length: {len(error.body)}\r\nconnection: close\r\n\r\n"
+        self.transport.write(STATUS_LINE[error.status] + head.encode() + error.body)
+        self.transport.close()

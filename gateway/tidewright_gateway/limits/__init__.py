@@ -1,8 +1,0 @@
-"""How much a caller may use: requests, concurrency and tokens, reserved before the work and settled after it."""
-
-from tidewright_gateway.limits.limiter import Limiter, Reservation, make_limiter
-from tidewright_gateway.limits.shared import LimitServer
-from tidewright_gateway.limits.store import Subject
-from tidewright_gateway.limits.subjects import subjects_of
-
-__all__ = ["LimitServer", "Limiter", "Reservation", "Subject", "make_limiter", "subjects_of"]

@@ -1,0 +1,135 @@
+"""Asks replicas how they are: often by a word that costs nothing, and now and then by generating a token."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+
+import msgspec
+
+from tidewright.failsafe.models import ModelError
+from tidewright.resilience.outcome import Outcome, Verdict
+from tidewright.schema import DecoderStatus, SamplingParams
+from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.replicas.replica import Replica
+from tidewright_gateway.replicas.triton import Order
+
+log = logging.getLogger(__name__)
+
+STATUS_TIMEOUT = 2.0  # seconds; longer than Triton takes to say that a stub is dead
+JITTER = 0.25  # of the time between two generation probes: several gateways must not ask in step
+# The first of all to run: what waits in the queue is not what is asked about.
+_ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, priority=-(2**31))
+_PROMPT = [0]  # a token id that every vocabulary has
+
+
+async def ask_status(replica: Replica, patience: float) -> None:
+    """Once; the replica knows the answer, or why there was none. `patience`: longest silence of its engine, in s."""
+    began = replica.asked_at = time.monotonic()
+    replica.unanswered = 0.0
+    replica.in_flight_when_asked = len(replica.attempts)
+    try:
+        answer = await replica.client.control("status", STATUS_TIMEOUT)
+        status = msgspec.json.decode(answer, type=DecoderStatus)
+        now = time.monotonic()
+        replica.status_took = now - began
+        replica.heard(status, patience, now)
+    except msgspec.MsgspecError as error:
+        replica.lost(ModelError(f"is it a Tidewright server? {error}", Outcome.UNAVAILABLE))
+    except ModelError as error:
+        replica.lost(error)
+    finally:
+        replica.asked_at = None
+
+
+class GenerationProbes:
+    """One replica after the other is asked for a token, each once in `generation_probe_interval`.
+
+    So those are found that say that they are well, and generate nothing. A request that got tokens there lately shows
+    the same, and saves the probe. That a replica is overloaded says nothing against it.
+    """
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        metrics: Metrics,
+        replicas: Sequence[Replica],
+        probed: Callable[[Replica], None],
+    ) -> None:
+        """`replicas`: may change; `probed` is called after each probe that can have changed what its replica gets."""
+        self._settings, self._metrics, self._replicas, self._probed = settings, metrics, replicas, probed
+        self._numbers = itertools.count(1)
+        self._running: dict[Replica, asyncio.Task[None]] = {}
+
+    async def run_for_ever(self) -> None:
+        interval = self._settings.generation_probe_interval
+        try:
+            while interval:
+                pause = interval / max(len(self._replicas), 1)
+                await asyncio.sleep(pause * random.uniform(1 - JITTER, 1 + JITTER))
+                if replica := self._next(time.monotonic()):
+                    # One that hangs must not keep the others from their turns.
+                    self._running[replica] = asyncio.create_task(self._probe_and_forget(replica))
+        finally:
+            for task in tuple(self._running.values()):
+                task.cancel()
+
+    def _next(self, now: float) -> Replica | None:
+        """Whose turn it is; None if that one needs no probe."""
+        up = [replica for replica in self._replicas if replica.is_up and replica not in self._running]
+        if not up:
+            return None
+        replica = min(up, key=lambda replica: replica.probed_at)
+        replica.probed_at = now
+        return None if now - replica.generated_at < self._settings.generation_probe_interval else replica
+
+    async def _probe_and_forget(self, replica: Replica) -> None:
+        try:
+            await self.probe(replica)
+        except Exception:
+            log.exception("%s: the generation probe went wrong", replica.address)
+        finally:
+            del self._running[replica]
+
+    async def probe(self, replica: Replica) -> None:
+        """Once; ejects the replica if it was one failure too many."""
+        began = time.monotonic()
+        error = await self._generate(replica)
+        now = time.monotonic()
+        self._metrics.generation_probed(replica.address, error.outcome if error else Outcome.SUCCESS)
+        if error is None:
+            replica.probe_took = now - began
+            replica.can_generate()
+        elif error.outcome.verdict is not Verdict.FAILURE:
+            return
+        # If it got into trouble meanwhile, that is known; and if a request got tokens, it can generate.
+        elif replica.is_up and replica.generated_at < began:
+            replica.failed_probes += 1
+            log.warning("%s: generation probe failed: %s", replica.address, error)
+            if replica.failed_probes >= self._settings.generation_probe_failures:
+                replica.ejected = ModelError(f"says that it is well, but generates nothing ({error})", error.outcome)
+        self._probed(replica)
+
+    async def _generate(self, replica: Replica) -> ModelError | None:
+        """Why there was no token; None if there was one."""
+        order = Order(f"probe-{next(self._numbers)}", _PROMPT, msgspec.json.encode(_ONE_TOKEN))
+        generation = replica.client.generate("decoder", order)
+        limit = self._settings.generation_probe_timeout
+        too_late = ModelError(f"no token within {limit:g} s", Outcome.FIRST_TOKEN_TIMEOUT)
+        timer = asyncio.get_running_loop().call_later(limit, generation.abandon, too_late)
+        try:
+            async with aclosing(generation.replies()) as replies:
+                async for reply in replies:
+                    if reply.token_ids:
+                        return None
+            return ModelError("the stream ended without a token", Outcome.ENGINE_FAILED)
+        except ModelError as error:
+            return error
+        finally:
+            timer.cancel()

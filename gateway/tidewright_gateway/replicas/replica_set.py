@@ -1,0 +1,241 @@
+"""The replicas that there are now: they come, are asked how they are, get their share, and go."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from tidewright.failsafe.models import ModelError
+from tidewright.resilience.breaker import Permit, Refusal, State
+from tidewright.resilience.outcome import Outcome
+from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.replicas import replica as replicas
+from tidewright_gateway.replicas.discovery import Endpoint, Lookout, make_source
+from tidewright_gateway.replicas.health import STATUS_TIMEOUT, GenerationProbes, ask_status
+from tidewright_gateway.replicas.replica import Replica
+from tidewright_gateway.replicas.routing import Candidate, LeastLoad, make_router
+
+log = logging.getLogger(__name__)
+
+IDLE_INTERVALS = 10  # of `probe_interval` between two questions while nobody waits for an answer
+WATCH_INTERVAL = 0.05  # seconds between two looks at what is in flight
+
+
+@dataclass(frozen=True)
+class ClusterLoad:
+    """The first three: the least of all replicas, for while one has room it gets what comes; 0 if none is known."""
+
+    waiting: float
+    """Requests that wait, as a share of what may wait."""
+    kv_usage: float
+    """Share of the KV cache in use."""
+    wait: float
+    """Seconds that the oldest request without a token has been there."""
+    breakers_open: bool
+    """The breakers of all that can be sent anything are open."""
+    in_flight: int
+    """Generations of this gateway, at all replicas."""
+
+
+class Fleet:
+    def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
+        self._settings, self._metrics = settings, metrics
+        self._router, self._fallback_router = make_router(settings.routing), LeastLoad()
+        self.replicas: list[Replica] = []
+        """Those that are leaving as well, until they are empty."""
+        source = make_source(settings.replicas, settings.discovery_interval)
+        self._lookout = Lookout(source, self._take, metrics.discovery_failed)
+        self._probes = GenerationProbes(settings, metrics, self.replicas, self.settle)
+        self._lives: dict[Replica, asyncio.Task[None]] = {}
+        self._jobs: list[asyncio.Task[None]] = []
+        self._started = False
+        self._changed = asyncio.Event()
+
+    async def start(self) -> None:
+        """Finds the replicas, asks each once, and goes on so. In the event loop: gRPC ties its channels to it."""
+        self._jobs.append(asyncio.create_task(self._lookout.run()))
+        with suppress(asyncio.TimeoutError):  # a name server that does not answer must not keep the gateway down
+            await asyncio.wait_for(self._lookout.looked.wait(), STATUS_TIMEOUT)
+        first, self._started = list(self.replicas), True
+        await asyncio.gather(*(self._ask(replica) for replica in first))
+        for replica in first:
+            replica.came_at = -math.inf  # it was there before, for all that is known
+            self._live(replica)
+        self._jobs += map(asyncio.create_task, (self._probes.run_for_ever(), self._watch_for_ever()))
+
+    async def stop(self) -> None:
+        jobs = [*self._jobs, *self._lives.values()]
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
+        for replica in self.replicas:
+            await replica.client.close()
+
+    @property
+    def usable(self) -> list[Replica]:
+        """Those that can be sent something. Those whose generation probes fail only if there is no other."""
+        well = [replica for replica in self.replicas if replica.takes_requests]
+        return well or [replica for replica in self.replicas if replica.is_up]
+
+    @property
+    def trouble(self) -> str:
+        """Why no replica can be sent anything; empty if one can."""
+        if self.usable:
+            return ""
+        known = "; ".join(f"{replica.address}: {replica.why_not}" for replica in self.replicas)
+        return known or self._lookout.problem or "none is known yet"
+
+    def max_model_len(self, limit: int) -> int:
+        """Tokens that every replica takes, and no more than `limit`."""
+        lengths = [replica.status.max_model_len for replica in self.replicas if replica.status and not replica.leaving]
+        return min(lengths, default=limit)
+
+    def snapshot(self) -> list[dict[str, Any]]:
+        """Each replica for people; times in seconds."""
+        now = time.monotonic()
+        return [replica.snapshot(self._settings.slow_start, now) for replica in self.replicas]
+
+    def load(self) -> ClusterLoad:
+        now = time.monotonic()
+        usable = self.usable
+        known = [status for replica in usable if (status := replica.fresh_status(now))]
+        return ClusterLoad(
+            waiting=min((status.waiting for status in known), default=0.0),
+            kv_usage=min((status.kv_usage for status in known), default=0.0),
+            wait=min((status.wait for status in known), default=0.0),
+            breakers_open=bool(usable) and all(replica.breaker.state is State.OPEN for replica in usable),
+            in_flight=sum(replica.in_flight for replica in self.replicas),
+        )
+
+    def choose(self, prompt: Sequence[int], avoid: str, now: float) -> tuple[Replica, Permit] | None:
+        """Who gets a generation, and leave of its breaker; not `avoid`, if there is another. None: nobody can."""
+        able = self.usable
+        able = [replica for replica in able if replica.address != avoid] or able
+        refused: Replica | None = None
+        while able:
+            candidates = [replica.candidate(self._settings.slow_start, now) for replica in able]
+            replica = able[self._router.choose(candidates, prompt)]
+            permit = replica.breaker.acquire(now)
+            if not isinstance(permit, Refusal):
+                return replica, permit
+            refused = refused or replica
+            able.remove(replica)
+        # All are well but fail of late: one that may fail is better than none. No breaker counts this call.
+        return (refused, Permit(-1, is_probe=False)) if refused else None
+
+    def choose_fallback(self, avoid: Sequence[str]) -> Replica | None:
+        """Whose fallback is asked: it can be well where the decoder is not. None: there is no other than `avoid`."""
+        able = [replica for replica in self.replicas if not replica.leaving and replica.address not in avoid]
+        if not able:
+            return None
+        able = [replica for replica in able if replica.status and not replica.status.draining] or able
+        candidates = [Candidate(one.address, len(one.fallbacks), None, one.weight) for one in able]
+        return able[self._fallback_router.choose(candidates, [])]
+
+    def generated(self, replica: Replica, now: float) -> None:
+        """A request there got its first tokens."""
+        replica.generated(now)
+        self.settle(replica)
+
+    def failed(self, replica: Replica, error: ModelError) -> None:
+        """A request there failed. If it is gone, others must not find it out by failing, too, until it is asked again.
+
+        That alone is no return with a slow start: most such errors are of one request.
+        """
+        if error.outcome in (Outcome.UNAVAILABLE, Outcome.STUB_DIED):
+            replica.suspicion = error
+
+    def settle(self, replica: Replica) -> None:
+        """To be called when whether it takes requests may have changed: those who wait get to know, and the log."""
+        if replica.suspicion or replica.takes_requests == replica.took_requests:
+            return
+        replica.took_requests = replica.takes_requests
+        if replica.takes_requests:
+            replica.came_at = time.monotonic()
+        log.warning("%s: %s", replica.address, replica.why_not or "is well")
+        self._metrics.replica_is(replica.address, replica.takes_requests)
+        self._changed.set()
+
+    async def wait_for_change(self, seconds: float) -> None:
+        """Until a replica may have come, for so long at most."""
+        self._changed.clear()
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), seconds)
+
+    def _take(self, endpoints: Sequence[Endpoint]) -> None:
+        """These are all that there are."""
+        weights = {endpoint.address: endpoint.weight for endpoint in endpoints}
+        for replica in self.replicas:
+            replica.leaving = replica.address not in weights
+            replica.weight = weights.get(replica.address, replica.weight)
+            self.settle(replica)
+        known = {replica.address for replica in self.replicas}
+        for endpoint in endpoints:
+            if endpoint.address not in known:
+                replica = Replica.at(endpoint, self._settings.channels, self._settings.breaker_config())
+                self.replicas.append(replica)
+                self._metrics.replica_is(replica.address, False)
+                self._metrics.load_is_stale(replica.address, True)
+                if self._started:
+                    self._live(replica)
+
+    def _live(self, replica: Replica) -> None:
+        self._lives[replica] = asyncio.create_task(self._life(replica))
+
+    async def _life(self, replica: Replica) -> None:
+        """Asks it how it is, until it has left and nothing is in flight there any more."""
+        while not replica.leaving or replica.in_flight:
+            try:
+                await self._ask(replica)
+            except Exception:
+                log.exception("a replica could not be asked how it is")
+            await self._pause(replica)
+        self.replicas.remove(replica)
+        for router in (self._router, self._fallback_router):
+            router.forget(replica.address)
+        self._metrics.forget(replica.address)
+        await replica.client.close()
+        del self._lives[replica]
+
+    async def _pause(self, replica: Replica) -> None:
+        """Until it is to be asked again. Seldom, as long as it is well and nothing is in flight anywhere."""
+        interval = self._settings.probe_interval
+        until = time.monotonic() + min(IDLE_INTERVALS * interval, replicas.FRESH / 2)
+        while True:
+            await asyncio.sleep(interval)
+            is_awaited = not replica.takes_requests or any(one.in_flight for one in self.replicas)
+            if is_awaited or time.monotonic() >= until:
+                return
+
+    async def _ask(self, replica: Replica) -> None:
+        await ask_status(replica, self._settings.patience)
+        self.settle(replica)
+
+    async def _watch_for_ever(self) -> None:
+        """Ends attempts that take too long, so that they go on elsewhere."""
+        settings, last = self._settings, time.monotonic()
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL)
+            now = time.monotonic()
+            # Of a longer time this process slept or was busy the most: an answer that came meanwhile is not read yet.
+            listened, last = min(now - last, 2 * WATCH_INTERVAL), now
+            for replica in self.replicas:
+                if replica.asked_at is not None:
+                    replica.unanswered += min(listened, now - replica.asked_at)
+                    if replica.unanswered > settings.patience:
+                        replica.lost(ModelError(f"no answer for {now - replica.asked_at:.1f} s", Outcome.STALLED))
+                        self.settle(replica)
+                is_stale = replica.fresh_status(now) is None
+                if is_stale != replica.load_is_stale:
+                    replica.load_is_stale = is_stale
+                    self._metrics.load_is_stale(replica.address, is_stale)
+                for attempt in replica.running:
+                    if error := attempt.overdue(settings.first_token_timeout, settings.stall_timeout, now):
+                        attempt.generation.abandon(error)
