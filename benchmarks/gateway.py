@@ -34,7 +34,7 @@ from benchmarks.gateway_soak import RATE, Soak, count_probes, slope, watch_memor
 from benchmarks.gateway_triton import added_by_gateway, failover
 from benchmarks.gateway_websocket import first_tokens
 from tidewright.bench.machine import description, wait_idle
-from tidewright_gateway.replicas.triton import Order, make_request
+from tidewright_gateway.replicas.triton import CallRequest, make_request
 
 SHORT, LONG = PER_RESPONSE, 16 * PER_RESPONSE  # tokens of an answer
 LONG_RESPONSES = LONG // PER_RESPONSE
@@ -50,7 +50,7 @@ def chat(max_tokens: int, stream: bool = False, **more: Any) -> bytes:
 
 def direct(max_tokens: int) -> bytes:
     """The same for the replica itself."""
-    order = Order("0", list(range(40)), f'{{"max_tokens":{max_tokens}}}'.encode())
+    order = CallRequest("0", list(range(40)), f'{{"max_tokens":{max_tokens}}}'.encode())
     return make_request("decoder", order).SerializeToString()
 
 

@@ -21,7 +21,7 @@ from tidewright.bench.targets import running_server
 from tidewright.bench.workloads import token_ids
 from tidewright.config import Settings
 from tidewright.schema import SamplingParams
-from tidewright_gateway.replicas.triton import Order, make_request
+from tidewright_gateway.replicas.triton import CallRequest, make_request
 
 PROMPT, TOKENS = 16, 64
 RUNNING, MOVED_TOKENS = 8, 200  # streams that run when a replica is killed, and their tokens
@@ -62,7 +62,7 @@ class Requests:
 
     def direct(self) -> bytes:
         sampling = SamplingParams(max_tokens=self._tokens, ignore_eos=True, temperature=0)
-        order = Order(f"{self._rng.random()}", self._prompt(), msgspec.json.encode(sampling))
+        order = CallRequest(f"{self._rng.random()}", self._prompt(), msgspec.json.encode(sampling))
         return make_request("decoder", order).SerializeToString()
 
 

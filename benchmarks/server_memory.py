@@ -34,7 +34,7 @@ from tidewright.cache import EMBEDDED_MODEL
 from tidewright.launch.prepare import prepare
 from tidewright.schema import SamplingParams
 from tidewright_gateway.replicas import triton
-from tidewright_gateway.replicas.triton import Order, TritonClient
+from tidewright_gateway.replicas.triton import CallRequest, TritonClient
 
 AT_ONCE = 16
 QUARTERS = 4
@@ -135,7 +135,7 @@ class Callers:
     async def _stream(self, tokens: int) -> None:
         self._number += 1
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        order = Order(f"memory-{self._number}", [5, 6, 7], msgspec.json.encode(sampling))
+        order = CallRequest(f"memory-{self._number}", [5, 6, 7], msgspec.json.encode(sampling))
         async for _ in self._client.generate("decoder", order).replies():
             pass
 

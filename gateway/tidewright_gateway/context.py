@@ -9,17 +9,17 @@ from tidewright.resilience.degradation import Route, Treatment
 from tidewright_gateway.admission.limits import Reservation
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.cache.responses import CachePolicy, CacheState
-from tidewright_gateway.replicas.failover import Task
+from tidewright_gateway.replicas.failover import Generation
 
 
 @dataclass
-class Work:
+class RequestContext:
     """A generation for each prompt and choice."""
 
     request_id: str
     trace_id: str
     caller: Caller
-    tasks: list[Task]
+    tasks: list[Generation]
     num_prompt_tokens: int
     arrived_at: float  # time.monotonic()
     echoes: list[str]

@@ -10,9 +10,9 @@ from contextlib import aclosing
 
 import msgspec
 
-from tidewright.failsafe.models import ModelError
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.degradation import Route
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import SamplingParams
 from tidewright_gateway.admission.ladder import Admission
@@ -20,13 +20,13 @@ from tidewright_gateway.admission.limits import Limiter, subjects_of
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.cache.responses import CachePolicy, ResponseCache, cache_key, is_repeatable
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.context import Work
+from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.tracing import TraceContext
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
-from tidewright_gateway.replicas.failover import Cluster, Task
+from tidewright_gateway.replicas.failover import Failover, Generation
 from tidewright_gateway.replicas.triton import Reply
 
 _DEFAULT_COMPLETION = 16  # tokens, as OpenAI's
@@ -44,11 +44,11 @@ _FALLS_BACK = (
 )
 
 
-class Service:
+class Pipeline:
     def __init__(
         self,
         settings: GatewaySettings,
-        cluster: Cluster,
+        cluster: Failover,
         prompts: Prompts,
         limiter: Limiter,
         admission: Admission,
@@ -73,7 +73,7 @@ class Service:
         arrived_at: float,
         trace: TraceContext,
         policy: CachePolicy = CachePolicy.USE,
-    ) -> Work:
+    ) -> RequestContext:
         """Whoever opens it must `close` it.
 
         Raises:
@@ -106,7 +106,7 @@ class Service:
         num_prompt_tokens = sum(map(len, prompts))
         cost = num_prompt_tokens + len(tasks) * sampling.max_tokens
         reservation = await self._limiter.reserve(subjects_of(caller, body.user, self._settings), cost)
-        return Work(
+        return RequestContext(
             request_id,
             trace.trace_id,
             caller,
@@ -142,22 +142,22 @@ class Service:
         n: int,
         arrived_at: float,
         trace: TraceContext,
-    ) -> list[Task]:
+    ) -> list[Generation]:
         """`n` of each prompt; the same seed, one more for each of them."""
         seed = sampling.seed
         if seed is None and sampling.temperature > 0:
             seed = secrets.randbits(62)  # so that another replica can go on as this one would have
         longest = self._settings.request_timeout
         deadline = Deadline.after(longest if sampling.timeout is None else min(sampling.timeout, longest), arrived_at)
-        tasks: list[Task] = []
+        tasks: list[Generation] = []
         for prompt in prompts:
             for number in range(n):
                 own = sampling if seed is None else msgspec.structs.replace(sampling, seed=(seed + number) % 2**63)
                 name, logprobs = f"{request_id}-{len(tasks)}", sampling.logprobs is not None
-                tasks.append(Task(name, prompt, own, deadline, logprobs, trace.metadata))
+                tasks.append(Generation(name, prompt, own, deadline, logprobs, trace.metadata))
         return tasks
 
-    async def close(self, work: Work, num_tokens: int) -> None:
+    async def close(self, work: RequestContext, num_tokens: int) -> None:
         """It has ended, however it did; the second time nothing happens. `num_tokens`: what it generated."""
         if work.num_tokens is not None:
             return
@@ -165,7 +165,7 @@ class Service:
         self._metrics.tokens(work.num_prompt_tokens, num_tokens)
         await self._limiter.settle(work.reservation, work.num_prompt_tokens + num_tokens)
 
-    async def replies(self, work: Work) -> AsyncGenerator[tuple[int, Reply], None]:
+    async def replies(self, work: RequestContext) -> AsyncGenerator[tuple[int, Reply], None]:
         """Replies of all generations as they come, each with its index; leaving early ends them.
 
         Raises:
@@ -203,7 +203,7 @@ class Service:
                 job.cancel()
             await asyncio.gather(*jobs, return_exceptions=True)
 
-    async def _replies_of(self, task: Task, work: Work) -> AsyncGenerator[Reply, None]:
+    async def _replies_of(self, task: Generation, work: RequestContext) -> AsyncGenerator[Reply, None]:
         key: bytes | None = None
         if work.is_repeatable and work.treatment.route is Route.DECODER:
             key = cache_key(work.caller, self._settings.model_name, task.prompt, task.sampling, task.logprobs)
@@ -220,7 +220,7 @@ class Service:
                     self._metrics.first_token(work.first_token_after)
                 yield reply
 
-    async def _run(self, task: Task, work: Work) -> AsyncGenerator[Reply, None]:
+    async def _run(self, task: Generation, work: RequestContext) -> AsyncGenerator[Reply, None]:
         """At a replica, once it is its turn."""
         priority = work.caller.priority + task.sampling.priority
         self._metrics.asked(time.monotonic() - work.arrived_at)
@@ -229,7 +229,7 @@ class Service:
                 async for reply in replies:
                     yield reply
 
-    async def _ask(self, task: Task, route: Route) -> AsyncGenerator[Reply, None]:
+    async def _ask(self, task: Generation, route: Route) -> AsyncGenerator[Reply, None]:
         """The decoder, and where it can't answer the fallback; by `route` the other way round."""
         order = [self._cluster.generate, self._cluster.fall_back]
         if not self._settings.fallback:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.two_models import HANG, SILENT, STUB_DIED, UNLOADED, WELL, Act, Caller, Last, World, world
-from tidewright.failsafe.models import Order, Reply
+from tidewright.failsafe.models import ModelReply, Order
 
 MAX_TOKENS = 6
 TOKENS = list(range(100, 100 + MAX_TOKENS))  # the answer to every request, whichever model gives it
@@ -42,7 +42,7 @@ class Answered(Caller):
         super().__init__(it.models)
         self._plan = {model: iter(scripts) for model, scripts in plan.items()}
 
-    def generate(self, model: str, order: Order) -> Iterator[Reply]:
+    def generate(self, model: str, order: Order) -> Iterator[ModelReply]:
         assert order.resume_ids == self.token_ids[: len(order.resume_ids)]
         left = TOKENS[len(order.resume_ids) :]
         sizes, end = next(self._plan[model], ([], "last"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.two_models import end, world
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome, Verdict
 from tidewright.schema import KILLS_ENGINES
 

@@ -6,7 +6,7 @@ import pytest
 
 from helpers.two_models import HANG, PATIENCE, SILENT, UNLOADED, Gate, Last, end, until, world
 from tidewright.failsafe import failsafe
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 
 
 def test_who_hangs_up_is_let_go() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from helpers.two_models import FIRST_TOKEN_TIMEOUT, HANG, PATIENCE, STUB_DIED, Caller, Gate, Last, Models, until, world
 from tidewright.failsafe import failsafe, pulse
-from tidewright.failsafe.models import Reply
+from tidewright.failsafe.models import ModelReply
 from tidewright.schema import CANCEL, FinishReason
 
 
@@ -114,11 +114,11 @@ def test_without_a_thread_for_an_attempt_the_request_ends(monkeypatch: pytest.Mo
 class Broken(Caller):
     """Triton refuses to send."""
 
-    def __init__(self, models: Models, *, at: Callable[[Reply], bool], fails: bool = False) -> None:
+    def __init__(self, models: Models, *, at: Callable[[ModelReply], bool], fails: bool = False) -> None:
         super().__init__(models)
         self._at, self._fails = at, fails
 
-    def send(self, reply: Reply, served_by: str, fallback_reason: str, names: bool) -> None:
+    def send(self, reply: ModelReply, served_by: str, fallback_reason: str, names: bool) -> None:
         if self._at(reply):
             raise RuntimeError("no shared memory")
         super().send(reply, served_by, fallback_reason, names)

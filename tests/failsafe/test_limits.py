@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tidewright.failsafe.limits import Limits, Progress, overdue
+from tidewright.failsafe.limits import Progress, TimeLimits, overdue
 from tidewright.failsafe.pulse import Kind, Trouble
 from tidewright.resilience.outcome import Outcome
 
-LIMITS = Limits(patience=1.0, first_token=30.0, stall=10.0)
+LIMITS = TimeLimits(patience=1.0, first_token=30.0, stall=10.0)
 NOW = 1000.0
 
 

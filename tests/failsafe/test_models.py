@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import FINISH_REASONS
 

@@ -18,9 +18,9 @@ from helpers.families import FAMILIES
 from helpers.two_models import HANG, STUB_DIED, Caller, Last, World, world
 from tidewright.cache import MANIFEST
 from tidewright.config import Settings
-from tidewright.failsafe.models import ModelError
 from tidewright.failsafe.translator import Translator, translator
 from tidewright.launch.export import export
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import SamplingParams
 

@@ -11,8 +11,8 @@ import pytest
 
 from helpers.two_models import PATIENCE, STUB_DIED, UNLOADED, WELL, Clock, Gate, until
 from tidewright.failsafe import pulse as pulse_module
-from tidewright.failsafe.models import ModelError
 from tidewright.failsafe.pulse import Kind, Pulse, Trouble
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import DecoderStatus
 

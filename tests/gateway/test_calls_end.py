@@ -11,7 +11,7 @@ import pytest
 from benchmarks.echo_replica import Echo, start
 from tidewright.bench.machine import free_ports
 from tidewright_gateway.replicas import triton
-from tidewright_gateway.replicas.triton import Order, TritonClient
+from tidewright_gateway.replicas.triton import CallRequest, TritonClient
 
 PATIENCE = 30.0  # seconds
 
@@ -60,7 +60,8 @@ async def ask(client: TritonClient) -> None:
 
 
 async def generate(client: TritonClient) -> None:
-    assert [reply async for reply in client.generate("decoder", Order("one", [1], b'{"max_tokens":20}')).replies()]
+    order = CallRequest("one", [1], b'{"max_tokens":20}')
+    assert [reply async for reply in client.generate("decoder", order).replies()]
 
 
 @pytest.mark.parametrize("call", [ask, generate])
@@ -95,7 +96,7 @@ def test_a_call_that_does_not_end_is_cancelled_at_last(
 def test_a_generation_left_before_its_end_is_cancelled_at_once() -> None:
     async def run() -> None:
         async with pair() as (client, echo):
-            replies = client.generate("decoder", Order("one", [1], b'{"max_tokens":20}')).replies()
+            replies = client.generate("decoder", CallRequest("one", [1], b'{"max_tokens":20}')).replies()
             assert not (await anext(replies)).finish_reason
             await replies.aclose()
             await echo.wait(lambda: echo.cancelled == 1)

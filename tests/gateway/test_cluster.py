@@ -9,11 +9,11 @@ import msgspec
 import pytest
 
 from helpers.scripted_replicas import WELL, ScriptedClient, error, generate, named, run, until
-from tidewright.failsafe.models import ModelError
 from tidewright.resilience.breaker import State
 from tidewright.resilience.deadline import Deadline
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright_gateway.replicas.failover import Cluster, Task
+from tidewright_gateway.replicas.failover import Failover, Generation
 
 
 @pytest.mark.parametrize("outcome", [Outcome.UNAVAILABLE, Outcome.STUB_DIED, Outcome.ENGINE_FAILED, Outcome.OVERLOADED])
@@ -43,7 +43,7 @@ def test_attempts_without_a_token_come_to_an_end(client: type[ScriptedClient]) -
 
 
 def test_retries_of_what_still_computes_are_paid_for_and_moves_are_not(client: type[ScriptedClient]) -> None:
-    async def ask_often(cluster: Cluster) -> int:
+    async def ask_often(cluster: Failover) -> int:
         failed = 0
         for _ in range(20):
             try:
@@ -79,7 +79,7 @@ async def has_begun(client: type[ScriptedClient]) -> None:
 def test_streams_leave_a_replica_whose_engine_gives_no_sign_of_life(client: type[ScriptedClient]) -> None:
     client.scripts = {"b:1": [[7, None]], "a:1": [[8]]}
 
-    async def body(cluster: Cluster) -> tuple[str, Task]:
+    async def body(cluster: Failover) -> tuple[str, Generation]:
         asking = asyncio.ensure_future(generate(cluster))
         await has_begun(client)
         client.status["b:1"] = msgspec.structs.replace(WELL, silence=3.0)
@@ -94,7 +94,7 @@ def test_streams_leave_a_replica_whose_engine_gives_no_sign_of_life(client: type
 def test_one_whose_engine_restarts_keeps_its_streams_and_gets_nothing_new(client: type[ScriptedClient]) -> None:
     client.scripts = {"b:1": [[7, None]], "a:1": [[8], [8]]}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         asking = asyncio.ensure_future(generate(cluster))
         await has_begun(client)
         client.status["b:1"] = msgspec.structs.replace(WELL, trouble="the engine is not available")
@@ -110,7 +110,7 @@ def test_one_whose_engine_restarts_keeps_its_streams_and_gets_nothing_new(client
 def test_all_that_fail_are_used_all_the_same(client: type[ScriptedClient]) -> None:
     client.scripts = {name: [[error(Outcome.ENGINE_FAILED)]] * 5 + [[6]] for name in ("a:1", "b:1")}
 
-    async def body(cluster: Cluster) -> str:
+    async def body(cluster: Failover) -> str:
         for _ in range(10):
             with pytest.raises(ModelError):
                 await generate(cluster)
@@ -130,7 +130,7 @@ def test_the_one_that_failed_is_not_asked_again_though_it_has_the_least_load(cli
 def test_nobody_waits_beyond_its_deadline_for_a_replica(client: type[ScriptedClient]) -> None:
     client.status = {name: error(Outcome.UNAVAILABLE) for name in ("a:1", "b:1")}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         assert cluster.trouble == "b:1: scripted; a:1: scripted"
         with pytest.raises(ModelError, match="no replica can take requests") as caught:
             await generate(cluster, Deadline(time.monotonic() + 0.1))
@@ -157,7 +157,7 @@ def test_a_deadline_that_passes_at_a_replica_that_fails_is_a_timeout(client: typ
 def test_a_client_that_leaves_counts_against_nobody_and_leaves_nothing(client: type[ScriptedClient]) -> None:
     client.scripts = {"b:1": [[7, None]] * 20}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         for _ in range(6):
             asking = asyncio.ensure_future(generate(cluster))
             await asyncio.sleep(0.01)
@@ -173,7 +173,7 @@ def test_a_client_that_leaves_counts_against_nobody_and_leaves_nothing(client: t
 def test_its_status_says_how_long_a_sequence_can_be(client: type[ScriptedClient]) -> None:
     client.status["b:1"] = msgspec.structs.replace(WELL, max_model_len=50)
 
-    async def body(cluster: Cluster) -> int:
+    async def body(cluster: Failover) -> int:
         return cluster.max_model_len
 
     assert run(body) == 50
@@ -183,7 +183,7 @@ def test_the_fallback_of_one_replica_then_of_another_can_be_asked_instead(client
     failed = error(Outcome.UNAVAILABLE)
     client.scripts = {"b:1/fallback": [[failed], [failed]], "a:1/fallback": [[4, 5], [failed]]}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         text, task = await generate(cluster, fall_back=True)
         assert (text, task.model) == ("<4><5>", "fallback")
         assert sorted(task.served_by) == ["a:1", "b:1"]
@@ -225,7 +225,7 @@ def test_what_the_fallback_can_t_do_is_not_the_request_s_fault(client: type[Scri
 def test_the_fallback_answers_where_the_decoder_is_silent(client: type[ScriptedClient]) -> None:
     client.scripts = {"b:1/fallback": [[4, None]]}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         client.status["b:1"] = msgspec.structs.replace(WELL, silence=3.0)
         await until(lambda: cluster.trouble)
         asking = asyncio.ensure_future(generate(cluster, fall_back=True))
@@ -246,7 +246,7 @@ def test_equal_replicas_get_equal_shares_of_an_even_load(client: type[ScriptedCl
     addresses = ["a:1", "b:1", "c:1"]
     client.scripts = {address: [[1] * (1 + number % 6) for number in range(600)] for address in addresses}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         async def one_after_the_other() -> None:
             for _ in range(45):
                 await generate(cluster)

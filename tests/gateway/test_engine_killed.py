@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from helpers.scripted_replicas import ScriptedClient, generate, run
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import KILLS_ENGINES
 from tidewright_gateway.openai.errors import of_model

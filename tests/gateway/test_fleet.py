@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from helpers.scripted_replicas import WELL, ScriptedClient, error, figures, generate, named, run, until
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas import discovery
 from tidewright_gateway.replicas.discovery import DnsSource, Endpoint
-from tidewright_gateway.replicas.failover import Cluster
-from tidewright_gateway.replicas.replica_set import ClusterLoad
+from tidewright_gateway.replicas.failover import Failover
+from tidewright_gateway.replicas.replica_set import ReplicaLoad
 
 DNS: dict[str, Any] = {"replicas": "dns:replicas.test:1", "discovery_interval": 0.01}
 
@@ -52,7 +52,7 @@ def test_one_that_leaves_ends_what_it_has_and_then_its_connections(
     names, metrics = Names(monkeypatch, "a:1", "b:1"), Metrics()
     client.scripts = {"a:1": [[7, None], [8], [8], [8]], "b:1": [[6]] * 9, "b:1/fallback": [[5]] * 3}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         asking = asyncio.ensure_future(generate(cluster))
         await until(lambda: named(cluster, "a:1").attempts)
         await names.say("b:1")
@@ -77,7 +77,7 @@ def test_one_that_dies_while_it_leaves_loses_no_stream(
     names = Names(monkeypatch, "a:1", "b:1")
     client.scripts = {"a:1": [[7, None]], "b:1": [[8]]}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         asking = asyncio.ensure_future(generate(cluster))
         await until(lambda: named(cluster, "a:1").attempts)
         await names.say("b:1")
@@ -94,7 +94,7 @@ def test_one_that_comes_is_asked_before_it_gets_anything(
     client.scripts = {"a:1": [[7]] * 50, "b:1": [[8]] * 150}
     client.status["a:1"] = None  # no answer yet
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         assert named(cluster, "b:1").candidate(10, time.monotonic()).share == 1
         await names.say("a:1", "b:1")
         for _ in range(5):
@@ -116,7 +116,7 @@ def test_one_that_comes_back_while_it_leaves_stays(
     names = Names(monkeypatch, "a:1")
     client.scripts = {"a:1": [[7, None]]}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         (replica,) = cluster.replicas
         asking = asyncio.ensure_future(generate(cluster))
         await until(lambda: replica.attempts)
@@ -139,9 +139,9 @@ def test_a_failed_lookup_keeps_what_is_known_and_is_logged_once(
     names.answer = ValueError("replicas.test can't be resolved")
     client.scripts = {"a:1": [[7]] * 9}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         assert cluster.trouble == "replicas.test can't be resolved"
-        assert cluster.load() == ClusterLoad(0, 0, 0, False, 0)
+        assert cluster.load() == ReplicaLoad(0, 0, 0, False, 0)
         with pytest.raises(ModelError, match=r"no replica can take requests .*resolved"):
             await generate(cluster)
         await names.say("a:1")
@@ -166,7 +166,7 @@ def test_a_name_server_that_does_not_answer_does_not_keep_the_gateway_from_start
         await asyncio.sleep(0.2)
         return [Endpoint("a:1")]
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         assert cluster.trouble == "none is known yet"
         await until(lambda: not cluster.trouble)
 
@@ -183,7 +183,7 @@ def test_a_file_that_changes_is_noticed_and_one_that_breaks_changes_nothing(
     file = tmp_path / "replicas"
     file.write_text("a:1\n")
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         file.write_text("a:1*3\nb:1\n")
         await until(lambda: len(cluster.replicas) == 2)
         assert {replica["address"]: replica["weight"] for replica in cluster.snapshot()} == {"a:1": 3, "b:1": 1}

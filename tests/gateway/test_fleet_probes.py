@@ -13,7 +13,7 @@ import pytest
 from helpers.scripted_replicas import WELL, ScriptedClient, error, figures, generate, named, run, until
 from tidewright.resilience.outcome import Outcome
 from tidewright_gateway.metrics import Metrics
-from tidewright_gateway.replicas.failover import Cluster
+from tidewright_gateway.replicas.failover import Failover
 
 PROBES = {"generation_probe_interval": 0.05, "generation_probe_timeout": 0.05}
 
@@ -23,7 +23,7 @@ def test_one_that_says_it_is_well_but_generates_nothing_is_ejected_until_it_does
     client.probes["b:1"] = [None]
     client.scripts = {"a:1": [[7]] * 9}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         bad = named(cluster, "b:1")
         await until(lambda: bad.ejected)
         assert bad.failed_probes >= 3
@@ -48,7 +48,7 @@ def test_one_that_says_it_is_well_but_generates_nothing_is_ejected_until_it_does
 def test_what_says_nothing_against_a_replica_ejects_none(client: type[ScriptedClient], script: list[Any]) -> None:
     client.probes = {"a:1": script, "b:1": script}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         await until(lambda: len(client.probed) >= 12)
         counts = Counter(client.probed)
         assert abs(counts["a:1"] - counts["b:1"]) <= 1
@@ -62,7 +62,7 @@ def test_probes_never_eject_all(client: type[ScriptedClient]) -> None:
     client.probes = {"a:1": [broken], "b:1": [broken]}
     client.scripts = {"a:1": [[7]] * 3, "b:1": [[7]] * 3}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         await until(lambda: all(replica.ejected for replica in cluster.replicas))
         assert cluster.trouble == ""
         served_by = (await generate(cluster))[1].served_by
@@ -75,7 +75,7 @@ def test_probes_never_eject_all(client: type[ScriptedClient]) -> None:
 def test_a_request_that_goes_well_saves_the_probe(client: type[ScriptedClient]) -> None:
     client.scripts["b:1"] = [[7]]
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         (replica,), probes = cluster.replicas, cluster._fleet._probes
         await generate(cluster)
         assert probes._next(replica.generated_at + 3599) is None
@@ -88,7 +88,7 @@ def test_a_request_that_gets_tokens_overrules_a_probe_that_does_not(client: type
     client.probes["b:1"] = [None]
     client.scripts["b:1"] = [[7]]
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         (replica,) = cluster.replicas
         probing = asyncio.create_task(cluster._fleet._probes.probe(replica))
         await until(lambda: client.probed)
@@ -102,7 +102,7 @@ def test_a_request_that_gets_tokens_overrules_a_probe_that_does_not(client: type
 def test_one_whose_probe_hangs_is_not_probed_again_meanwhile_and_others_are(client: type[ScriptedClient]) -> None:
     client.probes["b:1"] = [None]
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         await until(lambda: client.probed.count("a:1") >= 3)
         assert client.probed.count("b:1") == 1
 
@@ -112,7 +112,7 @@ def test_one_whose_probe_hangs_is_not_probed_again_meanwhile_and_others_are(clie
 def test_none_is_probed_that_says_that_it_is_not_well_or_where_it_is_switched_off(client: type[ScriptedClient]) -> None:
     client.status["b:1"] = msgspec.structs.replace(WELL, draining=True)
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         await until(lambda: len(client.probed) >= 3)
         assert set(client.probed) == {"a:1"}
 

@@ -10,20 +10,20 @@ import msgspec
 import pytest
 
 from helpers.scripted_replicas import WELL, ScriptedClient, error, figures, generate, named, run, until
-from tidewright.failsafe.models import ModelError
 from tidewright.resilience.breaker import State
 from tidewright.resilience.deadline import Deadline
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import SamplingParams
 from tidewright_gateway.metrics import Metrics
-from tidewright_gateway.replicas.failover import Cluster, Task
-from tidewright_gateway.replicas.replica_set import ClusterLoad
+from tidewright_gateway.replicas.failover import Failover, Generation
+from tidewright_gateway.replicas.replica_set import ReplicaLoad
 
 
 def test_a_breaker_that_closes_begins_the_slow_start_anew(client: type[ScriptedClient]) -> None:
     client.scripts["b:1"] = [[error(Outcome.ENGINE_FAILED)]] * 5 + [[7]] * 2
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         (replica,) = cluster.replicas
         for _ in range(5):
             with pytest.raises(ModelError):
@@ -44,7 +44,7 @@ def test_one_that_breaks_a_connection_gets_nothing_until_it_is_asked_and_has_its
 ) -> None:
     client.scripts = {"b:1": [[error(Outcome.UNAVAILABLE)], [8]], "a:1": [[7]] * 9}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         client.status["b:1"] = None  # it is asked, and has not answered yet
         bad = named(cluster, "b:1")
         await until(lambda: bad.asked_at)
@@ -62,7 +62,7 @@ def test_one_that_breaks_a_connection_gets_nothing_until_it_is_asked_and_has_its
 
 
 def test_a_gateway_that_is_busy_itself_takes_no_replica_for_gone(client: type[ScriptedClient]) -> None:
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         replica = cluster.replicas[0]
         client.status[replica.address] = None
         await until(lambda: replica.asked_at)
@@ -77,10 +77,10 @@ def test_a_gateway_that_is_busy_itself_takes_no_replica_for_gone(client: type[Sc
 
 
 def test_one_that_generates_is_not_gone_if_it_has_no_time_to_say_so(client: type[ScriptedClient]) -> None:
-    async def body(cluster: Cluster) -> int:
+    async def body(cluster: Failover) -> int:
         replica = cluster.replicas[0]
         client.scripts[replica.address] = [[*range(40)]]
-        task = Task("r", [1, 2], SamplingParams(), Deadline())
+        task = Generation("r", [1, 2], SamplingParams(), Deadline())
         client.status[replica.address] = None
         await until(lambda: replica.asked_at)
         async with aclosing(cluster.generate(task)) as replies:
@@ -103,10 +103,10 @@ def test_the_load_is_that_of_the_one_with_the_most_room(client: type[ScriptedCli
     }
     client.scripts = {"a:1": [[7, None]]}
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         asking = asyncio.ensure_future(generate(cluster))
         await until(lambda: cluster.load().in_flight)
-        assert cluster.load() == ClusterLoad(waiting=0.5, kv_usage=0.8, wait=3.0, breakers_open=False, in_flight=1)
+        assert cluster.load() == ReplicaLoad(waiting=0.5, kv_usage=0.8, wait=3.0, breakers_open=False, in_flight=1)
         asking.cancel()
 
     run(body, replicas="a:1,b:1,c:1", routing="round_robin")
@@ -118,7 +118,7 @@ def test_a_replica_whose_load_is_not_known_is_shown(
     monkeypatch.setattr("tidewright_gateway.replicas.replica.FRESH", 0.1)
     metrics = Metrics()
 
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         await until(lambda: figures(metrics)["replica_load_stale", "b:1"] == 0)
         client.status["b:1"] = None
         await until(lambda: figures(metrics)["replica_load_stale", "b:1"] == 1)
@@ -130,7 +130,7 @@ def test_a_replica_whose_load_is_not_known_is_shown(
 
 
 def test_the_snapshot_is_json(client: type[ScriptedClient]) -> None:
-    async def body(cluster: Cluster) -> None:
+    async def body(cluster: Failover) -> None:
         first = msgspec.json.decode(msgspec.json.encode(cluster.snapshot()))[0]
         assert first.pop("status_seconds") >= 0
         assert first == {

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright_gateway.admission.queue import Gate
+from tidewright_gateway.admission.queue import Queue
 
 LATER = 1e9  # on any clock
 
@@ -30,7 +30,7 @@ async def settle() -> None:
 class Requests:
     """Requests that hold their place until they are told to end."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: Queue) -> None:
         self._gate = gate
         self.begun: list[str] = []
         self.jobs: dict[str, asyncio.Task[None]] = {}
@@ -53,7 +53,7 @@ class Requests:
 
 def test_lower_priority_first_then_who_has_least_then_the_oldest() -> None:
     async def work() -> None:
-        requests = Requests(Gate(lambda: 2, 10))
+        requests = Requests(Queue(lambda: 2, 10))
         await requests.ask("a1")
         await requests.ask("b1", "b")
         await requests.ask("a2")
@@ -78,7 +78,7 @@ def test_lower_priority_first_then_who_has_least_then_the_oldest() -> None:
 
 def test_too_many_are_refused_and_nobody_waits_for_ever() -> None:
     async def work() -> None:
-        gate = Gate(lambda: 1, 1)
+        gate = Queue(lambda: 1, 1)
         requests = Requests(gate)
         await requests.ask("runs")
         await requests.ask("waits", until=asyncio.get_running_loop().time() + 0.05)
@@ -102,7 +102,7 @@ def test_too_many_are_refused_and_nobody_waits_for_ever() -> None:
 def test_more_places_are_used_when_somebody_asks() -> None:
     async def work() -> None:
         places = 1
-        requests = Requests(Gate(lambda: places, 10))
+        requests = Requests(Queue(lambda: places, 10))
         await requests.ask("1")
         await requests.ask("2")
         places = 3
@@ -118,7 +118,7 @@ def test_no_place_is_lost_or_given_twice(seed: int, places: int, max_waiting: in
     chance = random.Random(seed)
 
     async def work() -> None:
-        gate = Gate(lambda: places, max_waiting)
+        gate = Queue(lambda: places, max_waiting)
 
         async def request() -> None:
             until = asyncio.get_running_loop().time() + chance.choice([0.0, 0.001, 1e3])

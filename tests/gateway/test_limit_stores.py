@@ -15,7 +15,7 @@ from tidewright_gateway.admission.limits import Limiter, Subject, make_limiter, 
 from tidewright_gateway.admission.limits.memory import MemoryStore
 from tidewright_gateway.admission.limits.redis_store import PREFIX, RedisLink
 from tidewright_gateway.admission.limits.remote import Remote
-from tidewright_gateway.admission.limits.store import Outcome, Settle, Take
+from tidewright_gateway.admission.limits.store import Settle, Take, TakeResult
 from tidewright_gateway.auth.callers import Limits
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.openai.errors import ApiError
@@ -181,7 +181,7 @@ def test_a_redis_that_hangs_is_waited_for_once(redis: RunningRedis, monkeypatch:
         taken = [0]
         take = RedisLink.take
 
-        async def counted(link: RedisLink, what: Take) -> Outcome:
+        async def counted(link: RedisLink, what: Take) -> TakeResult:
             taken[0] += 1
             return await take(link, what)
 

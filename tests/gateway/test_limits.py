@@ -20,7 +20,7 @@ from tidewright_gateway.admission.limits import memory as memory_module
 from tidewright_gateway.admission.limits.buckets import DAY
 from tidewright_gateway.admission.limits.headers import duration
 from tidewright_gateway.admission.limits.memory import MemoryStore
-from tidewright_gateway.admission.limits.store import Outcome, Settle, Take, Usage
+from tidewright_gateway.admission.limits.store import Settle, Take, TakeResult, Usage
 from tidewright_gateway.auth.callers import ANONYMOUS, Caller, Limits
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.openai.errors import ApiError
@@ -74,7 +74,7 @@ class History:
         self.admitted: list[Request] = []
         self.running: list[Request] = []
 
-    def take(self, which: int, cost: int) -> Outcome:
+    def take(self, which: int, cost: int) -> TakeResult:
         """`which`: bits of the subjects."""
         subjects = tuple(subject for bit, subject in enumerate(self.subjects) if which >> bit & 1)
         take = Take(f"r{len(self.admitted)}", subjects, cost)

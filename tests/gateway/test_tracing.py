@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helpers.echo_replica import EchoReplica
 from tidewright.schema import SamplingParams
 from tidewright_gateway.http.tracing import Tracer
-from tidewright_gateway.replicas.triton import Order, TritonClient
+from tidewright_gateway.replicas.triton import CallRequest, TritonClient
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 GIVEN = f"00-{TRACE}-{PARENT}-01".encode()
@@ -89,7 +89,7 @@ def test_the_replica_is_told() -> None:
         client = TritonClient(replica.grpc_url, 1)
         for headers in ([(b"traceparent", GIVEN), (b"tracestate", b"a=1")], []):
             sampling = msgspec.json.encode(SamplingParams(max_tokens=2))
-            order = Order("r", [1], sampling, metadata=Tracer(0).begin(headers).metadata)
+            order = CallRequest("r", [1], sampling, metadata=Tracer(0).begin(headers).metadata)
             async with aclosing(client.generate("decoder", order).replies()) as replies:
                 assert len([reply async for reply in replies]) == 2
         await client.close()

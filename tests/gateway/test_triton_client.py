@@ -10,11 +10,11 @@ import pytest
 
 from benchmarks.echo_replica import Echo, start
 from tidewright.bench.machine import free_ports
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright_gateway.replicas.triton import Generation, Order, Reply, TritonClient
+from tidewright_gateway.replicas.triton import CallRequest, Reply, TritonCall, TritonClient
 
-ORDER = Order("one", [1, 2, 3], b'{"max_tokens":20}')
+ORDER = CallRequest("one", [1, 2, 3], b'{"max_tokens":20}')
 
 
 @asynccontextmanager
@@ -29,7 +29,7 @@ async def client(pause: float = 0.0) -> AsyncIterator[TritonClient]:
         await server.stop(0)
 
 
-async def all_of(generation: Generation) -> list[Reply]:
+async def all_of(generation: TritonCall) -> list[Reply]:
     return [reply async for reply in generation.replies()]
 
 

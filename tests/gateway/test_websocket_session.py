@@ -13,8 +13,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from helpers.websocket import ScriptedGateway, StreamClient, fruitless, text_of
 from tidewright_gateway.auth.callers import ANONYMOUS
 from tidewright_gateway.replicas.triton import Reply
-from tidewright_gateway.websocket.generation import Generation
 from tidewright_gateway.websocket.messages import Done, Token
+from tidewright_gateway.websocket.resumable import ResumableStream
 
 ENDLESS = {"model": "m", "prompt": "a"}
 
@@ -92,7 +92,7 @@ def test_a_cancelled_generation_leaves_what_waits_for_credit(client: StreamClien
 
 def test_a_cancelled_generation_sends_nothing_more_even_with_credit() -> None:
     async def ends() -> tuple[object, object]:
-        generation = Generation(ANONYMOUS, None)
+        generation = ResumableStream(ANONYMOUS, None)
         for number in range(2):
             generation.outbox.put(0, Reply("a", [number], None, None))
         first = generation.next_message()

@@ -12,16 +12,16 @@ import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tidewright.failsafe.models import ModelError
 from tidewright.resilience.deadline import Deadline
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import DecoderStatus, SamplingParams
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas import replica as replica_module
-from tidewright_gateway.replicas.failover import Cluster, Task
+from tidewright_gateway.replicas.failover import Failover, Generation
 from tidewright_gateway.replicas.replica import Replica
-from tidewright_gateway.replicas.triton import Order, Reply
+from tidewright_gateway.replicas.triton import CallRequest, Reply
 
 PATIENCE = 20.0  # seconds
 WELL = DecoderStatus(trouble="", draining=False, silence=0.0, waiting=0.0, wait=0.0, kv_usage=0.0, max_model_len=99)
@@ -57,7 +57,7 @@ class ScriptedClient:
     """Where it is not one token."""
     status: dict[str, DecoderStatus | ModelError | None]
     """Where it is not WELL; None: no answer."""
-    orders: list[tuple[str, Order]]
+    orders: list[tuple[str, CallRequest]]
     probed: list[str]
     closed: list[str]
 
@@ -71,7 +71,7 @@ class ScriptedClient:
     async def close(self) -> None:
         self.closed.append(self._address)
 
-    def generate(self, model: str, order: Order) -> ScriptedGeneration:
+    def generate(self, model: str, order: CallRequest) -> ScriptedGeneration:
         if order.request_id.startswith("probe"):
             self.probed.append(self._address)
             return ScriptedGeneration(self.probes.get(self._address, [1]))
@@ -96,7 +96,7 @@ def script_replicas(monkeypatch: pytest.MonkeyPatch) -> type[ScriptedClient]:
     return ScriptedClient
 
 
-def run(body: Callable[[Cluster], Any], metrics: Metrics | None = None, **options: Any) -> Any:
+def run(body: Callable[[Failover], Any], metrics: Metrics | None = None, **options: Any) -> Any:
     """`body` with a cluster that runs; b:1 has the first turn."""
 
     async def main() -> Any:
@@ -107,7 +107,7 @@ def run(body: Callable[[Cluster], Any], metrics: Metrics | None = None, **option
             "retry_base_delay": 0.01,
             "generation_probe_interval": 0,
         }
-        cluster = Cluster(GatewaySettings(**{**defaults, **options}), metrics or Metrics(), 99)
+        cluster = Failover(GatewaySettings(**{**defaults, **options}), metrics or Metrics(), 99)
         await cluster.start()
         try:
             return await body(cluster)
@@ -118,11 +118,11 @@ def run(body: Callable[[Cluster], Any], metrics: Metrics | None = None, **option
 
 
 async def generate(
-    cluster: Cluster,
+    cluster: Failover,
     deadline: Deadline = Deadline(),  # noqa: B008 - frozen
     fall_back: bool = False,
-) -> tuple[str, Task]:
-    task = Task("r", [1, 2], SamplingParams(seed=3), deadline)
+) -> tuple[str, Generation]:
+    task = Generation("r", [1, 2], SamplingParams(seed=3), deadline)
     text = ""
     async with aclosing(cluster.fall_back(task) if fall_back else cluster.generate(task)) as replies:
         async for reply in replies:
@@ -141,7 +141,7 @@ def error(outcome: Outcome) -> ModelError:
     return ModelError("scripted", outcome)
 
 
-def named(cluster: Cluster, address: str) -> Replica:
+def named(cluster: Failover, address: str) -> Replica:
     (found,) = (replica for replica in cluster.replicas if replica.address == address)
     return found
 

@@ -16,8 +16,9 @@ import msgspec
 from tidewright.config import Settings
 from tidewright.failsafe import failsafe, pulse
 from tidewright.failsafe.failsafe import Failsafe
-from tidewright.failsafe.models import ModelError, Order, Reply
+from tidewright.failsafe.models import ModelReply, Order
 from tidewright.resilience.breaker import CircuitBreaker, Permit, Refusal
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import CANCEL, DecoderStatus, FinishReason, SamplingParams
 
@@ -100,24 +101,24 @@ class Models:
     def of(self, model: str) -> list[Call]:
         return [call for call in self.calls if call.model == model]
 
-    def generate(self, model: str, order: Order) -> Iterator[Reply]:
+    def generate(self, model: str, order: Order) -> Iterator[ModelReply]:
         with self._lock:
             scripts = self.scripts[model]
             script = scripts[min(len(self.of(model)), len(scripts) - 1)]
             return self.play(model, order, script)
 
-    def play(self, model: str, order: Order, script: list[Act]) -> Iterator[Reply]:
+    def play(self, model: str, order: Order, script: list[Act]) -> Iterator[ModelReply]:
         call = Call(model, order)
         self.calls.append(call)
         return self._play(call, script)
 
-    def _play(self, call: Call, script: list[Act]) -> Iterator[Reply]:
+    def _play(self, call: Call, script: list[Act]) -> Iterator[ModelReply]:
         try:
             for act in script:
                 if isinstance(act, list):
-                    yield Reply(call.model, act, final=False)
+                    yield ModelReply(call.model, act, final=False)
                 elif isinstance(act, Last):
-                    yield Reply(call.model, act.token_ids, final=True)
+                    yield ModelReply(call.model, act.token_ids, final=True)
                 elif act == HANG:
                     call.cancelled.wait(PATIENCE)
                     raise ModelError("cancelled by its id [cancelled]")
@@ -180,10 +181,10 @@ class Caller:
         self.ends = self.too_late = self.wrong_names = 0
         self._ended = threading.Event()
 
-    def generate(self, model: str, order: Order) -> Iterator[Reply]:
+    def generate(self, model: str, order: Order) -> Iterator[ModelReply]:
         return self.models.generate(model, order)
 
-    def send(self, reply: Reply, served_by: str, fallback_reason: str, names: bool) -> None:
+    def send(self, reply: ModelReply, served_by: str, fallback_reason: str, names: bool) -> None:
         self.sent.append(Sent(reply.token_ids, reply.final, served_by, fallback_reason, names))
         self.wrong_names += served_by != reply.content
         self._take(reply.final)

@@ -19,8 +19,8 @@ import msgspec
 from tidewright.bridge.request import with_max_tokens
 from tidewright.config import Settings
 from tidewright.failsafe.figures import BREAKER_OPEN, DEGRADED, Counters, figures
-from tidewright.failsafe.limits import Limits, overdue
-from tidewright.failsafe.models import Control, ModelError, Order, Request
+from tidewright.failsafe.limits import TimeLimits, overdue
+from tidewright.failsafe.models import Control, Order, Request
 from tidewright.failsafe.pulse import STOP_PATIENCE, Pulse
 from tidewright.failsafe.relay import Attempt, Relay
 from tidewright.metrics import Figures
@@ -28,6 +28,7 @@ from tidewright.resilience.breaker import CircuitBreaker, Refusal
 from tidewright.resilience.budget import RetryBudget
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.degradation import Degradation, Ladder, Level, Load, Route, treatment
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.resilience.retry import NoRetry
 from tidewright.schema import CANCEL, FinishReason, SamplingParams
@@ -52,7 +53,7 @@ class Failsafe:
     def __init__(self, settings: Settings, control: Control) -> None:
         now = time.monotonic()
         self._settings, self._control = settings, control
-        self._limits = Limits(
+        self._limits = TimeLimits(
             settings.failsafe_patience, settings.failsafe_first_token_timeout, settings.failsafe_stall_timeout
         )
         self._pulse = Pulse(control, silence=settings.failsafe_patience, has_fallback=bool(settings.fallback))

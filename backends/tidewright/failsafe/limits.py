@@ -9,7 +9,7 @@ from tidewright.resilience.outcome import Outcome
 
 
 @dataclass(frozen=True)
-class Limits:
+class TimeLimits:
     """In seconds; what each means stands in `Settings`."""
 
     patience: float
@@ -28,7 +28,7 @@ class Progress:
 
 
 def overdue(
-    progress: Progress, trouble: Trouble | None, limits: Limits, now: float, *, has_fallback: bool
+    progress: Progress, trouble: Trouble | None, limits: TimeLimits, now: float, *, has_fallback: bool
 ) -> Outcome | None:
     """Why not to wait for the decoder any longer; None: wait.
 

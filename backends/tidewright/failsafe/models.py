@@ -6,39 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from tidewright.resilience.outcome import Outcome
-from tidewright.schema import KILLS_ENGINES, FinishReason, SamplingParams
-
-# How the text of an error ends, if it is one of ours.
-_BY_REASON: dict[str, Outcome] = {
-    "[invalid]": Outcome.INVALID,
-    "[cancelled]": Outcome.CANCELLED,
-    "[overloaded]": Outcome.OVERLOADED,
-    "[timeout]": Outcome.REQUEST_TIMEOUT,
-    "[engine_failed]": Outcome.ENGINE_FAILED,
-}
-_REASONS: dict[Outcome, FinishReason] = {
-    Outcome.INVALID: "invalid",
-    Outcome.CANCELLED: "cancelled",
-    Outcome.OVERLOADED: "overloaded",
-    Outcome.REQUEST_TIMEOUT: "timeout",
-}
-
-
-class ModelError(Exception):
-    """A model answered with an error, or there is none to answer."""
-
-    def __init__(self, message: str, outcome: Outcome | None = None) -> None:
-        text, _, mark = message.rpartition(" ")
-        known = _BY_REASON.get(mark)
-        super().__init__(text if known else message)
-        if known and KILLS_ENGINES in text:
-            known = Outcome.ENGINE_KILLED
-        self.outcome = outcome or known or (Outcome.STUB_DIED if "Stub process" in message else Outcome.UNAVAILABLE)
-
-    @property
-    def reason(self) -> FinishReason:
-        return _REASONS.get(self.outcome, "engine_failed")
+from tidewright.schema import FinishReason, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -51,7 +19,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Reply:
+class ModelReply:
     """One response of a model."""
 
     content: object
@@ -68,11 +36,11 @@ class Request(Protocol):
     continues: bool
     """Token ids mean the same to both models: one can go on with what the other began."""
 
-    def generate(self, model: str, order: Order) -> Iterator[Reply]:
+    def generate(self, model: str, order: Order) -> Iterator[ModelReply]:
         """Must be read to its end, or Triton can't unload the model. Blocks; raises ModelError."""
         ...
 
-    def send(self, reply: Reply, served_by: str, fallback_reason: str, names: bool) -> None:
+    def send(self, reply: ModelReply, served_by: str, fallback_reason: str, names: bool) -> None:
         """Hand on a response; `names`: with who served it, and why it was not the decoder."""
         ...
 

@@ -10,8 +10,9 @@ from enum import Enum
 
 import msgspec
 
-from tidewright.failsafe.models import Control, ModelError
+from tidewright.failsafe.models import Control
 from tidewright.failsafe.stub_process import StubProcess
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import DecoderStatus
 

@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass, field
 
 from tidewright.failsafe.limits import Progress
-from tidewright.failsafe.models import Reply, Request
+from tidewright.failsafe.models import ModelReply, Request
 from tidewright.resilience.breaker import Permit
 from tidewright.resilience.deadline import Deadline
 from tidewright.schema import ATTEMPT, FinishReason, SamplingParams
@@ -53,7 +53,7 @@ class Relay:
         self.current = Attempt(model, request_id, now, reason, permit)
         return self.current
 
-    def take(self, attempt: Attempt, reply: Reply, now: float) -> bool:
+    def take(self, attempt: Attempt, reply: ModelReply, now: float) -> bool:
         """Hand a reply on to the caller; False if it is not this attempt's turn any longer."""
         with self.lock:
             if self.ended or self.current is not attempt:

@@ -9,8 +9,8 @@ import numpy as np
 from tidewright.bridge.request import decode_text, single
 from tidewright.cache import find_prepared
 from tidewright.config import Settings
-from tidewright.failsafe.models import ModelError
 from tidewright.onnx_export.manifest import read_manifest, tokenizer_sha256
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import INPUT_IDS, MESSAGES, TEXT_INPUT, SamplingParams
 from tidewright.tokenization import InvalidPromptError, Tokenizer

@@ -17,10 +17,11 @@ from tidewright.bridge.request import decode_text, parse_sampling, single
 from tidewright.errors import InvalidRequestError, RequestError
 from tidewright.failsafe.failsafe import Failsafe
 from tidewright.failsafe.figures import FAILSAFE_PREFIX, METRICS
-from tidewright.failsafe.models import ModelError, Order, Reply
+from tidewright.failsafe.models import ModelReply, Order
 from tidewright.failsafe.translator import Translator, translator
 from tidewright.metrics import MetricsMirror
 from tidewright.parent_death import end_within
+from tidewright.resilience.errors import ModelError
 from tidewright.schema import (
     CANCEL,
     CONTROL,
@@ -132,7 +133,7 @@ class _Request:
         self.fits_fallback = translator is None or translator.can(tensors, sampling)
         self.continues = translator is None
 
-    def generate(self, model: str, order: Order) -> Iterator[Reply]:
+    def generate(self, model: str, order: Order) -> Iterator[ModelReply]:
         if self._translator and model == "fallback":
             prompt = self._translator.prompt(self._prompts)
         elif INPUT_IDS.name in self._prompts:
@@ -151,9 +152,9 @@ class _Request:
             reasons = tensors["finish_reason"].as_numpy() if "finish_reason" in tensors else [b"None"]
             if reasons[0] == FAILED.encode():
                 raise ModelError(tensors["text_output"].as_numpy()[0].decode())
-            yield Reply(tensors, token_ids, all(reason != b"None" for reason in reasons))
+            yield ModelReply(tensors, token_ids, all(reason != b"None" for reason in reasons))
 
-    def send(self, reply: Reply, served_by: str, fallback_reason: str, names: bool) -> None:
+    def send(self, reply: ModelReply, served_by: str, fallback_reason: str, names: bool) -> None:
         assert isinstance(reply.content, dict)
         tensors = [tensor for name, tensor in reply.content.items() if name != "finish_reason" or self._returns_reason]
         if names:

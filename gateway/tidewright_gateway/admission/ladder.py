@@ -7,21 +7,21 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from tidewright.failsafe.models import ModelError
 from tidewright.resilience.degradation import Ladder, Level, Load, Route, Treatment, treatment
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright_gateway.admission.queue import Gate
+from tidewright_gateway.admission.queue import Queue
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.errors import ApiError
-from tidewright_gateway.replicas.failover import Cluster, Task, timed_out
+from tidewright_gateway.replicas.failover import Failover, Generation, timed_out
 
 
 class Admission:
-    def __init__(self, settings: GatewaySettings, cluster: Cluster, metrics: Metrics) -> None:
+    def __init__(self, settings: GatewaySettings, cluster: Failover, metrics: Metrics) -> None:
         self._settings, self._cluster, self._metrics = settings, cluster, metrics
         self._ladder = Ladder(settings.ladder_config())
-        self._gate = Gate(self._capacity, settings.max_queue)
+        self._gate = Queue(self._capacity, settings.max_queue)
         self._level = Level.ALL_FEATURES
 
     def _capacity(self) -> int:
@@ -53,7 +53,7 @@ class Admission:
         return given
 
     @asynccontextmanager
-    async def place(self, task: Task, caller: str, priority: int) -> AsyncGenerator[None, None]:
+    async def place(self, task: Generation, caller: str, priority: int) -> AsyncGenerator[None, None]:
         """Among those that run at one time.
 
         Raises:

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 
 
@@ -19,7 +19,7 @@ class _Waiter:
     turn: asyncio.Future[None]
 
 
-class Gate:
+class Queue:
     """All of it belongs to one event loop. Times are the loop's, which is time.monotonic()."""
 
     def __init__(self, capacity: Callable[[], int], max_waiting: int) -> None:

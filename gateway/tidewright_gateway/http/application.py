@@ -23,8 +23,8 @@ from tidewright_gateway.admission.limits import make_limiter
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.cache.responses import ResponseCache
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.http.fast_path import Shortcut
-from tidewright_gateway.http.middleware import Edge
+from tidewright_gateway.http.fast_path import FastPath
+from tidewright_gateway.http.middleware import Middleware
 from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.errors import JSON, ApiError, internal, invalid
@@ -32,9 +32,9 @@ from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest, of_validation
 from tidewright_gateway.openai.routes import make_router
 from tidewright_gateway.page import make_page_router
-from tidewright_gateway.pipeline import Service
-from tidewright_gateway.replicas.failover import Cluster
-from tidewright_gateway.websocket.backend import ServiceBackend
+from tidewright_gateway.pipeline import Pipeline
+from tidewright_gateway.replicas.failover import Failover
+from tidewright_gateway.websocket.backend import PipelineBackend
 from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.routes import make_stream_router
 
@@ -47,10 +47,10 @@ def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> AS
     metrics, tracer = Metrics(), Tracer(settings.trace_sample_ratio)
     authenticator = Authenticator(settings)
     prompts = Prompts(Tokenizer(find_prepared(settings.model)))
-    cluster = Cluster(settings, metrics, prompts.tokenizer.max_model_len)
+    cluster = Failover(settings, metrics, prompts.tokenizer.max_model_len)
     limiter, cache = make_limiter(settings, limits_socket), ResponseCache(settings.cache_size, settings.cache_ttl)
     admission = Admission(settings, cluster, metrics)
-    service = Service(settings, cluster, prompts, limiter, admission, cache, metrics)
+    service = Pipeline(settings, cluster, prompts, limiter, admission, cache, metrics)
     hub = Hub(settings)
 
     @asynccontextmanager
@@ -73,7 +73,7 @@ def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> AS
     router = make_router(settings, cluster, prompts, service)
     app.include_router(router)
     app.include_router(
-        make_stream_router(settings, hub, ServiceBackend(service, authenticator, tracer, metrics), metrics)
+        make_stream_router(settings, hub, PipelineBackend(service, authenticator, tracer, metrics), metrics)
     )
     app.include_router(make_page_router())
 
@@ -125,4 +125,4 @@ def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> AS
         return response
 
     bodies: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
-    return Edge(Shortcut(app, router.routes, bodies), authenticator, tracer, metrics, settings.max_body)
+    return Middleware(FastPath(app, router.routes, bodies), authenticator, tracer, metrics, settings.max_body)

@@ -18,7 +18,7 @@ from tidewright_gateway.http.middleware import ClientGoneError
 from tidewright_gateway.openai.protocol import of_validation
 
 
-class Shortcut:
+class FastPath:
     def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], bodies: Mapping[str, type[BaseModel]]) -> None:
         """`bodies`: of POST requests, by path; their endpoints take the body and the request, and give a response."""
         self._app, self._bodies = app, bodies

@@ -32,7 +32,7 @@ class ClientGoneError(Exception):
     """Nobody waits for the answer any more."""
 
 
-class Edge:
+class Middleware:
     """Pure ASGI: FastAPI's own middleware costs more than the rest of a request."""
 
     def __init__(

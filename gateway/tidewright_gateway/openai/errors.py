@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 
 JSON = "application/json"

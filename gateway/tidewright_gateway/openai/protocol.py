@@ -59,7 +59,7 @@ class ResponseFormat(_Strict):
     json_schema: JsonSchema | None = None
 
 
-class _Generation(_Body, ABC):
+class GenerationRequest(_Body, ABC):
     """What both endpoints share."""
 
     model: StrictStr
@@ -159,7 +159,9 @@ class _Generation(_Body, ABC):
 
 
 # Each of n choices is a generation of its own.
-_SAMPLING = [name for name in SamplingParams.__struct_fields__ if name in _Generation.model_fields and name != "n"]
+_SAMPLING = [
+    name for name in SamplingParams.__struct_fields__ if name in GenerationRequest.model_fields and name != "n"
+]
 
 
 class TextPart(_Strict):
@@ -184,7 +186,7 @@ class Message(_Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(_Generation):
+class ChatRequest(GenerationRequest):
     messages: list[Message] = Field(min_length=1)
     """The chat so far."""
     max_completion_tokens: StrictInt | None = None
@@ -207,7 +209,7 @@ class ChatRequest(_Generation):
         return super().sampling(max_tokens)
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(GenerationRequest):
     prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
     """Text or token ids, or a list of either."""
     logprobs: StrictInt | None = None

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright_gateway.openai.answers import DONE, Answer, Choice, Usage, event
 from tidewright_gateway.openai.errors import of_model
-from tidewright_gateway.pipeline import Service, Work
+from tidewright_gateway.pipeline import Pipeline, RequestContext
 
 
-async def whole(service: Service, work: Work, answer: Answer) -> bytes:
+async def whole(service: Pipeline, work: RequestContext, answer: Answer) -> bytes:
     """The whole answer; closes the work.
 
     Raises:
@@ -29,7 +29,7 @@ async def whole(service: Service, work: Work, answer: Answer) -> bytes:
     return answer.whole(choices, Usage(work.num_prompt_tokens, _generated(choices)))
 
 
-async def stream(service: Service, work: Work, answer: Answer) -> AsyncGenerator[bytes, None]:
+async def stream(service: Pipeline, work: RequestContext, answer: Answer) -> AsyncGenerator[bytes, None]:
     """The answer as server-sent events, several at once where they are: a write costs more than what is written.
 
     The first says that a replica took the request. Closes the work.

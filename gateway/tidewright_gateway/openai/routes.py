@@ -18,8 +18,8 @@ from tidewright_gateway.openai.errors import JSON, ApiError, invalid
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from tidewright_gateway.openai.rendering import stream, whole
-from tidewright_gateway.pipeline import Service
-from tidewright_gateway.replicas.failover import Cluster
+from tidewright_gateway.pipeline import Pipeline
+from tidewright_gateway.replicas.failover import Failover
 
 _EVENT_STREAM = {
     "Content-Type": "text/event-stream; charset=utf-8",
@@ -57,7 +57,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-def make_router(settings: GatewaySettings, cluster: Cluster, prompts: Prompts, service: Service) -> APIRouter:
+def make_router(settings: GatewaySettings, cluster: Failover, prompts: Prompts, service: Pipeline) -> APIRouter:
     router = APIRouter()
 
     async def respond(

@@ -148,7 +148,7 @@ def _host_and_port(text: str) -> tuple[str, int]:
     return found[1], int(found[2])
 
 
-class Lookout:
+class Discovery:
     """Looks at a source again and again; what can't be read changes nothing, and is logged once."""
 
     def __init__(self, source: Source, found: Callable[[Sequence[Endpoint]], None], failed: Callable[[], None]) -> None:

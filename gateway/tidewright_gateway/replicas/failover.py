@@ -18,18 +18,18 @@ from typing import Any
 
 import msgspec
 
-from tidewright.failsafe.models import ModelError
 from tidewright.resilience.breaker import Permit, State
 from tidewright.resilience.budget import RetryBudget
 from tidewright.resilience.deadline import Deadline
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.resilience.retry import NoRetry
 from tidewright.schema import SamplingParams
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas.replica import Attempt, Replica
-from tidewright_gateway.replicas.replica_set import WATCH_INTERVAL, ClusterLoad, Fleet
-from tidewright_gateway.replicas.triton import Order, Reply
+from tidewright_gateway.replicas.replica_set import WATCH_INTERVAL, ReplicaLoad, ReplicaSet
+from tidewright_gateway.replicas.triton import CallRequest, Reply
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ _MOVES = (Outcome.UNAVAILABLE, Outcome.STALLED, Outcome.STUB_DIED)
 
 
 @dataclass
-class Task:
+class Generation:
     """One generation, until it ends."""
 
     request_id: str
@@ -58,12 +58,12 @@ class Task:
     """The model of Triton that was asked last: decoder or fallback."""
 
 
-class Cluster:
+class Failover:
     def __init__(self, settings: GatewaySettings, metrics: Metrics, max_model_len: int) -> None:
         """`max_model_len`: the model's own, in tokens."""
         self._settings, self._metrics = settings, metrics
         self._max_model_len = max_model_len
-        self._fleet = Fleet(settings, metrics)
+        self._fleet = ReplicaSet(settings, metrics)
         self._retries = settings.retry_policy()
         self._budget = RetryBudget(settings.budget_config(), time.monotonic())
 
@@ -92,11 +92,11 @@ class Cluster:
         """Each replica for people; times in seconds."""
         return self._fleet.snapshot()
 
-    def load(self) -> ClusterLoad:
+    def load(self) -> ReplicaLoad:
         """How much room there is."""
         return self._fleet.load()
 
-    async def generate(self, task: Task) -> AsyncGenerator[Reply, None]:
+    async def generate(self, task: Generation) -> AsyncGenerator[Reply, None]:
         """To the last reply, which alone has a finish_reason.
 
         Raises:
@@ -160,7 +160,7 @@ class Cluster:
         await asyncio.sleep(delay)
         return True
 
-    async def _begin(self, task: Task, last: ModelError | None) -> tuple[Replica, Attempt, Permit]:
+    async def _begin(self, task: Generation, last: ModelError | None) -> tuple[Replica, Attempt, Permit]:
         """An attempt at a replica that can take it; waits for one if there is none.
 
         Raises:
@@ -179,7 +179,7 @@ class Cluster:
         replica.attempts.add(attempt)
         return replica, attempt, permit
 
-    async def fall_back(self, task: Task) -> AsyncGenerator[Reply, None]:
+    async def fall_back(self, task: Generation) -> AsyncGenerator[Reply, None]:
         """The same from the replicas' fallback model, for a task of which nothing was handed on yet.
 
         It has no breaker, and no stream goes on elsewhere; one that has not begun is tried at another replica, once.
@@ -217,18 +217,18 @@ class Cluster:
                 break
         raise last
 
-    def _ask(self, task: Task, replica: Replica, resume_ids: list[int], now: float) -> Attempt:
+    def _ask(self, task: Generation, replica: Replica, resume_ids: list[int], now: float) -> Attempt:
         sampling = task.sampling
         if math.isfinite(task.deadline.at):
             sampling = msgspec.structs.replace(sampling, timeout=task.deadline.remaining(now))
-        order = Order(
+        order = CallRequest(
             task.request_id, task.prompt, msgspec.json.encode(sampling), resume_ids, task.logprobs, task.metadata
         )
         task.served_by.append(replica.address)
         self._metrics.attempt(replica.address, task.model)
         return Attempt(replica.client.generate(task.model, order), now)
 
-    def _failed(self, task: Task, replica: Replica, error: ModelError) -> None:
+    def _failed(self, task: Generation, replica: Replica, error: ModelError) -> None:
         self._metrics.attempt_failed(replica.address, task.model, error.outcome)
         log.warning("%s: %s of %s failed: %s", task.request_id, task.model, replica.address, error)
 

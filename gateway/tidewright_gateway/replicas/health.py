@@ -12,13 +12,13 @@ from contextlib import aclosing
 
 import msgspec
 
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome, Verdict
 from tidewright.schema import DecoderStatus, SamplingParams
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas.replica import Replica
-from tidewright_gateway.replicas.triton import Order
+from tidewright_gateway.replicas.triton import CallRequest
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class GenerationProbes:
 
     async def _generate(self, replica: Replica) -> ModelError | None:
         """Why there was no token; None if there was one."""
-        order = Order(f"probe-{next(self._numbers)}", _PROMPT, msgspec.json.encode(_ONE_TOKEN))
+        order = CallRequest(f"probe-{next(self._numbers)}", _PROMPT, msgspec.json.encode(_ONE_TOKEN))
         generation = replica.client.generate("decoder", order)
         limit = self._settings.generation_probe_timeout
         too_late = ModelError(f"no token within {limit:g} s", Outcome.FIRST_TOKEN_TIMEOUT)

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tidewright.failsafe.models import ModelError
 from tidewright.resilience.breaker import BreakerConfig, CircuitBreaker
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import DecoderStatus
 from tidewright_gateway.replicas.discovery import Endpoint
 from tidewright_gateway.replicas.routing import Candidate, slow_start
-from tidewright_gateway.replicas.triton import Generation, TritonClient
+from tidewright_gateway.replicas.triton import TritonCall, TritonClient
 
 FRESH = 2.0  # seconds; what a replica said of its load before is not believed any more
 
@@ -23,7 +23,7 @@ FRESH = 2.0  # seconds; what a replica said of its load before is not believed a
 class Attempt:
     """One generation at one replica. Times are of time.monotonic()."""
 
-    generation: Generation
+    generation: TritonCall
     began: float
     last_token: float | None = None
 

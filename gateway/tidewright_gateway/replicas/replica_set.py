@@ -11,13 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from tidewright.failsafe.models import ModelError
 from tidewright.resilience.breaker import Permit, Refusal, State
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas import replica as replicas
-from tidewright_gateway.replicas.discovery import Endpoint, Lookout, make_source
+from tidewright_gateway.replicas.discovery import Discovery, Endpoint, make_source
 from tidewright_gateway.replicas.health import STATUS_TIMEOUT, GenerationProbes, ask_status
 from tidewright_gateway.replicas.replica import Replica
 from tidewright_gateway.replicas.routing import Candidate, LeastLoad, make_router
@@ -29,7 +29,7 @@ WATCH_INTERVAL = 0.05  # seconds between two looks at what is in flight
 
 
 @dataclass(frozen=True)
-class ClusterLoad:
+class ReplicaLoad:
     """The first three: the least of all replicas, for while one has room it gets what comes; 0 if none is known."""
 
     waiting: float
@@ -44,14 +44,14 @@ class ClusterLoad:
     """Generations of this gateway, at all replicas."""
 
 
-class Fleet:
+class ReplicaSet:
     def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
         self._settings, self._metrics = settings, metrics
         self._router, self._fallback_router = make_router(settings.routing), LeastLoad()
         self.replicas: list[Replica] = []
         """Those that are leaving as well, until they are empty."""
         source = make_source(settings.replicas, settings.discovery_interval)
-        self._lookout = Lookout(source, self._take, metrics.discovery_failed)
+        self._lookout = Discovery(source, self._take, metrics.discovery_failed)
         self._probes = GenerationProbes(settings, metrics, self.replicas, self.settle)
         self._lives: dict[Replica, asyncio.Task[None]] = {}
         self._jobs: list[asyncio.Task[None]] = []
@@ -102,11 +102,11 @@ class Fleet:
         now = time.monotonic()
         return [replica.snapshot(self._settings.slow_start, now) for replica in self.replicas]
 
-    def load(self) -> ClusterLoad:
+    def load(self) -> ReplicaLoad:
         now = time.monotonic()
         usable = self.usable
         known = [status for replica in usable if (status := replica.fresh_status(now))]
-        return ClusterLoad(
+        return ReplicaLoad(
             waiting=min((status.waiting for status in known), default=0.0),
             kv_usage=min((status.kv_usage for status in known), default=0.0),
             wait=min((status.wait for status in known), default=0.0),

@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import CONTROL, INPUT_IDS, RESUME_IDS
 
@@ -36,7 +36,7 @@ _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
 @dataclass(frozen=True)
-class Order:
+class CallRequest:
     """One generation, as one attempt asks for it."""
 
     request_id: str
@@ -74,9 +74,9 @@ class TritonClient:
         for channel in (*self._channels, self._control_channel):
             await channel.close()
 
-    def generate(self, model: str, order: Order) -> Generation:
+    def generate(self, model: str, order: CallRequest) -> TritonCall:
         """Ask `decoder` or `fallback`; nothing is sent before the replies are asked for."""
-        return Generation(self._next_method(), make_request(model, order), order.metadata)
+        return TritonCall(self._next_method(), make_request(model, order), order.metadata)
 
     async def control(self, word: str, timeout: float) -> str:
         """The decoder's answer to a word (schema.CONTROL).
@@ -107,7 +107,7 @@ class TritonClient:
         return _outputs(response.infer_response)["text_output"][4:].decode()
 
 
-class Generation:
+class TritonCall:
     """One attempt at a generation. `abandon` may be called by anyone at any time."""
 
     def __init__(
@@ -207,7 +207,7 @@ def _model_error(error: grpc.aio.AioRpcError) -> ModelError:
     return ModelError(message, Outcome.UNAVAILABLE if error.code() in _GONE else None)
 
 
-def make_request(model: str, order: Order) -> service_pb2.ModelInferRequest:
+def make_request(model: str, order: CallRequest) -> service_pb2.ModelInferRequest:
     request = service_pb2.ModelInferRequest(model_name=model, id=order.request_id)
     _add(request, INPUT_IDS.name, "INT32", len(order.prompt), struct.pack(f"<{len(order.prompt)}i", *order.prompt))
     _add(request, "sampling_parameters", "BYTES", 1, _bytes_element(order.sampling))

@@ -7,22 +7,22 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Protocol
 
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.auth.callers import Caller
-from tidewright_gateway.context import Work
+from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http import access_log
 from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.errors import of_model
 from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
-from tidewright_gateway.pipeline import Service
+from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.triton import Reply
 
 PATH = "/v1/stream"
 
 
-class OpenGeneration(Protocol):
+class RunningRequest(Protocol):
     """A request that runs, until its replies end or are closed."""
 
     @property
@@ -46,7 +46,7 @@ class Backend(Protocol):
             ApiError: it is no key.
         """
 
-    async def open(self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str) -> OpenGeneration:
+    async def open(self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str) -> RunningRequest:
         """May be cancelled.
 
         Raises:
@@ -55,7 +55,7 @@ class Backend(Protocol):
 
 
 class _Running:
-    def __init__(self, work: Work, service: Service, metrics: Metrics) -> None:
+    def __init__(self, work: RequestContext, service: Pipeline, metrics: Metrics) -> None:
         self.usage_prompt = work.num_prompt_tokens
         self._work, self._service, self._metrics = work, service, metrics
         self.replies = self._replies()
@@ -86,13 +86,13 @@ class _Running:
                 access_log.write({**head, "status": status, "seconds": round(seconds, 4), **work.facts})
 
 
-class ServiceBackend:
-    def __init__(self, service: Service, authenticator: Authenticator, tracer: Tracer, metrics: Metrics) -> None:
+class PipelineBackend:
+    def __init__(self, service: Pipeline, authenticator: Authenticator, tracer: Tracer, metrics: Metrics) -> None:
         self._service, self._authenticator, self._tracer, self._metrics = service, authenticator, tracer, metrics
 
     async def authenticate(self, token: str | None) -> Caller:
         return await self._authenticator.caller(f"Bearer {token}" if token else None)
 
-    async def open(self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str) -> OpenGeneration:
+    async def open(self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str) -> RunningRequest:
         work = await self._service.open(body, caller, request_id, time.monotonic(), self._tracer.begin(()))
         return _Running(work, self._service, self._metrics)

@@ -10,7 +10,7 @@ from typing import Protocol
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.openai.errors import ApiError
-from tidewright_gateway.websocket.generation import Generation
+from tidewright_gateway.websocket.resumable import ResumableStream
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ class Hub:
         self._grace = settings.ws_resume_grace
         self._max_kept, self._max_bytes = settings.ws_kept, settings.ws_kept_bytes
         self.connections: set[Connection] = set()
-        self._generations: dict[str, Generation] = {}  # by resume_token
-        self._kept: dict[Generation, float] = {}  # and until when; the oldest first
+        self._generations: dict[str, ResumableStream] = {}  # by resume_token
+        self._kept: dict[ResumableStream, float] = {}  # and until when; the oldest first
         self._sweeper: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -44,10 +44,10 @@ class Hub:
         for generation in generations:
             await generation.stopped()
 
-    def add(self, generation: Generation) -> None:
+    def add(self, generation: ResumableStream) -> None:
         self._generations[generation.resume_token] = generation
 
-    def find(self, resume_token: str, caller: Caller) -> Generation:
+    def find(self, resume_token: str, caller: Caller) -> ResumableStream:
         """
         Raises:
             ApiError: there is none, or it is another caller's.
@@ -58,18 +58,18 @@ class Hub:
             raise ApiError(404, message, code="unknown_generation", param="resume_token")
         return generation
 
-    def keep(self, generation: Generation) -> None:
+    def keep(self, generation: ResumableStream) -> None:
         """No connection has it any more, because of its end or of the connection's: for a while it can be resumed."""
         generation.owner = None
         self._kept[generation] = time.monotonic() + self._grace
         if len(self._kept) > self._max_kept:
             self.forget(next(iter(self._kept)))
 
-    def claim(self, generation: Generation) -> None:
+    def claim(self, generation: ResumableStream) -> None:
         """A connection has it again."""
         self._kept.pop(generation, None)
 
-    def forget(self, generation: Generation) -> None:
+    def forget(self, generation: ResumableStream) -> None:
         """It is stopped if it runs."""
         generation.owner = None
         generation.stop()

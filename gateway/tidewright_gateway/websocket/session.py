@@ -22,8 +22,8 @@ from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest, of_validation
 from tidewright_gateway.websocket import messages as m
 from tidewright_gateway.websocket.backend import Backend
-from tidewright_gateway.websocket.generation import Generation
 from tidewright_gateway.websocket.hub import Hub
+from tidewright_gateway.websocket.resumable import ResumableStream
 from tidewright_gateway.websocket.server import Transport
 
 OPEN_TIMEOUT = 10.0  # seconds until the first message must have come
@@ -39,8 +39,8 @@ class Session:
         self._transport = Transport.of(socket.scope)
         self._caller: Caller | None = None
         self._credits: int | None = None
-        self._generations: dict[str, Generation] = {}
-        self._ready: dict[Generation, None] = {}  # in the order of their turns
+        self._generations: dict[str, ResumableStream] = {}
+        self._ready: dict[ResumableStream, None] = {}  # in the order of their turns
         self._answers: deque[m.FromServer] = deque()
         self._wake, self._has_room = asyncio.Event(), asyncio.Event()
         self._active_at = time.monotonic()
@@ -88,16 +88,16 @@ class Session:
         elif silent > settings.ws_idle_timeout and not any(one.is_running for one in self._generations.values()):
             self._close.set_result((IDLE, f"idle for {settings.ws_idle_timeout:g} s; send a ping to stay"))
 
-    def ready(self, generation: Generation) -> None:
+    def ready(self, generation: ResumableStream) -> None:
         self._ready[generation] = None
         self._wake.set()
 
-    def give_up(self, generation: Generation) -> None:
+    def give_up(self, generation: ResumableStream) -> None:
         self._remove(generation)
         error = ApiError(409, "another connection has resumed this generation", code="resumed_elsewhere")
         self._answer(m.Error.of(error, generation.id))
 
-    def _remove(self, generation: Generation) -> None:
+    def _remove(self, generation: ResumableStream) -> None:
         del self._generations[generation.id]
         self._ready.pop(generation, None)
 
@@ -199,7 +199,7 @@ class Session:
             raise ApiError(503, "the gateway ends; connect again", code="going_away", retry_after=1)
         self._check_free(message.id)
         body = parse_request(bytes(message.request))
-        generation = Generation(caller, self._credits if message.credits is UNSET else message.credits)
+        generation = ResumableStream(caller, self._credits if message.credits is UNSET else message.credits)
         self._hub.add(generation)
         self._attach(generation, message.id)
         generation.start(self._backend, body)
@@ -217,7 +217,7 @@ class Session:
         self._hub.claim(generation)
         self._attach(generation, message.id)
 
-    def _attach(self, generation: Generation, id: str) -> None:
+    def _attach(self, generation: ResumableStream, id: str) -> None:
         generation.id, generation.owner = id, self
         self._generations[id] = generation
         self._answer(m.Started(id, generation.request_id, generation.resume_token))
@@ -236,7 +236,7 @@ class Session:
             raise invalid("this generation needs no credit; it began without credits", "tokens", "no_credits")
         generation.grant(message.tokens)
 
-    def _running(self, id: str) -> Generation:
+    def _running(self, id: str) -> ResumableStream:
         if (generation := self._generations.get(id)) is None:
             raise ApiError(404, f"no generation {id!r} runs over this connection", code="unknown_id", param="id")
         return generation

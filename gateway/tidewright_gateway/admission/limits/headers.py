@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tidewright_gateway.admission.limits.buckets import DAY, MINUTE
-from tidewright_gateway.admission.limits.store import Outcome, Refusal, Subject
+from tidewright_gateway.admission.limits.store import Refusal, Subject, TakeResult
 from tidewright_gateway.openai.errors import ApiError
 
 _UNITS = {
@@ -27,7 +27,7 @@ class _Room(NamedTuple):
     """Seconds until all of it is there again."""
 
 
-def headers_of(subjects: Sequence[Subject], outcome: Outcome) -> dict[str, str]:
+def headers_of(subjects: Sequence[Subject], outcome: TakeResult) -> dict[str, str]:
     """Of requests and of tokens, where something limits them: the limit that leaves the least."""
     requests, tokens = [], []
     for subject, usage in zip(subjects, outcome.usages, strict=True):
@@ -41,7 +41,7 @@ def headers_of(subjects: Sequence[Subject], outcome: Outcome) -> dict[str, str]:
     return _headers("Requests", requests) | _headers("Tokens", tokens)
 
 
-def refused(subjects: Sequence[Subject], cost: int, outcome: Outcome, refusal: Refusal) -> ApiError:
+def refused(subjects: Sequence[Subject], cost: int, outcome: TakeResult, refusal: Refusal) -> ApiError:
     """`cost`: tokens."""
     subject = subjects[refusal.subject]
     limit = f"{getattr(subject.limits, refusal.limit):.15g} {_UNITS[refusal.limit]}"

@@ -14,7 +14,7 @@ from tidewright_gateway.admission.limits.headers import headers_of, refused
 from tidewright_gateway.admission.limits.memory import MemoryStore
 from tidewright_gateway.admission.limits.remote import TICK, Remote
 from tidewright_gateway.admission.limits.shared import SocketLink
-from tidewright_gateway.admission.limits.store import Outcome, Settle, Store, StoreLostError, Subject, Take
+from tidewright_gateway.admission.limits.store import Settle, Store, StoreLostError, Subject, Take, TakeResult
 from tidewright_gateway.auth.callers import Limits
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.openai.errors import ApiError
@@ -27,7 +27,7 @@ _NO_LIMITS = Limits()
 class Reservation:
     """What a request may use; give it to `Limiter.settle` when the request ends, however it ends."""
 
-    def __init__(self, take: Take | None = None, outcome: Outcome | None = None) -> None:
+    def __init__(self, take: Take | None = None, outcome: TakeResult | None = None) -> None:
         """Of nothing, if nothing limits the request."""
         self.take, self._outcome = take, outcome
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from tidewright_gateway.admission.limits.buckets import Account
-from tidewright_gateway.admission.limits.store import Outcome, Refusal, Settle, Subject, Take
+from tidewright_gateway.admission.limits.store import Refusal, Settle, Subject, Take, TakeResult
 
 SWEEP_AT = 1024  # accounts; then and at each doubling, those that nobody uses are forgotten
 
@@ -25,7 +25,7 @@ class MemoryStore:
     async def close(self) -> None:
         pass
 
-    async def take(self, take: Take) -> Outcome:
+    async def take(self, take: Take) -> TakeResult:
         now = self._clock()
         accounts = [self._account(subject, now) for subject in take.subjects]
         refusals = [
@@ -38,7 +38,7 @@ class MemoryStore:
         else:
             for account in accounts:
                 account.hold(take.id, take.cost)
-        return Outcome(now, [account.usage for account in accounts], refusal)
+        return TakeResult(now, [account.usage for account in accounts], refusal)
 
     async def settle(self, settle: Settle) -> None:
         now = self._clock()

@@ -15,7 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
-from tidewright_gateway.admission.limits.store import Outcome, Settle, StoreLostError, Subject, Take
+from tidewright_gateway.admission.limits.store import Settle, StoreLostError, Subject, Take, TakeResult
 
 LEASE = 60.0  # seconds
 PREFIX = "tidewright:{limits}:"  # the braces keep all keys on one node of a cluster
@@ -23,7 +23,7 @@ PREFIX = "tidewright:{limits}:"  # the braces keep all keys on one node of a clu
 T = TypeVar("T")
 
 _encode = msgspec.msgpack.Encoder().encode
-_outcome = msgspec.msgpack.Decoder(Outcome).decode
+_outcome = msgspec.msgpack.Decoder(TakeResult).decode
 
 
 class _Arguments(msgspec.Struct, frozen=True):
@@ -49,7 +49,7 @@ class RedisLink:
         await _of_redis(self._client.connection_pool.disconnect(inuse_connections=False))
         await _of_redis(self._client.ping())
 
-    async def take(self, take: Take) -> Outcome:
+    async def take(self, take: Take) -> TakeResult:
         return _outcome(await _of_redis(self._reserve(_keys(take.subjects), [self._arguments(take)])))
 
     async def settle(self, settle: Settle) -> None:

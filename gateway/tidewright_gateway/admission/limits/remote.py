@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-from tidewright_gateway.admission.limits.store import Outcome, Settle, StoreLostError, Subject, Take
+from tidewright_gateway.admission.limits.store import Settle, StoreLostError, Subject, Take, TakeResult
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Link(Protocol):
         """If it is connected as well: whether it answers."""
         ...
 
-    async def take(self, take: Take) -> Outcome: ...
+    async def take(self, take: Take) -> TakeResult: ...
 
     async def settle(self, settle: Settle) -> None: ...
 
@@ -68,7 +68,7 @@ class Remote:
             await asyncio.gather(self._job, return_exceptions=True)
         await self._link.close()
 
-    async def take(self, take: Take) -> Outcome:
+    async def take(self, take: Take) -> TakeResult:
         async with self._slots:
             self._check()
             try:

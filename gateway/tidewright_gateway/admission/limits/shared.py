@@ -15,7 +15,7 @@ from pathlib import Path
 import msgspec
 
 from tidewright_gateway.admission.limits.memory import MemoryStore
-from tidewright_gateway.admission.limits.store import Outcome, Settle, StoreLostError, Subject, Take
+from tidewright_gateway.admission.limits.store import Settle, StoreLostError, Subject, Take, TakeResult
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class _Question(msgspec.Struct, frozen=True, array_like=True):
 
 class _Answer(msgspec.Struct, frozen=True, array_like=True):
     number: int
-    outcome: Outcome | None = None
+    outcome: TakeResult | None = None
 
 
 _encode = msgspec.msgpack.Encoder().encode
@@ -88,7 +88,7 @@ class LimitServer:
             for id, subjects in held.items():
                 await self._store.settle(Settle(id, subjects, 0))
 
-    async def _do(self, body: Take | Settle | _Ping, held: dict[str, tuple[Subject, ...]]) -> Outcome | None:
+    async def _do(self, body: Take | Settle | _Ping, held: dict[str, tuple[Subject, ...]]) -> TakeResult | None:
         if isinstance(body, Take):
             outcome = await self._store.take(body)
             if not outcome.refusal:
@@ -108,7 +108,7 @@ class SocketLink:
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
         self._numbers = count()
-        self._waiting: dict[int, asyncio.Future[Outcome | None]] = {}
+        self._waiting: dict[int, asyncio.Future[TakeResult | None]] = {}
 
     async def connect(self) -> None:
         # A connection that holds is kept even if the parent did not answer in time: with it would go all that is held.
@@ -120,7 +120,7 @@ class SocketLink:
             self._reading = asyncio.create_task(self._read_answers(reader, self._writer))
         await self._ask(_Ping())
 
-    async def take(self, take: Take) -> Outcome:
+    async def take(self, take: Take) -> TakeResult:
         outcome = await self._ask(take)
         if outcome is None:
             raise StoreLostError("the parent process does not speak as this worker does")
@@ -137,7 +137,7 @@ class SocketLink:
             self._reading.cancel()
             await asyncio.gather(self._reading, return_exceptions=True)
 
-    async def _ask(self, body: Take | Settle | _Ping) -> Outcome | None:
+    async def _ask(self, body: Take | Settle | _Ping) -> TakeResult | None:
         if self._writer is None:
             raise StoreLostError("the parent process ended")
         number = next(self._numbers)

@@ -63,7 +63,7 @@ class Refusal(msgspec.Struct, frozen=True):
     """Seconds until it has enough if nobody takes more; None if the cost is more than it can ever have."""
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class TakeResult(msgspec.Struct, frozen=True):
     now: float
     """The store's clock, in seconds since 1970 (UTC)."""
     usages: list[Usage]
@@ -77,7 +77,7 @@ class Store(Protocol):
 
     async def start(self) -> None: ...
 
-    async def take(self, take: Take) -> Outcome: ...
+    async def take(self, take: Take) -> TakeResult: ...
 
     async def settle(self, settle: Settle) -> None: ...
 

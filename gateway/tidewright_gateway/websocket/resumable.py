@@ -8,12 +8,12 @@ import secrets
 from contextlib import aclosing
 from typing import Protocol
 
-from tidewright.failsafe.models import ModelError
+from tidewright.resilience.errors import ModelError
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.openai.answers import Usage
 from tidewright_gateway.openai.errors import ApiError, internal, of_model
 from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
-from tidewright_gateway.websocket.backend import Backend, OpenGeneration
+from tidewright_gateway.websocket.backend import Backend, RunningRequest
 from tidewright_gateway.websocket.messages import ChoiceEnd, Done, Failure, Token
 from tidewright_gateway.websocket.outbox import Outbox
 
@@ -23,14 +23,14 @@ log = logging.getLogger(__name__)
 class Owner(Protocol):
     """The connection that a generation goes to."""
 
-    def ready(self, generation: Generation) -> None:
+    def ready(self, generation: ResumableStream) -> None:
         """It may have something to send."""
 
-    def give_up(self, generation: Generation) -> None:
+    def give_up(self, generation: ResumableStream) -> None:
         """Another connection has it now."""
 
 
-class Generation:
+class ResumableStream:
     def __init__(self, caller: Caller, credits: int | None) -> None:
         self.caller = caller
         self.request_id = secrets.token_hex(12)
@@ -42,7 +42,7 @@ class Generation:
         self.is_cancelled = False
         """By its client, which wants nothing more of it."""
         self.is_running = True
-        self._opened: OpenGeneration | None = None
+        self._opened: RunningRequest | None = None
         self._job: asyncio.Task[None] | None = None
         self._failure: Failure | None = None
 
