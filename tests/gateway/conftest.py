@@ -12,7 +12,7 @@ from helpers.gateway import RunningGateway
 from helpers.redis import RunningRedis
 from helpers.scripted_replicas import ScriptedClient, script_replicas
 from tidewright_gateway.admission.limits import remote
-from tidewright_gateway.auth import keyring, keys
+from tidewright_gateway.auth import keyring
 
 TIMEOUT = 1.0  # seconds, of the gateway's reading and sending
 
@@ -56,19 +56,6 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 def quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
     assert keyring.POLL_INTERVAL <= 0.5  # a change is to count within a second
     monkeypatch.setattr(keyring, "POLL_INTERVAL", 0.02)
-
-
-@pytest.fixture
-def checks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The secrets that were held against hashes."""
-    made = []
-
-    def fits(secret: str, hashes: tuple[str, ...]) -> bool:
-        made.append(secret)
-        return keys.fits(secret, hashes)
-
-    monkeypatch.setattr(keyring, "fits", fits)
-    return made
 
 
 @pytest.fixture

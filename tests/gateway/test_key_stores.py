@@ -32,7 +32,7 @@ QUOTED = f"'{HASH}'"
         ("keys:\n- id: alice", ":2: .*missing required field `hashes`"),
         (f"keys:\n- id: a b\n  hashes: [{QUOTED}]", ":2: 'a b' can't be an id"),
         (f"keys:\n- id: anonymous\n  hashes: [{QUOTED}]", ":2: the id anonymous is taken"),
-        ("keys:\n- id: alice\n  hashes:\n  - plain", ":2: one of the hashes is not argon2's"),
+        ("keys:\n- id: alice\n  hashes:\n  - plain", ":2: one of the hashes is no sha256"),
         ("keys:\n- id: alice\n  hashes: []", ":3: .*length >= 1"),
         (f"keys:\n- id: alice\n  hashes: [{QUOTED}]\n  rolle: use", ":4: .*unknown field `rolle`"),
         (f"keys:\n- id: alice\n  hashes: [{QUOTED}]\n  role: root", ":4: Invalid enum value 'root'"),

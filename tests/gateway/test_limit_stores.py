@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from gateway.test_limits import LIMITS, START, STEPS, Clock
+from gateway.test_limits import GROWS, LIMITS, START, STEPS, Clock
 from helpers.limiting import ONE, limits_apply, passes, until
 from helpers.redis import RunningRedis
 from tidewright_gateway.admission.limits import Limiter, Subject, make_limiter, remote
 from tidewright_gateway.admission.limits.memory import MemoryStore
-from tidewright_gateway.admission.limits.redis_store import PREFIX, RedisLink
+from tidewright_gateway.admission.limits.redis_store import ACCOUNTS, PLACES, RedisLink
 from tidewright_gateway.admission.limits.remote import Remote
 from tidewright_gateway.admission.limits.store import Settle, Take, TakeResult
 from tidewright_gateway.auth.callers import Limits
@@ -38,16 +39,20 @@ def test_redis_and_memory_agree(redis: RunningRedis) -> None:
         running: list[Take] = []
         for step, (pause, (which, number)) in enumerate(steps):
             clock.now += pause
+            if which == GROWS and not running:
+                continue
             if which:
                 # From the tenth step on, each has the limits of the other.
                 subjects = tuple(Subject(f"s{bit}", limits[bit ^ (step > 9)]) for bit in (0, 1) if which >> bit & 1)
                 take = Take(f"r{step}", subjects, number)
+                if which == GROWS:
+                    take = msgspec.structs.replace(running[number % len(running)], cost=number)
                 ours, theirs = (loop.run_until_complete(store.take(take)) for store in (memory, link))
                 assert (theirs.refusal is None) == (ours.refusal is None)
                 if ours.refusal and theirs.refusal:
                     assert (theirs.refusal.subject, theirs.refusal.limit) == (ours.refusal.subject, ours.refusal.limit)
                     assert theirs.refusal.wait == pytest.approx(ours.refusal.wait)
-                else:
+                elif which != GROWS:
                     running.append(take)
                 for one, other in zip(ours.usages, theirs.usages, strict=True):
                     assert (other.concurrent, other.day) == (one.concurrent, one.day)
@@ -78,12 +83,47 @@ def test_several_gateways_share_what_redis_counts(redis: RunningRedis) -> None:
         reservation = await gateways[2].reserve(subjects, 10**6 - 15)
         assert reservation.headers["X-RateLimit-Remaining-Tokens"] == "0"
         # Every key goes by itself.
-        keys = redis.client.keys(f"{PREFIX}*")
+        keys = [*redis.client.keys(f"{ACCOUNTS}*"), *redis.client.keys(f"{PLACES}*")]
         assert keys
         assert all(redis.client.ttl(key) > 0 for key in keys)
         for gateway in gateways:
             assert gateway.without_store == 0
             await gateway.close()
+
+    asyncio.run(scenario())
+
+
+def test_no_name_of_a_caller_is_the_places_of_another(redis: RunningRedis) -> None:
+    async def scenario() -> None:
+        limiter = make_limiter(GatewaySettings(limits_store=redis.url))
+        await limiter.start()
+        limits = Limits(concurrent=1, tokens_per_day=10)
+        for name in ("key jwt:me", "key jwt:me:places"):
+            assert await passes(limiter, [Subject(name, limits)])
+        assert not limiter.trouble
+        await limiter.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_store_that_is_full_switches_no_limits_off(redis: RunningRedis) -> None:
+    async def scenario() -> None:
+        limiter = make_limiter(GatewaySettings(limits_store=redis.url))
+        await limiter.start()
+        reservation = await passes(limiter, [Subject("key there before", Limits(concurrent=2))])
+        assert reservation
+        redis.client.config_set("maxmemory", 1)
+        try:
+            with pytest.raises(ApiError, match="can't be checked") as refused:
+                await limiter.reserve(ONE)
+            assert (refused.value.status, refused.value.code) == (503, "limits_unavailable")
+            assert "can't do its work: Redis: command not allowed when used memory" in limiter.trouble
+        finally:
+            redis.client.config_set("maxmemory", 0)
+        assert await limits_apply(limiter)
+        assert not limiter.trouble
+        await limiter.settle(reservation, 0)
+        await limiter.close()
 
     asyncio.run(scenario())
 
@@ -119,7 +159,7 @@ def test_a_gateway_that_runs_renews_what_it_holds(redis: RunningRedis, monkeypat
         await limiter.start()
         reservation = await limiter.reserve([Subject("key renewed", Limits(concurrent=1))], 1)
         clock.now += 50
-        places = f"{PREFIX}key renewed:places"
+        places = PLACES + "key renewed"
 
         async def renewed() -> bool:
             return redis.client.zrange(places, 0, -1, withscores=True)[0][1] == clock.now + 60
@@ -163,7 +203,7 @@ def test_redis_goes_and_comes_back(when_lost: str, caplog: pytest.LogCaptureFixt
         asyncio.run(scenario(redis))
     assert [record.message.split(":")[0] for record in caplog.records if "store" in record.message] == [
         "the store of limits is gone",
-        "the store of limits is back",
+        "the store of limits works again",
     ]
 
 
@@ -203,7 +243,7 @@ def test_a_redis_that_hangs_is_waited_for_once(redis: RunningRedis, monkeypatch:
         reservation = await passes(limiter, subjects, rest)
         if not reservation or not reservation.headers:
             return False
-        assert redis.client.zcard(f"{PREFIX}key that waits:places") == 1
+        assert redis.client.zcard(PLACES + "key that waits") == 1
         await limiter.settle(reservation, rest)
         return True
 
@@ -231,7 +271,7 @@ def test_a_client_that_leaves_while_it_is_asked_for_leaves_nothing(redis: Runnin
                 continue
 
         async def is_free() -> bool:
-            return redis.client.zcard(f"{PREFIX}key that leaves:places") == 0
+            return redis.client.zcard(PLACES + "key that leaves") == 0
 
         await until(is_free)
         await limiter.close()

@@ -37,8 +37,9 @@ LIMITS = st.builds(
 )
 PAUSES = st.sampled_from([0.0, 0.0, 0.0, 0.01, 0.3, 1.0, 7.0, 30.0, 45.0, 200.0])
 COSTS = st.sampled_from([0, 1, 10, 50, 300, 500, 600, 700])
-# A pause, and then a request of the first subject, the second (2) or both (3), or one that ends (0).
-STEPS = st.lists(st.tuples(PAUSES, st.tuples(st.sampled_from([0, 1, 2, 3]), COSTS)), min_size=15, max_size=40)
+GROWS = 4
+# A pause, and then a request of the first subject, the second (2) or both (3), one that ends (0) or that needs more.
+STEPS = st.lists(st.tuples(PAUSES, st.tuples(st.sampled_from([0, 1, 2, 3, GROWS]), COSTS)), min_size=15, max_size=40)
 
 
 @dataclass
@@ -52,9 +53,8 @@ class Clock:
 @dataclass
 class Request:
     take: Take
-    at: float
-    used: int
-    """All that was reserved, until it is settled."""
+    parts: list[list[float]]
+    """When how much was reserved; once it is settled, what of it was used."""
 
 
 def in_loop(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -75,21 +75,36 @@ class History:
         self.running: list[Request] = []
 
     def take(self, which: int, cost: int) -> TakeResult:
-        """`which`: bits of the subjects."""
+        """`which`: bits of the subjects, or GROWS."""
+        if which == GROWS:
+            return self.grow(cost)
         subjects = tuple(subject for bit, subject in enumerate(self.subjects) if which >> bit & 1)
         take = Take(f"r{len(self.admitted)}", subjects, cost)
         outcome = in_loop(self.store.take(take))
         if not outcome.refusal:
-            request = Request(take, self.clock.now, cost)
+            request = Request(take, [[self.clock.now, cost]])
             self.admitted.append(request)
             self.running.append(request)
+        return outcome
+
+    def grow(self, cost: int) -> TakeResult:
+        if not self.running:
+            return TakeResult(self.clock.now, [])
+        request = self.running[cost % len(self.running)]
+        outcome = in_loop(self.store.take(msgspec.structs.replace(request.take, cost=cost)))
+        if not outcome.refusal:
+            request.parts.append([self.clock.now, cost])
         return outcome
 
     def settle(self, number: int, share: float = 0.0) -> None:
         if self.running:
             request = self.running.pop(number % len(self.running))
-            request.used = math.floor(request.take.cost * share)
-            in_loop(self.store.settle(Settle(request.take.id, request.take.subjects, request.used)))
+            used = left = math.floor(sum(cost for _, cost in request.parts) * share)
+            for part in request.parts:  # what came first was used first
+                part[1] = min(part[1], left)
+                left -= part[1]
+            request.parts[-1][1] += left
+            in_loop(self.store.settle(Settle(request.take.id, request.take.subjects, used)))
 
     def of(self, subject: Subject, requests: list[Request]) -> list[Request]:
         return [request for request in requests if subject in request.take.subjects]
@@ -120,16 +135,17 @@ def check_windows(requests: list[Request], limits: Limits) -> None:
     when it was admitted."""
     if not requests:
         return
-    count = tokens = 0
-    end, days = requests[-1].at, defaultdict(int)
-    for request in reversed(requests):
-        count, tokens = count + 1, tokens + request.used
-        days[request.at // DAY] += request.used
-        window = end - request.at
+    tokens = 0
+    begun, days = [request.parts[0][0] for request in requests], defaultdict(int)
+    for count, at in enumerate(reversed(begun), 1):
         if rate := limits.requests_per_second:
-            assert count <= max(1, rate) + rate * window + CLOSE
+            assert count <= max(1, rate) + rate * (begun[-1] - at) + CLOSE
+    parts = sorted(part for request in requests for part in request.parts)
+    for at, used in reversed(parts):
+        tokens += used
+        days[at // DAY] += used
         if limit := limits.tokens_per_minute:
-            assert tokens <= limit + limit / 60 * window + CLOSE
+            assert tokens <= limit + limit / 60 * (parts[-1][0] - at) + CLOSE
     if limit := limits.tokens_per_day:
         assert max(days.values()) <= limit
 
@@ -143,7 +159,7 @@ def test_a_refusal_is_right_and_says_how_long_to_wait(limits: Limits, steps: lis
         if not which:
             history.settle(number // 10, number % 7 / 6)
             continue
-        if not (refusal := history.take(1, number).refusal):
+        if not (refusal := history.take(which if which == GROWS else 1, number).refusal) or which == GROWS:
             continue
         if refusal.limit == "concurrent":
             assert len(history.running) >= limits.concurrent
@@ -206,6 +222,30 @@ def test_what_a_minute_refilled_is_not_given_back_once_more() -> None:
     assert history.take(1, 1000).refusal is None
     history.settle(0, 0.0)
     assert history.take(1, 1000).refusal
+
+
+def test_a_reservation_that_grows_is_one_request() -> None:
+    history = History(Limits(requests_per_second=1, concurrent=1, tokens_per_minute=600, tokens_per_day=1000))
+    (subject,) = history.subjects
+    history.take(1, 100)
+    assert history.grow(200).refusal is None
+    assert history.usage(subject) == Usage(1, 1, 300, 300)
+    assert history.grow(301).refusal.limit == "tokens_per_minute"
+    assert history.usage(subject) == Usage(1, 1, 300, 300)
+    history.clock.now += 10  # 100 of them have drained
+    history.settle(0, 150 / 300)
+    assert history.usage(subject) == Usage(0, 0, 50, 150)
+
+
+def test_a_reservation_may_grow_into_another_day() -> None:
+    history = History(Limits(tokens_per_day=1000))
+    (subject,) = history.subjects
+    history.take(1, 300)
+    history.clock.now += 301
+    assert history.grow(400).refusal is None
+    assert history.usage(subject).day == 400
+    history.settle(0, 500 / 700)  # 300 of them yesterday
+    assert history.usage(subject).day == 200
 
 
 def test_more_than_was_reserved_is_charged() -> None:

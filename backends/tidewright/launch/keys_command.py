@@ -138,7 +138,13 @@ def list_keys(where: str) -> None:
         table.add_row(
             entry.id,
             entry.role.value,
-            "disabled" if entry.disabled else "expired" if entry.trouble else "good",
+            "to be rotated"
+            if entry.is_outdated
+            else "disabled"
+            if entry.disabled
+            else "expired"
+            if entry.trouble
+            else "good",
             "new and old" if len(entry.hashes) > 1 else "one",
             entry.expires.isoformat() if entry.expires else "never",
             str(entry.priority),
@@ -173,7 +179,7 @@ def rotate(key_id: str, where: str, now: bool) -> None:
 
         def renew(old: KeyEntry | None) -> KeyEntry:
             old = _existing(old, key_id)
-            return msgspec.structs.replace(old, hashes=(text,) if now else (text, old.hashes[0]))
+            return msgspec.structs.replace(old, hashes=(text,) if now or old.is_outdated else (text, old.hashes[0]))
 
         store.change(key_id, renew)
     _show(key)

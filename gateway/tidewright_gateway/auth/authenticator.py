@@ -38,7 +38,7 @@ class Authenticator:
         """Who sent this header; ANONYMOUS, if neither keys nor JWTs are asked for.
 
         Raises:
-            ApiError: 401, no key or one that is not good; 503, too many unknown keys are being checked.
+            ApiError: 401, no key or one that is not good.
         """
         if not self._parts:
             return ANONYMOUS

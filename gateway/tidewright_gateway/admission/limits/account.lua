@@ -16,21 +16,27 @@ local function exactly(number)
   return string.format('%.17g', number)
 end
 
+-- As buckets.py's Hold.
+local function unpack_hold(hold)
+  local fields = {}
+  for field in string.gmatch(hold, '%S+') do fields[#fields + 1] = tonumber(field) end
+  return unpack(fields)
+end
+
 local function settle(account, id, used)
   redis.call('ZREM', account.places, id)
   local hold = redis.call('HGET', account.key, 'hold:' .. id)
   if not hold then return end
   redis.call('HDEL', account.key, 'hold:' .. id)
-  local shrink, cost, day = string.match(hold, '(%S+) (%S+) (%S+)')
-  cost = tonumber(cost)
+  local shrink, held, cost, day, day_cost = unpack_hold(hold)
   used = used or cost
   if account.per_minute then
-    local left = cost * math.exp(account.shrink - tonumber(shrink))
+    local left = held * math.exp(account.shrink - shrink)
     account.owed = account.owed + math.max(used - (cost - left), 0)
     account.held = redis.call('ZCARD', account.places) > 0 and math.max(account.held - left, 0) or 0
   end
-  if account.per_day and tonumber(day) == account.day then
-    account.day_used = math.max(account.day_used + used - cost, 0)
+  if account.per_day and day == account.day then
+    account.day_used = math.max(account.day_used + math.max(used - (cost - day_cost), 0) - day_cost, 0)
   end
 end
 

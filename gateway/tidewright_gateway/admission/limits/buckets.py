@@ -8,6 +8,8 @@ gives back exactly what of it neither was used nor has drained, and never what h
 already, and giving it back would let more through in a minute than the limit. How much of a reservation is left follows
 from two readings of one number, `shrink`, the logarithm of the share of `held` that all draining so far left over.
 
+A reservation can grow while it runs: what is left of it and what is added then drain together.
+
 account.lua is the same in Redis; a test compares the two.
 """
 
@@ -29,9 +31,14 @@ class Hold(NamedTuple):
     """A reservation that is not settled."""
 
     shrink: float
-    """Of the account when it was made."""
+    """Of the account when it was made, or grew last."""
+    left: float
+    """What of it had not drained, then."""
     cost: int
+    """All that was reserved."""
     day: int
+    day_cost: int
+    """What of it was reserved on that day."""
 
 
 class Account:
@@ -73,15 +80,15 @@ class Account:
         self.shrink += max(math.log(left / self.held), EMPTY) if left else EMPTY
         self.held = left
 
-    def refuses(self, cost: int) -> tuple[float, LimitName] | None:
-        """Seconds until there is enough for `cost` tokens, infinite for never, and of which limit; the longest if of
-        several. None if there is enough."""
-        limits, found = self._limits, list[tuple[float, LimitName]]()
-        if rate := limits.requests_per_second:
+    def refuses(self, id: str, cost: int) -> tuple[float, LimitName] | None:
+        """Seconds until there is enough for `cost` tokens more, infinite for never, and of which limit; the longest if
+        of several. None if there is enough. One that holds something already is no further request."""
+        limits, found, is_new = self._limits, list[tuple[float, LimitName]](), id not in self.holds
+        if is_new and (rate := limits.requests_per_second):
             over = self.requests + 1 - max(1.0, rate)
             if over > ROUNDING:
                 found.append((over / rate, "requests_per_second"))
-        if limits.concurrent and len(self.holds) >= limits.concurrent:
+        if is_new and limits.concurrent and len(self.holds) >= limits.concurrent:
             found.append((CONCURRENT_WAIT, "concurrent"))
         if limit := limits.tokens_per_minute:
             over = self.owed + self.held + cost - limit
@@ -93,9 +100,15 @@ class Account:
         return max(found, key=lambda wait_and_name: wait_and_name[0], default=None)
 
     def hold(self, id: str, cost: int) -> None:
-        self.holds[id] = Hold(self.shrink, cost, self.day)
-        if self._limits.requests_per_second:
-            self.requests += 1
+        """So many tokens, or so many more."""
+        if hold := self.holds.get(id):
+            day_cost = hold.day_cost if hold.day == self.day else 0
+            left = self._left(hold) + cost
+            self.holds[id] = Hold(self.shrink, left, hold.cost + cost, self.day, day_cost + cost)
+        else:
+            self.holds[id] = Hold(self.shrink, cost, cost, self.day, cost)
+            if self._limits.requests_per_second:
+                self.requests += 1
         if self._limits.tokens_per_minute:
             self.held += cost
         if self._limits.tokens_per_day:
@@ -107,12 +120,17 @@ class Account:
         if hold is None:
             return
         if self._limits.tokens_per_minute:
-            left = hold.cost * math.exp(self.shrink - hold.shrink)
+            left = self._left(hold)
             self.owed += max(used - (hold.cost - left), 0.0)
             # Once nobody holds anything, what sums of floats left over goes.
             self.held = max(self.held - left, 0.0) if self.holds else 0.0
         if self._limits.tokens_per_day and hold.day == self.day:
-            self.day_used = max(self.day_used + used - hold.cost, 0)
+            used_before = hold.cost - hold.day_cost
+            self.day_used = max(self.day_used + max(used - used_before, 0) - hold.day_cost, 0)
+
+    def _left(self, hold: Hold) -> float:
+        """What of it has not drained by now."""
+        return hold.left * math.exp(self.shrink - hold.shrink)
 
     @property
     def usage(self) -> Usage:

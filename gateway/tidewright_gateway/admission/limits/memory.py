@@ -13,6 +13,8 @@ SWEEP_AT = 1024  # accounts; then and at each doubling, those that nobody uses a
 
 
 class MemoryStore:
+    trouble = ""
+
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         """`clock`: seconds since 1970 (UTC), for days end by it."""
         self._clock = clock
@@ -29,7 +31,9 @@ class MemoryStore:
         now = self._clock()
         accounts = [self._account(subject, now) for subject in take.subjects]
         refusals = [
-            (*refused, index) for index, account in enumerate(accounts) if (refused := account.refuses(take.cost))
+            (*refused, index)
+            for index, account in enumerate(accounts)
+            if (refused := account.refuses(take.id, take.cost))
         ]
         refusal: Refusal | None = None
         if refusals:

@@ -13,12 +13,23 @@ import msgspec
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from tidewright_gateway.admission.limits.store import Settle, StoreLostError, Subject, Take, TakeResult
+from tidewright_gateway.admission.limits.store import (
+    Settle,
+    StoreLostError,
+    StoreRefusesError,
+    Subject,
+    Take,
+    TakeResult,
+)
 
 LEASE = 60.0  # seconds
-PREFIX = "tidewright:{limits}:"  # the braces keep all keys on one node of a cluster
+# The braces keep all keys on one node of a cluster. What a key is for stands before the name, of which callers may
+# choose a part.
+ACCOUNTS, PLACES = "tidewright:{limits}:account:", "tidewright:{limits}:places:"
 
 T = TypeVar("T")
 
@@ -73,11 +84,13 @@ def _script(name: str) -> str:
 
 
 def _keys(subjects: Sequence[Subject]) -> list[str]:
-    return [key for subject in subjects for key in (f"{PREFIX}{subject.name}", f"{PREFIX}{subject.name}:places")]
+    return [key for subject in subjects for key in (ACCOUNTS + subject.name, PLACES + subject.name)]
 
 
 async def _of_redis(answer: Awaitable[T]) -> T:
     try:
         return await answer
-    except (RedisError, OSError) as error:
+    except (RedisConnectionError, RedisTimeoutError, OSError) as error:
         raise StoreLostError(f"Redis: {error}") from None
+    except RedisError as error:  # it answers, but not to this: it is full, or a copy that only can be read
+        raise StoreRefusesError(f"Redis: {error}") from None

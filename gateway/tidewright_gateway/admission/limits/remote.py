@@ -13,7 +13,14 @@ from collections import deque
 from collections.abc import Coroutine, Sequence
 from typing import Any, Protocol, TypeVar
 
-from tidewright_gateway.admission.limits.store import Settle, StoreLostError, Subject, Take, TakeResult
+from tidewright_gateway.admission.limits.store import (
+    Settle,
+    StoreLostError,
+    StoreRefusesError,
+    Subject,
+    Take,
+    TakeResult,
+)
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +36,7 @@ UNSETTLED = 100_000  # that are remembered while it is gone; the oldest are forg
 
 
 class Link(Protocol):
-    """Its methods raise StoreLostError. None of them has a timeout of its own."""
+    """Its methods raise StoreLostError or StoreRefusesError. None of them has a timeout of its own."""
 
     async def connect(self) -> None:
         """If it is connected as well: whether it answers."""
@@ -50,6 +57,8 @@ class Remote:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._lost = False
+        self.trouble = ""
+        """Why limits are not counted as they should be; empty if they are."""
         self._slots = asyncio.Semaphore(AT_A_TIME)
         self._held: dict[str, tuple[Subject, ...]] = {}
         self._unsettled: deque[Settle] = deque(maxlen=UNSETTLED)
@@ -58,8 +67,8 @@ class Remote:
     async def start(self) -> None:
         try:
             await _in_time(self._link.connect())
-        except StoreLostError as error:
-            self._loses(error)
+        except (StoreLostError, StoreRefusesError) as error:
+            self._note(error)
         self._job = asyncio.create_task(self._look_after_it())
 
     async def close(self) -> None:
@@ -74,15 +83,17 @@ class Remote:
             try:
                 outcome = await _in_time(self._link.take(take))
             except BaseException as error:  # such as a client that leaves
-                self._unsettled.append(Settle(take.id, take.subjects, 0))
-                self._loses(error)
+                if take.id not in self._held:  # else it ends with the request
+                    self._unsettled.append(Settle(take.id, take.subjects, 0))
+                self._note(error)
                 raise
+        self._note(None)
         if not outcome.refusal:
             self._held[take.id] = take.subjects
         return outcome
 
     async def settle(self, settle: Settle) -> None:
-        """Later, if the store is gone: this raises no StoreLostError."""
+        """Later, if the store is gone, or refuses: this raises nothing of it."""
         self._held.pop(settle.id, None)
         try:
             async with self._slots:
@@ -90,18 +101,30 @@ class Remote:
                 await _in_time(self._link.settle(settle))
         except BaseException as error:
             self._unsettled.append(settle)
-            self._loses(error)
-            if not isinstance(error, StoreLostError):
+            self._note(error)
+            if not isinstance(error, StoreLostError | StoreRefusesError):
                 raise
 
     def _check(self) -> None:
         if self._lost:
             raise StoreLostError("gone, as was seen before")
 
-    def _loses(self, error: BaseException) -> None:
-        if isinstance(error, StoreLostError) and not self._lost:
-            self._lost = True
-            log.warning("the store of limits is gone: %s", error)
+    def _note(self, error: BaseException | None) -> None:
+        """What a question ended with; logged as it changes, and no error is seen from outside as `trouble`."""
+        trouble = ""
+        if isinstance(error, StoreLostError):
+            if self._lost:
+                return
+            self._lost, trouble = True, f"the store of limits is gone: {error}"
+        elif isinstance(error, StoreRefusesError):
+            trouble = f"the store of limits can't do its work: {error}"
+        elif error is not None:
+            return
+        if trouble and trouble != self.trouble:
+            log.error("%s", trouble)
+        elif self.trouble and not trouble:
+            log.warning("the store of limits works again")
+        self.trouble = trouble
 
     async def _look_after_it(self) -> None:
         renewed_at = time.monotonic()
@@ -111,16 +134,15 @@ class Remote:
                 if self._lost:
                     await _in_time(self._link.connect())
                     self._lost = False
-                    log.warning("the store of limits is back")
-                while self._unsettled:
-                    settle = self._unsettled.popleft()
-                    await self.settle(settle)
+                    self._note(None)
+                for _ in range(len(self._unsettled)):
+                    await self.settle(self._unsettled.popleft())
                     self._check()
                 if time.monotonic() - renewed_at >= RENEW_INTERVAL:
                     await _in_time(self._link.renew(list(self._held.items())))
                     renewed_at = time.monotonic()
-            except StoreLostError as error:
-                self._loses(error)
+            except (StoreLostError, StoreRefusesError) as error:
+                self._note(error)
             except Exception:
                 log.exception("the store of limits could not be looked after")
 

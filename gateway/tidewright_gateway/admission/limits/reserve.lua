@@ -1,4 +1,4 @@
--- Takes from all subjects, or from none. Returns an Outcome (store.py).
+-- Takes from all subjects, or from none. Returns a TakeResult (store.py).
 
 local cost, refusal, longest = body.cost, nil, -1
 
@@ -13,11 +13,12 @@ local accounts, usages = {}, {}
 for index, subject in ipairs(body.subjects) do
   local account = load(index, subject.limits)
   accounts[index] = account
-  if account.rate then
+  account.hold = redis.call('HGET', account.key, 'hold:' .. body.id)
+  if account.rate and not account.hold then
     local over = account.requests + 1 - math.max(1, account.rate)
     if over > ROUNDING then refuse(index, 'requests_per_second', over / account.rate) end
   end
-  if account.concurrent and account.running >= account.concurrent then
+  if account.concurrent and not account.hold and account.running >= account.concurrent then
     refuse(index, 'concurrent', CONCURRENT_WAIT)
   end
   if account.per_minute then
@@ -33,12 +34,20 @@ end
 
 for index, account in ipairs(accounts) do
   if not refusal then
-    local hold = exactly(account.shrink) .. ' ' .. exactly(cost) .. ' ' .. account.day
-    redis.call('HSET', account.key, 'hold:' .. body.id, hold)
+    local left, total, day_cost = cost, cost, cost
+    if account.hold then
+      local shrink, held, had, day, had_that_day = unpack_hold(account.hold)
+      left, total = left + held * math.exp(account.shrink - shrink), total + had
+      if day == account.day then day_cost = day_cost + had_that_day end
+    end
+    local hold = { exactly(account.shrink), exactly(left), exactly(total), account.day, exactly(day_cost) }
+    redis.call('HSET', account.key, 'hold:' .. body.id, table.concat(hold, ' '))
     redis.call('ZADD', account.places, exactly(now + lease), body.id)
     redis.call('EXPIRE', account.places, math.ceil(lease) + 1)
-    account.running = account.running + 1
-    if account.rate then account.requests = account.requests + 1 end
+    if not account.hold then
+      account.running = account.running + 1
+      if account.rate then account.requests = account.requests + 1 end
+    end
     if account.per_minute then account.held = account.held + cost end
     if account.per_day then account.day_used = account.day_used + cost end
   end

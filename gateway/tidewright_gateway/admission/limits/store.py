@@ -16,6 +16,10 @@ class StoreLostError(Exception):
     """The store can't be reached, or does not answer in time."""
 
 
+class StoreRefusesError(Exception):
+    """The store is there, and can't do its work: it is full, say, or only to be read."""
+
+
 class Subject(msgspec.Struct, frozen=True):
     """Whose use is counted: a key, or a user within a key."""
 
@@ -25,7 +29,10 @@ class Subject(msgspec.Struct, frozen=True):
 
 
 class Take(msgspec.Struct, frozen=True, tag=True):
-    """Takes from all subjects, or from none if one of them has too little."""
+    """Takes from all subjects, or from none if one of them has too little.
+
+    A subject that holds something under this id gives more tokens to the same request; for others the request is new.
+    """
 
     id: str
     """Of the reservation; no other has it."""
@@ -73,7 +80,11 @@ class TakeResult(msgspec.Struct, frozen=True):
 
 
 class Store(Protocol):
-    """Its methods raise StoreLostError."""
+    """`take` raises StoreLostError or StoreRefusesError; `settle` is made good later, if it must be."""
+
+    @property
+    def trouble(self) -> str:
+        """Why it does not count as it should; empty if it does."""
 
     async def start(self) -> None: ...
 
