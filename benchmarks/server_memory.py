@@ -135,9 +135,13 @@ class Callers:
     async def _stream(self, tokens: int) -> None:
         self._number += 1
         sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
-        order = CallRequest(f"memory-{self._number}", [5, 6, 7], msgspec.json.encode(sampling))
-        async for _ in self._client.generate("decoder", order).replies():
-            pass
+        request = CallRequest(f"memory-{self._number}", [5, 6, 7], msgspec.json.encode(sampling))
+        call = self._client.generate("decoder", request)
+        try:
+            while not (await call.read()).finish_reason:
+                pass
+        finally:
+            call.close()
 
     async def _left(self) -> None:
         job = asyncio.create_task(self._stream(64))

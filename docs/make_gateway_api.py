@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 
+from tidewright_gateway.page.reference import Field, read
+
 PAGE = Path(__file__).with_name("gateway-api.md")
 HEAD = """# The gateway's HTTP API
 
@@ -30,56 +32,24 @@ EXAMPLES = {
 
 def page(document: dict[str, Any]) -> str:
     """`document`: OpenAPI 3."""
-    schemas = document.get("components", {}).get("schemas", {})
+    operations, objects = read(document)
     parts = [HEAD]
-    named: list[str] = []
-    for path, methods in document["paths"].items():
-        for method, operation in methods.items():
-            parts.append(f"\n## {method.upper()} {path}\n\n{operation.get('description', operation['summary'])}\n")
-            body = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("schema", {})
-            if "$ref" in body:
-                parts.append("\n" + _table(schemas[_name(body)], named))
-            if example := EXAMPLES.get(path):
-                parts.append(f"\n```bash\n{example}\n```\n")
-    for name in named:  # grows while it is read
-        parts.append(f"\n### {name}\n\n{schemas[name].get('description', '')}\n\n{_table(schemas[name], named)}")
+    for operation in operations:
+        parts.append(f"\n## {operation.method} {operation.path}\n\n{operation.meaning}\n")
+        if operation.fields:
+            parts.append(f"\n{_table(operation.fields)}")
+        if example := EXAMPLES.get(operation.path):
+            parts.append(f"\n```bash\n{example}\n```\n")
+    parts += [f"\n### {one.name}\n\n{one.meaning}\n\n{_table(one.fields)}" for one in objects]
     return "".join(parts)
 
 
-def _table(schema: dict[str, Any], named: list[str]) -> str:
+def _table(fields: list[Field]) -> str:
     rows = ["| field | type | meaning |\n|---|---|---|\n"]
-    needed = schema.get("required", [])
-    for field, value in schema.get("properties", {}).items():
-        meaning = " ".join(value.get("description", "").split())
-        if field in needed:
-            meaning = f"Required. {meaning}".strip()
-        kind = _type(value, named).replace("|", "\\|")
-        rows.append(f"| `{field}` | {kind} | {meaning} |\n")
+    for field in fields:
+        kinds = [f"[{text}](#{name.lower()})" if name else text for text, name in field.kinds]
+        rows.append(f"| `{field.name}` | {' or '.join(kinds)} | {field.meaning} |\n")
     return "".join(rows)
-
-
-def _type(value: dict[str, Any], named: list[str]) -> str:
-    if "$ref" in value:
-        name = _name(value)
-        if name not in named:
-            named.append(name)
-        return f"[{name}](#{name.lower()})"
-    if "enum" in value:
-        return " or ".join(f"`{word}`" for word in value["enum"])
-    if "const" in value:
-        return f"`{value['const']}`"
-    if "anyOf" in value:
-        kinds = dict.fromkeys(_type(one, named) for one in value["anyOf"] if one.get("type") != "null")
-        if "number" in kinds:
-            kinds.pop("integer", None)
-        return " or ".join(kinds) or "null"
-    if value.get("type") == "array":
-        return f"list of {_type(value.get('items', {}), named)}"
-    return value.get("type", "any")
-
-
-def _name(reference: dict[str, Any]) -> str:
-    return str(reference["$ref"]).rpartition("/")[2]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 IGNORED = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
 # Of the programs that stand in the documents beside ours.
-OTHERS_OPTIONS = {"--trace-config"}
+OTHERS_OPTIONS = {"--grpc-use-ssl", "--trace-config"}
 PATH = re.compile(rf"[\w./*-]+\.(py|md|cpp|h|sh|pbtxt)|[\w.-]+(/[\w.*-]+)*/|({'|'.join(FOLDERS)})/[\w./*-]+")
 
 

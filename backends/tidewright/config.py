@@ -15,12 +15,13 @@ from pydantic import Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
-    YamlConfigSettingsSource,
 )
 
 from tidewright.cache import EMBEDDED_MODEL
+from tidewright.config_file import read_options
 from tidewright.engine.messages import EngineConfig, parse_rendezvous
 from tidewright.kv_cache.budget import parse_memory
 from tidewright.resilience.config import ResilienceSettings
@@ -186,9 +187,8 @@ class Settings(ResilienceSettings, BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         sources = (init_settings, env_settings)
         if file := os.environ.get(CONFIG_FILE_VARIABLE):
-            if not Path(file).is_file():
-                raise FileNotFoundError(f"{CONFIG_FILE_VARIABLE}: no such file: {file}")
-            return (*sources, YamlConfigSettingsSource(settings_cls, yaml_file=file))
+            options = read_options(Path(file), {"": tuple(settings_cls.model_fields)})
+            return (*sources, InitSettingsSource(settings_cls, options))
         return sources
 
     def as_environment(self) -> dict[str, str]:

@@ -82,7 +82,7 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     waiting: float
     """Waiting requests, as a share of `max_waiting`."""
     wait: float
-    """Seconds that the oldest request without a token has been here."""
+    """Seconds that the oldest request has been here that is not computed yet."""
     kv_usage: float
     """Share of the KV cache in use."""
     active: int = 0
@@ -91,6 +91,12 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     """Longest prompt and output together, in tokens; 0 before the engine came up."""
     pid: int = 0
     """Of the process that answers: what another had is lost."""
+    model: str = ""
+    """The name of the model's folder."""
+    tokenizer: str = ""
+    """A hash of its vocabulary: token ids of another mean something else here."""
+    max_running: int = 0
+    """Sequences that are computed in one step, at most; 0 is unknown."""
 
 
 # Tokens that another model, or this one before its death, has generated for the same request: it goes on behind them.

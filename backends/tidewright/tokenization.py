@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,13 +65,19 @@ class Tokenizer:
         Raises:
             InvalidPromptError: there are none, or certainly too many.
         """
-        self._check_length(text, max_tokens)
+        self.check_length(len(text), max_tokens)
         if not text:
             raise InvalidPromptError("the prompt is empty; send at least one character")
         token_ids = self._encode(text, add_special_tokens=True)
         if not token_ids:
             raise InvalidPromptError("the prompt has no character that the model's vocabulary can express")
         return token_ids
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The same for tokenizers that give the same ids to the same tokens: one can read what the other wrote."""
+        vocabulary = sorted(self.backend.get_vocab(with_added_tokens=True).items(), key=lambda entry: entry[1])
+        return hashlib.sha256(msgspec.json.encode(vocabulary)).hexdigest()
 
     def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids; bytes that are no UTF-8 become U+FFFD."""
@@ -107,7 +114,7 @@ class Tokenizer:
             InvalidPromptError: they are not that, or certainly too long (`max_tokens` as of `encode`), or the model has
                 no chat template or refuses them.
         """
-        self._check_length(messages_json, max_tokens * _MAX_ESCAPE)
+        self.check_length(len(messages_json), max_tokens * _MAX_ESCAPE)
         try:
             messages = msgspec.json.decode(messages_json, type=list[ChatMessage])
         except msgspec.ValidationError as error:
@@ -123,16 +130,17 @@ class Tokenizer:
     def encode_messages(self, messages: list[dict[str, Any]], max_tokens: int = 0) -> list[int]:
         """The same of messages that are checked already. Raises InvalidPromptError as `encode_chat`."""
         text = self.apply_chat_template(messages)
-        self._check_length(text, max_tokens)
+        self.check_length(len(text), max_tokens)
         # The template wrote the special tokens itself.
         return self._encode(text, add_special_tokens=False)
 
-    def _check_length(self, text: str, max_tokens: int) -> None:
+    def check_length(self, num_characters: int, max_tokens: int) -> None:
+        """Raises InvalidPromptError: a text of so many characters has certainly more tokens."""
         limit = max_tokens * self._longest_token
-        if limit and len(text) > limit:
+        if limit and num_characters > limit:
             raise InvalidPromptError(
-                f"the prompt has {len(text)} characters; the model takes at most {max_tokens} tokens, which have no "
-                f"more than {limit}"
+                f"the prompt has {num_characters} characters; the model takes at most {max_tokens} tokens, which have "
+                f"no more than {limit}"
             )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:

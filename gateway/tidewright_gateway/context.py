@@ -1,49 +1,73 @@
-"""One request of the API, from its arrival to its end."""
+"""What is known of one request, from its arrival to its end. Each phase of the pipeline adds what it found."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from tidewright.resilience.degradation import Route, Treatment
+from tidewright.resilience.degradation import Route
 from tidewright_gateway.admission.limits import Reservation
-from tidewright_gateway.auth.callers import Caller
+from tidewright_gateway.admission.limits.store import LimitName
+from tidewright_gateway.auth.callers import ANONYMOUS, Caller
 from tidewright_gateway.cache.responses import CachePolicy, CacheState
+from tidewright_gateway.http.tracing import TraceContext
+from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.replicas.failover import Generation
+from tidewright_gateway.replicas.triton import Reply
 
 
-@dataclass
+@dataclass(eq=False)
 class RequestContext:
-    """A generation for each prompt and choice."""
-
     request_id: str
-    trace_id: str
-    caller: Caller
-    tasks: list[Generation]
-    num_prompt_tokens: int
-    arrived_at: float  # time.monotonic()
-    echoes: list[str]
-    """Of each task, the text that its answer begins with; empty if that was not asked for."""
-    policy: CachePolicy
-    is_repeatable: bool
-    treatment: Treatment
-    is_shortened: bool
-    """`treatment` gives less than was asked for."""
-    reservation: Reservation
+    trace: TraceContext
+    credential: str | None = None
+    """What the request gives for a key."""
+    policy: CachePolicy = CachePolicy.USE
+    arrived_at: float = field(default_factory=time.monotonic)
+
+    caller: Caller = ANONYMOUS
+    """Of no use before the request has been authenticated."""
+    reservation: Reservation = field(default_factory=lambda: Reservation(""))
+    generations: list[Generation] = field(default_factory=list)
+    """One for each prompt and choice."""
+    num_prompt_tokens: int = 0
+    echoes: list[str] = field(default_factory=list)
+    """Of each generation, the text that its answer begins with; empty if that was not asked for."""
+    is_repeatable: bool = False
+    """It would get the same answer again."""
+    growth: int = 0
+    """Tokens by which the reservation grows when they are used up; 0 if all that it can use is reserved."""
+    route: Route = Route.DECODER
+    is_shortened: bool = False
+    """It gets less than it asked for, because of the load."""
+
+    num_tokens: int = 0
+    """Generated so far, in all."""
+    limited_by: LimitName | None = None
+    """What ended it before it was whole."""
     cache_states: list[CacheState] = field(default_factory=list)
     models: set[str] = field(default_factory=set)
     """Models of Triton that have answered."""
     first_token_after: float | None = None
     """Seconds."""
-    num_tokens: int | None = None
-    """Generated in all; None until the end."""
+    ended_by: ApiError | None = None
+    """Why the gateway itself ended it."""
+
+    def take(self, reply: Reply) -> None:
+        """Counts it."""
+        self.models.add(reply.served_by)
+        self.num_tokens += len(reply.token_ids)
+        if reply.token_ids and self.first_token_after is None:
+            self.first_token_after = time.monotonic() - self.arrived_at
 
     @property
     def served_by(self) -> str:
         return "fallback" if "fallback" in self.models else "decoder"
 
     @property
-    def headers(self) -> dict[str, str]:
+    def headers(self) -> Mapping[str, str]:
         """Of the answer, as far as it is known."""
         found = dict(self.reservation.headers)
         if self.models:
@@ -52,21 +76,27 @@ class RequestContext:
             # One that had to be generated makes the answer a fresh one.
             worst = max(self.cache_states, key=list(CacheState).index)
             found["X-Cache"] = worst.value
-        if self.treatment.route is Route.FALLBACK:
+        if self.route is Route.FALLBACK:
             found["X-Degraded"] = "fallback"
         elif self.is_shortened:
             found["X-Degraded"] = "short-answer"
+        if self.limited_by:
+            found["X-Limited-By"] = self.limited_by
         return found
 
     @property
     def facts(self) -> dict[str, Any]:
         """For the access log."""
-        return {
-            "key_id": self.caller.key_id,
-            "prompt_tokens": self.num_prompt_tokens,
-            "completion_tokens": self.num_tokens,
-            "first_token_seconds": self.first_token_after and round(self.first_token_after, 4),
-            "cache": [state.value for state in self.cache_states],
-            "served_by": self.served_by if self.models else None,
-            "replicas": [address for task in self.tasks for address in task.served_by],
-        }
+        found: dict[str, Any] = {"key_id": self.caller.key_id}
+        if self.generations:
+            found |= {
+                "prompt_tokens": self.num_prompt_tokens,
+                "completion_tokens": self.num_tokens,
+                "first_token_seconds": self.first_token_after and round(self.first_token_after, 4),
+                "cache": [state.value for state in self.cache_states],
+                "served_by": self.served_by if self.models else None,
+                "replicas": [address for generation in self.generations for address in generation.served_by],
+            }
+        if self.limited_by:
+            found["limited_by"] = self.limited_by
+        return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -61,6 +62,10 @@ class Metrics:
         self._degradation = self._gauge(
             "livemax", "degradation_level", "0 all features, 1 short answers, 2 fallback only, 3 requests are refused."
         )
+        self._reasons = self._gauge("livemax", "degradation_reason", "1 if this signal holds the level.", "signal")
+        self._stores = self._gauge(
+            "livemax", "store_lost", "1 if the store of keys or limits can't be used as it should.", "store"
+        )
         self._cache = self._counter(
             "cache_total", "Generations, by what the cache did: hit, shared, miss, bypass.", "state"
         )
@@ -75,8 +80,14 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(f"tidewright_gateway_{name}", text, labels, buckets=buckets, registry=self.registry)
 
-    def degraded(self, level: int) -> None:
+    def degraded(self, level: int, reasons: Mapping[str, bool]) -> None:
+        """`reasons`: each signal, and whether it holds the level."""
         self._degradation.set(level)
+        for signal, holds in reasons.items():
+            self._reasons.labels(signal).set(holds)
+
+    def store_lost(self, store: str, lost: bool) -> None:
+        self._stores.labels(store).set(lost)
 
     def cache(self, state: CacheState) -> None:
         self._cache.labels(state.value.lower()).inc()

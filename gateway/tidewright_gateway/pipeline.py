@@ -1,4 +1,10 @@
-"""From a request of the API to the replies of its generations."""
+"""A request of the API, phase by phase: what costs the gateway little comes first, and what others share last.
+
+    cheap checks → who → reserve a request → validate → tokenize → reserve tokens → queue → place → generate → settle
+
+The first are the middleware's (`http/middleware.py`): sizes, encodings, hosts. `Pipeline.admit` has the next five and
+the last, `Pipeline._generate` the three between.
+"""
 
 from __future__ import annotations
 
@@ -6,57 +12,99 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from typing import TypeVar
 
 import msgspec
 
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.degradation import Route
 from tidewright.resilience.errors import ModelError
-from tidewright.resilience.outcome import Outcome
 from tidewright.schema import SamplingParams
-from tidewright_gateway.admission.ladder import Admission
-from tidewright_gateway.admission.limits import Limiter, subjects_of
-from tidewright_gateway.auth.callers import Caller
-from tidewright_gateway.cache.responses import CachePolicy, ResponseCache, cache_key, is_repeatable
+from tidewright_gateway.admission.ladder import LoadLadder
+from tidewright_gateway.admission.limits import Estimates, Limiter, subjects_of
+from tidewright_gateway.admission.queue import Queue
+from tidewright_gateway.auth import Authenticator
+from tidewright_gateway.auth.callers import Caller, Role, salt_of
+from tidewright_gateway.cache.responses import Replies, ResponseCache, cache_key, is_repeatable
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
-from tidewright_gateway.http.tracing import TraceContext
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.errors import ApiError, invalid
+from tidewright_gateway.openai.parsing import parse
 from tidewright_gateway.openai.prompts import Prompts
-from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
-from tidewright_gateway.replicas.failover import Failover, Generation
+from tidewright_gateway.openai.protocol import Body, ChatRequest, CompletionRequest, GenerationBody
+from tidewright_gateway.replicas.failover import Failover, Generation, timed_out
 from tidewright_gateway.replicas.triton import Reply
 
-_DEFAULT_COMPLETION = 16  # tokens, as OpenAI's
+B = TypeVar("B", bound=Body)
+G = TypeVar("G", bound=GenerationBody)
 
-
-# The decoder can't answer, whoever's fault that is: the fallback is asked, if nothing was handed on yet.
-_FALLS_BACK = (
-    Outcome.UNAVAILABLE,
-    Outcome.STALLED,
-    Outcome.STUB_DIED,
-    Outcome.ENGINE_FAILED,
-    Outcome.ENGINE_KILLED,
-    Outcome.FIRST_TOKEN_TIMEOUT,
-    Outcome.OVERLOADED,
-)
+LOWEST_PRIORITY = 1000  # of what callers may ask for themselves
+REVOKED_INTERVAL = 0.5  # seconds between two looks whether those that run may still
 
 
 class Pipeline:
     def __init__(
         self,
         settings: GatewaySettings,
-        cluster: Failover,
-        prompts: Prompts,
+        authenticator: Authenticator,
         limiter: Limiter,
-        admission: Admission,
+        prompts: Prompts,
+        ladder: LoadLadder,
+        queue: Queue,
         cache: ResponseCache,
+        failover: Failover,
         metrics: Metrics,
     ) -> None:
-        self._settings, self._cluster, self._prompts, self._metrics = settings, cluster, prompts, metrics
-        self._limiter, self._admission, self._cache = limiter, admission, cache
+        self._settings, self._authenticator, self._limiter, self._prompts = settings, authenticator, limiter, prompts
+        self._ladder, self._queue, self._cache, self._failover = ladder, queue, cache, failover
+        self._metrics = metrics
+        self._estimates = Estimates()
+        self._running: dict[RequestContext, asyncio.Task[object]] = {}
+
+    @asynccontextmanager
+    async def admit(self, context: RequestContext, kind: type[G], body: bytes) -> AsyncGenerator[G, None]:
+        """A request that may generate, until it ends: give its context to `replies`.
+
+        Raises:
+            ApiError: it can't be done as asked.
+        """
+        async with self.enter(context, kind, body) as request:  # who, reserve a request, validate; at the end settle
+            sampling = request.sampling()
+            prompts = await self._tokenize(context, request)
+            sampling = self._adapt(context, request, sampling, prompts)
+            await self._reserve_tokens(context, request, sampling, prompts)
+            self._make_generations(context, prompts, sampling, request.n or 1)
+            yield request
+            if request.asked_tokens is None:
+                self._estimates.learn(context.caller, context.num_tokens / len(context.generations))
+
+    @asynccontextmanager
+    async def enter(self, context: RequestContext, kind: type[B], body: bytes) -> AsyncGenerator[B, None]:
+        """A request of any kind, until it ends.
+
+        Raises:
+            ApiError: it may not be made, or is not valid.
+        """
+        context.caller = caller = await self._authenticator.caller(context.credential)
+        subjects = subjects_of(caller, None, self._settings)
+        context.reservation = await self._limiter.reserve(subjects)
+        self._running[context] = asyncio.current_task()  # type: ignore[assignment] # there is one
+        try:
+            request = parse(kind, body, self._failover.max_model_len)
+            self.check_model(request.model)
+            yield request
+        except asyncio.CancelledError:
+            if context.ended_by:
+                raise context.ended_by from None
+            raise
+        finally:
+            del self._running[context]
+            await self._limiter.settle(context.reservation, context.num_prompt_tokens + context.num_tokens)
+            if context.generations:
+                self._metrics.tokens(context.num_prompt_tokens, context.num_tokens)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError: another model than ours is asked for."""
@@ -65,129 +113,124 @@ class Pipeline:
             message = f"there is no model {name!r} here; this gateway serves {served!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
 
-    async def open(
-        self,
-        body: ChatRequest | CompletionRequest,
-        caller: Caller,
-        request_id: str,
-        arrived_at: float,
-        trace: TraceContext,
-        policy: CachePolicy = CachePolicy.USE,
-    ) -> RequestContext:
-        """Whoever opens it must `close` it.
+    async def end_revoked(self) -> None:
+        """For ever: requests that run end when their key does."""
+        while self._authenticator.asks_for_keys:
+            await asyncio.sleep(REVOKED_INTERVAL)
+            refused: dict[str | None, ApiError] = {}
+            for credential in {context.credential for context in self._running}:
+                try:
+                    await self._authenticator.caller(credential)
+                except ApiError as error:
+                    refused[credential] = error
+            for context, task in list(self._running.items()):
+                if refusal := refused.get(context.credential):
+                    context.ended_by = refusal
+                    task.cancel()
 
-        Raises:
-            ApiError: it can't be done as asked.
-        """
-        self.check_model(body.model)
-        n = 1 if body.n is None else body.n
-        shown: list[str | list[int]] = []
-        if isinstance(body, ChatRequest):
-            self._check_size(1, n)
-            prompts = [await self._prompts.of_chat(body.messages)]
-            sampling = body.sampling(max(self._cluster.max_model_len - len(prompts[0]), 1))
-        else:
-            texts = body.prompts
-            if not texts:
-                raise invalid("prompt is an empty list; send at least one prompt", "prompt")
-            self._check_size(len(texts), n)
-            sampling = body.sampling(_DEFAULT_COMPLETION)
-            prompts = [await self._prompts.of_text(text) for text in texts]
-            shown = texts if body.echo else []
-        self._check_lengths(prompts)
-        given = self._admission.treatment(sampling.max_tokens)
-        repeatable, is_shortened = is_repeatable(sampling), given.max_tokens < sampling.max_tokens
-        if is_shortened:
-            shorter = min(sampling.min_tokens, given.max_tokens)
-            sampling = msgspec.structs.replace(sampling, max_tokens=given.max_tokens, min_tokens=shorter)
-        tasks = self._tasks(request_id, prompts, sampling, n, arrived_at, trace)
-        decode = self._prompts.tokenizer.decode
-        echoes = [text if isinstance(text, str) else decode(text) for text in shown for _ in range(n)]
-        num_prompt_tokens = sum(map(len, prompts))
-        cost = num_prompt_tokens + len(tasks) * sampling.max_tokens
-        reservation = await self._limiter.reserve(subjects_of(caller, body.user, self._settings), cost)
-        return RequestContext(
-            request_id,
-            trace.trace_id,
-            caller,
-            tasks,
-            num_prompt_tokens,
-            arrived_at,
-            echoes,
-            policy,
-            repeatable,
-            given,
-            is_shortened,
-            reservation,
-        )
+    # Tokenize, and what follows from how much it is.
 
-    def _check_size(self, num_prompts: int, n: int) -> None:
+    async def _tokenize(self, context: RequestContext, request: GenerationBody) -> list[list[int]]:
+        most, n = self._settings.max_choices, 1 if request.n is None else request.n
         if n < 1:
             raise invalid("n must be at least 1", "n")
-        most = self._settings.max_choices
-        if num_prompts * n > most:
-            raise invalid(f"{num_prompts} prompts times n = {n} is more than {most} (max_choices)", "n")
-
-    def _check_lengths(self, prompts: Sequence[list[int]]) -> None:
-        longest, limit = max(map(len, prompts)), self._cluster.max_model_len
+        texts = request.prompts if isinstance(request, CompletionRequest) else [""]
+        if not texts:
+            raise invalid("prompt is an empty list; send at least one prompt", "prompt")
+        if len(texts) * n > most:
+            raise invalid(f"{len(texts)} prompts times n = {n} is more than {most} (max_choices)", "n")
+        limit = self._failover.max_model_len
+        if isinstance(request, ChatRequest):
+            prompts = [await self._prompts.of_chat(request.messages, limit)]
+        else:
+            prompts = [await self._prompts.of_text(text, limit) for text in texts]
+        longest = max(map(len, prompts))
         if longest >= limit:
             message = f"the prompt has {longest} tokens; with its answer the model's context takes {limit}"
             raise invalid(message, code="context_length_exceeded")
+        if isinstance(request, CompletionRequest) and request.echo:
+            decode = self._prompts.tokenizer.prompt_text
+            context.echoes = [text if isinstance(text, str) else decode(text) for text in texts for _ in range(n)]
+        return prompts
 
-    def _tasks(
-        self,
-        request_id: str,
-        prompts: Sequence[list[int]],
-        sampling: SamplingParams,
-        n: int,
-        arrived_at: float,
-        trace: TraceContext,
-    ) -> list[Generation]:
-        """`n` of each prompt; the same seed, one more for each of them."""
-        seed = sampling.seed
-        if seed is None and sampling.temperature > 0:
-            seed = secrets.randbits(62)  # so that another replica can go on as this one would have
+    def _adapt(
+        self, context: RequestContext, request: GenerationBody, sampling: SamplingParams, prompts: list[list[int]]
+    ) -> SamplingParams:
+        """What it gets of what it asks for: by its role, its length and the load."""
+        caller = context.caller
+        context.is_repeatable = is_repeatable(sampling)
+        max_tokens = sampling.max_tokens
+        if isinstance(request, ChatRequest) and request.asked_tokens is None:
+            max_tokens = max(self._failover.max_model_len - len(prompts[0]), 1)
+        given = self._ladder.treatment(max_tokens, is_guided=sampling.guided)
+        context.route, context.is_shortened = given.route, given.max_tokens < max_tokens
+        return msgspec.structs.replace(
+            sampling,
+            max_tokens=given.max_tokens,
+            min_tokens=min(sampling.min_tokens, given.max_tokens) if context.is_shortened else sampling.min_tokens,
+            priority=_priority(caller, sampling.priority),
+            cache_salt=salt_of(caller, request.user, sampling.cache_salt),
+        )
+
+    async def _reserve_tokens(
+        self, context: RequestContext, request: GenerationBody, sampling: SamplingParams, prompts: list[list[int]]
+    ) -> None:
+        """All that it may use; without a max_tokens of its own what it will probably use, and more while it runs."""
+        context.num_prompt_tokens = sum(map(len, prompts))
+        answers = len(prompts) * (request.n or 1)
+        cost = most = answers * sampling.max_tokens
+        subjects = subjects_of(context.caller, request.user, self._settings)
+        limits = [limit for subject in subjects for limit in subject.limits.of_tokens]
+        if request.asked_tokens is None and limits:
+            # Also less than is probable, where a limit is so low that it would never fit.
+            probable = answers * self._estimates.of(context.caller)
+            cost = max(min(probable, most, min(limits) - context.num_prompt_tokens), 1)
+            context.growth = max(cost // 2, 1) if cost < most else 0
+        try:
+            await self._limiter.extend(context.reservation, subjects, context.num_prompt_tokens + cost)
+        except ApiError:
+            context.num_prompt_tokens = 0  # nothing was computed
+            raise
+
+    def _make_generations(
+        self, context: RequestContext, prompts: Sequence[list[int]], sampling: SamplingParams, n: int
+    ) -> None:
+        """`n` of each prompt."""
         longest = self._settings.request_timeout
-        deadline = Deadline.after(longest if sampling.timeout is None else min(sampling.timeout, longest), arrived_at)
-        tasks: list[Generation] = []
+        timeout = longest if sampling.timeout is None else min(sampling.timeout, longest)
+        deadline, logprobs = Deadline.after(timeout, context.arrived_at), sampling.logprobs is not None
         for prompt in prompts:
-            for number in range(n):
-                own = sampling if seed is None else msgspec.structs.replace(sampling, seed=(seed + number) % 2**63)
-                name, logprobs = f"{request_id}-{len(tasks)}", sampling.logprobs is not None
-                tasks.append(Generation(name, prompt, own, deadline, logprobs, trace.metadata))
-        return tasks
+            for seed in _seeds(sampling, n):
+                own = msgspec.structs.replace(sampling, seed=seed)
+                name = f"{context.request_id}-{len(context.generations)}"
+                context.generations.append(Generation(name, prompt, own, deadline, logprobs, context.trace.metadata))
 
-    async def close(self, work: RequestContext, num_tokens: int) -> None:
-        """It has ended, however it did; the second time nothing happens. `num_tokens`: what it generated."""
-        if work.num_tokens is not None:
-            return
-        work.num_tokens = num_tokens
-        self._metrics.tokens(work.num_prompt_tokens, num_tokens)
-        await self._limiter.settle(work.reservation, work.num_prompt_tokens + num_tokens)
+    # Queue, place, generate.
 
-    async def replies(self, work: RequestContext) -> AsyncGenerator[tuple[int, Reply], None]:
+    async def replies(self, context: RequestContext) -> AsyncGenerator[tuple[int, Reply], None]:
         """Replies of all generations as they come, each with its index; leaving early ends them.
 
         Raises:
             ModelError: one of them failed; the others are given up.
         """
-        if len(work.tasks) == 1:
-            async with aclosing(self._replies_of(work.tasks[0], work)) as replies:
+        if len(context.generations) == 1:
+            async with aclosing(self._source(context, context.generations[0])) as replies:
                 async for reply in replies:
+                    self._note(context, reply)
                     yield 0, reply
             return
-        arrived: asyncio.Queue[tuple[int, Reply] | Exception | None] = asyncio.Queue(maxsize=len(work.tasks))
+        arrived: asyncio.Queue[tuple[int, Reply] | Exception | None] = asyncio.Queue(maxsize=len(context.generations))
 
         async def forward(index: int) -> None:
             try:
-                async with aclosing(self._replies_of(work.tasks[index], work)) as replies:
+                async with aclosing(self._source(context, context.generations[index])) as replies:
                     async for reply in replies:
                         await arrived.put((index, reply))
                 await arrived.put(None)
             except Exception as error:
                 await arrived.put(error)
 
-        jobs = [asyncio.create_task(forward(index)) for index in range(len(work.tasks))]
+        jobs = [asyncio.create_task(forward(index)) for index in range(len(context.generations))]
         running = len(jobs)
         try:
             while running:
@@ -197,53 +240,74 @@ class Pipeline:
                 if item is None:
                     running -= 1
                 else:
+                    self._note(context, item[1])
                     yield item
         finally:
             for job in jobs:
                 job.cancel()
             await asyncio.gather(*jobs, return_exceptions=True)
 
-    async def _replies_of(self, task: Generation, work: RequestContext) -> AsyncGenerator[Reply, None]:
+    def _note(self, context: RequestContext, reply: Reply) -> None:
+        is_first = context.first_token_after is None
+        context.take(reply)
+        if is_first and context.first_token_after is not None:
+            self._metrics.first_token(context.first_token_after)
+
+    def _source(self, context: RequestContext, generation: Generation) -> Replies:
+        """The replies of a generation, or of one like it that another request has."""
         key: bytes | None = None
-        if work.is_repeatable and work.treatment.route is Route.DECODER:
-            key = cache_key(work.caller, self._settings.model_name, task.prompt, task.sampling, task.logprobs)
+        if context.is_repeatable and context.route is Route.DECODER:
+            key = cache_key(
+                context.caller, self._settings.model_name, generation.prompt, generation.sampling, generation.logprobs
+            )
         state, replies = self._cache.open(
-            key, lambda: self._run(task, work), work.policy, lambda: task.model == "decoder"
+            key,
+            lambda: self._generate(context, generation),
+            context.policy,
+            lambda: generation.model == "decoder" and not context.limited_by,
         )
-        work.cache_states.append(state)
+        context.cache_states.append(state)
         self._metrics.cache(state)
-        async with aclosing(replies):
-            async for reply in replies:
-                work.models.add(reply.served_by)
-                if reply.token_ids and work.first_token_after is None:
-                    work.first_token_after = time.monotonic() - work.arrived_at
-                    self._metrics.first_token(work.first_token_after)
-                yield reply
+        return replies
 
-    async def _run(self, task: Generation, work: RequestContext) -> AsyncGenerator[Reply, None]:
+    async def _generate(self, context: RequestContext, generation: Generation) -> AsyncGenerator[Reply, None]:
         """At a replica, once it is its turn."""
-        priority = work.caller.priority + task.sampling.priority
-        self._metrics.asked(time.monotonic() - work.arrived_at)
-        async with self._admission.place(task, work.caller.key_id, priority):
-            async with aclosing(self._ask(task, work.treatment.route)) as replies:
+        self._metrics.asked(time.monotonic() - context.arrived_at)
+        until = min(time.monotonic() + self._settings.queue_timeout, generation.deadline.at)
+        try:
+            place = await self._queue.enter(context.caller.key_id, generation.sampling.priority, until)
+        except ModelError as error:
+            raise (timed_out(error) if generation.deadline.expired(time.monotonic()) else error) from None
+        try:
+            async with aclosing(self._failover.generate(generation, context.route)) as replies:
                 async for reply in replies:
+                    if context.growth and not reply.finish_reason and await self._is_over(context, reply):
+                        yield replace(reply, finish_reason="length")
+                        return
                     yield reply
+        finally:
+            place.leave()
 
-    async def _ask(self, task: Generation, route: Route) -> AsyncGenerator[Reply, None]:
-        """The decoder, and where it can't answer the fallback; by `route` the other way round."""
-        order = [self._cluster.generate, self._cluster.fall_back]
-        if not self._settings.fallback:
-            order = order[:1]
-        elif route is Route.FALLBACK:
-            order.reverse()
-        first: ModelError | None = None
-        for ask in order:
-            try:
-                async with aclosing(ask(task)) as replies:
-                    async for reply in replies:
-                        yield reply
-                return
-            except ModelError as error:
-                first = first or error
-                if ask is order[-1] or task.delivered or error.outcome not in _FALLS_BACK:
-                    raise first from None
+    async def _is_over(self, context: RequestContext, reply: Reply) -> bool:
+        """Whether the caller's limits give nothing for what comes behind this reply."""
+        used = context.num_prompt_tokens + context.num_tokens + len(reply.token_ids)
+        # Others may want the answer longer than the one who asked for it first.
+        if not context.limited_by and used >= context.reservation.cost and context in self._running:
+            context.limited_by = await self._limiter.grow(context.reservation, context.growth)
+        return context.limited_by is not None
+
+
+def _seeds(sampling: SamplingParams, n: int) -> list[int | None]:
+    """Of the choices of a prompt: the same seed, one more for each of them."""
+    seed = sampling.seed
+    if seed is None and sampling.temperature == 0:
+        return [None] * n
+    if seed is None:
+        seed = secrets.randbits(62)  # so that another replica can go on as this one would have
+    return [(seed + number) % 2**63 for number in range(n)]
+
+
+def _priority(caller: Caller, own: int) -> int:
+    """A request may step back behind others of its key; only an admin's may step forward."""
+    lowest = -LOWEST_PRIORITY if caller.role is Role.ADMIN else 0
+    return caller.priority + min(max(own, lowest), LOWEST_PRIORITY)

@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from helpers.scripted import PATIENCE, Caller, World
 from tidewright.bridge.call import Chunk
@@ -344,21 +345,22 @@ def test_trouble_is_what_the_engine_died_of(world: World) -> None:
 
 def test_status_tells_what_is_wrong_and_how_full_it_is(world: World) -> None:
     longest = 1000  # of the scripted engine
-    assert world.bridge.status == DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, 0, longest, os.getpid())
+    well = world.bridge.status
+    assert well == DecoderStatus(
+        "", False, 0.0, 0.0, 0.0, 0.0, 0, longest, os.getpid(), "smollm2-135m", well.tokenizer, 3
+    )
+    assert len(well.tokenizer) == 64
     world.engine.silent_for = 0.75
     world.engine.events.stats(EngineStats(3, 1, 40, 10, 0, 0, 0, 0))
-    assert world.bridge.status == DecoderStatus(
-        "", False, 0.75, waiting=0.5, wait=0.0, kv_usage=0.75, max_model_len=longest, pid=os.getpid()
-    )
+    assert world.bridge.status == replace(well, silence=0.75, waiting=0.5, kv_usage=0.75)
     world.engine.available, world.engine.cause, world.engine.silent_for = False, "killed by SIGKILL", 0.0
     world.engine.dies()
-    trouble = "the engine is not available (killed by SIGKILL)"
-    assert world.bridge.status == DecoderStatus(trouble, False, 0.0, 0.0, 0.0, 0.0, 0, longest, os.getpid())
+    assert world.bridge.status == replace(well, trouble="the engine is not available (killed by SIGKILL)")
     world.bridge.drain()
-    assert world.bridge.status == DecoderStatus(DRAINING, True, 0.0, 0.0, 0.0, 0.0, 0, longest, os.getpid())
+    assert world.bridge.status == replace(well, trouble=DRAINING, draining=True)
 
 
-def test_status_tells_how_long_the_oldest_waits_for_its_first_token(world: World) -> None:
+def test_status_tells_how_long_the_oldest_request_is_queued(world: World) -> None:
     def waits(since: tuple[float, float]) -> bool:
         asked = time.monotonic()
         wait = world.bridge.status.wait
@@ -371,12 +373,20 @@ def test_status_tells_how_long_the_oldest_waits_for_its_first_token(world: World
         time.sleep(0.05)
         return before, after
 
+    def queued(number: int) -> None:
+        world.engine.events.stats(EngineStats(1, number, 40, 10, 0, 0, 0, 0))
+
     oldest, resumed, youngest = submit(n=2), submit(resume_ids=[5, 6]), submit()
     assert world.bridge.status.active == 3
+    assert world.bridge.status.wait == 0  # all are computed, however long their prompts take
+    queued(3)
     assert waits(oldest)
-    world.engine.says(SequenceOutput(2, [5]))  # of the second of its sequences
+    queued(2)
     assert waits(resumed)
-    world.engine.says(SequenceOutput(3, [5]))
+    world.engine.says(SequenceOutput(2, [5]))  # of the second sequence of the oldest
+    queued(1)
     assert waits(youngest)
-    world.engine.says(SequenceOutput(4, [5]))
+    queued(5)  # preempted ones, which have tokens, are queued as well
+    assert waits(resumed)
+    queued(0)
     assert world.bridge.status.wait == 0

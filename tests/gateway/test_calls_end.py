@@ -61,7 +61,10 @@ async def ask(client: TritonClient) -> None:
 
 async def generate(client: TritonClient) -> None:
     order = CallRequest("one", [1], b'{"max_tokens":20}')
-    assert [reply async for reply in client.generate("decoder", order).replies()]
+    call = client.generate("decoder", order)
+    while not (await call.read()).finish_reason:
+        pass
+    call.close()
 
 
 @pytest.mark.parametrize("call", [ask, generate])
@@ -96,9 +99,9 @@ def test_a_call_that_does_not_end_is_cancelled_at_last(
 def test_a_generation_left_before_its_end_is_cancelled_at_once() -> None:
     async def run() -> None:
         async with pair() as (client, echo):
-            replies = client.generate("decoder", CallRequest("one", [1], b'{"max_tokens":20}')).replies()
-            assert not (await anext(replies)).finish_reason
-            await replies.aclose()
+            call = client.generate("decoder", CallRequest("one", [1], b'{"max_tokens":20}'))
+            assert not (await call.read()).finish_reason
+            call.close()
             await echo.wait(lambda: echo.cancelled == 1)
 
     asyncio.run(run())

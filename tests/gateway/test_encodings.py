@@ -10,7 +10,8 @@ import pytest
 
 from helpers.gateway import MODEL, RunningGateway
 from tidewright_gateway.openai.errors import ApiError
-from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest, of_validation
+from tidewright_gateway.openai.parsing import parse
+from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest, GenerationBody
 
 ENDPOINTS = {
     "/v1/completions": {"model": MODEL, "prompt": "a"},
@@ -52,15 +53,13 @@ FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalt
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999", "-1e999"])
-@pytest.mark.parametrize("model", [ChatRequest, CompletionRequest])
-def test_numbers_are_finite_over_http_and_websocket(
-    model: type[ChatRequest] | type[CompletionRequest], value: str
-) -> None:
-    """Both read a body with these models."""
-    body = json.dumps(ENDPOINTS["/v1/chat/completions" if model is ChatRequest else "/v1/completions"])
-    for name, text in ((name, f'"{name}": {value}') for name in FLOATS):
-        assert error_of(model, f"{body[:-1]}, {text}}}").param == name
-    assert error_of(model, f'{body[:-1]}, "logit_bias": {{"5": {value}}}}}').param == "logit_bias.5"
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
+def test_numbers_are_finite_over_http_and_websocket(kind: type[GenerationBody], value: str) -> None:
+    """Both read a body with `parse`."""
+    body = json.dumps(ENDPOINTS["/v1/chat/completions" if kind is ChatRequest else "/v1/completions"])
+    for text in (*(f'"{name}": {value}' for name in FLOATS), f'"logit_bias": {{"5": {value}}}'):
+        error = error_of(kind, f"{body[:-1]}, {text}}}")
+        assert (error.status, error.code) == (400, "invalid_json")
 
 
 @pytest.mark.parametrize("name", ["top_k", "seed", "max_tokens", "min_tokens", "priority"])
@@ -70,11 +69,25 @@ def test_integers_are_bounded(name: str) -> None:
         assert error_of(CompletionRequest, body).param == name
 
 
-def error_of(model: type[ChatRequest] | type[CompletionRequest], body: str) -> ApiError:
-    try:
-        model.model_validate_json(body).sampling(16)
-    except ApiError as error:
-        return error
-    except ValueError as error:
-        return of_validation(error.errors())  # type: ignore[attr-defined]
-    raise AssertionError(f"{body} was taken")
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        ('{"prompt": "a\\ud800"}', "invalid_json"),
+        ('{"prompt": ' + "[" * 50_000 + "]" * 50_000 + "}", "invalid_json"),
+        ('{"prompt": [' + "[]," * 100_000 + "[]]}", "too_many_items"),
+        ('{"prompt": [' + "1," * 8192 + "1]}", "context_length_exceeded"),
+        ('{"prompt": [[' + "1," * 8192 + "1]]}", "context_length_exceeded"),
+        ('{"prompt": "a", "stop": [' + '"a",' * 8192 + '"a"]}', "context_length_exceeded"),
+        ("{" + "".join(f'"a{number}":1,' for number in range(300)) + '"prompt": "a"}', "too_many_items"),
+        ("[]", "invalid_value"),
+        ("", "invalid_json"),
+    ],
+)
+def test_a_body_is_bounded_in_every_direction(body: str, code: str) -> None:
+    assert error_of(CompletionRequest, body).code == code
+
+
+def error_of(kind: type[GenerationBody], body: str) -> ApiError:
+    with pytest.raises(ApiError) as refused:
+        parse(kind, body.encode(), 8192).sampling()
+    return refused.value

@@ -17,5 +17,5 @@ def test_it_goes_to_no_other_replica(client: type[ScriptedClient], before: list[
     with pytest.raises(ModelError) as caught:
         run(generate)
     assert caught.value.outcome is Outcome.ENGINE_KILLED
-    assert len(client.orders) == 1
+    assert len(client.requests) == 1
     assert (of_model(caught.value).status, of_model(caught.value).code) == (503, "engine_failed")

@@ -128,7 +128,8 @@ def test_when_all_are_gone_requests_wait_and_then_get_a_503_and_a_replica_that_c
                 assert time.monotonic() < deadline
             refused = gateway.post("/v1/completions", body)
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
-            assert "no sign of life" in refused.json()["error"]["message"]
+            assert "no replica can take requests" in refused.json()["error"]["message"]
+            assert "no sign of life" in gateway.http.get("/admin/status").json()["replicas"][0]["trouble"]
             with ThreadPoolExecutor(1) as pool:
                 waiting = pool.submit(gateway.post, "/v1/completions", body)
                 time.sleep(0.5)

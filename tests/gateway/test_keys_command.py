@@ -206,7 +206,7 @@ async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": scope["scheme"].encode()})
 
-serving.make_app = lambda settings: app
+serving.make_app = lambda settings, **rest: app
 serving.serve(GatewaySettings())
 """
 

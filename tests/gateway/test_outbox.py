@@ -47,7 +47,7 @@ STEPS = st.one_of(
 @settings(max_examples=150, deadline=None)
 @given(st.none() | st.integers(0, 20), st.lists(STEPS, max_size=40))
 def test_each_token_comes_once_and_in_order_and_none_without_credit(credits: int | None, steps: list) -> None:
-    outbox, readers = Outbox(credits), [Reader(), Reader(), Reader()]
+    outbox, readers = Outbox(credits, 3), [Reader(), Reader(), Reader()]
     written = [Reader(), Reader(), Reader()]
     left = credits
 
@@ -98,7 +98,7 @@ def test_each_token_comes_once_and_in_order_and_none_without_credit(credits: int
 
 
 def test_what_waits_is_joined_and_choices_take_turns() -> None:
-    outbox = Outbox(0)
+    outbox = Outbox(0, 2)
     for number in range(300):
         outbox.put(0, reply(f"{number} ", number))
         outbox.put(1, reply("x", number))

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator
-from types import SimpleNamespace
-from typing import Any
-
+from tidewright.resilience.deadline import Deadline
+from tidewright.schema import SamplingParams
+from tidewright_gateway.context import RequestContext
+from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.openai.answers import DONE, ChatAnswer
-from tidewright_gateway.openai.rendering import stream
+from tidewright_gateway.openai.rendering import Events
+from tidewright_gateway.replicas.failover import Generation
 from tidewright_gateway.replicas.triton import Reply
 
 
-class Scripted:
-    """A service whose generations say `replies`: index of the choice and whether it ends."""
-
-    def __init__(self, replies: list[tuple[int, bool]]) -> None:
-        self._replies = replies
-        self.closed: list[int] = []
-
-    async def replies(self, work: Any) -> AsyncGenerator[tuple[int, Reply], None]:
-        for index, ends in self._replies:
-            yield index, Reply("word", [1, 2], "length" if ends else None, None)
-
-    async def close(self, work: Any, num_tokens: int) -> None:
-        self.closed.append(num_tokens)
-
-
 def written(n: int, *replies: tuple[int, bool]) -> list[bytes]:
-    service: Any = Scripted(list(replies))
-    work: Any = SimpleNamespace(tasks=[None] * n, num_prompt_tokens=1)
-
-    async def run() -> list[bytes]:
-        return [part async for part in stream(service, work, ChatAnswer("id", "model", None, True, []))]
-
-    parts = asyncio.run(run())
-    assert service.closed == [2 * len(replies)]
+    """`replies`: index of the choice, and whether it ends."""
+    context = RequestContext("id", Tracer(0).begin(()), num_prompt_tokens=1)
+    context.generations = [Generation("id", [1], SamplingParams(), Deadline()) for _ in range(n)]
+    events, parts = Events(context, ChatAnswer("id", "model", None, True, [])), []
+    for index, ends in replies:
+        reply = Reply("word", [1, 2], "length" if ends else None, None)
+        context.take(reply)
+        parts.append(events.take(index, reply))
     return parts
 
 

@@ -61,13 +61,9 @@ class Clients:
         self.replica.status = msgspec.structs.replace(self.replica.status, waiting=waiting)
         self.wait(lambda status: status["replicas"][0]["load"] == waiting)
 
-    def calm(self) -> None:
-        """The ladder takes a step down with a request."""
-        deadline = time.monotonic() + 30
-        while self.status()["level"] != "all_features":
-            assert time.monotonic() < deadline
-            self.post("plain", prompt="Calm")
-            time.sleep(0.05)
+    def level(self, name: str) -> None:
+        """Until the ladder is there, by itself."""
+        self.wait(lambda status: status["level"] == name)
 
     def logged(self, answer: httpx.Response) -> dict:
         """The line of the request, which is written behind its answer."""
@@ -97,6 +93,9 @@ def clients(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "max_running": 2,
         "max_queue": 2,
         "queue_timeout": 30,
+        "max_queue_share": 1,
+        "degradation": True,
+        "trace_callers": True,
         "degrade_queue_short": 0.8,
         "degrade_queue_fallback": 0.9,
         "degrade_queue_shed": 1.0,
@@ -271,29 +270,35 @@ def test_who_finds_no_place_waits_and_too_many_are_refused(clients: Clients) -> 
     finally:
         clients.replica.go_on.set()
     clients.wait(lambda status: status["running"] == 0)
-    clients.calm()
+    clients.level("all_features")
 
 
 def test_the_ladder_shortens_then_falls_back_then_refuses(clients: Clients) -> None:
     try:
         clients.load(0.85)
+        clients.level("short_answers")
         short = clients.post("plain", prompt="Short", max_tokens=9)
         assert short.headers["X-Degraded"] == "short-answer"
         assert (short.json()["usage"]["completion_tokens"], short.json()["served_by"]) == (3, "decoder")
         assert short.json()["choices"][0]["finish_reason"] == "length"
+        guided = clients.post("plain", prompt="Short", max_tokens=9, guided_regex="a+")
+        assert "X-Degraded" not in guided.headers
+        assert guided.json()["usage"]["completion_tokens"] == 9
         clients.load(0.95)
+        clients.level("fallback_only")
         for stream in (False, True):
             fallback = clients.post("plain", prompt="Short", max_tokens=9, stream=stream)
             assert fallback.headers["X-Served-By"] == "fallback"
             assert fallback.headers["X-Cache"] == "BYPASS"
             assert '"served_by":"fallback"' in fallback.text
         clients.load(TOO_BUSY)
+        clients.level("shed")
         refused = clients.post("plain", prompt="Short")
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
         assert "queue" in refused.json()["error"]["message"]
     finally:
         clients.load(0.0)
-    clients.calm()
+    clients.level("all_features")
     answer = clients.post("plain", prompt="Short", max_tokens=9)
     assert answer.json()["usage"]["completion_tokens"] == 9  # and not the short one, from the cache
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-from contextlib import aclosing
 
 import msgspec
 import pytest
@@ -22,8 +21,8 @@ GIVEN = f"00-{TRACE}-{PARENT}-01".encode()
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0])
 @pytest.mark.parametrize(("flags", "sampled"), [("01", True), ("03", True), ("00", False), ("02", False)])
-def test_a_request_stays_in_its_trace_and_the_decision_in_it_stands(ratio: float, flags: str, sampled: bool) -> None:
-    context = Tracer(ratio).begin([(b"traceparent", GIVEN[:-2] + flags.encode()), (b"tracestate", b"a=1, b=2")])
+def test_a_request_stays_in_its_trace_and_its_decision_stands(ratio: float, flags: str, sampled: bool) -> None:
+    context = Tracer(ratio, True).begin([(b"traceparent", GIVEN[:-2] + flags.encode()), (b"tracestate", b"a=1, b=2")])
     assert (context.trace_id, context.sampled) == (TRACE, sampled)
     assert context.span_id != PARENT
     assert context.traceparent == f"00-{TRACE}-{context.span_id}-0{int(sampled)}"
@@ -31,8 +30,15 @@ def test_a_request_stays_in_its_trace_and_the_decision_in_it_stands(ratio: float
     assert context.metadata == (told if sampled else ())
 
 
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+@pytest.mark.parametrize("flags", ["01", "00"])
+def test_no_stranger_decides_what_is_traced(ratio: float, flags: str) -> None:
+    context = Tracer(ratio).begin([(b"traceparent", GIVEN[:-2] + flags.encode())])
+    assert (context.trace_id, context.sampled) == (TRACE, bool(ratio))
+
+
 def test_one_of_a_later_version_is_read_as_far_as_it_is_known() -> None:
-    context = Tracer(0).begin([(b"traceparent", b"cc" + GIVEN[2:] + b"-more")])
+    context = Tracer(0, True).begin([(b"traceparent", b"cc" + GIVEN[2:] + b"-more")])
     assert (context.trace_id, context.sampled, context.traceparent[:3]) == (TRACE, True, "00-")
 
 
@@ -89,9 +95,10 @@ def test_the_replica_is_told() -> None:
         client = TritonClient(replica.grpc_url, 1)
         for headers in ([(b"traceparent", GIVEN), (b"tracestate", b"a=1")], []):
             sampling = msgspec.json.encode(SamplingParams(max_tokens=2))
-            order = CallRequest("r", [1], sampling, metadata=Tracer(0).begin(headers).metadata)
-            async with aclosing(client.generate("decoder", order).replies()) as replies:
-                assert len([reply async for reply in replies]) == 2
+            request = CallRequest("r", [1], sampling, metadata=Tracer(0, trusts_callers=True).begin(headers).metadata)
+            call = client.generate("decoder", request)
+            assert [(await call.read()).finish_reason for _ in range(2)] == [None, "length"]
+            call.close()
         await client.close()
 
     with EchoReplica() as replica:

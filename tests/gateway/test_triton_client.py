@@ -29,8 +29,12 @@ async def client(pause: float = 0.0) -> AsyncIterator[TritonClient]:
         await server.stop(0)
 
 
-async def all_of(generation: TritonCall) -> list[Reply]:
-    return [reply async for reply in generation.replies()]
+async def all_of(call: TritonCall) -> list[Reply]:
+    replies = [await call.read()]
+    while not replies[-1].finish_reason:
+        replies.append(await call.read())
+    call.close()
+    return replies
 
 
 def test_replies_come_in_parts_and_only_the_last_has_a_reason() -> None:
@@ -50,11 +54,11 @@ def test_an_abandoned_generation_ends_however_early_that_was(turns: int) -> None
     async def run() -> None:
         async with client(pause=60) as made:
             await made.control("status", 30)  # it can be reached
-            generation = made.generate("decoder", ORDER)
-            job = asyncio.ensure_future(all_of(generation))
+            call = made.generate("decoder", ORDER)
+            job = asyncio.ensure_future(all_of(call))
             for _ in range(turns):
                 await asyncio.sleep(0)
-            generation.abandon(ModelError("it is lost", Outcome.STALLED))
+            call.abandon(ModelError("it is lost", Outcome.STALLED))
             ended, _ = await asyncio.wait((job,), timeout=10)
             assert ended
             with pytest.raises(ModelError, match="it is lost"):

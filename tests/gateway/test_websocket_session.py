@@ -127,22 +127,6 @@ def fruitless_id(client: StreamClient, id: str) -> str:
         ('{"type": "generate", "id": "", "request": {}}', "invalid_value", "length >= 1"),
         ('{"type": "generate", "id": "a", "request": []}', "invalid_value", "must be an object"),
         ('{"type": "generate", "id": "a", "request": {}}', "invalid_value", "messages, for a chat, or prompt"),
-        ('{"type": "generate", "id": "a", "request": {"prompt": "a"}}', "invalid_value", "model"),
-        (
-            '{"type": "generate", "id": "a", "request": {"prompt": "a", "model": "m", "tools": 1}}',
-            "unknown_parameter",
-            "tools",
-        ),
-        (
-            '{"type": "generate", "id": "a", "request": {"prompt": "a", "model": "m", "stream": false}}',
-            "invalid_value",
-            "always streams",
-        ),
-        (
-            '{"type": "generate", "id": "a", "request": {"prompt": "a", "model": "m", "echo": true}}',
-            "invalid_value",
-            "leave it out",
-        ),
         ('{"type": "generate", "id": "a", "credits": -1, "request": {}}', "invalid_value", ">= 0"),
         ('{"type": "credit", "id": "a", "tokens": 5}', "unknown_id", "no generation 'a'"),
         ('{"type": "credit", "id": "a", "tokens": 0}', "invalid_value", ">= 1"),
@@ -162,6 +146,66 @@ def test_what_is_wrong_with_a_message_is_said_and_the_connection_goes_on(
         assert error["id"] == "a"
     client.send("ping")
     client.receive("pong")
+
+
+@pytest.mark.parametrize(
+    ("request_", "code"),
+    [
+        ({"prompt": "a"}, "invalid_value"),
+        ({**ENDLESS, "tools": 1}, "unknown_parameter"),
+        ({**ENDLESS, "prompt": [1, 1.5]}, "invalid_value"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_its_end(client: StreamClient, request_: dict, code: str) -> None:
+    client.send("generate", id="a", request=request_)
+    client.receive("started")
+    _, (done,) = client.rest()
+    assert (done["error"]["status"], done["error"]["code"]) == (400, code)
+    assert [choice["seq"] for choice in done["choices"]] == [0]
+
+
+def test_a_key_that_is_revoked_begins_and_resumes_nothing_more(gateway: ScriptedGateway) -> None:
+    with StreamClient(gateway.url, token="lost") as client:
+        client.start("a", credits=0, **ENDLESS)
+        gateway.backend.revoked.add("lost")
+        client.send("generate", id="b", request=ENDLESS)
+        client.receive("started")
+        _, (done,) = client.rest()
+        assert (done["id"], done["error"]["status"]) == ("b", 401)
+        client.send("resume", id="c", resume_token=client.resume_tokens["a"])
+        assert client.receive("error")["status"] == 401
+        client.send("cancel", id="a")
+        client.rest()
+
+
+def test_a_client_that_takes_nothing_does_not_make_the_gateway_grow() -> None:
+    with ScriptedGateway(ws_unsent_bytes=100_000) as gateway, StreamClient(gateway.url) as client:
+        client.start("a", credits=0, **{**ENDLESS, "prompt": "big"})
+        client.start("b", credits=0, **ENDLESS, max_tokens=1)
+        gateway.wait(running=0)
+        client.send("credit", id="b", tokens=9)
+        client.send("credit", id="a", tokens=10_000)
+        _, done = client.rest(2)
+        ends = {message["id"]: message for message in done}
+        assert (ends["a"]["error"]["status"], ends["a"]["error"]["code"]) == (429, "not_taken")
+        assert "error" not in ends["b"]
+
+
+def test_all_generations_together_are_bounded() -> None:
+    with ScriptedGateway(ws_live_bytes=200_000) as gateway, StreamClient(gateway.url) as client:
+        client.start("small", credits=0, **ENDLESS, max_tokens=3)
+        client.start("big", **{**ENDLESS, "prompt": "big"})
+        _, (done,) = client.rest()
+        assert (done["id"], done["error"]["code"]) == ("big", "not_taken")
+
+
+def test_who_cancels_before_the_first_token_is_told_of_each_choice(client: StreamClient) -> None:
+    client.send("generate", id="a", request={**ENDLESS, "n": 2})
+    client.send("cancel", id="a")
+    client.receive("started")
+    _, (done,) = client.rest()
+    assert [choice["index"] for choice in done["choices"]][:1] == [0]
+    assert {choice["finish_reason"] for choice in done["choices"]} == {"cancelled"}
 
 
 def test_before_open_nothing_goes_but_a_ping(gateway: ScriptedGateway) -> None:
@@ -197,7 +241,8 @@ def test_ids_and_the_number_of_generations_are_kept_apart(gateway: ScriptedGatew
     client.send("generate", id="e", request={**ENDLESS, "prompt": "refused"})
     client.receive("started")
     _, (done,) = client.rest()
-    assert (done["error"]["status"], done["error"]["retry_after"], done["choices"]) == (429, 2.5, [])
+    assert (done["error"]["status"], done["error"]["retry_after"]) == (429, 2.5)
+    assert done["choices"] == [{"index": 0, "seq": 0, "finish_reason": None}]
     assert gateway.running == 2
     client.start("f", **ENDLESS, max_tokens=1)
     client.rest()

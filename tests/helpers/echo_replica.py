@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -25,7 +26,14 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
     All three may be set at any time.
     """
 
-    def __init__(self, text: str = " word", max_model_len: int = 8192, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        text: str = " word",
+        max_model_len: int = 8192,
+        limit: int | None = None,
+        certificate: tuple[str, str] | None = None,
+    ) -> None:
+        """`certificate`: PEM files of one and its key, for TLS; clients must show one that it has signed."""
         self.text, self.limit = text, limit
         self.pause = 0.0
         self.requests: list[tuple[int, SamplingParams]] = []
@@ -45,7 +53,12 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
         options = [("grpc.max_receive_message_length", -1)]
         self._server = grpc.server(ThreadPoolExecutor(32), options=options)
         service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(self, self._server)
-        self._server.add_insecure_port(self.grpc_url)
+        if certificate:
+            chain, key = (Path(name).read_bytes() for name in certificate)
+            credentials = grpc.ssl_server_credentials([(key, chain)], chain, require_client_auth=True)
+            self._server.add_secure_port(self.grpc_url, credentials)
+        else:
+            self._server.add_insecure_port(self.grpc_url)
 
     def __enter__(self) -> EchoReplica:
         self._server.start()

@@ -19,10 +19,13 @@ from websockets.sync.client import connect
 from tidewright.bench.machine import free_ports
 from tidewright_gateway.auth.callers import ANONYMOUS, Caller
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.http.hosts import Hosts
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.errors import ApiError
-from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
+from tidewright_gateway.openai.parsing import parse
+from tidewright_gateway.openai.protocol import CompletionRequest
 from tidewright_gateway.replicas.triton import Reply
+from tidewright_gateway.websocket.backend import Kind
 from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.routes import make_stream_router
 from tidewright_gateway.websocket.server import uvicorn_options
@@ -102,6 +105,7 @@ def fruitless(url: str, resume_token: str) -> dict[str, Any]:
 @dataclass
 class _Scripted:
     replies: AsyncGenerator[tuple[int, Reply], None]
+    num_choices: int = 1
     usage_prompt: int = 3
     served_by: str = "script"
 
@@ -111,17 +115,22 @@ class ScriptedBackend:
 
     def __init__(self) -> None:
         self.running = 0
+        self.revoked: set[str] = set()
 
-    async def authenticate(self, token: str | None) -> Caller:
-        if token == "wrong":
+    async def authenticate(self, credential: str | None) -> Caller:
+        token = (credential or "").removeprefix("Bearer ")
+        if token in ("wrong", *self.revoked):
             raise ApiError(401, "no such key", code="invalid_api_key")
         return Caller(token) if token else ANONYMOUS
 
-    async def open(self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str) -> _Scripted:
-        assert isinstance(body, CompletionRequest)
-        if body.prompt == "refused":
+    @asynccontextmanager
+    async def run(self, kind: Kind, body: bytes, credential: str | None, request_id: str) -> AsyncIterator[_Scripted]:
+        await self.authenticate(credential)
+        request = parse(kind, body, 8192)
+        assert isinstance(request, CompletionRequest)
+        if request.prompt == "refused":
             raise ApiError(429, "too much", code="rate_limited", retry_after=2.5)
-        return _Scripted(self._replies(body))
+        yield _Scripted(self._replies(request))
 
     async def _replies(self, body: CompletionRequest) -> AsyncGenerator[tuple[int, Reply], None]:
         self.running += 1
@@ -156,7 +165,7 @@ class ScriptedGateway:
             await self.hub.stop()
 
         app = FastAPI(lifespan=lifespan)
-        app.include_router(make_stream_router(settings, self.hub, self.backend, self.metrics))
+        app.include_router(make_stream_router(settings, self.hub, self.backend, Hosts(settings), self.metrics))
         config = uvicorn.Config(
             app,
             port=port,

@@ -109,11 +109,12 @@ def test_it_has_a_health_of_its_own_and_cancels_by_id(server: RunningServer) -> 
     wait_until_healthy(server)
     engine = engine_of(server, "fallback")
     with server.stream() as stream:
-        stream.send("doomed", "fallback", text_input="Once", stream=True, sampling_parameters=GREEDY)
-        stream.next()
-        engine.suspend()  # else it may come to the end before the cancel comes
+        engine.suspend()  # before the request: it may end before the cancel arrives, however soon that is
         try:
-            assert server.control("cancel:doomed", "fallback").status_code == 200
+            stream.send("doomed", "fallback", text_input="Once", stream=True, sampling_parameters=GREEDY)
+            deadline = time.monotonic() + 20
+            while server.control("cancel:doomed", "fallback").status_code != 200:  # it has not arrived
+                assert time.monotonic() < deadline
         finally:
             engine.resume()
         assert "cancelled by its id" in str(stream.finish()["doomed"].error)

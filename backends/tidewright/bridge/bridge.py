@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from tidewright.bridge.answers import Answers
 from tidewright.bridge.call import Call, Part, Responder
@@ -69,6 +70,7 @@ class Bridge:
     ) -> None:
         """`is_loaded`: whether Triton still gives this model requests; asked now and then while it has some."""
         self._tokenizer = tokenizer
+        self._model_name, self._max_running = Path(config.model_dir).name, config.max_running
         self._limit, self._max_waiting = config.max_running + config.max_waiting, config.max_waiting
         self._ids = itertools.count(1)
         self._calls: dict[Call, None] = {}  # in order of arrival
@@ -132,17 +134,22 @@ class Bridge:
     def status(self) -> DecoderStatus:
         stats = self.engine_stats
         with self._changed:
+            # In order of arrival, and so do they begin: those that wait are the last of those without a token.
             arrived = [call.arrived_at for call in self._calls if not any(part.has_new_tokens for part in call.parts)]
+            waiting = arrived[-stats.waiting :] if stats.waiting else []
         return DecoderStatus(
             trouble=self.trouble,
             draining=self._drain is not None,
             silence=self._client.silence(),
             waiting=stats.waiting / max(self._max_waiting, 1),
-            wait=time.monotonic() - min(arrived) if arrived else 0.0,
+            wait=time.monotonic() - waiting[0] if waiting else 0.0,
             kv_usage=stats.kv_usage,
             active=self.active,
             max_model_len=self.engine.max_model_len if self.engine else 0,
             pid=os.getpid(),
+            model=self._model_name,
+            tokenizer=self._tokenizer.fingerprint,
+            max_running=self._max_running,
         )
 
     @property

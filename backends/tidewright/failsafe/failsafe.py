@@ -31,6 +31,7 @@ from tidewright.resilience.degradation import Degradation, Ladder, Level, Load, 
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.resilience.retry import NoRetry
+from tidewright.resilience.succession import FINAL, LOST, failed_at_fallback
 from tidewright.schema import CANCEL, FinishReason, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -43,9 +44,7 @@ SWEEPERS = 4
 CANCEL_TRIES, CANCEL_PAUSE = 20, 0.05  # seconds
 
 # Asking again may help: nothing was computed for the request, or what was is lost.
-_RETRIABLE = {Outcome.UNAVAILABLE, Outcome.STUB_DIED, Outcome.FIRST_TOKEN_TIMEOUT, Outcome.STALLED}
-# The fallback would be told the same, or nobody waits any longer.
-_FINAL = {Outcome.INVALID, Outcome.CANCELLED, Outcome.REQUEST_TIMEOUT}
+_RETRIABLE = LOST | {Outcome.FIRST_TOKEN_TIMEOUT}
 _CALM = Degradation(Level.ALL_FEATURES, Level.ALL_FEATURES, ())
 
 
@@ -228,10 +227,10 @@ class Failsafe:
         """With the relay's lock held: what follows a failed attempt; None if the request ended with it."""
         self._record(failed, error.outcome, now)
         relay.current = None
+        if failed.model == "fallback":
+            error = failed_at_fallback(error)
         message, reason = str(error), error.reason
-        if failed.model == "fallback" and error.outcome is Outcome.INVALID:
-            reason = "engine_failed"  # the decoder would have taken it
-        elif error.outcome in _FINAL:
+        if error.outcome in FINAL:
             self._fail(relay, message, reason)
             return None
         if relay.deadline.expired(now):

@@ -9,6 +9,7 @@ from tidewright.failsafe.limits import Progress
 from tidewright.failsafe.models import ModelReply, Request
 from tidewright.resilience.breaker import Permit
 from tidewright.resilience.deadline import Deadline
+from tidewright.resilience.succession import fallback_can_go_on
 from tidewright.schema import ATTEMPT, FinishReason, SamplingParams
 
 
@@ -78,7 +79,7 @@ class Relay:
     @property
     def can_go_on(self) -> bool:
         """Another attempt could take up what is delivered, if that is anything."""
-        return not self.delivered or (self.sampling.n == 1 and not self.sampling.guided)
+        return fallback_can_go_on(self.sampling, bool(self.delivered))
 
     @property
     def is_cancelled(self) -> bool:

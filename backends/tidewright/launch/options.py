@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import click
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from tidewright.config import options_in_order
@@ -15,6 +17,8 @@ from tidewright.resilience.config import ResilienceSettings
 S = TypeVar("S", bound=ResilienceSettings)
 Command = Callable[..., Any]
 
+_TYPES = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN", str: "TEXT"}
+
 
 def settings_options(settings: type[ResilienceSettings]) -> Callable[[Command], Command]:
     """One flag for each field; unset flags leave the word to environment and file."""
@@ -22,12 +26,29 @@ def settings_options(settings: type[ResilienceSettings]) -> Callable[[Command], 
     def decorate(command: Command) -> Command:
         for name, field in reversed(options_in_order(settings)):
             flag = "--" + name.replace("_", "-")
-            command = click.option(flag, name, default=None, help=f"{field.description}  [default: {field.default}]")(
-                command
-            )
+            text = field.description if field.default == "" else f"{field.description}  [default: {field.default}]"
+            command = click.option(flag, name, default=None, metavar=_type(field), help=text)(command)
         return command
 
     return decorate
+
+
+def grouped(groups: Mapping[str, type[BaseModel]]) -> type[click.Command]:
+    """A command whose help has its options in these groups; those of none come first."""
+
+    class Grouped(click.Command):
+        def format_options(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+            left = {param.name: record for param in self.params if (record := param.get_help_record(context))}
+            parts = {
+                name: [left.pop(field) for field in group.model_fields if field in left]
+                for name, group in groups.items()
+            }
+            for name, records in {"Options": list(left.values()), **parts}.items():
+                if records:
+                    with formatter.section(name.capitalize()):
+                        formatter.write_dl(records)
+
+    return Grouped
 
 
 def settings_from(settings: type[S], flags: Mapping[str, str | None]) -> S:
@@ -44,3 +65,12 @@ def _problem(error: ErrorDetails) -> str:
     message = error["msg"].removeprefix("Value error, ")
     place = ".".join(map(str, error["loc"]))  # what is about several options names them
     return f"{place}: {message}" if place else message
+
+
+def _type(field: FieldInfo) -> str:
+    """As help shows it. What is given stays text: the settings know its type and bounds."""
+    kind: Any = field.annotation
+    if get_origin(kind) is Literal:
+        return f"[{'|'.join(map(str, get_args(kind)))}]"
+    kinds: Sequence[Any] = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else [kind]
+    return _TYPES.get(kinds[0], "TEXT")

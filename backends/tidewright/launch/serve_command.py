@@ -47,7 +47,7 @@ class _StopSignals:
 
 
 @click.command()
-@click.option("--config", type=click.Path(exists=True, dir_okay=False), help="YAML file with any of these options.")
+@click.option("--config", type=click.Path(), help="YAML file with any of these options.")
 @settings_options(Settings)
 def serve(config: str | None, **flags: str | None) -> None:
     """Serve a model through Triton until Ctrl-C.

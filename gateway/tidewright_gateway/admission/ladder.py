@@ -1,73 +1,68 @@
-"""How much of what is asked for can be given now, and when its turn is: the degradation ladder and the queue."""
+"""How much of what is asked for is given, by the load: the degradation ladder, ticked by a clock."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
-from typing import Any
 
-from tidewright.resilience.degradation import Ladder, Level, Load, Route, Treatment, treatment
-from tidewright.resilience.errors import ModelError
-from tidewright.resilience.outcome import Outcome
+from tidewright.resilience.degradation import Degradation, Ladder, Level, Load, Route, Treatment, treatment
 from tidewright_gateway.admission.queue import Queue
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.errors import ApiError
-from tidewright_gateway.replicas.failover import Failover, Generation, timed_out
+from tidewright_gateway.replicas.failover import Failover
+
+log = logging.getLogger(__name__)
+
+TICK = 0.25  # seconds
+SIGNALS = ("kv_cache", "queue", "wait", "breaker", "dwell")
 
 
-class Admission:
-    def __init__(self, settings: GatewaySettings, cluster: Failover, metrics: Metrics) -> None:
-        self._settings, self._cluster, self._metrics = settings, cluster, metrics
+class LoadLadder:
+    """Off unless the settings say `degradation`."""
+
+    def __init__(self, settings: GatewaySettings, failover: Failover, queue: Queue, metrics: Metrics) -> None:
+        self._settings, self._failover, self._queue, self._metrics = settings, failover, queue, metrics
         self._ladder = Ladder(settings.ladder_config())
-        self._gate = Queue(self._capacity, settings.max_queue)
-        self._level = Level.ALL_FEATURES
+        self._now = Degradation(Level.ALL_FEATURES, Level.ALL_FEATURES, ())
 
-    def _capacity(self) -> int:
-        usable = sum(replica.takes_requests for replica in self._cluster.replicas)
-        return self._settings.max_running * max(usable, 1)  # without any, those that wait for one count
+    @property
+    def level(self) -> Level:
+        return self._now.level
 
-    def treatment(self, max_tokens: int) -> Treatment:
-        """What a request gets that asks for `max_tokens`, by the load as of now.
+    async def run(self) -> None:
+        """For ever: a gateway that nobody asks anything comes down from it as well."""
+        while self._settings.degradation:
+            self.tick(time.monotonic())
+            await asyncio.sleep(TICK)
 
-        Raises:
-            ApiError: 503, it is refused.
-        """
-        now, load = time.monotonic(), self._cluster.load()
-        degradation = self._ladder.update(
+    def tick(self, now: float) -> None:
+        """Looks at the load. What is computed takes its time however little is to do: only what waits is load."""
+        load, before = self._failover.load(), self._now
+        self._now = self._ladder.update(
             Load(
                 kv_cache=load.kv_usage,
-                queue=max(load.waiting, self._gate.share),
-                wait=max(load.wait, self._gate.wait(now)),
+                queue=max(load.waiting, self._queue.share),
+                wait=self._queue.wait(now),
                 breaker_open=load.breakers_open,
             ),
             now,
         )
-        self._level = degradation.level
-        self._metrics.degraded(degradation.level)
-        given = treatment(degradation, max_tokens, self._settings.degrade_max_tokens)
-        if given.route is Route.REFUSE:
-            reasons = ", ".join(degradation.reasons)
-            raise ApiError(503, f"too much load ({reasons}); try again later", code="overloaded", retry_after=2)
-        return given
+        if self._now != before:
+            reasons = ", ".join(self._now.reasons) or "calm"
+            log.warning("degradation: %s (%s)", self._now.level.name.lower().replace("_", " "), reasons)
+            self._metrics.degraded(self._now.level, {signal: signal in self._now.reasons for signal in SIGNALS})
 
-    @asynccontextmanager
-    async def place(self, task: Generation, caller: str, priority: int) -> AsyncGenerator[None, None]:
-        """Among those that run at one time.
+    def treatment(self, max_tokens: int, is_guided: bool) -> Treatment:
+        """What a request gets that asks for `max_tokens`. One that is to follow a grammar is never shortened: half of
+        it would be of no use.
 
         Raises:
-            ModelError: OVERLOADED, or REQUEST_TIMEOUT: there was none in time.
+            ApiError: 503, it is refused.
         """
-        until = min(time.monotonic() + self._settings.queue_timeout, task.deadline.at)
-        try:
-            async with self._gate.place(caller, priority, until):
-                yield
-        except ModelError as error:
-            if error.outcome is Outcome.OVERLOADED and task.deadline.expired(time.monotonic()):
-                raise timed_out(error) from None
-            raise
-
-    def snapshot(self) -> dict[str, Any]:
-        gate = self._gate
-        return {"level": self._level.name.lower(), "running": gate.num_running, "waiting": gate.num_waiting}
+        given = treatment(self._now, max_tokens, max_tokens if is_guided else self._settings.degrade_max_tokens)
+        if given.route is Route.REFUSE:
+            message = f"too much load ({', '.join(self._now.reasons)}); try again later"
+            raise ApiError(503, message, code="overloaded", retry_after=2)
+        return given

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tidewright.resilience.errors import ModelError
@@ -19,12 +19,24 @@ class _Waiter:
     turn: asyncio.Future[None]
 
 
+class Place:
+    """Of one that runs. `leave` it, once."""
+
+    def __init__(self, leave: Callable[[str], None], caller: str) -> None:
+        self._leave, self._caller = leave, caller
+
+    def leave(self) -> None:
+        self._leave(self._caller)
+
+
 class Queue:
     """All of it belongs to one event loop. Times are the loop's, which is time.monotonic()."""
 
-    def __init__(self, capacity: Callable[[], int], max_waiting: int) -> None:
-        """`capacity`: places, as of now; it may change while requests run."""
+    def __init__(self, capacity: Callable[[], int], max_waiting: int, max_share: float = 1.0) -> None:
+        """`capacity`: places, as of now; it may change while requests run. `max_share`: of those that may wait, how
+        many may be one caller's."""
         self._capacity, self._max_waiting = capacity, max_waiting
+        self._max_of_caller = math.ceil(max_waiting * max_share)
         self._running: Counter[str] = Counter()
         self._waiting: dict[int, dict[str, deque[_Waiter]]] = {}  # by priority (lower first), then caller; none empty
 
@@ -46,25 +58,20 @@ class Queue:
         heads = [queue[0].since for callers in self._waiting.values() for queue in callers.values()]
         return now - min(heads, default=now)
 
-    @asynccontextmanager
-    async def place(self, caller: str, priority: int, until: float) -> AsyncGenerator[None, None]:
-        """Waits for a place and holds it. `until`: when to give up, on the loop's clock.
+    async def enter(self, caller: str, priority: int, until: float) -> Place:
+        """Waits for a place. `until`: when to give up, on the loop's clock.
 
         Raises:
             ModelError: OVERLOADED; too many wait already, or none became free in time.
         """
-        await self._enter(caller, priority, until)
-        try:
-            yield
-        finally:
-            self._leave(caller)
-
-    async def _enter(self, caller: str, priority: int, until: float) -> None:
         if not self._waiting and self.num_running < self._capacity():
             self._running[caller] += 1
-            return
+            return Place(self._leave, caller)
         if self.num_waiting >= self._max_waiting:
             raise ModelError(f"{self._max_waiting} requests wait already (max_queue)", Outcome.OVERLOADED)
+        if sum(len(callers.get(caller, ())) for callers in self._waiting.values()) >= self._max_of_caller:
+            message = f"{self._max_of_caller} requests of this key wait already (max_queue_share)"
+            raise ModelError(message, Outcome.OVERLOADED)
         loop = asyncio.get_running_loop()
         waiter = _Waiter(caller, loop.time(), loop.create_future())
         self._waiting.setdefault(priority, {}).setdefault(caller, deque()).append(waiter)
@@ -84,6 +91,7 @@ class Queue:
             raise
         finally:
             timer.cancel()
+        return Place(self._leave, caller)
 
     def _give_up(self, waiter: _Waiter, priority: int) -> None:
         queue = self._waiting.get(priority, {}).get(waiter.caller)

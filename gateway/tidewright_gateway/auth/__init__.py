@@ -1,6 +1,6 @@
 """Who may call: API keys and JWTs. Not for what a caller may use up."""
 
-from tidewright_gateway.auth.authenticator import Authenticator, require_admin
+from tidewright_gateway.auth.authenticator import Authenticator, credential_of, require_admin
 from tidewright_gateway.auth.errors import AuthSetupError
 
-__all__ = ["AuthSetupError", "Authenticator", "require_admin"]
+__all__ = ["AuthSetupError", "Authenticator", "credential_of", "require_admin"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from tidewright_gateway.auth.callers import ANONYMOUS, Caller, Role
 from tidewright_gateway.auth.errors import MISSING, WRONG, unauthorized
 from tidewright_gateway.auth.keyring import Keyring
@@ -12,6 +14,17 @@ from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.openai.errors import ApiError
 
 _LONGEST = 8192  # characters; nothing longer is a token
+
+
+def credential_of(headers: Mapping[bytes, bytes]) -> str | None:
+    """What a request gives for a key, as the Authorization header has it; None if it gives nothing.
+
+    Clients of other APIs send theirs with x-api-key or api-key.
+    """
+    if given := headers.get(b"authorization"):
+        return given.decode("latin-1")
+    given = headers.get(b"x-api-key") or headers.get(b"api-key")
+    return f"Bearer {given.decode('latin-1')}" if given else None
 
 
 class Authenticator:
@@ -33,6 +46,15 @@ class Authenticator:
     async def stop(self) -> None:
         for part in self._parts:
             await part.stop()
+
+    @property
+    def asks_for_keys(self) -> bool:
+        return bool(self._parts)
+
+    @property
+    def trouble(self) -> str:
+        """Why keys that changed lately may not be seen; empty if they are."""
+        return "; ".join(part.trouble for part in self._parts if part.trouble)
 
     async def caller(self, authorization: str | None) -> Caller:
         """Who sent this header; ANONYMOUS, if neither keys nor JWTs are asked for.

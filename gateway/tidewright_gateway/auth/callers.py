@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from enum import Enum
 from typing import Annotated
 
@@ -26,6 +27,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
     tokens_per_minute: _Count | None = None
     tokens_per_day: _Count | None = None
 
+    @property
+    def of_tokens(self) -> list[int]:
+        return [limit for limit in (self.tokens_per_minute, self.tokens_per_day) if limit]
+
 
 class Caller(msgspec.Struct, frozen=True):
     key_id: str
@@ -41,3 +46,14 @@ class Caller(msgspec.Struct, frozen=True):
 
 ANONYMOUS = Caller("anonymous", Role.ADMIN)
 """Where no keys are asked for, which is on this machine only."""
+
+
+def salt_of(caller: Caller, user: str | None, own: str | None) -> str | None:
+    """Requests share a KV cache only with those of the same salt: none with those of another key or another `user`.
+
+    By how long a first token takes, one could else learn what others have asked. `own`: what the request asks for
+    itself. None: without keys, nobody is to be told from anybody.
+    """
+    if caller == ANONYMOUS and not user and not own:
+        return None
+    return hashlib.blake2b(msgspec.json.encode((caller.key_id, user, own)), digest_size=16).hexdigest()

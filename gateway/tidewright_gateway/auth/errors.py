@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tidewright_gateway.openai.errors import ApiError
 
-MISSING = "send a key with the header Authorization: Bearer <key>"
+MISSING = "send a key with the header Authorization: Bearer <key>, or x-api-key: <key>"
 WRONG = "this key or token is not known here; send one that is"
 
 

@@ -34,7 +34,7 @@ class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     role: Role = Role.USE
     limits: Limits = Limits()
     user_limits: Limits = Limits()
-    priority: int = 0
+    priority: Annotated[int, msgspec.Meta(ge=-1_000_000, le=1_000_000)] = 0
     expires: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     disabled: bool = False
     note: str = ""

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import jwt
 import msgspec
+from cachetools import LRUCache
 
 from tidewright_gateway.auth.callers import Caller, Role
 from tidewright_gateway.auth.errors import WRONG, AuthSetupError, unauthorized
@@ -29,6 +30,7 @@ _FETCH_TIMEOUT = 5.0  # seconds
 _REFRESH_INTERVAL = 300.0  # seconds; a key that the provider withdraws is good for no longer
 UNKNOWN_INTERVAL = 10.0  # seconds between fetches that unknown keys cause: anyone can name one
 _LEEWAY = 10.0  # seconds that clocks may differ
+MOST_KNOWN = 10_000  # tokens that are remembered
 _LONGEST_SUBJECT = 255  # characters, as OpenID Connect has it
 
 
@@ -46,6 +48,10 @@ class TokenChecker:
         self._jwks, self._issuer, self._audience, self._role_claim = jwks, issuer, audience, role_claim
         self._keys = _fetch(jwks)
         self._fetched_at = time.monotonic()
+        self.trouble = ""
+        """Why the keys in force may not be the provider's any more; empty if they are."""
+        # What was checked lately, until when it is good. By the token itself: whoever has it may use it.
+        self._known: LRUCache[str, tuple[Caller, float]] = LRUCache(MOST_KNOWN)
         self._fetching: asyncio.Task[None] | None = None
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -61,6 +67,9 @@ class TokenChecker:
 
     async def caller(self, token: str) -> Caller:
         """Raises ApiError, 401: the token is forged, expired or meant for others."""
+        caller, good_until = self._known.get(token, (None, 0.0))
+        if caller and time.time() < good_until:
+            return caller
         try:
             kid = jwt.get_unverified_header(token).get("kid")
             key = self._key(kid)
@@ -89,7 +98,9 @@ class TokenChecker:
         subject = claims["sub"]
         if not 0 < len(subject) <= _LONGEST_SUBJECT:
             raise unauthorized(f"this token's sub must have 1 to {_LONGEST_SUBJECT} characters")
-        return Caller(f"jwt:{subject}", self._role(claims))
+        caller = Caller(f"jwt:{subject}", self._role(claims))
+        self._known[token] = caller, claims["exp"] + _LEEWAY
+        return caller
 
     def _role(self, claims: Mapping[str, Any]) -> Role:
         """Roles of other systems are not ours: what doesn't say admin may use, and no more."""
@@ -116,9 +127,14 @@ class TokenChecker:
 
     async def _refresh(self) -> None:
         try:
-            self._keys = await asyncio.to_thread(_fetch, self._jwks)
+            keys = await asyncio.to_thread(_fetch, self._jwks)
+            if self._keys != keys:
+                self._keys = keys
+                self._known.clear()  # a key may have been withdrawn
+            self.trouble = ""
         except AuthSetupError as error:
             log.error("the keys for JWTs known before stay in force: %s", error)
+            self.trouble = str(error)
         finally:
             self._fetched_at, self._fetching = time.monotonic(), None
 

@@ -6,9 +6,10 @@ import logging
 import sys
 from datetime import datetime, timezone
 from logging.handlers import WatchedFileHandler
-from typing import Any
 
 import msgspec
+
+from tidewright_gateway.context import RequestContext
 
 _log = logging.getLogger("tidewright_gateway.access")
 _log.propagate = False
@@ -31,6 +32,16 @@ def is_on() -> bool:
     return _log.isEnabledFor(logging.INFO)
 
 
-def write(facts: dict[str, Any]) -> None:
-    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    _log.info(msgspec.json.encode({"time": now, **facts}).decode())
+def write(context: RequestContext, method: str, path: str, status: int, seconds: float) -> None:
+    """When it has ended. `seconds`: since it arrived."""
+    facts = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+        "request_id": context.request_id,
+        "trace_id": context.trace.trace_id,
+        "method": method,
+        "path": path,
+        "status": status,
+        "seconds": round(seconds, 4),
+        **context.facts,
+    }
+    _log.info(msgspec.json.encode(facts).decode())

@@ -1,128 +1,185 @@
-"""The FastAPI application, put together."""
+"""The application, put together."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel
+from fastapi.openapi.utils import get_openapi
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from tidewright import __version__
 from tidewright.cache import find_prepared
 from tidewright.tokenization import Tokenizer
-from tidewright_gateway.admission.ladder import Admission
+from tidewright_gateway.admission.ladder import LoadLadder
 from tidewright_gateway.admission.limits import make_limiter
+from tidewright_gateway.admission.queue import Queue
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.cache.responses import ResponseCache
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.http import certificates
+from tidewright_gateway.http.authentication import Authentication
 from tidewright_gateway.http.fast_path import FastPath
+from tidewright_gateway.http.hosts import Hosts
 from tidewright_gateway.http.middleware import Middleware
+from tidewright_gateway.http.operations import Parts, make_operations_router
 from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
-from tidewright_gateway.openai.errors import JSON, ApiError, internal, invalid
+from tidewright_gateway.openai.errors import ApiError, internal, invalid
 from tidewright_gateway.openai.prompts import Prompts
-from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest, of_validation
-from tidewright_gateway.openai.routes import make_router
+from tidewright_gateway.openai.routes import describe_bodies, make_model_router, make_pipeline_router
 from tidewright_gateway.page import make_page_router
 from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.failover import Failover
+from tidewright_gateway.replicas.health import Expected
 from tidewright_gateway.websocket.backend import PipelineBackend
 from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.routes import make_stream_router
 
+_SHOWN_TO_PAGES = ["X-Request-Id", "X-Cache", "X-Served-By", "X-Degraded", "X-Limited-By", "Retry-After"]
 
-def make_app(settings: GatewaySettings, limits_socket: Path | None = None) -> ASGIApp:
+
+def make_app(
+    settings: GatewaySettings, limits_socket: Path | None = None, announce: Callable[[str], None] | None = None
+) -> ASGIApp:
     """Reads the tokenizer; the replicas are asked when the application starts.
 
-    `limits_socket`: of the parent of several workers, which counts for all.
+    Args:
+        limits_socket: of the parent of several workers, which counts for all.
+        announce: is told, when it has started, where it listens and how the replicas are.
     """
-    metrics, tracer = Metrics(), Tracer(settings.trace_sample_ratio)
+    metrics, tracer, hosts = Metrics(), Tracer(settings.trace_sample_ratio, settings.trace_callers), Hosts(settings)
     authenticator = Authenticator(settings)
-    prompts = Prompts(Tokenizer(find_prepared(settings.model)))
-    cluster = Failover(settings, metrics, prompts.tokenizer.max_model_len)
+    folder = find_prepared(settings.model)
+    prompts = Prompts(Tokenizer(folder))
+    expected = Expected(folder.name, prompts.tokenizer.fingerprint)
+    failover = Failover(settings, metrics, expected, prompts.tokenizer.max_model_len)
     limiter, cache = make_limiter(settings, limits_socket), ResponseCache(settings.cache_size, settings.cache_ttl)
-    admission = Admission(settings, cluster, metrics)
-    service = Pipeline(settings, cluster, prompts, limiter, admission, cache, metrics)
+    queue = Queue(_capacity(settings, failover), settings.max_queue, settings.max_queue_share)
+    ladder = LoadLadder(settings, failover, queue, metrics)
+    pipeline = Pipeline(settings, authenticator, limiter, prompts, ladder, queue, cache, failover, metrics)
     hub = Hub(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         await authenticator.start()
         await limiter.start()
-        await cluster.start()
+        await failover.start()
         hub.start()
+        background = (ladder.run(), pipeline.end_revoked(), certificates.watch(settings.tls_cert, settings.tls_key))
+        jobs = [asyncio.create_task(job) for job in background]
+        if announce:
+            announce(_greeting(settings, failover))
         # What there is by now stays: looking through it again and again would stop all requests, 50 ms each time.
         gc.collect()
         gc.freeze()
         yield
         gc.unfreeze()
+        for job in jobs:
+            job.cancel()
+        await asyncio.gather(*jobs, return_exceptions=True)
         await hub.stop()
-        await cluster.stop()
+        await failover.stop()
         await limiter.close()
         await authenticator.stop()
 
-    app = FastAPI(title="Tidewright", version=__version__, lifespan=lifespan, redoc_url=None)
-    router = make_router(settings, cluster, prompts, service)
-    app.include_router(router)
-    app.include_router(
-        make_stream_router(settings, hub, PipelineBackend(service, authenticator, tracer, metrics), metrics)
+    app = FastAPI(
+        title="Tidewright",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's loads scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,  # to an address that the caller's own Host would make
     )
-    app.include_router(make_page_router())
+    fast = make_pipeline_router(settings, failover, prompts, pipeline)
+    backend = PipelineBackend(pipeline, authenticator, tracer, metrics)
+    parts = Parts(authenticator, limiter, failover, queue, ladder, cache, metrics)
+    for router in (
+        fast,
+        make_model_router(settings, failover, pipeline),
+        make_stream_router(settings, hub, backend, hosts, metrics),
+        make_operations_router(parts),
+        make_page_router(app),
+    ):
+        app.include_router(router)
+    _leave_errors_to_the_middleware(app)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
 
-    @app.get("/health/live")
-    async def live() -> dict[str, str]:
-        """200 as long as the gateway's process works."""
-        return {"status": "live"}
+    made: ASGIApp = FastPath(Authentication(app, authenticator), fast.routes)
+    made = Middleware(made, hosts, tracer, metrics, settings.max_body)
+    if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
+        made = CORSMiddleware(
+            made,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=_SHOWN_TO_PAGES,
+        )
+    return made
 
-    @app.get("/health/ready")
-    async def ready() -> dict[str, str]:
-        """200 if a replica can take requests, else 503 and why none can."""
-        if trouble := cluster.trouble:
-            raise ApiError(503, f"no replica can take requests ({trouble})", code="not_ready", retry_after=1)
-        return {"status": "ready"}
 
-    @app.get("/metrics")
-    async def show_metrics() -> Response:
-        """The gateway's own metrics, for Prometheus."""
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+def _greeting(settings: GatewaySettings, failover: Failover) -> str:
+    asked = "with a key" if settings.asks_for_keys else "without a key"
+    lines = [f"The gateway listens on {settings.url}/v1 (OpenAI's API, model {settings.model_name}, {asked})"]
+    lines += [f"  replica {replica.address}: {replica.why_not or 'is well'}" for replica in failover.replicas]
+    return "\n".join(lines if failover.replicas else [*lines, f"  no replica yet: {failover.trouble}"])
 
-    @app.get("/admin/status")
-    async def status() -> dict[str, Any]:
-        """How the gateway and its replicas are, for people; times in seconds. Needs the role admin."""
-        return {
-            **admission.snapshot(),
-            "cache": {"bytes": cache.num_bytes, **{state.value.lower(): n for state, n in cache.counts.items()}},
-            "replicas": cluster.snapshot(),
-        }
 
-    @app.exception_handler(ApiError)
+def _capacity(settings: GatewaySettings, failover: Failover) -> Any:
+    """Places for generations, as of now."""
+
+    def capacity() -> int:
+        if not settings.max_running and (known := failover.capacity):
+            return known
+        usable = sum(replica.takes_requests for replica in failover.replicas)
+        # Without any replica, those that wait for one count.
+        return (settings.max_running or _UNKNOWN_CAPACITY) * max(usable, 1)
+
+    return capacity
+
+
+_UNKNOWN_CAPACITY = 64  # of a replica that does not say what it computes at one time
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    if not app.openapi_schema:
+        app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        describe_bodies(app.openapi_schema)
+    return app.openapi_schema
+
+
+def _leave_errors_to_the_middleware(app: FastAPI) -> None:
     async def of_api(request: Request, error: ApiError) -> Response:
-        return Response(error.body, error.status, error.headers, JSON)
+        request.scope["state"]["refusal"] = error
+        return Response(status_code=error.status)
 
-    @app.exception_handler(RequestValidationError)
-    async def of_body(request: Request, error: RequestValidationError) -> Response:
-        return await of_api(request, of_validation(list(error.errors())))
+    async def of_http(request: Request, error: HTTPException) -> Response:
+        where = f"{request.method} {request.url.path}"
+        if error.status_code == 405:
+            message = f"{where}: this path has no such method"
+            made = ApiError(405, message, code="method_not_allowed", headers=error.headers)
+        elif error.status_code == 404:
+            made = ApiError(404, f"{where}: there is no such path", code="no_such_path")
+        else:
+            made = invalid(f"{where}: {error.detail}")
+        return await of_api(request, made)
 
-    @app.exception_handler(Exception)
+    async def of_parameters(request: Request, error: RequestValidationError) -> Response:
+        return await of_api(request, invalid("the parameters of the address are not valid"))
+
     async def of_bug(request: Request, error: Exception) -> Response:
         return await of_api(request, internal())
 
-    @app.exception_handler(HTTPException)
-    async def of_http(request: Request, error: HTTPException) -> Response:
-        if error.status_code == 400:  # FastAPI's, of a body that is no text or nested without end
-            return await of_api(request, invalid(f"the body is not JSON: {error.detail}", code="invalid_json"))
-        made = ApiError(error.status_code, f"{error.detail}: {request.method} {request.url.path}", code="no_such_path")
-        response = await of_api(request, made)
-        response.headers.update(error.headers or {})
-        return response
-
-    bodies: dict[str, type[BaseModel]] = {"/v1/chat/completions": ChatRequest, "/v1/completions": CompletionRequest}
-    return Middleware(FastPath(app, router.routes, bodies), authenticator, tracer, metrics, settings.max_body)
+    app.add_exception_handler(ApiError, of_api)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, of_http)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, of_parameters)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, of_bug)

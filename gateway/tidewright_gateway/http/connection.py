@@ -11,7 +11,7 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from tidewright_gateway.openai.errors import JSON, ApiError
+from tidewright_gateway.openai.errors import ApiError
 
 MAX_HEADERS = 64 * 1024  # bytes, of the address and all headers
 
@@ -19,6 +19,7 @@ MAX_HEADERS = 64 * 1024  # bytes, of the address and all headers
 class PatientProtocol(HttpToolsProtocol):
     """For a time only, which the process sets for all its connections; uvicorn makes them, and has no such options."""
 
+    max_connections = 10_000
     read_timeout = 30.0  # seconds
     send_timeout = 60.0
 
@@ -32,6 +33,9 @@ class PatientProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         super().connection_made(transport)
         self._start_reading()
+        if len(self.connections) > self.max_connections:
+            message = f"{self.max_connections} connections are open (max_connections); try again later"
+            self._refuse(ApiError(503, message, code="too_many_connections", retry_after=1))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_reading()
@@ -103,7 +107,7 @@ class PatientProtocol(HttpToolsProtocol):
             self._start_reading()  # not the client is slow: it is being answered, or what it sent is not being read
         elif answering and not self.cycle.response_started:
             message = f"the body did not come within {self.read_timeout:g} s (read_timeout)"
-            self._refuse(ApiError(408, message, code="timeout"))
+            self._refuse(ApiError(408, message, code="timeout", may_retry=False))
         else:
             self.transport.close()
 
@@ -118,6 +122,7 @@ class PatientProtocol(HttpToolsProtocol):
             self._send_timer = None
 
     def _refuse(self, error: ApiError) -> None:
-        head = f"content-type: {JSON}\r\ncontent-length: {len(error.body)}\r\nconnection: close\r\n\r\n"
-        self.transport.write(STATUS_LINE[error.status] + head.encode() + error.body)
+        headers = {**error.headers, "Content-Length": str(len(error.body)), "Connection": "close"}
+        head = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers.items())
+        self.transport.write(STATUS_LINE[error.status] + head.encode() + b"\r\n" + error.body)
         self.transport.close()

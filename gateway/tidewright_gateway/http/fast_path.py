@@ -6,23 +6,19 @@ that is parsed and validated in two steps (`python -m benchmarks.gateway through
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from tidewright_gateway.http.middleware import ClientGoneError
-from tidewright_gateway.openai.protocol import of_validation
-
 
 class FastPath:
-    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], bodies: Mapping[str, type[BaseModel]]) -> None:
-        """`bodies`: of POST requests, by path; their endpoints take the body and the request, and give a response."""
-        self._app, self._bodies = app, bodies
-        self._routes = {route.path: route for route in routes if isinstance(route, APIRoute) and route.path in bodies}
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+        """`routes`: of POST requests; their endpoints take the request alone, and give a response."""
+        self._app = app
+        self._routes = {route.path: route for route in routes if isinstance(route, APIRoute)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError, for whoever calls."""
@@ -30,12 +26,5 @@ class FastPath:
         if route is None:
             return await self._app(scope, receive, send)
         scope["route"] = route
-        request = Request(scope, receive)
-        try:
-            body = self._bodies[route.path].model_validate_json(await request.body())
-        except ValidationError as error:
-            raise of_validation(list(error.errors())) from None
-        except ClientDisconnect:
-            raise ClientGoneError from None
-        response = await route.endpoint(body, request)
+        response = await route.endpoint(Request(scope, receive))
         await response(scope, receive, send)

@@ -1,4 +1,7 @@
-"""What every request goes through, around FastAPI: an id, limits on its body, the access log, metrics, last resorts."""
+"""What every request goes through, around everything else: an id, cheap checks, the access log, metrics, last resorts.
+
+The checks look at nothing but the head of the request and the length of its body. Errors of all kinds are written here.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,11 @@ from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tidewright_gateway.auth import Authenticator, require_admin
+from tidewright_gateway.auth import credential_of
+from tidewright_gateway.cache.responses import CachePolicy
+from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http import access_log
+from tidewright_gateway.http.hosts import Hosts
 from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.errors import JSON, ApiError, internal, invalid
@@ -21,11 +27,8 @@ from tidewright_gateway.openai.errors import JSON, ApiError, internal, invalid
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_SLASHES = re.compile(r"/{2,}")
 T = TypeVar("T")
-# Whoever else adds a path need not think of keys: they are asked for.
-_FOR_ALL = frozenset(("/", "/docs", "/openapi.json", "/health/live", "/health/ready"))
-_FOR_ALL_BELOW = "/page/"
-_FOR_ADMINS = ("/metrics", "/admin/")
 
 
 class ClientGoneError(Exception):
@@ -35,81 +38,80 @@ class ClientGoneError(Exception):
 class Middleware:
     """Pure ASGI: FastAPI's own middleware costs more than the rest of a request."""
 
-    def __init__(
-        self, app: ASGIApp, authenticator: Authenticator, tracer: Tracer, metrics: Metrics, max_body: int
-    ) -> None:
+    def __init__(self, app: ASGIApp, hosts: Hosts, tracer: Tracer, metrics: Metrics, max_body: int) -> None:
         """`max_body`: of a request, in bytes."""
-        self._app, self._authenticator, self._tracer, self._metrics = app, authenticator, tracer, metrics
+        self._app, self._hosts, self._tracer, self._metrics = app, hosts, tracer, metrics
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        exchange = _Exchange(scope, receive, send, self._authenticator, self._max_body)
-        scope["state"]["trace"] = self._tracer.begin(scope["headers"])
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        control = headers.get(b"cache-control")
+        context = RequestContext(
+            given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12),
+            self._tracer.begin(scope["headers"]),
+            credential_of(headers),
+            CachePolicy.of(control.decode("latin-1")) if control else CachePolicy.USE,
+        )
+        scope["state"] = {**scope.get("state", {}), "context": context}
+        method, path = scope["method"], scope["path"]
+        exchange = _Exchange(scope, headers, receive, send, context, self._max_body)
         self._metrics.began()
         try:
-            await exchange.run(self._app)
+            await exchange.run(self._app, self._hosts)
         finally:
-            seconds = time.monotonic() - scope["state"]["arrived_at"]
+            seconds = time.monotonic() - context.arrived_at
             # Whatever has no route is one series, or a scanner could make any number of them.
-            route = scope.get("route")
-            path = getattr(route, "path", "other")
-            self._metrics.ended(path, exchange.status, seconds)
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.ended(route, exchange.status, seconds)
             if access_log.is_on():
-                access_log.write(exchange.line(seconds))
+                access_log.write(context, method, path, exchange.status, seconds)
 
 
 class _Exchange:
-    def __init__(self, scope: Scope, receive: Receive, send: Send, authenticator: Authenticator, max_body: int) -> None:
-        self._scope, self._receive, self._send, self._max_body = scope, receive, send, max_body
-        self._authenticator = authenticator
-        self._headers: dict[bytes, bytes] = dict(scope["headers"])
-        given = self._headers.get(b"x-request-id", b"")
-        self._id = given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12)
+    def __init__(
+        self,
+        scope: Scope,
+        headers: dict[bytes, bytes],
+        receive: Receive,
+        send: Send,
+        context: RequestContext,
+        max_body: int,
+    ) -> None:
+        self._scope, self._headers, self._receive, self._send = scope, headers, receive, send
+        self._context, self._max_body = context, max_body
         self._received, self._head = 0, b""  # bytes of the body; JSON begins with ASCII, and so says its encoding
         self._refusal: ApiError | None = None
         self._has_begun = self._has_ended = False
+        self._is_head = scope["method"] == "HEAD"
         self.status = 499  # if no answer begins, nobody was there to take one
-        scope["state"] = {**scope.get("state", {}), "request_id": self._id, "arrived_at": time.monotonic()}
 
-    async def run(self, app: ASGIApp) -> None:
+    async def run(self, app: ASGIApp, hosts: Hosts) -> None:
+        scope = self._scope
         try:
-            await self._authenticate(self._scope["path"])
-            self._check()
-            await app(self._scope, self.receive, self.send)
+            hosts.check(scope["headers"])
+            self._check_body()
+            if self._is_head:
+                scope["method"] = "GET"
+            if "//" in scope["path"] or scope["path"].endswith("/"):
+                scope["path"] = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
+            await app(scope, self.receive, self.send)
         except ApiError as error:
             await self._refuse(error)
         except ClientGoneError:
             pass
         except Exception:
-            log.exception("request %s went wrong", self._id)
-            if self._has_ended:  # with what FastAPI made of it
-                return
-            await self._refuse(internal())
+            log.exception("request %s went wrong", self._context.request_id)
+            if not self._has_ended:  # with what FastAPI made of it
+                await self._refuse(internal())
 
-    async def _authenticate(self, path: str) -> None:
-        if path in _FOR_ALL or path.startswith(_FOR_ALL_BELOW):
-            return
-        given = self._headers.get(b"authorization")
-        caller = await self._authenticator.caller(given.decode("latin-1") if given else None)
-        if path.startswith(_FOR_ADMINS):
-            require_admin(caller)
-        self._scope["state"]["caller"] = caller
-
-    def line(self, seconds: float) -> dict[str, Any]:
-        """Of the access log."""
-        return {
-            "request_id": self._id,
-            "trace_id": self._scope["state"]["trace"].trace_id,
-            "method": self._scope["method"],
-            "path": self._scope["path"],
-            "status": self.status,
-            "seconds": round(seconds, 4),
-            **(work.facts if (work := self._scope["state"].get("work")) else {}),
-        }
-
-    def _check(self) -> None:
+    def _check_body(self) -> None:
+        encoding = self._headers.get(b"content-encoding", b"identity").strip().lower()
+        if encoding not in (b"", b"identity"):
+            message = "send the body as it is: no Content-Encoding is taken"
+            raise ApiError(415, message, code="unsupported_encoding")
         if self._scope["method"] != "POST":
             return
         kind = self._headers.get(b"content-type", b"").split(b";")[0].strip().lower()
@@ -122,7 +124,9 @@ class _Exchange:
             raise self._too_large()
 
     def _too_large(self) -> ApiError:
-        return ApiError(413, f"the body is longer than {self._max_body} bytes (max_body)", code="body_too_large")
+        headers = {"Connection": "close"}  # the rest of the body is not read
+        message = f"the body is longer than {self._max_body} bytes (max_body)"
+        return ApiError(413, message, code="body_too_large", headers=headers)
 
     async def receive(self) -> Message:
         message = await self._receive()
@@ -131,33 +135,32 @@ class _Exchange:
             self._received += len(body)
             self._head = (self._head + body[:2])[:2]
             if self._received > self._max_body:
-                self._refusal = self._too_large()
-            elif self._head[:1] >= b"\x80" or b"\0" in self._head:
-                self._refusal = invalid("the body must be UTF-8, without a byte order mark", code="invalid_json")
-            if self._refusal:  # FastAPI makes a 400 of it, which `send` replaces
-                raise self._refusal
+                raise self._too_large()
+            if self._head[:1] >= b"\x80" or b"\0" in self._head:
+                raise invalid("the body must be UTF-8, without a byte order mark", code="invalid_json")
         return message
 
     async def send(self, message: Message) -> None:
-        if self._refusal:  # instead of what FastAPI made of it
-            if message["type"] == "http.response.start":
-                await self._refuse(self._refusal)
-            return
-        await self._emit(message)
+        """FastAPI's way to refuse is not ours: what its handlers want to say, they leave in the state."""
+        refusal = self._scope["state"].get("refusal")
+        if refusal is None:
+            await self._emit(message)
+        elif message["type"] == "http.response.start":
+            await self._refuse(refusal)
 
     async def _emit(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._has_begun, self.status = True, message["status"]
-            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._id.encode())]
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._context.request_id.encode())]
+        elif self._is_head:
+            message = {**message, "body": b""}
         await self._send(message)
         self._has_ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def _refuse(self, error: ApiError) -> None:
         if self._has_begun:  # it is too late to say so, and half an answer must not look whole
             raise error
-        headers = {"content-type": JSON, "content-length": str(len(error.body)), **error.headers}
-        if error.status == 413:
-            headers["connection"] = "close"  # the rest of the body is not read
+        headers = {**error.headers, "Content-Length": str(len(error.body))}
         encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await self._emit({"type": "http.response.start", "status": error.status, "headers": encoded})
         await self._emit({"type": "http.response.body", "body": error.body})

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
+import resource
 import signal
+import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from tidewright.parent_death import signal_on_parent_death
 from tidewright_gateway.admission.limits import LimitServer
 from tidewright_gateway.auth import AuthSetupError
 from tidewright_gateway.config import GatewaySettings
-from tidewright_gateway.http import access_log
+from tidewright_gateway.http import access_log, certificates
 from tidewright_gateway.http.application import make_app
 from tidewright_gateway.http.connection import PatientProtocol
 from tidewright_gateway.websocket.server import uvicorn_options
@@ -29,27 +32,37 @@ from tidewright_gateway.websocket.server import uvicorn_options
 # From the parent to its workers.
 _PARENT, _SETTINGS, _LIMITS = (f"_TIDEWRIGHT_GATEWAY_{name}" for name in ("PARENT", "SETTINGS", "LIMITS"))
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"
+_LONGEST_FOLDER = 60  # characters
+_OTHER_FILES = 1000  # that a process may have open beside its clients' connections
 
 
 class SetupError(Exception):
     """The settings name something that can't be used; the message says what."""
 
 
-def serve(settings: GatewaySettings) -> None:
-    """Until Ctrl-C or SIGTERM.
+def serve(settings: GatewaySettings, announce: Callable[[str], None] | None = None) -> None:
+    """Until Ctrl-C or SIGTERM. `announce`: told where it listens, and how the replicas are.
 
     Raises:
-        SetupError: the model, keys or the access log can't be read or written.
+        SetupError: the port is taken, or the model, keys or the access log can't be read or written.
     """
     try:
         _prepare_process(settings)
-        app = make_app(settings)  # also with several workers, each of which would only fail again and again
+        _check_port(settings.host, settings.port)
+        app = make_app(
+            settings, announce=announce
+        )  # also for several workers, of which each would fail again and again
     except (AuthSetupError, OSError, ValueError) as error:
         raise SetupError(str(error)) from error
     if settings.workers == 1:
-        uvicorn.run(app, **_options(settings))
+        server = uvicorn.Server(uvicorn.Config(app, **_options(settings)))
+        server.run()
+        if not server.started:
+            raise SetupError("the gateway could not start; see above")
         return
-    with tempfile.TemporaryDirectory(prefix="tidewright-gateway-") as folder:
+    if announce:
+        announce(f"{settings.workers} workers listen on {settings.url}; {settings.url}/admin/status says more")
+    with _short_folder() as folder:
         limits, metrics = Path(folder, "limits"), Path(folder, "metrics")
         metrics.mkdir()
         os.environ.update(
@@ -62,6 +75,27 @@ def serve(settings: GatewaySettings) -> None:
         )
         with _limit_server(limits):
             uvicorn.run(f"{__name__}:worker_app", factory=True, workers=settings.workers, **_options(settings))
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raises SetupError: nobody can listen there."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        hint = "; choose another with --port" if error.errno == errno.EADDRINUSE else ""
+        raise SetupError(f"{host}:{port}: {error.strerror}{hint}") from None
+
+
+@contextmanager
+def _short_folder() -> Iterator[str]:
+    """For sockets, whose paths have a hundred characters at most: TMPDIR may be too long."""
+    name = "tidewright-gateway-"
+    where = tempfile.gettempdir()
+    with tempfile.TemporaryDirectory(prefix=name, dir=where if len(where) < _LONGEST_FOLDER else "/tmp") as folder:
+        yield folder
 
 
 def worker_app() -> ASGIApp:
@@ -86,32 +120,51 @@ def _options(settings: GatewaySettings) -> dict[str, Any]:
         "server_header": False,
         "ssl_certfile": settings.tls_cert or None,
         "ssl_keyfile": settings.tls_key or None,
+        "ssl_context_factory": certificates.make_context if settings.tls_cert else None,
         "timeout_graceful_shutdown": max(1, round(settings.shutdown_grace)),
     }
 
 
 def _prepare_process(settings: GatewaySettings) -> None:
     PatientProtocol.read_timeout, PatientProtocol.send_timeout = settings.read_timeout, settings.send_timeout
+    PatientProtocol.max_connections = settings.max_connections
+    _allow_files(settings.max_connections + _OTHER_FILES)
     access_log.write_to(settings.access_log)
     logging.basicConfig(
         level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
 
 
+def _allow_files(wanted: int) -> None:
+    """As far as the system lets a process: each connection is one, and shells allow 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 @contextmanager
-def _limit_server(socket: Path) -> Iterator[None]:
-    """Limits of all workers, in a thread beside uvicorn's supervisor."""
+def _limit_server(socket_path: Path) -> Iterator[None]:
+    """Limits of all workers, in a thread beside uvicorn's supervisor. Raises SetupError: there is no such socket."""
     loop, started = asyncio.new_event_loop(), threading.Event()
-    stopped = asyncio.Event()
+    stopped, trouble = asyncio.Event(), list[BaseException]()
 
     async def run() -> None:
-        async with LimitServer(socket):
+        try:
+            async with LimitServer(socket_path):
+                started.set()
+                await stopped.wait()
+        except BaseException as error:
+            trouble.append(error)
+        finally:
             started.set()
-            await stopped.wait()
 
     thread = threading.Thread(target=loop.run_until_complete, args=(run(),), name="limits", daemon=True)
     thread.start()
     started.wait()
+    if trouble:
+        raise SetupError(f"the workers' limits: {socket_path}: {trouble[0]}")
     try:
         yield
     finally:

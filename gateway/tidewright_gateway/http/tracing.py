@@ -40,9 +40,10 @@ class TraceContext:
 
 
 class Tracer:
-    def __init__(self, ratio: float) -> None:
-        """`ratio`: share of the traces that begin here to be recorded, from 0 to 1."""
-        self._threshold = round(ratio * (1 << _RATIO_BITS))
+    def __init__(self, ratio: float, trusts_callers: bool = False) -> None:
+        """`ratio`: share of the traces to be recorded, from 0 to 1. `trusts_callers`: of those that begin elsewhere,
+        whoever began them says whether they are."""
+        self._threshold, self._trusts_callers = round(ratio * (1 << _RATIO_BITS)), trusts_callers
 
     def begin(self, headers: Iterable[tuple[bytes, bytes]]) -> TraceContext:
         """The request's trace; a new one if it has none, or one that can't be read. Header names are in lower case."""
@@ -54,13 +55,17 @@ class Tracer:
                 states.append(value)
         if len(parents) == 1 and (parent := _parse(parents[0])):
             trace_id, sampled = parent
+            if not self._trusts_callers:
+                sampled = self._samples(trace_id)
             state = b",".join(states)
             tracestate = state.decode() if _TRACESTATE.fullmatch(state) else ""
             return TraceContext(trace_id, secrets.token_hex(8), sampled, tracestate)
         trace_id = secrets.token_hex(16)
-        # By the id itself, as others who see this trace may decide by it as well.
-        sampled = int(trace_id[-_RATIO_BITS // 4 :], 16) < self._threshold
-        return TraceContext(trace_id, secrets.token_hex(8), sampled)
+        return TraceContext(trace_id, secrets.token_hex(8), self._samples(trace_id))
+
+    def _samples(self, trace_id: str) -> bool:
+        """By the id itself, as others who see this trace may decide by it as well."""
+        return int(trace_id[-_RATIO_BITS // 4 :], 16) < self._threshold
 
 
 def _parse(traceparent: bytes) -> tuple[str, bool] | None:

@@ -18,6 +18,7 @@ class Choice:
     """One generation's output so far."""
 
     index: int
+    keeps_logprobs: bool = False
     text: str = ""
     num_tokens: int = 0
     finish_reason: str | None = None
@@ -30,7 +31,8 @@ class Choice:
         self.num_tokens += len(reply.token_ids)
         self.finish_reason, self.served_by = reply.finish_reason, reply.served_by
         positions: list[dict[str, Any]] = msgspec.json.decode(reply.logprobs) if reply.logprobs else []
-        self.logprobs += positions
+        if self.keeps_logprobs:
+            self.logprobs += positions
         return positions
 
 
@@ -61,24 +63,28 @@ class Answer(ABC):
         self._num_logprobs, self._with_usage, self._echoes = num_logprobs, with_usage, echoes
         self._served_by = "decoder"
 
-    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
-        parts = [self._whole_choice(choice) for choice in choices]
+    def whole(self, choices: Sequence[Choice], usage: Usage, limited_by: str | None = None) -> bytes:
+        """`limited_by`: the limit that cut it short."""
         models = {choice.served_by for choice in choices}
         return msgspec.json.encode(
             {
                 **self._head,
                 "object": self.whole_object,
-                "choices": parts,
+                "choices": [self._whole_choice(choice) for choice in choices],
                 "usage": usage.json(),
                 "served_by": "fallback" if "fallback" in models else "decoder",
+                **({"limited_by": limited_by} if limited_by else {}),
             }
         )
 
-    def piece(self, choice: Choice, reply: Reply, positions: list[dict[str, Any]]) -> bytes:
+    def piece(
+        self, choice: Choice, reply: Reply, positions: list[dict[str, Any]], limited_by: str | None = None
+    ) -> bytes:
         """For a reply that `choice` has taken."""
         if choice.served_by == "fallback":
             self._served_by = "fallback"
-        return self._event([self._piece_choice(choice, reply, positions)], served_by=choice.served_by)
+        parts = [self._piece_choice(choice, reply, positions)]
+        return self._event(parts, served_by=choice.served_by, limited_by=limited_by if reply.finish_reason else None)
 
     def opening(self, index: int) -> bytes:
         """What a choice begins with, if anything."""
@@ -89,9 +95,15 @@ class Answer(ABC):
         return self._event([], usage.json(), self._served_by) if self._with_usage else b""
 
     def _event(
-        self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None, served_by: str = "decoder"
+        self,
+        choices: list[dict[str, Any]],
+        usage: dict[str, int] | None = None,
+        served_by: str = "decoder",
+        limited_by: str | None = None,
     ) -> bytes:
         piece: dict[str, Any] = {**self._head, "object": self.piece_object, "choices": choices, "served_by": served_by}
+        if limited_by:
+            piece["limited_by"] = limited_by
         if self._with_usage:
             piece["usage"] = usage
         return event(msgspec.json.encode(piece))

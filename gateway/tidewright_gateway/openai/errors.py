@@ -11,6 +11,7 @@ from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 
 JSON = "application/json"
+_RETRIED = (408, 409, 429, *range(500, 600))  # by OpenAI's clients, unless they are told
 
 
 class ApiError(Exception):
@@ -25,8 +26,11 @@ class ApiError(Exception):
         param: str | None = None,
         retry_after: float | None = None,
         headers: Mapping[str, str] | None = None,
+        may_retry: bool = True,
     ) -> None:
+        """`may_retry`: the same request may go better a second time."""
         super().__init__(message)
+        self.may_retry = may_retry
         self.status, self.code, self.param = status, code, param
         self.retry_after = retry_after  # seconds
         self._headers = dict(headers or {})
@@ -45,7 +49,9 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        found = dict(self._headers)
+        found = {"Content-Type": JSON, **self._headers}
+        if not self.may_retry and self.status in _RETRIED:
+            found["X-Should-Retry"] = "false"
         if self.retry_after is not None:
             found["Retry-After"] = str(max(math.ceil(self.retry_after), 1))
         if self.status == 401:
@@ -68,10 +74,12 @@ def of_model(error: ModelError) -> ApiError:
     if error.outcome is Outcome.INVALID:
         return invalid(message)
     if error.outcome is Outcome.REQUEST_TIMEOUT:
-        return ApiError(408, message, code="timeout")
+        return ApiError(408, message, code="timeout", may_retry=False)
     if error.outcome is Outcome.OVERLOADED:
         return ApiError(503, message, code="overloaded", retry_after=1)
     if error.outcome is Outcome.CANCELLED:
         return ApiError(499, message, code="cancelled")
+    if error.outcome is Outcome.ENGINE_KILLED:
+        return ApiError(503, message, code="engine_failed", may_retry=False)
     code = "unavailable" if error.outcome is Outcome.UNAVAILABLE else "engine_failed"
     return ApiError(503, message, code=code, retry_after=1)

@@ -10,31 +10,40 @@ from tidewright.tokenization import LONG_TEXT, InvalidPromptError, Tokenizer
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.protocol import Message
 
+MANY_MESSAGES = 64  # a template takes as long for so many as the tokenizer for LONG_TEXT
+
 
 class Prompts:
-    """Raises ApiError for what can't be a prompt."""
+    """Raises ApiError for what can't be a prompt. `limit`: tokens; a text that has certainly more is not tokenized."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
 
-    async def of_chat(self, messages: Sequence[Message]) -> list[int]:
+    async def of_chat(self, messages: Sequence[Message], limit: int) -> list[int]:
         turns = [{"role": message.role, "content": message.text} for message in messages]
         length = sum(len(turn["content"]) for turn in turns)
-        return await self._run(partial(self.tokenizer.encode_messages, turns), length, "messages")
+        encode = partial(self.tokenizer.encode_messages, turns, limit)
+        return await self._run(encode, length, limit, "messages", len(turns) > MANY_MESSAGES)
 
-    async def of_text(self, prompt: str | list[int]) -> list[int]:
+    async def of_text(self, prompt: str | list[int], limit: int) -> list[int]:
         if isinstance(prompt, str):
-            return await self._run(partial(self.tokenizer.encode, prompt), len(prompt), "prompt")
+            return await self._run(partial(self.tokenizer.encode, prompt, limit), len(prompt), limit, "prompt")
         if not prompt:
             raise invalid("prompt has no tokens; send at least one", "prompt")
-        limit = self.tokenizer.backend.get_vocab_size()
-        if not all(0 <= token_id < limit for token_id in prompt):
-            raise invalid(f"prompt: token ids must be from 0 to {limit - 1}", "prompt")
+        size = self.tokenizer.backend.get_vocab_size()
+        if not all(0 <= token_id < size for token_id in prompt):
+            raise invalid(f"prompt: token ids must be from 0 to {size - 1}", "prompt")
         return prompt
 
-    async def _run(self, encode: Callable[[], list[int]], length: int, param: str) -> list[int]:
+    async def _run(
+        self, encode: Callable[[], list[int]], length: int, limit: int, param: str, is_long: bool = False
+    ) -> list[int]:
         """`length`: of the text, in characters."""
         try:
-            return await asyncio.to_thread(encode) if length > LONG_TEXT else encode()
+            self.tokenizer.check_length(length, limit)
+        except InvalidPromptError as error:
+            raise invalid(str(error), param, "context_length_exceeded") from None
+        try:
+            return await asyncio.to_thread(encode) if is_long or length > LONG_TEXT else encode()
         except InvalidPromptError as error:
             raise ApiError(422, str(error), code="invalid_prompt", param=param) from None

@@ -6,39 +6,29 @@ checks them.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from tidewright.schema import SamplingParams
-from tidewright_gateway.openai.errors import ApiError, invalid
+from tidewright_gateway.openai.errors import invalid
 
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)] | StrictInt
-_SPARE_DEPTH = 50  # calls that a nested value may be further down where it is encoded again
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+"""Of many wrong items, the first is told; each one's error would cost more than all the rest."""
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
-class _Body(_Strict):
-    @model_validator(mode="before")
-    @classmethod
-    def _can_be_passed_on(cls, data: Any) -> Any:
-        """JSON may have half surrogate pairs, and nesting without end; all that it is passed on to may not."""
-        nested = data
-        for _ in range(_SPARE_DEPTH):
-            nested = [nested]
-        try:
-            msgspec.json.encode(nested)
-        except UnicodeEncodeError:
-            raise ValueError("a text is not valid Unicode: it has half of a surrogate pair, such as \\ud800") from None
-        except RecursionError:
-            raise ValueError("too many objects or lists within each other") from None
-        return data
+class Body(_Strict):
+    """Of a request; `parsing.parse` makes it."""
+
+    model: StrictStr | None = None
 
 
 class StreamOptions(_Strict):
@@ -59,7 +49,7 @@ class ResponseFormat(_Strict):
     json_schema: JsonSchema | None = None
 
 
-class GenerationRequest(_Body, ABC):
+class GenerationBody(Body, ABC):
     """What both endpoints share."""
 
     model: StrictStr
@@ -72,7 +62,7 @@ class GenerationRequest(_Body, ABC):
     """Sample from the likeliest tokens that together have this probability."""
     n: StrictInt | None = None
     """Answers to each prompt; with a seed, each further one has the next seed."""
-    stop: StrictStr | list[StrictStr] | None = None
+    stop: StrictStr | Many[StrictStr] | None = None
     """The answer ends before any of these texts."""
     seed: StrictInt | None = None
     """Makes sampling repeatable."""
@@ -99,11 +89,11 @@ class GenerationRequest(_Body, ABC):
     """Divides the logits of tokens that prompt or answer have."""
     min_tokens: StrictInt | None = None
     """No end before so many tokens."""
-    stop_token_ids: list[StrictInt] | None = None
+    stop_token_ids: Many[StrictInt] | None = None
     """The answer ends at any of these tokens."""
     ignore_eos: StrictBool | None = None
     """The model's own end does not end the answer."""
-    bad_words: list[StrictStr] | None = None
+    bad_words: Many[StrictStr] | None = None
     """Texts that the answer does not have."""
     guided_json: dict[str, Any] | StrictStr | None = None
     """A JSON schema that the answer follows."""
@@ -111,29 +101,33 @@ class GenerationRequest(_Body, ABC):
     """A regular expression that the answer matches."""
     guided_grammar: StrictStr | None = None
     """A Lark grammar that the answer follows."""
-    guided_choice: list[StrictStr] | None = None
+    guided_choice: Many[StrictStr] | None = None
     """The answer is one of these."""
     priority: StrictInt | None = None
-    """Lower goes first when requests wait; the key's own is added."""
+    """Lower goes first when requests wait; added to the key's own. Only admins may ask for less than 0."""
     timeout: Number | None = None
     """Seconds; what there is by then is the answer."""
     cache_salt: StrictStr | None = None
-    """Requests share a KV cache only with those of the same salt."""
+    """Of one key and user, requests share a KV cache only with those of the same salt."""
 
     @abstractmethod
     def num_logprobs(self) -> int | None:
         """Top log-probabilities at each token; None if none are asked for."""
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """`max_tokens`: if the request names none.
+    @property
+    def asked_tokens(self) -> int | None:
+        """The longest answer that it asks for; None if it says nothing."""
+        return self.max_tokens
+
+    def sampling(self) -> SamplingParams:
+        """With the defaults of completions.
 
         Raises:
             ApiError: a value is out of its range.
         """
         fields = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
-        fields.setdefault("max_tokens", max_tokens)
-        if self.user and not self.cache_salt:
-            fields["cache_salt"] = hashlib.sha256(self.user.encode()).hexdigest()
+        if self.asked_tokens is not None:
+            fields["max_tokens"] = self.asked_tokens
         if (logprobs := self.num_logprobs()) is not None:
             fields["logprobs"] = logprobs
         if (schema := self._schema()) is not None:
@@ -142,6 +136,8 @@ class GenerationRequest(_Body, ABC):
             fields["guided_json"] = schema
         try:
             return msgspec.convert(fields, SamplingParams, strict=False)
+        except OverflowError:  # msgspec's, for some integers of more than 64 bits
+            raise invalid("a number is too large") from None
         except msgspec.ValidationError as error:
             message, _, place = str(error).partition(" - at `$.")
             param = place.rstrip("`").split("[")[0] or None
@@ -159,9 +155,7 @@ class GenerationRequest(_Body, ABC):
 
 
 # Each of n choices is a generation of its own.
-_SAMPLING = [
-    name for name in SamplingParams.__struct_fields__ if name in GenerationRequest.model_fields and name != "n"
-]
+_SAMPLING = [name for name in SamplingParams.__struct_fields__ if name in GenerationBody.model_fields and name != "n"]
 
 
 class TextPart(_Strict):
@@ -173,7 +167,7 @@ class Message(_Strict):
     """Fields that answers of this API have, and their empty values, may come back as history."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | list[TextPart]
+    content: StrictStr | Many[TextPart]
     name: None = None
     refusal: None = None
     audio: None = None
@@ -186,8 +180,8 @@ class Message(_Strict):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(GenerationRequest):
-    messages: list[Message] = Field(min_length=1)
+class ChatRequest(GenerationBody):
+    messages: Many[Message] = Field(min_length=1)
     """The chat so far."""
     max_completion_tokens: StrictInt | None = None
     """OpenAI's newer name of max_tokens."""
@@ -201,16 +195,18 @@ class ChatRequest(GenerationRequest):
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        if self.max_completion_tokens is not None:
-            if self.max_tokens not in (None, self.max_completion_tokens):
-                raise invalid("max_tokens and max_completion_tokens differ; send one", "max_tokens")
-            self.max_tokens = self.max_completion_tokens
-        return super().sampling(max_tokens)
+    @property
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def sampling(self) -> SamplingParams:
+        if self.asked_tokens is not None and self.max_tokens not in (None, self.asked_tokens):
+            raise invalid("max_tokens and max_completion_tokens differ; send one", "max_tokens")
+        return super().sampling()
 
 
-class CompletionRequest(GenerationRequest):
-    prompt: StrictStr | list[StrictStr] | list[StrictInt] | list[list[StrictInt]]
+class CompletionRequest(GenerationBody):
+    prompt: StrictStr | Many[StrictStr] | Many[StrictInt] | Many[Many[StrictInt]]
     """Text or token ids, or a list of either."""
     logprobs: StrictInt | None = None
     """Tell the log-probability of each token, and of so many of the likeliest."""
@@ -222,12 +218,12 @@ class CompletionRequest(GenerationRequest):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
+    def sampling(self) -> SamplingParams:
         if self.best_of not in (None, self.n or 1):
             raise invalid("best_of other than n is not supported; ask for n and choose", "best_of")
         if self.echo and self.logprobs is not None:
             raise invalid("echo with logprobs is not supported; send one of them", "echo")
-        return super().sampling(max_tokens)
+        return super().sampling()
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -239,31 +235,10 @@ class CompletionRequest(GenerationRequest):
         return list(prompt)
 
 
-class TokenizeRequest(_Body):
-    model: StrictStr | None = None
+class TokenizeRequest(Body):
     prompt: StrictStr | None = None
-    messages: list[Message] | None = None
+    messages: Many[Message] | None = None
 
 
-class DetokenizeRequest(_Body):
-    model: StrictStr | None = None
-    tokens: list[StrictInt]
-
-
-def of_validation(errors: list[Any]) -> ApiError:
-    """The one of pydantic's findings that is deepest: of a field that may be this or that, it meant this."""
-    found = max(errors, key=lambda error: len(error["loc"]))
-    place = [str(part) for part in found["loc"] if part != "body" and not _is_type(str(part))]
-    if found["type"] == "json_invalid":
-        return invalid(f"the body is not JSON: {found.get('ctx', {}).get('error', found['msg'])}", code="invalid_json")
-    param = ".".join(place) or None
-    if found["type"] == "extra_forbidden":
-        return invalid(f"unknown or unsupported parameter: {param}", param, "unknown_parameter")
-    if found["type"] == "none_required":
-        return invalid(f"{param} is not supported; leave it out", param, "unsupported_parameter")
-    return invalid(f"{param or 'body'}: {found['msg']}", param)
-
-
-def _is_type(part: str) -> bool:
-    """Pydantic's name of one of the types that a field may have."""
-    return "[" in part or part in ("str", "int", "float", "bool")
+class DetokenizeRequest(Body):
+    tokens: Many[StrictInt]

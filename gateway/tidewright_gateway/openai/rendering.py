@@ -1,64 +1,45 @@
-"""From the replies of a request's generations to its answer, whole or as server-sent events."""
+"""From the replies of a request's generations to its answer, whole or as server-sent events. No I/O."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
-
-from tidewright.resilience.errors import ModelError
-from tidewright_gateway.openai.answers import DONE, Answer, Choice, Usage, event
-from tidewright_gateway.openai.errors import of_model
-from tidewright_gateway.pipeline import Pipeline, RequestContext
+from tidewright_gateway.context import RequestContext
+from tidewright_gateway.openai.answers import DONE, Answer, Choice, Usage
+from tidewright_gateway.replicas.triton import Reply
 
 
-async def whole(service: Pipeline, work: RequestContext, answer: Answer) -> bytes:
-    """The whole answer; closes the work.
+class WholeAnswer:
+    def __init__(self, context: RequestContext, answer: Answer) -> None:
+        self._context, self._answer = context, answer
+        self._choices = [Choice(index, keeps_logprobs=True) for index in range(len(context.generations))]
 
-    Raises:
-        ApiError: one of its generations failed; the others are given up.
-    """
-    choices = [Choice(index) for index in range(len(work.tasks))]
-    try:
-        async with aclosing(service.replies(work)) as replies:
-            async for index, reply in replies:
-                choices[index].take(reply)
-    except ModelError as error:
-        raise of_model(error) from None
-    finally:
-        await service.close(work, _generated(choices))
-    return answer.whole(choices, Usage(work.num_prompt_tokens, _generated(choices)))
+    def take(self, index: int, reply: Reply) -> None:
+        self._choices[index].take(reply)
+
+    def body(self) -> bytes:
+        """Once all have ended."""
+        return self._answer.whole(self._choices, _usage(self._context), self._context.limited_by)
 
 
-async def stream(service: Pipeline, work: RequestContext, answer: Answer) -> AsyncGenerator[bytes, None]:
-    """The answer as server-sent events, several at once where they are: a write costs more than what is written.
+class Events:
+    """Several at once where they are: a write costs more than what is written."""
 
-    The first says that a replica took the request. Closes the work.
+    def __init__(self, context: RequestContext, answer: Answer) -> None:
+        self._context, self._answer = context, answer
+        self._choices = [Choice(index) for index in range(len(context.generations))]
+        self._has_begun = False
+        self._open = len(self._choices)
 
-    Raises:
-        ApiError: before the first event only; later the error is an event.
-    """
-    choices = [Choice(index) for index in range(len(work.tasks))]
-    began, held = False, b""
-    try:
-        async with aclosing(service.replies(work)) as replies:
-            async for index, reply in replies:
-                if not began:
-                    began = True
-                    held = b"".join(answer.opening(choice.index) for choice in choices)
-                choice = choices[index]
-                held += answer.piece(choice, reply, choice.take(reply))
-                if not all(choice.finish_reason for choice in choices):
-                    yield held
-                    held = b""
-    except ModelError as error:
-        if not began:
-            raise of_model(error) from None
-        yield event(of_model(error).body)
-        return
-    finally:
-        await service.close(work, _generated(choices))
-    yield held + answer.usage(Usage(work.num_prompt_tokens, _generated(choices))) + DONE
+    def take(self, index: int, reply: Reply) -> bytes:
+        """What is to be written; behind the last reply with the end of the stream."""
+        answer, choice, written = self._answer, self._choices[index], b""
+        if not self._has_begun:
+            self._has_begun = True
+            written = b"".join(answer.opening(choice.index) for choice in self._choices)
+        written += answer.piece(choice, reply, choice.take(reply), self._context.limited_by)
+        if choice.finish_reason:
+            self._open -= 1
+        return written if self._open else written + answer.usage(_usage(self._context)) + DONE
 
 
-def _generated(choices: Sequence[Choice]) -> int:
-    return sum(choice.num_tokens for choice in choices)
+def _usage(context: RequestContext) -> Usage:
+    return Usage(context.num_prompt_tokens, context.num_tokens)

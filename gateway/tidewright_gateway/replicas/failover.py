@@ -1,7 +1,7 @@
-"""The replicas together: a generation runs at one of them, and goes on at another when that one fails.
+"""A generation at one of the replicas, and at another, or at a fallback, when that one fails.
 
-A reply is handed on as it comes. What a further replica gets is the prompt and the tokens that were handed on, so the
-stream goes on behind them: with the same seed the same tokens, exactly so in float32.
+A reply is handed on as it comes. Whoever is asked next gets the prompt and the tokens that were handed on, so the
+stream goes on behind them: with the same seed the same tokens, exactly so in float32; of the fallback others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import math
 import random
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,27 +20,27 @@ import msgspec
 from tidewright.resilience.breaker import Permit, State
 from tidewright.resilience.budget import RetryBudget
 from tidewright.resilience.deadline import Deadline
+from tidewright.resilience.degradation import Route
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.resilience.retry import NoRetry
+from tidewright.resilience.succession import FINAL, LOST, failed_at_fallback, fallback_can_go_on
 from tidewright.schema import SamplingParams
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.replicas.health import Expected
 from tidewright_gateway.replicas.replica import Attempt, Replica
-from tidewright_gateway.replicas.replica_set import WATCH_INTERVAL, ReplicaLoad, ReplicaSet
+from tidewright_gateway.replicas.replica_set import DECODER, FALLBACK, WATCH_INTERVAL, ReplicaLoad, ReplicaSet
 from tidewright_gateway.replicas.triton import CallRequest, Reply
 
 log = logging.getLogger(__name__)
 
-# The request's own doing, or the same everywhere: nobody else is asked.
-_FINAL = (Outcome.INVALID, Outcome.CANCELLED, Outcome.REQUEST_TIMEOUT)
-# The replica is gone or says nothing: it computes no longer, so whoever goes on elsewhere adds no load.
-_MOVES = (Outcome.UNAVAILABLE, Outcome.STALLED, Outcome.STUB_DIED)
+MAX_FALLBACKS = 2  # that are asked for one generation
 
 
 @dataclass
 class Generation:
-    """One generation, until it ends."""
+    """One output of one prompt, until it ends."""
 
     request_id: str
     prompt: list[int]
@@ -54,104 +53,167 @@ class Generation:
     """Tokens that were handed on."""
     served_by: list[str] = field(default_factory=list)
     """Addresses of the replicas that were asked, in order."""
-    model: str = "decoder"
+    model: str = DECODER
     """The model of Triton that was asked last: decoder or fallback."""
 
 
+@dataclass
+class _Course:
+    """What has been tried for a generation."""
+
+    failures: int = 0
+    """Of the decoder, since a token came."""
+    decoder_failed: bool = False
+    """Nobody asks it any more."""
+    asked_fallbacks: list[str] = field(default_factory=list)
+    cause: ModelError | None = None
+    """What it is that the caller is told if all fail: why the first model could not answer."""
+
+
 class Failover:
-    def __init__(self, settings: GatewaySettings, metrics: Metrics, max_model_len: int) -> None:
+    def __init__(self, settings: GatewaySettings, metrics: Metrics, expected: Expected, max_model_len: int) -> None:
         """`max_model_len`: the model's own, in tokens."""
         self._settings, self._metrics = settings, metrics
         self._max_model_len = max_model_len
-        self._fleet = ReplicaSet(settings, metrics)
+        self._set = ReplicaSet(settings, metrics, expected)
         self._retries = settings.retry_policy()
         self._budget = RetryBudget(settings.budget_config(), time.monotonic())
 
     async def start(self) -> None:
         """Asks each replica once, and goes on asking. In the event loop: gRPC ties its channels to it."""
-        await self._fleet.start()
+        await self._set.start()
 
     async def stop(self) -> None:
-        await self._fleet.stop()
+        await self._set.stop()
 
     @property
     def replicas(self) -> list[Replica]:
-        return self._fleet.replicas
+        return self._set.replicas
 
     @property
     def trouble(self) -> str:
-        """Why no replica can be sent anything; empty if one can."""
-        return self._fleet.trouble
+        """Why no replica can be sent anything, for who runs them; empty if one can."""
+        return self._set.trouble
+
+    @property
+    def capacity(self) -> int | None:
+        """Sequences that the replicas compute at one time; None if that is not known."""
+        return self._set.capacity
 
     @property
     def max_model_len(self) -> int:
         """Tokens of prompt and output together that every replica takes."""
-        return self._fleet.max_model_len(self._max_model_len)
+        return self._set.max_model_len(self._max_model_len)
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Each replica for people; times in seconds."""
-        return self._fleet.snapshot()
+        return self._set.snapshot()
 
     def load(self) -> ReplicaLoad:
         """How much room there is."""
-        return self._fleet.load()
+        return self._set.load()
 
-    async def generate(self, task: Generation) -> AsyncGenerator[Reply, None]:
-        """To the last reply, which alone has a finish_reason.
+    async def generate(self, generation: Generation, route: Route = Route.DECODER) -> AsyncGenerator[Reply, None]:
+        """To the last reply, which alone has a finish_reason. `route`: who is asked first, decoder or fallback.
 
         Raises:
             ModelError: it can't be ended; what was handed on stands.
         """
         self._budget.deposit()
-        task.model = "decoder"
-        failures = 0  # since a token came
-        last: ModelError | None = None
+        course = _Course()
+        attempt = self._ask_fallback(generation, course) if route is Route.FALLBACK else None
+        attempt = attempt or await self._ask_decoder(generation, course, None) or self._last_resort(generation, course)
         while True:
-            replica, attempt, permit = await self._begin(task, last)
-            before = len(task.delivered)
             try:
-                async with aclosing(attempt.generation.replies()) as replies:
-                    async for reply in replies:
-                        now, is_first = time.monotonic(), attempt.last_token is None
-                        attempt.last_token = now
-                        replica.unanswered = 0.0  # it lives, even if it has too much to do to say so
-                        task.delivered += reply.token_ids
-                        if is_first and reply.token_ids:
-                            self._fleet.generated(replica, now)
-                        # At the first token: until a probe reports, nobody else gets through.
-                        if not permit.reported and (permit.is_probe or reply.finish_reason):
-                            replica.breaker.record(permit, Outcome.SUCCESS, now)
-                            if permit.is_probe and replica.breaker.state is State.CLOSED:
-                                replica.came_at = now
-                        yield reply
-                        if reply.finish_reason:
-                            return
-                last = ModelError("the replica ended the stream without a last reply", Outcome.ENGINE_FAILED)
+                while True:
+                    reply = await attempt.read()
+                    self._heard(generation, attempt, reply)
+                    yield reply
+                    if reply.finish_reason:
+                        return
             except ModelError as error:
-                last = error
+                failure = error
             except (asyncio.CancelledError, GeneratorExit):
-                replica.breaker.record(permit, Outcome.CANCELLED, time.monotonic())
+                self._record(attempt, Outcome.CANCELLED)
                 raise
             finally:
-                replica.attempts.discard(attempt)
-            now = time.monotonic()
-            replica.breaker.record(permit, last.outcome, now)
-            if last.outcome in _FINAL:
-                raise last
-            self._fleet.failed(replica, last)
-            failures = 1 if len(task.delivered) > before else failures + 1
-            self._failed(task, replica, last)
-            if not await self._may_retry(last, failures, task.deadline):
-                raise timed_out(last) if task.deadline.expired(time.monotonic()) else last
-            if task.delivered:
-                self._metrics.moved()
+                self._leave(attempt)
+            attempt = await self._next(generation, course, attempt, failure)
 
-    async def _may_retry(self, error: ModelError, failures: int, deadline: Deadline) -> bool:
-        """True when it is time for the next attempt."""
+    def _heard(self, generation: Generation, attempt: Attempt, reply: Reply) -> None:
+        generation.delivered += reply.token_ids
+        permit, now, replica = attempt.permit, time.monotonic(), attempt.replica
+        if permit is None:
+            return
+        replica.showed_life(now)
+        if reply.token_ids and attempt.num_tokens == len(reply.token_ids):
+            self._set.generated(replica, now)
+        # At the first token: until a probe reports, nobody else gets through.
+        if not permit.reported and (permit.is_probe or reply.finish_reason):
+            replica.breaker.record(permit, Outcome.SUCCESS, now)
+            if permit.is_probe and replica.breaker.state is State.CLOSED:
+                replica.came_at = now
+
+    def _record(self, attempt: Attempt, outcome: Outcome) -> None:
+        if attempt.permit:
+            attempt.replica.breaker.record(attempt.permit, outcome, time.monotonic())
+
+    def _leave(self, attempt: Attempt) -> None:
+        attempt.replica.attempts.discard(attempt)
+        attempt.replica.fallbacks.discard(attempt)
+        attempt.call.close()
+
+    # Who is asked.
+
+    async def _next(self, generation: Generation, course: _Course, failed: Attempt, error: ModelError) -> Attempt:
+        """The attempt after one that failed. Raises ModelError: there is none."""
+        self._metrics.attempt_failed(failed.replica.address, failed.model, error.outcome)
+        log.warning("%s: %s of %s failed: %s", generation.request_id, failed.model, failed.replica.address, error)
+        self._record(failed, error.outcome)
+        if failed.model == FALLBACK:
+            return await self._after_fallback(generation, course, failed, error)
+        course.cause = error
+        if error.outcome in FINAL:
+            raise error
+        if generation.deadline.expired(time.monotonic()):
+            raise timed_out(error)
+        self._set.failed(failed.replica, error)
+        course.failures = 1 if failed.num_tokens else course.failures + 1
+        attempt: Attempt | None = None
+        if await self._may_ask_again(error, course.failures, generation.deadline):
+            attempt = await self._ask_decoder(generation, course, error)
+        elif generation.deadline.expired(time.monotonic()):
+            raise timed_out(error)
+        attempt = attempt or self._last_resort(generation, course)
+        if generation.delivered:
+            self._metrics.moved()
+        return attempt
+
+    async def _after_fallback(
+        self, generation: Generation, course: _Course, failed: Attempt, error: ModelError
+    ) -> Attempt:
+        if error.outcome in LOST:
+            failed.replica.fallback = None  # until it says how it is
+        refused, error = error.outcome is Outcome.INVALID, failed_at_fallback(error)
+        course.cause = course.cause or error
+        if error.outcome in FINAL:
+            raise error
+        if generation.deadline.expired(time.monotonic()):
+            raise timed_out(error)
+        if failed.num_tokens:  # another one's words would be others again
+            raise course.cause
+        if not refused and (attempt := self._ask_fallback(generation, course)):
+            return attempt
+        if course.decoder_failed or not (attempt := await self._ask_decoder(generation, course, error)):
+            raise course.cause
+        return attempt
+
+    async def _may_ask_again(self, error: ModelError, failures: int, deadline: Deadline) -> bool:
+        """Whether the decoder is asked once more; true when it is time to."""
         if error.outcome is Outcome.ENGINE_KILLED:
             return False
         now = time.monotonic()
-        if error.outcome in _MOVES and failures < self._retries.max_attempts:
+        if error.outcome in LOST and failures < self._retries.max_attempts:
             return not deadline.expired(now)
         delay = self._retries.next_delay(failures, now, deadline, random.random(), self._budget)
         if isinstance(delay, NoRetry):
@@ -160,77 +222,72 @@ class Failover:
         await asyncio.sleep(delay)
         return True
 
-    async def _begin(self, task: Generation, last: ModelError | None) -> tuple[Replica, Attempt, Permit]:
-        """An attempt at a replica that can take it; waits for one if there is none.
+    async def _ask_decoder(self, generation: Generation, course: _Course, last: ModelError | None) -> Attempt | None:
+        """At a replica that can take it; waits for one if there is none. None: a fallback can be asked instead.
 
         Raises:
             ModelError: there was none in time.
         """
-        now = time.monotonic()
-        until = min(now + self._settings.wait_for_replica, task.deadline.at)
-        while not (chosen := self._fleet.choose(task.prompt, task.served_by[-1] if task.served_by else "", now)):
+        now = began = time.monotonic()
+        until = min(now + self._settings.wait_for_replica, generation.deadline.at)
+        avoid = generation.served_by[-1] if generation.served_by else ""
+        while not (chosen := self._set.choose(generation.prompt, avoid, now)):
+            if now - began >= self._settings.patience and self._fallback_for(generation, course):
+                course.cause = course.cause or self._nobody()
+                return None
             if now >= until:
-                none = ModelError(f"no replica can take requests ({self.trouble})", Outcome.UNAVAILABLE)
-                raise timed_out(last or none) if task.deadline.expired(now) else (last or none)
-            await self._fleet.wait_for_change(min(until - now, WATCH_INTERVAL))
+                error = last or course.cause or self._nobody()
+                raise timed_out(error) if generation.deadline.expired(now) else error
+            await self._set.wait_for_change(min(until - now, WATCH_INTERVAL))
             now = time.monotonic()
         replica, permit = chosen
-        attempt = self._ask(task, replica, list(task.delivered), now)
+        attempt = self._ask(generation, replica, DECODER, permit, now)
         replica.attempts.add(attempt)
-        return replica, attempt, permit
+        return attempt
 
-    async def fall_back(self, task: Generation) -> AsyncGenerator[Reply, None]:
-        """The same from the replicas' fallback model, for a task of which nothing was handed on yet.
+    def _nobody(self) -> ModelError:
+        log.warning("no replica can take requests (%s)", self.trouble)
+        return ModelError("no replica can take requests at the moment", Outcome.UNAVAILABLE)
 
-        It has no breaker, and no stream goes on elsewhere; one that has not begun is tried at another replica, once.
+    def _last_resort(self, generation: Generation, course: _Course) -> Attempt:
+        """A fallback, now that no decoder answers. Raises ModelError: none can."""
+        course.decoder_failed = True
+        if attempt := self._ask_fallback(generation, course):
+            return attempt
+        raise course.cause or self._nobody()
 
-        Raises:
-            ModelError: it can't be ended; what was handed on stands.
-        """
-        task.model = "fallback"
-        asked: list[str] = []
-        last = ModelError(f"no replica is there ({self.trouble})", Outcome.UNAVAILABLE)
-        while len(asked) < 2 and not task.delivered and (replica := self._fleet.choose_fallback(asked)):
-            now = time.monotonic()
-            if task.deadline.expired(now):
-                raise timed_out(last)
-            asked.append(replica.address)
-            attempt = self._ask(task, replica, [], now)
-            replica.fallbacks.add(attempt)
-            try:
-                async with aclosing(attempt.generation.replies()) as replies:
-                    async for reply in replies:
-                        attempt.last_token = time.monotonic()
-                        task.delivered += reply.token_ids
-                        yield reply
-                        if reply.finish_reason:
-                            return
-                last = ModelError("the replica ended the stream without a last reply", Outcome.ENGINE_FAILED)
-            except ModelError as error:
-                last = error
-            finally:
-                replica.fallbacks.discard(attempt)
-            self._failed(task, replica, last)
-            if last.outcome is Outcome.INVALID:  # the decoder would have taken it
-                raise ModelError(f"the fallback can't answer this: {last}", Outcome.ENGINE_FAILED)
-            if last.outcome in _FINAL:
-                break
-        raise last
+    def _fallback_for(self, generation: Generation, course: _Course) -> Replica | None:
+        asked = course.asked_fallbacks
+        if len(asked) >= MAX_FALLBACKS or not fallback_can_go_on(generation.sampling, bool(generation.delivered)):
+            return None
+        return self._set.choose_fallback(len(generation.prompt) + len(generation.delivered), asked)
 
-    def _ask(self, task: Generation, replica: Replica, resume_ids: list[int], now: float) -> Attempt:
-        sampling = task.sampling
-        if math.isfinite(task.deadline.at):
-            sampling = msgspec.structs.replace(sampling, timeout=task.deadline.remaining(now))
-        order = CallRequest(
-            task.request_id, task.prompt, msgspec.json.encode(sampling), resume_ids, task.logprobs, task.metadata
+    def _ask_fallback(self, generation: Generation, course: _Course) -> Attempt | None:
+        """It has no breaker. None: there is none that could answer."""
+        replica = self._fallback_for(generation, course)
+        if replica is None:
+            return None
+        course.asked_fallbacks.append(replica.address)
+        attempt = self._ask(generation, replica, FALLBACK, None, time.monotonic())
+        replica.fallbacks.add(attempt)
+        return attempt
+
+    def _ask(self, generation: Generation, replica: Replica, model: str, permit: Permit | None, now: float) -> Attempt:
+        sampling = generation.sampling
+        if math.isfinite(generation.deadline.at):
+            sampling = msgspec.structs.replace(sampling, timeout=generation.deadline.remaining(now))
+        request = CallRequest(
+            generation.request_id,
+            generation.prompt,
+            msgspec.json.encode(sampling),
+            list(generation.delivered),
+            generation.logprobs,
+            generation.metadata,
         )
-        task.served_by.append(replica.address)
-        self._metrics.attempt(replica.address, task.model)
-        return Attempt(replica.client.generate(task.model, order), now)
-
-    def _failed(self, task: Generation, replica: Replica, error: ModelError) -> None:
-        self._metrics.attempt_failed(replica.address, task.model, error.outcome)
-        log.warning("%s: %s of %s failed: %s", task.request_id, task.model, replica.address, error)
+        generation.served_by.append(replica.address)
+        generation.model = model
+        self._metrics.attempt(replica.address, model)
+        return Attempt(replica, model, replica.client.generate(model, request), permit, generation.deadline)
 
 
 def timed_out(error: ModelError) -> ModelError:

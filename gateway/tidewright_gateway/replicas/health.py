@@ -8,7 +8,8 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import aclosing
+from contextlib import suppress
+from dataclasses import dataclass
 
 import msgspec
 
@@ -29,7 +30,25 @@ _ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prio
 _PROMPT = [0]  # a token id that every vocabulary has
 
 
-async def ask_status(replica: Replica, patience: float) -> None:
+@dataclass(frozen=True)
+class Expected:
+    """What the gateway was set up for."""
+
+    model: str
+    """The name of the model's folder."""
+    tokenizer: str
+    """Its fingerprint."""
+
+    def misfit(self, status: DecoderStatus) -> str:
+        """Why a model is none of ours; empty if it is, or does not say what it is."""
+        if status.model and status.model != self.model:
+            return f"serves {status.model}, not {self.model}"
+        if status.tokenizer and status.tokenizer != self.tokenizer:
+            return f"serves {self.model} with another tokenizer than this gateway has"
+        return ""
+
+
+async def ask_status(replica: Replica, patience: float, expected: Expected) -> None:
     """Once; the replica knows the answer, or why there was none. `patience`: longest silence of its engine, in s."""
     began = replica.asked_at = time.monotonic()
     replica.unanswered = 0.0
@@ -40,12 +59,25 @@ async def ask_status(replica: Replica, patience: float) -> None:
         now = time.monotonic()
         replica.status_took = now - began
         replica.heard(status, patience, now)
+        if misfit := expected.misfit(status):
+            replica.misfits(misfit)
     except msgspec.MsgspecError as error:
         replica.lost(ModelError(f"is it a Tidewright server? {error}", Outcome.UNAVAILABLE))
     except ModelError as error:
         replica.lost(error)
     finally:
         replica.asked_at = None
+
+
+async def ask_fallback(replica: Replica, expected: Expected) -> None:
+    """Once; whether the replica's fallback can be asked. One with another tokenizer can't: it gets token ids."""
+    found: DecoderStatus | None = None
+    with suppress(ModelError, msgspec.MsgspecError):
+        answer = await replica.client.control("status", STATUS_TIMEOUT, "fallback")
+        status = msgspec.json.decode(answer, type=DecoderStatus)
+        if not status.trouble and status.tokenizer in ("", expected.tokenizer):
+            found = status
+    replica.fallback = found
 
 
 class GenerationProbes:
@@ -118,18 +150,18 @@ class GenerationProbes:
 
     async def _generate(self, replica: Replica) -> ModelError | None:
         """Why there was no token; None if there was one."""
-        order = CallRequest(f"probe-{next(self._numbers)}", _PROMPT, msgspec.json.encode(_ONE_TOKEN))
-        generation = replica.client.generate("decoder", order)
+        request = CallRequest(f"probe-{next(self._numbers)}", _PROMPT, msgspec.json.encode(_ONE_TOKEN))
+        call = replica.client.generate("decoder", request)
         limit = self._settings.generation_probe_timeout
         too_late = ModelError(f"no token within {limit:g} s", Outcome.FIRST_TOKEN_TIMEOUT)
-        timer = asyncio.get_running_loop().call_later(limit, generation.abandon, too_late)
+        timer = asyncio.get_running_loop().call_later(limit, call.abandon, too_late)
         try:
-            async with aclosing(generation.replies()) as replies:
-                async for reply in replies:
-                    if reply.token_ids:
-                        return None
-            return ModelError("the stream ended without a token", Outcome.ENGINE_FAILED)
+            while not (reply := await call.read()).token_ids:
+                if reply.finish_reason:
+                    return ModelError("the stream ended without a token", Outcome.ENGINE_FAILED)
+            return None
         except ModelError as error:
             return error
         finally:
             timer.cancel()
+            call.close()

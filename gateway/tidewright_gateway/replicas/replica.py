@@ -4,37 +4,70 @@ from __future__ import annotations
 
 import itertools
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from tidewright.resilience.breaker import BreakerConfig, CircuitBreaker
+import grpc
+
+from tidewright.resilience.breaker import BreakerConfig, CircuitBreaker, Permit
+from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import DecoderStatus
 from tidewright_gateway.replicas.discovery import Endpoint
 from tidewright_gateway.replicas.routing import Candidate, slow_start
-from tidewright_gateway.replicas.triton import TritonCall, TritonClient
+from tidewright_gateway.replicas.triton import Reply, TritonCall, TritonClient
 
+LATE = 1.0  # seconds after a deadline within which the replica should have ended the generation
 FRESH = 2.0  # seconds; what a replica said of its load before is not believed any more
 
 
 @dataclass(eq=False)
 class Attempt:
-    """One generation at one replica. Times are of time.monotonic()."""
+    """One generation at one model of one replica. Times are of time.monotonic()."""
 
-    generation: TritonCall
-    began: float
-    last_token: float | None = None
+    replica: Replica
+    model: str
+    """Of Triton: decoder or fallback."""
+    call: TritonCall
+    permit: Permit | None
+    """Of the replica's breaker, for the decoder; given back with the outcome."""
+    deadline: Deadline
+    """Of its generation, which the replica is told and should keep by itself."""
+    num_tokens: int = 0
+    waits_since: float | None = None
+    """For its next reply. None: nobody asks for one, as the caller has not taken what there is."""
+
+    async def read(self) -> Reply:
+        """The next reply. Raises ModelError: there is none."""
+        self.waits_since = time.monotonic()
+        try:
+            reply = await self.call.read()
+        finally:
+            self.waits_since = None
+        self.num_tokens += len(reply.token_ids)
+        return reply
+
+    def waited(self, now: float) -> float:
+        """Seconds that the replica is silent; what the caller leaves unread is none of its."""
+        return 0.0 if self.waits_since is None else now - self.waits_since
+
+    def expired(self, now: float) -> ModelError | None:
+        """Why to give it up, whatever its replica does: it has not kept the deadline."""
+        if not self.deadline.expired(now - LATE):
+            return None
+        return ModelError("request timed out; the model did not end it in time", Outcome.REQUEST_TIMEOUT)
 
     def overdue(self, first_token: float, stall: float, now: float) -> ModelError | None:
         """Why not to wait for it any longer. Both limits are in seconds."""
-        if self.last_token is None:
-            if now - self.began > first_token:
-                return ModelError(f"no first token within {first_token:g} s", Outcome.FIRST_TOKEN_TIMEOUT)
-        elif now - self.last_token > stall:
+        limit = stall if self.num_tokens else first_token
+        if self.waited(now) <= limit:
+            return None
+        if self.num_tokens:
             return ModelError(f"no further token within {stall:g} s", Outcome.STALLED)
-        return None
+        return ModelError(f"no first token within {first_token:g} s", Outcome.FIRST_TOKEN_TIMEOUT)
 
 
 @dataclass(eq=False)
@@ -49,6 +82,8 @@ class Replica:
     """What it said last; None before it said anything, and after an error."""
     heard_at: float = -math.inf
     """When it said something."""
+    lived_at: float = -math.inf
+    """When its engine gave a sign of life: it said something, or a request got tokens."""
     status_took: float | None = None
     """Seconds from the last question to its answer."""
     others: int = 0
@@ -58,6 +93,8 @@ class Replica:
     """Since when a question waits for its answer."""
     unanswered: float = 0.0
     """Seconds of that in which this process listened, and heard nothing of its generations either."""
+    fallback: DecoderStatus | None = None
+    """What its fallback said last; None if there is none that can be asked."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not asked yet", Outcome.UNAVAILABLE))
     """Why it can't be sent anything now, by what it says."""
     suspicion: ModelError | None = None
@@ -85,8 +122,10 @@ class Replica:
     """Of the fallback, which goes on when the decoder fails."""
 
     @classmethod
-    def at(cls, endpoint: Endpoint, channels: int, breaker: BreakerConfig) -> Replica:
-        client = TritonClient(endpoint.address, channels)
+    def at(
+        cls, endpoint: Endpoint, channels: int, breaker: BreakerConfig, credentials: grpc.ChannelCredentials | None
+    ) -> Replica:
+        client = TritonClient(endpoint.address, channels, credentials)
         return cls(endpoint.address, client, CircuitBreaker(breaker), endpoint.weight)
 
     @property
@@ -119,23 +158,35 @@ class Replica:
     def heard(self, status: DecoderStatus, patience: float, now: float) -> None:
         """It answered. `patience`: longest silence of its engine, in seconds."""
         self.status, self.heard_at, self.trouble, self.suspicion = status, now, None, None
+        self.lived_at = max(self.lived_at, now - status.silence)
         # What ended or began since it was asked may be in the figure or not.
         self.others = max(status.active - max(len(self.attempts), self.in_flight_when_asked), 0)
         if status.silence > patience:
             self.trouble = ModelError(f"no sign of life from the engine for {status.silence:.1f} s", Outcome.STALLED)
-            self.abandon_all(self.trouble)
         elif status.trouble and not status.draining:
             # Its bridge has all requests, and the next engine gets them: what is there stays.
             self.trouble = ModelError(status.trouble, Outcome.UNAVAILABLE)
 
-    def lost(self, error: ModelError) -> None:
-        """It did not answer, or with an error: what is there is lost, or will never be seen."""
-        self.status, self.trouble, self.suspicion = None, error, None
-        self.abandon_all(error)
+    def misfits(self, why: str) -> None:
+        """It answers, and is none of ours."""
+        self.trouble = ModelError(why, Outcome.UNAVAILABLE)
 
-    def abandon_all(self, error: ModelError) -> None:
-        for attempt in tuple(self.attempts):
-            attempt.generation.abandon(error)
+    def lost(self, error: ModelError) -> None:
+        """It did not answer, or with an error. Unless it is only silent, what is there is lost."""
+        self.status, self.trouble, self.suspicion = None, error, None
+        if not self.is_silent:
+            gone = ModelError("the model is gone", error.outcome)  # who asked need not know where it was
+            for attempt in tuple(self.attempts):
+                attempt.call.abandon(gone)
+
+    @property
+    def is_silent(self) -> bool:
+        """Nothing is heard of it: it may be gone, or have too much to do."""
+        return self.trouble is not None and self.trouble.outcome is Outcome.STALLED
+
+    def showed_life(self, now: float) -> None:
+        """It answered a request, even if it has too much to do to say how it is."""
+        self.unanswered, self.lived_at = 0.0, now
 
     def generated(self, now: float) -> None:
         """A request got its first tokens."""

@@ -18,26 +18,27 @@ from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas import replica as replicas
 from tidewright_gateway.replicas.discovery import Discovery, Endpoint, make_source
-from tidewright_gateway.replicas.health import STATUS_TIMEOUT, GenerationProbes, ask_status
-from tidewright_gateway.replicas.replica import Replica
+from tidewright_gateway.replicas.health import STATUS_TIMEOUT, Expected, GenerationProbes, ask_fallback, ask_status
+from tidewright_gateway.replicas.replica import Attempt, Replica
 from tidewright_gateway.replicas.routing import Candidate, LeastLoad, make_router
+from tidewright_gateway.replicas.triton import read_credentials
 
 log = logging.getLogger(__name__)
 
 IDLE_INTERVALS = 10  # of `probe_interval` between two questions while nobody waits for an answer
+FALLBACK_INTERVAL = 5.0  # seconds between two questions to a replica's fallback
+DECODER, FALLBACK = "decoder", "fallback"  # of Triton's models
 WATCH_INTERVAL = 0.05  # seconds between two looks at what is in flight
 
 
 @dataclass(frozen=True)
 class ReplicaLoad:
-    """The first three: the least of all replicas, for while one has room it gets what comes; 0 if none is known."""
+    """The first two: the least of all replicas, for while one has room it gets what comes; 0 if none is known."""
 
     waiting: float
     """Requests that wait, as a share of what may wait."""
     kv_usage: float
     """Share of the KV cache in use."""
-    wait: float
-    """Seconds that the oldest request without a token has been there."""
     breakers_open: bool
     """The breakers of all that can be sent anything are open."""
     in_flight: int
@@ -45,9 +46,14 @@ class ReplicaLoad:
 
 
 class ReplicaSet:
-    def __init__(self, settings: GatewaySettings, metrics: Metrics) -> None:
-        self._settings, self._metrics = settings, metrics
+    def __init__(self, settings: GatewaySettings, metrics: Metrics, expected: Expected) -> None:
+        self._settings, self._metrics, self._expected = settings, metrics, expected
         self._router, self._fallback_router = make_router(settings.routing), LeastLoad()
+        self._credentials = (
+            read_credentials(settings.replica_ca, settings.replica_cert, settings.replica_key)
+            if settings.replica_tls
+            else None
+        )
         self.replicas: list[Replica] = []
         """Those that are leaving as well, until they are empty."""
         source = make_source(settings.replicas, settings.discovery_interval)
@@ -64,11 +70,13 @@ class ReplicaSet:
         with suppress(asyncio.TimeoutError):  # a name server that does not answer must not keep the gateway down
             await asyncio.wait_for(self._lookout.looked.wait(), STATUS_TIMEOUT)
         first, self._started = list(self.replicas), True
-        await asyncio.gather(*(self._ask(replica) for replica in first))
+        await asyncio.gather(*map(self._ask, first), self._ask_fallbacks())
         for replica in first:
             replica.came_at = -math.inf  # it was there before, for all that is known
             self._live(replica)
         self._jobs += map(asyncio.create_task, (self._probes.run_for_ever(), self._watch_for_ever()))
+        if self._settings.fallback:
+            self._jobs.append(asyncio.create_task(self._look_after_fallbacks()))
 
     async def stop(self) -> None:
         jobs = [*self._jobs, *self._lives.values()]
@@ -92,6 +100,12 @@ class ReplicaSet:
         known = "; ".join(f"{replica.address}: {replica.why_not}" for replica in self.replicas)
         return known or self._lookout.problem or "none is known yet"
 
+    @property
+    def capacity(self) -> int | None:
+        """Sequences that all that can be sent something compute at one time; None if one does not say."""
+        sizes = [replica.status.max_running if replica.status else 0 for replica in self.usable]
+        return sum(sizes) if sizes and all(sizes) else None
+
     def max_model_len(self, limit: int) -> int:
         """Tokens that every replica takes, and no more than `limit`."""
         lengths = [replica.status.max_model_len for replica in self.replicas if replica.status and not replica.leaving]
@@ -109,7 +123,6 @@ class ReplicaSet:
         return ReplicaLoad(
             waiting=min((status.waiting for status in known), default=0.0),
             kv_usage=min((status.kv_usage for status in known), default=0.0),
-            wait=min((status.wait for status in known), default=0.0),
             breakers_open=bool(usable) and all(replica.breaker.state is State.OPEN for replica in usable),
             in_flight=sum(replica.in_flight for replica in self.replicas),
         )
@@ -130,14 +143,22 @@ class ReplicaSet:
         # All are well but fail of late: one that may fail is better than none. No breaker counts this call.
         return (refused, Permit(-1, is_probe=False)) if refused else None
 
-    def choose_fallback(self, avoid: Sequence[str]) -> Replica | None:
-        """Whose fallback is asked: it can be well where the decoder is not. None: there is no other than `avoid`."""
-        able = [replica for replica in self.replicas if not replica.leaving and replica.address not in avoid]
+    def choose_fallback(self, length: int, avoid: Sequence[str] = ()) -> Replica | None:
+        """Whose fallback is asked: it can be well where the decoder is not. `length`: tokens so far. None: there is no
+        other than `avoid`."""
+        able = [one for one in self.replicas if not one.leaving and one.address not in avoid and _takes(one, length)]
         if not able:
             return None
-        able = [replica for replica in able if replica.status and not replica.status.draining] or able
         candidates = [Candidate(one.address, len(one.fallbacks), None, one.weight) for one in able]
         return able[self._fallback_router.choose(candidates, [])]
+
+    @property
+    def _has_fallback(self) -> bool:
+        return any(_takes(replica, 0) for replica in self.replicas if not replica.leaving)
+
+    def _elsewhere(self, replica: Replica) -> bool:
+        """Another one can be sent what this one has."""
+        return any(other.takes_requests for other in self.replicas if other is not replica)
 
     def generated(self, replica: Replica, now: float) -> None:
         """A request there got its first tokens."""
@@ -179,7 +200,8 @@ class ReplicaSet:
         known = {replica.address for replica in self.replicas}
         for endpoint in endpoints:
             if endpoint.address not in known:
-                replica = Replica.at(endpoint, self._settings.channels, self._settings.breaker_config())
+                settings = self._settings
+                replica = Replica.at(endpoint, settings.channels, settings.breaker_config(), self._credentials)
                 self.replicas.append(replica)
                 self._metrics.replica_is(replica.address, False)
                 self._metrics.load_is_stale(replica.address, True)
@@ -215,27 +237,67 @@ class ReplicaSet:
                 return
 
     async def _ask(self, replica: Replica) -> None:
-        await ask_status(replica, self._settings.patience)
+        await ask_status(replica, self._settings.patience, self._expected)
         self.settle(replica)
+
+    async def _ask_fallbacks(self) -> None:
+        if self._settings.fallback:
+            await asyncio.gather(*(ask_fallback(replica, self._expected) for replica in self.replicas))
+
+    async def _look_after_fallbacks(self) -> None:
+        while True:
+            await asyncio.sleep(FALLBACK_INTERVAL)
+            try:
+                await self._ask_fallbacks()
+            except Exception:
+                log.exception("a fallback could not be asked how it is")
 
     async def _watch_for_ever(self) -> None:
         """Ends attempts that take too long, so that they go on elsewhere."""
-        settings, last = self._settings, time.monotonic()
+        last = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             now = time.monotonic()
             # Of a longer time this process slept or was busy the most: an answer that came meanwhile is not read yet.
             listened, last = min(now - last, 2 * WATCH_INTERVAL), now
             for replica in self.replicas:
-                if replica.asked_at is not None:
-                    replica.unanswered += min(listened, now - replica.asked_at)
-                    if replica.unanswered > settings.patience:
-                        replica.lost(ModelError(f"no answer for {now - replica.asked_at:.1f} s", Outcome.STALLED))
-                        self.settle(replica)
-                is_stale = replica.fresh_status(now) is None
-                if is_stale != replica.load_is_stale:
-                    replica.load_is_stale = is_stale
-                    self._metrics.load_is_stale(replica.address, is_stale)
-                for attempt in replica.running:
-                    if error := attempt.overdue(settings.first_token_timeout, settings.stall_timeout, now):
-                        attempt.generation.abandon(error)
+                self._watch(replica, listened, now)
+
+    def _watch(self, replica: Replica, listened: float, now: float) -> None:
+        """`listened`: seconds since the last time."""
+        settings = self._settings
+        if replica.asked_at is not None:
+            replica.unanswered += min(listened, now - replica.asked_at)
+            if replica.unanswered > settings.patience and not replica.is_silent:
+                replica.lost(ModelError(f"no answer for {now - replica.asked_at:.1f} s", Outcome.STALLED))
+                self.settle(replica)
+        is_stale = replica.fresh_status(now) is None
+        if is_stale != replica.load_is_stale:
+            replica.load_is_stale = is_stale
+            self._metrics.load_is_stale(replica.address, is_stale)
+        if not replica.in_flight:
+            return
+        elsewhere = self._elsewhere(replica)
+        for attempt in replica.running:
+            if error := self._overdue(attempt, elsewhere, now):
+                attempt.call.abandon(error)
+
+    def _overdue(self, attempt: Attempt, elsewhere: bool, now: float) -> ModelError | None:
+        """Why not to wait for it any longer. Who has nowhere else to go waits for one that is slow, and longer for one
+        that is silent: it would only be begun anew, at the same replica."""
+        settings, replica = self._settings, attempt.replica
+        if expired := attempt.expired(now):
+            return expired
+        if attempt.model == FALLBACK:
+            return attempt.overdue(settings.first_token_timeout, settings.stall_timeout, now)
+        if replica.is_silent and attempt.waited(now) > (settings.patience if elsewhere else settings.stall_timeout):
+            return replica.trouble
+        if elsewhere or self._has_fallback or now - replica.lived_at > settings.stall_timeout:
+            return attempt.overdue(settings.first_token_timeout, settings.stall_timeout, now)
+        return None
+
+
+def _takes(replica: Replica, length: int) -> bool:
+    """Its fallback can be asked for what has so many tokens."""
+    status = replica.fallback
+    return status is not None and not status.draining and length < (status.max_model_len or math.inf)

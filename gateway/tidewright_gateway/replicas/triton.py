@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import struct
-from collections.abc import AsyncGenerator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import grpc
 import grpc.aio
@@ -19,6 +21,8 @@ from tritonclient.grpc import service_pb2
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import CONTROL, INPUT_IDS, RESUME_IDS
+
+log = logging.getLogger(__name__)
 
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
@@ -37,7 +41,7 @@ _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 @dataclass(frozen=True)
 class CallRequest:
-    """One generation, as one attempt asks for it."""
+    """One generation, as one call asks for it."""
 
     request_id: str
     prompt: list[int]
@@ -63,10 +67,11 @@ class Reply:
 class TritonClient:
     """Connections to one Triton; they are made when needed, and again when broken."""
 
-    def __init__(self, address: str, channels: int) -> None:
-        self._channels = [grpc.aio.insecure_channel(address, _OPTIONS) for _ in range(channels)]
+    def __init__(self, address: str, channels: int, credentials: grpc.ChannelCredentials | None = None) -> None:
+        """`credentials`: None for connections without TLS."""
+        self._channels = [_channel(address, credentials) for _ in range(channels)]
         # Questions have a connection of their own: they must not wait behind what a busy one carries.
-        self._control_channel = grpc.aio.insecure_channel(address, _OPTIONS)
+        self._control_channel = _channel(address, credentials)
         self._control = _one_request(self._control_channel)
         self._next_method = itertools.cycle([_one_request(channel) for channel in self._channels]).__next__
 
@@ -74,17 +79,17 @@ class TritonClient:
         for channel in (*self._channels, self._control_channel):
             await channel.close()
 
-    def generate(self, model: str, order: CallRequest) -> TritonCall:
-        """Ask `decoder` or `fallback`; nothing is sent before the replies are asked for."""
-        return TritonCall(self._next_method(), make_request(model, order), order.metadata)
+    def generate(self, model: str, request: CallRequest) -> TritonCall:
+        """Ask `decoder` or `fallback`; nothing is sent before the first reply is read."""
+        return TritonCall(self._next_method(), make_request(model, request), request.metadata)
 
-    async def control(self, word: str, timeout: float) -> str:
-        """The decoder's answer to a word (schema.CONTROL).
+    async def control(self, word: str, timeout: float, model: str = "decoder") -> str:
+        """A model's answer to a word (schema.CONTROL).
 
         Raises:
             ModelError: it is an error, or none came within `timeout` seconds.
         """
-        request = service_pb2.ModelInferRequest(model_name="decoder")
+        request = service_pb2.ModelInferRequest(model_name=model)
         _add(request, CONTROL.name, "BYTES", 1, _bytes_element(word.encode()))
         call = self._control(request, timeout=timeout)
         answered = False
@@ -108,7 +113,7 @@ class TritonClient:
 
 
 class TritonCall:
-    """One attempt at a generation. `abandon` may be called by anyone at any time."""
+    """One generation at one model. `abandon` may be called by anyone at any time."""
 
     def __init__(
         self,
@@ -119,46 +124,65 @@ class TritonCall:
         self._method, self._request, self._metadata = method, request, metadata
         self._call: grpc.aio.UnaryStreamCall | None = None
         self._abandoned: ModelError | None = None
+        self._ended = False
 
     def abandon(self, error: ModelError) -> None:
-        """Its replies end with this error; Triton is told to stop."""
+        """`read` raises this error; Triton is told to stop."""
         self._abandoned = error
         if self._call:
             self._call.cancel()
 
-    async def replies(self) -> AsyncGenerator[Reply, None]:
-        """To the last one, which alone has a finish_reason. Leaving earlier cancels the request at Triton.
+    async def read(self) -> Reply:
+        """The next reply; the last one alone has a finish_reason. The first time, the request is sent.
 
         Raises:
-            ModelError: there is no further one.
+            ModelError: there is none.
         """
-        call = self._call = self._method(self._request, metadata=self._metadata)
-        ended = False
+        if self._call is None:
+            if self._abandoned:
+                raise self._abandoned
+            self._call = self._method(self._request, metadata=self._metadata)
         try:
-            while True:
-                response = await call.read()
-                if response is grpc.aio.EOF:
-                    raise ModelError("Triton ended the stream without a last response", Outcome.ENGINE_FAILED)
-                if response.error_message:
-                    ended = True
-                    raise ModelError(response.error_message)
-                reply = _reply(response.infer_response)
-                ended = reply.finish_reason is not None
-                yield reply
-                if ended:
-                    return
+            response = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            raise self._abandoned or _model_error(error) from None
+            # Its text names addresses, and whoever asked for this generation is told what is raised.
+            log.info("%s: %s", self._request.id, error.details())
+            gone = ModelError("the connection to the model broke", _model_error(error).outcome)
+            raise self._abandoned or gone from None
         except (asyncio.CancelledError, asyncio.InvalidStateError):
             # grpc says so as well when someone else cancelled the call, not this task.
             if self._abandoned:
                 raise self._abandoned from None
             raise
-        finally:
-            if ended:
-                let_end(call)
-            else:
-                call.cancel()
+        if response is grpc.aio.EOF:
+            raise ModelError("Triton ended the stream without a last response", Outcome.ENGINE_FAILED)
+        if response.error_message:
+            self._ended = True
+            raise ModelError(response.error_message)
+        reply = _reply(response.infer_response)
+        self._ended = reply.finish_reason is not None
+        return reply
+
+    def close(self) -> None:
+        """To be called in any case. Triton is told to stop, if it has not ended."""
+        if self._call is None:
+            return
+        if self._ended:
+            let_end(self._call)
+        else:
+            self._call.cancel()
+
+
+def _channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.aio.Channel:
+    if credentials is None:
+        return grpc.aio.insecure_channel(address, _OPTIONS)
+    return grpc.aio.secure_channel(address, credentials, _OPTIONS)
+
+
+def read_credentials(authorities: str, certificate: str, key: str) -> grpc.ChannelCredentials:
+    """Of PEM files; an empty name is none. Raises OSError."""
+    root, chain, private = (Path(name).read_bytes() if name else None for name in (authorities, certificate, key))
+    return grpc.ssl_channel_credentials(root, private, chain)
 
 
 def _one_request(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
@@ -207,17 +231,21 @@ def _model_error(error: grpc.aio.AioRpcError) -> ModelError:
     return ModelError(message, Outcome.UNAVAILABLE if error.code() in _GONE else None)
 
 
-def make_request(model: str, order: CallRequest) -> service_pb2.ModelInferRequest:
-    request = service_pb2.ModelInferRequest(model_name=model, id=order.request_id)
-    _add(request, INPUT_IDS.name, "INT32", len(order.prompt), struct.pack(f"<{len(order.prompt)}i", *order.prompt))
-    _add(request, "sampling_parameters", "BYTES", 1, _bytes_element(order.sampling))
+def make_request(model: str, request: CallRequest) -> service_pb2.ModelInferRequest:
+    message = service_pb2.ModelInferRequest(model_name=model, id=request.request_id)
+    _add_ids(message, INPUT_IDS.name, request.prompt)
+    _add(message, "sampling_parameters", "BYTES", 1, _bytes_element(request.sampling))
     for flag in ("stream", "exclude_input_in_output", "return_finish_reason"):
-        _add(request, flag, "BOOL", 1, b"\1")
-    if order.logprobs:
-        _add(request, "return_logprobs", "BOOL", 1, b"\1")
-    if resumed := order.resume_ids:
-        _add(request, RESUME_IDS.name, "INT32", len(resumed), struct.pack(f"<{len(resumed)}i", *resumed))
-    return request
+        _add(message, flag, "BOOL", 1, b"\1")
+    if request.logprobs:
+        _add(message, "return_logprobs", "BOOL", 1, b"\1")
+    if request.resume_ids:
+        _add_ids(message, RESUME_IDS.name, request.resume_ids)
+    return message
+
+
+def _add_ids(message: service_pb2.ModelInferRequest, name: str, ids: Sequence[int]) -> None:
+    _add(message, name, "INT32", len(ids), struct.pack(f"<{len(ids)}i", *ids))
 
 
 def _add(request: service_pb2.ModelInferRequest, name: str, datatype: str, count: int, raw: bytes) -> None:

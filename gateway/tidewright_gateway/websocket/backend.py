@@ -1,10 +1,10 @@
-"""What the WebSocket needs from the rest of the gateway, and how the service gives it."""
+"""What the WebSocket needs from the rest of the gateway, and how the pipeline gives it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
 from tidewright.resilience.errors import ModelError
@@ -14,16 +14,20 @@ from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http import access_log
 from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
-from tidewright_gateway.openai.errors import of_model
+from tidewright_gateway.openai.errors import ApiError, invalid, of_model
 from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
 from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.triton import Reply
 
 PATH = "/v1/stream"
 
+Kind = type[ChatRequest] | type[CompletionRequest]
+
 
 class RunningRequest(Protocol):
-    """A request that runs, until its replies end or are closed."""
+    @property
+    def num_choices(self) -> int:
+        """Outputs that were asked for."""
 
     @property
     def usage_prompt(self) -> int:
@@ -35,64 +39,73 @@ class RunningRequest(Protocol):
 
     @property
     def replies(self) -> AsyncGenerator[tuple[int, Reply], None]:
-        """Each with the index of its choice. Raises ApiError or ModelError."""
+        """Each with the index of its choice."""
 
 
 class Backend(Protocol):
-    async def authenticate(self, token: str | None) -> Caller:
-        """`token`: of the handshake's Authorization header or of `open`.
+    async def authenticate(self, credential: str | None) -> Caller:
+        """`credential`: as the Authorization header has it.
 
         Raises:
             ApiError: it is no key.
         """
 
-    async def open(self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str) -> RunningRequest:
-        """May be cancelled.
-
-        Raises:
-            ApiError: the request is refused.
-        """
+    def run(
+        self, kind: Kind, body: bytes, credential: str | None, request_id: str
+    ) -> AbstractAsyncContextManager[RunningRequest]:
+        """Until it is left; may be cancelled. Raises ApiError, also while the replies come."""
 
 
 class _Running:
-    def __init__(self, work: RequestContext, service: Pipeline, metrics: Metrics) -> None:
-        self.usage_prompt = work.num_prompt_tokens
-        self._work, self._service, self._metrics = work, service, metrics
-        self.replies = self._replies()
+    def __init__(self, context: RequestContext, replies: AsyncGenerator[tuple[int, Reply], None]) -> None:
+        self._context, self.replies = context, replies
+
+    @property
+    def num_choices(self) -> int:
+        return len(self._context.generations)
+
+    @property
+    def usage_prompt(self) -> int:
+        return self._context.num_prompt_tokens
 
     @property
     def served_by(self) -> str:
-        return self._work.served_by
-
-    async def _replies(self) -> AsyncGenerator[tuple[int, Reply], None]:
-        status, generated = 499, 0  # if it is closed early
-        self._metrics.began()
-        try:
-            async with aclosing(self._service.replies(self._work)) as replies:
-                async for index, reply in replies:
-                    generated += len(reply.token_ids)
-                    yield index, reply
-            status = 200
-        except ModelError as error:
-            made = of_model(error)
-            status = made.status
-            raise made from None
-        finally:
-            work, seconds = self._work, time.monotonic() - self._work.arrived_at
-            self._metrics.ended(PATH, status, seconds)
-            await self._service.close(work, generated)
-            if access_log.is_on():
-                head = {"request_id": work.request_id, "trace_id": work.trace_id, "method": "WEBSOCKET", "path": PATH}
-                access_log.write({**head, "status": status, "seconds": round(seconds, 4), **work.facts})
+        return self._context.served_by
 
 
 class PipelineBackend:
-    def __init__(self, service: Pipeline, authenticator: Authenticator, tracer: Tracer, metrics: Metrics) -> None:
-        self._service, self._authenticator, self._tracer, self._metrics = service, authenticator, tracer, metrics
+    def __init__(self, pipeline: Pipeline, authenticator: Authenticator, tracer: Tracer, metrics: Metrics) -> None:
+        self._pipeline, self._authenticator, self._tracer, self._metrics = pipeline, authenticator, tracer, metrics
 
-    async def authenticate(self, token: str | None) -> Caller:
-        return await self._authenticator.caller(f"Bearer {token}" if token else None)
+    async def authenticate(self, credential: str | None) -> Caller:
+        return await self._authenticator.caller(credential)
 
-    async def open(self, body: ChatRequest | CompletionRequest, caller: Caller, request_id: str) -> RunningRequest:
-        work = await self._service.open(body, caller, request_id, time.monotonic(), self._tracer.begin(()))
-        return _Running(work, self._service, self._metrics)
+    @asynccontextmanager
+    async def run(
+        self, kind: Kind, body: bytes, credential: str | None, request_id: str
+    ) -> AsyncGenerator[RunningRequest, None]:
+        context = RequestContext(request_id, self._tracer.begin(()), credential)
+        status = 499  # if it is left early
+        self._metrics.began()
+        try:
+            async with self._pipeline.admit(context, kind, body) as request:
+                _check_streams(request)
+                yield _Running(context, self._pipeline.replies(context))
+            status = 200
+        except (ApiError, ModelError) as error:
+            made = error if isinstance(error, ApiError) else of_model(error)
+            status = made.status
+            raise made from None
+        finally:
+            seconds = time.monotonic() - context.arrived_at
+            self._metrics.ended(PATH, status, seconds)
+            if access_log.is_on():
+                access_log.write(context, "WEBSOCKET", PATH, status, seconds)
+
+
+def _check_streams(body: ChatRequest | CompletionRequest) -> None:
+    if body.stream is False or body.stream_options is not None:
+        param = "stream_options" if body.stream_options else "stream"
+        raise invalid(f"{param}: the answer always streams, and ends with its usage; leave it out", param)
+    if isinstance(body, CompletionRequest) and body.echo:
+        raise invalid("echo: the client has the prompt; leave it out", "echo")

@@ -10,7 +10,7 @@ from typing import Protocol
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.openai.errors import ApiError
-from tidewright_gateway.websocket.resumable import ResumableStream
+from tidewright_gateway.websocket.resumable import ResumableStream, too_much
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,11 @@ class Connection(Protocol):
 class Hub:
     def __init__(self, settings: GatewaySettings) -> None:
         self._grace = settings.ws_resume_grace
-        self._max_kept, self._max_bytes = settings.ws_kept, settings.ws_kept_bytes
+        self._max_kept, self._max_bytes, self._max_live = (
+            settings.ws_kept,
+            settings.ws_kept_bytes,
+            settings.ws_live_bytes,
+        )
         self.connections: set[Connection] = set()
         self._generations: dict[str, ResumableStream] = {}  # by resume_token
         self._kept: dict[ResumableStream, float] = {}  # and until when; the oldest first
@@ -88,6 +92,14 @@ class Hub:
             oldest = next(iter(self._kept))
             size -= oldest.outbox.size
             self.forget(oldest)
+        generations = self._generations.values()
+        if sum(generation.outbox.size for generation in generations) > self._max_live:
+            largest = max(generations, key=lambda generation: generation.outbox.size)
+            largest.end(
+                too_much(f"generations take more than {self._max_live} bytes (ws_live_bytes), this one the most")
+            )
+            if not largest.is_running:  # it is done, and was not fetched
+                self.forget(largest)
         for connection in list(self.connections):
             connection.check(now)
 

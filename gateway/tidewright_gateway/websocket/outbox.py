@@ -40,17 +40,19 @@ class _Choice:
     token_ids: list[int | None] = field(default_factory=list)
     logprobs: list[msgspec.Raw | None] = field(default_factory=list)
     sent: int = 0
+    size: int = 0  # bytes
+    unsent: int = 0
     num_tokens: int = 0
     finish_reason: str | None = None
 
 
 class Outbox:
-    def __init__(self, credits: int | None) -> None:
+    def __init__(self, credits: int | None, num_choices: int = 1) -> None:
         """`credits`: tokens that may be sent before more are granted; None for any number."""
         self.credits = credits
-        self.size = 0
-        """Bytes that it takes, about."""
-        self._choices: list[_Choice] = []
+        self.size = self.unsent = 0
+        """Bytes that it takes, about, and those of them that were not sent."""
+        self._choices = [_Choice() for _ in range(num_choices)]
         self._turn = 0
 
     @property
@@ -66,9 +68,11 @@ class Outbox:
         """Of each choice the last seq and the finish_reason."""
         return [(len(choice.texts), choice.finish_reason) for choice in self._choices]
 
+    def expect(self, num_choices: int) -> None:
+        """So many there will be."""
+        self._choices = [_Choice() for _ in range(num_choices)]
+
     def put(self, index: int, reply: Reply) -> None:
-        while len(self._choices) <= index:
-            self._choices.append(_Choice())
         choice = self._choices[index]
         choice.finish_reason = reply.finish_reason
         choice.num_tokens += len(reply.token_ids)
@@ -82,7 +86,11 @@ class Outbox:
         choice.token_ids += tokens
         positions = _positions.decode(reply.logprobs) if reply.logprobs else []
         choice.logprobs += positions + [None] * (len(tokens) - len(positions))
-        self.size += len(tokens) * _BYTES_OF_ENTRY + len(reply.text) + len(reply.logprobs or b"")
+        size = len(tokens) * _BYTES_OF_ENTRY + len(reply.text) + len(reply.logprobs or b"")
+        choice.size += size
+        choice.unsent += size
+        self.size += size
+        self.unsent += size
 
     def grant(self, tokens: int) -> None:
         if self.credits is not None:
@@ -112,6 +120,10 @@ class Outbox:
         if end == begin:
             return None
         choice.sent = end
+        # By its share of the entries that were not sent: each one's own size is not kept.
+        size = choice.unsent * (end - begin) // (len(choice.texts) - begin)
+        choice.unsent -= size
+        self.unsent -= size
         if self.credits is not None:
             self.credits -= len(token_ids)
         logprobs = [position for position in choice.logprobs[begin:end] if position is not None]
@@ -130,4 +142,6 @@ class Outbox:
                 raise invalid(f"choice {index} has no seq {seq}; its last is {written}", "received")
         for index, choice in enumerate(self._choices):
             choice.sent = received[index] if index < len(received) else 0
+            choice.unsent = choice.size * (len(choice.texts) - choice.sent) // max(len(choice.texts), 1)
+        self.unsent = sum(choice.unsent for choice in self._choices)
         self.credits = credits

@@ -5,23 +5,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Protocol
 
 from tidewright.resilience.errors import ModelError
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.openai.answers import Usage
 from tidewright_gateway.openai.errors import ApiError, internal, of_model
-from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
-from tidewright_gateway.websocket.backend import Backend, RunningRequest
+from tidewright_gateway.websocket.backend import Backend, Kind, RunningRequest
 from tidewright_gateway.websocket.messages import ChoiceEnd, Done, Failure, Token
 from tidewright_gateway.websocket.outbox import Outbox
 
 log = logging.getLogger(__name__)
 
+LITTLE = 64 * 1024  # bytes that may wait of one generation without a look at its connection's others
+
 
 class Owner(Protocol):
     """The connection that a generation goes to."""
+
+    unsent_limit: int
+    """Bytes that may wait for it, of all its generations."""
+
+    @property
+    def unsent(self) -> int:
+        """Bytes that do."""
 
     def ready(self, generation: ResumableStream) -> None:
         """It may have something to send."""
@@ -31,35 +39,48 @@ class Owner(Protocol):
 
 
 class ResumableStream:
-    def __init__(self, caller: Caller, credits: int | None) -> None:
+    def __init__(self, caller: Caller, credits: int | None, num_choices: int = 1) -> None:
+        """`num_choices`: as far as it can be seen before the request has been looked at."""
         self.caller = caller
         self.request_id = secrets.token_hex(12)
         self.resume_token = secrets.token_urlsafe(16)
-        self.outbox = Outbox(credits)
+        self.outbox = Outbox(credits, num_choices)
         self.id = ""
         """What its owner calls it."""
         self.owner: Owner | None = None
         self.is_cancelled = False
         """By its client, which wants nothing more of it."""
         self.is_running = True
-        self._opened: RunningRequest | None = None
+        self._running: RunningRequest | None = None
+        self._ended_by: ApiError | None = None
         self._job: asyncio.Task[None] | None = None
         self._failure: Failure | None = None
 
-    def start(self, backend: Backend, body: ChatRequest | CompletionRequest) -> None:
-        self._job = asyncio.create_task(self._run(backend, body))
+    def start(self, backend: Backend, kind: Kind, body: bytes, credential: str | None) -> None:
+        self._job = asyncio.create_task(self._run(backend.run(kind, body, credential, self.request_id)))
         self._job.add_done_callback(self._ended)
 
-    async def _run(self, backend: Backend, body: ChatRequest | CompletionRequest) -> None:
-        self._opened = await backend.open(body, self.caller, self.request_id)
-        async with aclosing(self._opened.replies) as replies:
-            async for index, reply in replies:
-                self.outbox.put(index, reply)
-                self._changed()
+    async def _run(self, running: AbstractAsyncContextManager[RunningRequest]) -> None:
+        async with running as self._running:
+            self.outbox.expect(self._running.num_choices)
+            async with aclosing(self._running.replies) as replies:
+                async for index, reply in replies:
+                    self.outbox.put(index, reply)
+                    self._changed()
+                    self._check_unsent()
+
+    def _check_unsent(self) -> None:
+        """Raises ApiError: the client leaves too much untaken, of this and its other generations."""
+        if self.outbox.unsent < LITTLE or self.owner is None:
+            return
+        if self.owner.unsent > (limit := self.owner.unsent_limit):
+            raise too_much(f"{limit} bytes wait for this connection (ws_unsent_bytes): take them, or grant credit")
 
     def _ended(self, job: asyncio.Task[None]) -> None:
         self.is_running = False
-        error = None if job.cancelled() else job.exception()
+        error: BaseException | None = self._ended_by
+        if error is None and not job.cancelled():
+            error = job.exception()
         if isinstance(error, ModelError):
             error = of_model(error)
         elif error is not None and not isinstance(error, ApiError):
@@ -68,6 +89,12 @@ class ResumableStream:
         if error is not None:
             self._failure = Failure.of(error)
         self._changed()
+
+    def end(self, error: ApiError) -> None:
+        """The gateway ends it, if it still runs."""
+        if self.is_running:
+            self._ended_by = error
+            self.stop()
 
     def _changed(self) -> None:
         if self.owner:
@@ -101,7 +128,11 @@ class ResumableStream:
         return Done(
             self.id,
             [ChoiceEnd(index, seq, reason or unfinished) for index, (seq, reason) in enumerate(self.outbox.ends)],
-            Usage(self._opened.usage_prompt if self._opened else 0, self.outbox.num_tokens).json(),
-            self._opened.served_by if self._opened else "",
+            Usage(self._running.usage_prompt if self._running else 0, self.outbox.num_tokens).json(),
+            self._running.served_by if self._running else "",
             self._failure,
         )
+
+
+def too_much(message: str) -> ApiError:
+    return ApiError(429, message, code="not_taken", may_retry=False)

@@ -9,20 +9,26 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.http.hosts import Hosts
 from tidewright_gateway.metrics import Metrics
-from tidewright_gateway.openai.errors import JSON, ApiError
+from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.websocket.backend import PATH, Backend
 from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.session import Session
 
 
-def make_stream_router(settings: GatewaySettings, hub: Hub, backend: Backend, metrics: Metrics) -> APIRouter:
+def make_stream_router(
+    settings: GatewaySettings, hub: Hub, backend: Backend, hosts: Hosts, metrics: Metrics
+) -> APIRouter:
     router = APIRouter()
 
     @router.websocket(PATH)
     async def stream(socket: WebSocket) -> None:
-        if error := _cross_site(socket):
-            await socket.send_denial_response(Response(error.body, error.status, error.headers, JSON))
+        try:
+            hosts.check(socket.scope["headers"])
+            _refuse_cross_site(socket)
+        except ApiError as error:
+            await socket.send_denial_response(Response(error.body, error.status, error.headers))
             return
         await socket.accept()
         metrics.connected(1)
@@ -36,10 +42,10 @@ def make_stream_router(settings: GatewaySettings, hub: Hub, backend: Backend, me
     return router
 
 
-def _cross_site(socket: WebSocket) -> ApiError | None:
+def _refuse_cross_site(socket: WebSocket) -> None:
     """Browsers let any page connect to any address, also to one of this machine, and only say where it came from."""
     origin, host = socket.headers.get("origin"), socket.headers.get("host", "")
     if origin is None or urlsplit(origin).netloc.lower() == host.lower():
-        return None
+        return
     message = f"a page of {origin[:200]} may not connect to {host[:200]}; pages of the same host and port may"
-    return ApiError(403, message, code="cross_site")
+    raise ApiError(403, message, code="cross_site")

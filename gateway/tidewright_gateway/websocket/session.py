@@ -13,20 +13,21 @@ from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import ValidationError
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from tidewright_gateway.auth import credential_of
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.openai.errors import ApiError, invalid
-from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest, of_validation
+from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
 from tidewright_gateway.websocket import messages as m
-from tidewright_gateway.websocket.backend import Backend
+from tidewright_gateway.websocket.backend import Backend, Kind
 from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.resumable import ResumableStream
 from tidewright_gateway.websocket.server import Transport
 
 OPEN_TIMEOUT = 10.0  # seconds until the first message must have come
+_MOST_SEEN = 32  # outputs, before the request has been looked at
 _MAX_ANSWERS = 64  # that wait to be sent, before no further message is read
 
 # Close codes: RFC 6455's, but for 4000 and above, which are this protocol's.
@@ -38,6 +39,8 @@ class Session:
         self._socket, self._hub, self._backend, self._settings = socket, hub, backend, settings
         self._transport = Transport.of(socket.scope)
         self._caller: Caller | None = None
+        self._credential: str | None = None
+        self.unsent_limit = settings.ws_unsent_bytes
         self._credits: int | None = None
         self._generations: dict[str, ResumableStream] = {}
         self._ready: dict[ResumableStream, None] = {}  # in the order of their turns
@@ -71,6 +74,10 @@ class Session:
             code, reason = self._close.result()
             if code != SLOW:  # it would not read a farewell either
                 await self._socket.close(code, reason)
+
+    @property
+    def unsent(self) -> int:
+        return sum(generation.outbox.unsent for generation in self._generations.values())
 
     def check(self, now: float) -> None:
         """Ends it when its time is over. `now`: time.monotonic()."""
@@ -167,7 +174,8 @@ class Session:
             elif isinstance(message, m.Generate):
                 self._generate(message, self._caller)
             elif isinstance(message, m.Resume):
-                self._resume(message, self._caller)
+                # It may have been revoked, or have got other limits, since it was looked at.
+                self._resume(message, await self._backend.authenticate(self._credential))
             elif isinstance(message, m.Credit):
                 self._grant(message)
             else:
@@ -178,9 +186,9 @@ class Session:
     async def _open(self, message: m.Open) -> None:
         if self._caller is not None:
             raise invalid("the connection is open already", "type", "already_open")
-        scheme, _, given = self._socket.headers.get("authorization", "").partition(" ")
-        token = message.token or (given.strip() if scheme.lower() == "bearer" else None)
-        self._caller = await self._backend.authenticate(token or None)
+        credential = f"Bearer {message.token}" if message.token else credential_of(dict(self._socket.headers.raw))
+        self._caller = await self._backend.authenticate(credential)
+        self._credential = credential
         if message.credits is not UNSET:
             self._credits = message.credits
         settings = self._settings
@@ -198,11 +206,13 @@ class Session:
         if self._transport.is_going_away:
             raise ApiError(503, "the gateway ends; connect again", code="going_away", retry_after=1)
         self._check_free(message.id)
-        body = parse_request(bytes(message.request))
-        generation = ResumableStream(caller, self._credits if message.credits is UNSET else message.credits)
+        body = bytes(message.request)
+        kind, num_choices = _look_at(body)
+        credits = self._credits if message.credits is UNSET else message.credits
+        generation = ResumableStream(caller, credits, num_choices)
         self._hub.add(generation)
         self._attach(generation, message.id)
-        generation.start(self._backend, body)
+        generation.start(self._backend, kind, body, self._credential)
 
     def _resume(self, message: m.Resume, caller: Caller) -> None:
         generation = self._hub.find(message.resume_token, caller)
@@ -245,28 +255,20 @@ class Session:
 class _Fields(msgspec.Struct):
     messages: msgspec.Raw | UnsetType = UNSET
     prompt: msgspec.Raw | UnsetType = UNSET
+    n: Any = 1
 
 
-def parse_request(request: bytes) -> ChatRequest | CompletionRequest:
-    """
+def _look_at(request: bytes) -> tuple[Kind, int]:
+    """What it is a body of, and how many outputs it seems to ask for; all else is looked at when its caller is known.
+
     Raises:
-        ApiError: it is no body of /v1/chat/completions or /v1/completions, or has what is of no use here.
+        ApiError: it is no body of /v1/chat/completions or /v1/completions.
     """
-    body: ChatRequest | CompletionRequest
     try:
         fields = msgspec.json.decode(request, type=_Fields)
     except msgspec.ValidationError:
         raise invalid("request must be an object: a body of /v1/chat/completions or /v1/completions") from None
     if (fields.messages is UNSET) == (fields.prompt is UNSET):
         raise invalid("request needs either messages, for a chat, or prompt", "messages")
-    try:
-        kind = CompletionRequest if fields.messages is UNSET else ChatRequest
-        body = kind.model_validate_json(request)
-    except ValidationError as error:
-        raise of_validation(list(error.errors())) from None
-    if body.stream is False or body.stream_options is not None:
-        param = "stream_options" if body.stream_options else "stream"
-        raise invalid(f"{param}: the answer always streams, and ends with its usage; leave it out", param)
-    if isinstance(body, CompletionRequest) and body.echo:
-        raise invalid("echo: the client has the prompt; leave it out", "echo")
-    return body
+    n = fields.n if type(fields.n) is int and 0 < fields.n <= _MOST_SEEN else 1
+    return CompletionRequest if fields.messages is UNSET else ChatRequest, n

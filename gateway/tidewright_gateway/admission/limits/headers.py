@@ -51,8 +51,7 @@ def refused(subjects: Sequence[Subject], cost: int, outcome: TakeResult, refusal
             f"the request may need {cost} tokens (its prompt, and max_tokens for each choice), and {subject.name} has "
             f"{limit}; lower max_tokens, n or the prompt"
         )
-        # OpenAI's clients try a 429 again unless told.
-        return ApiError(429, message, code="rate_limit_exceeded", headers={**headers, "X-Should-Retry": "false"})
+        return ApiError(429, message, code="rate_limit_exceeded", headers=headers, may_retry=False)
     if refusal.limit == "concurrent":
         message = f"{subject.name} has {limit}; wait until one of them ends"
     else:

@@ -50,11 +50,6 @@ class Reservation:
         """For the answer, as of its beginning; empty if nothing limits the request."""
         return headers_of(self.subjects, self.result) if self.result else {}
 
-    def room(self, most: int) -> int:
-        """Of `most` tokens, what the subjects could have at all, with nothing else in use."""
-        limits = [each for one in self.subjects for each in (one.limits.tokens_per_minute, one.limits.tokens_per_day)]
-        return min((limit for limit in limits if limit), default=most)
-
 
 class Limiter:
     """A request is reserved before anything is done for it, its tokens as soon as they are counted, more while it runs.

@@ -58,6 +58,9 @@ class RedisLink:
     async def connect(self) -> None:
         # A network that was gone may have left them half open: each would cost a timeout.
         await _of_redis(self._client.connection_pool.disconnect(inuse_connections=False))
+        await self.ping()
+
+    async def ping(self) -> None:
         await _of_redis(self._client.ping())
 
     async def take(self, take: Take) -> TakeResult:

@@ -39,7 +39,11 @@ class Link(Protocol):
     """Its methods raise StoreLostError or StoreRefusesError. None of them has a timeout of its own."""
 
     async def connect(self) -> None:
-        """If it is connected as well: whether it answers."""
+        """Anew, and ask whether it answers."""
+        ...
+
+    async def ping(self) -> None:
+        """Ask whether it answers."""
         ...
 
     async def take(self, take: Take) -> TakeResult: ...
@@ -135,6 +139,8 @@ class Remote:
                     await _in_time(self._link.connect())
                     self._lost = False
                     self._note(None)
+                else:  # probes are to know before the next request with limits finds out
+                    await _in_time(self._link.ping())
                 for _ in range(len(self._unsettled)):
                     await self.settle(self._unsettled.popleft())
                     self._check()

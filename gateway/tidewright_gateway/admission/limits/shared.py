@@ -118,6 +118,9 @@ class SocketLink:
             except OSError as error:
                 raise StoreLostError(f"{self._path}: {error}") from None
             self._reading = asyncio.create_task(self._read_answers(reader, self._writer))
+        await self.ping()
+
+    async def ping(self) -> None:
         await self._ask(_Ping())
 
     async def take(self, take: Take) -> TakeResult:

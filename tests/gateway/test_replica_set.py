@@ -40,7 +40,7 @@ class Names:
         monkeypatch.setattr(DnsSource, "look", look)
 
     async def say(self, *addresses: str, error: str = "") -> None:
-        """Returns when the cluster knows."""
+        """Returns when the failover knows."""
         self.answer = ValueError(error) if error else list(addresses)
         asked = self.asked
         await until(lambda: self.asked > asked + 1)
@@ -52,20 +52,20 @@ def test_one_that_leaves_ends_what_it_has_and_then_its_connections(
     names, metrics = Names(monkeypatch, "a:1", "b:1"), Metrics()
     client.scripts = {"a:1": [[7, None], [8], [8], [8]], "b:1": [[6]] * 9, "b:1/fallback": [[5]] * 3}
 
-    async def body(cluster: Failover) -> None:
-        asking = asyncio.ensure_future(generate(cluster))
-        await until(lambda: named(cluster, "a:1").attempts)
+    async def body(failover: Failover) -> None:
+        asking = asyncio.ensure_future(generate(failover))
+        await until(lambda: named(failover, "a:1").attempts)
         await names.say("b:1")
-        assert named(cluster, "a:1").snapshot(0, 0)["trouble"] == "leaving"
+        assert named(failover, "a:1").snapshot(0, 0)["trouble"] == "leaving"
         for _ in range(3):
-            assert (await generate(cluster))[1].served_by == ["b:1"]
-            assert (await generate(cluster, fall_back=True))[1].served_by == ["b:1"]
+            assert (await generate(failover))[1].served_by == ["b:1"]
+            assert (await generate(failover, fall_back=True))[1].served_by == ["b:1"]
         await asyncio.sleep(0.1)
         assert client.closed == []
         assert not asking.done()
         asking.cancel()
         await until(lambda: client.closed == ["a:1"])
-        assert [replica.address for replica in cluster.replicas] == ["b:1"]
+        assert [replica.address for replica in failover.replicas] == ["b:1"]
         assert not [labels for _, *labels in figures(metrics) if "a:1" in labels]
 
     run(body, metrics, **DNS)
@@ -77,9 +77,9 @@ def test_one_that_dies_while_it_leaves_loses_no_stream(
     names = Names(monkeypatch, "a:1", "b:1")
     client.scripts = {"a:1": [[7, None]], "b:1": [[8]]}
 
-    async def body(cluster: Failover) -> None:
-        asking = asyncio.ensure_future(generate(cluster))
-        await until(lambda: named(cluster, "a:1").attempts)
+    async def body(failover: Failover) -> None:
+        asking = asyncio.ensure_future(generate(failover))
+        await until(lambda: named(failover, "a:1").attempts)
         await names.say("b:1")
         client.status["a:1"] = error(Outcome.UNAVAILABLE)
         assert (await asking)[0] == "<7><8>"
@@ -94,18 +94,18 @@ def test_one_that_comes_is_asked_before_it_gets_anything(
     client.scripts = {"a:1": [[7]] * 50, "b:1": [[8]] * 150}
     client.status["a:1"] = None  # no answer yet
 
-    async def body(cluster: Failover) -> None:
-        assert named(cluster, "b:1").candidate(10, time.monotonic()).share == 1
+    async def body(failover: Failover) -> None:
+        assert named(failover, "b:1").candidate(10, time.monotonic()).share == 1
         await names.say("a:1", "b:1")
         for _ in range(5):
-            assert (await generate(cluster))[1].served_by == ["b:1"]
+            assert (await generate(failover))[1].served_by == ["b:1"]
         client.status["a:1"] = WELL
-        newcomer = named(cluster, "a:1")
+        newcomer = named(failover, "a:1")
         await until(lambda: newcomer.takes_requests)
-        got = Counter([(await generate(cluster))[1].served_by[0] for _ in range(110)])
+        got = Counter([(await generate(failover))[1].served_by[0] for _ in range(110)])
         assert got == {"b:1": 100, "a:1": 10}
         newcomer.came_at -= 1800
-        assert cluster.snapshot()[1]["slow_start_share"] == pytest.approx(0.55, abs=0.01)
+        assert failover.snapshot()[1]["slow_start_share"] == pytest.approx(0.55, abs=0.01)
 
     run(body, **DNS, slow_start=3600, patience=0.05)
 
@@ -116,14 +116,14 @@ def test_one_that_comes_back_while_it_leaves_stays(
     names = Names(monkeypatch, "a:1")
     client.scripts = {"a:1": [[7, None]]}
 
-    async def body(cluster: Failover) -> None:
-        (replica,) = cluster.replicas
-        asking = asyncio.ensure_future(generate(cluster))
+    async def body(failover: Failover) -> None:
+        (replica,) = failover.replicas
+        asking = asyncio.ensure_future(generate(failover))
         await until(lambda: replica.attempts)
         await names.say("b:1")
         assert replica.leaving
         await names.say("a:1")
-        assert named(cluster, "a:1") is replica
+        assert named(failover, "a:1") is replica
         assert replica.takes_requests
         asking.cancel()
         await until(lambda: client.closed == ["b:1"])
@@ -139,17 +139,17 @@ def test_a_failed_lookup_keeps_what_is_known_and_is_logged_once(
     names.answer = ValueError("replicas.test can't be resolved")
     client.scripts = {"a:1": [[7]] * 9}
 
-    async def body(cluster: Failover) -> None:
-        assert cluster.trouble == "replicas.test can't be resolved"
-        assert cluster.load() == ReplicaLoad(0, 0, 0, False, 0)
-        with pytest.raises(ModelError, match=r"no replica can take requests .*resolved"):
-            await generate(cluster)
+    async def body(failover: Failover) -> None:
+        assert failover.trouble == "replicas.test can't be resolved"
+        assert failover.load() == ReplicaLoad(0, 0, False, 0)
+        with pytest.raises(ModelError, match="no replica can take requests"):
+            await generate(failover)
         await names.say("a:1")
-        await until(lambda: not cluster.trouble)
+        await until(lambda: not failover.trouble)
         caplog.clear()
         await names.say(error="the name server is down")
         await names.say(error="the name server is down")
-        assert (await generate(cluster))[0] == "<7>"
+        assert (await generate(failover))[0] == "<7>"
         assert [record.message for record in caplog.records] == [
             "the replicas stay as they are: the name server is down"
         ]
@@ -166,9 +166,9 @@ def test_a_name_server_that_does_not_answer_does_not_keep_the_gateway_from_start
         await asyncio.sleep(0.2)
         return [Endpoint("a:1")]
 
-    async def body(cluster: Failover) -> None:
-        assert cluster.trouble == "none is known yet"
-        await until(lambda: not cluster.trouble)
+    async def body(failover: Failover) -> None:
+        assert failover.trouble == "none is known yet"
+        await until(lambda: not failover.trouble)
 
     monkeypatch.setattr(DnsSource, "look", look)
     monkeypatch.setattr("tidewright_gateway.replicas.replica_set.STATUS_TIMEOUT", 0.01)
@@ -183,15 +183,15 @@ def test_a_file_that_changes_is_noticed_and_one_that_breaks_changes_nothing(
     file = tmp_path / "replicas"
     file.write_text("a:1\n")
 
-    async def body(cluster: Failover) -> None:
+    async def body(failover: Failover) -> None:
         file.write_text("a:1*3\nb:1\n")
-        await until(lambda: len(cluster.replicas) == 2)
-        assert {replica["address"]: replica["weight"] for replica in cluster.snapshot()} == {"a:1": 3, "b:1": 1}
+        await until(lambda: len(failover.replicas) == 2)
+        assert {replica["address"]: replica["weight"] for replica in failover.snapshot()} == {"a:1": 3, "b:1": 1}
         file.write_text("a:1\noops\n")
         await until(lambda: "line 2: 'oops' is not HOST:PORT" in caplog.text)
-        assert len(cluster.replicas) == 2
+        assert len(failover.replicas) == 2
         file.write_text("b:1\n")
-        await until(lambda: len(cluster.replicas) == 1)
+        await until(lambda: len(failover.replicas) == 1)
         await until(lambda: client.closed == ["a:1"])
 
     run(body, replicas=f"file:{file}")

@@ -23,18 +23,18 @@ from tidewright_gateway.replicas.replica_set import ReplicaLoad
 def test_a_breaker_that_closes_begins_the_slow_start_anew(client: type[ScriptedClient]) -> None:
     client.scripts["b:1"] = [[error(Outcome.ENGINE_FAILED)]] * 5 + [[7]] * 2
 
-    async def body(cluster: Failover) -> None:
-        (replica,) = cluster.replicas
+    async def body(failover: Failover) -> None:
+        (replica,) = failover.replicas
         for _ in range(5):
             with pytest.raises(ModelError):
-                await generate(cluster)
+                await generate(failover)
         assert replica.breaker.state is State.OPEN
-        assert cluster.load().breakers_open
+        assert failover.load().breakers_open
         await asyncio.sleep(0.06)
-        await generate(cluster)
+        await generate(failover)
         assert replica.breaker.state is State.CLOSED
-        assert not cluster.load().breakers_open
-        assert cluster.snapshot()[0]["slow_start_share"] < 0.2
+        assert not failover.load().breakers_open
+        assert failover.snapshot()[0]["slow_start_share"] < 0.2
 
     run(body, replicas="b:1", retry_max_attempts=1, breaker_cool_down=0.05, slow_start=3600)
 
@@ -44,26 +44,26 @@ def test_one_that_breaks_a_connection_gets_nothing_until_it_is_asked_and_has_its
 ) -> None:
     client.scripts = {"b:1": [[error(Outcome.UNAVAILABLE)], [8]], "a:1": [[7]] * 9}
 
-    async def body(cluster: Failover) -> None:
+    async def body(failover: Failover) -> None:
         client.status["b:1"] = None  # it is asked, and has not answered yet
-        bad = named(cluster, "b:1")
+        bad = named(failover, "b:1")
         await until(lambda: bad.asked_at)
         for _ in range(6):
-            assert (await generate(cluster))[0] == "<7>"
-        assert len(client.orders) == 7
-        assert "scripted" in cluster.snapshot()[0]["trouble"]
-        cluster._fleet.settle(bad)  # as after any look at the replicas
+            assert (await generate(failover))[0] == "<7>"
+        assert len(client.requests) == 7
+        assert "scripted" in failover.snapshot()[0]["trouble"]
+        failover._set.settle(bad)  # as after any look at the replicas
         client.status["b:1"] = WELL
         await until(lambda: bad.takes_requests)
         assert bad.candidate(10, time.monotonic()).share == 1
-        assert "b:1" in [(await generate(cluster))[1].served_by[0] for _ in range(2)]
+        assert "b:1" in [(await generate(failover))[1].served_by[0] for _ in range(2)]
 
     run(body, patience=60)
 
 
 def test_a_gateway_that_is_busy_itself_takes_no_replica_for_gone(client: type[ScriptedClient]) -> None:
-    async def body(cluster: Failover) -> None:
-        replica = cluster.replicas[0]
+    async def body(failover: Failover) -> None:
+        replica = failover.replicas[0]
         client.status[replica.address] = None
         await until(lambda: replica.asked_at)
         for _ in range(4):
@@ -77,19 +77,19 @@ def test_a_gateway_that_is_busy_itself_takes_no_replica_for_gone(client: type[Sc
 
 
 def test_one_that_generates_is_not_gone_if_it_has_no_time_to_say_so(client: type[ScriptedClient]) -> None:
-    async def body(cluster: Failover) -> int:
-        replica = cluster.replicas[0]
+    async def body(failover: Failover) -> int:
+        replica = failover.replicas[0]
         client.scripts[replica.address] = [[*range(40)]]
-        task = Generation("r", [1, 2], SamplingParams(), Deadline())
+        generation = Generation("r", [1, 2], SamplingParams(), Deadline())
         client.status[replica.address] = None
         await until(lambda: replica.asked_at)
-        async with aclosing(cluster.generate(task)) as replies:
+        async with aclosing(failover.generate(generation)) as replies:
             async for _ in replies:
                 assert replica.is_up
                 await asyncio.sleep(0.02)
         assert client.status[replica.address] is None
         await until(lambda: not replica.is_up)
-        return len(task.served_by)
+        return len(generation.served_by)
 
     assert run(body, patience=0.3, replicas="b:1") == 1
 
@@ -103,10 +103,10 @@ def test_the_load_is_that_of_the_one_with_the_most_room(client: type[ScriptedCli
     }
     client.scripts = {"a:1": [[7, None]]}
 
-    async def body(cluster: Failover) -> None:
-        asking = asyncio.ensure_future(generate(cluster))
-        await until(lambda: cluster.load().in_flight)
-        assert cluster.load() == ReplicaLoad(waiting=0.5, kv_usage=0.8, wait=3.0, breakers_open=False, in_flight=1)
+    async def body(failover: Failover) -> None:
+        asking = asyncio.ensure_future(generate(failover))
+        await until(lambda: failover.load().in_flight)
+        assert failover.load() == ReplicaLoad(waiting=0.5, kv_usage=0.8, breakers_open=False, in_flight=1)
         asking.cancel()
 
     run(body, replicas="a:1,b:1,c:1", routing="round_robin")
@@ -118,20 +118,20 @@ def test_a_replica_whose_load_is_not_known_is_shown(
     monkeypatch.setattr("tidewright_gateway.replicas.replica.FRESH", 0.1)
     metrics = Metrics()
 
-    async def body(cluster: Failover) -> None:
+    async def body(failover: Failover) -> None:
         await until(lambda: figures(metrics)["replica_load_stale", "b:1"] == 0)
         client.status["b:1"] = None
         await until(lambda: figures(metrics)["replica_load_stale", "b:1"] == 1)
         assert figures(metrics)["replica_load_stale", "a:1"] == 0
-        stale, known = cluster.snapshot()
+        stale, known = failover.snapshot()
         assert (stale["load"], stale["takes_requests"], known["load"]) == (None, True, 0)
 
     run(body, metrics, patience=60)
 
 
 def test_the_snapshot_is_json(client: type[ScriptedClient]) -> None:
-    async def body(cluster: Failover) -> None:
-        first = msgspec.json.decode(msgspec.json.encode(cluster.snapshot()))[0]
+    async def body(failover: Failover) -> None:
+        first = msgspec.json.decode(msgspec.json.encode(failover.snapshot()))[0]
         assert first.pop("status_seconds") >= 0
         assert first == {
             "address": "b:1",

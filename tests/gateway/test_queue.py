@@ -30,8 +30,8 @@ async def settle() -> None:
 class Requests:
     """Requests that hold their place until they are told to end."""
 
-    def __init__(self, gate: Queue) -> None:
-        self._gate = gate
+    def __init__(self, queue: Queue) -> None:
+        self._queue = queue
         self.begun: list[str] = []
         self.jobs: dict[str, asyncio.Task[None]] = {}
         self._ends: dict[str, asyncio.Event] = {}
@@ -42,9 +42,12 @@ class Requests:
         await settle()
 
     async def _run(self, name: str, caller: str, priority: int, until: float) -> None:
-        async with self._gate.place(caller, priority, until):
+        place = await self._queue.enter(caller, priority, until)
+        try:
             self.begun.append(name)
             await self._ends[name].wait()
+        finally:
+            place.leave()
 
     async def end(self, name: str) -> None:
         self._ends[name].set()
@@ -78,23 +81,41 @@ def test_lower_priority_first_then_who_has_least_then_the_oldest() -> None:
 
 def test_too_many_are_refused_and_nobody_waits_for_ever() -> None:
     async def work() -> None:
-        gate = Queue(lambda: 1, 1)
-        requests = Requests(gate)
+        queue = Queue(lambda: 1, 1)
+        requests = Requests(queue)
         await requests.ask("runs")
         await requests.ask("waits", until=asyncio.get_running_loop().time() + 0.05)
         await requests.ask("refused")
         with pytest.raises(ModelError, match=r"1 requests wait already \(max_queue\)") as caught:
             await requests.jobs["refused"]
         assert caught.value.outcome is Outcome.OVERLOADED
-        assert gate.share == 1.0
-        assert gate.wait(asyncio.get_running_loop().time() + 5) >= 5
+        assert queue.share == 1.0
+        assert queue.wait(asyncio.get_running_loop().time() + 5) >= 5
         with pytest.raises(ModelError, match="no place became free within") as caught:
             await requests.jobs["waits"]
         assert caught.value.outcome is Outcome.OVERLOADED
-        assert gate.num_waiting == 0
-        assert gate.wait(LATER) == 0
+        assert queue.num_waiting == 0
+        assert queue.wait(LATER) == 0
         await requests.end("runs")
-        assert gate.num_running == 0
+        assert queue.num_running == 0
+
+    run(work())
+
+
+def test_one_caller_can_t_fill_the_queue() -> None:
+    async def work() -> None:
+        queue = Queue(lambda: 1, 5, 0.4)
+        requests = Requests(queue)
+        for name in ("runs", "waits 1", "waits 2", "refused"):
+            await requests.ask(name, priority=len(name) % 2)
+        with pytest.raises(ModelError, match=r"2 requests of this key wait already \(max_queue_share\)"):
+            await requests.jobs["refused"]
+        await requests.ask("other", "b")
+        assert queue.num_waiting == 3
+        for name in ("runs", "other", "waits 1", "waits 2"):
+            await requests.end(name)
+        await requests.ask("again")
+        await requests.end("again")
 
     run(work())
 
@@ -118,14 +139,17 @@ def test_no_place_is_lost_or_given_twice(seed: int, places: int, max_waiting: in
     chance = random.Random(seed)
 
     async def work() -> None:
-        gate = Queue(lambda: places, max_waiting)
+        queue = Queue(lambda: places, max_waiting)
 
         async def request() -> None:
             until = asyncio.get_running_loop().time() + chance.choice([0.0, 0.001, 1e3])
-            async with gate.place(chance.choice("abc"), chance.randrange(2), until):
-                assert gate.num_running <= places
+            place = await queue.enter(chance.choice("abc"), chance.randrange(2), until)
+            try:
+                assert queue.num_running <= places
                 for _ in range(chance.randrange(4)):
                     await asyncio.sleep(0)
+            finally:
+                place.leave()
 
         jobs = []
         for _ in range(40):
@@ -134,9 +158,9 @@ def test_no_place_is_lost_or_given_twice(seed: int, places: int, max_waiting: in
                 await asyncio.sleep(0)
             if chance.random() < 0.3:
                 chance.choice(jobs).cancel()
-            assert gate.num_waiting <= max_waiting
+            assert queue.num_waiting <= max_waiting
         ended = await asyncio.gather(*jobs, return_exceptions=True)
         assert all(isinstance(end, ModelError | asyncio.CancelledError | None) for end in ended), ended
-        assert (gate.num_running, gate.num_waiting) == (0, 0)
+        assert (queue.num_running, queue.num_waiting) == (0, 0)
 
     run(work())

@@ -1,0 +1,63 @@
+"""Options in a YAML file: read, and what is wrong with it said in one line that names the place."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+def read_options(path: Path, groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The options that the file sets, by name; their values are not looked at.
+
+    Args:
+        groups: the options that there are, by the group that they stand in; those of the group "" stand by themselves.
+
+    Raises:
+        ValueError: it can't be read or understood; the message names the file, and what to change.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except UnicodeError:
+        raise ValueError(f"{path}: is not UTF-8") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{path}{line}: not YAML: {problem}") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: must have options, a line each, such as `model: smollm2-135m`")
+    top = [*groups.get("", ()), *(name for name in groups if name)]
+    options: dict[str, Any] = {}
+    for name, value in found.items():
+        if name not in top:
+            raise ValueError(f"{path}: {_unknown(name, '', groups)}")
+        if name not in groups:
+            options[name] = value
+        elif isinstance(value, dict):
+            for option, given in value.items():
+                if option not in groups[name]:
+                    raise ValueError(f"{path}: {_unknown(option, name, groups)}")
+                options[option] = given
+        elif value is not None:
+            raise ValueError(f"{path}: {name} must have options of its own, a line each, indented")
+    return options
+
+
+def _unknown(name: Any, group: str, groups: Mapping[str, Sequence[str]]) -> str:
+    where = f" in {group}" if group else ""
+    for other, options in groups.items():
+        if name in options and other != group:
+            return f"{name} stands in {other}" if other else f"{name} stands by itself, in no group"
+    known = groups[group] if group else [*groups.get("", ()), *(one for one in groups if one)]
+    close = difflib.get_close_matches(str(name), known, 1) or difflib.get_close_matches(
+        str(name), [option for options in groups.values() for option in options], 1
+    )
+    return f"there is no option {name}{where}" + (f"; did you mean {close[0]}?" if close else "")

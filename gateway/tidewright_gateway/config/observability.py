@@ -1,0 +1,18 @@
+"""Options of logs and traces."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class ObservabilitySettings(BaseModel):
+    access_log: str = Field(
+        "", description="File for the access log, one JSON object per request; - for standard output. Empty: none."
+    )
+    log_level: Literal["info", "warning", "error"] = Field("warning", description="Minimum log level.")
+    trace_sample_ratio: float = Field(0.0, ge=0, le=1, description="Share of requests that the replicas trace.")
+    trace_callers: bool = Field(
+        False, description="Honour the sampled flag of a caller's traceparent instead of `trace_sample_ratio`."
+    )

@@ -1,0 +1,29 @@
+"""Who may see what: for all paths that do not go through the pipeline, which asks for itself."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from tidewright_gateway.auth import Authenticator, require_admin
+from tidewright_gateway.context import RequestContext
+
+# Whoever else adds a path need not think of keys: they are asked for.
+_FOR_ALL = frozenset(("/", "/docs", "/openapi.json", "/health", "/health/live", "/health/ready"))
+_FOR_ALL_BELOW = "/page/"
+_FOR_ADMINS = ("/metrics", "/admin/")
+
+
+class Authentication:
+    def __init__(self, app: ASGIApp, authenticator: Authenticator) -> None:
+        self._app, self._authenticator = app, authenticator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises ApiError, for whoever calls."""
+        if scope["type"] == "http":
+            path, context = scope["path"], scope["state"]["context"]
+            assert isinstance(context, RequestContext)
+            if path not in _FOR_ALL and not path.startswith(_FOR_ALL_BELOW):
+                context.caller = await self._authenticator.caller(context.credential)
+                if path.startswith(_FOR_ADMINS):
+                    require_admin(context.caller)
+        await self._app(scope, receive, send)

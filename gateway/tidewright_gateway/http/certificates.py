@@ -1,0 +1,56 @@
+"""The gateway's own certificate, which is read again when it is renewed: for connections that come from then on.
+
+Of the process, as uvicorn makes the context of its connections by a function, in each worker.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+INTERVAL = 5.0  # seconds between two looks at the files
+
+_contexts: list[ssl.SSLContext] = []
+
+
+def make_context(config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+    """For uvicorn's ssl_context_factory."""
+    context = default()
+    _contexts.append(context)
+    return context
+
+
+async def watch(certificate: str, key: str) -> None:
+    """For ever. Files that can't be used leave the certificate as it is; the log says so once."""
+    seen = _stamp(certificate, key)
+    while certificate:
+        await asyncio.sleep(INTERVAL)
+        stamp = _stamp(certificate, key)
+        if stamp == seen:
+            continue
+        seen = stamp
+        try:
+            # Apart at first: half a renewal must not leave a certificate without its key.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+            for context in _contexts:
+                context.load_cert_chain(certificate, key, password="")
+            log.warning("the certificate is read again from %s", certificate)
+        except (OSError, ValueError) as error:
+            log.error("the certificate stays as it was: %s: %s", certificate, error)
+
+
+def _stamp(*files: str) -> list[tuple[int, int]]:
+    found = []
+    for file in filter(None, files):
+        try:
+            status = Path(file).stat()
+            found.append((status.st_mtime_ns, status.st_ino))
+        except OSError:
+            found.append((0, 0))
+    return found

@@ -1,0 +1,148 @@
+"""One generating request over HTTP: from its body to the last byte of its answer, whole or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tidewright.resilience.errors import ModelError
+from tidewright_gateway.context import RequestContext
+from tidewright_gateway.http.middleware import ClientGoneError, unless_client_leaves
+from tidewright_gateway.openai.answers import Answer, event
+from tidewright_gateway.openai.errors import JSON, ApiError, invalid, of_model
+from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
+from tidewright_gateway.openai.rendering import Events, WholeAnswer
+from tidewright_gateway.pipeline import Pipeline
+
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients ignore
+_EVENT_STREAM = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # a proxy must not wait for more
+}
+
+G = TypeVar("G", ChatRequest, CompletionRequest)
+
+
+@dataclass(frozen=True)
+class Styles:
+    """What is the same for all answers."""
+
+    model: str
+    keep_alive: float
+    """Seconds of silence in a stream after which a comment is sent; 0 for never."""
+
+
+class Exchange(Response):
+    """A response to ASGI, that does all of the work while it is sent. A client that leaves ends it."""
+
+    def __init__(self, pipeline: Pipeline, kind: type[G], body: bytes, styles: Styles, answers: type[Answer]) -> None:
+        self._pipeline, self._body, self._styles, self._answers = pipeline, body, styles, answers
+        self._kind: type[ChatRequest] | type[CompletionRequest] = kind
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises ApiError: nothing has been sent."""
+        context = scope["state"]["context"]
+        writer = _Writer(send, self._styles.keep_alive)
+        try:
+            await unless_client_leaves(receive, self._run(context, writer))
+        except ClientGoneError:  # nobody reads it, but the log and the metrics do
+            if not writer.has_begun:
+                raise ApiError(499, "the client has left", code="cancelled") from None
+
+    async def _run(self, context: RequestContext, writer: _Writer) -> None:
+        try:
+            async with self._pipeline.admit(context, self._kind, self._body) as request:
+                with_usage = _wants_usage(request)
+                answer = self._answers(
+                    context.request_id, self._styles.model, request.num_logprobs(), with_usage, context.echoes
+                )
+                if request.stream:
+                    await self._stream(context, answer, writer)
+                else:
+                    await self._whole(context, answer, writer)
+        except (ApiError, ModelError) as error:
+            made = error if isinstance(error, ApiError) else of_model(error)
+            if not writer.has_begun:
+                raise made from None
+            await writer.write(event(made.body))
+            await writer.end()
+        finally:
+            writer.close()
+
+    async def _whole(self, context: RequestContext, answer: Answer, writer: _Writer) -> None:
+        whole = WholeAnswer(context, answer)
+        async with aclosing(self._pipeline.replies(context)) as replies:
+            async for index, reply in replies:
+                whole.take(index, reply)
+        await writer.whole(whole.body(), {**context.headers, "Content-Type": JSON})
+
+    async def _stream(self, context: RequestContext, answer: Answer, writer: _Writer) -> None:
+        events = Events(context, answer)
+        writer.keep_alive()
+        async with aclosing(self._pipeline.replies(context)) as replies:
+            async for index, reply in replies:
+                written = events.take(index, reply)
+                await writer.write(written, context)
+        await writer.end()
+
+
+class _Writer:
+    """Begins the answer with the first event: until then an error can still have a status of its own."""
+
+    def __init__(self, send: Send, interval: float) -> None:
+        self._send, self._interval = send, interval
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None
+        self._written_at = self._loop.time()
+        self.has_begun = False
+
+    def keep_alive(self) -> None:
+        """From now on silence is filled with comments: proxies cut a connection on which nothing is said."""
+        if self._interval:
+            self._timer = self._loop.call_later(self._interval, self._look)
+
+    def _look(self) -> None:
+        due = self._written_at + self._interval
+        if self._loop.time() >= due:
+            self._comment = self._loop.create_task(self.write(KEEP_ALIVE))
+            due = self._loop.time() + self._interval
+        self._timer = self._loop.call_at(due, self._look)
+
+    async def write(self, data: bytes, context: RequestContext | None = None) -> None:
+        self._written_at = self._loop.time()
+        if not self.has_begun:
+            await self._begin({**_EVENT_STREAM, **(context.headers if context else {})})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def whole(self, body: bytes, headers: dict[str, str]) -> None:
+        await self._begin({**headers, "Content-Length": str(len(body))})
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def end(self) -> None:
+        self.close()
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _begin(self, headers: dict[str, str]) -> None:
+        self.has_begun = True
+        encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": encoded})
+
+    def close(self) -> None:
+        """No further comment."""
+        if self._timer:
+            self._timer.cancel()
+        if self._comment:
+            self._comment.cancel()
+
+
+def _wants_usage(body: ChatRequest | CompletionRequest) -> bool:
+    if body.stream_options and not body.stream:
+        raise invalid("stream_options needs stream: true", "stream_options")
+    return bool(body.stream_options and body.stream_options.include_usage)

@@ -1,0 +1,89 @@
+"""From the bytes of a body to a request, in a time and a memory that its length bounds, however wrong it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import msgspec
+from pydantic import ValidationError
+
+from tidewright_gateway.openai.errors import ApiError, invalid
+from tidewright_gateway.openai.protocol import Body
+
+B = TypeVar("B", bound=Body)
+
+MAX_ITEMS = 100_000  # objects, lists and fields of a body: Python takes up to a hundred times their size for them
+MAX_FIELDS = 256  # of one object
+
+
+def parse(kind: type[B], body: bytes, longest: int) -> B:
+    """`longest`: items that a list may have: what has more tokens than the model's context is refused anyway.
+
+    Raises:
+        ApiError: it is none of this kind; says where, and what is wrong there.
+    """
+    if body.count(b"[") + body.count(b"{") + body.count(b'":') > MAX_ITEMS:
+        raise invalid(f"the body has more than {MAX_ITEMS} objects, lists and fields", code="too_many_items")
+    try:
+        data = msgspec.json.decode(body)
+    except UnicodeDecodeError:
+        raise invalid("the body is not UTF-8", code="invalid_json") from None
+    except RecursionError:
+        raise invalid("the body has too many objects or lists within each other", code="invalid_json") from None
+    except msgspec.MsgspecError as error:
+        raise invalid(f"the body is not JSON: {error}", code="invalid_json") from None
+    if not isinstance(data, dict):
+        raise invalid("the body must be an object, such as {...}")
+    _check_lengths(data, longest)
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise _of_validation(error.errors(include_url=False)) from None
+
+
+def _check_lengths(data: dict[str, Any], longest: int) -> None:
+    """Of what is checked item by item, and field by field, with an error for each that is wrong."""
+    for name, value in data.items():
+        if not isinstance(value, list):
+            continue
+        sizes = [len(value)]
+        if name == "prompt":
+            sizes += [len(item) for item in value[:longest] if isinstance(item, list)]
+        elif name == "messages":
+            parts = [item["content"] for item in value[:longest] if isinstance(item, dict) and "content" in item]
+            sizes.append(sum(len(part) for part in parts if isinstance(part, list)))
+        if max(sizes) > longest:
+            message = f"{name} has {max(sizes)} items; the model's context takes {longest} tokens"
+            raise invalid(message, name, "context_length_exceeded")
+    if (most := max(map(len, _objects(data)))) > MAX_FIELDS:
+        raise invalid(f"an object has {most} fields, more than any may have", code="too_many_items")
+
+
+def _objects(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Those whose fields have names that are known here."""
+    inner = [data, *data.get("messages", ())] if isinstance(data.get("messages"), list) else [data]
+    inner += [data.get("stream_options"), data.get("response_format")]
+    for found in inner:
+        if isinstance(found, dict):
+            yield found
+            for value in (found.get("content"), [found.get("json_schema")]):
+                if isinstance(value, list):
+                    yield from (item for item in value if isinstance(item, dict))
+
+
+def _of_validation(errors: list[Any]) -> ApiError:
+    """The one of pydantic's findings that is deepest: of a field that may be this or that, it meant this."""
+    found = max(errors, key=lambda error: len(error["loc"]))
+    place = [str(part) for part in found["loc"] if not _is_type(str(part))]
+    param = ".".join(place) or None
+    if found["type"] == "extra_forbidden":
+        return invalid(f"unknown or unsupported parameter: {param}", param, "unknown_parameter")
+    if found["type"] == "none_required":
+        return invalid(f"{param} is not supported; leave it out", param, "unsupported_parameter")
+    return invalid(f"{param or 'body'}: {found['msg']}", param)
+
+
+def _is_type(part: str) -> bool:
+    """Pydantic's name of one of the types that a field may have."""
+    return "[" in part or part in ("str", "int", "float", "bool")
