@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 EMBEDDED_MODEL = "smollm2-135m"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 MANIFEST = "tidewright.json"  # written last into a prepared folder: its presence means "complete"
 
 
@@ -44,4 +46,11 @@ def find_prepared(model: str) -> Path:
     for folder in (Path(model), prepared_path(model)):
         if (folder / MANIFEST).is_file():
             return folder.resolve()
-    raise ModelNotPreparedError(f"model {model!r} is not prepared; run: tidewright prepare {model}")
+    if model == EMBEDDED_MODEL or Path(model).exists() or HUB_ID.fullmatch(model):
+        raise ModelNotPreparedError(f"model {model!r} is not prepared; run: tidewright prepare {shlex.quote(model)}")
+    raise ModelNotPreparedError(no_such_model(model))
+
+
+def no_such_model(model: str) -> str:
+    """What to say of a name that nothing can be made of."""
+    return f"there is no file or folder {model!r}, and it is neither {EMBEDDED_MODEL!r} nor a hub id (org/name)"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +23,7 @@ from helpers.killed import run_until_killed
 from tidewright.cache import EMBEDDED_MODEL, MANIFEST, ModelNotPreparedError, find_prepared, prepared_path
 from tidewright.launch import prepare as prepare_module
 from tidewright.launch.errors import PrepareError, UnsupportedModelError
-from tidewright.launch.gguf_source import _bf16_bits, convert_gguf
+from tidewright.launch.gguf_source import GgufSource, _bf16_bits
 from tidewright.launch.gguf_tokenizer import build_tokenizer
 from tidewright.launch.model_sources import download_embedded
 from tidewright.launch.prepare import prepare
@@ -39,7 +41,7 @@ def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Made by the code as it is now; the prepared model may be of yesterday's."""
     folder = tmp_path_factory.mktemp("converted")
-    convert_gguf(gguf_file, folder, lambda done, total: None)
+    GgufSource(gguf_file).convert(folder, lambda done, total: None)
     return folder
 
 
@@ -239,8 +241,21 @@ def test_another_architecture_is_refused_with_the_supported_ones(cache: Path, tm
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    said = io.StringIO()
     with pytest.raises(UnsupportedModelError, match="'bert'; supported: llama"):
-        prepare(str(path), QUIET)
+        prepare(str(path), Console(file=said, force_terminal=True))
+    assert "Converting" not in said.getvalue()
+
+
+def test_a_hint_to_prepare_a_model_is_one_that_works(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "a model.gguf").touch()
+    for model, said in (
+        ("org/name", "run: tidewright prepare org/name"),
+        (str(tmp_path / "a model.gguf"), f"run: tidewright prepare '{tmp_path}/a model.gguf'"),
+        ("smolm2", "there is no file or folder 'smolm2'"),
+    ):
+        with pytest.raises(ModelNotPreparedError, match=re.escape(said)):
+            find_prepared(model)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ class Client:
     """One server, by its HTTP address."""
 
     def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
+        """`url`: of Triton's HTTP port; http:// may be left out."""
+        self._url = (url if "://" in url else f"http://{url}").rstrip("/")
         self._http = httpx.Client(timeout=_TIMEOUT)
 
     def close(self) -> None:
@@ -40,7 +41,7 @@ class Client:
             )
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from error
-        _raise_for_status(response)
+        self._raise_for_status(response)
         try:
             token_ids: list[int] = response.json()["outputs"][0]["data"]
         except (ValueError, KeyError, IndexError, TypeError):
@@ -64,13 +65,28 @@ class Client:
             ) as response:
                 if response.is_error:
                     response.read()
-                _raise_for_status(response)
+                self._raise_for_status(response)
                 for event in _events(response.iter_bytes()):
                     if "error" in event:  # status 200 was sent before it went wrong
                         raise RequestFailedError(str(event["error"]))
                     yield event
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise self._unreachable(error) from error
+
+    def _raise_for_status(self, response: httpx.Response) -> None:
+        if not response.is_error:
+            return
+        try:
+            # An endpoint that streams sends its refusal as an event, too.
+            error = json.loads(response.content.removeprefix(b"data:"))["error"]
+        except (ValueError, KeyError, TypeError):
+            error = f"the server answered with status {response.status_code}; is it a Tidewright server?"
+        if isinstance(error, dict):  # OpenAI's shape
+            error = (
+                f"{self._url} is an OpenAI-compatible endpoint, such as Tidewright's gateway; give the address of "
+                "Triton's HTTP port: --url http://127.0.0.1:8000"
+            )
+        raise RequestFailedError(str(error))
 
     def _unreachable(self, error: Exception) -> RequestFailedError:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol | httpx.InvalidURL):
@@ -98,14 +114,3 @@ def _events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
                     yield json.loads(line.removeprefix(b"data:"))
                 except ValueError:
                     raise RequestFailedError("the server sent an event that is not JSON") from None
-
-
-def _raise_for_status(response: httpx.Response) -> None:
-    if not response.is_error:
-        return
-    try:
-        # An endpoint that streams sends its refusal as an event, too.
-        message = str(json.loads(response.content.removeprefix(b"data:"))["error"])
-    except (ValueError, KeyError, TypeError):
-        message = f"the server answered with status {response.status_code}; is it a Tidewright server?"
-    raise RequestFailedError(message)

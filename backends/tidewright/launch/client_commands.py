@@ -14,13 +14,15 @@ from tidewright.launch.client import Client, RequestFailedError
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
+DEFAULT_URL = "http://127.0.0.1:8000"
+
 _UNFINISHED = (None, "None")  # on the wire a string, as in Triton's vLLM backend
 _USUAL_ENDS = ("stop", "length", "cancelled")
 
 
 def _generation_options(temperature: float) -> Callable[[_Command], _Command]:
     options = (
-        click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Address of the server."),
+        click.option("--url", default=DEFAULT_URL, show_default=True, help="Address of Triton's HTTP port."),
         click.option(
             "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer, in tokens."
         ),

@@ -48,34 +48,43 @@ class _Tensor:
     source: Any
 
 
-def convert_gguf(path: Path, folder: Path, on_progress: Callable[[int, int], None]) -> None:
-    """Write config, weights and tokenizer of the GGUF file `path` into `folder`.
+class GgufSource:
+    """A GGUF file whose model can be converted."""
 
-    `on_progress` hears (bytes written, bytes in all) after each tensor.
+    def __init__(self, path: Path) -> None:
+        """Reads all but the weights.
 
-    Raises:
-        UnsupportedModelError: an architecture, tokenizer or tensor that isn't known.
-        PrepareError: not a readable GGUF file, or the package that reads it is missing.
-    """
-    try:
-        from gguf import GGUFReader
-    except ImportError:
-        raise PrepareError(
-            "reading a GGUF file needs the package gguf; run: pip install 'tidewright[server]'"
-        ) from None
-    try:
-        reader = GGUFReader(path)
-        metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except (ValueError, IndexError, KeyError, OSError) as error:
-        raise PrepareError(f"{path} is not a complete GGUF file: {error}") from error
-    config = _model_config(metadata, {tensor.name for tensor in reader.tensors})
-    tensors = [
-        _describe(tensor, config["num_attention_heads"], config["num_key_value_heads"]) for tensor in reader.tensors
-    ]
-    write_tokenizer(metadata, folder)
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", _generation_config(metadata))
-    _write_safetensors(folder / "model.safetensors", tensors, on_progress)
+        Raises:
+            UnsupportedModelError: an architecture or tensor that isn't known.
+            PrepareError: not a readable GGUF file, or the package that reads it is missing.
+        """
+        try:
+            from gguf import GGUFReader
+        except ImportError:
+            raise PrepareError(
+                "reading a GGUF file needs the package gguf; run: pip install 'tidewright[server]'"
+            ) from None
+        try:
+            reader = GGUFReader(path)
+            self._metadata = {name: field.contents() for name, field in reader.fields.items()}
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            raise PrepareError(f"{path} is not a complete GGUF file: {error}") from error
+        self._config = _model_config(self._metadata, {tensor.name for tensor in reader.tensors})
+        heads = self._config["num_attention_heads"], self._config["num_key_value_heads"]
+        self._tensors = [_describe(tensor, *heads) for tensor in reader.tensors]
+
+    def convert(self, folder: Path, on_progress: Callable[[int, int], None]) -> None:
+        """Write config, weights and tokenizer into `folder`.
+
+        `on_progress` hears (bytes written, bytes in all) after each tensor.
+
+        Raises:
+            UnsupportedModelError: a tokenizer that isn't known.
+        """
+        write_tokenizer(self._metadata, folder)
+        _write_json(folder / "config.json", self._config)
+        _write_json(folder / "generation_config.json", _generation_config(self._metadata))
+        _write_safetensors(folder / "model.safetensors", self._tensors, on_progress)
 
 
 def _model_config(metadata: dict[str, Any], tensor_names: set[str]) -> dict[str, Any]:

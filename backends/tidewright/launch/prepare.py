@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import time
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import msgspec
 from rich.console import Console
 
-from tidewright.cache import EMBEDDED_MODEL, MANIFEST, prepared_path
+from tidewright.cache import EMBEDDED_MODEL, HUB_ID, MANIFEST, no_such_model, prepared_path
 from tidewright.launch.errors import PrepareError
 from tidewright.launch.folders import locked, new_folder, write_json
 from tidewright.launch.model_sources import (
@@ -24,7 +23,6 @@ from tidewright.launch.model_sources import (
 from tidewright.launch.progress import progress_bar, waiting
 
 FORMAT_VERSION = 1
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,21 +96,20 @@ def _fill(model: str, folder: Path, console: Console) -> str | None:
         sha256 = _convert(gguf, folder, console)
         shutil.rmtree(scratch)
         return sha256
-    if _HUB_ID.fullmatch(model):
+    if HUB_ID.fullmatch(model):
         with waiting(console, f"Fetching {model} from the Hugging Face hub"):
             snapshot = download_from_hub(model)
         link_hugging_face_folder(snapshot, folder)
         return None
-    raise PrepareError(
-        f"there is no file or folder {model!r}, and it is neither {EMBEDDED_MODEL!r} nor a hub id (org/name)"
-    )
+    raise PrepareError(no_such_model(model))
 
 
 def _convert(gguf: Path, folder: Path, console: Console) -> str:
-    from tidewright.launch.gguf_source import convert_gguf
+    from tidewright.launch.gguf_source import GgufSource
 
+    source = GgufSource(gguf)
     with progress_bar(console, "Converting to bf16") as on_progress:
-        convert_gguf(gguf, folder, on_progress)
+        source.convert(folder, on_progress)
     return sha256_of(gguf)
 
 

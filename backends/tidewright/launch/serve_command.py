@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
+from tidewright.launch.client_commands import DEFAULT_URL
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.export_command import is_export, prepare_fallback
 from tidewright.launch.gateway_process import GatewayProcess
@@ -123,7 +124,7 @@ def _print_welcome(console: Console, server: TritonServer, gateway: GatewayProce
         "Try:\n"
         f"  curl -N {url}/v2/models/decoder/generate_stream -d "
         """'{"text_input": "The sea is", "stream": true, "max_tokens": 32}'\n"""
-        "  tidewright chat\n"
+        f"  tidewright chat{'' if url == DEFAULT_URL else f' --url {url}'}\n"
         "Ctrl-C stops.",
         highlight=False,
         soft_wrap=True,
