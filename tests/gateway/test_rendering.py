@@ -7,6 +7,7 @@ from tidewright.schema import SamplingParams
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.openai.answers import DONE, ChatAnswer
+from tidewright_gateway.openai.offsets import Offsets
 from tidewright_gateway.openai.rendering import Events
 from tidewright_gateway.replicas.failover import Generation
 from tidewright_gateway.replicas.triton import Reply
@@ -16,7 +17,8 @@ def written(n: int, *replies: tuple[int, bool]) -> list[bytes]:
     """`replies`: index of the choice, and whether it ends."""
     context = RequestContext("id", Tracer(0).begin(()), num_prompt_tokens=1)
     context.generations = [Generation("id", [1], SamplingParams(), Deadline()) for _ in range(n)]
-    events, parts = Events(context, ChatAnswer("id", "model", None, True, [])), []
+    answer = ChatAnswer("id", "model", None, True, [], lambda index: Offsets(None, []))  # type: ignore[arg-type]
+    events, parts = Events(context, answer), []
     for index, ends in replies:
         reply = Reply("word", [1, 2], "length" if ends else None, None)
         context.take(reply)

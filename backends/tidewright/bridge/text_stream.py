@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tidewright.bridge.detokenizer import Detokenizer
+from tidewright.detokenizer import Detokenizer
 from tidewright.tokenization import Tokenizer
 
 

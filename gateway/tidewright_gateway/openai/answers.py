@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from tidewright_gateway.openai.offsets import Offsets
 from tidewright_gateway.replicas.triton import Reply
 
 
@@ -56,9 +59,21 @@ class Answer(ABC):
     whole_object = piece_object = ""
 
     def __init__(
-        self, request_id: str, model: str, num_logprobs: int | None, with_usage: bool, echoes: Sequence[str]
+        self,
+        request_id: str,
+        model: str,
+        num_logprobs: int | None,
+        with_usage: bool,
+        echoes: Sequence[str],
+        offsets: Callable[[int], Offsets],
     ) -> None:
-        """`echoes`: for each choice what is put before its text; empty if that was not asked for."""
+        """
+        Args:
+            num_logprobs: most likely tokens to tell at each position; None for no log-probabilities.
+            echoes: for each choice what is put before its text; empty if that was not asked for.
+            offsets: makes those of a choice.
+        """
+        self._offsets = functools.cache(offsets)
         self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
         self._num_logprobs, self._with_usage, self._echoes = num_logprobs, with_usage, echoes
         self._served_by = "decoder"
@@ -161,7 +176,7 @@ class CompletionAnswer(Answer):
         return {
             "index": choice.index,
             "text": (self._echoes[choice.index] if self._echoes else "") + choice.text,
-            "logprobs": self._logprobs(choice.logprobs, 0),
+            "logprobs": self._logprobs(choice, choice.logprobs),
             "finish_reason": choice.finish_reason,
         }
 
@@ -169,29 +184,33 @@ class CompletionAnswer(Answer):
         return {
             "index": choice.index,
             "text": reply.text,
-            "logprobs": self._logprobs(positions, len(choice.text) - len(reply.text)),
+            "logprobs": self._logprobs(choice, positions),
             "finish_reason": reply.finish_reason,
         }
 
-    def _logprobs(self, positions: list[dict[str, Any]], offset: int) -> dict[str, Any] | None:
-        """`offset`: characters of the output before these positions."""
+    def _logprobs(self, choice: Choice, positions: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """`positions`: those that `choice` has taken, or taken last."""
         if self._num_logprobs is None:
             return None
-        chosen = [next(iter(position.values())) for position in positions]
-        offsets = []
-        for entry in chosen:
-            offsets.append(offset)
-            offset += len(entry["decoded_token"])
+        chosen = [next(iter(position.items())) for position in positions]
+        # No text follows what has ended, also where tokens of a stop string were cut off.
+        end = len(choice.text) if choice.finish_reason else sys.maxsize
+        offsets = self._offsets(choice.index)
         return {
-            "tokens": [entry["decoded_token"] for entry in chosen],
-            "token_logprobs": [entry["logprob"] for entry in chosen],
-            "top_logprobs": [
-                {entry["decoded_token"]: entry["logprob"] for entry in position.values()} for position in positions
-            ]
-            if self._num_logprobs
-            else None,
-            "text_offset": offsets,
+            "tokens": [entry["decoded_token"] for _, entry in chosen],
+            "token_logprobs": [entry["logprob"] for _, entry in chosen],
+            "top_logprobs": [_by_text(position) for position in positions] if self._num_logprobs else None,
+            "text_offset": [min(offsets.next(int(id), entry["decoded_token"]), end) for id, entry in chosen],
         }
+
+
+def _by_text(position: dict[str, Any]) -> dict[str, float]:
+    """Two tokens can have the same text: the less likely one is named by its id, as vLLM does."""
+    found: dict[str, float] = {}
+    for id, entry in sorted(position.items(), key=lambda item: item[1]["rank"]):
+        text = entry["decoded_token"]
+        found[f"token_id:{id}" if text in found else text] = entry["logprob"]
+    return found
 
 
 def _chat_entry(entry: dict[str, Any]) -> dict[str, Any]:

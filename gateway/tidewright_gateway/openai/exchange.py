@@ -11,10 +11,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tidewright.resilience.errors import ModelError
+from tidewright.tokenization import Tokenizer
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.middleware import ClientGoneError, unless_client_leaves
 from tidewright_gateway.openai.answers import Answer, event
 from tidewright_gateway.openai.errors import JSON, ApiError, invalid, of_model
+from tidewright_gateway.openai.offsets import Offsets
 from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
 from tidewright_gateway.openai.rendering import Events, WholeAnswer
 from tidewright_gateway.pipeline import Pipeline
@@ -34,6 +36,7 @@ class Styles:
     """What is the same for all answers."""
 
     model: str
+    tokenizer: Tokenizer
     keep_alive: float
     """Seconds of silence in a stream after which a comment is sent; 0 for never."""
 
@@ -60,7 +63,12 @@ class Exchange(Response):
             async with self._pipeline.admit(context, self._kind, self._body) as request:
                 with_usage = _wants_usage(request)
                 answer = self._answers(
-                    context.request_id, self._styles.model, request.num_logprobs(), with_usage, context.echoes
+                    context.request_id,
+                    self._styles.model,
+                    request.num_logprobs(),
+                    with_usage,
+                    context.echoes,
+                    lambda index: Offsets(self._styles.tokenizer, context.generations[index].prompt),
                 )
                 if request.stream:
                     await self._stream(context, answer, writer)

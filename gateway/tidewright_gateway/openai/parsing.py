@@ -79,7 +79,7 @@ def _of_validation(errors: list[Any]) -> ApiError:
     param = ".".join(place) or None
     if found["type"] == "extra_forbidden":
         return invalid(f"unknown or unsupported parameter: {param}", param, "unknown_parameter")
-    if found["type"] == "none_required":
+    if found["type"] == "none_required" or (found["type"] == "too_long" and found["ctx"]["max_length"] == 0):
         return invalid(f"{param} is not supported; leave it out", param, "unsupported_parameter")
     return invalid(f"{param or 'body'}: {found['msg']}", param)
 

@@ -7,10 +7,11 @@ checks them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
 
 from tidewright.schema import SamplingParams
 from tidewright_gateway.openai.errors import invalid
@@ -114,6 +115,9 @@ class GenerationBody(Body, ABC):
     def num_logprobs(self) -> int | None:
         """Top log-probabilities at each token; None if none are asked for."""
 
+    names_of_ours: ClassVar[Mapping[str, str]] = {}
+    """What this API calls a sampling parameter that it names otherwise."""
+
     @property
     def asked_tokens(self) -> int | None:
         """The longest answer that it asks for; None if it says nothing."""
@@ -141,6 +145,7 @@ class GenerationBody(Body, ABC):
         except msgspec.ValidationError as error:
             message, _, place = str(error).partition(" - at `$.")
             param = place.rstrip("`").split("[")[0] or None
+            param = self.names_of_ours.get(param or "", param)
             raise invalid(f"{param}: {message}" if param else message, param) from None
 
     def _schema(self) -> dict[str, Any] | None:
@@ -167,20 +172,32 @@ class Message(_Strict):
     """Fields that answers of this API have, and their empty values, may come back as history."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | Many[TextPart]
+    content: StrictStr | Many[TextPart] | None = None
+    """May be null or missing in an assistant's message only."""
     name: None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
-    annotations: None = None
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    """Empty: tool calls are not supported."""
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @model_validator(mode="after")
+    def _has_content(self) -> Message:
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of the role {self.role} needs content")
+        return self
 
     @property
     def text(self) -> str:
+        if self.content is None:
+            return ""
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatRequest(GenerationBody):
+    names_of_ours = {"logprobs": "top_logprobs"}
+
     messages: Many[Message] = Field(min_length=1)
     """The chat so far."""
     max_completion_tokens: StrictInt | None = None

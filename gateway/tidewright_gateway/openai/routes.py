@@ -40,7 +40,7 @@ def make_pipeline_router(
 ) -> APIRouter:
     """Endpoints whose requests go through the pipeline, which also asks who sends them."""
     router = APIRouter()
-    styles = Styles(settings.model_name, settings.sse_keep_alive)
+    styles = Styles(settings.model_name, prompts.tokenizer, settings.sse_keep_alive)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:

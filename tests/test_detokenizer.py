@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from helpers.byte_fallback import BOS, EOS, INVALID, VOCAB, byte_tokens, make_tokenizer, text_behind, token
-from tidewright.bridge.detokenizer import MAX_HELD, Detokenizer
 from tidewright.bridge.text_stream import TextStream
+from tidewright.detokenizer import MAX_HELD, Detokenizer
 from tidewright.tokenization import Tokenizer
 
 KINDS = ["llama", "gemma", "metaspace"]

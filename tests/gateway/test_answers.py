@@ -1,0 +1,171 @@
+"""Answers of both formats, whole and in pieces: who answered, log-probabilities and where their tokens begin."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from helpers.byte_fallback import byte_tokens, make_tokenizer, token
+from tidewright.tokenization import Tokenizer
+from tidewright_gateway.openai.answers import Answer, ChatAnswer, Choice, CompletionAnswer, Usage
+from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.openai.offsets import Offsets
+from tidewright_gateway.openai.parsing import parse
+from tidewright_gateway.openai.protocol import ChatRequest, Message
+from tidewright_gateway.replicas.triton import Reply
+
+USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("llama")
+    make_tokenizer("llama").save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+def answer(kind: type[Answer], tokenizer: Tokenizer, prompt: Sequence[int], num_logprobs: int | None = 1) -> Answer:
+    return kind("1", "model", num_logprobs, True, [], lambda index: Offsets(tokenizer, prompt))
+
+
+def data_of(event: bytes) -> Any:
+    return json.loads(event.removeprefix(b"data: "))
+
+
+def replies_of(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[Reply]:
+    """A token each, with its text as the engine tells it; all of the answer's text comes with the last."""
+    found = []
+    for number, id in enumerate(ids):
+        entry = {id: {"logprob": -0.5, "rank": 1, "decoded_token": tokenizer.token_text(id)}}
+        is_last = number == len(ids) - 1
+        logprobs = msgspec.json.encode([entry])
+        found.append(Reply(text if is_last else "", [id], "stop" if is_last else None, logprobs))
+    return found
+
+
+def test_the_usage_says_who_answered(byte_fallback: Tokenizer) -> None:
+    for models, whole in ((["decoder"], "decoder"), (["fallback"], "fallback"), (["decoder", "fallback"], "fallback")):
+        made, choice = answer(ChatAnswer, byte_fallback, [1]), Choice(0)
+        for model in models:
+            reply = Reply(text="a", token_ids=[1], finish_reason=None, logprobs=None, served_by=model)
+            choice.take(reply)
+            assert data_of(made.piece(choice, reply, []))["served_by"] == model
+        assert data_of(made.usage(Usage(1, 1)))["served_by"] == whole
+
+
+def offsets_of(tokenizer: Tokenizer, prompt: list[int], text: str, ids: Sequence[int]) -> list[int]:
+    """Whole; a stream's must be the same."""
+    replies = replies_of(tokenizer, text, ids)
+    whole, kept = answer(CompletionAnswer, tokenizer, prompt), Choice(0, keeps_logprobs=True)
+    streamed, choice = answer(CompletionAnswer, tokenizer, prompt), Choice(0)
+    pieces = []
+    for reply in replies:
+        kept.take(reply)
+        said = data_of(streamed.piece(choice, reply, choice.take(reply)))["choices"][0]
+        pieces += said["logprobs"]["text_offset"]
+    found: list[int] = json.loads(whole.whole([kept], Usage(1, 1)))["choices"][0]["logprobs"]["text_offset"]
+    assert pieces == found
+    return found
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.sampled_from("ab c é中😀\n"), min_size=1, max_size=12))
+def test_a_token_of_whole_characters_stands_where_it_is_said_to(model_dir: Path, text: str) -> None:
+    tokenizer = _known(model_dir)
+    prompt = tokenizer.encode("p")
+    ids = tokenizer.encode(text)
+    offsets = offsets_of(tokenizer, prompt, text, ids)
+    assert offsets == sorted(offsets)
+    for id, at in zip(ids, offsets, strict=True):
+        own = tokenizer.token_text(id)
+        if "\ufffd" not in own:
+            assert text[at : at + len(own)] == own
+        assert at < len(text)
+
+
+_tokenizers: dict[Path, Tokenizer] = {}
+
+
+def _known(folder: Path) -> Tokenizer:
+    return _tokenizers.setdefault(folder, Tokenizer(folder))
+
+
+def test_offsets_of_byte_tokens_are_those_of_their_characters(byte_fallback: Tokenizer) -> None:
+    ids = [token("▁is"), *byte_tokens("中"), *byte_tokens("é"), token("▁is")]
+    assert offsets_of(byte_fallback, [token("▁the")], " is中é is", ids) == [0, 3, 3, 3, 3, 3, 5]
+
+
+def test_no_offset_is_beyond_a_text_that_a_stop_string_cut(byte_fallback: Tokenizer) -> None:
+    ids = [token("▁is"), token("▁the"), token("▁is")]
+    assert offsets_of(byte_fallback, [token("▁the")], " is t", ids) == [0, 3, 5]  # cut by "he is"
+
+
+def test_tokens_of_the_same_text_keep_their_own_log_probability(byte_fallback: Tokenizer) -> None:
+    entries = {
+        "7": {"logprob": -3.0, "rank": 3, "decoded_token": "x"},
+        "5": {"logprob": -1.0, "rank": 1, "decoded_token": "x"},
+        "6": {"logprob": -2.0, "rank": 2, "decoded_token": "\ufffd"},
+        "8": {"logprob": -4.0, "rank": 4, "decoded_token": "\ufffd"},
+    }
+    choice = Choice(0, keeps_logprobs=True)
+    choice.take(Reply("x", [7], "length", msgspec.json.encode([entries])))
+    whole = json.loads(answer(CompletionAnswer, byte_fallback, [1], 3).whole([choice], Usage(1, 1)))
+    top = whole["choices"][0]["logprobs"]["top_logprobs"]
+    assert top == [{"x": -1.0, "\ufffd": -2.0, "token_id:7": -3.0, "token_id:8": -4.0}]
+
+
+def test_a_stream_keeps_no_log_probabilities() -> None:
+    choice = Choice(0)
+    entry = {"5": {"logprob": -1.0, "rank": 1, "decoded_token": "x"}}
+    assert choice.take(Reply("x", [5], None, msgspec.json.encode([entry] * 100)))
+    assert choice.logprobs == []
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None},
+        {"role": "assistant"},
+        {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "a", "refusal": None, "audio": None, "function_call": None, "annotations": []},
+        {"role": "assistant", "content": "a", "tool_calls": []},
+        {"role": "assistant", "content": "a", "tool_calls": None},
+    ],
+)
+def test_answers_may_come_back_as_history(message: dict[str, Any]) -> None:
+    body = json.dumps({"model": "m", "messages": [USER, message, USER]}).encode()
+    assert parse(ChatRequest, body, 99).messages[1].text == (message.get("content") or "")
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "param"),
+    [
+        ({"role": "assistant", "tool_calls": [{"id": "c"}]}, "unsupported_parameter", "messages.0.tool_calls"),
+        ({"role": "user", "content": None}, "invalid_value", "messages.0"),
+        ({"role": "user"}, "invalid_value", "messages.0"),
+    ],
+)
+def test_what_a_message_can_t_be_is_said(message: dict[str, Any], code: str, param: str) -> None:
+    with pytest.raises(ApiError) as refused:
+        parse(ChatRequest, json.dumps({"model": "m", "messages": [message]}).encode(), 99)
+    assert (refused.value.code, refused.value.param) == (code, param)
+
+
+@pytest.mark.parametrize("value", [21, -1])
+def test_a_wrong_parameter_has_the_name_that_the_client_sent(value: int) -> None:
+    body = {"model": "m", "messages": [USER], "logprobs": True, "top_logprobs": value}
+    with pytest.raises(ApiError, match="top_logprobs") as refused:
+        parse(ChatRequest, json.dumps(body).encode(), 99).sampling()
+    assert refused.value.param == "top_logprobs"
+
+
+def test_content_in_parts_is_joined() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert Message.model_validate({"role": "user", "content": parts}).text == "ab"
