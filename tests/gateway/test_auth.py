@@ -143,7 +143,7 @@ def test_no_secret_is_logged_or_shown(tmp_path: Path, caplog: pytest.LogCaptureF
             shown.append(repr(await ask(key)))
             shown.extend(repr(getattr(error, "body", error)) for error in [await refusal(ask(wrong))])
             path.write_text("nonsense")
-            await until_logged(caplog, "stay in force")
+            await until_logged(caplog, "keeping the previously loaded")
             for text in (wrong[:-1], f"{wrong}=", wrong.replace("alice", "bob")):
                 shown.append(str(await refusal(ask(text))))
 

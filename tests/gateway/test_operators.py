@@ -210,7 +210,7 @@ def test_it_says_where_it_listens_and_how_its_replicas_are(model_dir: Path, echo
     assert lines[0] == (
         f"The gateway listens on http://127.0.0.1:{port}/v1 (OpenAI's API, model {MODEL}, without a key)"
     )
-    assert lines[1] == f"  replica {echo.grpc_url}: is well"
+    assert lines[1] == f"  replica {echo.grpc_url}: healthy"
     assert f"  replica 127.0.0.1:{nobody}: " in lines[2]
     assert "refused" in lines[2]
 

@@ -63,6 +63,6 @@ class LoadLadder:
         """
         given = treatment(self._now, max_tokens, max_tokens if is_guided else self._settings.degrade_max_tokens)
         if given.route is Route.REFUSE:
-            message = f"too much load ({', '.join(self._now.reasons)}); try again later"
+            message = f"overloaded ({', '.join(self._now.reasons)}); try again later"
             raise ApiError(503, message, code="overloaded", retry_after=2)
         return given

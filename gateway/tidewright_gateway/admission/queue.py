@@ -68,9 +68,9 @@ class Queue:
             self._running[caller] += 1
             return Place(self._leave, caller)
         if self.num_waiting >= self._max_waiting:
-            raise ModelError(f"{self._max_waiting} requests wait already (max_queue)", Outcome.OVERLOADED)
+            raise ModelError(f"the queue is full: {self._max_waiting} requests (max_queue)", Outcome.OVERLOADED)
         if sum(len(callers.get(caller, ())) for callers in self._waiting.values()) >= self._max_of_caller:
-            message = f"{self._max_of_caller} requests of this key wait already (max_queue_share)"
+            message = f"the queue is full for this key: {self._max_of_caller} requests (max_queue_share)"
             raise ModelError(message, Outcome.OVERLOADED)
         loop = asyncio.get_running_loop()
         waiter = _Waiter(caller, loop.time(), loop.create_future())
@@ -82,7 +82,7 @@ class Queue:
         except asyncio.TimeoutError:
             self._give_up(waiter, priority)
             waited = loop.time() - waiter.since
-            raise ModelError(f"no place became free within {waited:.1f} s", Outcome.OVERLOADED) from None
+            raise ModelError(f"queue timeout: no place became free within {waited:.1f} s", Outcome.OVERLOADED) from None
         except asyncio.CancelledError:
             if waiter.turn.cancelled() or waiter.turn.exception():
                 self._give_up(waiter, priority)

@@ -76,4 +76,4 @@ class Authenticator:
 def require_admin(caller: Caller) -> None:
     """Raises ApiError, 403: its role is another."""
     if caller.role is not Role.ADMIN:
-        raise ApiError(403, "this needs a key with the role admin", code="admin_required")
+        raise ApiError(403, "this requires a key with the role admin", code="admin_required")

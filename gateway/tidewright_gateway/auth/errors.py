@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tidewright_gateway.openai.errors import ApiError
 
-MISSING = "send a key with the header Authorization: Bearer <key>, or x-api-key: <key>"
-WRONG = "this key or token is not known here; send one that is"
+MISSING = "missing API key; send the header Authorization: Bearer <key> or x-api-key: <key>"
+WRONG = "invalid API key or token"
 
 
 class AuthSetupError(Exception):

@@ -62,13 +62,13 @@ class Keyring:
                     "the key %s is of an older version and is refused: `tidewright keys rotate %s`", key_id, key_id
                 )
         for fault in faults:
-            log.error("this key is refused until its entry is right: %s", fault)
+            log.error("rejecting a key with an invalid entry: %s", fault)
         self._entries = entries
 
     def _note(self, trouble: str) -> None:
         """Logs each trouble once, and that it is over."""
         if trouble and trouble != self.trouble:
-            log.error("the keys known before stay in force: %s", trouble)
+            log.error("keeping the previously loaded keys: %s", trouble)
         elif self.trouble and not trouble:
-            log.warning("keys are read from %s again", self._store.name)
+            log.warning("keys are loaded from %s again", self._store.name)
         self.trouble = trouble

@@ -112,7 +112,7 @@ class RedisStore(KeyStore):
                 retry=Retry(NoBackoff(), 1),
             )
         except ValueError:
-            raise AuthSetupError("keys: this is no address of a Redis, such as redis://127.0.0.1:6379/0") from None
+            raise AuthSetupError("keys: not a Redis address, such as redis://127.0.0.1:6379/0") from None
         self.name = f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
         self._seen: dict[bytes, bytes] | None = None
         self._entries: Entries = {}

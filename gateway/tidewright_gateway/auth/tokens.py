@@ -88,9 +88,9 @@ class TokenChecker:
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )
         except jwt.ExpiredSignatureError:
-            raise unauthorized("this token has expired; get a new one") from None
+            raise unauthorized("this token has expired") from None
         except (jwt.InvalidAudienceError, jwt.InvalidIssuerError):
-            raise unauthorized("this token is of another issuer, or for another audience than this gateway") from None
+            raise unauthorized("this token has the wrong issuer or audience") from None
         except jwt.MissingRequiredClaimError as error:
             raise unauthorized(f"this token has no {error.claim}; it needs exp, iss, aud and sub") from None
         except jwt.PyJWTError:
@@ -133,7 +133,7 @@ class TokenChecker:
                 self._known.clear()  # a key may have been withdrawn
             self.trouble = ""
         except AuthSetupError as error:
-            log.error("the keys for JWTs known before stay in force: %s", error)
+            log.error("keeping the previously loaded JWT keys: %s", error)
             self.trouble = str(error)
         finally:
             self._fetched_at, self._fetching = time.monotonic(), None
@@ -150,7 +150,7 @@ def _fetch(jwks: str) -> _Keys:
     except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
         raise AuthSetupError(f"jwt_jwks {jwks}: {error}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
-        raise AuthSetupError(f'jwt_jwks {jwks}: this is no JWKS, which looks like {{"keys": [...]}}') from None
+        raise AuthSetupError(f'jwt_jwks {jwks}: this is not a JWKS, which looks like {{"keys": [...]}}') from None
     if not keys:
         raise AuthSetupError(f"jwt_jwks {jwks}: has no RSA, EC or Ed25519 key for signatures")
     return keys

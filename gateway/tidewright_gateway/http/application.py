@@ -130,7 +130,7 @@ def make_app(
 def _greeting(settings: GatewaySettings, failover: Failover) -> str:
     asked = "with a key" if settings.asks_for_keys else "without a key"
     lines = [f"The gateway listens on {settings.url}/v1 (OpenAI's API, model {settings.model_name}, {asked})"]
-    lines += [f"  replica {replica.address}: {replica.why_not or 'is well'}" for replica in failover.replicas]
+    lines += [f"  replica {replica.address}: {replica.why_not or 'healthy'}" for replica in failover.replicas]
     return "\n".join(lines if failover.replicas else [*lines, f"  no replica yet: {failover.trouble}"])
 
 
@@ -165,10 +165,10 @@ def _leave_errors_to_the_middleware(app: FastAPI) -> None:
     async def of_http(request: Request, error: HTTPException) -> Response:
         where = f"{request.method} {request.url.path}"
         if error.status_code == 405:
-            message = f"{where}: this path has no such method"
+            message = f"{where}: method not allowed"
             made = ApiError(405, message, code="method_not_allowed", headers=error.headers)
         elif error.status_code == 404:
-            made = ApiError(404, f"{where}: there is no such path", code="no_such_path")
+            made = ApiError(404, f"{where}: no such path", code="no_such_path")
         else:
             made = invalid(f"{where}: {error.detail}")
         return await of_api(request, made)

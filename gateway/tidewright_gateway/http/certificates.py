@@ -40,9 +40,9 @@ async def watch(certificate: str, key: str) -> None:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
             for context in _contexts:
                 context.load_cert_chain(certificate, key, password="")
-            log.warning("the certificate is read again from %s", certificate)
+            log.warning("reloaded the certificate from %s", certificate)
         except (OSError, ValueError) as error:
-            log.error("the certificate stays as it was: %s: %s", certificate, error)
+            log.error("keeping the previous certificate: %s: %s", certificate, error)
 
 
 def _stamp(*files: str) -> list[tuple[int, int]]:

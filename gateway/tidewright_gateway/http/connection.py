@@ -90,7 +90,7 @@ class PatientProtocol(HttpToolsProtocol):
         if max(self._unparsed, self._header_bytes) > MAX_HEADERS:
             self._refuse(ApiError(431, f"the headers are longer than {MAX_HEADERS} bytes", code="headers_too_large"))
         else:
-            self._refuse(ApiError(400, "this is not HTTP/1.1, or not valid", code="invalid_http"))
+            self._refuse(ApiError(400, "invalid HTTP request", code="invalid_http"))
 
     def _count(self, num_bytes: int) -> None:
         self._header_bytes += num_bytes
@@ -106,7 +106,7 @@ class PatientProtocol(HttpToolsProtocol):
         if answering and (self.flow.read_paused or not self.cycle.more_body):
             self._start_reading()  # not the client is slow: it is being answered, or what it sent is not being read
         elif answering and not self.cycle.response_started:
-            message = f"the body did not come within {self.read_timeout:g} s (read_timeout)"
+            message = f"the body did not arrive within {self.read_timeout:g} s (read_timeout)"
             self._refuse(ApiError(408, message, code="timeout", may_retry=False))
         else:
             self.transport.close()

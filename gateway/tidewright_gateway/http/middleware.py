@@ -110,7 +110,7 @@ class _Exchange:
     def _check_body(self) -> None:
         encoding = self._headers.get(b"content-encoding", b"identity").strip().lower()
         if encoding not in (b"", b"identity"):
-            message = "send the body as it is: no Content-Encoding is taken"
+            message = "Content-Encoding is not supported; send the body unencoded"
             raise ApiError(415, message, code="unsupported_encoding")
         if self._scope["method"] != "POST":
             return

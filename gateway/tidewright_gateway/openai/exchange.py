@@ -56,7 +56,7 @@ class Exchange(Response):
             await unless_client_leaves(receive, self._run(context, writer))
         except ClientGoneError:  # nobody reads it, but the log and the metrics do
             if not writer.has_begun:
-                raise ApiError(499, "the client has left", code="cancelled") from None
+                raise ApiError(499, "client disconnected", code="cancelled") from None
 
     async def _run(self, context: RequestContext, writer: _Writer) -> None:
         try:

@@ -177,7 +177,7 @@ class Discovery:
         except ValueError as error:
             self._failed()
             if str(error) != self.problem:
-                log.warning("the replicas stay as they are: %s", error)
+                log.warning("keeping the known replicas: %s", error)
             self.problem = str(error)
         else:
             self.problem = ""

@@ -247,7 +247,7 @@ class Failover:
 
     def _nobody(self) -> ModelError:
         log.warning("no replica can take requests (%s)", self.trouble)
-        return ModelError("no replica can take requests at the moment", Outcome.UNAVAILABLE)
+        return ModelError("no replica can take requests", Outcome.UNAVAILABLE)
 
     def _last_resort(self, generation: Generation, course: _Course) -> Attempt:
         """A fallback, now that no decoder answers. Raises ModelError: none can."""
@@ -292,4 +292,4 @@ class Failover:
 
 def timed_out(error: ModelError) -> ModelError:
     """What a caller whose time is over is told: that, and what it was waiting for."""
-    return ModelError(f"the request's time is over: {error}", Outcome.REQUEST_TIMEOUT)
+    return ModelError(f"request timed out: {error}", Outcome.REQUEST_TIMEOUT)

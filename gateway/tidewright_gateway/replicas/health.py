@@ -145,7 +145,7 @@ class GenerationProbes:
             replica.failed_probes += 1
             log.warning("%s: generation probe failed: %s", replica.address, error)
             if replica.failed_probes >= self._settings.generation_probe_failures:
-                replica.ejected = ModelError(f"says that it is well, but generates nothing ({error})", error.outcome)
+                replica.ejected = ModelError(f"reports healthy, but generates nothing ({error})", error.outcome)
         self._probed(replica)
 
     async def _generate(self, replica: Replica) -> ModelError | None:

@@ -95,14 +95,14 @@ class Replica:
     """Seconds of that in which this process listened, and heard nothing of its generations either."""
     fallback: DecoderStatus | None = None
     """What its fallback said last; None if there is none that can be asked."""
-    trouble: ModelError | None = field(default_factory=lambda: ModelError("not asked yet", Outcome.UNAVAILABLE))
+    trouble: ModelError | None = field(default_factory=lambda: ModelError("not checked yet", Outcome.UNAVAILABLE))
     """Why it can't be sent anything now, by what it says."""
     suspicion: ModelError | None = None
     """A request there failed as if nobody were there: nothing is sent until it says, or shows, that it is well."""
     leaving: bool = False
     """It is no longer among the replicas: gets nothing new, and is forgotten when what it has is done."""
     ejected: ModelError | None = None
-    """Why it is not to be sent anything while others can be: it says that it is well, but generates nothing."""
+    """Why it is not to be sent anything while others can be: it reports healthy, but generates nothing."""
     failed_probes: int = 0
     """Generation probes that failed, one after the other."""
     probed_at: float = -math.inf

@@ -180,7 +180,7 @@ class ReplicaSet:
         replica.took_requests = replica.takes_requests
         if replica.takes_requests:
             replica.came_at = time.monotonic()
-        log.warning("%s: %s", replica.address, replica.why_not or "is well")
+        log.warning("%s: %s", replica.address, replica.why_not or "healthy")
         self._metrics.replica_is(replica.address, replica.takes_requests)
         self._changed.set()
 

@@ -89,7 +89,7 @@ class Session:
             if now - since > settings.ws_send_timeout:
                 self._close.set_result((SLOW, ""))
         elif self._transport.is_going_away and not self._generations:
-            self._close.set_result((GOING_AWAY, "the gateway ends; connect again"))
+            self._close.set_result((GOING_AWAY, "the gateway is shutting down; reconnect"))
         elif self._caller is None and silent > OPEN_TIMEOUT:
             self._close.set_result((IDLE, f"no open within {OPEN_TIMEOUT:g} s"))
         elif silent > settings.ws_idle_timeout and not any(one.is_running for one in self._generations.values()):
@@ -204,7 +204,7 @@ class Session:
 
     def _generate(self, message: m.Generate, caller: Caller) -> None:
         if self._transport.is_going_away:
-            raise ApiError(503, "the gateway ends; connect again", code="going_away", retry_after=1)
+            raise ApiError(503, "the gateway is shutting down; reconnect", code="going_away", retry_after=1)
         self._check_free(message.id)
         body = bytes(message.request)
         kind, num_choices = _look_at(body)

@@ -55,7 +55,7 @@ def refused(subjects: Sequence[Subject], cost: int, outcome: TakeResult, refusal
     if refusal.limit == "concurrent":
         message = f"{subject.name} has {limit}; wait until one of them ends"
     else:
-        message = f"{subject.name} has {limit}, which are used; try again in {duration(refusal.wait)}"
+        message = f"{subject.name} has used up its {limit}; try again in {duration(refusal.wait)}"
     return ApiError(429, message, code="rate_limit_exceeded", retry_after=refusal.wait, headers=headers)
 
 

@@ -129,7 +129,7 @@ class Limiter:
                 return None
         except StoreRefusesError:  # whoever can fill a store must not be able to switch limits off
             self.without_store += 1
-        message = "limits can't be checked at the moment; try again"
+        message = "limits can't be checked right now; try again"
         raise ApiError(503, message, code="limits_unavailable", retry_after=TICK)
 
 

@@ -81,7 +81,7 @@ class LimitServer:
         except (asyncio.IncompleteReadError, OSError):
             pass  # the worker ended
         except msgspec.MsgspecError as error:
-            log.error("a process that is no worker of this gateway asked for limits: %s", error)
+            log.error("invalid limits request, not from a worker of this gateway: %s", error)
         finally:
             del self._held[writer]
             writer.close()
