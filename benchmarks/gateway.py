@@ -9,6 +9,7 @@ latency      what the gateway adds to a request at half of its capacity: request
 throughput   short answers a second, with one and with two worker processes
 concurrency  many requests and many streams at the same time, none of which may fail
 balance      how evenly requests go to replicas that are equal
+bodies       how long the event loop stands still for bodies that are hard to read, and what memory they take
 soak         memory, and false alarms of the health checks, under a mix of requests that lasts --soak seconds
 triton       what the gateway adds to the real Triton with the embedded model
 failover     from the end of one of two real Tritons until new requests, and running streams, get tokens from the other
@@ -28,6 +29,7 @@ from typing import Any
 
 import uvloop
 
+from benchmarks.gateway_bodies import bodies
 from benchmarks.gateway_load import Cpu, GrpcClient, HttpClient, Load, at_once, closed_loop, open_loop, request
 from benchmarks.gateway_parts import MODEL, PER_RESPONSE, Echo, Gateway, Row, console, echoes, gateway, show
 from benchmarks.gateway_soak import RATE, Soak, count_probes, slope, watch_memory
@@ -240,7 +242,10 @@ def _sum(metrics: dict[tuple[str, ...], float], name: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    echo, real = ["latency", "throughput", "concurrency", "balance", "soak"], ["triton", "failover", "websocket"]
+    echo, real = (
+        ["latency", "throughput", "concurrency", "balance", "bodies", "soak"],
+        ["triton", "failover", "websocket"],
+    )
     parser.add_argument("what", nargs="*", default=echo, choices=echo + real, metavar="WHAT")
     parser.add_argument("--triton", action="store_true", help="with the real Triton as well: the last three")
     parser.add_argument("--seconds", type=float, default=5, help="that a round lasts")
@@ -262,6 +267,8 @@ def main() -> None:
             await concurrency(1000, 500)
         if "balance" in what:
             await balance(3000)
+        if "bodies" in what:
+            await bodies()
         if "soak" in what:
             await soak(options.soak)
         if "triton" in what:

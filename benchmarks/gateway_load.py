@@ -44,7 +44,10 @@ Send = Callable[[], Awaitable[Answer]]
 
 def request(body: dict[str, Any], path: str = "/v1/chat/completions", kind: str = "application/json") -> bytes:
     """One HTTP request."""
-    content = json.dumps(body).encode()
+    return post(json.dumps(body).encode(), path, kind)
+
+
+def post(content: bytes, path: str, kind: str = "application/json") -> bytes:
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {kind}\r\ncontent-length: {len(content)}\r\n\r\n"
     return head.encode() + content
 

@@ -93,7 +93,7 @@ class Pipeline:
         context.reservation = await self._limiter.reserve(subjects)
         self._running[context] = asyncio.current_task()  # type: ignore[assignment] # there is one
         try:
-            request = parse(kind, body, self._failover.max_model_len)
+            request = parse(kind, body, self._failover.max_model_len, self._settings.max_choices)
             self.check_model(request.model)
             yield request
         except asyncio.CancelledError:

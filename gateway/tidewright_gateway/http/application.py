@@ -64,7 +64,8 @@ def make_app(
     expected = Expected(folder.name, prompts.tokenizer.fingerprint)
     failover = Failover(settings, metrics, expected, prompts.tokenizer.max_model_len)
     limiter, cache = make_limiter(settings, limits_socket), ResponseCache(settings.cache_size, settings.cache_ttl)
-    queue = Queue(_capacity(settings, failover), settings.max_queue, settings.max_queue_share)
+    share = settings.max_queue_share if settings.asks_for_keys else 1.0  # without keys, all are one caller
+    queue = Queue(_capacity(settings, failover), settings.max_queue, share)
     ladder = LoadLadder(settings, failover, queue, metrics)
     pipeline = Pipeline(settings, authenticator, limiter, prompts, ladder, queue, cache, failover, metrics)
     hub = Hub(settings)

@@ -17,8 +17,11 @@ MAX_ITEMS = 100_000  # objects, lists and fields of a body: Python takes up to a
 MAX_FIELDS = 256  # of one object
 
 
-def parse(kind: type[B], body: bytes, longest: int) -> B:
-    """`longest`: items that a list may have: what has more tokens than the model's context is refused anyway.
+def parse(kind: type[B], body: bytes, longest: int, max_prompts: int = 4096) -> B:
+    """
+    Args:
+        longest: items that a list may have: what has more tokens than the model's context is refused anyway.
+        max_prompts: prompts that one request may have.
 
     Raises:
         ApiError: it is none of this kind; says where, and what is wrong there.
@@ -35,20 +38,22 @@ def parse(kind: type[B], body: bytes, longest: int) -> B:
         raise invalid(f"the body is not JSON: {error}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise invalid("the body must be an object, such as {...}")
-    _check_lengths(data, longest)
+    _check_lengths(data, longest, max_prompts)
     try:
         return kind.model_validate(data)
     except ValidationError as error:
         raise _of_validation(error.errors(include_url=False)) from None
 
 
-def _check_lengths(data: dict[str, Any], longest: int) -> None:
+def _check_lengths(data: dict[str, Any], longest: int, max_prompts: int) -> None:
     """Of what is checked item by item, and field by field, with an error for each that is wrong."""
     for name, value in data.items():
         if not isinstance(value, list):
             continue
         sizes = [len(value)]
         if name == "prompt":
+            if len(value) > max_prompts and isinstance(value[0], list | str):
+                raise invalid(f"{len(value)} prompts are more than {max_prompts} (max_choices)", name)
             sizes += [len(item) for item in value[:longest] if isinstance(item, list)]
         elif name == "messages":
             parts = [item["content"] for item in value[:longest] if isinstance(item, dict) and "content" in item]
