@@ -42,7 +42,7 @@ def _text(value: bytes) -> bytes:
 
 
 def _status() -> bytes:
-    status = DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, max_model_len=8192)
+    status = DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, max_model_len=8192, max_running=4096)
     return _response(text_output=_text(msgspec.json.encode(status)))
 
 

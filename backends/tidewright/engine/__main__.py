@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -31,7 +30,6 @@ def _run() -> int:
     ranks: Ranks | None = None
     try:
         config = _expect(Configure, connection).config
-        os.nice(config.niceness)
         # While one stands by, another may still have the one address where the ranks of other hosts come to.
         if config.tensor_parallel_size > 1 and config.nodes == 1:
             ranks = Ranks(config)

@@ -57,6 +57,7 @@ class EngineProcess:
             self._fail("the engine can't start", error, ranks)
             return 1
         self._grammars = GrammarCompiler(self._engine.runner.guided.prepare, self._inbox.put, self._tell_failure)
+        _yield_to_others(config.niceness)
         self._interval = config.heartbeat_interval
         self._send(self._engine.ready())
         self._outbox.start(config.heartbeat_interval, lambda: self._engine.progress, self._tell_failure)
@@ -165,3 +166,11 @@ class EngineProcess:
                 self._connection.send_bytes(encode(message))
         except OSError:
             os._exit(0)  # as in `_listen`
+
+
+def _yield_to_others(niceness: int) -> None:
+    """Lowers the priority of all threads; on Linux each has its own. Once the model is loaded: on a busy machine, a
+    load at low priority takes minutes, and the server is not ready before."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    for thread in os.listdir("/proc/self/task"):
+        os.setpriority(os.PRIO_PROCESS, int(thread), before + niceness)
