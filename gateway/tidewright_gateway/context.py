@@ -1,4 +1,4 @@
-"""What is known of one request, from its arrival to its end. Each phase of the pipeline adds what it found."""
+"""State of one request from arrival to end; each phase of the pipeline adds its part."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ class RequestContext:
     request_id: str
     trace: TraceContext
     credential: str | None = None
-    """What the request gives for a key."""
+    """The key or token of the request, as in the Authorization header."""
     policy: CachePolicy = CachePolicy.USE
     arrived_at: float = field(default_factory=time.monotonic)
 
     caller: Caller = ANONYMOUS
-    """Of no use before the request has been authenticated."""
+    """Valid once the request is authenticated."""
     reservation: Reservation = field(default_factory=lambda: Reservation(""))
     generations: list[Generation] = field(default_factory=list)
     """One for each prompt and choice."""
     num_prompt_tokens: int = 0
     echoes: list[str] = field(default_factory=list)
-    """Of each generation, the text that its answer begins with; empty if that was not asked for."""
+    """The prompt text of each generation, for `echo`; else empty."""
     is_repeatable: bool = False
-    """It would get the same answer again."""
+    """An identical request would get the same answer."""
     growth: int = 0
-    """Tokens by which the reservation grows when they are used up; 0 if all that it can use is reserved."""
+    """Tokens by which the reservation grows when it is used up; 0 if it covers the longest answer."""
     route: Route = Route.DECODER
     is_shortened: bool = False
-    """It gets less than it asked for, because of the load."""
+    """The load reduced its max_tokens."""
 
     num_tokens: int = 0
     """Generated so far, in all."""
     limited_by: LimitName | None = None
-    """What ended it before it was whole."""
+    """The limit that ended it early."""
     cache_states: list[CacheState] = field(default_factory=list)
     models: set[str] = field(default_factory=set)
-    """Models of Triton that have answered."""
+    """Triton models that have answered."""
     first_token_after: float | None = None
     """Seconds."""
     ended_by: ApiError | None = None
-    """Why the gateway itself ended it."""
+    """Why the gateway ended it, if it did."""
 
     def take(self, reply: Reply) -> None:
-        """Counts it."""
+        """Counts a reply."""
         self.models.add(reply.served_by)
         self.num_tokens += len(reply.token_ids)
         if reply.token_ids and self.first_token_after is None:
@@ -68,12 +68,12 @@ class RequestContext:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """Of the answer, as far as it is known."""
+        """Headers of the answer, as far as known."""
         found = dict(self.reservation.headers)
         if self.models:
             found["X-Served-By"] = self.served_by
         if self.cache_states:
-            # One that had to be generated makes the answer a fresh one.
+            # An answer counts as generated if one of its generations was.
             worst = max(self.cache_states, key=list(CacheState).index)
             found["X-Cache"] = worst.value
         if self.route is Route.FALLBACK:

@@ -1,9 +1,9 @@
-"""A request of the API, phase by phase: what costs the gateway little comes first, and what others share last.
+"""An API request, phase by phase: cheap phases first, shared resources last.
 
     cheap checks → who → reserve a request → validate → tokenize → reserve tokens → queue → place → generate → settle
 
-The first are the middleware's (`http/middleware.py`): sizes, encodings, hosts. `Pipeline.admit` has the next five and
-the last, `Pipeline._generate` the three between.
+The cheap checks (sizes, encodings, hosts) are in `http/middleware.py`. `Pipeline.admit` has the next five phases and
+settles, `Pipeline._generate` queues, places and generates.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from tidewright_gateway.replicas.triton import Reply
 B = TypeVar("B", bound=Body)
 G = TypeVar("G", bound=GenerationBody)
 
-LOWEST_PRIORITY = 1000  # of what callers may ask for themselves
-REVOKED_INTERVAL = 0.5  # seconds between two looks whether those that run may still
+LOWEST_PRIORITY = 1000  # bound of the priority in a request
+REVOKED_INTERVAL = 0.5  # seconds between two checks of the keys of running requests
 
 
 class Pipeline:
@@ -66,12 +66,12 @@ class Pipeline:
 
     @asynccontextmanager
     async def admit(self, context: RequestContext, kind: type[G], body: bytes) -> AsyncGenerator[G, None]:
-        """A request that may generate, until it ends: give its context to `replies`.
+        """A request that generates, from its arrival to its end; pass its context to `replies`.
 
         Raises:
             ApiError: it can't be done as asked.
         """
-        async with self.enter(context, kind, body) as request:  # who, reserve a request, validate; at the end settle
+        async with self.enter(context, kind, body) as request:  # who, reserve a request, validate … settle
             sampling = request.sampling()
             prompts = await self._tokenize(context, request)
             sampling = self._adapt(context, request, sampling, prompts)
@@ -83,7 +83,7 @@ class Pipeline:
 
     @asynccontextmanager
     async def enter(self, context: RequestContext, kind: type[B], body: bytes) -> AsyncGenerator[B, None]:
-        """A request of any kind, until it ends.
+        """A request of any kind, from its arrival to its end.
 
         Raises:
             ApiError: it may not be made, or is not valid.
@@ -114,7 +114,7 @@ class Pipeline:
             raise ApiError(404, message, code="model_not_found", param="model")
 
     async def end_revoked(self) -> None:
-        """For ever: requests that run end when their key does."""
+        """Runs for ever: ends running requests whose key was revoked or has expired."""
         while self._authenticator.asks_for_keys:
             await asyncio.sleep(REVOKED_INTERVAL)
             refused: dict[str | None, ApiError] = {}
@@ -128,7 +128,7 @@ class Pipeline:
                     context.ended_by = refusal
                     task.cancel()
 
-    # Tokenize, and what follows from how much it is.
+    # Tokenize and reserve tokens.
 
     async def _tokenize(self, context: RequestContext, request: GenerationBody) -> list[list[int]]:
         most, n = self._settings.max_choices, 1 if request.n is None else request.n
@@ -156,7 +156,7 @@ class Pipeline:
     def _adapt(
         self, context: RequestContext, request: GenerationBody, sampling: SamplingParams, prompts: list[list[int]]
     ) -> SamplingParams:
-        """What it gets of what it asks for: by its role, its length and the load."""
+        """Adapts its parameters to role, prompt length and load."""
         caller = context.caller
         context.is_repeatable = is_repeatable(sampling)
         max_tokens = sampling.max_tokens
@@ -175,14 +175,14 @@ class Pipeline:
     async def _reserve_tokens(
         self, context: RequestContext, request: GenerationBody, sampling: SamplingParams, prompts: list[list[int]]
     ) -> None:
-        """All that it may use; without a max_tokens of its own what it will probably use, and more while it runs."""
+        """Reserves all that it may use; without max_tokens an estimate, which grows while it runs."""
         context.num_prompt_tokens = sum(map(len, prompts))
         answers = len(prompts) * (request.n or 1)
         cost = most = answers * sampling.max_tokens
         subjects = subjects_of(context.caller, request.user, self._settings)
         limits = [limit for subject in subjects for limit in subject.limits.of_tokens]
         if request.asked_tokens is None and limits:
-            # Also less than is probable, where a limit is so low that it would never fit.
+            # At most the limit itself, or the request would never fit.
             probable = answers * self._estimates.of(context.caller)
             cost = max(min(probable, most, min(limits) - context.num_prompt_tokens), 1)
             context.growth = max(cost // 2, 1) if cost < most else 0
@@ -195,7 +195,7 @@ class Pipeline:
     def _make_generations(
         self, context: RequestContext, prompts: Sequence[list[int]], sampling: SamplingParams, n: int
     ) -> None:
-        """`n` of each prompt."""
+        """Makes `n` generations per prompt."""
         longest = self._settings.request_timeout
         timeout = longest if sampling.timeout is None else min(sampling.timeout, longest)
         deadline, logprobs = Deadline.after(timeout, context.arrived_at), sampling.logprobs is not None
@@ -208,10 +208,10 @@ class Pipeline:
     # Queue, place, generate.
 
     async def replies(self, context: RequestContext) -> AsyncGenerator[tuple[int, Reply], None]:
-        """Replies of all generations as they come, each with its index; leaving early ends them.
+        """Yields replies of all generations as they arrive, each with its index. Closing it early ends them.
 
         Raises:
-            ModelError: one of them failed; the others are given up.
+            ModelError: one of them failed; the others are cancelled.
         """
         if len(context.generations) == 1:
             async with aclosing(self._source(context, context.generations[0])) as replies:
@@ -254,7 +254,7 @@ class Pipeline:
             self._metrics.first_token(context.first_token_after)
 
     def _source(self, context: RequestContext, generation: Generation) -> Replies:
-        """The replies of a generation, or of one like it that another request has."""
+        """The replies of a generation, from the cache or an identical running one if possible."""
         key: bytes | None = None
         if context.is_repeatable and context.route is Route.DECODER:
             key = cache_key(
@@ -271,7 +271,7 @@ class Pipeline:
         return replies
 
     async def _generate(self, context: RequestContext, generation: Generation) -> AsyncGenerator[Reply, None]:
-        """At a replica, once it is its turn."""
+        """Queues, then runs the generation on a replica."""
         self._metrics.asked(time.monotonic() - context.arrived_at)
         until = min(time.monotonic() + self._settings.queue_timeout, generation.deadline.at)
         try:
@@ -289,25 +289,25 @@ class Pipeline:
             place.leave()
 
     async def _is_over(self, context: RequestContext, reply: Reply) -> bool:
-        """Whether the caller's limits give nothing for what comes behind this reply."""
+        """Whether the caller's limits allow nothing after this reply."""
         used = context.num_prompt_tokens + context.num_tokens + len(reply.token_ids)
-        # Others may want the answer longer than the one who asked for it first.
+        # A shared generation may outlive the request that began it.
         if not context.limited_by and used >= context.reservation.cost and context in self._running:
             context.limited_by = await self._limiter.grow(context.reservation, context.growth)
         return context.limited_by is not None
 
 
 def _seeds(sampling: SamplingParams, n: int) -> list[int | None]:
-    """Of the choices of a prompt: the same seed, one more for each of them."""
+    """Seeds of the choices of one prompt: consecutive numbers."""
     seed = sampling.seed
     if seed is None and sampling.temperature == 0:
         return [None] * n
     if seed is None:
-        seed = secrets.randbits(62)  # so that another replica can go on as this one would have
+        seed = secrets.randbits(62)  # fixed here, so that another replica can continue with it
     return [(seed + number) % 2**63 for number in range(n)]
 
 
 def _priority(caller: Caller, own: int) -> int:
-    """A request may step back behind others of its key; only an admin's may step forward."""
+    """Priority of the key plus the request's own, which only admins may make negative."""
     lowest = -LOWEST_PRIORITY if caller.role is Role.ADMIN else 0
     return caller.priority + min(max(own, lowest), LOWEST_PRIORITY)

@@ -18,7 +18,7 @@ from tidewright_gateway.openai.answers import Answer, ChatAnswer, Choice, Comple
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.offsets import Offsets
 from tidewright_gateway.openai.parsing import parse
-from tidewright_gateway.openai.protocol import ChatRequest, Message
+from tidewright_gateway.openai.protocol import ChatRequest, InputMessage
 from tidewright_gateway.replicas.triton import Reply
 
 USER = {"role": "user", "content": "Hi"}
@@ -148,8 +148,11 @@ def test_answers_may_come_back_as_history(message: dict[str, Any]) -> None:
     ("message", "code", "param"),
     [
         ({"role": "assistant", "tool_calls": [{"id": "c"}]}, "unsupported_parameter", "messages.0.tool_calls"),
-        ({"role": "user", "content": None}, "invalid_value", "messages.0"),
-        ({"role": "user"}, "invalid_value", "messages.0"),
+        ({"role": "user", "content": None}, "invalid_value", "messages.0.content"),
+        ({"role": "user"}, "invalid_value", "messages.0.content"),
+        ({"role": "boss", "content": "a"}, "invalid_value", "messages.0.role"),
+        ({"content": "a"}, "invalid_value", "messages.0.role"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "invalid_value", "messages.0.content.0.type"),
     ],
 )
 def test_what_a_message_can_t_be_is_said(message: dict[str, Any], code: str, param: str) -> None:
@@ -168,4 +171,4 @@ def test_a_wrong_parameter_has_the_name_that_the_client_sent(value: int) -> None
 
 def test_content_in_parts_is_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert Message.model_validate({"role": "user", "content": parts}).text == "ab"
+    assert InputMessage.model_validate({"role": "user", "content": parts}).text == "ab"

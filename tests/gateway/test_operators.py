@@ -71,9 +71,10 @@ def test_an_encoded_body_is_a_415(echo_gateway: RunningGateway, encoding: str) -
 
 def test_without_keys_only_its_own_names_are_served(echo_gateway: RunningGateway) -> None:
     for host in ("localhost", f"127.0.0.1:{echo_gateway.port}", "[::1]:1", "LOCALHOST:80"):
-        assert echo_gateway.http.get("/health", headers={"Host": host}).status_code == 200, host
+        assert echo_gateway.http.get("/version", headers={"Host": host}).status_code == 200, host
     for host in ("evil.example", "evil.example:8080", "127.0.0.1.evil.example", "localhost.", "x:y:1"):
-        for path in ("/health", "/admin/status", "/", "/docs"):
+        assert echo_gateway.http.get("/health/ready", headers={"Host": host}).status_code == 200  # for probes
+        for path in ("/version", "/admin/status", "/", "/docs"):
             refused = echo_gateway.http.get(path, headers={"Host": host})
             assert (refused.status_code, refused.json()["error"]["code"]) == (421, "unknown_host"), host
     with pytest.raises(Exception, match="421"):
@@ -87,7 +88,7 @@ def test_pages_for_people_load_nothing_from_elsewhere(echo_gateway: RunningGatew
         assert "//cdn" not in answer.text
     page = echo_gateway.http.get("/docs").text
     assert "/v1/chat/completions" in page
-    assert "Sample from the likeliest tokens" in page
+    assert "Sample from the most likely tokens" in page
 
 
 def test_a_cors_preflight_is_for_those_who_are_named(model_dir: Path, echo: EchoReplica) -> None:

@@ -150,9 +150,7 @@ def test_a_failed_lookup_keeps_what_is_known_and_is_logged_once(
         await names.say(error="the name server is down")
         await names.say(error="the name server is down")
         assert (await generate(failover))[0] == "<7>"
-        assert [record.message for record in caplog.records] == [
-            "the replicas stay as they are: the name server is down"
-        ]
+        assert [record.message for record in caplog.records] == ["keeping the known replicas: the name server is down"]
         assert figures(metrics)["discovery_failures_total",] >= 3
 
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""How much of what is asked for is given, by the load: the degradation ladder, ticked by a clock."""
+"""Degradation under load: the ladder's level, updated by a clock."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class LoadLadder:
         return self._now.level
 
     async def run(self) -> None:
-        """For ever: a gateway that nobody asks anything comes down from it as well."""
+        """Runs for ever, so that an idle gateway recovers as well."""
         while self._settings.degradation:
             self.tick(time.monotonic())
             await asyncio.sleep(TICK)
 
     def tick(self, now: float) -> None:
-        """Looks at the load. What is computed takes its time however little is to do: only what waits is load."""
+        """Updates the level. Only queueing counts as load: a long prefill takes its time on an idle server too."""
         load, before = self._failover.load(), self._now
         self._now = self._ladder.update(
             Load(
@@ -55,8 +55,7 @@ class LoadLadder:
             self._metrics.degraded(self._now.level, {signal: signal in self._now.reasons for signal in SIGNALS})
 
     def treatment(self, max_tokens: int, is_guided: bool) -> Treatment:
-        """What a request gets that asks for `max_tokens`. One that is to follow a grammar is never shortened: half of
-        it would be of no use.
+        """What a request for `max_tokens` gets. Answers with a grammar are never shortened: half of one is useless.
 
         Raises:
             ApiError: 503, it is refused.

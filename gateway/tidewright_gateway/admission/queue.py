@@ -1,4 +1,4 @@
-"""Places for generations: so many run at one time, others wait. By priority, then by who has least running."""
+"""Queue for generations: by priority, then fair between callers, then by age."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class _Waiter:
 
 
 class Place:
-    """Of one that runs. `leave` it, once."""
+    """Held by a running generation; `leave` it once."""
 
     def __init__(self, leave: Callable[[str], None], caller: str) -> None:
         self._leave, self._caller = leave, caller
@@ -30,11 +30,11 @@ class Place:
 
 
 class Queue:
-    """All of it belongs to one event loop. Times are the loop's, which is time.monotonic()."""
+    """Used by one event loop only, by whose clock times are (time.monotonic())."""
 
     def __init__(self, capacity: Callable[[], int], max_waiting: int, max_share: float = 1.0) -> None:
-        """`capacity`: places, as of now; it may change while requests run. `max_share`: of those that may wait, how
-        many may be one caller's."""
+        """`capacity`: current number of places; may change at any time. `max_share`: maximum share of the queue for one
+        caller."""
         self._capacity, self._max_waiting = capacity, max_waiting
         self._max_of_caller = math.ceil(max_waiting * max_share)
         self._running: Counter[str] = Counter()
@@ -50,11 +50,11 @@ class Queue:
 
     @property
     def share(self) -> float:
-        """Waiting requests, as a share of those that may wait."""
+        """How full the queue is, from 0 to 1."""
         return self.num_waiting / self._max_waiting if self._max_waiting else 0.0
 
     def wait(self, now: float) -> float:
-        """Seconds that the oldest has waited."""
+        """Seconds that the oldest has been queued."""
         heads = [queue[0].since for callers in self._waiting.values() for queue in callers.values()]
         return now - min(heads, default=now)
 

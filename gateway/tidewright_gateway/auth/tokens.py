@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import time
 from collections.abc import Mapping
@@ -50,8 +51,8 @@ class TokenChecker:
         self._fetched_at = time.monotonic()
         self.trouble = ""
         """Why the keys in force may not be the provider's any more; empty if they are."""
-        # What was checked lately, until when it is good. By the token itself: whoever has it may use it.
-        self._known: LRUCache[str, tuple[Caller, float]] = LRUCache(MOST_KNOWN)
+        # Tokens that were verified, by their hash, and until when they are valid.
+        self._known: LRUCache[bytes, tuple[Caller, float]] = LRUCache(MOST_KNOWN)
         self._fetching: asyncio.Task[None] | None = None
         self._refreshing: asyncio.Task[None] | None = None
 
@@ -67,7 +68,8 @@ class TokenChecker:
 
     async def caller(self, token: str) -> Caller:
         """Raises ApiError, 401: the token is forged, expired or meant for others."""
-        caller, good_until = self._known.get(token, (None, 0.0))
+        digest = hashlib.blake2b(token.encode(), digest_size=32).digest()
+        caller, good_until = self._known.get(digest, (None, 0.0))
         if caller and time.time() < good_until:
             return caller
         try:
@@ -99,7 +101,7 @@ class TokenChecker:
         if not 0 < len(subject) <= _LONGEST_SUBJECT:
             raise unauthorized(f"this token's sub must have 1 to {_LONGEST_SUBJECT} characters")
         caller = Caller(f"jwt:{subject}", self._role(claims))
-        self._known[token] = caller, claims["exp"] + _LEEWAY
+        self._known[digest] = caller, claims["exp"] + _LEEWAY
         return caller
 
     def _role(self, claims: Mapping[str, Any]) -> Role:
@@ -150,7 +152,7 @@ def _fetch(jwks: str) -> _Keys:
     except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
         raise AuthSetupError(f"jwt_jwks {jwks}: {error}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
-        raise AuthSetupError(f'jwt_jwks {jwks}: this is not a JWKS, which looks like {{"keys": [...]}}') from None
+        raise AuthSetupError(f'jwt_jwks {jwks}: not a JWKS, which looks like {{"keys": [...]}}') from None
     if not keys:
         raise AuthSetupError(f"jwt_jwks {jwks}: has no RSA, EC or Ed25519 key for signatures")
     return keys

@@ -1,1 +1,1 @@
-"""Everything about HTTP that is no API: the application, what is around each request, its connection, the server."""
+"""HTTP apart from the API: application, middleware, connections, server."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -51,11 +52,11 @@ _SHOWN_TO_PAGES = ["X-Request-Id", "X-Cache", "X-Served-By", "X-Degraded", "X-Li
 def make_app(
     settings: GatewaySettings, limits_socket: Path | None = None, announce: Callable[[str], None] | None = None
 ) -> ASGIApp:
-    """Reads the tokenizer; the replicas are asked when the application starts.
+    """Loads the tokenizer. Replicas are checked when the application starts.
 
     Args:
         limits_socket: of the parent of several workers, which counts for all.
-        announce: is told, when it has started, where it listens and how the replicas are.
+        announce: receives a text with address and replicas once it has started.
     """
     metrics, tracer, hosts = Metrics(), Tracer(settings.trace_sample_ratio, settings.trace_callers), Hosts(settings)
     authenticator = Authenticator(settings)
@@ -80,7 +81,7 @@ def make_app(
         jobs = [asyncio.create_task(job) for job in background]
         if announce:
             announce(_greeting(settings, failover))
-        # What there is by now stays: looking through it again and again would stop all requests, 50 ms each time.
+        # Long-lived objects are left out of garbage collection, which would stop all requests for 50 ms each time.
         gc.collect()
         gc.freeze()
         yield
@@ -97,9 +98,9 @@ def make_app(
         title="Tidewright",
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's loads scripts from elsewhere
+        docs_url=None,  # FastAPI's page loads scripts from a CDN
         redoc_url=None,
-        redirect_slashes=False,  # to an address that the caller's own Host would make
+        redirect_slashes=False,  # redirects would contain the caller's Host header
     )
     fast = make_pipeline_router(settings, failover, prompts, pipeline)
     backend = PipelineBackend(pipeline, authenticator, tracer, metrics)
@@ -136,19 +137,20 @@ def _greeting(settings: GatewaySettings, failover: Failover) -> str:
 
 
 def _capacity(settings: GatewaySettings, failover: Failover) -> Any:
-    """Places for generations, as of now."""
+    """A function that returns the current number of places for generations."""
 
     def capacity() -> int:
         if not settings.max_running and (known := failover.capacity):
-            return known
+            # Connections are not spread evenly over workers: each may take more than its share.
+            return known if settings.workers == 1 else math.ceil(1.5 * known / settings.workers)
         usable = sum(replica.takes_requests for replica in failover.replicas)
-        # Without any replica, those that wait for one count.
+        # Without replicas, requests that wait for one take places.
         return (settings.max_running or _UNKNOWN_CAPACITY) * max(usable, 1)
 
     return capacity
 
 
-_UNKNOWN_CAPACITY = 64  # of a replica that does not say what it computes at one time
+_UNKNOWN_CAPACITY = 64  # of a replica that does not report its batch size
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Who may see what: for all paths that do not go through the pipeline, which asks for itself."""
+"""Access control of all paths outside the pipeline, which authenticates by itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from tidewright_gateway.auth import Authenticator, require_admin
 from tidewright_gateway.context import RequestContext
 
-# Whoever else adds a path need not think of keys: they are asked for.
+# Keys are required by default, also for paths added later.
 _FOR_ALL = frozenset(("/", "/docs", "/openapi.json", "/health", "/health/live", "/health/ready"))
 _FOR_ALL_BELOW = "/page/"
 _FOR_ADMINS = ("/metrics", "/admin/")

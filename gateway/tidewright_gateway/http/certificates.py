@@ -1,6 +1,6 @@
-"""The gateway's own certificate, which is read again when it is renewed: for connections that come from then on.
+"""Reloads the gateway's certificate when its files change; new connections get the new one.
 
-Of the process, as uvicorn makes the context of its connections by a function, in each worker.
+Global state of the process: uvicorn creates the SSL context in each worker through a function.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-INTERVAL = 5.0  # seconds between two looks at the files
+INTERVAL = 5.0  # seconds between two checks of the files
 
 _contexts: list[ssl.SSLContext] = []
 
@@ -27,7 +27,7 @@ def make_context(config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLC
 
 
 async def watch(certificate: str, key: str) -> None:
-    """For ever. Files that can't be used leave the certificate as it is; the log says so once."""
+    """Runs for ever. Unusable files are logged once, and the previous certificate stays."""
     seen = _stamp(certificate, key)
     while certificate:
         await asyncio.sleep(INTERVAL)
@@ -36,7 +36,7 @@ async def watch(certificate: str, key: str) -> None:
             continue
         seen = stamp
         try:
-            # Apart at first: half a renewal must not leave a certificate without its key.
+            # In a scratch context first: a half-finished renewal must not mix old and new files.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
             for context in _contexts:
                 context.load_cert_chain(certificate, key, password="")

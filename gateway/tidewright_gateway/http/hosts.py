@@ -1,7 +1,7 @@
-"""Which names the gateway answers to.
+"""Host names that the gateway serves.
 
-Without keys, what keeps the pages of other sites away is that they can't reach this machine by a name of theirs: a name
-server may say anything (DNS rebinding), but the browser sends the name along.
+Without keys, this protects against DNS rebinding: a page may resolve its own name to this machine, but the browser
+sends that name in the Host header.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Hosts:
             self._allowed = frozenset({own.lower(), *named, *LOOPBACK})
 
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """`headers`: of a request, with names in lower case. One without a Host is let in: no browser omits it.
+        """`headers`: of a request, with names in lower case. One without Host is accepted: browsers always send it.
 
         Raises:
             ApiError: the Host header, with or without a port, names another host.

@@ -1,6 +1,6 @@
-"""What every request goes through, around everything else: an id, cheap checks, the access log, metrics, last resorts.
+"""Around every request: request id, cheap checks, access log, metrics, error responses.
 
-The checks look at nothing but the head of the request and the length of its body. Errors of all kinds are written here.
+The checks look only at the headers and the length of the body. All error responses are written here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 class ClientGoneError(Exception):
-    """Nobody waits for the answer any more."""
+    """The client disconnected."""
 
 
 class Middleware:
@@ -63,7 +63,7 @@ class Middleware:
             await exchange.run(self._app, self._hosts)
         finally:
             seconds = time.monotonic() - context.arrived_at
-            # Whatever has no route is one series, or a scanner could make any number of them.
+            # Paths without a route share one series, or a scanner could create any number of them.
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.ended(route, exchange.status, seconds)
             if access_log.is_on():
@@ -82,16 +82,20 @@ class _Exchange:
     ) -> None:
         self._scope, self._headers, self._receive, self._send = scope, headers, receive, send
         self._context, self._max_body = context, max_body
-        self._received, self._head = 0, b""  # bytes of the body; JSON begins with ASCII, and so says its encoding
+        self._received, self._head = (
+            0,
+            b"",
+        )  # of the body; its first two bytes tell the encoding, since JSON begins with ASCII
         self._refusal: ApiError | None = None
         self._has_begun = self._has_ended = False
         self._is_head = scope["method"] == "HEAD"
-        self.status = 499  # if no answer begins, nobody was there to take one
+        self.status = 499  # if no answer begins, the client is gone
 
     async def run(self, app: ASGIApp, hosts: Hosts) -> None:
         scope = self._scope
         try:
-            hosts.check(scope["headers"])
+            if not scope["path"].startswith("/health"):  # probes use addresses; there is nothing to steal
+                hosts.check(scope["headers"])
             self._check_body()
             if self._is_head:
                 scope["method"] = "GET"
@@ -104,7 +108,7 @@ class _Exchange:
             pass
         except Exception:
             log.exception("request %s went wrong", self._context.request_id)
-            if not self._has_ended:  # with what FastAPI made of it
+            if not self._has_ended:  # else FastAPI has answered
                 await self._refuse(internal())
 
     def _check_body(self) -> None:
@@ -141,7 +145,7 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """FastAPI's way to refuse is not ours: what its handlers want to say, they leave in the state."""
+        """Replaces responses of FastAPI's error handlers, which leave the error in the state."""
         refusal = self._scope["state"].get("refusal")
         if refusal is None:
             await self._emit(message)
@@ -158,7 +162,7 @@ class _Exchange:
         self._has_ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def _refuse(self, error: ApiError) -> None:
-        if self._has_begun:  # it is too late to say so, and half an answer must not look whole
+        if self._has_begun:  # too late: the connection is cut, so that half an answer does not look whole
             raise error
         headers = {**error.headers, "Content-Length": str(len(error.body))}
         encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
@@ -167,10 +171,10 @@ class _Exchange:
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client hangs up.
+    """The result of `work`, which is cancelled when the client disconnects.
 
     Raises:
-        ClientGoneError: it did.
+        ClientGoneError: the client disconnected.
     """
     job, left = asyncio.ensure_future(work), asyncio.ensure_future(_client_leaves(receive))
     try:

@@ -1,4 +1,4 @@
-"""What those who run the gateway ask it: is it alive, can it work, what does it measure, how is it."""
+"""Endpoints for operators: health, version, metrics, status."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tidewright_gateway.replicas.failover import Failover
 
 @dataclass(frozen=True)
 class Parts:
-    """Of the gateway, that have something to say."""
+    """The parts of the gateway that report something."""
 
     authenticator: Authenticator
     limiter: Limiter
@@ -33,7 +33,7 @@ class Parts:
 
     @property
     def stores(self) -> dict[str, str]:
-        """What is wrong with the stores of keys and limits; empty where nothing is."""
+        """The trouble of each store; empty texts if there is none."""
         return {"keys": self.authenticator.trouble, "limits": self.limiter.trouble}
 
 
@@ -42,14 +42,13 @@ def make_operations_router(parts: Parts) -> APIRouter:
 
     @router.get("/health/live")
     async def live() -> dict[str, str]:
-        """200 as long as the gateway's process works."""
+        """200 while the process works."""
         return {"status": "live"}
 
     @router.get("/health")
     @router.get("/health/ready")
     async def ready() -> dict[str, Any]:
-        """200 if a replica can take requests, else 503; with the stores (of keys, of limits) that are lost. Why, says
-        /admin/status."""
+        """200 if a replica can take requests, else 503. Names lost stores (keys, limits); see /admin/status."""
         lost = [name for name, trouble in parts.stores.items() if trouble]
         if parts.failover.trouble:
             raise ApiError(503, "no replica can take requests", code="not_ready", retry_after=1)
@@ -57,7 +56,7 @@ def make_operations_router(parts: Parts) -> APIRouter:
 
     @router.get("/version")
     async def version() -> dict[str, str]:
-        """Of the gateway."""
+        """The gateway's version."""
         return {"version": __version__}
 
     @router.get("/metrics")
@@ -69,7 +68,7 @@ def make_operations_router(parts: Parts) -> APIRouter:
 
     @router.get("/admin/status")
     async def status() -> dict[str, Any]:
-        """How the gateway and its replicas are, for people; times in seconds. Needs the role admin."""
+        """Status of the gateway and its replicas; times in seconds. Requires the role admin."""
         return {
             "level": parts.ladder.level.name.lower(),
             "running": parts.queue.num_running,

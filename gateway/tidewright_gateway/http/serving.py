@@ -1,4 +1,4 @@
-"""Runs the application in uvicorn, in one process or several on one port, and ends it gently."""
+"""Runs the application in uvicorn, in one process or several on one port, with graceful shutdown."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tidewright_gateway.websocket.server import uvicorn_options
 _PARENT, _SETTINGS, _LIMITS = (f"_TIDEWRIGHT_GATEWAY_{name}" for name in ("PARENT", "SETTINGS", "LIMITS"))
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"
 _LONGEST_FOLDER = 60  # characters
-_OTHER_FILES = 1000  # that a process may have open beside its clients' connections
+_OTHER_FILES = 1000  # open files other than client connections
 
 
 class SetupError(Exception):
@@ -41,7 +41,7 @@ class SetupError(Exception):
 
 
 def serve(settings: GatewaySettings, announce: Callable[[str], None] | None = None) -> None:
-    """Until Ctrl-C or SIGTERM. `announce`: told where it listens, and how the replicas are.
+    """Serves until Ctrl-C or SIGTERM. `announce` receives a text with address and replicas.
 
     Raises:
         SetupError: the port is taken, or the model, keys or the access log can't be read or written.
@@ -91,7 +91,7 @@ def _check_port(host: str, port: int) -> None:
 
 @contextmanager
 def _short_folder() -> Iterator[str]:
-    """For sockets, whose paths have a hundred characters at most: TMPDIR may be too long."""
+    """A temporary folder for Unix sockets, whose paths are limited to about 100 characters: TMPDIR may be longer."""
     name = "tidewright-gateway-"
     where = tempfile.gettempdir()
     with tempfile.TemporaryDirectory(prefix=name, dir=where if len(where) < _LONGEST_FOLDER else "/tmp") as folder:
@@ -99,7 +99,7 @@ def _short_folder() -> Iterator[str]:
 
 
 def worker_app() -> ASGIApp:
-    """In a worker, which uvicorn starts again when it ends."""
+    """The application of a worker process."""
     signal_on_parent_death(signal.SIGTERM)
     if os.getppid() != int(os.environ[_PARENT]):
         sys.exit("the gateway ended while this worker began")
@@ -136,7 +136,7 @@ def _prepare_process(settings: GatewaySettings) -> None:
 
 
 def _allow_files(wanted: int) -> None:
-    """As far as the system lets a process: each connection is one, and shells allow 1024."""
+    """Raises the limit of open files as far as allowed: each connection takes one, and the usual limit is 1024."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
         wanted = min(wanted, hard)

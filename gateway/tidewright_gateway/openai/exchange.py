@@ -1,4 +1,4 @@
-"""One generating request over HTTP: from its body to the last byte of its answer, whole or as server-sent events."""
+"""One generating HTTP request, from its body to the last byte of its answer, whole or as server-sent events."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KEEP_ALIVE = b": keep-alive\n\n"  # a comment, which clients ignore
 _EVENT_STREAM = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",  # a proxy must not wait for more
+    "X-Accel-Buffering": "no",  # proxies must not buffer
 }
 
 G = TypeVar("G", ChatRequest, CompletionRequest)
@@ -33,7 +33,7 @@ G = TypeVar("G", ChatRequest, CompletionRequest)
 
 @dataclass(frozen=True)
 class Styles:
-    """What is the same for all answers."""
+    """Settings of all answers."""
 
     model: str
     tokenizer: Tokenizer
@@ -42,7 +42,7 @@ class Styles:
 
 
 class Exchange(Response):
-    """A response to ASGI, that does all of the work while it is sent. A client that leaves ends it."""
+    """An ASGI response that runs the pipeline while it is sent. It ends when the client disconnects."""
 
     def __init__(self, pipeline: Pipeline, kind: type[G], body: bytes, styles: Styles, answers: type[Answer]) -> None:
         self._pipeline, self._body, self._styles, self._answers = pipeline, body, styles, answers
@@ -54,7 +54,7 @@ class Exchange(Response):
         writer = _Writer(send, self._styles.keep_alive)
         try:
             await unless_client_leaves(receive, self._run(context, writer))
-        except ClientGoneError:  # nobody reads it, but the log and the metrics do
+        except ClientGoneError:  # for log and metrics
             if not writer.has_begun:
                 raise ApiError(499, "client disconnected", code="cancelled") from None
 
@@ -101,7 +101,7 @@ class Exchange(Response):
 
 
 class _Writer:
-    """Begins the answer with the first event: until then an error can still have a status of its own."""
+    """Starts the response with the first event, so that earlier errors get their own status."""
 
     def __init__(self, send: Send, interval: float) -> None:
         self._send, self._interval = send, interval
@@ -112,7 +112,7 @@ class _Writer:
         self.has_begun = False
 
     def keep_alive(self) -> None:
-        """From now on silence is filled with comments: proxies cut a connection on which nothing is said."""
+        """Sends comments during silence from now on: proxies cut idle connections."""
         if self._interval:
             self._timer = self._loop.call_later(self._interval, self._look)
 
@@ -143,7 +143,7 @@ class _Writer:
         await self._send({"type": "http.response.start", "status": 200, "headers": encoded})
 
     def close(self) -> None:
-        """No further comment."""
+        """Stops the comments."""
         if self._timer:
             self._timer.cancel()
         if self._comment:

@@ -1,4 +1,4 @@
-"""From the bytes of a body to a request, in a time and a memory that its length bounds, however wrong it is."""
+"""Parses request bodies in time and memory bounded by their length, however invalid they are."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tidewright_gateway.openai.protocol import Body
 B = TypeVar("B", bound=Body)
 
 MAX_ITEMS = 100_000  # objects, lists and fields of a body: Python takes up to a hundred times their size for them
+_ROLES = ("system", "developer", "user", "tool", "assistant")
 MAX_FIELDS = 256  # of one object
 
 
@@ -46,7 +47,7 @@ def parse(kind: type[B], body: bytes, longest: int, max_prompts: int = 4096) -> 
 
 
 def _check_lengths(data: dict[str, Any], longest: int, max_prompts: int) -> None:
-    """Of what is checked item by item, and field by field, with an error for each that is wrong."""
+    """Bounds lists and objects that pydantic validates item by item, with an error for each invalid one."""
     for name, value in data.items():
         if not isinstance(value, list):
             continue
@@ -66,7 +67,7 @@ def _check_lengths(data: dict[str, Any], longest: int, max_prompts: int) -> None
 
 
 def _objects(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Those whose fields have names that are known here."""
+    """All objects that are validated field by field."""
     inner = [data, *data.get("messages", ())] if isinstance(data.get("messages"), list) else [data]
     inner += [data.get("stream_options"), data.get("response_format")]
     for found in inner:
@@ -78,9 +79,11 @@ def _objects(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _of_validation(errors: list[Any]) -> ApiError:
-    """The one of pydantic's findings that is deepest: of a field that may be this or that, it meant this."""
+    """Reports the deepest error: in a union, the alternative that the input resembles most."""
     found = max(errors, key=lambda error: len(error["loc"]))
     place = [str(part) for part in found["loc"] if not _is_type(str(part))]
+    if found["type"].startswith("union_tag"):
+        place.append("role")
     param = ".".join(place) or None
     if found["type"] == "extra_forbidden":
         return invalid(f"unknown or unsupported parameter: {param}", param, "unknown_parameter")
@@ -90,5 +93,5 @@ def _of_validation(errors: list[Any]) -> ApiError:
 
 
 def _is_type(part: str) -> bool:
-    """Pydantic's name of one of the types that a field may have."""
-    return "[" in part or part in ("str", "int", "float", "bool")
+    """Pydantic's name of one of the types that a field may have; messages are told apart by their roles."""
+    return "[" in part or part in ("str", "int", "float", "bool", *_ROLES)

@@ -10,7 +10,7 @@ from tidewright.tokenization import LONG_TEXT, InvalidPromptError, Tokenizer
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.protocol import Message
 
-MANY_MESSAGES = 64  # a template takes as long for so many as the tokenizer for LONG_TEXT
+MANY_MESSAGES = 64  # rendering more takes as long as tokenizing LONG_TEXT
 
 
 class Prompts:

@@ -1,4 +1,4 @@
-"""What the API takes, as OpenAI's clients send it, with the extensions that other engines have as well.
+"""Request bodies of the API: OpenAI's, with extensions that other engines have as well.
 
 Each field has an effect; a field that would have none is refused by name. Ranges are those of `SamplingParams`, which
 checks them.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
 from tidewright.schema import SamplingParams
 from tidewright_gateway.openai.errors import invalid
@@ -19,7 +19,7 @@ from tidewright_gateway.openai.errors import invalid
 Number = Annotated[StrictFloat, Field(allow_inf_nan=False)] | StrictInt
 T = TypeVar("T")
 Many = Annotated[list[T], Field(fail_fast=True)]
-"""Of many wrong items, the first is told; each one's error would cost more than all the rest."""
+"""A list whose validation stops at the first invalid item, to bound the cost of errors."""
 
 
 class _Strict(BaseModel):
@@ -34,7 +34,7 @@ class Body(_Strict):
 
 class StreamOptions(_Strict):
     include_usage: StrictBool = False
-    """A last event before the end tells the tokens used."""
+    """Send token usage in a last event."""
 
 
 class JsonSchema(_Strict):
@@ -54,48 +54,48 @@ class GenerationBody(Body, ABC):
     """What both endpoints share."""
 
     model: StrictStr
-    """Its name, as /v1/models tells it."""
+    """Model name, as in /v1/models."""
     max_tokens: StrictInt | None = None
-    """Longest answer in tokens; without it a chat's may fill the context, a completion's has 16."""
+    """Maximum tokens of the answer. Default: 16 for completions, the rest of the context for chats."""
     temperature: Number | None = None
-    """0 takes the likeliest token each time; 1, the default, samples as the model says."""
+    """Sampling temperature; 0 is greedy. Default: 1."""
     top_p: Number | None = None
-    """Sample from the likeliest tokens that together have this probability."""
+    """Sample from the most likely tokens that together have this probability."""
     n: StrictInt | None = None
-    """Answers to each prompt; with a seed, each further one has the next seed."""
+    """Number of answers per prompt; with a seed, they use consecutive seeds."""
     stop: StrictStr | Many[StrictStr] | None = None
-    """The answer ends before any of these texts."""
+    """Stop before any of these texts."""
     seed: StrictInt | None = None
     """Makes sampling repeatable."""
     presence_penalty: Number | None = None
-    """Taken from the logits of tokens that the answer has."""
+    """Subtracted from the logits of tokens in the answer."""
     frequency_penalty: Number | None = None
-    """The same, for each time that it has them."""
+    """The same, per occurrence."""
     logit_bias: dict[StrictStr, Number] | None = None
-    """Token ids, and what is added to their logits."""
+    """Values added to the logits of token ids."""
     stream: StrictBool | None = None
-    """Answer with server-sent events as tokens come."""
+    """Stream the answer as server-sent events."""
     stream_options: StreamOptions | None = None
     """Only with stream: true."""
     response_format: ResponseFormat | None = None
-    """JSON, or JSON of a schema."""
+    """Generate JSON, or JSON that follows a schema."""
     user: StrictStr | None = None
-    """Whom the request is made for: has limits of its own within the key's, and shares no KV cache with others."""
+    """The end user: has limits of its own within the key's, and shares no KV cache with other users."""
 
     top_k: StrictInt | None = None
-    """Sample from so many of the likeliest tokens; 0 is all."""
+    """Sample from this many most likely tokens; 0: all."""
     min_p: Number | None = None
-    """Leave out tokens less likely than this times the likeliest."""
+    """Ignore tokens less likely than this share of the most likely one."""
     repetition_penalty: Number | None = None
-    """Divides the logits of tokens that prompt or answer have."""
+    """Divides the logits of tokens in prompt and answer."""
     min_tokens: StrictInt | None = None
-    """No end before so many tokens."""
+    """Minimum tokens before the answer may end."""
     stop_token_ids: Many[StrictInt] | None = None
-    """The answer ends at any of these tokens."""
+    """Stop at any of these tokens."""
     ignore_eos: StrictBool | None = None
-    """The model's own end does not end the answer."""
+    """Continue after the model's end-of-sequence token."""
     bad_words: Many[StrictStr] | None = None
-    """Texts that the answer does not have."""
+    """Texts that must not appear in the answer."""
     guided_json: dict[str, Any] | StrictStr | None = None
     """A JSON schema that the answer follows."""
     guided_regex: StrictStr | None = None
@@ -105,22 +105,22 @@ class GenerationBody(Body, ABC):
     guided_choice: Many[StrictStr] | None = None
     """The answer is one of these."""
     priority: StrictInt | None = None
-    """Lower goes first when requests wait; added to the key's own. Only admins may ask for less than 0."""
+    """Lower runs first; added to the key's own. Only admins may send negative values."""
     timeout: Number | None = None
-    """Seconds; what there is by then is the answer."""
+    """Maximum duration in seconds; the answer is what exists by then."""
     cache_salt: StrictStr | None = None
-    """Of one key and user, requests share a KV cache only with those of the same salt."""
+    """Within one key and user, requests share a KV cache only with the same salt."""
 
     @abstractmethod
     def num_logprobs(self) -> int | None:
         """Top log-probabilities at each token; None if none are asked for."""
 
     names_of_ours: ClassVar[Mapping[str, str]] = {}
-    """What this API calls a sampling parameter that it names otherwise."""
+    """This API's names of sampling parameters that it names differently."""
 
     @property
     def asked_tokens(self) -> int | None:
-        """The longest answer that it asks for; None if it says nothing."""
+        """Requested maximum of tokens; None if the request has none."""
         return self.max_tokens
 
     def sampling(self) -> SamplingParams:
@@ -168,13 +168,29 @@ class TextPart(_Strict):
     text: StrictStr
 
 
-class Message(_Strict):
-    """Fields that answers of this API have, and their empty values, may come back as history."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: StrictStr | Many[TextPart] | None = None
-    """May be null or missing in an assistant's message only."""
+class _Message(_Strict):
+    content: StrictStr | Many[TextPart] | None
     name: None = None
+
+    @property
+    def text(self) -> str:
+        if self.content is None:
+            return ""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class InputMessage(_Message):
+    """A message to the model."""
+
+    role: Literal["system", "developer", "user", "tool"]
+    content: StrictStr | Many[TextPart]
+
+
+class AssistantMessage(_Message):
+    """An answer of the model, as history; the empty fields of this API's own answers are accepted."""
+
+    role: Literal["assistant"]
+    content: StrictStr | Many[TextPart] | None = None
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -182,17 +198,8 @@ class Message(_Strict):
     """Empty: tool calls are not supported."""
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
 
-    @model_validator(mode="after")
-    def _has_content(self) -> Message:
-        if self.content is None and self.role != "assistant":
-            raise ValueError(f"a message of the role {self.role} needs content")
-        return self
 
-    @property
-    def text(self) -> str:
-        if self.content is None:
-            return ""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+Message = Annotated[InputMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class ChatRequest(GenerationBody):
@@ -203,9 +210,9 @@ class ChatRequest(GenerationBody):
     max_completion_tokens: StrictInt | None = None
     """OpenAI's newer name of max_tokens."""
     logprobs: StrictBool | None = None
-    """Tell the log-probability of each token."""
+    """Return the log-probability of each token."""
     top_logprobs: StrictInt | None = None
-    """And those of so many of the likeliest."""
+    """Also of this many most likely tokens."""
 
     def num_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -226,11 +233,11 @@ class CompletionRequest(GenerationBody):
     prompt: StrictStr | Many[StrictStr] | Many[StrictInt] | Many[Many[StrictInt]]
     """Text or token ids, or a list of either."""
     logprobs: StrictInt | None = None
-    """Tell the log-probability of each token, and of so many of the likeliest."""
+    """Return the log-probability of each token and of this many most likely ones."""
     echo: StrictBool | None = None
-    """Put the prompt before the answer."""
+    """Return the prompt before the answer."""
     best_of: StrictInt | None = None
-    """Refused unless it is n."""
+    """Only supported if equal to n."""
 
     def num_logprobs(self) -> int | None:
         return self.logprobs

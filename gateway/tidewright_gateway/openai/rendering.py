@@ -1,4 +1,4 @@
-"""From the replies of a request's generations to its answer, whole or as server-sent events. No I/O."""
+"""Builds the answer from the replies of all generations, whole or as server-sent events. No I/O."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class WholeAnswer:
 
 
 class Events:
-    """Several at once where they are: a write costs more than what is written."""
+    """Joins events that are ready together: a write costs more than its content."""
 
     def __init__(self, context: RequestContext, answer: Answer) -> None:
         self._context, self._answer = context, answer
@@ -30,7 +30,7 @@ class Events:
         self._open = len(self._choices)
 
     def take(self, index: int, reply: Reply) -> bytes:
-        """What is to be written; behind the last reply with the end of the stream."""
+        """The events for a reply, including the end of the stream after the last one."""
         answer, choice, written = self._answer, self._choices[index], b""
         if not self._has_begun:
             self._has_begun = True

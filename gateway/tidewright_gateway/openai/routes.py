@@ -38,18 +38,18 @@ _BODIES: dict[str, type[Body]] = {
 def make_pipeline_router(
     settings: GatewaySettings, failover: Failover, prompts: Prompts, pipeline: Pipeline
 ) -> APIRouter:
-    """Endpoints whose requests go through the pipeline, which also asks who sends them."""
+    """Endpoints that go through the pipeline, which also authenticates."""
     router = APIRouter()
     styles = Styles(settings.model_name, prompts.tokenizer, settings.sse_keep_alive)
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        """The model's answer to a chat, whole or as server-sent events."""
+        """Answers a chat, whole or as server-sent events."""
         return Exchange(pipeline, ChatRequest, await _body(request), styles, ChatAnswer)
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        """What the model writes behind a prompt, or behind each of several; a prompt is text or token ids."""
+        """Continues a prompt, or each of several; a prompt is text or token ids."""
         return Exchange(pipeline, CompletionRequest, await _body(request), styles, CompletionAnswer)
 
     @router.post("/tokenize")
@@ -80,7 +80,7 @@ def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: P
 
     @router.post("/v1/embeddings")
     async def embeddings() -> Response:
-        """Refused: the models here generate text."""
+        """Not supported: this server generates text."""
         raise ApiError(404, "this server generates text; it has no embeddings", code="unsupported")
 
     def described() -> dict[str, Any]:
@@ -94,7 +94,7 @@ def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: P
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The model that is served here."""
+        """The served model."""
         return {"object": "list", "data": [described()]}
 
     @router.get("/v1/models/{name:path}")
@@ -106,7 +106,7 @@ def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: P
 
 
 def describe_bodies(document: dict[str, Any]) -> None:
-    """Adds to an OpenAPI document what FastAPI does not see: the bodies, which the pipeline parses."""
+    """Adds the request bodies to an OpenAPI document: the pipeline parses them, not FastAPI."""
     references, definitions = models_json_schema(
         [(kind, "validation") for kind in _BODIES.values()], ref_template=_REFERENCE
     )

@@ -68,8 +68,8 @@ def _kinds(value: dict[str, Any], named: list[str]) -> list[tuple[str, str]]:
         return [(f"`{word}`", "") for word in value["enum"]]
     if "const" in value:
         return [(f"`{value['const']}`", "")]
-    if "anyOf" in value:
-        parts = [kind for one in value["anyOf"] if one.get("type") != "null" for kind in _kinds(one, named)]
+    if alternatives := value.get("anyOf") or value.get("oneOf"):
+        parts = [kind for one in alternatives if one.get("type") != "null" for kind in _kinds(one, named)]
         kinds = dict.fromkeys(parts)
         if ("number", "") in kinds:
             kinds.pop(("integer", ""), None)

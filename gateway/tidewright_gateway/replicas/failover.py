@@ -1,7 +1,7 @@
-"""A generation at one of the replicas, and at another, or at a fallback, when that one fails.
+"""Runs a generation on a replica, and resumes it on another one, or on a fallback, when that one fails.
 
-A reply is handed on as it comes. Whoever is asked next gets the prompt and the tokens that were handed on, so the
-stream goes on behind them: with the same seed the same tokens, exactly so in float32; of the fallback others.
+Replies are forwarded as they arrive. The next attempt gets the prompt and the tokens already forwarded, so the stream
+continues after them: with the same seed the same tokens (exactly so in float32), from the fallback different ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from tidewright_gateway.replicas.triton import CallRequest, Reply
 
 log = logging.getLogger(__name__)
 
-MAX_FALLBACKS = 2  # that are asked for one generation
+MAX_FALLBACKS = 2  # attempts at fallbacks per generation
 
 
 @dataclass
@@ -48,31 +48,31 @@ class Generation:
     deadline: Deadline
     logprobs: bool = False
     metadata: tuple[tuple[str, str], ...] = ()
-    """Of its calls to the replicas."""
+    """gRPC metadata of its calls."""
     delivered: list[int] = field(default_factory=list)
-    """Tokens that were handed on."""
+    """Tokens already forwarded."""
     served_by: list[str] = field(default_factory=list)
-    """Addresses of the replicas that were asked, in order."""
+    """Addresses of the replicas that were tried, in order."""
     model: str = DECODER
-    """The model of Triton that was asked last: decoder or fallback."""
+    """The model of the last attempt: decoder or fallback."""
 
 
 @dataclass
 class _Course:
-    """What has been tried for a generation."""
+    """The attempts of one generation so far."""
 
     failures: int = 0
-    """Of the decoder, since a token came."""
+    """Failures of the decoder since the last token."""
     decoder_failed: bool = False
-    """Nobody asks it any more."""
+    """No decoder is tried any more."""
     asked_fallbacks: list[str] = field(default_factory=list)
     cause: ModelError | None = None
-    """What it is that the caller is told if all fail: why the first model could not answer."""
+    """The error for the caller if all attempts fail."""
 
 
 class Failover:
     def __init__(self, settings: GatewaySettings, metrics: Metrics, expected: Expected, max_model_len: int) -> None:
-        """`max_model_len`: the model's own, in tokens."""
+        """`max_model_len`: the model's context in tokens; replicas may have less."""
         self._settings, self._metrics = settings, metrics
         self._max_model_len = max_model_len
         self._set = ReplicaSet(settings, metrics, expected)
@@ -80,7 +80,7 @@ class Failover:
         self._budget = RetryBudget(settings.budget_config(), time.monotonic())
 
     async def start(self) -> None:
-        """Asks each replica once, and goes on asking. In the event loop: gRPC ties its channels to it."""
+        """Checks each replica once, then keeps checking. Call it in the event loop, which gRPC binds channels to."""
         await self._set.start()
 
     async def stop(self) -> None:
@@ -92,17 +92,17 @@ class Failover:
 
     @property
     def trouble(self) -> str:
-        """Why no replica can be sent anything, for who runs them; empty if one can."""
+        """Why no replica is usable, for operators; empty if one is."""
         return self._set.trouble
 
     @property
     def capacity(self) -> int | None:
-        """Sequences that the replicas compute at one time; None if that is not known."""
+        """Total batch size of the replicas, in sequences; None if unknown."""
         return self._set.capacity
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of prompt and output together that every replica takes."""
+        """Context that every replica has, in tokens."""
         return self._set.max_model_len(self._max_model_len)
 
     def snapshot(self) -> list[dict[str, Any]]:
@@ -110,14 +110,14 @@ class Failover:
         return self._set.snapshot()
 
     def load(self) -> ReplicaLoad:
-        """How much room there is."""
+        """Current load of the replicas."""
         return self._set.load()
 
     async def generate(self, generation: Generation, route: Route = Route.DECODER) -> AsyncGenerator[Reply, None]:
-        """To the last reply, which alone has a finish_reason. `route`: who is asked first, decoder or fallback.
+        """Yields replies; only the last one has a finish_reason. `route`: the model to try first.
 
         Raises:
-            ModelError: it can't be ended; what was handed on stands.
+            ModelError: no attempt succeeded. Replies already yielded stand.
         """
         self._budget.deposit()
         course = _Course()
@@ -148,7 +148,7 @@ class Failover:
         replica.showed_life(now)
         if reply.token_ids and attempt.num_tokens == len(reply.token_ids):
             self._set.generated(replica, now)
-        # At the first token: until a probe reports, nobody else gets through.
+        # A probe reports at its first token: until then, the breaker lets nothing else through.
         if not permit.reported and (permit.is_probe or reply.finish_reason):
             replica.breaker.record(permit, Outcome.SUCCESS, now)
             if permit.is_probe and replica.breaker.state is State.CLOSED:
@@ -163,10 +163,10 @@ class Failover:
         attempt.replica.fallbacks.discard(attempt)
         attempt.call.close()
 
-    # Who is asked.
+    # The choice of the next attempt.
 
     async def _next(self, generation: Generation, course: _Course, failed: Attempt, error: ModelError) -> Attempt:
-        """The attempt after one that failed. Raises ModelError: there is none."""
+        """The attempt after a failed one. Raises ModelError: there is none."""
         self._metrics.attempt_failed(failed.replica.address, failed.model, error.outcome)
         log.warning("%s: %s of %s failed: %s", generation.request_id, failed.model, failed.replica.address, error)
         self._record(failed, error.outcome)
@@ -193,14 +193,14 @@ class Failover:
         self, generation: Generation, course: _Course, failed: Attempt, error: ModelError
     ) -> Attempt:
         if error.outcome in LOST:
-            failed.replica.fallback = None  # until it says how it is
+            failed.replica.fallback = None  # until its next status
         refused, error = error.outcome is Outcome.INVALID, failed_at_fallback(error)
         course.cause = course.cause or error
         if error.outcome in FINAL:
             raise error
         if generation.deadline.expired(time.monotonic()):
             raise timed_out(error)
-        if failed.num_tokens:  # another one's words would be others again
+        if failed.num_tokens:  # a second fallback would continue in different words
             raise course.cause
         if not refused and (attempt := self._ask_fallback(generation, course)):
             return attempt
@@ -209,7 +209,7 @@ class Failover:
         return attempt
 
     async def _may_ask_again(self, error: ModelError, failures: int, deadline: Deadline) -> bool:
-        """Whether the decoder is asked once more; true when it is time to."""
+        """Whether to try a decoder again; returns after the backoff."""
         if error.outcome is Outcome.ENGINE_KILLED:
             return False
         now = time.monotonic()
@@ -223,10 +223,10 @@ class Failover:
         return True
 
     async def _ask_decoder(self, generation: Generation, course: _Course, last: ModelError | None) -> Attempt | None:
-        """At a replica that can take it; waits for one if there is none. None: a fallback can be asked instead.
+        """Begins an attempt at a replica; waits for one if none is usable. None: use a fallback instead.
 
         Raises:
-            ModelError: there was none in time.
+            ModelError: no replica became usable in time.
         """
         now = began = time.monotonic()
         until = min(now + self._settings.wait_for_replica, generation.deadline.at)
@@ -250,7 +250,7 @@ class Failover:
         return ModelError("no replica can take requests", Outcome.UNAVAILABLE)
 
     def _last_resort(self, generation: Generation, course: _Course) -> Attempt:
-        """A fallback, now that no decoder answers. Raises ModelError: none can."""
+        """Begins an attempt at a fallback after all decoders failed. Raises ModelError: there is none."""
         course.decoder_failed = True
         if attempt := self._ask_fallback(generation, course):
             return attempt
@@ -263,7 +263,7 @@ class Failover:
         return self._set.choose_fallback(len(generation.prompt) + len(generation.delivered), asked)
 
     def _ask_fallback(self, generation: Generation, course: _Course) -> Attempt | None:
-        """It has no breaker. None: there is none that could answer."""
+        """Begins an attempt at a fallback, which has no breaker. None: there is none."""
         replica = self._fallback_for(generation, course)
         if replica is None:
             return None
@@ -291,5 +291,5 @@ class Failover:
 
 
 def timed_out(error: ModelError) -> ModelError:
-    """What a caller whose time is over is told: that, and what it was waiting for."""
+    """The error for a caller whose deadline passed, with the error it was waiting on."""
     return ModelError(f"request timed out: {error}", Outcome.REQUEST_TIMEOUT)

@@ -1,4 +1,4 @@
-"""Asks replicas how they are: often by a word that costs nothing, and now and then by generating a token."""
+"""Health checks of replicas: frequent status requests, and now and then a generated token."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from tidewright_gateway.replicas.triton import CallRequest
 log = logging.getLogger(__name__)
 
 STATUS_TIMEOUT = 2.0  # seconds; longer than Triton takes to say that a stub is dead
-JITTER = 0.25  # of the time between two generation probes: several gateways must not ask in step
-# The first of all to run: what waits in the queue is not what is asked about.
+JITTER = 0.25  # of the interval between two generation probes, so that several gateways do not probe in step
+# It runs before everything queued: the probe is not about the queue.
 _ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, priority=-(2**31))
 _PROMPT = [0]  # a token id that every vocabulary has
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the gateway was set up for."""
+    """The model that this gateway expects."""
 
     model: str
     """The name of the model's folder."""
     tokenizer: str
-    """Its fingerprint."""
+    """Fingerprint of its tokenizer."""
 
     def misfit(self, status: DecoderStatus) -> str:
-        """Why a model is none of ours; empty if it is, or does not say what it is."""
+        """Why a replica's model does not match; empty if it does, or does not identify itself."""
         if status.model and status.model != self.model:
             return f"serves {status.model}, not {self.model}"
         if status.tokenizer and status.tokenizer != self.tokenizer:
@@ -49,7 +49,7 @@ class Expected:
 
 
 async def ask_status(replica: Replica, patience: float, expected: Expected) -> None:
-    """Once; the replica knows the answer, or why there was none. `patience`: longest silence of its engine, in s."""
+    """One status check, recorded in the replica. `patience`: maximum silence of its engine, in seconds."""
     began = replica.asked_at = time.monotonic()
     replica.unanswered = 0.0
     replica.in_flight_when_asked = len(replica.attempts)
@@ -70,7 +70,7 @@ async def ask_status(replica: Replica, patience: float, expected: Expected) -> N
 
 
 async def ask_fallback(replica: Replica, expected: Expected) -> None:
-    """Once; whether the replica's fallback can be asked. One with another tokenizer can't: it gets token ids."""
+    """One status check of the replica's fallback. One with another tokenizer can't be used: prompts are token ids."""
     found: DecoderStatus | None = None
     with suppress(ModelError, msgspec.MsgspecError):
         answer = await replica.client.control("status", STATUS_TIMEOUT, "fallback")
@@ -81,7 +81,7 @@ async def ask_fallback(replica: Replica, expected: Expected) -> None:
 
 
 class GenerationProbes:
-    """One replica after the other is asked for a token, each once in `generation_probe_interval`.
+    """Makes each replica in turn generate a token, once per `generation_probe_interval`.
 
     So those are found that say that they are well, and generate nothing. A request that got tokens there lately shows
     the same, and saves the probe. That a replica is overloaded says nothing against it.
@@ -94,7 +94,7 @@ class GenerationProbes:
         replicas: Sequence[Replica],
         probed: Callable[[Replica], None],
     ) -> None:
-        """`replicas`: may change; `probed` is called after each probe that can have changed what its replica gets."""
+        """`replicas` may change. `probed` is called after each probe that may have changed its replica's state."""
         self._settings, self._metrics, self._replicas, self._probed = settings, metrics, replicas, probed
         self._numbers = itertools.count(1)
         self._running: dict[Replica, asyncio.Task[None]] = {}
@@ -106,14 +106,14 @@ class GenerationProbes:
                 pause = interval / max(len(self._replicas), 1)
                 await asyncio.sleep(pause * random.uniform(1 - JITTER, 1 + JITTER))
                 if replica := self._next(time.monotonic()):
-                    # One that hangs must not keep the others from their turns.
+                    # In a task of its own: one that hangs must not delay the others.
                     self._running[replica] = asyncio.create_task(self._probe_and_forget(replica))
         finally:
             for task in tuple(self._running.values()):
                 task.cancel()
 
     def _next(self, now: float) -> Replica | None:
-        """Whose turn it is; None if that one needs no probe."""
+        """The next replica to probe; None if it needs no probe."""
         up = [replica for replica in self._replicas if replica.is_up and replica not in self._running]
         if not up:
             return None
@@ -130,7 +130,7 @@ class GenerationProbes:
             del self._running[replica]
 
     async def probe(self, replica: Replica) -> None:
-        """Once; ejects the replica if it was one failure too many."""
+        """One probe; ejects the replica after too many consecutive failures."""
         began = time.monotonic()
         error = await self._generate(replica)
         now = time.monotonic()
@@ -140,7 +140,7 @@ class GenerationProbes:
             replica.can_generate()
         elif error.outcome.verdict is not Verdict.FAILURE:
             return
-        # If it got into trouble meanwhile, that is known; and if a request got tokens, it can generate.
+        # Not if its status changed meanwhile, or if a request got tokens, which proves that it generates.
         elif replica.is_up and replica.generated_at < began:
             replica.failed_probes += 1
             log.warning("%s: generation probe failed: %s", replica.address, error)
@@ -149,7 +149,7 @@ class GenerationProbes:
         self._probed(replica)
 
     async def _generate(self, replica: Replica) -> ModelError | None:
-        """Why there was no token; None if there was one."""
+        """The error of a probe; None if it got a token."""
         request = CallRequest(f"probe-{next(self._numbers)}", _PROMPT, msgspec.json.encode(_ONE_TOKEN))
         call = replica.client.generate("decoder", request)
         limit = self._settings.generation_probe_timeout

@@ -1,4 +1,4 @@
-"""One replica as the gateway sees it: what it said last, what is in flight there, and whether to send it more."""
+"""The gateway's view of one replica: its last status, the generations in flight there, and whether it may get more."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tidewright_gateway.replicas.routing import Candidate, slow_start
 from tidewright_gateway.replicas.triton import Reply, TritonCall, TritonClient
 
 LATE = 1.0  # seconds after a deadline within which the replica should have ended the generation
-FRESH = 2.0  # seconds; what a replica said of its load before is not believed any more
+FRESH = 2.0  # seconds until a reported load is stale
 
 
 @dataclass(eq=False)
@@ -35,10 +35,10 @@ class Attempt:
     permit: Permit | None
     """Of the replica's breaker, for the decoder; given back with the outcome."""
     deadline: Deadline
-    """Of its generation, which the replica is told and should keep by itself."""
+    """Of its generation. The replica is told, and should keep it by itself."""
     num_tokens: int = 0
     waits_since: float | None = None
-    """For its next reply. None: nobody asks for one, as the caller has not taken what there is."""
+    """When the pending read began. None: no read is pending, because the client has not taken earlier replies."""
 
     async def read(self) -> Reply:
         """The next reply. Raises ModelError: there is none."""
@@ -51,17 +51,17 @@ class Attempt:
         return reply
 
     def waited(self, now: float) -> float:
-        """Seconds that the replica is silent; what the caller leaves unread is none of its."""
+        """Seconds that the replica has been silent. A client that reads slowly does not count."""
         return 0.0 if self.waits_since is None else now - self.waits_since
 
     def expired(self, now: float) -> ModelError | None:
-        """Why to give it up, whatever its replica does: it has not kept the deadline."""
+        """Set if the replica has missed the deadline: the reason to give the attempt up."""
         if not self.deadline.expired(now - LATE):
             return None
         return ModelError("request timed out; the model did not end it in time", Outcome.REQUEST_TIMEOUT)
 
     def overdue(self, first_token: float, stall: float, now: float) -> ModelError | None:
-        """Why not to wait for it any longer. Both limits are in seconds."""
+        """The reason to stop waiting for it, if any. Both limits are in seconds."""
         limit = stall if self.num_tokens else first_token
         if self.waited(now) <= limit:
             return None
@@ -72,54 +72,54 @@ class Attempt:
 
 @dataclass(eq=False)
 class Replica:
-    """All of it belongs to the event loop's thread. Times are of time.monotonic(), and -inf is never."""
+    """Used by the event loop's thread only. Times are of time.monotonic(); -inf means never."""
 
     address: str
     client: TritonClient
     breaker: CircuitBreaker
     weight: float = 1.0
     status: DecoderStatus | None = None
-    """What it said last; None before it said anything, and after an error."""
+    """Its last status; None before the first one and after an error."""
     heard_at: float = -math.inf
-    """When it said something."""
+    """When the last status arrived."""
     lived_at: float = -math.inf
-    """When its engine gave a sign of life: it said something, or a request got tokens."""
+    """When its engine last gave a sign of life, by a status or by tokens."""
     status_took: float | None = None
-    """Seconds from the last question to its answer."""
+    """Duration of the last status request, in seconds."""
     others: int = 0
-    """Requests there that are not of this gateway, as of then."""
+    """Requests of other clients there, as of the last status."""
     in_flight_when_asked: int = 0
     asked_at: float | None = None
-    """Since when a question waits for its answer."""
+    """When the pending status request was sent."""
     unanswered: float = 0.0
-    """Seconds of that in which this process listened, and heard nothing of its generations either."""
+    """Seconds of that in which this process was listening and received no tokens either."""
     fallback: DecoderStatus | None = None
-    """What its fallback said last; None if there is none that can be asked."""
+    """The last status of its fallback; None if it has none that can be used."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not checked yet", Outcome.UNAVAILABLE))
-    """Why it can't be sent anything now, by what it says."""
+    """Why it can't take requests, by its status."""
     suspicion: ModelError | None = None
-    """A request there failed as if nobody were there: nothing is sent until it says, or shows, that it is well."""
+    """A request failed as if the replica were gone: it gets nothing until it proves healthy."""
     leaving: bool = False
-    """It is no longer among the replicas: gets nothing new, and is forgotten when what it has is done."""
+    """It was removed from the replicas: it gets no new requests and is dropped when those it has are done."""
     ejected: ModelError | None = None
-    """Why it is not to be sent anything while others can be: it reports healthy, but generates nothing."""
+    """Why it is avoided while others are healthy: it reports healthy, but generates nothing."""
     failed_probes: int = 0
-    """Generation probes that failed, one after the other."""
+    """Consecutive failed generation probes."""
     probed_at: float = -math.inf
-    """When its last generation probe began, or was needless."""
+    """When its last generation probe began or was skipped."""
     probe_took: float | None = None
-    """Seconds that the last one that succeeded took."""
+    """Duration of the last successful one, in seconds."""
     generated_at: float = -math.inf
-    """When a request last got its first tokens."""
+    """When a request last got its first token."""
     came_at: float = -math.inf
-    """When it came, or came back; before the gateway started is -inf."""
+    """When it was added or recovered; -inf if it was healthy when the gateway started."""
     took_requests: bool = False
     load_is_stale: bool = True
-    """Both as they were last told to the log or the metrics."""
+    """Both as last reported to log and metrics."""
     attempts: set[Attempt] = field(default_factory=set)
-    """Of the decoder."""
+    """At the decoder."""
     fallbacks: set[Attempt] = field(default_factory=set)
-    """Of the fallback, which goes on when the decoder fails."""
+    """At the fallback; they survive a failure of the decoder."""
 
     @classmethod
     def at(
@@ -130,7 +130,7 @@ class Replica:
 
     @property
     def is_up(self) -> bool:
-        """It says that it takes requests."""
+        """Its status allows requests."""
         is_well = self.trouble is None and self.suspicion is None
         return is_well and not self.leaving and not (self.status and self.status.draining)
 
@@ -140,69 +140,69 @@ class Replica:
 
     @property
     def why_not(self) -> str:
-        """Why it can't be sent anything, or had better not; empty if it can."""
+        """Why it gets no requests; empty if it does."""
         if self.takes_requests:
             return ""
         return "leaving" if self.leaving else str(self.trouble or self.suspicion or self.ejected or "draining")
 
     @property
     def in_flight(self) -> int:
-        """Of this gateway."""
+        """Generations of this gateway there."""
         return len(self.attempts) + len(self.fallbacks)
 
     @property
     def running(self) -> Iterator[Attempt]:
-        """A copy: they may end meanwhile."""
+        """A copy, since attempts may end while it is iterated."""
         return itertools.chain(tuple(self.attempts), tuple(self.fallbacks))
 
     def heard(self, status: DecoderStatus, patience: float, now: float) -> None:
-        """It answered. `patience`: longest silence of its engine, in seconds."""
+        """Takes a status. `patience`: maximum silence of its engine, in seconds."""
         self.status, self.heard_at, self.trouble, self.suspicion = status, now, None, None
         self.lived_at = max(self.lived_at, now - status.silence)
-        # What ended or began since it was asked may be in the figure or not.
+        # The figure may or may not include what began or ended since the status request.
         self.others = max(status.active - max(len(self.attempts), self.in_flight_when_asked), 0)
         if status.silence > patience:
             self.trouble = ModelError(f"no sign of life from the engine for {status.silence:.1f} s", Outcome.STALLED)
         elif status.trouble and not status.draining:
-            # Its bridge has all requests, and the next engine gets them: what is there stays.
+            # Its bridge keeps all requests and replays them to the next engine, so streams stay.
             self.trouble = ModelError(status.trouble, Outcome.UNAVAILABLE)
 
     def misfits(self, why: str) -> None:
-        """It answers, and is none of ours."""
+        """It serves something else than this gateway expects."""
         self.trouble = ModelError(why, Outcome.UNAVAILABLE)
 
     def lost(self, error: ModelError) -> None:
-        """It did not answer, or with an error. Unless it is only silent, what is there is lost."""
+        """It did not answer, or with an error. Unless it is merely silent, its generations are lost."""
         self.status, self.trouble, self.suspicion = None, error, None
         if not self.is_silent:
-            gone = ModelError("the model is gone", error.outcome)  # who asked need not know where it was
+            gone = ModelError("the model is gone", error.outcome)  # callers must not learn addresses
             for attempt in tuple(self.attempts):
                 attempt.call.abandon(gone)
 
     @property
     def is_silent(self) -> bool:
-        """Nothing is heard of it: it may be gone, or have too much to do."""
+        """It does not answer: it may be gone, or just busy."""
         return self.trouble is not None and self.trouble.outcome is Outcome.STALLED
 
     def showed_life(self, now: float) -> None:
-        """It answered a request, even if it has too much to do to say how it is."""
+        """It answered a request, even if it is too busy to answer status requests."""
         self.unanswered, self.lived_at = 0.0, now
 
     def generated(self, now: float) -> None:
-        """A request got its first tokens."""
+        """A request got its first token."""
         self.generated_at, self.suspicion = now, None
         self.can_generate()
 
     def can_generate(self) -> None:
-        """Whatever probes found before."""
+        """Clears earlier probe failures."""
         self.failed_probes, self.ejected = 0, None
 
     def fresh_status(self, now: float) -> DecoderStatus | None:
-        """None if it did not say lately how much load it has."""
+        """The status, unless it is stale."""
         return self.status if now - self.heard_at < FRESH else None
 
     def candidate(self, ramp: float, now: float) -> Candidate:
-        """`ramp`: seconds until one that came has its whole share."""
+        """For routing. `ramp`: seconds of slow start."""
         status = self.fresh_status(now)
         return Candidate(
             name=self.address,

@@ -1,4 +1,4 @@
-"""The replicas that there are now: they come, are asked how they are, get their share, and go."""
+"""The current replicas: discovery, health checks, selection, removal."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from tidewright_gateway.replicas.triton import read_credentials
 
 log = logging.getLogger(__name__)
 
-IDLE_INTERVALS = 10  # of `probe_interval` between two questions while nobody waits for an answer
-FALLBACK_INTERVAL = 5.0  # seconds between two questions to a replica's fallback
+IDLE_INTERVALS = 10  # of `probe_interval` between two status checks while idle
+FALLBACK_INTERVAL = 5.0  # seconds between two status checks of a fallback
 DECODER, FALLBACK = "decoder", "fallback"  # of Triton's models
-WATCH_INTERVAL = 0.05  # seconds between two looks at what is in flight
+WATCH_INTERVAL = 0.05  # seconds between two checks of attempts in flight
 
 
 @dataclass(frozen=True)
 class ReplicaLoad:
-    """The first two: the least of all replicas, for while one has room it gets what comes; 0 if none is known."""
+    """The first two are the minimum over all replicas, since one with room takes what comes; 0 if unknown."""
 
     waiting: float
-    """Requests that wait, as a share of what may wait."""
+    """Queued requests, as a share of the engine's queue limit."""
     kv_usage: float
     """Share of the KV cache in use."""
     breakers_open: bool
-    """The breakers of all that can be sent anything are open."""
+    """The breakers of all usable replicas are open."""
     in_flight: int
-    """Generations of this gateway, at all replicas."""
+    """Generations of this gateway at all replicas."""
 
 
 class ReplicaSet:
@@ -55,7 +55,7 @@ class ReplicaSet:
             else None
         )
         self.replicas: list[Replica] = []
-        """Those that are leaving as well, until they are empty."""
+        """Including those that are leaving, until they are empty."""
         source = make_source(settings.replicas, settings.discovery_interval)
         self._lookout = Discovery(source, self._take, metrics.discovery_failed)
         self._probes = GenerationProbes(settings, metrics, self.replicas, self.settle)
@@ -65,14 +65,14 @@ class ReplicaSet:
         self._changed = asyncio.Event()
 
     async def start(self) -> None:
-        """Finds the replicas, asks each once, and goes on so. In the event loop: gRPC ties its channels to it."""
+        """Discovers and checks the replicas, and keeps doing so. Call it in the event loop: gRPC needs it."""
         self._jobs.append(asyncio.create_task(self._lookout.run()))
-        with suppress(asyncio.TimeoutError):  # a name server that does not answer must not keep the gateway down
+        with suppress(asyncio.TimeoutError):  # an unresponsive name server must not block the start
             await asyncio.wait_for(self._lookout.looked.wait(), STATUS_TIMEOUT)
         first, self._started = list(self.replicas), True
         await asyncio.gather(*map(self._ask, first), self._ask_fallbacks())
         for replica in first:
-            replica.came_at = -math.inf  # it was there before, for all that is known
+            replica.came_at = -math.inf  # no slow start for replicas that were there before the gateway
             self._live(replica)
         self._jobs += map(asyncio.create_task, (self._probes.run_for_ever(), self._watch_for_ever()))
         if self._settings.fallback:
@@ -88,13 +88,13 @@ class ReplicaSet:
 
     @property
     def usable(self) -> list[Replica]:
-        """Those that can be sent something. Those whose generation probes fail only if there is no other."""
+        """Replicas that may get requests; ejected ones only if there is no other."""
         well = [replica for replica in self.replicas if replica.takes_requests]
         return well or [replica for replica in self.replicas if replica.is_up]
 
     @property
     def trouble(self) -> str:
-        """Why no replica can be sent anything; empty if one can."""
+        """Why no replica is usable; empty if one is."""
         if self.usable:
             return ""
         known = "; ".join(f"{replica.address}: {replica.why_not}" for replica in self.replicas)
@@ -102,12 +102,12 @@ class ReplicaSet:
 
     @property
     def capacity(self) -> int | None:
-        """Sequences that all that can be sent something compute at one time; None if one does not say."""
+        """Total batch size of all usable replicas, in sequences; None if one does not report it."""
         sizes = [replica.status.max_running if replica.status else 0 for replica in self.usable]
         return sum(sizes) if sizes and all(sizes) else None
 
     def max_model_len(self, limit: int) -> int:
-        """Tokens that every replica takes, and no more than `limit`."""
+        """The smallest context of all replicas in tokens, at most `limit`."""
         lengths = [replica.status.max_model_len for replica in self.replicas if replica.status and not replica.leaving]
         return min(lengths, default=limit)
 
@@ -128,7 +128,7 @@ class ReplicaSet:
         )
 
     def choose(self, prompt: Sequence[int], avoid: str, now: float) -> tuple[Replica, Permit] | None:
-        """Who gets a generation, and leave of its breaker; not `avoid`, if there is another. None: nobody can."""
+        """Selects a replica and acquires its breaker's permit; avoids `avoid` if there is another. None: no replica."""
         able = self.usable
         able = [replica for replica in able if replica.address != avoid] or able
         refused: Replica | None = None
@@ -140,12 +140,12 @@ class ReplicaSet:
                 return replica, permit
             refused = refused or replica
             able.remove(replica)
-        # All are well but fail of late: one that may fail is better than none. No breaker counts this call.
+        # All breakers are open: a replica that may fail is better than none. No breaker counts this call.
         return (refused, Permit(-1, is_probe=False)) if refused else None
 
     def choose_fallback(self, length: int, avoid: Sequence[str] = ()) -> Replica | None:
-        """Whose fallback is asked: it can be well where the decoder is not. `length`: tokens so far. None: there is no
-        other than `avoid`."""
+        """Selects a replica by its fallback, which can be healthy where the decoder is not. `length`: tokens of prompt
+        and output so far. None: there is none but those in `avoid`."""
         able = [one for one in self.replicas if not one.leaving and one.address not in avoid and _takes(one, length)]
         if not able:
             return None
@@ -157,16 +157,16 @@ class ReplicaSet:
         return any(_takes(replica, 0) for replica in self.replicas if not replica.leaving)
 
     def _elsewhere(self, replica: Replica) -> bool:
-        """Another one can be sent what this one has."""
+        """Whether another replica can take over."""
         return any(other.takes_requests for other in self.replicas if other is not replica)
 
     def generated(self, replica: Replica, now: float) -> None:
-        """A request there got its first tokens."""
+        """A request there got its first token."""
         replica.generated(now)
         self.settle(replica)
 
     def failed(self, replica: Replica, error: ModelError) -> None:
-        """A request there failed. If it is gone, others must not find it out by failing, too, until it is asked again.
+        """A request there failed. If the replica seems gone, it gets no requests until the next status check.
 
         That alone is no return with a slow start: most such errors are of one request.
         """
@@ -174,7 +174,7 @@ class ReplicaSet:
             replica.suspicion = error
 
     def settle(self, replica: Replica) -> None:
-        """To be called when whether it takes requests may have changed: those who wait get to know, and the log."""
+        """Call it after any change: logs whether the replica takes requests, and wakes those that wait for one."""
         if replica.suspicion or replica.takes_requests == replica.took_requests:
             return
         replica.took_requests = replica.takes_requests
@@ -185,13 +185,13 @@ class ReplicaSet:
         self._changed.set()
 
     async def wait_for_change(self, seconds: float) -> None:
-        """Until a replica may have come, for so long at most."""
+        """Waits until a replica's state changes, at most `seconds`."""
         self._changed.clear()
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._changed.wait(), seconds)
 
     def _take(self, endpoints: Sequence[Endpoint]) -> None:
-        """These are all that there are."""
+        """Takes the result of a discovery."""
         weights = {endpoint.address: endpoint.weight for endpoint in endpoints}
         for replica in self.replicas:
             replica.leaving = replica.address not in weights
@@ -212,7 +212,7 @@ class ReplicaSet:
         self._lives[replica] = asyncio.create_task(self._life(replica))
 
     async def _life(self, replica: Replica) -> None:
-        """Asks it how it is, until it has left and nothing is in flight there any more."""
+        """Checks the replica until it is removed and empty."""
         while not replica.leaving or replica.in_flight:
             try:
                 await self._ask(replica)
@@ -227,7 +227,7 @@ class ReplicaSet:
         del self._lives[replica]
 
     async def _pause(self, replica: Replica) -> None:
-        """Until it is to be asked again. Seldom, as long as it is well and nothing is in flight anywhere."""
+        """Waits until the next status check: longer while it is healthy and nothing is in flight anywhere."""
         interval = self._settings.probe_interval
         until = time.monotonic() + min(IDLE_INTERVALS * interval, replicas.FRESH / 2)
         while True:
@@ -253,18 +253,18 @@ class ReplicaSet:
                 log.exception("a fallback could not be asked how it is")
 
     async def _watch_for_ever(self) -> None:
-        """Ends attempts that take too long, so that they go on elsewhere."""
+        """Abandons attempts that take too long, so that they resume elsewhere."""
         last = time.monotonic()
         while True:
             await asyncio.sleep(WATCH_INTERVAL)
             now = time.monotonic()
-            # Of a longer time this process slept or was busy the most: an answer that came meanwhile is not read yet.
+            # If more time has passed, this process was suspended or busy, and answers may wait to be read.
             listened, last = min(now - last, 2 * WATCH_INTERVAL), now
             for replica in self.replicas:
                 self._watch(replica, listened, now)
 
     def _watch(self, replica: Replica, listened: float, now: float) -> None:
-        """`listened`: seconds since the last time."""
+        """`listened`: seconds of listening since the last check."""
         settings = self._settings
         if replica.asked_at is not None:
             replica.unanswered += min(listened, now - replica.asked_at)
@@ -283,8 +283,8 @@ class ReplicaSet:
                 attempt.call.abandon(error)
 
     def _overdue(self, attempt: Attempt, elsewhere: bool, now: float) -> ModelError | None:
-        """Why not to wait for it any longer. Who has nowhere else to go waits for one that is slow, and longer for one
-        that is silent: it would only be begun anew, at the same replica."""
+        """The reason to abandon an attempt, if any. Without another replica, slow ones are waited for, and silent ones
+        longer: a retry would only start over at the same replica."""
         settings, replica = self._settings, attempt.replica
         if expired := attempt.expired(now):
             return expired
@@ -298,6 +298,6 @@ class ReplicaSet:
 
 
 def _takes(replica: Replica, length: int) -> bool:
-    """Its fallback can be asked for what has so many tokens."""
+    """Whether its fallback takes a sequence of `length` tokens."""
     status = replica.fallback
     return status is not None and not status.draining and length < (status.max_model_len or math.inf)

@@ -1,4 +1,4 @@
-"""One Triton over gRPC: the decoder's stream of replies, and its `control`.
+"""gRPC client of one Triton: streams of replies, and control words.
 
 Builds the messages of `tritonclient`'s protocol itself: its objects pass each value through numpy, and a reply of one
 token needs none.
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # Each channel its own connection, or a pool of them would be one.
+    # A connection per channel; by default, channels to one address share one.
     ("grpc.use_local_subchannel_pool", 1),
-    # No keepalive: a server takes pings without data in between for an attack, and ends all streams of the connection.
-    # A replica that comes back is to be found again soon.
+    # No keepalive: a server treats pings without data as an attack and ends all streams of the connection.
+    # Reconnect soon after a replica recovers.
     ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
@@ -41,7 +41,7 @@ _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 @dataclass(frozen=True)
 class CallRequest:
-    """One generation, as one call asks for it."""
+    """The input of one generation call."""
 
     request_id: str
     prompt: list[int]
@@ -49,28 +49,28 @@ class CallRequest:
     resume_ids: list[int] = field(default_factory=list)
     logprobs: bool = False
     metadata: tuple[tuple[str, str], ...] = ()
-    """Sent with the call; Triton reads the trace from it."""
+    """gRPC metadata; Triton reads the trace context from it."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """One response to it."""
+    """One response to a generation call."""
 
     text: str
     token_ids: list[int]
     finish_reason: str | None
     logprobs: bytes | None  # JSON, as docs/api.md describes it
     served_by: str = "decoder"
-    """The model of Triton that made it."""
+    """The Triton model that answered: decoder or fallback."""
 
 
 class TritonClient:
-    """Connections to one Triton; they are made when needed, and again when broken."""
+    """Connections to one Triton, made on demand and re-established when broken."""
 
     def __init__(self, address: str, channels: int, credentials: grpc.ChannelCredentials | None = None) -> None:
-        """`credentials`: None for connections without TLS."""
+        """`credentials`: None for plaintext connections."""
         self._channels = [_channel(address, credentials) for _ in range(channels)]
-        # Questions have a connection of their own: they must not wait behind what a busy one carries.
+        # Control words have a connection of their own, so that they do not queue behind streams.
         self._control_channel = _channel(address, credentials)
         self._control = _one_request(self._control_channel)
         self._next_method = itertools.cycle([_one_request(channel) for channel in self._channels]).__next__
@@ -80,7 +80,7 @@ class TritonClient:
             await channel.close()
 
     def generate(self, model: str, request: CallRequest) -> TritonCall:
-        """Ask `decoder` or `fallback`; nothing is sent before the first reply is read."""
+        """A call of `decoder` or `fallback`; it is sent with the first read."""
         return TritonCall(self._next_method(), make_request(model, request), request.metadata)
 
     async def control(self, word: str, timeout: float, model: str = "decoder") -> str:
@@ -113,7 +113,7 @@ class TritonClient:
 
 
 class TritonCall:
-    """One generation at one model. `abandon` may be called by anyone at any time."""
+    """One generation call. `abandon` may be called at any time."""
 
     def __init__(
         self,
@@ -127,13 +127,13 @@ class TritonCall:
         self._ended = False
 
     def abandon(self, error: ModelError) -> None:
-        """`read` raises this error; Triton is told to stop."""
+        """Makes `read` raise this error, and cancels the call."""
         self._abandoned = error
         if self._call:
             self._call.cancel()
 
     async def read(self) -> Reply:
-        """The next reply; the last one alone has a finish_reason. The first time, the request is sent.
+        """The next reply; only the last one has a finish_reason. The first read sends the request.
 
         Raises:
             ModelError: there is none.
@@ -145,12 +145,12 @@ class TritonCall:
         try:
             response = await self._call.read()
         except grpc.aio.AioRpcError as error:
-            # Its text names addresses, and whoever asked for this generation is told what is raised.
+            # Its text names addresses, which callers must not see.
             log.info("%s: %s", self._request.id, error.details())
             gone = ModelError("the connection to the model broke", _model_error(error).outcome)
             raise self._abandoned or gone from None
         except (asyncio.CancelledError, asyncio.InvalidStateError):
-            # grpc says so as well when someone else cancelled the call, not this task.
+            # grpc raises this as well if `abandon` cancelled the call rather than this task.
             if self._abandoned:
                 raise self._abandoned from None
             raise
@@ -164,7 +164,7 @@ class TritonCall:
         return reply
 
     def close(self) -> None:
-        """To be called in any case. Triton is told to stop, if it has not ended."""
+        """Call it in any case. Cancels the call unless it has ended."""
         if self._call is None:
             return
         if self._ended:
@@ -180,7 +180,7 @@ def _channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.
 
 
 def read_credentials(authorities: str, certificate: str, key: str) -> grpc.ChannelCredentials:
-    """Of PEM files; an empty name is none. Raises OSError."""
+    """Reads PEM files; an empty name means none. Raises OSError."""
     root, chain, private = (Path(name).read_bytes() if name else None for name in (authorities, certificate, key))
     return grpc.ssl_channel_credentials(root, private, chain)
 
