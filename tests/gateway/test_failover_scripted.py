@@ -249,6 +249,14 @@ def test_the_fallback_goes_on_where_the_only_decoder_is_gone(
     assert client.requests[-1][1].resume_ids == generation.delivered[:-2]
 
 
+@pytest.mark.parametrize("wait", [0, 600])
+def test_the_fallback_answers_where_no_decoder_is_there(client: type[ScriptedClient], wait: float) -> None:
+    client.scripts = {"b:1/fallback": [[4, 5]]}
+    client.status["b:1"] = error(Outcome.UNAVAILABLE)
+    text, generation = run(generate, replicas="b:1", patience=0.05, wait_for_replica=wait)
+    assert (text, generation.model) == ("<4><5>", "fallback")
+
+
 def test_what_the_fallback_could_not_go_on_with_ends(client: type[ScriptedClient]) -> None:
     client.scripts = {"b:1": [[7, error(Outcome.ENGINE_KILLED)]], "b:1/fallback": [[4]]}
 

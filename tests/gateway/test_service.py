@@ -237,6 +237,13 @@ def test_one_at_a_time_means_until_it_has_ended(clients: Clients, how: str) -> N
     assert clients.post("one", prompt="Three").status_code == 200
 
 
+def test_with_the_end_of_an_answer_the_next_request_may_come(clients: Clients) -> None:
+    for number in range(40):
+        for stream in (False, True):
+            answer = clients.post("one", prompt=f"After {number} {stream}", stream=stream)
+            assert answer.status_code == 200, answer.text
+
+
 def test_each_user_of_a_key_has_limits_of_its_own(clients: Clients) -> None:
     clients.replica.go_on.clear()
     try:

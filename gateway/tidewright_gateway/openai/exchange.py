@@ -70,10 +70,14 @@ class Exchange(Response):
                     context.echoes,
                     lambda index: Offsets(self._styles.tokenizer, context.generations[index].prompt),
                 )
-                if request.stream:
-                    await self._stream(context, answer, writer)
-                else:
-                    await self._whole(context, answer, writer)
+                run = self._stream if request.stream else self._whole
+                last = await run(context, answer, writer)
+            # Now it is settled: with the end of this answer, a client may send its next request.
+            if request.stream:
+                await writer.write(last, context)
+                await writer.end()
+            else:
+                await writer.whole(last, {**context.headers, "Content-Type": JSON})
         except (ApiError, ModelError) as error:
             made = error if isinstance(error, ApiError) else of_model(error)
             if not writer.has_begun:
@@ -83,21 +87,23 @@ class Exchange(Response):
         finally:
             writer.close()
 
-    async def _whole(self, context: RequestContext, answer: Answer, writer: _Writer) -> None:
+    async def _whole(self, context: RequestContext, answer: Answer, writer: _Writer) -> bytes:
         whole = WholeAnswer(context, answer)
         async with aclosing(self._pipeline.replies(context)) as replies:
             async for index, reply in replies:
                 whole.take(index, reply)
-        await writer.whole(whole.body(), {**context.headers, "Content-Type": JSON})
+        return whole.body()
 
-    async def _stream(self, context: RequestContext, answer: Answer, writer: _Writer) -> None:
-        events = Events(context, answer)
+    async def _stream(self, context: RequestContext, answer: Answer, writer: _Writer) -> bytes:
+        """Returns the last events, which are not written yet."""
+        events, last = Events(context, answer), b""
         writer.keep_alive()
         async with aclosing(self._pipeline.replies(context)) as replies:
             async for index, reply in replies:
-                written = events.take(index, reply)
-                await writer.write(written, context)
-        await writer.end()
+                last = events.take(index, reply)
+                if not events.are_all:
+                    await writer.write(last, context)
+        return last
 
 
 class _Writer:

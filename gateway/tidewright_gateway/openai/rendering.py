@@ -29,6 +29,11 @@ class Events:
         self._has_begun = False
         self._open = len(self._choices)
 
+    @property
+    def are_all(self) -> bool:
+        """The stream has ended."""
+        return not self._open
+
     def take(self, index: int, reply: Reply) -> bytes:
         """The events for a reply, including the end of the stream after the last one."""
         answer, choice, written = self._answer, self._choices[index], b""

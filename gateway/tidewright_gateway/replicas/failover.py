@@ -232,7 +232,8 @@ class Failover:
         until = min(now + self._settings.wait_for_replica, generation.deadline.at)
         avoid = generation.served_by[-1] if generation.served_by else ""
         while not (chosen := self._set.choose(generation.prompt, avoid, now)):
-            if now - began >= self._settings.patience and self._fallback_for(generation, course):
+            waited_enough = now >= until or now - began >= self._settings.patience
+            if waited_enough and self._fallback_for(generation, course):
                 course.cause = course.cause or self._nobody()
                 return None
             if now >= until:
