@@ -26,7 +26,7 @@ def struck_stream(gateway: RunningGateway, server: RunningServer, how: str) -> l
     """The chunks of a stream whose decoder is lost after the tenth."""
     body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": LENGTH, "temperature": 0, "stream": True}
     chunks = []
-    engine = child(server.triton.pid or 0, "tidewright.engine")
+    engine = child(stub_of(server, "decoder").pid, "tidewright.engine")
     with gateway.http.stream("POST", "/v1/completions", json={**body, "ignore_eos": True}) as answer:
         for line in answer.iter_lines():
             if not line.startswith("data: {"):
