@@ -134,12 +134,12 @@ def test_no_password_is_printed() -> None:
     ("text", "said"),
     [
         ("server: {modle: a}", "gateway.yaml: there is no option modle in server; did you mean model?"),
-        ("port: 1", "gateway.yaml: port stands in server"),
-        ("routing: {port: 1}", "gateway.yaml: port stands in server"),
+        ("port: 1", "gateway.yaml: port belongs under server:, indented"),
+        ("routing: {port: 1}", "gateway.yaml: port belongs under server:, indented"),
         ("sever: {port: 1}", "gateway.yaml: there is no option sever; did you mean server?"),
         ("server: 5", "gateway.yaml: server must have options of its own"),
         ("server:\n  port: [1\n", "gateway.yaml:3: not YAML"),
-        ("- a", "gateway.yaml: must have options"),
+        ("- a", "gateway.yaml: must have options, in groups, such as `server: {port: 8080}`"),
         ("\x00", "gateway.yaml: not YAML"),
     ],
 )

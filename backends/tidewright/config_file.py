@@ -33,7 +33,10 @@ def read_options(path: Path, groups: Mapping[str, Sequence[str]]) -> dict[str, A
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise ValueError(f"{path}: must have options, a line each, such as `model: smollm2-135m`")
+        how = "a line each, such as `model: smollm2-135m`"
+        if "" not in groups:
+            how = "in groups, such as `server: {port: 8080}`"
+        raise ValueError(f"{path}: must have options, {how}")
     top = [*groups.get("", ()), *(name for name in groups if name)]
     options: dict[str, Any] = {}
     for name, value in found.items():
@@ -55,7 +58,7 @@ def _unknown(name: Any, group: str, groups: Mapping[str, Sequence[str]]) -> str:
     where = f" in {group}" if group else ""
     for other, options in groups.items():
         if name in options and other != group:
-            return f"{name} stands in {other}" if other else f"{name} stands by itself, in no group"
+            return f"{name} belongs under {other}:, indented" if other else f"{name} belongs in no group"
     known = groups[group] if group else [*groups.get("", ()), *(one for one in groups if one)]
     close = difflib.get_close_matches(str(name), known, 1) or difflib.get_close_matches(
         str(name), [option for options in groups.values() for option in options], 1

@@ -54,6 +54,8 @@ class RequestContext:
     """Seconds."""
     ended_by: ApiError | None = None
     """Why the gateway ended it, if it did."""
+    error: ApiError | None = None
+    """With which it was answered, or its stream ended."""
 
     def take(self, reply: Reply) -> None:
         """Counts a reply."""
@@ -99,4 +101,6 @@ class RequestContext:
             }
         if self.limited_by:
             found["limited_by"] = self.limited_by
+        if self.error:
+            found["error"] = self.error.code
         return found

@@ -148,6 +148,9 @@ class Pipeline:
         if longest >= limit:
             message = f"the prompt has {longest} tokens; with its answer the model's context takes {limit}"
             raise invalid(message, code="context_length_exceeded")
+        if (asked := request.asked_tokens or 0) > limit:
+            name = "max_tokens" if request.max_tokens == asked else "max_completion_tokens"
+            raise invalid(f"{name} is {asked}, more than the model's context of {limit} tokens", name)
         if isinstance(request, CompletionRequest) and request.echo:
             decode = self._prompts.tokenizer.prompt_text
             context.echoes = [text if isinstance(text, str) else decode(text) for text in texts for _ in range(n)]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+
+import pytest
 
 from tidewright.bridge.canceller import Canceller
 
@@ -22,3 +25,26 @@ def test_when_it_stops_triton_is_asked_nothing_more() -> None:
     canceller.stop(PATIENCE)
     assert not canceller.alive
     assert asked == []
+
+
+@pytest.mark.parametrize(("error", "is_shown"), [("Server not ready", False), ("something else", True)])
+def test_a_triton_that_is_ending_is_no_fault(caplog: pytest.LogCaptureFixture, error: str, is_shown: bool) -> None:
+    asked = threading.Event()
+
+    def is_loaded() -> bool:
+        asked.set()
+        raise RuntimeError(error)
+
+    class Asked:
+        """A call that Triton is not asked about."""
+
+        askable = False
+
+    canceller = Canceller(threading.Condition(), [Asked()], lambda call: None, is_loaded, lambda: None)  # type: ignore[list-item]
+    with caplog.at_level(logging.INFO):
+        canceller.start()
+        assert asked.wait(PATIENCE)
+        canceller.stop(PATIENCE)
+    (record,) = caplog.records
+    assert bool(record.exc_info) is is_shown
+    assert (record.levelno >= logging.WARNING) is is_shown

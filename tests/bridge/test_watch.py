@@ -114,6 +114,25 @@ def test_an_unloaded_model_ends_what_it_has(world: World, monkeypatch: pytest.Mo
     assert str(slow.error) == message
 
 
+def test_a_triton_that_is_ending_is_not_asked_whether_the_model_is_loaded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The question can crash the stub then, with all its streams."""
+    asked: list[bool] = []  # whether it was ending
+
+    def ask() -> bool:
+        asked.append(world.bridge._drain is not None)
+        return True
+
+    monkeypatch.setattr(canceller_module, "LOADED_INTERVAL", 0.0)
+    world.bridge._ask_triton = ask
+    request = world.submit(stream=True)
+    wait_for(lambda: asked)
+    world.bridge.drain()
+    request.end()  # when the time for it is over
+    assert sum(asked) <= 1  # one may have begun before
+
+
 def test_a_triton_that_can_not_be_asked_whether_the_model_is_loaded(world: World) -> None:
     def is_loaded() -> bool:
         raise RuntimeError("no such function")

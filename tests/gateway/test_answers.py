@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,7 @@ def test_answers_may_come_back_as_history(message: dict[str, Any]) -> None:
         ({"role": "boss", "content": "a"}, "invalid_value", "messages.0.role"),
         ({"content": "a"}, "invalid_value", "messages.0.role"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "invalid_value", "messages.0.content.0.type"),
+        ({"role": "user", "content": "a", "user": "b"}, "unknown_parameter", "messages.0.user"),
     ],
 )
 def test_what_a_message_can_t_be_is_said(message: dict[str, Any], code: str, param: str) -> None:
@@ -161,12 +163,39 @@ def test_what_a_message_can_t_be_is_said(message: dict[str, Any], code: str, par
     assert (refused.value.code, refused.value.param) == (code, param)
 
 
-@pytest.mark.parametrize("value", [21, -1])
-def test_a_wrong_parameter_has_the_name_that_the_client_sent(value: int) -> None:
-    body = {"model": "m", "messages": [USER], "logprobs": True, "top_logprobs": value}
-    with pytest.raises(ApiError, match="top_logprobs") as refused:
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"user": 5}, "user"),  # also the name of a role
+        ({"logit_bias": {"Once": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"stop": [5]}, "stop.0"),
+        ({"str": 5}, "str"),
+        ({"a[b": 5}, "a[b"),
+    ],
+)
+def test_a_wrong_parameter_has_the_name_that_the_client_sent(fields: dict[str, Any], param: str) -> None:
+    body = {"model": "m", "messages": [USER], **fields}
+    with pytest.raises(ApiError, match=re.escape(param)) as refused:
         parse(ChatRequest, json.dumps(body).encode(), 99).sampling()
-    assert refused.value.param == "top_logprobs"
+    assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (b"", "the body is empty"),
+        (b" \n", "the body is empty"),
+        (b'{"model":', "ends too early"),
+        (rb'{"model": "\ud83d"}', "half of a surrogate pair"),
+    ],
+)
+def test_a_body_that_is_no_json_is_told_why(body: bytes, said: str) -> None:
+    with pytest.raises(ApiError, match=said) as refused:
+        parse(ChatRequest, body, 99)
+    assert refused.value.code == "invalid_json"
 
 
 def test_content_in_parts_is_joined() -> None:

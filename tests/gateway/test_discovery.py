@@ -33,6 +33,7 @@ def test_a_list_can_have_weights() -> None:
         ("a:65536", "is not HOST:PORT"),
         ("a:-1", "is not HOST:PORT"),
         ("a b:1", "is not HOST:PORT"),
+        ("http://a:1", "is not HOST:PORT"),
         ("a:1,b:1,a:1*2", "names a replica twice: a:1"),
         *(
             (f"a:1*{weight}", "must be a number from 0.001 to 1000")

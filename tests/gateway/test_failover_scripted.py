@@ -109,6 +109,51 @@ def test_one_whose_engine_restarts_keeps_its_streams_and_gets_nothing_new(client
     run(body)
 
 
+def test_a_model_that_is_being_unloaded_ends_its_streams_itself(client: type[ScriptedClient]) -> None:
+    """Triton answers status requests with an error then; those that get no more tokens move on."""
+    unloading = ModelError("unknown model: 'decoder' has no available versions", Outcome.UNAVAILABLE)
+
+    async def begin(failover: Failover) -> asyncio.Future[tuple[str, Generation]]:
+        asking = asyncio.ensure_future(generate(failover))
+        await has_begun(client)
+        client.status["b:1"] = unloading
+        await until(lambda: not named(failover, "b:1").takes_requests)
+        return asking
+
+    async def stays(failover: Failover) -> None:
+        asking = await begin(failover)
+        await asyncio.sleep(0.2)
+        assert named(failover, "b:1").attempts
+        asking.cancel()
+
+    async def moves(failover: Failover) -> tuple[str, Generation]:
+        return await (await begin(failover))
+
+    for body, options in (
+        (stays, {"patience": 60}),
+        (stays, {"patience": 0.05, "stall_timeout": 0.05, "replicas": "b:1"}),  # there is nowhere else to go
+        (moves, {"patience": 0.1}),
+    ):
+        client.scripts, client.status, client.requests = {"b:1": [[7, None]], "a:1": [[8]]}, {}, []
+        got = run(body, **options)
+    text, generation = got
+    assert (text, generation.served_by) == ("<7><8>", ["b:1", "a:1"])
+
+
+def test_a_stream_of_a_model_that_was_loaded_again_meanwhile_does_not_hang(client: type[ScriptedClient]) -> None:
+    client.scripts = {"b:1": [[7, None], [8]]}
+
+    async def body(failover: Failover) -> str:
+        asking = asyncio.ensure_future(generate(failover))
+        await has_begun(client)
+        client.status["b:1"] = ModelError("unknown model", Outcome.UNAVAILABLE)
+        await until(lambda: not named(failover, "b:1").takes_requests)
+        client.status["b:1"] = WELL
+        return (await asyncio.wait_for(asking, 20))[0]
+
+    assert run(body, replicas="b:1", stall_timeout=0.3) == "<7><8>"
+
+
 def test_all_that_fail_are_used_all_the_same(client: type[ScriptedClient]) -> None:
     client.scripts = {name: [[error(Outcome.ENGINE_FAILED)]] * 5 + [[6]] for name in ("a:1", "b:1")}
 

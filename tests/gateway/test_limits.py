@@ -346,9 +346,14 @@ def test_headers_tell_of_the_limit_that_leaves_the_least() -> None:
     ("limits", "cost", "message", "retry_after"),
     [
         (Limits(requests_per_second=0.5), 1, "key a has used up its 0.5 requests per second; try again in 2s", "2"),
-        (Limits(concurrent=1), 1, "key a has 1 requests at one time; wait until one of them ends", "1"),
-        (Limits(tokens_per_minute=120), 100, "key a has used up its 120 tokens per minute; .* in 40s", "40"),
-        (Limits(tokens_per_day=120), 100, "key a has used up its 120 tokens per day; .* in 5m0s", "300"),
+        (Limits(concurrent=1), 1, "key a has 1 request at one time; wait until one of them ends", "1"),
+        (
+            Limits(tokens_per_minute=120),
+            100,
+            "key a has 20 left of its 120 tokens per minute, .* 100 .* in 40s",
+            "40",
+        ),
+        (Limits(tokens_per_day=120), 100, "key a has 20 left of its 120 tokens per day, .* in 5m0s", "300"),
         (Limits(tokens_per_day=99), 100, "may need 100 tokens .* key a has 99 tokens per day; lower max_tokens", None),
         (Limits(tokens_per_minute=1_234_567), 2 * 10**6, "key a has 1234567 tokens per minute", None),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.client
 import os
+import signal
 import socket
 import ssl
 import subprocess
@@ -55,6 +57,18 @@ def test_odd_addresses_are_served_or_refused_in_json(
         assert int(answer.headers["content-length"]) > 0
     else:
         assert answer.json().get("error", {}).get("code") == code
+
+
+@pytest.mark.parametrize("path", ["/health", "/nowhere", "/v1/chat/completions"])
+def test_a_head_request_leaves_its_connection_open(echo_gateway: RunningGateway, path: str) -> None:
+    with closing(http.client.HTTPConnection("127.0.0.1", echo_gateway.port, timeout=30)) as connection:
+        connection.connect()
+        connection.auto_open = 0
+        for method in ("HEAD", "GET"):
+            connection.request(method, path if method == "HEAD" else "/health")
+            answer = connection.getresponse()
+            assert bool(answer.read()) == (method == "GET")
+    assert answer.status == 200
 
 
 def test_a_trailing_slash_is_no_other_endpoint(echo_gateway: RunningGateway) -> None:
@@ -191,6 +205,32 @@ def test_it_prints_its_options_and_reads_them(model_dir: Path, tmp_path: Path) -
     (tmp_path / "gateway.yaml").write_text(done.stdout)
     again = command(model_dir, "--print-config", "--config", str(tmp_path / "gateway.yaml"))
     assert again.stdout == done.stdout
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_is_a_clean_end(model_dir: Path, echo: EchoReplica, workers: int) -> None:
+    (port,) = free_ports(1)
+    words = [COMMAND, "gateway", "--model", str(model_dir), "--port", str(port), "--replicas", echo.grpc_url]
+    with subprocess.Popen([*words, "--workers", str(workers)], stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not answers(port):
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0
+    assert "Abort" not in said
+    assert "Traceback" not in said
+
+
+def answers(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_it_says_where_it_listens_and_how_its_replicas_are(model_dir: Path, echo: EchoReplica) -> None:

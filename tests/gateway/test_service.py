@@ -203,6 +203,7 @@ def test_limits_are_told_reserved_and_settled(clients: Clients) -> None:
     refused = clients.post("few", max_tokens=60)
     assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
     assert int(refused.headers["Retry-After"]) > 10
+    assert clients.logged(refused)["error"] == "rate_limit_exceeded"
     never = clients.post("few", max_tokens=101)
     assert (never.status_code, never.headers["X-Should-Retry"]) == (429, "false")
     assert "lower max_tokens" in never.json()["error"]["message"]

@@ -116,7 +116,7 @@ def test_the_health_command_imports_nothing_heavy() -> None:
     with listener(response(200, b"{}")) as url:
         code = (
             "import sys\n"
-            f"sys.argv = ['tidewright', 'health', '--url', {url!r}]\n"
+            f"sys.argv = ['tidewright', 'health', '--url', {url.removeprefix('http://')!r}]\n"
             "from tidewright.launch.cli import main\n"
             "try: main()\n"
             "except SystemExit as end: assert end.code == 0\n"

@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -105,6 +106,31 @@ def test_running_streams_finish_within_the_grace_time(serve: type[Serve]) -> Non
     assert len(texts) > 5
     assert "".join(texts) == whole
     assert running.wait(timeout=60) == 0
+    running.assert_nothing_left()
+
+
+def test_what_runs_through_the_gateway_finishes_within_the_grace_time(serve: type[Serve]) -> None:
+    running = serve("--shutdown-grace", "60", "--threads", "1")  # two wait for each other where cores are busy
+    running.wait_ready()
+    assert f"http://127.0.0.1:{running.gateway}/docs" in running.log
+    url = f"http://127.0.0.1:{running.gateway}/v1/completions"
+    body = {"model": "smollm2-135m", "prompt": "Once", "temperature": 0, "max_tokens": 80, "ignore_eos": True}
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(httpx.post, url, json=body, timeout=60, trust_env=False)
+        with httpx.stream("POST", url, json={**body, "stream": True}, timeout=60, trust_env=False) as response:
+            lines = response.iter_lines()
+            events = [next(lines)]
+            os.kill(running.process.pid, signal.SIGINT)
+            events += [line for line in lines if line]
+        assert events[-1] == "data: [DONE]", events[-3:]
+        answer = whole.result()
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["usage"]["completion_tokens"] == 80
+    assert answer.json()["choices"][0]["text"] == "".join(
+        json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in events[:-1]
+    )
+    assert running.wait(timeout=60) == 0
+    assert "Traceback" not in running.log
     running.assert_nothing_left()
 
 

@@ -88,7 +88,8 @@ class Bridge:
             heartbeat_timeout=settings.heartbeat_timeout,
         )
         self._sender = Sender(self._changed, self._outgoing, self._send, self._abandon, self._release)
-        self._canceller = Canceller(self._changed, self._calls, self._hung_up, is_loaded, self._unloaded)
+        self._ask_triton = is_loaded
+        self._canceller = Canceller(self._changed, self._calls, self._hung_up, self._is_loaded, self._unloaded)
         self._watch = threading.Thread(target=self._watch_loop, name="watch", daemon=True)
         self._feeder = Feeder(self._client.send, self._give_up)
         self._failed_starts = 0  # of engines, since one was up
@@ -361,6 +362,10 @@ class Bridge:
     def _hung_up(self, call: Call) -> None:
         with self._changed:
             self._fail(call, CancelledError("cancelled by the client"))
+
+    def _is_loaded(self) -> bool:
+        # Asked while it ends, Triton can crash the stub, and all streams with it. Who drains needs no answer.
+        return self._drain is not None or self._ask_triton()
 
     def _unloaded(self) -> None:
         """Triton waits for the last request, however long that takes, and says nothing."""

@@ -72,8 +72,8 @@ class Canceller:
         try:
             if call.error is None and call.responder.is_cancelled():
                 self._cancel(call)
-        except Exception:
-            log.exception("Triton could not be asked whether a client hung up; it is not asked again about this one")
+        except Exception as error:
+            _log_failure("whether a client hung up; it is not asked again about this one", error)
             call.askable = False
 
     def _ask_loaded(self) -> None:
@@ -81,6 +81,13 @@ class Canceller:
             if not self._is_loaded():
                 self._ask_loaded_at = math.inf
                 self._unloaded()
-        except Exception:
-            log.exception("Triton could not be asked whether the model is loaded; it is not asked again")
+        except Exception as error:
+            _log_failure("whether the model is loaded; it is not asked again", error)
             self._ask_loaded_at = math.inf
+
+
+def _log_failure(what: str, error: Exception) -> None:
+    if "not ready" in str(error):  # Triton is ending
+        log.info("Triton could not be asked %s: %s", what, error)
+    else:
+        log.error("Triton could not be asked %s", what, exc_info=error)

@@ -47,7 +47,7 @@ class Question:
 
     def __init__(self, url: str, body: dict[str, Any] | None = None, timeout: float = CONNECT_TIMEOUT) -> None:
         """A GET if there is no body. Raises UnreachableError, or NoAnswerError: no connection within `timeout`."""
-        self._url = url
+        self._url = url = url if "://" in url else f"http://{url}"
         self._connection: http.client.HTTPConnection | None = None
         # The connection must not stay: Triton waits for idle ones when it ends.
         headers = {"Connection": "close", "Content-Type": "application/json"}

@@ -40,3 +40,5 @@ def gateway(config: str | None, print_config: bool, **flags: str | None) -> None
         serve(settings, announce=lambda text: click.echo(text, err=True))
     except SetupError as error:
         raise click.ClickException(str(error)) from None
+    except KeyboardInterrupt:  # uvicorn raises it again when it has ended everything
+        pass

@@ -55,8 +55,9 @@ class Middleware:
             credential_of(headers),
             CachePolicy.of(control.decode("latin-1")) if control else CachePolicy.USE,
         )
-        scope["state"] = {**scope.get("state", {}), "context": context}
         method, path = scope["method"], scope["path"]
+        # A copy: uvicorn must not see that a HEAD is changed to a GET, or it waits for the body.
+        scope = {**scope, "state": {**scope.get("state", {}), "context": context}}
         exchange = _Exchange(scope, headers, receive, send, context, self._max_body)
         self._metrics.began()
         try:
@@ -82,10 +83,8 @@ class _Exchange:
     ) -> None:
         self._scope, self._headers, self._receive, self._send = scope, headers, receive, send
         self._context, self._max_body = context, max_body
-        self._received, self._head = (
-            0,
-            b"",
-        )  # of the body; its first two bytes tell the encoding, since JSON begins with ASCII
+        self._received = 0  # bytes of the body
+        self._head = b""  # its first two bytes tell the encoding, since JSON begins with ASCII
         self._refusal: ApiError | None = None
         self._has_begun = self._has_ended = False
         self._is_head = scope["method"] == "HEAD"
@@ -162,6 +161,7 @@ class _Exchange:
         self._has_ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     async def _refuse(self, error: ApiError) -> None:
+        self._context.error = error
         if self._has_begun:  # too late: the connection is cut, so that half an answer does not look whole
             raise error
         headers = {**error.headers, "Content-Length": str(len(error.body))}

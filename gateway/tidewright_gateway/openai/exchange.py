@@ -82,6 +82,7 @@ class Exchange(Response):
             made = error if isinstance(error, ApiError) else of_model(error)
             if not writer.has_begun:
                 raise made from None
+            context.error = made
             await writer.write(event(made.body))
             await writer.end()
         finally:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ B = TypeVar("B", bound=Body)
 
 MAX_ITEMS = 100_000  # objects, lists and fields of a body: Python takes up to a hundred times their size for them
 _ROLES = ("system", "developer", "user", "tool", "assistant")
+_TYPES = ("str", "int", "float", "bool")
 MAX_FIELDS = 256  # of one object
 
 
@@ -29,6 +31,8 @@ def parse(kind: type[B], body: bytes, longest: int, max_prompts: int = 4096) -> 
     """
     if body.count(b"[") + body.count(b"{") + body.count(b'":') > MAX_ITEMS:
         raise invalid(f"the body has more than {MAX_ITEMS} objects, lists and fields", code="too_many_items")
+    if not body.strip():
+        raise invalid("the body is empty; send an object, such as {...}", code="invalid_json")
     try:
         data = msgspec.json.decode(body)
     except UnicodeDecodeError:
@@ -36,7 +40,9 @@ def parse(kind: type[B], body: bytes, longest: int, max_prompts: int = 4096) -> 
     except RecursionError:
         raise invalid("the body has too many objects or lists within each other", code="invalid_json") from None
     except msgspec.MsgspecError as error:
-        raise invalid(f"the body is not JSON: {error}", code="invalid_json") from None
+        # msgspec also says so of a string that ends with the first half of a surrogate pair.
+        why = "it ends too early, or has half of a surrogate pair" if "truncated" in str(error) else str(error)
+        raise invalid(f"the body is not JSON: {why}", code="invalid_json") from None
     if not isinstance(data, dict):
         raise invalid("the body must be an object, such as {...}")
     _check_lengths(data, longest, max_prompts)
@@ -81,17 +87,30 @@ def _objects(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def _of_validation(errors: list[Any]) -> ApiError:
     """Reports the deepest error: in a union, the alternative that the input resembles most."""
     found = max(errors, key=lambda error: len(error["loc"]))
-    place = [str(part) for part in found["loc"] if not _is_type(str(part))]
-    if found["type"].startswith("union_tag"):
+    kind, place = found["type"], _place(found["loc"])
+    if kind.startswith("union_tag"):
         place.append("role")
     param = ".".join(place) or None
-    if found["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         return invalid(f"unknown or unsupported parameter: {param}", param, "unknown_parameter")
-    if found["type"] == "none_required" or (found["type"] == "too_long" and found["ctx"]["max_length"] == 0):
+    if kind == "none_required" or (kind == "too_long" and found["ctx"]["max_length"] == 0):
         return invalid(f"{param} is not supported; leave it out", param, "unsupported_parameter")
-    return invalid(f"{param or 'body'}: {found['msg']}", param)
+    if kind in ("missing", "union_tag_not_found"):
+        return invalid(f"{param} is missing", param)
+    if kind == "union_tag_invalid":
+        return invalid(f"{param} must be one of {', '.join(_ROLES)}", param)
+    if kind == "literal_error" and "content" in place:
+        return invalid(f"{param}: only parts of text are supported, with the type 'text'", param)
+    if kind in ("model_type", "model_attributes_type"):
+        return invalid(f"{param}: must be an object, such as {{...}}", param)
+    return invalid(f"{param}: {found['msg']}", param)
 
 
-def _is_type(part: str) -> bool:
-    """Pydantic's name of one of the types that a field may have; messages are told apart by their roles."""
-    return "[" in part or part in ("str", "int", "float", "bool", *_ROLES)
+def _place(loc: Sequence[str | int]) -> list[str]:
+    """Without pydantic's names of the types that a field may have, and of messages, which it names by their roles."""
+    place = [str(part) for part in loc[:1]]
+    for before, part in pairwise(loc):
+        if isinstance(part, str) and ("[" in part or part in _TYPES or (isinstance(before, int) and part in _ROLES)):
+            continue
+        place.append(str(part))
+    return place

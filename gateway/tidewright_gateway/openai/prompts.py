@@ -28,12 +28,15 @@ class Prompts:
     async def of_text(self, prompt: str | list[int], limit: int) -> list[int]:
         if isinstance(prompt, str):
             return await self._run(partial(self.tokenizer.encode, prompt, limit), len(prompt), limit, "prompt")
-        if not prompt:
-            raise invalid("prompt has no tokens; send at least one", "prompt")
-        size = self.tokenizer.backend.get_vocab_size()
-        if not all(0 <= token_id < size for token_id in prompt):
-            raise invalid(f"prompt: token ids must be from 0 to {size - 1}", "prompt")
+        self.check_ids(prompt, "prompt")
         return prompt
+
+    def check_ids(self, ids: list[int], param: str) -> None:
+        if not ids:
+            raise invalid(f"{param} has no tokens; send at least one", param)
+        size = self.tokenizer.backend.get_vocab_size()
+        if not all(0 <= token_id < size for token_id in ids):
+            raise invalid(f"{param}: token ids must be from 0 to {size - 1}", param)
 
     async def _run(
         self, encode: Callable[[], list[int]], length: int, limit: int, param: str, is_long: bool = False

@@ -105,7 +105,7 @@ class GenerationBody(Body, ABC):
     guided_choice: Many[StrictStr] | None = None
     """The answer is one of these."""
     priority: StrictInt | None = None
-    """Lower runs first; added to the key's own. Only admins may send negative values."""
+    """Lower runs first; added to the key's own. Negative values count as 0 unless the key is an admin's."""
     timeout: Number | None = None
     """Maximum duration in seconds; the answer is what exists by then."""
     cache_salt: StrictStr | None = None
@@ -143,9 +143,11 @@ class GenerationBody(Body, ABC):
         except OverflowError:  # msgspec's, for some integers of more than 64 bits
             raise invalid("a number is too large") from None
         except msgspec.ValidationError as error:
-            message, _, place = str(error).partition(" - at `$.")
-            param = place.rstrip("`").split("[")[0] or None
-            param = self.names_of_ours.get(param or "", param)
+            message, _, place = str(error).partition(" - at ")  # such as `$.stop[0]`, or `key` in `$.logit_bias`
+            name = place.rpartition("`$.")[2].rstrip("`").split("[")[0]
+            param = self.names_of_ours.get(name, name) or None
+            if place.startswith("`key`"):
+                message = f"a key is no token id: {message}"
             raise invalid(f"{param}: {message}" if param else message, param) from None
 
     def _schema(self) -> dict[str, Any] | None:

@@ -69,8 +69,8 @@ def make_pipeline_router(
     async def detokenize(request: Request) -> Response:
         """The text of token ids."""
         async with pipeline.enter(_context(request), DetokenizeRequest, await _body(request)) as body:
-            ids = await prompts.of_text(body.tokens, failover.max_model_len)
-            return JSONResponse({"prompt": prompts.tokenizer.decode(ids, skip_special_tokens=False)})
+            prompts.check_ids(body.tokens, "tokens")
+            return JSONResponse({"prompt": prompts.tokenizer.decode(body.tokens, skip_special_tokens=False)})
 
     return router
 

@@ -142,7 +142,7 @@ def _endpoint(text: str) -> Endpoint:
 
 
 def _host_and_port(text: str) -> tuple[str, int]:
-    found = re.fullmatch(r"([^\s*]+):([0-9]{1,5})", text)
+    found = re.fullmatch(r"([^\s*/]+):([0-9]{1,5})", text)
     if not found or not 0 < int(found[2]) < 65536:
         raise ValueError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8001")
     return found[1], int(found[2])

@@ -168,7 +168,8 @@ class Failover:
     async def _next(self, generation: Generation, course: _Course, failed: Attempt, error: ModelError) -> Attempt:
         """The attempt after a failed one. Raises ModelError: there is none."""
         self._metrics.attempt_failed(failed.replica.address, failed.model, error.outcome)
-        log.warning("%s: %s of %s failed: %s", generation.request_id, failed.model, failed.replica.address, error)
+        level = logging.INFO if error.outcome in FINAL else logging.WARNING  # the former are the caller's
+        log.log(level, "%s: %s of %s failed: %s", generation.request_id, failed.model, failed.replica.address, error)
         self._record(failed, error.outcome)
         if failed.model == FALLBACK:
             return await self._after_fallback(generation, course, failed, error)
@@ -234,10 +235,10 @@ class Failover:
         while not (chosen := self._set.choose(generation.prompt, avoid, now)):
             waited_enough = now >= until or now - began >= self._settings.patience
             if waited_enough and self._fallback_for(generation, course):
-                course.cause = course.cause or self._nobody()
+                course.cause = course.cause or _nobody()
                 return None
             if now >= until:
-                error = last or course.cause or self._nobody()
+                error = last or course.cause or _nobody()
                 raise timed_out(error) if generation.deadline.expired(now) else error
             await self._set.wait_for_change(min(until - now, WATCH_INTERVAL))
             now = time.monotonic()
@@ -246,16 +247,12 @@ class Failover:
         replica.attempts.add(attempt)
         return attempt
 
-    def _nobody(self) -> ModelError:
-        log.warning("no replica can take requests (%s)", self.trouble)
-        return ModelError("no replica can take requests", Outcome.UNAVAILABLE)
-
     def _last_resort(self, generation: Generation, course: _Course) -> Attempt:
         """Begins an attempt at a fallback after all decoders failed. Raises ModelError: there is none."""
         course.decoder_failed = True
         if attempt := self._ask_fallback(generation, course):
             return attempt
-        raise course.cause or self._nobody()
+        raise course.cause or _nobody()
 
     def _fallback_for(self, generation: Generation, course: _Course) -> Replica | None:
         asked = course.asked_fallbacks
@@ -289,6 +286,10 @@ class Failover:
         generation.model = model
         self._metrics.attempt(replica.address, model)
         return Attempt(replica, model, replica.client.generate(model, request), permit, generation.deadline)
+
+
+def _nobody() -> ModelError:
+    return ModelError("no replica can take requests", Outcome.UNAVAILABLE)
 
 
 def timed_out(error: ModelError) -> ModelError:

@@ -37,6 +37,8 @@ class Attempt:
     deadline: Deadline
     """Of its generation. The replica is told, and should keep it by itself."""
     num_tokens: int = 0
+    outlived: bool = False
+    """Its replica said meanwhile that it has no such model: it may be of a model that is gone, and never end."""
     waits_since: float | None = None
     """When the pending read began. None: no read is pending, because the client has not taken earlier replies."""
 
@@ -172,17 +174,31 @@ class Replica:
         self.trouble = ModelError(why, Outcome.UNAVAILABLE)
 
     def lost(self, error: ModelError) -> None:
-        """It did not answer, or with an error. Unless it is merely silent, its generations are lost."""
+        """It did not answer, or with an error.
+
+        Its generations are lost if its stub died. Otherwise they may go on: a model that is being unloaded has no
+        status, but ends what runs.
+        """
         self.status, self.trouble, self.suspicion = None, error, None
-        if not self.is_silent:
-            gone = ModelError("the model is gone", error.outcome)  # callers must not learn addresses
-            for attempt in tuple(self.attempts):
-                attempt.call.abandon(gone)
+        for attempt in tuple(self.attempts):
+            attempt.outlived |= self.is_stopping
+            if error.outcome is Outcome.STUB_DIED:
+                attempt.call.abandon(self.gone)
 
     @property
     def is_silent(self) -> bool:
-        """It does not answer: it may be gone, or just busy."""
-        return self.trouble is not None and self.trouble.outcome is Outcome.STALLED
+        """It or its engine gives no sign of life: gone, stopping, or just busy."""
+        return self.trouble is not None and (self.status is None or self.trouble.outcome is Outcome.STALLED)
+
+    @property
+    def is_stopping(self) -> bool:
+        """Triton answers, but not for the model. What runs there ends with the model, or with Triton."""
+        return self.trouble is not None and self.status is None and self.trouble.outcome is not Outcome.STALLED
+
+    @property
+    def gone(self) -> ModelError:
+        """For generations there. Callers must not learn addresses, which the trouble may have."""
+        return ModelError("the model is gone", self.trouble.outcome if self.trouble else Outcome.UNAVAILABLE)
 
     def showed_life(self, now: float) -> None:
         """It answered a request, even if it is too busy to answer status requests."""

@@ -180,7 +180,8 @@ class ReplicaSet:
         replica.took_requests = replica.takes_requests
         if replica.takes_requests:
             replica.came_at = time.monotonic()
-        log.warning("%s: %s", replica.address, replica.why_not or "healthy")
+        level = logging.INFO if replica.takes_requests else logging.WARNING
+        log.log(level, "%s: %s", replica.address, replica.why_not or "healthy")
         self._metrics.replica_is(replica.address, replica.takes_requests)
         self._changed.set()
 
@@ -290,9 +291,13 @@ class ReplicaSet:
             return expired
         if attempt.model == FALLBACK:
             return attempt.overdue(settings.first_token_timeout, settings.stall_timeout, now)
-        if replica.is_silent and attempt.waited(now) > (settings.patience if elsewhere else settings.stall_timeout):
-            return replica.trouble
-        if elsewhere or self._has_fallback or now - replica.lived_at > settings.stall_timeout:
+        has_other = elsewhere or self._has_fallback
+        if replica.is_silent:
+            silence = settings.patience if elsewhere else settings.stall_timeout
+            if replica.is_stopping and not has_other:
+                silence = max(silence, settings.first_token_timeout)  # it should end by itself, and nobody else can
+            return replica.gone if attempt.waited(now) > silence else None
+        if has_other or attempt.outlived or now - replica.lived_at > settings.stall_timeout:
             return attempt.overdue(settings.first_token_timeout, settings.stall_timeout, now)
         return None
 

@@ -11,10 +11,10 @@ from tidewright_gateway.admission.limits.store import Refusal, Subject, TakeResu
 from tidewright_gateway.openai.errors import ApiError
 
 _UNITS = {
-    "requests_per_second": "requests per second",
-    "concurrent": "requests at one time",
-    "tokens_per_minute": "tokens per minute",
-    "tokens_per_day": "tokens per day",
+    "requests_per_second": ("request", "per second"),
+    "concurrent": ("request", "at one time"),
+    "tokens_per_minute": ("token", "per minute"),
+    "tokens_per_day": ("token", "per day"),
 }
 
 
@@ -44,7 +44,7 @@ def headers_of(subjects: Sequence[Subject], outcome: TakeResult) -> dict[str, st
 def refused(subjects: Sequence[Subject], cost: int, outcome: TakeResult, refusal: Refusal) -> ApiError:
     """`cost`: tokens."""
     subject = subjects[refusal.subject]
-    limit = f"{getattr(subject.limits, refusal.limit):.15g} {_UNITS[refusal.limit]}"
+    limit = _limit(refusal.limit, getattr(subject.limits, refusal.limit))
     headers = headers_of(subjects, outcome)
     if refusal.wait is None:
         message = (
@@ -52,11 +52,25 @@ def refused(subjects: Sequence[Subject], cost: int, outcome: TakeResult, refusal
             f"{limit}; lower max_tokens, n or the prompt"
         )
         return ApiError(429, message, code="rate_limit_exceeded", headers=headers, may_retry=False)
+    usage = outcome.usages[refusal.subject]
     if refusal.limit == "concurrent":
         message = f"{subject.name} has {limit}; wait until one of them ends"
-    else:
+    elif refusal.limit == "requests_per_second":
         message = f"{subject.name} has used up its {limit}; try again in {duration(refusal.wait)}"
+    else:
+        used = usage.tokens if refusal.limit == "tokens_per_minute" else usage.day
+        left = _room(getattr(subject.limits, refusal.limit), used, 0).remaining
+        message = (
+            f"{subject.name} has {left} left of its {limit}, and the request may need {cost} (its prompt, and "
+            f"max_tokens for each choice); try again in {duration(refusal.wait)}, or lower max_tokens, n or the prompt"
+        )
     return ApiError(429, message, code="rate_limit_exceeded", retry_after=refusal.wait, headers=headers)
+
+
+def _limit(name: str, value: float) -> str:
+    """Such as: 1 request per second."""
+    noun, span = _UNITS[name]
+    return f"{value:.15g} {noun}{'' if value == 1 else 's'} {span}"
 
 
 def duration(seconds: float) -> str:
