@@ -98,7 +98,7 @@ def _of_validation(errors: list[Any]) -> ApiError:
     if kind in ("missing", "union_tag_not_found"):
         return invalid(f"{param} is missing", param)
     if kind == "union_tag_invalid":
-        return invalid(f"{param} must be one of {', '.join(_ROLES)}", param)
+        return invalid(f"{param} must be one of {', '.join(map(repr, _ROLES))}", param)
     if kind == "literal_error" and "content" in place:
         return invalid(f"{param}: only parts of text are supported, with the type 'text'", param)
     if kind in ("model_type", "model_attributes_type"):
