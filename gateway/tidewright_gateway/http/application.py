@@ -46,6 +46,7 @@ from tidewright_gateway.websocket.backend import PipelineBackend
 from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.routes import make_stream_router
 
+_UNKNOWN_CAPACITY = 64  # of a replica that does not report its batch size
 _SHOWN_TO_PAGES = ["X-Request-Id", "X-Cache", "X-Served-By", "X-Degraded", "X-Limited-By", "Retry-After"]
 
 
@@ -136,7 +137,7 @@ def _greeting(settings: GatewaySettings, failover: Failover) -> str:
     return "\n".join(lines if failover.replicas else [*lines, f"  no replica yet: {failover.trouble}"])
 
 
-def _capacity(settings: GatewaySettings, failover: Failover) -> Any:
+def _capacity(settings: GatewaySettings, failover: Failover) -> Callable[[], int]:
     """A function that returns the current number of places for generations."""
 
     def capacity() -> int:
@@ -148,9 +149,6 @@ def _capacity(settings: GatewaySettings, failover: Failover) -> Any:
         return (settings.max_running or _UNKNOWN_CAPACITY) * max(usable, 1)
 
     return capacity
-
-
-_UNKNOWN_CAPACITY = 64  # of a replica that does not report its batch size
 
 
 def _document(app: FastAPI) -> dict[str, Any]:

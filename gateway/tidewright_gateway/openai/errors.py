@@ -68,8 +68,10 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
     return ApiError(400, message, code=code, param=param)
 
 
-def of_model(error: ModelError) -> ApiError:
-    """What a generation that a replica refused, or that none could end, is to its caller."""
+def of_model(error: ModelError | ApiError) -> ApiError:
+    """What the end of a generation without an answer is to its caller; an ApiError is that already."""
+    if isinstance(error, ApiError):
+        return error
     message = str(error)
     if error.outcome is Outcome.INVALID:
         return invalid(message)

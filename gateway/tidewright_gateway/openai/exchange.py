@@ -79,7 +79,7 @@ class Exchange(Response):
             else:
                 await writer.whole(last, {**context.headers, "Content-Type": JSON})
         except (ApiError, ModelError) as error:
-            made = error if isinstance(error, ApiError) else of_model(error)
+            made = of_model(error)
             if not writer.has_begun:
                 raise made from None
             context.error = made

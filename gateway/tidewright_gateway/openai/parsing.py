@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import msgspec
 from pydantic import ValidationError
 
 from tidewright_gateway.openai.errors import ApiError, invalid
-from tidewright_gateway.openai.protocol import Body
+from tidewright_gateway.openai.protocol import AssistantMessage, Body, InputMessage
 
 B = TypeVar("B", bound=Body)
 
 MAX_ITEMS = 100_000  # objects, lists and fields of a body: Python takes up to a hundred times their size for them
-_ROLES = ("system", "developer", "user", "tool", "assistant")
+_ROLES = tuple(
+    role for kind in (InputMessage, AssistantMessage) for role in get_args(kind.model_fields["role"].annotation)
+)
 _TYPES = ("str", "int", "float", "bool")
 MAX_FIELDS = 256  # of one object
 

@@ -57,7 +57,7 @@ class ReplicaSet:
         self.replicas: list[Replica] = []
         """Including those that are leaving, until they are empty."""
         source = make_source(settings.replicas, settings.discovery_interval)
-        self._lookout = Discovery(source, self._take, metrics.discovery_failed)
+        self._discovery = Discovery(source, self._take, metrics.discovery_failed)
         self._probes = GenerationProbes(settings, metrics, self.replicas, self.settle)
         self._lives: dict[Replica, asyncio.Task[None]] = {}
         self._jobs: list[asyncio.Task[None]] = []
@@ -66,9 +66,9 @@ class ReplicaSet:
 
     async def start(self) -> None:
         """Discovers and checks the replicas, and keeps doing so. Call it in the event loop: gRPC needs it."""
-        self._jobs.append(asyncio.create_task(self._lookout.run()))
+        self._jobs.append(asyncio.create_task(self._discovery.run()))
         with suppress(asyncio.TimeoutError):  # an unresponsive name server must not block the start
-            await asyncio.wait_for(self._lookout.looked.wait(), STATUS_TIMEOUT)
+            await asyncio.wait_for(self._discovery.looked.wait(), STATUS_TIMEOUT)
         first, self._started = list(self.replicas), True
         await asyncio.gather(*map(self._ask, first), self._ask_fallbacks())
         for replica in first:
@@ -98,7 +98,7 @@ class ReplicaSet:
         if self.usable:
             return ""
         known = "; ".join(f"{replica.address}: {replica.why_not}" for replica in self.replicas)
-        return known or self._lookout.problem or "none is known yet"
+        return known or self._discovery.problem or "none is known yet"
 
     @property
     def capacity(self) -> int | None:
@@ -279,19 +279,19 @@ class ReplicaSet:
         if not replica.in_flight:
             return
         elsewhere = self._elsewhere(replica)
+        has_other = elsewhere or self._has_fallback
         for attempt in replica.running:
-            if error := self._overdue(attempt, elsewhere, now):
+            if error := self._overdue(attempt, elsewhere, has_other, now):
                 attempt.call.abandon(error)
 
-    def _overdue(self, attempt: Attempt, elsewhere: bool, now: float) -> ModelError | None:
+    def _overdue(self, attempt: Attempt, elsewhere: bool, has_other: bool, now: float) -> ModelError | None:
         """The reason to abandon an attempt, if any. Without another replica, slow ones are waited for, and silent ones
-        longer: a retry would only start over at the same replica."""
+        longer: a retry would only start over at the same replica. `has_other`: another replica, or a fallback."""
         settings, replica = self._settings, attempt.replica
         if expired := attempt.expired(now):
             return expired
         if attempt.model == FALLBACK:
             return attempt.overdue(settings.first_token_timeout, settings.stall_timeout, now)
-        has_other = elsewhere or self._has_fallback
         if replica.is_silent:
             silence = settings.patience if elsewhere else settings.stall_timeout
             if replica.is_stopping and not has_other:

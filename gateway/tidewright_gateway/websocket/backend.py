@@ -93,7 +93,7 @@ class PipelineBackend:
                 yield _Running(context, self._pipeline.replies(context))
             status = 200
         except (ApiError, ModelError) as error:
-            made = error if isinstance(error, ApiError) else of_model(error)
+            made = of_model(error)
             status = made.status
             raise made from None
         finally:

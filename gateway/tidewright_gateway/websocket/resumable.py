@@ -81,9 +81,9 @@ class ResumableStream:
         error: BaseException | None = self._ended_by
         if error is None and not job.cancelled():
             error = job.exception()
-        if isinstance(error, ModelError):
+        if isinstance(error, ModelError | ApiError):
             error = of_model(error)
-        elif error is not None and not isinstance(error, ApiError):
+        elif error is not None:
             log.error("request %s went wrong", self.request_id, exc_info=error)
             error = internal()
         if error is not None:

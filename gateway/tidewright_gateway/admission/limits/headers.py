@@ -27,32 +27,32 @@ class _Room(NamedTuple):
     """Seconds until all of it is there again."""
 
 
-def headers_of(subjects: Sequence[Subject], outcome: TakeResult) -> dict[str, str]:
+def headers_of(subjects: Sequence[Subject], result: TakeResult) -> dict[str, str]:
     """Of requests and of tokens, where something limits them: the limit that leaves the least."""
     requests, tokens = [], []
-    for subject, usage in zip(subjects, outcome.usages, strict=True):
+    for subject, usage in zip(subjects, result.usages, strict=True):
         limits = subject.limits
         if rate := limits.requests_per_second:
             requests.append(_room(max(1.0, rate), usage.requests, usage.requests / rate))
         if limit := limits.tokens_per_minute:
             tokens.append(_room(limit, usage.tokens, usage.tokens * MINUTE / limit))
         if limit := limits.tokens_per_day:
-            tokens.append(_room(limit, usage.day, DAY - outcome.now % DAY))
+            tokens.append(_room(limit, usage.day, DAY - result.now % DAY))
     return _headers("Requests", requests) | _headers("Tokens", tokens)
 
 
-def refused(subjects: Sequence[Subject], cost: int, outcome: TakeResult, refusal: Refusal) -> ApiError:
+def refused(subjects: Sequence[Subject], cost: int, result: TakeResult, refusal: Refusal) -> ApiError:
     """`cost`: tokens."""
     subject = subjects[refusal.subject]
     limit = _limit(refusal.limit, getattr(subject.limits, refusal.limit))
-    headers = headers_of(subjects, outcome)
+    headers = headers_of(subjects, result)
     if refusal.wait is None:
         message = (
             f"the request may need {cost} tokens (its prompt, and max_tokens for each choice), and {subject.name} has "
             f"{limit}; lower max_tokens, n or the prompt"
         )
         return ApiError(429, message, code="rate_limit_exceeded", headers=headers, may_retry=False)
-    usage = outcome.usages[refusal.subject]
+    usage = result.usages[refusal.subject]
     if refusal.limit == "concurrent":
         message = f"{subject.name} has {limit}; wait until one of them ends"
     elif refusal.limit == "requests_per_second":

@@ -34,7 +34,7 @@ ACCOUNTS, PLACES = "tidewright:{limits}:account:", "tidewright:{limits}:places:"
 T = TypeVar("T")
 
 _encode = msgspec.msgpack.Encoder().encode
-_outcome = msgspec.msgpack.Decoder(TakeResult).decode
+_result = msgspec.msgpack.Decoder(TakeResult).decode
 
 
 class _Arguments(msgspec.Struct, frozen=True):
@@ -64,7 +64,7 @@ class RedisLink:
         await _of_redis(self._client.ping())
 
     async def take(self, take: Take) -> TakeResult:
-        return _outcome(await _of_redis(self._reserve(_keys(take.subjects), [self._arguments(take)])))
+        return _result(await _of_redis(self._reserve(_keys(take.subjects), [self._arguments(take)])))
 
     async def settle(self, settle: Settle) -> None:
         await _of_redis(self._settle(_keys(settle.subjects), [self._arguments(settle)]))

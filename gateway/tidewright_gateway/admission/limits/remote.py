@@ -29,9 +29,8 @@ T = TypeVar("T")
 TIMEOUT, STEPS = 0.25, 10  # seconds for an answer, and in how many steps they are waited for
 TICK = 1.0  # seconds between two tries to reach it
 RENEW_INTERVAL = 15.0  # seconds
-AT_A_TIME = (
-    8  # questions; the others wait here, where no timeout runs, and see that it is lost as soon as one of them does
-)
+# Questions. The others wait here, where no timeout runs, and see that it is lost as soon as one of them does.
+AT_A_TIME = 8
 UNSETTLED = 100_000  # that are remembered while it is gone; the oldest are forgotten
 
 
@@ -85,16 +84,16 @@ class Remote:
         async with self._slots:
             self._check()
             try:
-                outcome = await _in_time(self._link.take(take))
+                result = await _in_time(self._link.take(take))
             except BaseException as error:  # such as a client that leaves
                 if take.id not in self._held:  # else it ends with the request
                     self._unsettled.append(Settle(take.id, take.subjects, 0))
                 self._note(error)
                 raise
         self._note(None)
-        if not outcome.refusal:
+        if not result.refusal:
             self._held[take.id] = take.subjects
-        return outcome
+        return result
 
     async def settle(self, settle: Settle) -> None:
         """Later, if the store is gone, or refuses: this raises nothing of it."""
