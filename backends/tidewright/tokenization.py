@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import msgspec
 import tokenizers
+
+from tidewright.chat_template import ChatTemplate, TemplateError
 
 # What chat templates may name. One that the model lacks is left out: it must print as nothing, not as "None".
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -45,10 +41,8 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self._config = _read_json(model_dir / "tokenizer_config.json")
-        self._template = self._load_template(model_dir)
-        self._special_tokens = {
-            name: text for name in _SPECIAL_TOKENS if (text := _token_text(self._config.get(name))) is not None
-        }
+        self.chat_template = self._load_template(model_dir)
+        """None if the model has none."""
         self._special_ids = {id_ for id_, token in self.backend.get_added_tokens_decoder().items() if token.special}
         self._added = self._encode("", add_special_tokens=True)
         self._letter = self._encode("a", add_special_tokens=False)
@@ -129,9 +123,15 @@ class Tokenizer:
 
     def encode_messages(self, messages: list[dict[str, Any]], max_tokens: int = 0) -> list[int]:
         """The same of messages that are checked already. Raises InvalidPromptError as `encode_chat`."""
-        text = self.apply_chat_template(messages)
+        return self.encode_rendered(self.apply_chat_template(messages, max_tokens), max_tokens)
+
+    def encode_rendered(self, text: str, max_tokens: int = 0) -> list[int]:
+        """Token ids of a text that a chat template has written, with its special tokens.
+
+        Raises:
+            InvalidPromptError: they are certainly too many.
+        """
         self.check_length(len(text), max_tokens)
-        # The template wrote the special tokens itself.
         return self._encode(text, add_special_tokens=False)
 
     def check_length(self, num_characters: int, max_tokens: int) -> None:
@@ -151,60 +151,27 @@ class Tokenizer:
         token_ids: list[int] = encoding.ids
         return token_ids
 
-    def apply_chat_template(self, messages: list[dict[str, Any]]) -> str:
-        """The prompt that the model was trained to see for these messages, up to where its answer begins."""
-        if self._template is None:
+    def apply_chat_template(self, messages: list[dict[str, Any]], max_tokens: int = 0, **variables: Any) -> str:
+        """The prompt that the model was trained to see for these messages, up to where its answer begins.
+
+        Args:
+            max_tokens: as of `encode`; the text of more may be cut.
+            variables: of the template, such as `tools`.
+        """
+        if self.chat_template is None:
             raise InvalidPromptError("this model has no chat template; send text_input instead of messages")
         try:
-            # Tools and documents are none, but known: templates ask `tools is not none`.
-            return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special_tokens
-            )
-        except Exception as error:  # whatever the template can't compute with in these messages
-            raise InvalidPromptError(f"the model's chat template refuses the messages: {error}") from None
+            limit = max_tokens * self._longest_token
+            return self.chat_template.render(messages, limit, **{"add_generation_prompt": True, **variables})
+        except TemplateError as error:
+            raise InvalidPromptError(str(error)) from None
 
-    def _load_template(self, model_dir: Path) -> jinja2.Template | None:
+    def _load_template(self, model_dir: Path) -> ChatTemplate | None:
         file = model_dir / "chat_template.jinja"
         source = file.read_text(encoding="utf-8") if file.is_file() else self._config.get("chat_template")
-        if isinstance(source, list):  # several templates by name
-            source = next((entry["template"] for entry in source if entry["name"] == "default"), None)
-        return _environment().from_string(source) if source else None
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what to train on; for serving, the marked text is just text."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _environment() -> jinja2.Environment:
-    """The environment that chat templates are written for: that of transformers' apply_chat_template."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Jinja's own filter escapes HTML, which would reach the model."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+        texts = {name: _token_text(self._config.get(name)) for name in _SPECIAL_TOKENS}
+        known = {name: text for name, text in texts.items() if text is not None}
+        return ChatTemplate(source, known) if source else None
 
 
 def _token_text(token: Any) -> str | None:
