@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 import jinja2
@@ -40,7 +41,9 @@ class ChatTemplate:
         """Whether one of its variants has this word anywhere: the sign that it knows a role, a variable or a marker."""
         return any(word in source for source in self._sources.values())
 
-    def render(self, messages: list[dict[str, Any]], limit: int = 0, **variables: Any) -> str:
+    def render(
+        self, messages: list[dict[str, Any]], limit: int = 0, variables: Mapping[str, Any] = MappingProxyType({})
+    ) -> str:
         """The prompt for these messages.
 
         Args:
@@ -55,10 +58,10 @@ class ChatTemplate:
         if name not in self._templates:
             raise TemplateError(f"the model has no chat template named {name!r}")
         # Documents are none, but known: templates ask `documents is not none`.
-        known = {"tools": None, "documents": None, **variables, **self._special_tokens}
+        known = {"tools": None, "documents": None, **variables, **self._special_tokens, "messages": messages}
         text, length = [], 0
         try:
-            for piece in self._templates[name].generate(messages=messages, **known):
+            for piece in self._templates[name].generate(known):
                 text.append(piece)
                 length += len(piece)
                 if 0 < limit < length:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -16,13 +18,35 @@ from tidewright.chat_template import ChatTemplate, TemplateError
 # What chat templates may name. One that the model lacks is left out: it must print as nothing, not as "None".
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
+_SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")  # of generation_config.json
 _KNOWN_TEXTS = 65_536  # tokens whose text is remembered, at most
 _MAX_ESCAPE = 6  # characters of JSON for one of its text, as \u00e9
 LONG_TEXT = 16_384  # characters; tokenizing more takes so long that others should not wait for it
 
 
+_PART = "\ufffd"
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """How byte-level vocabularies write bytes: the printable ones of Latin-1 as they are, the others from U+0100 on.
+
+    GPT-2's table (https://github.com/openai/gpt-2, src/encoder.py).
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    found = {chr(byte): byte for byte in printable}
+    return found | {chr(0x100 + number): byte for number, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_characters()
+
+
 class InvalidPromptError(ValueError):
     """A prompt that can't be tokenized; the message is for the caller."""
+
+
+class PromptTooLongError(InvalidPromptError):
+    """It has certainly more tokens than the model takes."""
 
 
 class ChatMessage(msgspec.Struct, frozen=True):
@@ -52,9 +76,16 @@ class Tokenizer:
         self._longest_token = max(map(len, self.backend.get_vocab(with_added_tokens=True)), default=1)  # characters
         self.max_model_len: int = _read_json(model_dir / "config.json").get("max_position_embeddings", 0)
         """The longest sequence that the model was made for; 0 if it does not say."""
+        generation = _read_json(model_dir / "generation_config.json")
+        self.sampling_defaults = {name: generation[name] for name in _SAMPLING_DEFAULTS if name in generation}
+        """What the model's makers recommend, by the names of `SamplingParams`."""
 
-    def encode(self, text: str, max_tokens: int = 0) -> list[int]:
-        """Token ids of a prompt. `max_tokens`: a text that can't have so few is not tokenized; 0 is no limit.
+    def encode(self, text: str, max_tokens: int = 0, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a prompt.
+
+        Args:
+            max_tokens: a text that can't have so few is not tokenized; 0 is no limit.
+            add_special_tokens: also those that the tokenizer puts around a text, such as BOS.
 
         Raises:
             InvalidPromptError: there are none, or certainly too many.
@@ -62,7 +93,7 @@ class Tokenizer:
         self.check_length(len(text), max_tokens)
         if not text:
             raise InvalidPromptError("the prompt is empty; send at least one character")
-        token_ids = self._encode(text, add_special_tokens=True)
+        token_ids = self._encode(text, add_special_tokens=add_special_tokens)
         if not token_ids:
             raise InvalidPromptError("the prompt has no character that the model's vocabulary can express")
         return token_ids
@@ -87,6 +118,11 @@ class Tokenizer:
         """Whether a decoded text has something of this token: it is in the vocabulary, and not special."""
         return token_id not in self._special_ids and self.backend.id_to_token(token_id) is not None
 
+    def special_id(self, text: str) -> int | None:
+        """The id of a special token; None if this text is none."""
+        token_id: int | None = self.backend.token_to_id(text) if text else None
+        return token_id if token_id in self._special_ids else None
+
     def _text_of(self, token_id: int) -> str:
         """The text of a token within a text, also of a special one.
 
@@ -94,6 +130,19 @@ class Tokenizer:
         """
         before = self.decode(self._letter)
         return self.decode([*self._letter, token_id], skip_special_tokens=False)[len(before) :]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of a token's text, also where it is a part of a character."""
+        if (byte := self.bytes.get(token_id)) is not None:
+            return bytes((byte,))
+        text = self.token_text(token_id)
+        if _PART not in text:
+            return text.encode()
+        token: str = self.backend.id_to_token(token_id) or ""
+        try:
+            return bytes(_BYTE_OF[character] for character in token)
+        except KeyError:  # it is no token of a byte-level vocabulary
+            return text.encode()
 
     def _byte_tokens(self) -> dict[int, int]:
         ids = [self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256)]
@@ -138,9 +187,9 @@ class Tokenizer:
         """Raises InvalidPromptError: a text of so many characters has certainly more tokens."""
         limit = max_tokens * self._longest_token
         if limit and num_characters > limit:
-            raise InvalidPromptError(
-                f"the prompt has {num_characters} characters; the model takes at most {max_tokens} tokens, which have "
-                f"no more than {limit}"
+            raise PromptTooLongError(
+                f"This model's maximum context length is {max_tokens} tokens, which have at most {limit} characters; "
+                f"the prompt has {num_characters} characters"
             )
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
@@ -151,7 +200,12 @@ class Tokenizer:
         token_ids: list[int] = encoding.ids
         return token_ids
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], max_tokens: int = 0, **variables: Any) -> str:
+    def apply_chat_template(
+        self,
+        messages: list[dict[str, Any]],
+        max_tokens: int = 0,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """The prompt that the model was trained to see for these messages, up to where its answer begins.
 
         Args:
@@ -162,7 +216,7 @@ class Tokenizer:
             raise InvalidPromptError("this model has no chat template; send text_input instead of messages")
         try:
             limit = max_tokens * self._longest_token
-            return self.chat_template.render(messages, limit, **{"add_generation_prompt": True, **variables})
+            return self.chat_template.render(messages, limit, {"add_generation_prompt": True, **variables})
         except TemplateError as error:
             raise InvalidPromptError(str(error)) from None
 

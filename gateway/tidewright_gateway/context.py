@@ -14,6 +14,7 @@ from tidewright_gateway.auth.callers import ANONYMOUS, Caller
 from tidewright_gateway.cache.responses import CachePolicy, CacheState
 from tidewright_gateway.http.tracing import TraceContext
 from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.openai.fields import FieldPolicy
 from tidewright_gateway.replicas.failover import Generation
 from tidewright_gateway.replicas.triton import Reply
 
@@ -33,6 +34,13 @@ class RequestContext:
     generations: list[Generation] = field(default_factory=list)
     """One for each prompt and choice."""
     num_prompt_tokens: int = 0
+    prompt_end: str = ""
+    """The last characters of a chat's rendered prompt."""
+    ignored_fields: FieldPolicy = field(default_factory=FieldPolicy)
+    is_guided: bool = False
+    """A grammar decides what its answer begins with."""
+    grammar_from: str = ""
+    """The field of the request that its grammar comes from, where it has another name than the sampling parameter."""
     echoes: list[str] = field(default_factory=list)
     """The prompt text of each generation, for `echo`; else empty."""
     is_repeatable: bool = False
@@ -84,6 +92,8 @@ class RequestContext:
             found["X-Degraded"] = "short-answer"
         if self.limited_by:
             found["X-Limited-By"] = self.limited_by
+        if self.ignored_fields.ignored:
+            found["X-Ignored-Fields"] = ", ".join(self.ignored_fields.ignored)
         return found
 
     @property

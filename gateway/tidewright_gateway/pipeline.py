@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from typing import TypeVar
@@ -65,14 +65,24 @@ class Pipeline:
         self._running: dict[RequestContext, asyncio.Task[object]] = {}
 
     @asynccontextmanager
-    async def admit(self, context: RequestContext, kind: type[G], body: bytes) -> AsyncGenerator[G, None]:
+    async def admit(
+        self,
+        context: RequestContext,
+        kind: type[B],
+        body: bytes,
+        translate: Callable[[RequestContext, B], Awaitable[G]],
+    ) -> AsyncGenerator[G, None]:
         """A request that generates, from its arrival to its end; pass its context to `replies`.
+
+        Args:
+            translate: makes the request of a body in another API's format.
 
         Raises:
             ApiError: it can't be done as asked.
         """
-        async with self.enter(context, kind, body) as request:  # who, reserve a request, validate … settle
-            sampling = request.sampling()
+        async with self.enter(context, kind, body) as given:  # who, reserve a request, validate … settle
+            request = await translate(context, given)
+            sampling = self._sampling(context, request)
             prompts = await self._tokenize(context, request)
             sampling = self._adapt(context, request, sampling, prompts)
             await self._reserve_tokens(context, request, sampling, prompts)
@@ -93,7 +103,9 @@ class Pipeline:
         context.reservation = await self._limiter.reserve(subjects)
         self._running[context] = asyncio.current_task()  # type: ignore[assignment] # there is one
         try:
-            request = parse(kind, body, self._failover.max_model_len, self._settings.max_choices)
+            policy = context.ignored_fields
+            policy.ignores_unknown = self._settings.unknown_fields == "ignore"
+            request = parse(kind, body, self._failover.max_model_len, self._settings.max_choices, policy)
             self.check_model(request.model)
             yield request
         except asyncio.CancelledError:
@@ -130,6 +142,14 @@ class Pipeline:
 
     # Tokenize and reserve tokens.
 
+    def _sampling(self, context: RequestContext, request: GenerationBody) -> SamplingParams:
+        dialect, use = self._prompts.dialect, request.tool_use
+        sampling = request.sampling(dialect.defaults)
+        context.is_guided = sampling.guided or (use is not None and use.is_forced)
+        guided = dialect.guide(sampling, use)
+        context.grammar_from = request.grammar_field if guided.guided_grammar == sampling.guided_grammar else "tools"
+        return guided
+
     async def _tokenize(self, context: RequestContext, request: GenerationBody) -> list[list[int]]:
         most, n = self._settings.max_choices, 1 if request.n is None else request.n
         if n < 1:
@@ -141,13 +161,20 @@ class Pipeline:
             raise invalid(f"{len(texts)} prompts times n = {n} is more than {most} (max_choices)", "n")
         limit = self._failover.max_model_len
         if isinstance(request, ChatRequest):
-            prompts = [await self._prompts.of_chat(request.messages, limit)]
+            chat = await self._prompts.of_chat(request, limit)
+            prompts, context.prompt_end = [chat.token_ids], chat.end
         else:
-            prompts = [await self._prompts.of_text(text, limit) for text in texts]
+            assert isinstance(request, CompletionRequest)
+            adds = request.add_special_tokens is not False
+            prompts = [await self._prompts.of_text(text, limit, add_special_tokens=adds) for text in texts]
+        prompts = _truncated(prompts, request.truncate_prompt_tokens, limit)
         longest = max(map(len, prompts))
         if longest >= limit:
-            message = f"the prompt has {longest} tokens; with its answer the model's context takes {limit}"
-            raise invalid(message, code="context_length_exceeded")
+            # Clients look for these words.
+            message = f"This model's maximum context length is {limit} tokens, of which the answer needs at least one; "
+            raise invalid(
+                f"{message}the prompt has {longest} tokens", _prompt_field(request), "context_length_exceeded"
+            )
         if (asked := request.asked_tokens or 0) > limit:
             name = "max_tokens" if request.max_tokens == asked else "max_completion_tokens"
             raise invalid(f"{name} is {asked}, more than the model's context of {limit} tokens", name)
@@ -298,6 +325,20 @@ class Pipeline:
         if not context.limited_by and used >= context.reservation.cost and context in self._running:
             context.limited_by = await self._limiter.grow(context.reservation, context.growth)
         return context.limited_by is not None
+
+
+def _prompt_field(request: GenerationBody) -> str:
+    return "messages" if isinstance(request, ChatRequest) else "prompt"
+
+
+def _truncated(prompts: list[list[int]], most: int | None, limit: int) -> list[list[int]]:
+    """Each with its last `most` tokens at most; -1: as many as leave room for an answer."""
+    if most is None:
+        return prompts
+    if most != -1 and not 1 <= most < limit:
+        raise invalid(f"truncate_prompt_tokens must be -1, or from 1 to {limit - 1}", "truncate_prompt_tokens")
+    most = limit - 1 if most == -1 else most
+    return [prompt[-most:] for prompt in prompts]
 
 
 def _seeds(sampling: SamplingParams, n: int) -> list[int | None]:

@@ -13,16 +13,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.answers import USER, chat_answer, completion_answer, context_of
 from helpers.byte_fallback import byte_tokens, make_tokenizer, token
 from tidewright.tokenization import Tokenizer
-from tidewright_gateway.openai.answers import Answer, ChatAnswer, Choice, CompletionAnswer, Usage
+from tidewright_gateway.openai.answers import DONE, Choice
 from tidewright_gateway.openai.errors import ApiError
-from tidewright_gateway.openai.offsets import Offsets
+from tidewright_gateway.openai.messages import InputMessage
 from tidewright_gateway.openai.parsing import parse
-from tidewright_gateway.openai.protocol import ChatRequest, InputMessage
+from tidewright_gateway.openai.protocol import ChatRequest
 from tidewright_gateway.replicas.triton import Reply
-
-USER = {"role": "user", "content": "Hi"}
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +29,6 @@ def byte_fallback(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     folder = tmp_path_factory.mktemp("llama")
     make_tokenizer("llama").save(str(folder / "tokenizer.json"))
     return Tokenizer(folder)
-
-
-def answer(kind: type[Answer], tokenizer: Tokenizer, prompt: Sequence[int], num_logprobs: int | None = 1) -> Answer:
-    return kind("1", "model", num_logprobs, True, [], lambda index: Offsets(tokenizer, prompt))
 
 
 def data_of(event: bytes) -> Any:
@@ -53,25 +48,24 @@ def replies_of(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> list[Repl
 
 def test_the_usage_says_who_answered(byte_fallback: Tokenizer) -> None:
     for models, whole in ((["decoder"], "decoder"), (["fallback"], "fallback"), (["decoder", "fallback"], "fallback")):
-        made, choice = answer(ChatAnswer, byte_fallback, [1]), Choice(0)
+        made, choice = chat_answer(byte_fallback, stream=True, stream_options={"include_usage": True}), Choice(0)
         for model in models:
             reply = Reply(text="a", token_ids=[1], finish_reason=None, logprobs=None, served_by=model)
-            choice.take(reply)
-            assert data_of(made.piece(choice, reply, []))["served_by"] == model
-        assert data_of(made.usage(Usage(1, 1)))["served_by"] == whole
+            assert data_of(made.piece(choice, choice.take(reply)))["served_by"] == model
+        assert data_of(made.closing([choice]).removesuffix(DONE))["served_by"] == whole
 
 
 def offsets_of(tokenizer: Tokenizer, prompt: list[int], text: str, ids: Sequence[int]) -> list[int]:
     """Whole; a stream's must be the same."""
     replies = replies_of(tokenizer, text, ids)
-    whole, kept = answer(CompletionAnswer, tokenizer, prompt), Choice(0, keeps_logprobs=True)
-    streamed, choice = answer(CompletionAnswer, tokenizer, prompt), Choice(0)
+    whole, kept = completion_answer(tokenizer, context_of(prompt), logprobs=1), Choice(0, keeps_logprobs=True)
+    streamed, choice = completion_answer(tokenizer, context_of(prompt), logprobs=1), Choice(0)
     pieces = []
     for reply in replies:
         kept.take(reply)
-        said = data_of(streamed.piece(choice, reply, choice.take(reply)))["choices"][0]
+        said = data_of(streamed.piece(choice, choice.take(reply)))["choices"][0]
         pieces += said["logprobs"]["text_offset"]
-    found: list[int] = json.loads(whole.whole([kept], Usage(1, 1)))["choices"][0]["logprobs"]["text_offset"]
+    found: list[int] = json.loads(whole.whole([kept]))["choices"][0]["logprobs"]["text_offset"]
     assert pieces == found
     return found
 
@@ -117,7 +111,7 @@ def test_tokens_of_the_same_text_keep_their_own_log_probability(byte_fallback: T
     }
     choice = Choice(0, keeps_logprobs=True)
     choice.take(Reply("x", [7], "length", msgspec.json.encode([entries])))
-    whole = json.loads(answer(CompletionAnswer, byte_fallback, [1], 3).whole([choice], Usage(1, 1)))
+    whole = json.loads(completion_answer(byte_fallback, logprobs=3).whole([choice]))
     top = whole["choices"][0]["logprobs"]["top_logprobs"]
     assert top == [{"x": -1.0, "\ufffd": -2.0, "token_id:7": -3.0, "token_id:8": -4.0}]
 
@@ -125,7 +119,7 @@ def test_tokens_of_the_same_text_keep_their_own_log_probability(byte_fallback: T
 def test_a_stream_keeps_no_log_probabilities() -> None:
     choice = Choice(0)
     entry = {"5": {"logprob": -1.0, "rank": 1, "decoded_token": "x"}}
-    assert choice.take(Reply("x", [5], None, msgspec.json.encode([entry] * 100)))
+    assert choice.take(Reply("x", [5], None, msgspec.json.encode([entry] * 100))).positions
     assert choice.logprobs == []
 
 
@@ -148,7 +142,7 @@ def test_answers_may_come_back_as_history(message: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("message", "code", "param"),
     [
-        ({"role": "assistant", "tool_calls": [{"id": "c"}]}, "unsupported_parameter", "messages.0.tool_calls"),
+        ({"role": "assistant", "tool_calls": [{"id": "c"}]}, "invalid_value", "messages.0.tool_calls.0.function"),
         ({"role": "user", "content": None}, "invalid_value", "messages.0.content"),
         ({"role": "user"}, "invalid_value", "messages.0.content"),
         ({"role": "boss", "content": "a"}, "invalid_value", "messages.0.role"),

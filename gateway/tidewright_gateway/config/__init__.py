@@ -18,6 +18,7 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from tidewright.config_file import read_options
 from tidewright.resilience.config import ResilienceSettings
+from tidewright_gateway.config.api import ApiSettings
 from tidewright_gateway.config.auth import AuthSettings
 from tidewright_gateway.config.cache import CacheSettings
 from tidewright_gateway.config.health import HealthSettings
@@ -31,6 +32,7 @@ from tidewright_gateway.replicas.discovery import FileSource, make_source
 CONFIG_FILE_VARIABLE = "TIDEWRIGHT_GATEWAY_CONFIG"
 GROUPS: dict[str, type[BaseModel]] = {
     "server": ServerSettings,
+    "api": ApiSettings,
     "auth": AuthSettings,
     "limits": LimitSettings,
     "routing": RoutingSettings,
@@ -51,6 +53,7 @@ class GatewaySettings(
     RoutingSettings,
     LimitSettings,
     AuthSettings,
+    ApiSettings,
     ServerSettings,
     ResilienceSettings,
     BaseSettings,

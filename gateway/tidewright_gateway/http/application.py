@@ -35,6 +35,7 @@ from tidewright_gateway.http.middleware import Middleware
 from tidewright_gateway.http.operations import Parts, make_operations_router
 from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.openai.dialect import Dialect
 from tidewright_gateway.openai.errors import ApiError, internal, invalid
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.routes import describe_bodies, make_model_router, make_pipeline_router
@@ -62,7 +63,8 @@ def make_app(
     metrics, tracer, hosts = Metrics(), Tracer(settings.trace_sample_ratio, settings.trace_callers), Hosts(settings)
     authenticator = Authenticator(settings)
     folder = find_prepared(settings.model)
-    prompts = Prompts(Tokenizer(folder))
+    tokenizer = Tokenizer(folder)
+    prompts = Prompts(tokenizer, Dialect(tokenizer, settings))
     expected = Expected(folder.name, prompts.tokenizer.fingerprint)
     failover = Failover(settings, metrics, expected, prompts.tokenizer.max_model_len)
     limiter, cache = make_limiter(settings, limits_socket), ResponseCache(settings.cache_size, settings.cache_ttl)

@@ -1,19 +1,57 @@
-"""Answers in OpenAI's two formats, whole and in pieces. No I/O; a piece costs microseconds, as there are many."""
+"""What answers of all formats have in common: choices that grow with each reply, and usage. No I/O.
+
+A piece of a stream costs microseconds, as there are many.
+"""
 
 from __future__ import annotations
 
-import functools
-import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from tidewright_gateway.openai.offsets import Offsets
+from tidewright_gateway.context import RequestContext
+from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.openai.output import CallArguments, CallBegin, OutputParser, Reasoning, Text
 from tidewright_gateway.replicas.triton import Reply
+
+_PUBLIC_REASONS = ("stop", "length")
+
+
+@dataclass
+class Call:
+    """A call of a tool."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str = ""
+    """JSON, as the model wrote it."""
+
+
+class CallDelta(NamedTuple):
+    """What a piece adds to a call."""
+
+    call: Call
+    is_new: bool
+    arguments: str
+
+
+class Part(NamedTuple):
+    """What one reply adds to a choice."""
+
+    text: str
+    token_ids: Sequence[int]
+    positions: Sequence[dict[str, Any]] = ()
+    """Log-probabilities: `{id: {logprob, rank, decoded_token}}` for each token."""
+    reasoning: str = ""
+    calls: Sequence[CallDelta] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.text or self.reasoning or self.calls)
 
 
 @dataclass
@@ -21,208 +59,107 @@ class Choice:
     """One generation's output so far."""
 
     index: int
+    parser: OutputParser | None = None
+    """None if all is text."""
+    make_id: Callable[[], str] = str
+    """Of calls."""
+    max_calls: int | None = None
     keeps_logprobs: bool = False
     text: str = ""
-    num_tokens: int = 0
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    num_reasoning_tokens: int = 0
     finish_reason: str | None = None
+    """One of OpenAI's."""
+    ended_by: str | None = None
+    """What ended it early, where OpenAI has no word for it, such as a timeout."""
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     served_by: str = "decoder"
 
-    def take(self, reply: Reply) -> list[dict[str, Any]]:
-        """Adds a reply; returns its log-probabilities, a position each: `{id: {logprob, rank, decoded_token}}`."""
-        self.text += reply.text
-        self.num_tokens += len(reply.token_ids)
-        self.finish_reason, self.served_by = reply.finish_reason, reply.served_by
+    def take(self, reply: Reply) -> Part:
+        """Adds a reply; returns what it adds."""
         positions: list[dict[str, Any]] = msgspec.json.decode(reply.logprobs) if reply.logprobs else []
         if self.keeps_logprobs:
             self.logprobs += positions
-        return positions
+        self.token_ids += reply.token_ids
+        self.served_by = reply.served_by
+        if self.parser is None:
+            self.text += reply.text
+            part = Part(reply.text, reply.token_ids, positions)
+        else:
+            part = self._parse(self.parser, reply, positions)
+        if reply.finish_reason:
+            self._end(reply.finish_reason)
+        return part
 
+    def _parse(self, parser: OutputParser, reply: Reply, positions: Sequence[dict[str, Any]]) -> Part:
+        events = parser.push(reply.text)
+        if reply.finish_reason:
+            events += parser.finish()
+        text = reasoning = ""
+        calls: list[CallDelta] = []
+        for event in events:
+            if isinstance(event, Text):
+                text += event.text
+            elif isinstance(event, Reasoning):
+                reasoning += event.text
+            elif self.max_calls is None or event.index < self.max_calls:
+                calls.append(self._call(event))
+        self.text += text
+        self.reasoning += reasoning
+        if reasoning and not text:
+            self.num_reasoning_tokens += len(reply.token_ids)
+        return Part(text, reply.token_ids, positions, reasoning, calls)
 
-@dataclass(frozen=True)
-class Usage:
-    prompt: int
-    completion: int
+    def _call(self, event: CallBegin | CallArguments) -> CallDelta:
+        if isinstance(event, CallBegin):
+            self.calls.append(Call(event.index, self.make_id(), event.name))
+            return CallDelta(self.calls[-1], True, "")
+        call = self.calls[event.index]
+        call.arguments += event.text
+        return CallDelta(call, False, event.text)
 
-    def json(self) -> dict[str, int]:
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-        }
+    def _end(self, reason: str) -> None:
+        if reason not in _PUBLIC_REASONS:
+            self.ended_by, reason = reason, "length"
+        self.finish_reason = "tool_calls" if self.calls and reason == "stop" else reason
 
 
 class Answer(ABC):
-    """What all parts of one answer share."""
+    """The answer to one request, whole or as the events of a stream."""
 
-    prefix = ""
-    whole_object = piece_object = ""
+    def __init__(self, context: RequestContext) -> None:
+        self._context = context
 
-    def __init__(
-        self,
-        request_id: str,
-        model: str,
-        num_logprobs: int | None,
-        with_usage: bool,
-        echoes: Sequence[str],
-        offsets: Callable[[int], Offsets],
-    ) -> None:
-        """
-        Args:
-            num_logprobs: most likely tokens to tell at each position; None for no log-probabilities.
-            echoes: for each choice what is put before its text; empty if that was not asked for.
-            offsets: makes those of a choice.
-        """
-        self._offsets = functools.cache(offsets)
-        self._head = {"id": f"{self.prefix}-{request_id}", "created": int(time.time()), "model": model}
-        self._num_logprobs, self._with_usage, self._echoes = num_logprobs, with_usage, echoes
-        self._served_by = "decoder"
+    @abstractmethod
+    def choice(self, index: int, *, is_streamed: bool) -> Choice:
+        """An empty choice."""
 
-    def whole(self, choices: Sequence[Choice], usage: Usage, limited_by: str | None = None) -> bytes:
-        """`limited_by`: the limit that cut it short."""
-        models = {choice.served_by for choice in choices}
-        return msgspec.json.encode(
-            {
-                **self._head,
-                "object": self.whole_object,
-                "choices": [self._whole_choice(choice) for choice in choices],
-                "usage": usage.json(),
-                "served_by": "fallback" if "fallback" in models else "decoder",
-                **({"limited_by": limited_by} if limited_by else {}),
-            }
-        )
+    @abstractmethod
+    def whole(self, choices: Sequence[Choice]) -> bytes:
+        """Once all have ended."""
 
-    def piece(
-        self, choice: Choice, reply: Reply, positions: list[dict[str, Any]], limited_by: str | None = None
-    ) -> bytes:
-        """For a reply that `choice` has taken."""
-        if choice.served_by == "fallback":
-            self._served_by = "fallback"
-        parts = [self._piece_choice(choice, reply, positions)]
-        return self._event(parts, served_by=choice.served_by, limited_by=limited_by if reply.finish_reason else None)
-
-    def opening(self, index: int) -> bytes:
-        """What a choice begins with, if anything."""
+    def opening(self, choices: Sequence[Choice]) -> bytes:
+        """What a stream begins with, if anything."""
         return b""
 
-    def usage(self, usage: Usage) -> bytes:
-        """The event before the end, if it was asked for."""
-        return self._event([], usage.json(), self._served_by) if self._with_usage else b""
-
-    def _event(
-        self,
-        choices: list[dict[str, Any]],
-        usage: dict[str, int] | None = None,
-        served_by: str = "decoder",
-        limited_by: str | None = None,
-    ) -> bytes:
-        piece: dict[str, Any] = {**self._head, "object": self.piece_object, "choices": choices, "served_by": served_by}
-        if limited_by:
-            piece["limited_by"] = limited_by
-        if self._with_usage:
-            piece["usage"] = usage
-        return event(msgspec.json.encode(piece))
+    @abstractmethod
+    def piece(self, choice: Choice, part: Part) -> bytes:
+        """For what was added to a choice."""
 
     @abstractmethod
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]: ...
+    def closing(self, choices: Sequence[Choice]) -> bytes:
+        """What a stream ends with."""
 
-    @abstractmethod
-    def _piece_choice(self, choice: Choice, reply: Reply, positions: list[dict[str, Any]]) -> dict[str, Any]: ...
-
-
-class ChatAnswer(Answer):
-    prefix, whole_object, piece_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-
-    def opening(self, index: int) -> bytes:
-        delta = {"role": "assistant", "content": ""}
-        return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}])
-
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        return {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
-            "logprobs": self._logprobs(choice.logprobs),
-            "finish_reason": choice.finish_reason,
-        }
-
-    def _piece_choice(self, choice: Choice, reply: Reply, positions: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "index": choice.index,
-            "delta": {"content": reply.text} if reply.text or reply.token_ids else {},
-            "logprobs": self._logprobs(positions),
-            "finish_reason": reply.finish_reason,
-        }
-
-    def _logprobs(self, positions: list[dict[str, Any]]) -> dict[str, Any] | None:
-        if self._num_logprobs is None:
-            return None
-        content = []
-        for position in positions:
-            chosen = _chat_entry(next(iter(position.values())))
-            ranked = sorted(position.values(), key=lambda entry: entry["rank"])[: self._num_logprobs]
-            content.append({**chosen, "top_logprobs": [_chat_entry(entry) for entry in ranked]})
-        return {"content": content, "refusal": None}
+    def failure(self, error: ApiError) -> bytes:
+        """What a stream ends with that fails."""
+        return event(error.body)
 
 
-class CompletionAnswer(Answer):
-    prefix, whole_object, piece_object = "cmpl", "text_completion", "text_completion"
-
-    def opening(self, index: int) -> bytes:
-        if not self._echoes:
-            return b""
-        return self._event([{"index": index, "text": self._echoes[index], "logprobs": None, "finish_reason": None}])
-
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
-        return {
-            "index": choice.index,
-            "text": (self._echoes[choice.index] if self._echoes else "") + choice.text,
-            "logprobs": self._logprobs(choice, choice.logprobs),
-            "finish_reason": choice.finish_reason,
-        }
-
-    def _piece_choice(self, choice: Choice, reply: Reply, positions: list[dict[str, Any]]) -> dict[str, Any]:
-        return {
-            "index": choice.index,
-            "text": reply.text,
-            "logprobs": self._logprobs(choice, positions),
-            "finish_reason": reply.finish_reason,
-        }
-
-    def _logprobs(self, choice: Choice, positions: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """`positions`: those that `choice` has taken, or taken last."""
-        if self._num_logprobs is None:
-            return None
-        chosen = [next(iter(position.items())) for position in positions]
-        # No text follows what has ended, also where tokens of a stop string were cut off.
-        end = len(choice.text) if choice.finish_reason else sys.maxsize
-        offsets = self._offsets(choice.index)
-        return {
-            "tokens": [entry["decoded_token"] for _, entry in chosen],
-            "token_logprobs": [entry["logprob"] for _, entry in chosen],
-            "top_logprobs": [_by_text(position) for position in positions] if self._num_logprobs else None,
-            "text_offset": [min(offsets.next(int(id), entry["decoded_token"]), end) for id, entry in chosen],
-        }
-
-
-def _by_text(position: dict[str, Any]) -> dict[str, float]:
-    """Two tokens can have the same text: the less likely one is named by its id, as vLLM does."""
-    found: dict[str, float] = {}
-    for id, entry in sorted(position.items(), key=lambda item: item[1]["rank"]):
-        text = entry["decoded_token"]
-        found[f"token_id:{id}" if text in found else text] = entry["logprob"]
-    return found
-
-
-def _chat_entry(entry: dict[str, Any]) -> dict[str, Any]:
-    token = entry["decoded_token"]
-    # A part of a character has no text of its own, and its bytes are not told.
-    raw = None if "\ufffd" in token else list(token.encode())
-    return {"token": token, "logprob": entry["logprob"], "bytes": raw}
-
-
-def event(data: bytes) -> bytes:
+def event(data: bytes, name: bytes = b"") -> bytes:
     """One server-sent event."""
-    return b"data: " + data + b"\n\n"
+    return b"event: " + name + b"\ndata: " + data + b"\n\n" if name else b"data: " + data + b"\n\n"
 
 
 DONE = event(b"[DONE]")

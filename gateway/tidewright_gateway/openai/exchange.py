@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tidewright.resilience.errors import ModelError
-from tidewright.tokenization import Tokenizer
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.middleware import ClientGoneError, unless_client_leaves
-from tidewright_gateway.openai.answers import Answer, event
-from tidewright_gateway.openai.errors import JSON, ApiError, invalid, of_model
-from tidewright_gateway.openai.offsets import Offsets
-from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
+from tidewright_gateway.openai.answers import Answer
+from tidewright_gateway.openai.api import Api
+from tidewright_gateway.openai.errors import JSON, ApiError, of_model
 from tidewright_gateway.openai.rendering import Events, WholeAnswer
 from tidewright_gateway.pipeline import Pipeline
 
@@ -28,30 +25,18 @@ _EVENT_STREAM = {
     "X-Accel-Buffering": "no",  # proxies must not buffer
 }
 
-G = TypeVar("G", ChatRequest, CompletionRequest)
-
-
-@dataclass(frozen=True)
-class Styles:
-    """Settings of all answers."""
-
-    model: str
-    tokenizer: Tokenizer
-    keep_alive: float
-    """Seconds of silence in a stream after which a comment is sent; 0 for never."""
-
 
 class Exchange(Response):
     """An ASGI response that runs the pipeline while it is sent. It ends when the client disconnects."""
 
-    def __init__(self, pipeline: Pipeline, kind: type[G], body: bytes, styles: Styles, answers: type[Answer]) -> None:
-        self._pipeline, self._body, self._styles, self._answers = pipeline, body, styles, answers
-        self._kind: type[ChatRequest] | type[CompletionRequest] = kind
+    def __init__(self, pipeline: Pipeline, api: Api[Any, Any], body: bytes, keep_alive: float) -> None:
+        """`keep_alive`: seconds of silence in a stream after which a comment is sent; 0 for never."""
+        self._pipeline, self._api, self._body, self._keep_alive = pipeline, api, body, keep_alive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises ApiError: nothing has been sent."""
         context = scope["state"]["context"]
-        writer = _Writer(send, self._styles.keep_alive)
+        writer = _Writer(send, self._keep_alive)
         try:
             await unless_client_leaves(receive, self._run(context, writer))
         except ClientGoneError:  # for log and metrics
@@ -59,17 +44,10 @@ class Exchange(Response):
                 raise ApiError(499, "client disconnected", code="cancelled") from None
 
     async def _run(self, context: RequestContext, writer: _Writer) -> None:
+        answer: Answer | None = None
         try:
-            async with self._pipeline.admit(context, self._kind, self._body) as request:
-                with_usage = _wants_usage(request)
-                answer = self._answers(
-                    context.request_id,
-                    self._styles.model,
-                    request.num_logprobs(),
-                    with_usage,
-                    context.echoes,
-                    lambda index: Offsets(self._styles.tokenizer, context.generations[index].prompt),
-                )
+            async with self._pipeline.admit(context, self._api.kind, self._body, self._api.translate) as request:
+                answer = self._api.answer(context, request)
                 run = self._stream if request.stream else self._whole
                 last = await run(context, answer, writer)
             # Now it is settled: with the end of this answer, a client may send its next request.
@@ -79,17 +57,17 @@ class Exchange(Response):
             else:
                 await writer.whole(last, {**context.headers, "Content-Type": JSON})
         except (ApiError, ModelError) as error:
-            made = of_model(error)
-            if not writer.has_begun:
+            made = of_model(error, context.grammar_from)
+            if not writer.has_begun or answer is None:
                 raise made from None
             context.error = made
-            await writer.write(event(made.body))
+            await writer.write(answer.failure(made))
             await writer.end()
         finally:
             writer.close()
 
     async def _whole(self, context: RequestContext, answer: Answer, writer: _Writer) -> bytes:
-        whole = WholeAnswer(context, answer)
+        whole = WholeAnswer(answer, len(context.generations))
         async with aclosing(self._pipeline.replies(context)) as replies:
             async for index, reply in replies:
                 whole.take(index, reply)
@@ -97,12 +75,12 @@ class Exchange(Response):
 
     async def _stream(self, context: RequestContext, answer: Answer, writer: _Writer) -> bytes:
         """Returns the last events, which are not written yet."""
-        events, last = Events(context, answer), b""
+        events, last = Events(answer, len(context.generations)), b""
         writer.keep_alive()
         async with aclosing(self._pipeline.replies(context)) as replies:
             async for index, reply in replies:
                 last = events.take(index, reply)
-                if not events.are_all:
+                if last and not events.are_all:
                     await writer.write(last, context)
         return last
 
@@ -155,9 +133,3 @@ class _Writer:
             self._timer.cancel()
         if self._comment:
             self._comment.cancel()
-
-
-def _wants_usage(body: ChatRequest | CompletionRequest) -> bool:
-    if body.stream_options and not body.stream:
-        raise invalid("stream_options needs stream: true", "stream_options")
-    return bool(body.stream_options and body.stream_options.include_usage)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, TypeVar, get_args
 
@@ -10,21 +10,23 @@ import msgspec
 from pydantic import ValidationError
 
 from tidewright_gateway.openai.errors import ApiError, invalid
-from tidewright_gateway.openai.protocol import AssistantMessage, Body, InputMessage
+from tidewright_gateway.openai.fields import ApiObject, FieldPolicy
+from tidewright_gateway.openai.messages import AssistantMessage, InputMessage, ToolMessage
 
-B = TypeVar("B", bound=Body)
+B = TypeVar("B", bound=ApiObject)
 
 MAX_ITEMS = 100_000  # objects, lists and fields of a body: Python takes up to a hundred times their size for them
-_ROLES = tuple(
-    role for kind in (InputMessage, AssistantMessage) for role in get_args(kind.model_fields["role"].annotation)
-)
+_MESSAGES = (InputMessage, AssistantMessage, ToolMessage)
+_ROLES = tuple(role for kind in _MESSAGES for role in get_args(kind.model_fields["role"].annotation))
 _TYPES = ("str", "int", "float", "bool")
-MAX_FIELDS = 256  # of one object
+_LISTS_OF_PARTS = ("messages", "input")
+_MAX_SHOWN = 64  # characters of a value in an error
 
 
-def parse(kind: type[B], body: bytes, longest: int, max_prompts: int = 4096) -> B:
+def parse(kind: type[B], body: bytes, longest: int, max_prompts: int = 4096, policy: FieldPolicy | None = None) -> B:
     """
     Args:
+        policy: of fields without effect; gets their names.
         longest: items that a list may have: what has more tokens than the model's context is refused anyway.
         max_prompts: prompts that one request may have.
 
@@ -49,7 +51,7 @@ def parse(kind: type[B], body: bytes, longest: int, max_prompts: int = 4096) -> 
         raise invalid("the body must be an object, such as {...}")
     _check_lengths(data, longest, max_prompts)
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(data, context=policy)
     except ValidationError as error:
         raise _of_validation(error.errors(include_url=False)) from None
 
@@ -64,45 +66,38 @@ def _check_lengths(data: dict[str, Any], longest: int, max_prompts: int) -> None
             if len(value) > max_prompts and isinstance(value[0], list | str):
                 raise invalid(f"{len(value)} prompts are more than {max_prompts} (max_choices)", name)
             sizes += [len(item) for item in value[:longest] if isinstance(item, list)]
-        elif name == "messages":
+        elif name in _LISTS_OF_PARTS:
             parts = [item["content"] for item in value[:longest] if isinstance(item, dict) and "content" in item]
             sizes.append(sum(len(part) for part in parts if isinstance(part, list)))
         if max(sizes) > longest:
-            message = f"{name} has {max(sizes)} items; the model's context takes {longest} tokens"
+            message = f"This model's maximum context length is {longest} tokens; {name} has {max(sizes)} items"
             raise invalid(message, name, "context_length_exceeded")
-    if (most := max(map(len, _objects(data)))) > MAX_FIELDS:
-        raise invalid(f"an object has {most} fields, more than any may have", code="too_many_items")
-
-
-def _objects(data: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """All objects that are validated field by field."""
-    inner = [data, *data.get("messages", ())] if isinstance(data.get("messages"), list) else [data]
-    inner += [data.get("stream_options"), data.get("response_format")]
-    for found in inner:
-        if isinstance(found, dict):
-            yield found
-            for value in (found.get("content"), [found.get("json_schema")]):
-                if isinstance(value, list):
-                    yield from (item for item in value if isinstance(item, dict))
 
 
 def _of_validation(errors: list[Any]) -> ApiError:
     """Reports the deepest error: in a union, the alternative that the input resembles most."""
     found = max(errors, key=lambda error: len(error["loc"]))
     kind, place = found["type"], _place(found["loc"])
+    if kind in ("refused_field", "too_many_fields"):
+        code = "unsupported_parameter" if kind == "refused_field" else "too_many_items"
+        return invalid(found["msg"], found["ctx"].get("field"), code)
+    if place and place[0] == "tool_choice":
+        message = 'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": …}}'
+        return invalid(message, "tool_choice")
     if kind.startswith("union_tag"):
-        place.append("role")
+        place.append(found["ctx"]["discriminator"].strip("'"))
     param = ".".join(place) or None
     if kind == "extra_forbidden":
         return invalid(f"unknown or unsupported parameter: {param}", param, "unknown_parameter")
-    if kind == "none_required" or (kind == "too_long" and found["ctx"]["max_length"] == 0):
-        return invalid(f"{param} is not supported; leave it out", param, "unsupported_parameter")
     if kind in ("missing", "union_tag_not_found"):
         return invalid(f"{param} is missing", param)
     if kind == "union_tag_invalid":
-        return invalid(f"{param} must be one of {', '.join(map(repr, _ROLES))}", param)
+        return invalid(f"{param} must be one of {found['ctx']['expected_tags']}", param)
+    if kind == "literal_error" and place[0] == "tools":
+        return invalid(f"{param}: only functions can be called here, not {str(found['input'])[:_MAX_SHOWN]}", param)
     if kind == "literal_error" and "content" in place:
-        return invalid(f"{param}: only parts of text are supported, with the type 'text'", param)
+        given = str(found["input"])[:_MAX_SHOWN]
+        return invalid(f"this model takes text only; {'.'.join(place[:-1])} is {given}", param)
     if kind in ("model_type", "model_attributes_type"):
         return invalid(f"{param}: must be an object, such as {{...}}", param)
     return invalid(f"{param}: {found['msg']}", param)

@@ -4,49 +4,82 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
-from tidewright.tokenization import LONG_TEXT, InvalidPromptError, Tokenizer
-from tidewright_gateway.openai.errors import ApiError, invalid
-from tidewright_gateway.openai.protocol import Message
+from tidewright.tokenization import LONG_TEXT, InvalidPromptError, PromptTooLongError, Tokenizer
+from tidewright_gateway.openai.dialect import Dialect, describe
+from tidewright_gateway.openai.errors import invalid
+from tidewright_gateway.openai.protocol import Chat
 
 MANY_MESSAGES = 64  # rendering more takes as long as tokenizing LONG_TEXT
+_END = 32  # characters of a rendered prompt that say how an answer begins
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    token_ids: list[int]
+    end: str = ""
+    """The last characters of its text."""
 
 
 class Prompts:
     """Raises ApiError for what can't be a prompt. `limit`: tokens; a text that has certainly more is not tokenized."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, dialect: Dialect) -> None:
+        self.tokenizer, self.dialect = tokenizer, dialect
 
-    async def of_chat(self, messages: Sequence[Message], limit: int) -> list[int]:
-        turns = [{"role": message.role, "content": message.text} for message in messages]
+    async def of_chat(self, chat: Chat, limit: int) -> ChatPrompt:
+        functions, variables = chat.offered, chat.variables
+        turns = self.dialect.turns([message.turn() for message in chat.messages], functions)
+        if functions and self.dialect.knows_tools:
+            variables["tools"] = [describe(function) for function in functions]
         length = sum(len(turn["content"]) for turn in turns)
-        encode = partial(self.tokenizer.encode_messages, turns, limit)
-        return await self._run(encode, length, limit, "messages", len(turns) > MANY_MESSAGES)
+        is_long = len(turns) > MANY_MESSAGES or bool(functions)
+        render = partial(self._render, turns, limit, variables, bool(chat.continue_final_message))
+        return await self._run(render, length, limit, "messages", is_long)
 
-    async def of_text(self, prompt: str | list[int], limit: int) -> list[int]:
+    def _render(
+        self, turns: list[dict[str, Any]], limit: int, variables: dict[str, Any], continues: bool
+    ) -> ChatPrompt:
+        text = self.tokenizer.apply_chat_template(turns, limit, variables)
+        if continues:
+            text = _up_to_last(text, turns[-1])
+        return ChatPrompt(self.tokenizer.encode_rendered(text, limit), text[-_END:])
+
+    async def of_text(self, prompt: str | list[int], limit: int, *, add_special_tokens: bool = True) -> list[int]:
         if isinstance(prompt, str):
-            return await self._run(partial(self.tokenizer.encode, prompt, limit), len(prompt), limit, "prompt")
+            encode = partial(self.tokenizer.encode, prompt, limit, add_special_tokens=add_special_tokens)
+            return await self._run(encode, len(prompt), limit, "prompt")
         self.check_ids(prompt, "prompt")
         return prompt
 
-    def check_ids(self, ids: list[int], param: str) -> None:
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
         if not ids:
             raise invalid(f"{param} has no tokens; send at least one", param)
         size = self.tokenizer.backend.get_vocab_size()
         if not all(0 <= token_id < size for token_id in ids):
             raise invalid(f"{param}: token ids must be from 0 to {size - 1}", param)
 
-    async def _run(
-        self, encode: Callable[[], list[int]], length: int, limit: int, param: str, is_long: bool = False
-    ) -> list[int]:
+    async def _run(self, encode: Callable[[], T], length: int, limit: int, param: str, is_long: bool = False) -> T:
         """`length`: of the text, in characters."""
         try:
             self.tokenizer.check_length(length, limit)
-        except InvalidPromptError as error:
-            raise invalid(str(error), param, "context_length_exceeded") from None
-        try:
             return await asyncio.to_thread(encode) if is_long or length > LONG_TEXT else encode()
+        except PromptTooLongError as error:
+            raise invalid(str(error), param, "context_length_exceeded") from None
         except InvalidPromptError as error:
-            raise ApiError(422, str(error), code="invalid_prompt", param=param) from None
+            raise invalid(str(error), param, "invalid_prompt") from None
+
+
+def _up_to_last(text: str, last: dict[str, Any]) -> str:
+    """The prompt up to the end of the last message, which the answer continues. Raises InvalidPromptError."""
+    content = last["content"].rstrip()
+    at = text.rfind(content)
+    if not content or at < 0:
+        raise InvalidPromptError(
+            "continue_final_message needs a last message whose text the model's chat template writes as it is"
+        )
+    return text[: at + len(content)]

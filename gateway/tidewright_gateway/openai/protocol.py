@@ -1,43 +1,44 @@
 """Request bodies of the API: OpenAI's, with extensions that other engines have as well.
 
-Each field has an effect; a field that would have none is refused by name. Ranges are those of `SamplingParams`, which
-checks them.
+Ranges are those of `SamplingParams`, which checks them.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal
 
 import msgspec
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
 
 from tidewright.schema import SamplingParams
 from tidewright_gateway.openai.errors import invalid
+from tidewright_gateway.openai.fields import ApiObject, Many, Number
+from tidewright_gateway.openai.messages import Message, check_history
+from tidewright_gateway.openai.tools.definitions import Function, Tool, ToolChoice, ToolUse, tool_use
 
-Number = Annotated[StrictFloat, Field(allow_inf_nan=False)] | StrictInt
-T = TypeVar("T")
-Many = Annotated[list[T], Field(fail_fast=True)]
-"""A list whose validation stops at the first invalid item, to bound the cost of errors."""
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+MAX_TEMPERATURE = 2.0  # OpenAI's; beyond it, text is noise
 
 
-class Body(_Strict):
+class Body(ApiObject):
     """Of a request; `parsing.parse` makes it."""
 
     model: StrictStr | None = None
 
 
-class StreamOptions(_Strict):
+class StreamOptions(ApiObject):
+    place = "stream_options."
+    without_effect = frozenset({"include_obfuscation"})
+
     include_usage: StrictBool = False
     """Send token usage in a last event."""
+    continuous_usage_stats: StrictBool = False
+    """With include_usage: every event has the usage so far."""
 
 
-class JsonSchema(_Strict):
+class JsonSchema(ApiObject):
     name: StrictStr = ""
     description: StrictStr | None = None
     schema_: dict[str, Any] = Field(alias="schema")
@@ -45,20 +46,61 @@ class JsonSchema(_Strict):
     strict: StrictBool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(ApiObject):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(ApiObject):
+    """vLLM's newer names of guided_json, guided_regex, guided_choice and guided_grammar."""
+
+    place = "structured_outputs."
+
+    json_: dict[str, Any] | StrictStr | None = Field(None, alias="json")
+    regex: StrictStr | None = None
+    choice: Many[StrictStr] | None = None
+    grammar: StrictStr | None = None
+    json_object: StrictBool | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """By their names in `SamplingParams`."""
+        found = {"json": self.json_, "regex": self.regex, "choice": self.choice, "grammar": self.grammar}
+        if self.json_object and self.json_ is None:
+            found["json"] = {"type": "object"}
+        return {f"guided_{name}": value for name, value in found.items() if value is not None}
 
 
 class GenerationBody(Body, ABC):
     """What both endpoints share."""
 
+    without_effect = frozenset(
+        {
+            "store",
+            "metadata",
+            "service_tier",
+            "safety_identifier",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "prompt_cache_options",
+            "verbosity",
+            "prediction",
+            "moderation",
+            "spaces_between_special_tokens",
+        }
+    )
+    refused: ClassVar[Mapping[str, str]] = {
+        "logits_processors": "the server runs no code of callers",
+        "use_beam_search": "send n and choose among the answers",
+        "lora": "no adapters are served",
+    }
+
     model: StrictStr
     """Model name, as in /v1/models."""
     max_tokens: StrictInt | None = None
-    """Maximum tokens of the answer. Default: 16 for completions, the rest of the context for chats."""
+    """Maximum tokens of the answer; it ends earlier where the model's context does. Default, and for -1: 16 for
+    completions, the rest of the context for chats."""
     temperature: Number | None = None
-    """Sampling temperature; 0 is greedy. Default: 1."""
+    """Sampling temperature, at most 2; 0 is greedy. Default: 1."""
     top_p: Number | None = None
     """Sample from the most likely tokens that together have this probability."""
     n: StrictInt | None = None
@@ -66,7 +108,7 @@ class GenerationBody(Body, ABC):
     stop: StrictStr | Many[StrictStr] | None = None
     """Stop before any of these texts."""
     seed: StrictInt | None = None
-    """Makes sampling repeatable."""
+    """Makes sampling repeatable. -1: none."""
     presence_penalty: Number | None = None
     """Subtracted from the logits of tokens in the answer."""
     frequency_penalty: Number | None = None
@@ -104,6 +146,20 @@ class GenerationBody(Body, ABC):
     """A Lark grammar that the answer follows."""
     guided_choice: Many[StrictStr] | None = None
     """The answer is one of these."""
+    structured_outputs: StructuredOutputs | None = None
+    """vLLM's newer names of the guided fields."""
+    allowed_token_ids: Many[StrictInt] | None = None
+    """Only these tokens are generated."""
+    skip_special_tokens: StrictBool | None = None
+    """false: special tokens are part of the text."""
+    include_stop_str_in_output: StrictBool | None = None
+    """The text ends with the stop text that ended it."""
+    prompt_logprobs: StrictInt | None = None
+    """Also the log-probabilities of the prompt's tokens, with this many most likely ones."""
+    truncate_prompt_tokens: StrictInt | None = None
+    """Only this many tokens of the prompt's end are used. -1: as many as the model's context takes."""
+    return_token_ids: StrictBool | None = None
+    """Return token_ids of the answer and prompt_token_ids."""
     priority: StrictInt | None = None
     """Lower runs first; added to the key's own. Negative values count as 0 unless the key is an admin's."""
     timeout: Number | None = None
@@ -118,20 +174,44 @@ class GenerationBody(Body, ABC):
     names_of_ours: ClassVar[Mapping[str, str]] = {}
     """This API's names of sampling parameters that it names differently."""
 
+    @field_validator("max_tokens", "max_completion_tokens", mode="before", check_fields=False)
+    @classmethod
+    def _no_limit(cls, value: Any) -> Any:
+        return None if value == -1 and not isinstance(value, bool) else value
+
     @property
     def asked_tokens(self) -> int | None:
         """Requested maximum of tokens; None if the request has none."""
         return self.max_tokens
 
-    def sampling(self) -> SamplingParams:
-        """With the defaults of completions.
+    @property
+    def tool_use(self) -> ToolUse | None:
+        """The tools that the model may call."""
+        return None
+
+    @property
+    def grammar_field(self) -> str:
+        """The field that says what the answer is, where it is not a guided one."""
+        if self.structured_outputs:
+            return "structured_outputs"
+        return "response_format" if self._schema() is not None else ""
+
+    def sampling(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
+        """With the defaults of completions, and before these those of the model.
 
         Raises:
             ApiError: a value is out of its range.
         """
-        fields = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        fields = {**(defaults or {}), **given}
         if self.asked_tokens is not None:
             fields["max_tokens"] = self.asked_tokens
+        if self.temperature is not None and self.temperature > MAX_TEMPERATURE:
+            raise invalid(f"temperature is {self.temperature:g}, more than {MAX_TEMPERATURE:g}", "temperature")
+        if self.stream_options and not self.stream:
+            raise invalid("stream_options needs stream: true", "stream_options")
+        if self.structured_outputs:
+            fields |= self.structured_outputs.fields()
         if (logprobs := self.num_logprobs()) is not None:
             fields["logprobs"] = logprobs
         if (schema := self._schema()) is not None:
@@ -165,56 +245,73 @@ class GenerationBody(Body, ABC):
 _SAMPLING = [name for name in SamplingParams.__struct_fields__ if name in GenerationBody.model_fields and name != "n"]
 
 
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: StrictStr
-
-
-class _Message(_Strict):
-    content: StrictStr | Many[TextPart] | None
-    name: None = None
-
-    @property
-    def text(self) -> str:
-        if self.content is None:
-            return ""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-
-
-class InputMessage(_Message):
-    """A message to the model."""
-
-    role: Literal["system", "developer", "user", "tool"]
-    content: StrictStr | Many[TextPart]
-
-
-class AssistantMessage(_Message):
-    """An answer of the model, as history; the empty fields of this API's own answers are accepted."""
-
-    role: Literal["assistant"]
-    content: StrictStr | Many[TextPart] | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    """Empty: tool calls are not supported."""
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-
-
-Message = Annotated[InputMessage | AssistantMessage, Field(discriminator="role")]
-
-
-class ChatRequest(GenerationBody):
-    names_of_ours = {"logprobs": "top_logprobs"}
+class Chat(ApiObject):
+    """What the model's chat template makes a prompt of."""
 
     messages: Many[Message] = Field(min_length=1)
     """The chat so far."""
+    tools: Many[Tool] | None = None
+    """Functions that the model may call."""
+    chat_template_kwargs: dict[StrictStr, Any] | None = None
+    """Variables for the model's chat template, such as {"enable_thinking": false}."""
+    add_generation_prompt: StrictBool | None = None
+    """false: the prompt ends with the last message, without the beginning of an answer."""
+    continue_final_message: StrictBool | None = None
+    """The answer continues the last message."""
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        """Variables of the template other than messages and tools.
+
+        Raises:
+            ApiError: they contradict each other, or the messages.
+        """
+        own = self.chat_template_kwargs or {}
+        for name in own:
+            if name in _OWN_VARIABLES or not name.isidentifier():
+                raise invalid(
+                    f"chat_template_kwargs: {name!r} is no variable that a request may set", "chat_template_kwargs"
+                )
+        if self.continue_final_message and self.add_generation_prompt:
+            message = "continue_final_message and add_generation_prompt exclude each other"
+            raise invalid(message, "continue_final_message")
+        begins = self.add_generation_prompt is not False and not self.continue_final_message
+        return {**own, "add_generation_prompt": begins}
+
+    @property
+    def offered(self) -> Sequence[Function]:
+        """The functions that the prompt describes."""
+        use = tool_use(self.tools, None, None)
+        return use.functions if use else ()
+
+
+_OWN_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_message")
+
+
+class ChatRequest(GenerationBody, Chat):
+    names_of_ours: ClassVar[Mapping[str, str]] = {"logprobs": "top_logprobs"}
+    refused: ClassVar[Mapping[str, str]] = {
+        **GenerationBody.refused,
+        "functions": "use tools",
+        "function_call": "use tool_choice",
+        "audio": "this model writes text only",
+        "web_search_options": "the server calls no tools itself",
+    }
+
     max_completion_tokens: StrictInt | None = None
     """OpenAI's newer name of max_tokens."""
     logprobs: StrictBool | None = None
     """Return the log-probability of each token."""
     top_logprobs: StrictInt | None = None
     """Also of this many most likely tokens."""
+    tool_choice: ToolChoice | None = None
+    """Whether the model calls tools: auto (default), none, required, or the one that is named."""
+    parallel_tool_calls: StrictBool | None = None
+    """false: at most one call. Default: true."""
+    reasoning_effort: StrictStr | None = None
+    """A variable of the model's chat template."""
+    modalities: Many[Literal["text"]] | None = None
+    """Only text."""
 
     def num_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not self.logprobs:
@@ -225,10 +322,24 @@ class ChatRequest(GenerationBody):
     def asked_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def sampling(self) -> SamplingParams:
+    @cached_property
+    def tool_use(self) -> ToolUse | None:
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
+
+    @property
+    def offered(self) -> Sequence[Function]:
+        return self.tool_use.functions if self.tool_use else ()
+
+    @property
+    def variables(self) -> dict[str, Any]:
+        found = super().variables
+        return found if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort, **found}
+
+    def sampling(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
         if self.asked_tokens is not None and self.max_tokens not in (None, self.asked_tokens):
             raise invalid("max_tokens and max_completion_tokens differ; send one", "max_tokens")
-        return super().sampling()
+        check_history(self.messages)
+        return super().sampling(defaults)
 
 
 class CompletionRequest(GenerationBody):
@@ -237,19 +348,33 @@ class CompletionRequest(GenerationBody):
     logprobs: StrictInt | None = None
     """Return the log-probability of each token and of this many most likely ones."""
     echo: StrictBool | None = None
-    """Return the prompt before the answer."""
+    """Return the prompt before the answer, and with logprobs those of its tokens. Then max_tokens may be 0."""
     best_of: StrictInt | None = None
     """Only supported if equal to n."""
+    suffix: Literal[""] | None = None
+    """Only the empty text: nothing is inserted."""
+    add_special_tokens: StrictBool | None = None
+    """false: a prompt of text gets no special tokens of the tokenizer, such as BOS. Default: true."""
 
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
-    def sampling(self) -> SamplingParams:
+    @property
+    def only_scores(self) -> bool:
+        """The prompt's log-probabilities are asked for, and no token."""
+        return self.max_tokens == 0 and bool(self.echo)
+
+    @property
+    def asked_tokens(self) -> int | None:
+        return 1 if self.only_scores else self.max_tokens
+
+    def sampling(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
         if self.best_of not in (None, self.n or 1):
             raise invalid("best_of other than n is not supported; ask for n and choose", "best_of")
-        if self.echo and self.logprobs is not None:
-            raise invalid("echo with logprobs is not supported; send one of them", "echo")
-        return super().sampling()
+        sampling = super().sampling(defaults)
+        if self.echo and sampling.prompt_logprobs is None:
+            sampling = msgspec.structs.replace(sampling, prompt_logprobs=sampling.logprobs)
+        return sampling
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -261,9 +386,12 @@ class CompletionRequest(GenerationBody):
         return list(prompt)
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Body, Chat):
     prompt: StrictStr | None = None
-    messages: Many[Message] | None = None
+    """Either this or messages."""
+    messages: Many[Message] | None = None  # type: ignore[assignment] # here, a prompt may stand instead
+    add_special_tokens: StrictBool | None = None
+    """false: a prompt gets no special tokens of the tokenizer, such as BOS. Default: true."""
 
 
 class DetokenizeRequest(Body):

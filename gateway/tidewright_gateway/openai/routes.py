@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse, Response
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.middleware import ClientGoneError
-from tidewright_gateway.openai.answers import ChatAnswer, CompletionAnswer
+from tidewright_gateway.openai.api import ChatApi, CompletionApi
 from tidewright_gateway.openai.errors import ApiError, invalid
-from tidewright_gateway.openai.exchange import Exchange, Styles
+from tidewright_gateway.openai.exchange import Exchange
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import (
     Body,
@@ -40,17 +40,17 @@ def make_pipeline_router(
 ) -> APIRouter:
     """Endpoints that go through the pipeline, which also authenticates."""
     router = APIRouter()
-    styles = Styles(settings.model_name, prompts.tokenizer, settings.sse_keep_alive)
+    keep_alive = settings.sse_keep_alive
 
     @router.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
         """Answers a chat, whole or as server-sent events."""
-        return Exchange(pipeline, ChatRequest, await _body(request), styles, ChatAnswer)
+        return Exchange(pipeline, ChatApi(prompts), await _body(request), keep_alive)
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
         """Continues a prompt, or each of several; a prompt is text or token ids."""
-        return Exchange(pipeline, CompletionRequest, await _body(request), styles, CompletionAnswer)
+        return Exchange(pipeline, CompletionApi(prompts), await _body(request), keep_alive)
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -60,9 +60,10 @@ def make_pipeline_router(
                 raise invalid("send either prompt or messages", "prompt")
             limit = failover.max_model_len
             if body.messages is not None:
-                tokens = await prompts.of_chat(body.messages, limit)
+                tokens = (await prompts.of_chat(body, limit)).token_ids
             else:
-                tokens = await prompts.of_text(body.prompt or "", limit)
+                adds = body.add_special_tokens is not False
+                tokens = await prompts.of_text(body.prompt or "", limit, add_special_tokens=adds)
             return JSONResponse({"tokens": tokens, "count": len(tokens), "max_model_len": limit})
 
     @router.post("/detokenize")

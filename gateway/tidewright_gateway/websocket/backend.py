@@ -21,6 +21,7 @@ from tidewright_gateway.replicas.triton import Reply
 
 PATH = "/v1/stream"
 
+Request = ChatRequest | CompletionRequest
 Kind = type[ChatRequest] | type[CompletionRequest]
 
 
@@ -88,12 +89,12 @@ class PipelineBackend:
         status = 499  # if it is left early
         self._metrics.began()
         try:
-            async with self._pipeline.admit(context, kind, body) as request:
+            async with self._pipeline.admit(context, kind, body, _as_it_is) as request:
                 _check_streams(request)
                 yield _Running(context, self._pipeline.replies(context))
             status = 200
         except (ApiError, ModelError) as error:
-            made = of_model(error)
+            made = of_model(error, context.grammar_from)
             status = made.status
             raise made from None
         finally:
@@ -103,9 +104,16 @@ class PipelineBackend:
                 access_log.write(context, "WEBSOCKET", PATH, status, seconds)
 
 
+async def _as_it_is(context: RequestContext, body: Request) -> Request:
+    return body
+
+
 def _check_streams(body: ChatRequest | CompletionRequest) -> None:
     if body.stream is False or body.stream_options is not None:
         param = "stream_options" if body.stream_options else "stream"
         raise invalid(f"{param}: the answer always streams, and ends with its usage; leave it out", param)
     if isinstance(body, CompletionRequest) and body.echo:
         raise invalid("echo: the client has the prompt; leave it out", "echo")
+    if body.tool_use:
+        message = "tools: the text comes here as the model writes it; use /v1/chat/completions for calls of tools"
+        raise invalid(message, "tools")

@@ -10,8 +10,8 @@ from typing import Protocol
 
 from tidewright.resilience.errors import ModelError
 from tidewright_gateway.auth.callers import Caller
-from tidewright_gateway.openai.answers import Usage
 from tidewright_gateway.openai.errors import ApiError, internal, of_model
+from tidewright_gateway.openai.openai_answer import usage
 from tidewright_gateway.websocket.backend import Backend, Kind, RunningRequest
 from tidewright_gateway.websocket.messages import ChoiceEnd, Done, Failure, Token
 from tidewright_gateway.websocket.outbox import Outbox
@@ -128,7 +128,7 @@ class ResumableStream:
         return Done(
             self.id,
             [ChoiceEnd(index, seq, reason or unfinished) for index, (seq, reason) in enumerate(self.outbox.ends)],
-            Usage(self._running.usage_prompt if self._running else 0, self.outbox.num_tokens).json(),
+            usage(self._running.usage_prompt if self._running else 0, self.outbox.num_tokens),
             self._running.served_by if self._running else "",
             self._failure,
         )

@@ -1,0 +1,53 @@
+"""The endpoints that generate: each makes requests of its bodies, and answers of replies."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Generic, TypeVar
+
+from tidewright_gateway.context import RequestContext
+from tidewright_gateway.openai.answers import Answer
+from tidewright_gateway.openai.chat_answer import ChatAnswer
+from tidewright_gateway.openai.completion_answer import CompletionAnswer
+from tidewright_gateway.openai.prompts import Prompts
+from tidewright_gateway.openai.protocol import Body, ChatRequest, CompletionRequest, GenerationBody
+
+B = TypeVar("B", bound=Body)
+G = TypeVar("G", bound=GenerationBody)
+
+
+class Api(ABC, Generic[B, G]):
+    """For one request."""
+
+    kind: type[B]
+
+    def __init__(self, prompts: Prompts) -> None:
+        self._prompts = prompts
+
+    @abstractmethod
+    async def translate(self, context: RequestContext, body: B) -> G:
+        """The request of a body. Raises ApiError: there is none."""
+
+    @abstractmethod
+    def answer(self, context: RequestContext, request: G) -> Answer:
+        """An empty answer."""
+
+
+class ChatApi(Api[ChatRequest, ChatRequest]):
+    kind = ChatRequest
+
+    async def translate(self, context: RequestContext, body: ChatRequest) -> ChatRequest:
+        return body
+
+    def answer(self, context: RequestContext, request: ChatRequest) -> Answer:
+        return ChatAnswer(context, request, self._prompts.dialect, self._prompts.tokenizer)
+
+
+class CompletionApi(Api[CompletionRequest, CompletionRequest]):
+    kind = CompletionRequest
+
+    async def translate(self, context: RequestContext, body: CompletionRequest) -> CompletionRequest:
+        return body
+
+    def answer(self, context: RequestContext, request: CompletionRequest) -> Answer:
+        return CompletionAnswer(context, request, self._prompts.tokenizer)
