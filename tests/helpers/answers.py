@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tidewright.resilience.deadline import Deadline
@@ -26,9 +26,12 @@ def context_of(prompt: Sequence[int] = (1,), n: int = 1) -> RequestContext:
     return context
 
 
-def chat_answer(tokenizer: Tokenizer, context: RequestContext | None = None, **fields: Any) -> ChatAnswer:
+def chat_answer(
+    tokenizer: Tokenizer, context: RequestContext | None = None, api: Mapping[str, Any] | None = None, **fields: Any
+) -> ChatAnswer:
+    """`api`: options of the gateway; `fields`: of the request."""
     request = ChatRequest.model_validate({"model": "m", "messages": [USER], **fields})
-    return ChatAnswer(context or context_of(), request, Dialect(tokenizer, ApiSettings()), tokenizer)
+    return ChatAnswer(context or context_of(), request, Dialect(tokenizer, ApiSettings(**(api or {}))), tokenizer)
 
 
 def completion_answer(tokenizer: Tokenizer, context: RequestContext | None = None, **fields: Any) -> CompletionAnswer:

@@ -84,9 +84,12 @@ def several(between: str, most: int) -> str:
 
 
 def lark_object(function: Function, key: str) -> str:
-    """Lark of `{"name": …, "arguments": …}`."""
-    head = f'{{"name": {json.dumps(function.name)}, "{key}": '
-    return f'{literal(head)} {lark_schema(function)} "}}"'
+    """Lark of `{"name": …, "arguments": …}`.
+
+    In the words of JSON's own grammar: a longer one would hide the answer in JSON that may stand instead.
+    """
+    words = ["{", '"name"', ": ", json.dumps(function.name), ", ", f'"{key}"', ": "]
+    return f'{" ".join(map(literal, words))} {lark_schema(function)} "}}"'
 
 
 def lark_schema(function: Function) -> str:
