@@ -11,8 +11,8 @@ from typing import Any
 import jsonschema_rs
 import pytest
 
+from benchmarks.tool_schemas import SCHEMAS
 from helpers.gateway import MODEL, RunningGateway
-from helpers.tool_schemas import SCHEMAS
 from helpers.triton import RunningServer
 
 ASK = [{"role": "user", "content": "What is the weather in Paris?"}]
