@@ -1,5 +1,5 @@
 """What a client may do to its connection: how long its request may take, how long its headers may be, how long it may
-leave unread what it is sent. uvicorn itself would wait for ever.
+leave unread what it is sent. uvicorn itself would wait for ever. And what HTTP/1.0 lacks.
 
 In the protocol, where it costs a request two timers, and where a request is seen before it is one.
 """
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from tidewright_gateway.openai.errors import ApiError
 
@@ -73,6 +74,10 @@ class PatientProtocol(HttpToolsProtocol):
         self._stop_reading()
         super().on_message_complete()
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
+        """Each request passes here, a pipelined one once its turn comes."""
+        super()._start_asgi_task(cycle, _Http10(cycle, app) if cycle.scope["http_version"] == "1.0" else app)  # type: ignore[arg-type]
+
     def handle_websocket_upgrade(self) -> None:
         self._stop_reading()
         super().handle_websocket_upgrade()
@@ -126,3 +131,31 @@ class PatientProtocol(HttpToolsProtocol):
         head = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers.items())
         self.transport.write(STATUS_LINE[error.status] + head.encode() + b"\r\n" + error.body)
         self.transport.close()
+
+
+class _Http10:
+    """HTTP/1.0 has neither chunked encoding nor 100 Continue; uvicorn sends both all the same.
+
+    A response without a length ends with its connection instead, which uvicorn closes after each HTTP/1.0 response.
+    """
+
+    def __init__(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:
+        self._cycle, self._app = cycle, app
+        self._has_length = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._cycle.waiting_for_100_continue = False
+        await self._app(scope, receive, self._send)
+
+    async def _send(self, message: Message) -> None:
+        cycle = self._cycle
+        if message["type"] == "http.response.start":
+            self._has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not self._has_length:
+                cycle.chunked_encoding = False  # None, and uvicorn chooses it
+        elif not self._has_length:
+            # uvicorn waits before it compares lengths; here, so that no other message comes between.
+            while cycle.flow.write_paused and not cycle.disconnected:
+                await cycle.flow.drain()
+            cycle.expected_content_length = len(message.get("body", b""))
+        await cycle.send(message)  # type: ignore[arg-type]
