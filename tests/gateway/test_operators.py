@@ -59,6 +59,25 @@ def test_odd_addresses_are_served_or_refused_in_json(
         assert answer.json().get("error", {}).get("code") == code
 
 
+@pytest.mark.parametrize("headers", [{"Content-Type": "text/plain"}, {"Content-Encoding": "gzip"}, {}])
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/nowhere", 404),
+        ("POST", "/v1/models", 405),
+        ("PUT", "/v1/completions", 405),
+        ("POST", "/v1/completions", 415),
+        ("POST", "//v1/completions/", 415),
+    ],
+)
+def test_a_body_is_refused_only_where_one_is_taken(
+    echo_gateway: RunningGateway, method: str, path: str, status: int, headers: dict[str, str]
+) -> None:
+    answer = httpx.request(method, f"{echo_gateway.url}{path}", content=b"{}", headers=headers, trust_env=False)
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("path", ["/health", "/nowhere", "/v1/chat/completions"])
 def test_a_head_request_leaves_its_connection_open(echo_gateway: RunningGateway, path: str) -> None:
     with closing(http.client.HTTPConnection("127.0.0.1", echo_gateway.port, timeout=30)) as connection:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
@@ -108,19 +109,20 @@ def make_app(
     fast = make_pipeline_router(settings, failover, prompts, pipeline)
     backend = PipelineBackend(pipeline, authenticator, tracer, metrics)
     parts = Parts(authenticator, limiter, failover, queue, ladder, cache, metrics)
-    for router in (
+    routers = (
         fast,
         make_model_router(settings, failover, pipeline),
         make_stream_router(settings, hub, backend, hosts, metrics),
         make_operations_router(parts),
         make_page_router(app),
-    ):
+    )
+    for router in routers:
         app.include_router(router)
     _leave_errors_to_the_middleware(app)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
 
     made: ASGIApp = FastPath(Authentication(app, authenticator), fast.routes)
-    made = Middleware(made, hosts, tracer, metrics, settings.max_body)
+    made = Middleware(made, hosts, tracer, metrics, settings.max_body, _post_paths(routers))
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         made = CORSMiddleware(
             made,
@@ -130,6 +132,11 @@ def make_app(
             expose_headers=_SHOWN_TO_PAGES,
         )
     return made
+
+
+def _post_paths(routers: Iterable[APIRouter]) -> frozenset[str]:
+    routes = (route for router in routers for route in router.routes if isinstance(route, APIRoute))
+    return frozenset(route.path for route in routes if "POST" in (route.methods or ()))
 
 
 def _greeting(settings: GatewaySettings, failover: Failover) -> str:

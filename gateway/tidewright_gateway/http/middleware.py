@@ -38,10 +38,22 @@ class ClientGoneError(Exception):
 class Middleware:
     """Pure ASGI: FastAPI's own middleware costs more than the rest of a request."""
 
-    def __init__(self, app: ASGIApp, hosts: Hosts, tracer: Tracer, metrics: Metrics, max_body: int) -> None:
-        """`max_body`: of a request, in bytes."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: Hosts,
+        tracer: Tracer,
+        metrics: Metrics,
+        max_body: int,
+        post_paths: frozenset[str],
+    ) -> None:
+        """
+        Args:
+            max_body: of a request, in bytes.
+            post_paths: only there is the body of a request checked: elsewhere the answer is 404 or 405, whatever it is.
+        """
         self._app, self._hosts, self._tracer, self._metrics = app, hosts, tracer, metrics
-        self._max_body = max_body
+        self._max_body, self._post_paths = max_body, post_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +70,7 @@ class Middleware:
         method, path = scope["method"], scope["path"]
         # A copy: uvicorn must not see that a HEAD is changed to a GET, or it waits for the body.
         scope = {**scope, "state": {**scope.get("state", {}), "context": context}}
-        exchange = _Exchange(scope, headers, receive, send, context, self._max_body)
+        exchange = _Exchange(scope, headers, receive, send, context, self._max_body, self._post_paths)
         self._metrics.began()
         try:
             await exchange.run(self._app, self._hosts)
@@ -80,9 +92,10 @@ class _Exchange:
         send: Send,
         context: RequestContext,
         max_body: int,
+        post_paths: frozenset[str],
     ) -> None:
         self._scope, self._headers, self._receive, self._send = scope, headers, receive, send
-        self._context, self._max_body = context, max_body
+        self._context, self._max_body, self._post_paths = context, max_body, post_paths
         self._received = 0  # bytes of the body
         self._head = b""  # its first two bytes tell the encoding, since JSON begins with ASCII
         self._refusal: ApiError | None = None
@@ -95,11 +108,12 @@ class _Exchange:
         try:
             if not scope["path"].startswith("/health"):  # probes use addresses; there is nothing to steal
                 hosts.check(scope["headers"])
-            self._check_body()
             if self._is_head:
                 scope["method"] = "GET"
             if "//" in scope["path"] or scope["path"].endswith("/"):
                 scope["path"] = _SLASHES.sub("/", scope["path"]).rstrip("/") or "/"
+            if scope["method"] == "POST" and scope["path"] in self._post_paths:
+                self._check_body()
             await app(scope, self.receive, self.send)
         except ApiError as error:
             await self._refuse(error)
@@ -115,8 +129,6 @@ class _Exchange:
         if encoding not in (b"", b"identity"):
             message = "Content-Encoding is not supported; send the body unencoded"
             raise ApiError(415, message, code="unsupported_encoding")
-        if self._scope["method"] != "POST":
-            return
         kind = self._headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         if kind != JSON.encode():
             raise ApiError(
