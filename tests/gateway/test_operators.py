@@ -44,6 +44,9 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("GET", "/nowhere/", 404, "no_such_path"),
         ("GET", "//evil.example/x/", 404, "no_such_path"),
+        ("GET", "/v1/stream", 426, "upgrade_required"),
+        ("HEAD", "/v1/stream/", 426, "upgrade_required"),
+        ("POST", "/v1/stream", 405, "method_not_allowed"),
     ],
 )
 def test_odd_addresses_are_served_or_refused_in_json(
@@ -76,6 +79,14 @@ def test_a_body_is_refused_only_where_one_is_taken(
     answer = httpx.request(method, f"{echo_gateway.url}{path}", content=b"{}", headers=headers, trust_env=False)
     assert answer.status_code == status
     assert answer.json()["error"]["message"]
+
+
+def test_plain_http_where_the_websocket_is_says_what_to_use(echo_gateway: RunningGateway) -> None:
+    answer = echo_gateway.http.get("/v1/stream")
+    assert answer.status_code == 426
+    assert (answer.headers["upgrade"], answer.headers["connection"]) == ("websocket", "Upgrade")
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+    assert "ws://" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("path", ["/health", "/nowhere", "/v1/chat/completions"])

@@ -115,6 +115,7 @@ def test_a_key_is_needed_and_its_role_counts(clients: Clients) -> None:
     assert http.get("/v1/models").json()["error"]["code"] == "invalid_api_key"
     for path in ("/", "/page/chat.js", "/docs", "/openapi.json", "/health/live", "/health/ready"):
         assert http.get(path).status_code == 200, path
+    assert http.get("/v1/stream").status_code == 426  # also where a proxy has dropped the headers of the WebSocket
     for key, metrics in (("plain", 403), ("boss", 200)):
         headers = {"Authorization": f"Bearer {clients.keys[key]}"}
         assert http.get("/v1/models", headers=headers).status_code == 200

@@ -6,9 +6,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidewright_gateway.auth import Authenticator, require_admin
 from tidewright_gateway.context import RequestContext
+from tidewright_gateway.websocket.backend import PATH as WEBSOCKET
 
 # Keys are required by default, also for paths added later.
-_FOR_ALL = frozenset(("/", "/docs", "/openapi.json", "/health", "/health/live", "/health/ready"))
+_FOR_ALL = frozenset(
+    (
+        "/",
+        "/docs",
+        "/openapi.json",
+        "/health",
+        "/health/live",
+        "/health/ready",
+        WEBSOCKET,  # plain HTTP only gets 426; over the WebSocket, the session authenticates
+    )
+)
 _FOR_ALL_BELOW = "/page/"
 _FOR_ADMINS = ("/metrics", "/admin/")
 

@@ -39,6 +39,12 @@ def make_stream_router(
         finally:
             metrics.connected(-1)
 
+    @router.get(PATH, include_in_schema=False)
+    async def plain() -> Response:
+        message = f"{PATH} is a WebSocket; connect with ws:// or wss://. A proxy must pass on Upgrade and Connection"
+        headers = {"Upgrade": "websocket", "Connection": "Upgrade"}
+        raise ApiError(426, message, code="upgrade_required", headers=headers)
+
     return router
 
 
