@@ -51,6 +51,11 @@ def find_prepared(model: str) -> Path:
     raise ModelNotPreparedError(no_such_model(model))
 
 
+def prepared_at(folder: Path) -> int:
+    """When a prepared folder became complete, in seconds since 1970: what is added to it later does not change that."""
+    return int((folder / MANIFEST).stat().st_mtime)
+
+
 def no_such_model(model: str) -> str:
     """What to say of a name that nothing can be made of."""
     return f"there is no file or folder {model!r}, and it is neither {EMBEDDED_MODEL!r} nor a hub id (org/name)"

@@ -89,6 +89,14 @@ def test_plain_http_where_the_websocket_is_says_what_to_use(echo_gateway: Runnin
     assert "ws://" in answer.json()["error"]["message"]
 
 
+def test_a_model_was_created_when_it_was_prepared_whichever_process_says_so(
+    model_dir: Path, echo_gateway: RunningGateway
+) -> None:
+    (listed,) = echo_gateway.http.get("/v1/models").json()["data"]
+    assert listed["created"] == int((model_dir / "tidewright.json").stat().st_mtime) > 0
+    assert echo_gateway.http.get(f"/v1/models/{MODEL}").json() == listed
+
+
 @pytest.mark.parametrize("path", ["/health", "/nowhere", "/v1/chat/completions"])
 def test_a_head_request_leaves_its_connection_open(echo_gateway: RunningGateway, path: str) -> None:
     with closing(http.client.HTTPConnection("127.0.0.1", echo_gateway.port, timeout=30)) as connection:

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from tidewright import __version__
-from tidewright.cache import find_prepared
+from tidewright.cache import find_prepared, prepared_at
 from tidewright.tokenization import Tokenizer
 from tidewright_gateway.admission.ladder import LoadLadder
 from tidewright_gateway.admission.limits import make_limiter
@@ -111,7 +111,7 @@ def make_app(
     parts = Parts(authenticator, limiter, failover, queue, ladder, cache, metrics)
     routers = (
         fast,
-        make_model_router(settings, failover, pipeline),
+        make_model_router(settings, failover, pipeline, prepared_at(folder)),
         make_stream_router(settings, hub, backend, hosts, metrics),
         make_operations_router(parts),
         make_page_router(app),

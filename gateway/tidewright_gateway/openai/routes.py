@@ -76,7 +76,8 @@ def make_pipeline_router(
     return router
 
 
-def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: Pipeline) -> APIRouter:
+def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: Pipeline, created: int) -> APIRouter:
+    """`created`: when the model was prepared, in seconds since 1970."""
     router = APIRouter()
 
     @router.post("/v1/embeddings")
@@ -88,7 +89,7 @@ def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: P
         return {
             "id": settings.model_name,
             "object": "model",
-            "created": 0,
+            "created": created,
             "owned_by": "tidewright",
             "max_model_len": failover.max_model_len,
         }
