@@ -77,7 +77,10 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> Iterator[service_pb2.ModelStreamInferResponse]:
         for request in requests:
             inputs = dict(zip((one.name for one in request.inputs), request.raw_input_contents, strict=True))
-            if CONTROL.name in inputs:
+            if inputs.get(CONTROL.name, b"")[4:] == b"drain":
+                self.status = msgspec.structs.replace(self.status, draining=True)
+                yield _response("decoder", text_output=_text(b"ok"))
+            elif CONTROL.name in inputs:
                 yield _response("decoder", text_output=_text(msgspec.json.encode(self.status)))
             elif error := self.errors.get(request.model_name):
                 yield service_pb2.ModelStreamInferResponse(error_message=error)

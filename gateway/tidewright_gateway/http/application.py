@@ -184,7 +184,8 @@ def _leave_errors_to_the_middleware(app: FastAPI) -> None:
         return await of_api(request, made)
 
     async def of_parameters(request: Request, error: RequestValidationError) -> Response:
-        return await of_api(request, invalid("the parameters of the address are not valid"))
+        first = error.errors()[0]
+        return await of_api(request, invalid(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
 
     async def of_bug(request: Request, error: Exception) -> Response:
         return await of_api(request, internal())

@@ -1,22 +1,35 @@
-"""Endpoints for operators: health, version, metrics, status."""
+"""Endpoints for operators: health, version, metrics, status, drain."""
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, StrictStr
 from starlette.responses import Response
 
 from tidewright import __version__
+from tidewright.resilience.errors import ModelError
 from tidewright_gateway.admission.ladder import LoadLadder
 from tidewright_gateway.admission.limits import Limiter
 from tidewright_gateway.admission.queue import Queue
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.cache.responses import ResponseCache
 from tidewright_gateway.metrics import Metrics
-from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.replicas.failover import Failover
+from tidewright_gateway.replicas.replica import Replica
+
+log = logging.getLogger(__name__)
+
+
+class DrainRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    replica: StrictStr | None = None
+    """Its address, as /admin/status has it. Needed unless there is only one."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +61,17 @@ def make_operations_router(parts: Parts) -> APIRouter:
     @router.get("/health")
     @router.get("/health/ready")
     async def ready() -> dict[str, Any]:
-        """200 if a replica can take requests, else 503. Names lost stores (keys, limits); see /admin/status."""
+        """200 if a replica can take requests, else 503. Names lost stores (keys, limits), and counts the replicas that
+        can't take requests; /admin/status has more."""
         lost = [name for name, trouble in parts.stores.items() if trouble]
         if parts.failover.trouble:
             raise ApiError(503, "no replica can take requests", code="not_ready", retry_after=1)
-        return {"status": "ready", **({"lost_stores": lost} if lost else {})}
+        in_trouble = sum(not (one.takes_requests or one.leaving) for one in parts.failover.replicas)
+        return {
+            "status": "ready",
+            **({"lost_stores": lost} if lost else {}),
+            **({"replicas_in_trouble": in_trouble} if in_trouble else {}),
+        }
 
     @router.get("/version")
     async def version() -> dict[str, str]:
@@ -81,4 +100,29 @@ def make_operations_router(parts: Parts) -> APIRouter:
             "replicas": parts.failover.snapshot(),
         }
 
+    @router.post("/admin/drain")
+    async def drain(request: Request, body: DrainRequest) -> dict[str, str]:
+        """Ends a replica gently: it takes no new requests, finishes those it has, and its `tidewright serve` ends.
+        Requires the role admin."""
+        replica = _named(body.replica, parts.failover)
+        log.warning("%s: drained by %s", replica.address, request.scope["state"]["context"].caller.key_id)
+        try:
+            await parts.failover.drain(replica)
+        except ModelError as error:
+            raise ApiError(503, f"{replica.address} can't be drained: {error}", code="not_drained") from None
+        return {"draining": replica.address}
+
     return router
+
+
+def _named(address: str | None, failover: Failover) -> Replica:
+    """Raises ApiError: it is none of the replicas, or there are several to choose from."""
+    known = {replica.address: replica for replica in failover.replicas if not replica.leaving}
+    if address is None and len(known) == 1:
+        return next(iter(known.values()))
+    if address in known:
+        return known[address]
+    choice = f"the replicas are {', '.join(known)}" if known else "there are no replicas"
+    if address is None:
+        raise invalid(f"name the replica to drain: {choice}", "replica")
+    raise ApiError(404, f"there is no replica {address[:200]!r}: {choice}", code="no_such_replica", param="replica")

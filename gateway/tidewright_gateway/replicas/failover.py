@@ -105,6 +105,10 @@ class Failover:
         """Context that every replica has, in tokens."""
         return self._set.max_model_len(self._max_model_len)
 
+    async def drain(self, replica: Replica) -> None:
+        """Ends it gently. Raises ModelError: it did not accept that."""
+        await self._set.drain(replica)
+
     def snapshot(self) -> list[dict[str, Any]]:
         """Each replica for people; times in seconds."""
         return self._set.snapshot()

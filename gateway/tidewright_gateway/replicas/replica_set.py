@@ -173,6 +173,15 @@ class ReplicaSet:
         if error.outcome in (Outcome.UNAVAILABLE, Outcome.STUB_DIED):
             replica.suspicion = error
 
+    async def drain(self, replica: Replica) -> None:
+        """Tells it to take no new requests and to end once it has finished those it has.
+
+        Raises:
+            ModelError: it did not accept that.
+        """
+        await replica.client.control("drain", STATUS_TIMEOUT)
+        await self._ask(replica)  # its next status check may be a second away
+
     def settle(self, replica: Replica) -> None:
         """Call it after any change: logs whether the replica takes requests, and wakes those that wait for one."""
         if replica.suspicion or replica.takes_requests == replica.took_requests:
