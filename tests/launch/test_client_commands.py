@@ -201,15 +201,6 @@ def test_the_address_may_come_without_http(double: Double) -> None:
     assert (result.exit_code, result.stdout) == (0, "Hello\n")
 
 
-@pytest.mark.parametrize("command", ["chat", "complete"])
-def test_at_the_gateway_it_says_which_address_to_give(double: Double, command: str) -> None:
-    double.refusal = (404, b'{"error":{"message":"there is no such path","type":"invalid_request_error","code":"x"}}')
-    code, _, said = run(double, command, "hi")
-    assert code == 1
-    assert "OpenAI-compatible endpoint" in said
-    assert "--url http://127.0.0.1:8000" in said
-
-
 def test_an_answer_that_breaks_off_is_an_error(double: Double) -> None:
     double.says("Hel")
     double.events.pop()

@@ -111,9 +111,10 @@ def test_a_question_blocks_nobody() -> None:
         assert finish(ask(url, {}, PATIENCE)) == b"{}"
 
 
-def test_the_health_command_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("answer", [b"{}", b'{"status": "ready"}'], ids=["triton", "gateway"])
+def test_the_health_command_imports_nothing_heavy(answer: bytes) -> None:
     """It is a probe, run every few seconds beside the model."""
-    with listener(response(200, b"{}")) as url:
+    with listener(response(200, answer)) as url:
         code = (
             "import sys\n"
             f"sys.argv = ['tidewright', 'health', '--url', {url.removeprefix('http://')!r}]\n"

@@ -57,7 +57,7 @@ def test_health_follows_the_engine(bf16_server: RunningServer) -> None:
 
 def test_where_no_server_is_there_is_no_health() -> None:
     url = f"http://127.0.0.1:{free_ports(1)[0]}"
-    assert healthy(url).startswith(f"Error: can't reach {url}/v2/models/decoder/generate: ")
+    assert healthy(url).startswith(f"Error: can't reach {url}/health/ready: ")
     done = tidewright("drain", "--url", url)
     assert (done.returncode, "Traceback" in done.stderr) == (1, False)
 

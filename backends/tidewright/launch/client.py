@@ -1,101 +1,231 @@
-"""A small client of a running server: tokenize a chat, stream an answer. HTTP only, no terminal."""
+"""A small client of a running server, Triton or a gateway: streams the answer to a chat or a text. No terminal."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Iterator
+import ssl
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
 
+from tidewright.launch.control import Answer, explained, triton_error
 from tidewright.launch.errors import LaunchError
+from tidewright.launch.gateway_control import base_url, error_of, refusal
 
 _JSON = {"Content-Type": "application/json"}
 
 # Nothing may come for a while before the first token (a long queue, a long prompt).
 _TIMEOUT = httpx.Timeout(10, read=300)
 
+Messages = list[dict[str, str]]
+"""A chat so far, as OpenAI's API has it."""
+Sampling = dict[str, Any]
+"""Sampling parameters by name."""
+
 
 class RequestFailedError(LaunchError):
     """The server can't be reached, or refused the request; the message is for the user."""
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A part of an answer."""
+
+    text: str
+    finish_reason: str | None
+    """Set in the last one."""
+
+
+Pieces = Generator[Piece, None, None]
+"""An answer as it comes. Closing it cancels the request. Raises RequestFailedError."""
+
+
 class Client:
-    """One server, by its HTTP address."""
+    """One server, by its address. The first request detects whether it is a gateway."""
+
+    def __init__(self, url: str, key: str | None = None) -> None:
+        """`key`: of a gateway."""
+        self._connection, self._key = _Connection(base_url(url)), key
+        self._server: _Server | None = None
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def chat(self, messages: Messages, sampling: Sampling) -> Pieces:
+        """The next answer of a chat. Raises RequestFailedError."""
+        return self._found().chat(messages, sampling)
+
+    def complete(self, prompt: str, sampling: Sampling) -> Pieces:
+        """The continuation of a text. Raises RequestFailedError."""
+        return self._found().complete(prompt, sampling)
+
+    def _found(self) -> _Server:
+        if self._server is None:
+            self._server = _find(self._connection, self._key)
+        return self._server
+
+
+def _find(connection: _Connection, key: str | None) -> _Server:
+    """A gateway lists its models, which a request needs to name; Triton has no such path."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    answer = connection.ask("GET", "/v1/models", headers=headers)
+    try:
+        model = json.loads(answer.content)["data"][0]["id"]
+    except (ValueError, KeyError, IndexError, TypeError):
+        if error_of(answer):
+            raise RequestFailedError(refusal(connection.url, answer, key)) from None
+        return _Triton(connection)
+    return _Gateway(connection, headers, key, str(model))
+
+
+class _Connection:
+    """HTTP to one server; its errors are RequestFailedError."""
 
     def __init__(self, url: str) -> None:
-        """`url`: of Triton's HTTP port; http:// may be left out."""
-        self._url = (url if "://" in url else f"http://{url}").rstrip("/")
-        self._http = httpx.Client(timeout=_TIMEOUT)
+        self.url = url
+        # The machine's certificates, as for the commands that do not use httpx.
+        verify: ssl.SSLContext | bool = ssl.create_default_context() if url.startswith("https:") else True
+        self._http = httpx.Client(timeout=_TIMEOUT, verify=verify)
 
     def close(self) -> None:
         self._http.close()
 
-    def tokenize_chat(self, messages: list[dict[str, str]]) -> list[int]:
+    def ask(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Answer:
+        """The whole answer, whatever its status."""
+        with self._open(method, path, body, headers) as response:
+            return _whole(response)
+
+    def events(
+        self, path: str, body: Any, headers: dict[str, str], refused: Callable[[Answer], str]
+    ) -> Iterator[dict[str, Any]]:
+        """Server-sent events. `refused`: the message of an answer that is an error."""
+        with self._open("POST", path, body, headers) as response:
+            if not response.is_success:
+                raise RequestFailedError(refused(_whole(response)))
+            yield from _events(response.iter_bytes())
+
+    @contextmanager
+    def _open(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> Iterator[httpx.Response]:
+        content = None if body is None else _to_json(body)
+        try:
+            with self._http.stream(
+                method, self.url + path, content=content, headers={**_JSON, **(headers or {})}
+            ) as response:
+                yield response
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise self._unreachable(error) from error
+
+    def _unreachable(self, error: Exception) -> RequestFailedError:
+        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol | httpx.InvalidURL):
+            why = _certificate_error(error)
+            if why:
+                return RequestFailedError(f"can't reach {self.url}: {explained(why, self.url)}")
+            return RequestFailedError(
+                f"no server at {self.url} ({error}); start one with: tidewright serve, or give its address with --url"
+            )
+        if isinstance(error, httpx.ReadTimeout):
+            return RequestFailedError(f"{self.url} sent nothing for {_TIMEOUT.read:g} s; see the server's log")
+        hint = "see the server's log"
+        if isinstance(error, httpx.RemoteProtocolError) and self.url.startswith("http:"):
+            hint += ", or write https:// before its address if it speaks TLS"
+        return RequestFailedError(f"the connection to {self.url} broke: {error}; {hint}")
+
+
+class _Server(ABC):
+    @abstractmethod
+    def chat(self, messages: Messages, sampling: Sampling) -> Pieces: ...
+
+    @abstractmethod
+    def complete(self, prompt: str, sampling: Sampling) -> Pieces: ...
+
+
+class _Triton(_Server):
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+
+    def chat(self, messages: Messages, sampling: Sampling) -> Pieces:
+        yield from self._generate({"input_ids": self._tokenize(messages)}, sampling)
+
+    def complete(self, prompt: str, sampling: Sampling) -> Pieces:
+        yield from self._generate({"text_input": prompt}, sampling)
+
+    def _tokenize(self, messages: Messages) -> list[int]:
         """Token ids of the messages in the model's chat template."""
         data = json.dumps(messages, ensure_ascii=False)
         inputs = [{"name": "messages", "shape": [1, 1], "datatype": "BYTES", "data": [data]}]
+        answer = self._connection.ask("POST", "/v2/models/tokenizer/infer", {"inputs": inputs})
+        if answer.status != 200:
+            raise RequestFailedError(_triton_error(answer))
         try:
-            response = self._http.post(
-                f"{self._url}/v2/models/tokenizer/infer", content=_to_json({"inputs": inputs}), headers=_JSON
-            )
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise self._unreachable(error) from error
-        self._raise_for_status(response)
-        try:
-            token_ids: list[int] = response.json()["outputs"][0]["data"]
+            token_ids: list[int] = json.loads(answer.content)["outputs"][0]["data"]
         except (ValueError, KeyError, IndexError, TypeError):
-            raise RequestFailedError(f"{self._url} is no Tidewright server: its tokenizer returned no ids") from None
+            raise RequestFailedError(
+                f"{self._connection.url} is no Tidewright server: its tokenizer returned no ids"
+            ) from None
         return token_ids
 
-    def generate(self, prompt: str | list[int], sampling: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
-        """Responses to a prompt (text or token ids) as they come. Closing the iterator cancels the request.
-
-        It calls the decoder itself: through Triton's ensembles a cancellation gets lost.
-        """
+    def _generate(self, prompt: dict[str, Any], sampling: Sampling) -> Pieces:
+        """It calls the decoder itself: through Triton's ensembles a cancellation gets lost."""
         body = {
-            "text_input" if isinstance(prompt, str) else "input_ids": prompt,
+            **prompt,
             "stream": True,
             "return_finish_reason": True,
             "sampling_parameters": json.dumps(sampling),
         }
-        try:
-            with self._http.stream(
-                "POST", f"{self._url}/v2/models/decoder/generate_stream", content=_to_json(body), headers=_JSON
-            ) as response:
-                if response.is_error:
-                    response.read()
-                self._raise_for_status(response)
-                for event in _events(response.iter_bytes()):
-                    if "error" in event:  # status 200 was sent before it went wrong
-                        raise RequestFailedError(str(event["error"]))
-                    yield event
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise self._unreachable(error) from error
+        for event in self._connection.events("/v2/models/decoder/generate_stream", body, {}, _triton_error):
+            if "error" in event:  # status 200 was sent before it went wrong
+                raise RequestFailedError(str(event["error"]))
+            reason = event.get("finish_reason")
+            # On the wire a string, as in Triton's vLLM backend.
+            yield Piece(event.get("text_output") or "", None if reason == "None" else reason)
 
-    def _raise_for_status(self, response: httpx.Response) -> None:
-        if not response.is_error:
-            return
-        try:
-            # An endpoint that streams sends its refusal as an event, too.
-            error = json.loads(response.content.removeprefix(b"data:"))["error"]
-        except (ValueError, KeyError, TypeError):
-            error = f"the server answered with status {response.status_code}; is it a Tidewright server?"
-        if isinstance(error, dict):  # OpenAI's shape
-            error = (
-                f"{self._url} is an OpenAI-compatible endpoint, such as Tidewright's gateway; give the address of "
-                "Triton's HTTP port: --url http://127.0.0.1:8000"
-            )
-        raise RequestFailedError(str(error))
 
-    def _unreachable(self, error: Exception) -> RequestFailedError:
-        if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.UnsupportedProtocol | httpx.InvalidURL):
-            return RequestFailedError(
-                f"no server at {self._url} ({error}); start one with: tidewright serve, or give its address with --url"
-            )
-        if isinstance(error, httpx.ReadTimeout):
-            return RequestFailedError(f"{self._url} sent nothing for {_TIMEOUT.read:g} s; see the server's log")
-        return RequestFailedError(f"the connection to {self._url} broke: {error}; see the server's log")
+class _Gateway(_Server):
+    def __init__(self, connection: _Connection, headers: dict[str, str], key: str | None, model: str) -> None:
+        self._connection, self._headers, self._key, self._model = connection, headers, key, model
+
+    def chat(self, messages: Messages, sampling: Sampling) -> Pieces:
+        body = {"messages": messages, **sampling}
+        return self._generate("/v1/chat/completions", body, lambda choice: choice["delta"].get("content"))
+
+    def complete(self, prompt: str, sampling: Sampling) -> Pieces:
+        return self._generate("/v1/completions", {"prompt": prompt, **sampling}, lambda choice: choice["text"])
+
+    def _generate(self, path: str, body: dict[str, Any], text_of: Callable[[dict[str, Any]], str | None]) -> Pieces:
+        body = {"model": self._model, "stream": True, **body}
+        for event in self._connection.events(path, body, self._headers, self._refused):
+            if "error" in event:  # status 200 was sent before it went wrong
+                raise RequestFailedError(str(event["error"]["message"]))
+            for choice in event["choices"]:
+                reason = choice.get("finish_reason")
+                if limit := event.get("limited_by"):
+                    reason = f"the limit {limit} of the API key is used up"
+                yield Piece(text_of(choice) or "", reason)
+
+    def _refused(self, answer: Answer) -> str:
+        return refusal(self._connection.url, answer, self._key)
+
+
+def _triton_error(answer: Answer) -> str:
+    # An endpoint that streams sends its refusal as an event, too.
+    error = triton_error(answer.content.removeprefix(b"data:"))
+    return error or f"the server answered with status {answer.status}; is it a Tidewright server?"
+
+
+def _whole(response: httpx.Response) -> Answer:
+    return Answer(response.status_code, response.read(), response.headers.get("Retry-After"))
+
+
+def _certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationError | None:
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _to_json(value: Any) -> bytes:
@@ -109,8 +239,10 @@ def _events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:
     for chunk in chunks:
         *lines, pending = (pending + chunk).split(b"\n")
         for line in lines:
-            if line.startswith(b"data:"):
-                try:
-                    yield json.loads(line.removeprefix(b"data:"))
-                except ValueError:
-                    raise RequestFailedError("the server sent an event that is not JSON") from None
+            data = line.removeprefix(b"data:").strip()
+            if data == line.strip() or data == b"[DONE]":  # a comment, or the end of a gateway's stream
+                continue
+            try:
+                yield json.loads(data)
+            except ValueError:
+                raise RequestFailedError("the server sent an event that is not JSON") from None

@@ -10,19 +10,25 @@ from typing import Any, TypeVar
 
 import click
 
-from tidewright.launch.client import Client, RequestFailedError
+from tidewright.launch.client import Client, Messages, Pieces, RequestFailedError, Sampling
+from tidewright.launch.key_option import key_options
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
-_UNFINISHED = (None, "None")  # on the wire a string, as in Triton's vLLM backend
 _USUAL_ENDS = ("stop", "length", "cancelled")
 
 
 def _generation_options(temperature: float) -> Callable[[_Command], _Command]:
     options = (
-        click.option("--url", default=DEFAULT_URL, show_default=True, help="Address of Triton's HTTP port."),
+        click.option(
+            "--url",
+            default=DEFAULT_URL,
+            show_default=True,
+            help="Address of Triton's HTTP port, or of a gateway; either is detected.",
+        ),
+        key_options,
         click.option(
             "--max-tokens", type=click.IntRange(1), default=256, show_default=True, help="Longest answer, in tokens."
         ),
@@ -55,7 +61,7 @@ def _generation_options(temperature: float) -> Callable[[_Command], _Command]:
 @click.command()
 @click.argument("prompt", required=False)
 @_generation_options(temperature=0.0)
-def complete(prompt: str | None, url: str, **options: Any) -> None:
+def complete(prompt: str | None, url: str, key: str | None, **options: Any) -> None:
     """Continue PROMPT, or what comes through standard input.
 
     The continuation is printed as it is made. Ctrl-C stops it.
@@ -65,13 +71,14 @@ def complete(prompt: str | None, url: str, **options: Any) -> None:
       tidewright complete "Once upon a time"
       tidewright complete --max-tokens 20 --stop . "The capital of France is"
       git diff | tidewright complete
+      tidewright complete --url https://gateway.example:8080 --key-file my.key "Once upon a time"
     """
     text = _argument_or_stdin(prompt)
     if not text:
         raise click.UsageError("give a PROMPT, or text through standard input")
-    with contextlib.closing(Client(url)) as client, _one_line_errors():
+    with contextlib.closing(Client(url, key)) as client, _one_line_errors():
         try:
-            _print_answer(client, text, _sampling(options))
+            _print_answer(client.complete(text, _sampling(options)))
         except KeyboardInterrupt:
             click.echo()
             sys.exit(130)
@@ -81,22 +88,25 @@ def complete(prompt: str | None, url: str, **options: Any) -> None:
 @click.argument("question", required=False)
 @click.option("--system", help="Instructions that precede the conversation.")
 @_generation_options(temperature=0.7)
-def chat(question: str | None, system: str | None, url: str, **options: Any) -> None:
+def chat(question: str | None, system: str | None, url: str, key: str | None, **options: Any) -> None:
     """Talk with the model.
 
     With a QUESTION (or text through standard input): answers it and ends. Without: a conversation, in which
     Ctrl-C stops the answer and Ctrl-D ends the program.
+
+    A gateway may require an API key (`tidewright keys` makes them): --key-file, or TIDEWRIGHT_KEY.
 
     \b
     Examples:
       tidewright chat
       tidewright chat "What is the capital of France?"
       tidewright chat --system "Answer in French." --temperature 0 < question.txt
+      tidewright chat --url https://gateway.example:8080 --key-file my.key
     """
     messages = [{"role": "system", "content": system}] if system is not None else []
     sampling = _sampling(options)
     single = _argument_or_stdin(question)
-    with contextlib.closing(Client(url)) as client:
+    with contextlib.closing(Client(url, key)) as client:
         if single is None:
             _converse(client, messages, sampling)
             return
@@ -104,13 +114,13 @@ def chat(question: str | None, system: str | None, url: str, **options: Any) -> 
             raise click.UsageError("give a QUESTION, or text through standard input")
         with _one_line_errors():
             try:
-                _answer(client, [*messages, {"role": "user", "content": single}], sampling)
+                _print_answer(client.chat([*messages, {"role": "user", "content": single}], sampling))
             except KeyboardInterrupt:
                 click.echo()
                 sys.exit(130)
 
 
-def _converse(client: Client, messages: list[dict[str, str]], sampling: dict[str, Any]) -> None:
+def _converse(client: Client, messages: Messages, sampling: Sampling) -> None:
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 - gives input() line editing and a history
     click.echo("Ctrl-C stops an answer, Ctrl-D ends the conversation.", err=True)
@@ -128,7 +138,7 @@ def _converse(client: Client, messages: list[dict[str, str]], sampling: dict[str
         messages.append({"role": "user", "content": question})
         answer: list[str] = []
         try:
-            _answer(client, messages, sampling, answer)
+            _print_answer(client.chat(messages, sampling), answer)
         except KeyboardInterrupt:
             click.echo()
         except RequestFailedError as error:
@@ -140,35 +150,26 @@ def _converse(client: Client, messages: list[dict[str, str]], sampling: dict[str
             messages.pop()
 
 
-def _answer(
-    client: Client, messages: list[dict[str, str]], sampling: dict[str, Any], answer: list[str] | None = None
-) -> None:
-    _print_answer(client, client.tokenize_chat(messages), sampling, answer)
-
-
-def _print_answer(
-    client: Client, prompt: str | list[int], sampling: dict[str, Any], answer: list[str] | None = None
-) -> None:
+def _print_answer(pieces: Pieces, answer: list[str] | None = None) -> None:
     """Print the answer as it comes, and append its pieces to `answer`."""
     # Closing the iterator closes the connection, also on Ctrl-C, and so cancels the request on the server.
     reason = None
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character is no reason to end
-    with contextlib.closing(client.generate(prompt, sampling)) as events:
-        for event in events:
-            piece = event.get("text_output") or ""
-            if answer is not None and piece:
-                answer.append(piece)  # first: Ctrl-C may come while it is printed
-            click.echo(piece, nl=False)
-            reason = event.get("finish_reason", reason)
+    with contextlib.closing(pieces):
+        for piece in pieces:
+            if answer is not None and piece.text:
+                answer.append(piece.text)  # first: Ctrl-C may come while it is printed
+            click.echo(piece.text, nl=False)
+            reason = piece.finish_reason
     click.echo()
-    if reason in _UNFINISHED:
+    if reason is None:
         raise RequestFailedError("the answer broke off; see the server's log")
     if reason not in _USUAL_ENDS:
         raise RequestFailedError(f"the server ended the answer early: {reason}")
 
 
-def _sampling(options: dict[str, Any]) -> dict[str, Any]:
+def _sampling(options: dict[str, Any]) -> Sampling:
     unset = (None, ())
     return {name: list(value) if name == "stop" else value for name, value in options.items() if value not in unset}
 

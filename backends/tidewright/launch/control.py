@@ -8,9 +8,10 @@ from __future__ import annotations
 import http.client
 import json
 import select
+import ssl
 import time
 from collections.abc import Generator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from tidewright.launch.errors import LaunchError
@@ -42,15 +43,37 @@ class TroubleError(LaunchError):
     """The server answered, and the answer is no."""
 
 
+class Answer(NamedTuple):
+    """A response, whatever its status."""
+
+    status: int
+    content: bytes
+    retry_after: str | None = None
+    """The header Retry-After."""
+
+
 class Question:
     """One request, sent when this is made, whose answer is taken later."""
 
-    def __init__(self, url: str, body: dict[str, Any] | None = None, timeout: float = CONNECT_TIMEOUT) -> None:
-        """A GET if there is no body. Raises UnreachableError, or NoAnswerError: no connection within `timeout`."""
+    def __init__(
+        self,
+        url: str,
+        body: dict[str, Any] | None = None,
+        timeout: float = CONNECT_TIMEOUT,
+        key: str | None = None,
+    ) -> None:
+        """A GET if there is no body. `key`: sent as the API key.
+
+        Raises:
+            UnreachableError: nobody listens there, or not in this protocol.
+            NoAnswerError: no connection within `timeout` seconds.
+        """
         self._url = url = url if "://" in url else f"http://{url}"
         self._connection: http.client.HTTPConnection | None = None
         # The connection must not stay: Triton waits for idle ones when it ends.
         headers = {"Connection": "close", "Content-Type": "application/json"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         try:
             parts = urlsplit(url)
             makers = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
@@ -64,7 +87,7 @@ class Question:
             raise NoAnswerError(f"{url} took no connection within {timeout:g} s") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             self.close()
-            raise UnreachableError(f"can't reach {url}: {error}") from None
+            raise UnreachableError(f"can't reach {url}: {explained(error, url)}") from None
 
     @property
     def answered(self) -> bool:
@@ -74,30 +97,55 @@ class Question:
         poll.register(self._connection.sock, select.POLLIN)
         return bool(poll.poll(0))
 
-    def answer(self, timeout: float) -> bytes:
-        """Waits for it, and closes. Raises one of the errors above; `timeout` is in seconds."""
+    def response(self, timeout: float) -> Answer:
+        """Waits for it, and closes. `timeout` is in seconds.
+
+        Raises:
+            UnreachableError: the connection broke.
+            NoAnswerError: it did not come in time.
+        """
         assert self._connection is not None
         try:
             self._connection.sock.settimeout(timeout)
             response = self._connection.getresponse()
-            content = response.read(MAX_ANSWER)
+            return Answer(response.status, response.read(MAX_ANSWER), response.getheader("Retry-After"))
         except TimeoutError:
             raise NoAnswerError(f"{self._url} did not answer within {timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
-            raise UnreachableError(f"can't reach {self._url}: {error or type(error).__name__}") from None
+            raise UnreachableError(f"can't reach {self._url}: {explained(error, self._url)}") from None
         finally:
             self.close()
-        if response.status == 200:
+
+    def answer(self, timeout: float) -> bytes:
+        """As `response`, of a Triton and if it is good. Raises one of the errors above."""
+        status, content, _ = self.response(timeout)
+        if status == 200:
             return content
-        try:
-            message = str(json.loads(content)["error"])
-        except (ValueError, KeyError, TypeError):
-            message = f"{self._url} answered with status {response.status}; is it a Tidewright server?"
+        message = triton_error(content) or f"{self._url} answered with status {status}; is it a Tidewright server?"
         raise DeadStubError(message) if "Stub process" in message else TroubleError(message)
 
     def close(self) -> None:
         if self._connection is not None:
             self._connection.close()
+
+
+def triton_error(content: bytes) -> str | None:
+    """The error that Triton gives as JSON; None if this is something else."""
+    try:
+        error = json.loads(content)["error"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return error if isinstance(error, str) else None
+
+
+def explained(error: Exception, url: str) -> str:
+    """An error of a connection to `url`, with what the user can change if that is known."""
+    text = str(error) or type(error).__name__
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"{text}; if it is signed by a CA of your own, name the CA's PEM file in SSL_CERT_FILE"
+    if isinstance(error, (http.client.BadStatusLine, ConnectionResetError)) and url.startswith("http:"):
+        return f"{text}; if it speaks TLS, write https:// before its address"
+    return text
 
 
 def ask(url: str, body: dict[str, Any] | None, patience: float) -> Waiting[bytes]:

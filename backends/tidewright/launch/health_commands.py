@@ -6,45 +6,87 @@ import time
 
 import click
 
-from tidewright.launch.control import TroubleError, UnreachableError, control
+from tidewright.launch import gateway_control
+from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, UnreachableError, control
 from tidewright.launch.errors import LaunchError
+from tidewright.launch.key_option import key_options
 
-_URL = click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Address of the server.")
+_URL = click.option(
+    "--url",
+    default="http://127.0.0.1:8000",
+    show_default=True,
+    help="Address of Triton's HTTP port, or of a gateway; either is detected.",
+)
 
 
 @click.command()
 @_URL
+@key_options
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, help="Seconds.")
-def health(url: str, timeout: float) -> None:
+def health(url: str, key: str | None, timeout: float) -> None:
     """Say whether a server can take requests; ends with 0 if it can, else with 1 and the reason.
 
-    Healthy means: Triton and its Python stub answer, and the engine, with all of its ranks, has computed a step or
+    Triton is healthy if it and its Python stub answer, and the engine, with all of its ranks, has computed a step or
     answered a ping within heartbeat_timeout. It does not queue behind requests, so a busy server is healthy. Triton's
     own /v2/health/ready knows nothing of the engine.
+
+    A gateway is healthy if one of its replicas can take requests. It names those that can't to admins, or to anyone if
+    it requires no keys.
 
     \b
     Examples:
       tidewright health && echo ready
       tidewright health --url http://10.0.0.1:8000 --timeout 1
+      tidewright health --url https://gateway.example:8080 --key-file ops.key
     """
+    url, deadline = gateway_control.base_url(url), time.monotonic() + timeout
     try:
-        control(url.rstrip("/"), "health", timeout)
+        gateway = gateway_control.find(url, key, timeout)
+        left = max(deadline - time.monotonic(), 0.001)
+        if gateway:
+            troubles = gateway.check(left)
+        else:
+            control(url, "health", left)
+            troubles = []
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
     click.echo("healthy")
+    for trouble in troubles:
+        click.echo(trouble, err=True)
 
 
 @click.command()
 @_URL
+@key_options
+@click.option(
+    "--replica", metavar="HOST:PORT", help="Through a gateway: the replica to end. Not needed if there is only one."
+)
 @click.option("--wait/--no-wait", default=True, show_default=True, help="Return when the server has ended.")
-def drain(url: str, wait: bool) -> None:
+def drain(url: str, key: str | None, replica: str | None, wait: bool) -> None:
     """End a server gently: no new requests, and those that run get shutdown_grace seconds to finish.
 
     The same as SIGTERM to `tidewright serve`. What has not finished then ends with UNAVAILABLE and the reason.
+
+    Through a gateway it ends one replica, named by its gRPC address as the gateway has it, and returns when the gateway
+    no longer sees it. If the gateway requires keys, the key needs the role admin. To end the gateway itself, send it
+    SIGTERM.
+
+    \b
+    Examples:
+      tidewright drain
+      tidewright drain --url https://gateway.example:8080 --key-file ops.key --replica 10.0.0.1:8001
     """
-    url = url.rstrip("/")
+    url = gateway_control.base_url(url)
     try:
-        control(url, "drain", timeout=5)
+        if gateway := gateway_control.find(url, key, CONNECT_TIMEOUT):
+            address = gateway.drain(replica, CONNECT_TIMEOUT)
+            click.echo(f"Draining {address}.")
+            if wait:
+                gateway.wait_ended(address)
+            return
+        if replica:
+            raise click.UsageError(f"--replica is for gateways, and {url} is none")
+        control(url, "drain", CONNECT_TIMEOUT)
         click.echo("Draining.")
         while wait:
             time.sleep(0.2)
