@@ -47,6 +47,8 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
         ["x", "x" * 256, [], ["x"] * 16, ["x" * 256]],
         ["", "x" * 257, ["x"] * 17, [""], ["x" * 257]],
     ),
+    "include_stop_str_in_output": ([True, False], [2]),
+    "skip_special_tokens": ([True, False], [2]),
     "stop_token_ids": ([[], [0, INT32], [1] * 1023, [1] * 1024], [[-1], [INT32 + 1], [2**64], [1] * 1025]),
     "ignore_eos": ([True, False], [2]),
     "logprobs": ([0, 20], [-1, 21, 2**64]),

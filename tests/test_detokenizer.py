@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from helpers.byte_fallback import BOS, EOS, INVALID, VOCAB, byte_tokens, make_tokenizer, text_behind, token
 from tidewright.bridge.text_stream import TextStream
 from tidewright.detokenizer import MAX_HELD, Detokenizer
+from tidewright.schema import SamplingParams
 from tidewright.tokenization import Tokenizer
 
 KINDS = ["llama", "gemma", "metaspace"]
@@ -29,8 +30,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tokenizer]:
     return found
 
 
-def pieces(tokenizer: Tokenizer, prompt: Sequence[int], output: Sequence[int]) -> list[str]:
-    stream = Detokenizer.behind(prompt, tokenizer)
+def pieces(
+    tokenizer: Tokenizer, prompt: Sequence[int], output: Sequence[int], skip_special_tokens: bool = True
+) -> list[str]:
+    stream = Detokenizer.behind(prompt, tokenizer, skip_special_tokens)
     return [*map(stream.push, output), stream.finish()]
 
 
@@ -47,33 +50,38 @@ def sequences(first: int, last: int) -> st.SearchStrategy[list[int]]:
     )
 
 
+BYTE_LEVEL = st.one_of(st.integers(0, 49151), st.integers(0, 16))  # the latter are special tokens
 PROMPTS = ["a is", "the \n", "中 😀", "x\n\n", " ", "a 😀 P", "�", "é�"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=400, deadline=None)
-@given(prompt=st.sampled_from([None, *PROMPTS]), output=sequences(0, 12))
-@example(prompt=None, output=[*byte_tokens(" "), token("▁the")])
-@example(prompt=None, output=byte_tokens(b" \xff a"))
-@example(prompt="a is", output=[EOS, token("▁Paris"), 999, token("▁Paris")])
-@example(prompt=None, output=[*byte_tokens("中"), token("▁is")])
-@example(prompt=None, output=[token("▁"), token("▁"), token("▁is")])
+@given(prompt=st.sampled_from([None, *PROMPTS]), output=sequences(0, 12), skip=st.booleans())
+@example(prompt=None, output=[*byte_tokens(" "), token("▁the")], skip=True)
+@example(prompt=None, output=byte_tokens(b" \xff a"), skip=True)
+@example(prompt="a is", output=[EOS, token("▁Paris"), 999, token("▁Paris")], skip=True)
+@example(prompt="a is", output=[*byte_tokens("é")[:1], EOS, *byte_tokens("é"), BOS, token("▁is")], skip=False)
+@example(prompt=None, output=[*byte_tokens("中"), token("▁is")], skip=True)
+@example(prompt=None, output=[token("▁"), token("▁"), token("▁is")], skip=True)
 def test_pieces_join_to_what_the_tokenizer_decodes_behind_the_prompt(
-    made: dict[str, Tokenizer], kind: str, prompt: str | None, output: list[int]
+    made: dict[str, Tokenizer], kind: str, prompt: str | None, output: list[int], skip: bool
 ) -> None:
     tokenizer = made[kind]
     ids = [BOS] if prompt is None else tokenizer.encode(prompt)
     if ids[-1] in tokenizer.bytes:  # an invalid byte would change the prompt's text as well
         output = [token("▁is"), *output]
-    assert "".join(pieces(tokenizer, ids, output)) == text_behind(tokenizer, ids, output)
+    assert "".join(pieces(tokenizer, ids, output, skip)) == text_behind(tokenizer, ids, output, skip)
 
 
 @settings(max_examples=400, deadline=None)
-@given(prompt=st.lists(st.integers(0, 49151), max_size=12), output=st.lists(st.integers(0, 49151), max_size=40))
-@example(prompt=[], output=[179, 179, 179])
-def test_the_same_of_a_byte_level_tokenizer(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> None:
-    joined = "".join(pieces(tokenizer, prompt, output))
-    before, text = tokenizer.decode(prompt), tokenizer.decode(prompt + output)
+@given(prompt=st.lists(BYTE_LEVEL, max_size=12), output=st.lists(BYTE_LEVEL, max_size=40), skip=st.booleans())
+@example(prompt=[], output=[179, 179, 179], skip=True)
+@example(prompt=[], output=[179, 2, 179, 0], skip=False)
+def test_the_same_of_a_byte_level_tokenizer(
+    tokenizer: Tokenizer, prompt: list[int], output: list[int], skip: bool
+) -> None:
+    joined = "".join(pieces(tokenizer, prompt, output, skip))
+    before, text = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + output, skip)
     if not text.startswith(before):  # the output goes on with a character of the prompt
         before = before.removesuffix(INVALID)
     assert joined == text.removeprefix(before)
@@ -121,24 +129,25 @@ def test_the_output_goes_on_with_a_character_of_the_prompt(made: dict[str, Token
 
 
 @settings(max_examples=300, deadline=None)
-@given(data=st.data(), output=sequences(1, 12))
+@given(data=st.data(), output=sequences(1, 12), keeps=st.booleans())
 @pytest.mark.parametrize("kind", KINDS)
 def test_stop_strings_cut_the_text_at_their_first_appearance(
-    made: dict[str, Tokenizer], kind: str, data: st.DataObject, output: list[int]
+    made: dict[str, Tokenizer], kind: str, data: st.DataObject, output: list[int], keeps: bool
 ) -> None:
     """Against the text of each beginning of the output, decoded as a whole."""
     tokenizer, prompt = made[kind], made[kind].encode("a")
     output = [token("a"), *output] if kind == "metaspace" else output
     stops = st.text(st.sampled_from("a\n é中😀Pi"), min_size=1, max_size=3)
     stop = tuple(data.draw(st.lists(stops, min_size=1, max_size=3), "stop"))
-    stream, text = TextStream(tokenizer, prompt, stop), ""
+    stream, text = TextStream(tokenizer, prompt, SamplingParams(stop=list(stop), include_stop_str_in_output=keeps)), ""
     for count, token_id in enumerate(output, 1):
         text += stream.push(token_id)
         so_far = text_behind(tokenizer, prompt, output[:count])
-        found = [so_far.index(string) for string in stop if string in so_far]
-        assert stream.stopped == bool(found)
+        found = [(so_far.index(string), len(string), string) for string in stop if string in so_far]
+        assert stream.stopped_by == (min(found)[2] if found else None)
         if found:
-            assert text == so_far[: min(found)]
+            at, length, _ = min(found)
+            assert text == so_far[: at + length * keeps]
             assert stream.push(token("a")) == stream.finish() == ""
             return
         assert so_far.startswith(text) or INVALID in so_far
@@ -147,17 +156,17 @@ def test_stop_strings_cut_the_text_at_their_first_appearance(
 
 def test_a_stop_string_of_bytes_ends_the_text_with_its_last_byte(made: dict[str, Tokenizer]) -> None:
     """A line feed is a byte token in Llama 2, and a common stop."""
-    stream = TextStream(made["llama"], made["llama"].encode("a"), ("\n",))
+    stream = TextStream(made["llama"], made["llama"].encode("a"), SamplingParams(stop="\n"))
     assert stream.push(token("▁is")) == " is"
     assert stream.push(byte_tokens("\n")[0]) == ""
-    assert stream.stopped
+    assert stream.stopped_by == "\n"
 
 
 def test_bytes_before_min_tokens_are_not_searched_for_stop_strings(made: dict[str, Tokenizer]) -> None:
     output = byte_tokens("\né\nx")
-    stream = TextStream(made["llama"], made["llama"].encode("a"), ("\n",), min_tokens=3)
+    stream = TextStream(made["llama"], made["llama"].encode("a"), SamplingParams(stop="\n", min_tokens=3))
     text = "".join(stream.push(token_id) for token_id in output[:4])
-    assert stream.stopped
+    assert stream.stopped_by == "\n"
     assert text == "\né"
 
 

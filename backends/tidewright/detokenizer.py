@@ -23,8 +23,10 @@ _INVALID = "\ufffd"
 class Detokenizer(ABC):
     """The text of one sequence."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        self._has_text = tokenizer.is_text if skip_special_tokens else tokenizer.has_token
 
     @property
     def tentative(self) -> str:
@@ -32,12 +34,12 @@ class Detokenizer(ABC):
         return ""
 
     @staticmethod
-    def behind(prompt_token_ids: Sequence[int], tokenizer: Tokenizer) -> Detokenizer:
-        return (_ByteFallback if tokenizer.bytes else _Window)(prompt_token_ids, tokenizer)
+    def behind(prompt_token_ids: Sequence[int], tokenizer: Tokenizer, skip_special_tokens: bool = True) -> Detokenizer:
+        return (_ByteFallback if tokenizer.bytes else _Window)(prompt_token_ids, tokenizer, skip_special_tokens)
 
     def push(self, token_id: int) -> str:
         """Add a token; return the text that is now certain."""
-        return self._push(token_id) if self._tokenizer.is_text(token_id) else ""
+        return self._push(token_id) if self._has_text(token_id) else ""
 
     @abstractmethod
     def finish(self) -> str:
@@ -46,6 +48,13 @@ class Detokenizer(ABC):
     @abstractmethod
     def _push(self, token_id: int) -> str: ...
 
+    def _decode(self, token_ids: list[int]) -> str:
+        return self._tokenizer.decode(token_ids, self._skip_special_tokens)
+
+    def _backwards(self, token_ids: Sequence[int]) -> Iterator[int]:
+        """Those that have text, the last first."""
+        return filter(self._has_text, reversed(token_ids))
+
 
 class _Window(Detokenizer):
     """Of any tokenizer whose tokens have text of their own, or bytes as in GPT-2: decodes the last few together.
@@ -53,10 +62,10 @@ class _Window(Detokenizer):
     A character that is not complete is decoded as one U+FFFD, so a last U+FFFD is never certain.
     """
 
-    def __init__(self, prompt_token_ids: Sequence[int], tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer)
-        self._token_ids = list(itertools.islice(_backwards(prompt_token_ids, tokenizer), CONTEXT))[::-1]
-        text = tokenizer.decode(self._token_ids)
+    def __init__(self, prompt_token_ids: Sequence[int], tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        super().__init__(tokenizer, skip_special_tokens)
+        self._token_ids = list(itertools.islice(self._backwards(prompt_token_ids), CONTEXT))[::-1]
+        text = self._decode(self._token_ids)
         self._known = len(text.removesuffix(_INVALID))  # characters of the window that were returned, or the prompt's
         self._is_open = text.endswith(_INVALID)
         """The prompt ends with U+FFFD, which may be part of a character that the output goes on with."""
@@ -64,15 +73,12 @@ class _Window(Detokenizer):
     def _push(self, token_id: int) -> str:
         if len(self._token_ids) >= MAX_WINDOW:
             self._token_ids = self._token_ids[-CONTEXT:]
-            self._known = len(self._decode().removesuffix(_INVALID))
+            self._known = len(self._decode(self._token_ids).removesuffix(_INVALID))
         self._token_ids.append(token_id)
-        return self._news(self._decode().removesuffix(_INVALID))
+        return self._news(self._decode(self._token_ids).removesuffix(_INVALID))
 
     def finish(self) -> str:
-        return self._news(self._decode())
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._token_ids)
+        return self._news(self._decode(self._token_ids))
 
     def _news(self, text: str) -> str:
         if self._is_open and len(text) > self._known:
@@ -89,11 +95,11 @@ class _ByteFallback(Detokenizer):
     All other tokens have a text of their own, but the decoder may drop a space at the start of the whole.
     """
 
-    def __init__(self, prompt_token_ids: Sequence[int], tokenizer: Tokenizer) -> None:
-        super().__init__(tokenizer)
+    def __init__(self, prompt_token_ids: Sequence[int], tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        super().__init__(tokenizer, skip_special_tokens)
         self._bytes = tokenizer.bytes
-        self._has_begun = any(map(tokenizer.is_text, prompt_token_ids))
-        last = itertools.takewhile(self._bytes.__contains__, _backwards(prompt_token_ids, tokenizer))
+        self._has_begun = any(map(self._has_text, prompt_token_ids))
+        last = itertools.takewhile(self._bytes.__contains__, self._backwards(prompt_token_ids))
         self._run = _ByteRun(bytes(self._bytes[token_id] for token_id in last)[::-1])
 
     @property
@@ -101,7 +107,7 @@ class _ByteFallback(Detokenizer):
         return self._run.text
 
     def _push(self, token_id: int) -> str:
-        text = self._tokenizer.token_text(token_id) if self._has_begun else self._tokenizer.decode([token_id])
+        text = self._tokenizer.token_text(token_id) if self._has_begun else self._decode([token_id])
         self._has_begun = True
         byte = self._bytes.get(token_id)
         if byte is not None:
@@ -165,8 +171,3 @@ class _ByteRun:
     def _invalidate(self) -> str:
         self.text, self._is_valid = "", False
         return _INVALID * self._held
-
-
-def _backwards(token_ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[int]:
-    """Those that have text, the last first."""
-    return filter(tokenizer.is_text, reversed(token_ids))

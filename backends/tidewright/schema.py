@@ -191,7 +191,11 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     min_tokens: Annotated[int, msgspec.Meta(ge=0, le=MAX_TOKENS)] = 0
     """EOS, stop token ids and stop strings are ignored before so many tokens."""
     stop: _StopString | Annotated[list[_StopString], msgspec.Meta(max_length=MAX_STOP_STRINGS)] | None = None
-    """Strings that end the text; never part of the output."""
+    """Strings that end the text."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string that ended the text, or the text of the token that did."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=MAX_STOP_TOKEN_IDS)] = []
     ignore_eos: bool = False
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=MAX_LOGPROBS)] | None = None

@@ -27,6 +27,8 @@ from tidewright.errors import (
 )
 from tidewright.schema import ATTEMPT, DRAINING, DecoderStatus
 
+EOS = 2
+
 
 def entry(token_id: int, logprob: float) -> list[TokenLogprob]:
     return [TokenLogprob(token_id, logprob, 1)]
@@ -38,7 +40,7 @@ def test_n_sequences_are_n_requests_of_the_engine_and_one_answer(world: World) -
     assert [message.request_id for message in sent] == [1, 2, 3]
     assert [message.sampling.seed for message in sent] == [2**63 - 2, 2**63 - 1, 0]
     assert all(message.prompt_token_ids == [1, 2, 3] for message in sent)
-    a, b, c = world.ids(" one"), world.ids(" two more"), world.ids(" three")
+    a, b, c = [*world.ids(" one"), EOS], world.ids(" two more"), [*world.ids(" three"), EOS]
     world.engine.says(SequenceOutput(2, b, "length", [entry(token, -1.0) for token in b]))
     world.engine.says(SequenceOutput(3, c, "stop", [entry(token, -0.5) for token in c]))
     world.engine.says(SequenceOutput(1, a, "stop", [entry(token, -0.25) for token in a]))
@@ -56,12 +58,12 @@ def test_n_sequences_are_n_requests_of_the_engine_and_one_answer(world: World) -
 
 def test_streamed_responses_have_an_element_for_each_sequence(world: World) -> None:
     caller = world.submit(n=2, stream=True)
-    one, two = world.ids(" one")[:1], world.ids(" two")[:1]
+    one, two = [*world.ids(" one")[:1], EOS], world.ids(" two")[:1]
     world.engine.says(SequenceOutput(2, two, None, [entry(two[0], -1.0)]))
     caller.wait(lambda caller: len(caller.chunks) == 1)
     world.engine.says(SequenceOutput(2, two, "length", [entry(two[0], -1.0)]))
     caller.wait(lambda caller: len(caller.chunks) == 2)
-    world.engine.says(SequenceOutput(1, one, "stop", [entry(one[0], -2.0)]))
+    world.engine.says(SequenceOutput(1, one, "stop", [entry(token, -1.0) for token in one]))
     caller.end()
     seen = [
         [(piece.text, piece.token_ids, piece.finish_reason, piece.cumulative_logprob) for piece in chunk.pieces]
@@ -88,6 +90,34 @@ def test_a_stop_string_ends_one_sequence_and_only_its_engine_request(world: Worl
     assert caller.chunks[0].pieces[0].token_ids == text
     world.wait_idle()
     assert world.engine.aborted() == [1]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "end", "text"),
+    [
+        ({}, " END", "some"),
+        ({"include_stop_str_in_output": True}, " END", "some END"),
+        ({"skip_special_tokens": False}, "<|im_end|>", "some"),
+        ({"include_stop_str_in_output": True}, "<|im_end|>", "some"),
+        ({"include_stop_str_in_output": True, "skip_special_tokens": False}, "<|im_end|>", "some<|im_end|>"),
+    ],
+)
+def test_the_text_of_the_token_that_ends_it_is_left_out_unless_asked_for(
+    world: World, sampling: dict[str, Any], end: str, text: str
+) -> None:
+    for stream in (False, True):
+        caller, ids = world.submit(stream=stream, **sampling), [*world.ids("some"), world.ids(end)[0]]
+        world.engine.says(SequenceOutput(world.engine.submitted()[-1].request_id, ids, "stop"))
+        (piece,) = caller.end()
+        assert (piece.text, piece.token_ids, piece.finish_reason) == (text, ids, "stop")
+
+
+def test_a_special_token_within_the_text_is_shown_where_asked_for(world: World) -> None:
+    ids = world.ids("one<|im_start|>two")
+    for skip, text in ((True, "onetwo"), (False, "one<|im_start|>two")):
+        caller = world.submit(skip_special_tokens=skip)
+        world.engine.says(SequenceOutput(world.engine.submitted()[-1].request_id, ids, "length"))
+        assert [piece.text for piece in caller.end()] == [text]
 
 
 def test_a_cancel_ends_all_sequences_with_one_answer(world: World) -> None:
@@ -175,7 +205,7 @@ def test_a_timeout_before_the_first_token_is_an_error(world: World) -> None:
 def test_a_timeout_after_tokens_is_an_answer(world: World) -> None:
     plain, many = world.submit(timeout=2.0, stop=["xyz"]), world.submit(n=2, timeout=2.0)
     text = world.ids("so far x")  # "x" is held back, for it may begin the stop string
-    world.engine.says(SequenceOutput(1, text), SequenceOutput(2, world.ids("a"), "stop"))
+    world.engine.says(SequenceOutput(1, text), SequenceOutput(2, [*world.ids("a"), EOS], "stop"))
     world.engine.says(SequenceOutput(1, [], "timeout"), SequenceOutput(3, [], "timeout"))
     assert [(piece.text, piece.finish_reason) for piece in plain.end()] == [("so far x", "timeout")]
     assert [(piece.text, piece.finish_reason) for piece in many.end()] == [("a", "stop"), ("", "timeout")]
@@ -328,7 +358,7 @@ def test_a_draining_bridge_finishes_what_it_has_and_then_says_why_it_stops(world
     assert world.bridge.trouble == DRAINING
     with pytest.raises(EngineUnavailableError, match="shutting down; send the request to another"):
         world.submit()
-    tokens = world.ids(" done")
+    tokens = [*world.ids(" done"), EOS]
     world.engine.says(SequenceOutput(1, tokens, "stop"))
     assert quick.end()[0].text == " done"
     slow.end()

@@ -9,6 +9,7 @@ from tidewright.bridge.bridge import MAX_FAILED_STARTS
 from tidewright.bridge.text_stream import TextStream
 from tidewright.engine.messages import SequenceOutput
 from tidewright.errors import EngineUnavailableError
+from tidewright.schema import SamplingParams
 
 
 def test_the_next_engine_goes_on_after_the_last_token(world: World) -> None:
@@ -124,17 +125,21 @@ def test_the_engine_after_the_next_gets_old_and_new_tokens(world: World) -> None
     ],
     ids=["characters", "no stop", "stop", "stop of such characters"],
 )
-def test_wherever_it_is_cut_the_text_is_the_undisturbed_one(world: World, text: str, stop: list[str]) -> None:
+@pytest.mark.parametrize("keeps", [False, True], ids=["", "kept"])
+def test_wherever_it_is_cut_the_text_is_the_undisturbed_one(
+    world: World, text: str, stop: list[str], keeps: bool
+) -> None:
     words = world.ids(text)
-    found = [text.index(string) for string in stop if string in text]
+    found = [text.index(string) + len(string) * keeps for string in stop if string in text]
     whole = text[: min(found, default=len(text))]
     cuts = 0
+    options = {"stop": stop, "include_stop_str_in_output": keeps}
     for cut in range(1, len(words)):
-        undisturbed = TextStream(world.tokenizer, [], tuple(stop))
+        undisturbed = TextStream(world.tokenizer, [], SamplingParams(**options))
         before = "".join(undisturbed.push(token) for token in words[:cut])
-        if undisturbed.stopped:
+        if undisturbed.stopped_by is not None:
             break
-        caller = world.submit(stream=True, resume_ids=words[:cut], stop=stop)
+        caller = world.submit(stream=True, resume_ids=words[:cut], **options)
         number = world.engine.submitted()[-1].request_id
         for token in words[cut:-1]:
             world.engine.says(SequenceOutput(number, [token]))

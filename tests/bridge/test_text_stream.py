@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidewright.bridge.text_stream import TextStream
+from tidewright.schema import SamplingParams
 from tidewright.tokenization import Tokenizer
 
 TEXTS = [
@@ -22,12 +25,12 @@ TEXTS = [
 LETTERS = st.sampled_from("ab👍\n ")
 
 
-def run(tokenizer: Tokenizer, token_ids: list[int], stop: tuple[str, ...] = (), min_tokens: int = 0) -> list[str]:
-    stream = TextStream(tokenizer, [], stop, min_tokens)
+def run(tokenizer: Tokenizer, token_ids: list[int], stop: tuple[str, ...] = (), **sampling: Any) -> list[str]:
+    stream = TextStream(tokenizer, [], SamplingParams(stop=list(stop), **sampling))
     pieces = []
     for token_id in token_ids:
         pieces.append(stream.push(token_id))
-        if stream.stopped:
+        if stream.stopped_by is not None:
             return pieces
     pieces.append(stream.finish())
     return pieces
@@ -72,6 +75,26 @@ def test_nothing_of_a_stop_string_leaks_across_tokens(tokenizer: Tokenizer) -> N
     token_ids = [token for character in "Hello END. more" for token in tokenizer.encode(character)]
     pieces = run(tokenizer, token_ids, stop=("END.",))
     assert "".join(pieces) == "Hello "
+
+
+def test_a_stop_string_is_part_of_the_text_where_asked_for_and_what_follows_it_is_not(tokenizer: Tokenizer) -> None:
+    for text in ("Hello END. more", "Hello END."):
+        for token_ids in (tokenizer.encode(text), [id_ for character in text for id_ in tokenizer.encode(character)]):
+            pieces = run(tokenizer, token_ids, ("nowhere", "D.", "END"), include_stop_str_in_output=True)
+            assert "".join(pieces) == "Hello END"
+
+
+def test_of_stop_strings_that_begin_together_the_shortest_ends_the_text(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer, [], SamplingParams(stop=["ello", "ell"], include_stop_str_in_output=True))
+    (token_id,) = tokenizer.encode("Hello")
+    assert (stream.push(token_id), stream.stopped_by) == ("Hell", "ell")
+
+
+def test_a_stop_string_may_be_that_of_a_special_token(tokenizer: Tokenizer) -> None:
+    token_ids = tokenizer.encode("a<|im_end|>b")
+    assert "".join(run(tokenizer, token_ids)) == "ab"
+    assert "".join(run(tokenizer, token_ids, skip_special_tokens=False)) == "a<|im_end|>b"
+    assert "".join(run(tokenizer, token_ids, ("|im_end",), skip_special_tokens=False)) == "a<"
 
 
 def test_what_only_looked_like_a_stop_string_comes_out(tokenizer: Tokenizer) -> None:

@@ -58,12 +58,12 @@ def make_tokenizer(kind: str) -> tokenizers.Tokenizer:
     return made
 
 
-def text_behind(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> str:
+def text_behind(tokenizer: Tokenizer, prompt: list[int], output: list[int], skip: bool = True) -> str:
     """What the tokenizer decodes from both, less the prompt's text; half a character at the end is one U+FFFD.
 
     The tokenizer itself makes a U+FFFD of each byte in its run.
     """
-    text_ids = list(filter(tokenizer.is_text, output))
+    text_ids = list(filter(tokenizer.is_text if skip else tokenizer.has_token, output))
     data = bytearray()
     for token_id in reversed(text_ids):
         if token_id not in tokenizer.bytes:
@@ -73,13 +73,13 @@ def text_behind(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> s
     try:
         decoder.decode(bytes(data))
     except UnicodeDecodeError:
-        return _behind(tokenizer, prompt, output)
+        return _behind(tokenizer, prompt, output, skip)
     cut = len(decoder.getstate()[0])
-    return _behind(tokenizer, prompt, text_ids[: len(text_ids) - cut]) + INVALID * bool(cut)
+    return _behind(tokenizer, prompt, text_ids[: len(text_ids) - cut], skip) + INVALID * bool(cut)
 
 
-def _behind(tokenizer: Tokenizer, prompt: list[int], output: list[int]) -> str:
-    before, text = tokenizer.decode(prompt), tokenizer.decode(prompt + output)
+def _behind(tokenizer: Tokenizer, prompt: list[int], output: list[int], skip: bool) -> str:
+    before, text = tokenizer.decode(prompt, skip), tokenizer.decode(prompt + output, skip)
     assert text.startswith(before)
     return text[len(before) :]
 

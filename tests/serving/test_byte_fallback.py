@@ -17,6 +17,7 @@ from helpers.triton import Generation, RunningServer
 from serving.test_failsafe import load, served
 from tidewright.bridge.text_stream import TextStream
 from tidewright.launch.export import export
+from tidewright.schema import SamplingParams
 from tidewright.tokenization import Tokenizer
 
 PARIS = {"logit_bias": {str(token("▁Paris")): 100}, "temperature": 0, "max_tokens": 3}
@@ -122,7 +123,7 @@ def test_wherever_it_is_cut_and_resumed_the_text_is_the_same(server: RunningServ
     inputs = {"text_input": "a is", "stream": True, "sampling_parameters": sampling}
     prompt, whole = tokenizer.encode("a is"), server.generate(**inputs)
     assert whole.text == text_behind(tokenizer, prompt, whole.token_ids) == f" Paris {TEXT}the"
-    sent, texts = TextStream(tokenizer, prompt), [""]
+    sent, texts = TextStream(tokenizer, prompt, SamplingParams()), [""]
     with server.stream() as stream:
         for count, token_id in enumerate(whole.token_ids[:-1], 1):
             texts.append(texts[-1] + sent.push(token_id))

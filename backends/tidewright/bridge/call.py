@@ -76,8 +76,7 @@ class Part:
         self.refusal: RequestError | None = None
         self.timeout_message = ""
         self.engine_is_done = False
-        sampling = call.request.sampling
-        self._text = TextStream(tokenizer, call.request.prompt_token_ids, sampling.stop_strings, sampling.min_tokens)
+        self._text = TextStream(tokenizer, call.request.prompt_token_ids, call.request.sampling)
         for token_id in call.request.resume_ids:
             self._text.push(token_id)  # the caller has that text
 
@@ -112,14 +111,18 @@ class Part:
             self.prompt_logprobs = output.prompt_logprobs
         if output.token_ids and not self.num_tokens:
             self.queued_seconds = output.queued_seconds
+        num_shown = len(output.token_ids)
+        if output.finish_reason == "stop" and not self.call.request.sampling.include_stop_str_in_output:
+            num_shown -= 1  # the token that ended it
         for index, token_id in enumerate(output.token_ids):
-            piece.text += self._text.push(token_id)
+            if index < num_shown:
+                piece.text += self._text.push(token_id)
             piece.token_ids.append(token_id)
             self.num_tokens += 1
             if output.logprobs is not None:
                 piece.logprobs.append(output.logprobs[index])
                 piece.cumulative_logprob += output.logprobs[index][0].logprob
-            if self._text.stopped:
+            if self._text.stopped_by is not None:
                 piece.finish_reason = "stop"
                 return
 
@@ -128,7 +131,7 @@ class Part:
             return
         if reason in _ANSWERED:
             self.piece.text += self._text.finish()
-            self.piece.finish_reason = "stop" if self._text.stopped else reason
+            self.piece.finish_reason = reason if self._text.stopped_by is None else "stop"
             self.timeout_message = message
         elif reason == "invalid":
             # The bridge checked all that it knows, so this is a limit that only the engine knows.
