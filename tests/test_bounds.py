@@ -30,6 +30,10 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
         [{"-1": 1}, {str(INT32 + 1): 1}, {str(2**80): 1}, {"5": -100.1}, {"5": 100.1}, {str(i): 1 for i in range(301)}],
     ),
     "bad_words": ([[], ["x" * 63], ["x" * 64] * 64], [["x" * 65], [""], ["x"] * 65]),
+    "allowed_token_ids": (
+        [[0], [INT32], [1] * schema.MAX_ALLOWED_TOKEN_IDS],
+        [[], [-1], [INT32 + 1], [2**64], [1] * (schema.MAX_ALLOWED_TOKEN_IDS + 1)],
+    ),
     "guided_json": (
         ["x" * schema.MAX_GRAMMAR_LENGTH, {"title": "x" * (schema.MAX_GRAMMAR_LENGTH - SCHEMA_OVERHEAD)}],
         ["x" * (schema.MAX_GRAMMAR_LENGTH + 1), {"title": "x" * (schema.MAX_GRAMMAR_LENGTH - SCHEMA_OVERHEAD + 1)}],

@@ -134,6 +134,7 @@ MAX_TOKENS = 2**31 - 1  # of any count of tokens, and of any token id: what an I
 MAX_TIMEOUT = 1e9  # seconds; threads can't wait much longer
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256  # length: in characters, as of all texts here
 MAX_STOP_TOKEN_IDS = 1024
+MAX_ALLOWED_TOKEN_IDS = 1024
 MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 64, 64
 MAX_LOGIT_BIASES = 300
 MAX_SALT_LENGTH = 256
@@ -176,6 +177,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         msgspec.Meta(max_length=MAX_BAD_WORDS),
     ] = []
     """Words that must not appear in the output, as the tokenizer writes each alone and after a space."""
+    allowed_token_ids: Annotated[list[TokenId], msgspec.Meta(min_length=1, max_length=MAX_ALLOWED_TOKEN_IDS)] | None = (
+        None
+    )
+    """Only these are drawn; EOS too only if it is one of them."""
     guided_json: dict[str, Any] | _Grammar | None = None
     """A JSON schema that the output follows, as an object or as its text; kept as text, for msgpack carries no integer
     of more than 64 bits. At most one of the guided_… is given."""

@@ -11,6 +11,8 @@ from tidewright.bridge.request import GenerationRequest, parse_request
 from tidewright.errors import InvalidRequestError
 from tidewright.tokenization import Tokenizer
 
+YES = 10407  # the token of "yes"
+
 
 def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> GenerationRequest:
     return parse_request(tensors(**values), parameters, tokenizer, ENGINE)
@@ -81,6 +83,38 @@ def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> Gen
         ({"text_input": "a", "sampling_parameters": {"bad_words": ["x" * 65]}}, "length <= 64 for `bad_words"),
         ({"text_input": "a", "sampling_parameters": {"bad_words": [""]}}, "length >= 1 for `bad_words"),
         ({"text_input": "a", "sampling_parameters": {"bad_words": [" "]}}, "more than spaces"),
+        ({"text_input": "a", "sampling_parameters": {"allowed_token_ids": []}}, "length >= 1 for `allowed_token_ids`"),
+        (
+            {"text_input": "a", "sampling_parameters": {"allowed_token_ids": [1, 49152]}},
+            "allowed_token_ids: 49152 is outside the vocabulary of 49152",
+        ),
+        (
+            {"text_input": "a", "sampling_parameters": {"allowed_token_ids": [5], "guided_regex": "a"}},
+            r"allowed_token_ids with guided_regex: .* EOS; add an id of it \(0, 2\)",
+        ),
+        (
+            {
+                "text_input": "a",
+                "sampling_parameters": {"allowed_token_ids": [2, 5, 0], "min_tokens": 1, "stop_token_ids": [5]},
+            },
+            "min_tokens with allowed_token_ids that all end the output",
+        ),
+        (
+            {
+                "text_input": "a",
+                "sampling_parameters": {
+                    "allowed_token_ids": [5],
+                    "ignore_eos": True,
+                    "min_tokens": 1,
+                    "stop_token_ids": [5],
+                },
+            },
+            "min_tokens with allowed_token_ids that all end the output",
+        ),
+        (
+            {"input_ids": [1], "sampling_parameters": {"allowed_token_ids": [YES], "bad_words": ["yes"]}},
+            "all of allowed_token_ids are bad_words",
+        ),
         ({"text_input": "a", "sampling_parameters": {"guided_choice": []}}, "guided_choice: the list is empty"),
         ({"text_input": "a", "sampling_parameters": {"guided_regex": "a("}}, "guided_regex: .*unclosed group"),
         ({"text_input": "a", "sampling_parameters": {"guided_grammar": "x"}}, "guided_grammar: "),
@@ -118,6 +152,21 @@ def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> Gen
 def test_bad_input_is_refused_with_its_name(tokenizer: Tokenizer, values: dict, message: str) -> None:
     with pytest.raises(InvalidRequestError, match=message):
         parse(tokenizer, **values)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"allowed_token_ids": [0, 2], "min_tokens": 1, "ignore_eos": True},
+        {"allowed_token_ids": [0, 2, 5], "min_tokens": 1},
+        {"allowed_token_ids": [2]},
+        {"allowed_token_ids": [5, 2], "guided_regex": "a"},
+        {"allowed_token_ids": [YES, 5], "bad_words": ["yes"]},
+    ],
+)
+def test_allowed_ids_of_which_one_can_come_are_taken(tokenizer: Tokenizer, sampling: dict) -> None:
+    made = parse(tokenizer, text_input="a", sampling_parameters=sampling)
+    assert made.sampling.allowed_token_ids == sampling["allowed_token_ids"]
 
 
 def test_tokens_to_resume_behind_come_with_the_request(tokenizer: Tokenizer) -> None:

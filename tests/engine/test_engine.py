@@ -15,6 +15,10 @@ from tidewright.engine.messages import EngineConfig, SequenceOutput, Submit
 from tidewright.schema import SamplingParams
 
 VOCAB = 67
+DRAWN: dict[str, dict[str, Any]] = {
+    "seeded": {"temperature": 0.7, "top_k": 2, "seed": 1},
+    "allowed": {"temperature": 5.0, "seed": 1, "allowed_token_ids": [5, 6, 7]},
+}
 BYTES_PER_TOKEN = 2 * 2 * 2 * 8 * 4  # k and v, layers, KV heads, head size, float32
 
 
@@ -87,11 +91,15 @@ def alone(folder: Path) -> dict[str, list[list[int]]]:
         )
         greedy.append(out[0, len(ids) :].tolist())
     plain = engine(folder, prefix_caching=False)
-    seeded = [tokens(run(plain, [request]))[0] for request in requests(temperature=0.7, top_k=2, seed=1)]
-    return {"greedy": greedy, "seeded": seeded}
+    found = {
+        name: [tokens(run(plain, [request]))[0] for request in requests(**params)] for name, params in DRAWN.items()
+    }
+    allowed = set(DRAWN["allowed"]["allowed_token_ids"])
+    assert all(set(got) == allowed for got in found["allowed"])
+    return {"greedy": greedy, **found}
 
 
-@pytest.mark.parametrize("sampling", ["greedy", "seeded"])
+@pytest.mark.parametrize("sampling", ["greedy", *DRAWN])
 @pytest.mark.parametrize("prefix_caching", [False, True])
 @pytest.mark.parametrize("speculative_tokens", [0, 3])
 @pytest.mark.parametrize(
@@ -112,7 +120,7 @@ def test_no_feature_changes_a_token(
     speculative_tokens: int,
     changes: dict[str, Any],
 ) -> None:
-    params = {"temperature": 0.7, "top_k": 2, "seed": 1} if sampling == "seeded" else {}
+    params = DRAWN.get(sampling, {})
     made = engine(folder, prefix_caching=prefix_caching, speculative_tokens=speculative_tokens, **changes)
     outputs = run(made, requests(**params), steps_between=2)
     # transformers never generates EOS when told to reach a minimum; where it would, the two part.

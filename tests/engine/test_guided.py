@@ -269,6 +269,34 @@ def test_a_ban_gives_way_where_the_grammar_leaves_nothing_else(guided: GuidedDec
     assert drawn((), bad_words_ids=tuple((token,) for token in {*prefixes, no})) in {*prefixes, no}
 
 
+def test_of_the_tokens_that_the_grammar_allows_only_the_allowed_ones_come(guided: GuidedDecoding) -> None:
+    digits = [tokenizer_ids(guided, digit)[0] for digit in "37"]
+    params = SamplingParams(guided_regex="[0-9]{3}", allowed_token_ids=[*digits, 500, 2], seed=1)
+    (free,) = allowed(guided, make_draw(SamplingParams(guided_regex="[0-9]{3}"), (), 96))
+    assert len(free) > 2
+    output: tuple[int, ...] = ()
+    while not output or output[-1] != 2:
+        # The model would say anything else.
+        logits_1V = torch.zeros(1, VOCAB)
+        logits_1V[0, digits] = -50.0
+        (drawn,) = sample(logits_1V, [make_draw(params, output, 97)], guided)
+        assert drawn.error == ""
+        output += (drawn.token_id,)
+    assert len(output) == 4
+    assert set(output[:3]) <= set(digits)
+
+
+def test_a_grammar_that_needs_another_token_than_the_allowed_ones_ends_its_request_alone(
+    guided: GuidedDecoding,
+) -> None:
+    params = SamplingParams(guided_choice=["yes", "no"], allowed_token_ids=[500, 2], seed=1)
+    failed, other = sample(
+        torch.zeros(2, VOCAB), [make_draw(params, (), 98), Draw(2, SamplingParams(seed=1), 5)], guided
+    )
+    assert failed.error == "guided output failed: none of allowed_token_ids can follow"
+    assert other.error == ""
+
+
 def test_logits_that_are_no_numbers_still_follow_the_grammar(guided: GuidedDecoding) -> None:
     for temperature in (0.0, 1.0):
         params = SamplingParams(guided_choice=["yes", "no"], seed=1, temperature=temperature)

@@ -86,6 +86,12 @@ def test_a_seeded_request_draws_the_same_alone_and_among_others(model: Model) ->
     assert tokens(run(engine(model), requests)) == alone
 
 
+def test_only_allowed_tokens_come(model: Model) -> None:
+    request = Submit(1, prompt(9, seed=3), greedy(temperature=1.0, allowed_token_ids=[5, 6], ignore_eos=True))
+    (got,) = tokens(run(engine(model), [request]))
+    assert set(got) == {5, 6}
+
+
 def test_what_was_generated_elsewhere_is_gone_on_with(model: Model) -> None:
     ids = prompt(9, seed=3)
     whole = wanted(model, ids)

@@ -66,6 +66,7 @@ def a_bit_of_everything() -> list[Submit]:
         (repeating, {"seed": 5}),
         (prompt(90, seed=4), {"seed": 6, "top_p": 0.9, "frequency_penalty": 0.5, "min_tokens": 9}),
         (prompt(3, seed=5), {"seed": 7, "priority": -1, "bad_words": ["x"]}),
+        (repeating, {"seed": 8, "allowed_token_ids": [*{*repeating[:3]}, 30]}),
     ]
     options = {"max_tokens": 24, "ignore_eos": True, "seed": 0}
     return [Submit(i, ids, SamplingParams(**(options | params))) for i, (ids, params) in enumerate(cases)]

@@ -69,6 +69,10 @@ FEATURES: list[dict] = [
     {"logit_bias": {7: 9.0, 199: -100.0, 3: 8.5}},
     {"bad_words": ((7,), (5, 7, 7, 7, 11), (7, 12), (8, 14)), "logit_bias": {11: 20.0, 14: 9.0}},
     {"banned": tuple(range(150))},
+    {"allowed_token_ids": [7]},
+    {"allowed_token_ids": [3, 199, 64, 3], "temperature": 0.0},
+    {"allowed_token_ids": [3, 5, 8, 130, 131], "banned": (5, 6), "bad_words": ((8,),), "logit_bias": {7: 100.0}},
+    {"allowed_token_ids": [3, 5, 8, 130, 131, 150], "repetition_penalty": 3.0, "top_k": 3, "top_p": 0.9, "min_p": 0.01},
     {
         "repetition_penalty": 1.2,
         "presence_penalty": 0.5,
@@ -237,6 +241,32 @@ def test_a_bad_word_is_cut_at_its_last_token_only_behind_the_others() -> None:
 
     assert banned((1, 2), (4,), (2, 5), (1, 2, 6), (3, 2, 7), (0, 1, 2, 8)) == [4, 5, 6]
     assert banned((), (4,), (2, 5)) == [4]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_bans_give_way_where_they_would_leave_no_allowed_token(temperature: float) -> None:
+    def drawn(allowed: list[int], banned: tuple[int, ...], *words: int) -> set[int]:
+        bad_words = tuple((word,) for word in words)
+        draws = [
+            draw(p, banned, bad_words, seed=p, allowed_token_ids=allowed, temperature=temperature) for p in range(200)
+        ]
+        return set(token_ids(sample(torch.zeros(200, VOCAB), draws)))
+
+    everything = temperature > 0
+    assert drawn([5, 6, 7], (5,), 6) == {7}
+    assert drawn([6, 7, 8], (6,), 7, 8) == ({7, 8} if everything else {7})  # min_tokens stays in force
+    assert drawn([6, 7], (6, 7)) == ({6, 7} if everything else {6})
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_only_allowed_tokens_come_also_of_logits_that_are_no_numbers(temperature: float, value: float) -> None:
+    draws = [draw(p, allowed_token_ids=[70, 150], temperature=temperature) for p in range(20)]
+    logits_BV = torch.full((20, VOCAB), value)
+    logits_BV[:, 3] = 1.0
+    if value == -float("inf"):
+        logits_BV[:, 150] = -3.0
+    assert set(token_ids(sample(logits_BV, draws))) <= {70, 150}
 
 
 def test_banned_tokens_are_never_chosen_but_logprobs_are_raw() -> None:

@@ -155,6 +155,7 @@ def test_messages_without_a_template_are_refused(folders: tuple[Path, Path, Path
         ({"input_ids": IDS, "messages": CHAT}, {}, True),
         ({"text_input": text("a")}, {"logit_bias": {"5": 1}}, False),
         ({"text_input": text("a")}, {"stop_token_ids": [5]}, False),
+        ({"text_input": text("a")}, {"allowed_token_ids": [5]}, False),
     ],
 )
 def test_it_can_be_asked_what_has_no_token_ids(

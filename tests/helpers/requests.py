@@ -17,6 +17,7 @@ ENGINE = Ready(
     max_model_len=256,
     vocab_size=49152,
     load_seconds=0.1,
+    eos_ids=[0, 2],
 )
 
 

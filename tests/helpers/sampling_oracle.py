@@ -25,6 +25,8 @@ def kept_tokens(probs: np.ndarray, params: SamplingParams) -> np.ndarray:
 def changed_logits(logits: np.ndarray, draw: Draw) -> np.ndarray:
     """After bans, bias and penalties."""
     params, changed = draw.params, logits.astype(np.float64)
+    if params.allowed_token_ids is not None:
+        changed[[token not in params.allowed_token_ids for token in range(len(changed))]] = -np.inf
     history, output = list(draw.history), Counter(draw.history[draw.prompt_length :])
     for token in draw.banned_ids:
         changed[token] = -np.inf

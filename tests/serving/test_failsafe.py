@@ -210,6 +210,26 @@ def test_a_request_that_does_not_stream_leaves_a_hanging_engine_too(server: Runn
     wait_until_well(server)
 
 
+def test_the_fallback_goes_on_with_the_allowed_tokens_and_the_same_text(server: RunningServer) -> None:
+    start, digits = 1, list(range(32, 42))  # <|im_start|>
+    options = {**LONG, "max_tokens": 400, "temperature": 1.5, "seed": 4, "allowed_token_ids": [start, *digits]}
+    options |= {"skip_special_tokens": False, "logit_bias": {start: 18}}
+    whole = server.generate(text_input="Pi is 3.14", exclude_input_in_output=True, sampling_parameters=options)
+    with server.stream() as stream:
+        stream.send("1", "failsafe", text_input="Pi is 3.14", stream=True, sampling_parameters=options)
+        while len(stream.generations["1"].token_ids) < 4:
+            stream.next()
+        with stopped(engine_of(server)):
+            got = stream.finish()["1"]
+    wait_until_well(server)
+    assert got.error is None
+    assert served(got) == [DECODER, STALLED]
+    assert start in got.token_ids
+    assert got.token_ids == whole.token_ids[: len(got.token_ids)]
+    assert whole.text.startswith(got.text)
+    assert got.text.count("<|im_start|>") == got.token_ids.count(start)
+
+
 def test_what_only_the_decoder_can_go_on_with_ends_with_the_reason(server: RunningServer) -> None:
     with server.stream() as stream:
         for name, options in (("english", {"n": 2}), ("code", {"guided_regex": "[a-z ]{2000}"})):

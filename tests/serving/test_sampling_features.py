@@ -75,6 +75,22 @@ def test_a_bias_decides_and_a_bad_word_never_comes(bf16_server: RunningServer) -
     assert len(set(penalised.token_ids)) == 12
 
 
+def test_only_allowed_tokens_come(bf16_server: RunningServer) -> None:
+    digits, eos = list(range(32, 42)), 2
+    options = {"temperature": 2.0, "seed": 3, "allowed_token_ids": digits, "max_tokens": 12}
+    for model in ("decoder", "failsafe", "generate", "generate_direct"):
+        got = bf16_server.generate(model, text_input="Pi is 3.14", stream=True, sampling_parameters=options)
+        assert len(got.token_ids) == 12
+        assert re.fullmatch("[0-9]{12}", got.text)
+    resumed = bf16_server.generate(text_input="Pi is 3.14", resume_ids=got.token_ids[:5], sampling_parameters=options)
+    assert set(resumed.token_ids) <= set(digits)
+    assert len(resumed.token_ids) == 7
+    number = ask(bf16_server, "Pi is 3.14", guided_regex="[0-9 ]{4}", allowed_token_ids=[*digits, eos])
+    assert re.fullmatch("[0-9]{4}", number.text)
+    failed = ask(bf16_server, "Is water wet?", guided_choice=["yes"], allowed_token_ids=[*digits, eos])
+    assert "none of allowed_token_ids can follow [invalid]" in str(failed.error)
+
+
 def test_a_prefix_is_computed_once_for_one_tenant_and_again_for_another(bf16_server: RunningServer) -> None:
     prompt = f"{time.time_ns()} is a number that no test has asked about, and so its cache is empty. " * 4
 
@@ -103,6 +119,10 @@ def test_a_prefix_is_computed_once_for_one_tenant_and_again_for_another(bf16_ser
         ({"logit_bias": {"49152": 1}}, "49152 is outside the vocabulary of 49152"),
         ({"logit_bias": {"word": 1}}, "is no token id"),
         ({"bad_words": [""]}, "bad_words"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [49152]}, "49152 is outside the vocabulary of 49152"),
+        ({"allowed_token_ids": [2], "min_tokens": 2}, "min_tokens with allowed_token_ids"),
+        ({"allowed_token_ids": [500], "guided_regex": "a"}, "add an id of it"),
         ({"timeout": -1}, "timeout"),
         ({"min_p": 1.5}, "min_p"),
     ],

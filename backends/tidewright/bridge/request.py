@@ -153,6 +153,7 @@ def check_sampling(sampling: SamplingParams, engine: Ready) -> None:
     for token_id in sampling.logit_bias or {}:
         if token_id >= engine.vocab_size:
             raise InvalidRequestError(f"logit_bias: {token_id} is outside the vocabulary of {engine.vocab_size}")
+    _check_allowed(sampling, engine)
     _check_guided(sampling)
 
 
@@ -168,9 +169,37 @@ def _to_resume(sampling: SamplingParams, resume_ids: list[int]) -> SamplingParam
     return msgspec.structs.replace(sampling, prompt_logprobs=None)
 
 
-def _check_guided(sampling: SamplingParams) -> None:
+def _check_allowed(sampling: SamplingParams, engine: Ready) -> None:
+    if sampling.allowed_token_ids is None:
+        return
+    allowed = set(sampling.allowed_token_ids)
+    if max(allowed) >= engine.vocab_size:
+        raise InvalidRequestError(f"allowed_token_ids: {max(allowed)} is outside the vocabulary of {engine.vocab_size}")
+    if sampling.guided and allowed.isdisjoint(engine.eos_ids):
+        raise InvalidRequestError(
+            f"allowed_token_ids with {_guided_names(sampling)[0]}: a complete output can only be followed by EOS; "
+            f"add an id of it ({', '.join(map(str, engine.eos_ids))}), or drop one"
+        )
+    ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else engine.eos_ids)}
+    if sampling.min_tokens > 0 and allowed <= ends:
+        raise InvalidRequestError(
+            "min_tokens with allowed_token_ids that all end the output: no token can be drawn before; drop one"
+        )
+
+
+def _check_bad_words(sampling: SamplingParams, bad_words_ids: list[list[int]]) -> None:
+    words_of_one = {word[0] for word in bad_words_ids if len(word) == 1}
+    if sampling.allowed_token_ids and words_of_one.issuperset(sampling.allowed_token_ids):
+        raise InvalidRequestError("all of allowed_token_ids are bad_words: no token can be drawn; drop one")
+
+
+def _guided_names(sampling: SamplingParams) -> list[str]:
     names = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
-    given = [name for name in names if getattr(sampling, name) is not None]
+    return [name for name in names if getattr(sampling, name) is not None]
+
+
+def _check_guided(sampling: SamplingParams) -> None:
+    given = _guided_names(sampling)
     if not given:
         return
     if len(given) > 1:
@@ -277,6 +306,7 @@ def parse_request(
         if returns.cumulative_logprob:
             sampling = msgspec.structs.replace(sampling, logprobs=0)
     bad_words_ids = tokenize_bad_words(sampling.bad_words, tokenizer)
+    _check_bad_words(sampling, bad_words_ids)
 
     text = single(tensors, "text_input")
     if (text is None) == ("input_ids" not in tensors):

@@ -157,6 +157,7 @@ class Engine:
             vocab_size=self.runner.vocab_size,
             load_seconds=self.load_seconds,
             max_output_tokens=self.config.max_output_tokens,
+            eos_ids=list(self.runner.eos_ids),
         )
 
 

@@ -11,17 +11,37 @@ from tidewright.engine.plan import Draw
 from tidewright.schema import SamplingParams
 
 
+def keep_allowed(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> dict[int, str]:
+    """Bans all but `allowed_token_ids` in the rows that have them.
+
+    Returns:
+        What went wrong, by row: a grammar leaves none of them.
+    """
+    errors: dict[int, str] = {}
+    for row, draw in enumerate(draws):
+        if draw.params.allowed_token_ids is None:
+            continue
+        allowed_X = torch.tensor(draw.params.allowed_token_ids, device=logits_BV.device)
+        kept_X = logits_BV[row, allowed_X]
+        logits_BV[row] = -torch.inf
+        logits_BV[row, allowed_X] = kept_X
+        if draw.params.guided and bool((kept_X == -torch.inf).all()):
+            errors[row] = "guided output failed: none of allowed_token_ids can follow"
+    return errors
+
+
 def ban_tokens(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
     """Bans `banned_ids`, and the last token of each bad word whose other tokens end the history.
 
-    A grammar goes first: where a ban would leave none of the tokens that it allows, the row has no ban.
+    A grammar and allowed_token_ids go first: bad words, then all bans, give way where they would leave no token.
     """
     rows: list[int] = []
     tokens: list[int] = []
     for row, draw in enumerate(draws):
         banned = {*draw.banned_ids, *_ends_of_bad_words(draw)}
-        if banned and draw.params.guided and not _leaves_any(logits_BV[row], sorted(banned)):
-            continue
+        if banned and (draw.params.guided or draw.params.allowed_token_ids is not None):
+            candidates = (banned, set(draw.banned_ids))
+            banned = next((some for some in candidates if _leaves_any(logits_BV[row], sorted(some))), set())
         rows += [row] * len(banned)
         tokens += banned
     if rows:

@@ -103,6 +103,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     vocab_size: int
     load_seconds: float
     max_output_tokens: int = 0  # 0: as many as a request asks for
+    eos_ids: list[int] = []
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tidewright.engine.guided import GuidedDecoding
-from tidewright.engine.logits import add_bias, ban_tokens, penalise
+from tidewright.engine.logits import add_bias, ban_tokens, keep_allowed, penalise
 from tidewright.engine.messages import TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken
 from tidewright.engine.truncation import column, drop_unlikely, first_argmax, num_lots, race, top
@@ -62,8 +62,8 @@ def _sample_alone(logits_1V: torch.Tensor, draw: Draw, guided: GuidedDecoding | 
 
 
 def _sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None) -> list[DrawnToken]:
-    """The order is: raw log-probabilities for the report; grammar, banned ids and bad words; bias; penalties;
-    temperature; min_p, top_k, top_p, each of what the one before left; the draw.
+    """The order is: raw log-probabilities for the report; grammar, allowed ids, banned ids and bad words; bias;
+    penalties; temperature; min_p, top_k, top_p, each of what the one before left; the draw.
     """
     logits_BV = logits_BV.to(torch.float32, copy=True)  # the caller's stay as they are
     wants_logprobs = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
@@ -71,6 +71,7 @@ def _sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecodi
     logprobs_RV = logits_BV[wants_logprobs].log_softmax(dim=-1) if wants_logprobs else None
 
     errors = guided.mask(logits_BV, draws) if guided is not None else {}
+    errors = keep_allowed(logits_BV, draws) | errors
     ban_tokens(logits_BV, draws)
     add_bias(logits_BV, draws)
     penalise(logits_BV, draws)

@@ -26,7 +26,8 @@ class Translator:
     def can(self, tensors: Tensors, sampling: SamplingParams) -> bool:
         """There is a text, and nothing is asked for by token ids of the decoder."""
         has_text = TEXT_INPUT.name in tensors or MESSAGES.name in tensors
-        return has_text and not sampling.logit_bias and not sampling.stop_token_ids
+        has_ids = sampling.logit_bias or sampling.stop_token_ids or sampling.allowed_token_ids
+        return has_text and not has_ids
 
     def prompt(self, tensors: Tensors) -> Tensors:
         """The prompt as the fallback understands it. Raises ModelError: its chat template doesn't take the messages."""
