@@ -170,6 +170,9 @@ class _TritonResponder:
         if final and self._in_band:
             returns = dataclasses.replace(returns, finish_reason=True)  # by it, failsafe knows the last response
         tensors = _output_tensors(chunk, returns, self._num_input_tokens, self._tokenizer)
+        if final and returns.stop_reason:
+            reasons = [msgspec.json.encode(piece.stop_reason) for piece in chunk.pieces]
+            tensors.append(stub.text_tensor("stop_reason", reasons))
         if not final:
             self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))  # type: ignore[attr-defined]
             return
@@ -230,6 +233,8 @@ def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int,
     if chunk.prompt_logprobs is not None:
         of_prompt = [None, *(_named(entries, tokenizer) for entries in chunk.prompt_logprobs)]
         tensors.append(stub.text_tensor("prompt_logprobs", [msgspec.json.encode(of_prompt)]))
+    if returns.num_cached_tokens and chunk.num_cached_tokens is not None:
+        tensors.append(pb_utils.Tensor("num_cached_tokens", np.array([chunk.num_cached_tokens], dtype=np.uint32)))
     return tensors
 
 

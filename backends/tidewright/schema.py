@@ -40,6 +40,8 @@ GENERATION_OPTIONS = (
     _flag("return_num_output_tokens"),
     _flag("return_logprobs"),
     _flag("return_cumulative_logprob"),
+    _flag("return_stop_reason"),
+    _flag("return_num_cached_tokens"),
 )
 
 TOKENIZER_INPUTS = (TEXT_INPUT, MESSAGES)
@@ -112,6 +114,9 @@ DECODER_OUTPUTS = (
     TensorSpec("logprobs", "TYPE_STRING", (-1,)),
     TensorSpec("cumulative_logprob", "TYPE_FP32", (-1,)),
     TensorSpec("prompt_logprobs", "TYPE_STRING", (1,)),
+    # Of a whole request, so each comes in one response only: a token costs nothing more.
+    TensorSpec("stop_reason", "TYPE_STRING", (-1,)),
+    TensorSpec("num_cached_tokens", "TYPE_UINT32", (1,)),
 )
 
 # input_ids are the prompt; text or messages beside them say the same to a fallback with another tokenizer.

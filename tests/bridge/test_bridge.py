@@ -112,6 +112,38 @@ def test_the_text_of_the_token_that_ends_it_is_left_out_unless_asked_for(
         assert (piece.text, piece.token_ids, piece.finish_reason) == (text, ids, "stop")
 
 
+def test_stop_reasons(world: World) -> None:
+    words, comma = world.ids("so it goes"), world.ids(",")
+    asked = {"stop": ["it"], "stop_token_ids": [EOS, *comma]}
+    for sampling, ids, end, reason in (
+        (asked, words, None, "it"),
+        (asked, [*words[:1], *comma], "stop", comma[0]),
+        (asked, [*words[:1], EOS], "stop", EOS),
+        ({}, [*words, EOS], "stop", None),
+        (asked, words[:1], "length", None),
+        (asked, [*words[:1], *world.ids(" i")], "length", None),
+    ):
+        for stream in (False, True):
+            caller = world.submit(stream=stream, **sampling)
+            number = world.engine.submitted()[-1].request_id
+            for token_id in ids[:-1]:
+                world.engine.says(SequenceOutput(number, [token_id]))
+            world.engine.says(SequenceOutput(number, ids[-1:], end))  # type: ignore[arg-type]
+            (piece,) = caller.end()
+            assert (piece.finish_reason, piece.stop_reason) == (end or "stop", reason)
+
+
+def test_what_is_told_of_the_prompt_comes_with_the_first_tokens_of_the_first_sequence(world: World) -> None:
+    caller = world.submit(n=2, stream=True)
+    world.engine.says(SequenceOutput(2, [5], cached_tokens=32))
+    caller.wait(lambda caller: len(caller.chunks) == 1)
+    world.engine.says(SequenceOutput(1, [5], cached_tokens=16))
+    caller.wait(lambda caller: len(caller.chunks) == 2)
+    world.engine.says(SequenceOutput(1, [5], "length"), SequenceOutput(2, [5], "length"))
+    caller.end()
+    assert [chunk.num_cached_tokens for chunk in caller.chunks][:3] == [None, 16, None]
+
+
 def test_a_special_token_within_the_text_is_shown_where_asked_for(world: World) -> None:
     ids = world.ids("one<|im_start|>two")
     for skip, text in ((True, "onetwo"), (False, "one<|im_start|>two")):

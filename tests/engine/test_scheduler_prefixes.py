@@ -63,6 +63,22 @@ def test_other_salts_share_nothing() -> None:
         assert shape(plan)[0][1] == (4 if request_id == 4 else 0)
 
 
+def test_cached_tokens_are_those_of_the_first_admission() -> None:
+    """Preempted before its first token, a sequence finds its own blocks again."""
+    scheduler, _ = make(blocks=8, max_batched_tokens=8, prefix_caching=True)
+    scheduler.add(sequence(1, 20, max_tokens=4))
+    step(scheduler)
+    scheduler.add(Sequence(2, [60] * 24, SamplingParams(max_tokens=1, priority=-1)))
+    outputs, starts = [], []
+    while not outputs or outputs[-1].request_id != 1:
+        plan, new = step(scheduler)
+        outputs += new
+        starts += [planned.start for planned in plan.sequences if planned.request_id == 1]
+    assert scheduler.stats().preemptions == 1
+    assert starts[0] > 0  # its own were still there
+    assert [(output.request_id, output.cached_tokens) for output in outputs] == [(2, 0), (1, 0)]
+
+
 def test_prompt_logprobs_are_asked_for_once_and_come_with_the_first_token() -> None:
     scheduler, _ = make(max_batched_tokens=4, prefix_caching=True)
     scheduler.add(sequence(1, 6, max_tokens=1))

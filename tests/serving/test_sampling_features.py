@@ -10,6 +10,7 @@ import pytest
 
 from helpers.triton import Generation, RunningServer
 
+MODELS = ("decoder", "failsafe", "generate", "generate_direct")
 SCHEMA = {
     "type": "object",
     "properties": {
@@ -78,7 +79,7 @@ def test_a_bias_decides_and_a_bad_word_never_comes(bf16_server: RunningServer) -
 def test_only_allowed_tokens_come(bf16_server: RunningServer) -> None:
     digits, eos = list(range(32, 42)), 2
     options = {"temperature": 2.0, "seed": 3, "allowed_token_ids": digits, "max_tokens": 12}
-    for model in ("decoder", "failsafe", "generate", "generate_direct"):
+    for model in MODELS:
         got = bf16_server.generate(model, text_input="Pi is 3.14", stream=True, sampling_parameters=options)
         assert len(got.token_ids) == 12
         assert re.fullmatch("[0-9]{12}", got.text)
@@ -94,18 +95,35 @@ def test_only_allowed_tokens_come(bf16_server: RunningServer) -> None:
 def test_a_prefix_is_computed_once_for_one_tenant_and_again_for_another(bf16_server: RunningServer) -> None:
     prompt = f"{time.time_ns()} is a number that no test has asked about, and so its cache is empty. " * 4
 
+    told: list[list[int]] = []
+
     def cached(salt: str | None) -> tuple[float, list[int]]:
         before = bf16_server.metric("prefix_cache_hits_total")
         options = {"cache_salt": salt} if salt else {}
-        tokens = ask(bf16_server, prompt, max_tokens=4, ignore_eos=True, **options).token_ids
+        sampling = {"max_tokens": 4, "temperature": 0, "ignore_eos": True, **options}
+        with bf16_server.stream() as stream:
+            inputs = {"text_input": prompt, "stream": True, "sampling_parameters": sampling}
+            stream.send("1", MODELS[len(told) % len(MODELS)], return_num_cached_tokens=True, **inputs)
+            got = stream.finish()["1"]
+        assert ["num_cached_tokens" in response for response in got.responses] == [
+            number == 0 for number in range(len(got.responses))
+        ]
+        told.append(got.outputs["num_cached_tokens"].tolist())
         bf16_server.wait_idle()
-        return bf16_server.metric("prefix_cache_hits_total") - before, tokens
+        hits = bf16_server.metric("prefix_cache_hits_total") - before
+        assert told[-1] == [hits]
+        return hits, got.token_ids
 
     first, again, other, other_again = cached("a"), cached("a"), cached("b"), cached("b")
     assert first[0] == other[0] == 0
     assert again[0] == other_again[0] >= 64
     assert again[1] == other_again[1]
     assert cached(None)[0] == 0
+    two = bf16_server.generate(text_input=prompt, return_num_cached_tokens=True, sampling_parameters={"n": 2})
+    assert two.outputs["num_cached_tokens"].tolist() == told[1]
+    resumed = bf16_server.generate(text_input=prompt, return_num_cached_tokens=True, resume_ids=[5, 6])
+    assert "num_cached_tokens" not in resumed.outputs
+    assert "num_cached_tokens" not in ask(bf16_server, prompt).outputs
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ class Piece:
     finish_reason: FinishReason | None = None
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0  # of the sequence so far
+    stop_reason: str | int | None = None  # the stop string, or the one of stop_token_ids, that ended it
 
 
 @dataclass
@@ -40,6 +41,8 @@ class Chunk:
     pieces: list[Piece]
     # Of prompt tokens 1, 2, …; once, if the caller asked for it.
     prompt_logprobs: list[list[TokenLogprob]] | None = None
+    # Prompt tokens that the prefix cache had; with the first tokens.
+    num_cached_tokens: int | None = None
 
 
 class Responder(Protocol):
@@ -70,12 +73,14 @@ class Part:
         self.overdue = False  # its timeout passed, and no engine ended it
         self.piece = Piece(text=call.request.echo)
         self.prompt_logprobs: list[list[TokenLogprob]] | None = None
+        self.num_cached_tokens: int | None = None
         self.num_tokens = 0
         self.last_sent: float | None = None  # time.monotonic() of its latest tokens
         self.queued_seconds = 0.0
         self.refusal: RequestError | None = None
         self.timeout_message = ""
         self.engine_is_done = False
+        self._stop_token_ids = call.request.sampling.stop_token_ids
         self._text = TextStream(tokenizer, call.request.prompt_token_ids, call.request.sampling)
         for token_id in call.request.resume_ids:
             self._text.push(token_id)  # the caller has that text
@@ -97,13 +102,18 @@ class Part:
             self._take_tokens(output)
             if output.finish_reason is not None:
                 self.engine_is_done = True
-                self._take_end(output.finish_reason, output.message)
+                self._take_end(output, output.finish_reason)
         return self.num_tokens - before
 
     def next_piece(self) -> None:
         """The piece was sent: begin the next one."""
-        self.piece = Piece(finish_reason=self.piece.finish_reason, cumulative_logprob=self.piece.cumulative_logprob)
-        self.prompt_logprobs = None
+        done = self.piece
+        self.piece = Piece(
+            finish_reason=done.finish_reason,
+            cumulative_logprob=done.cumulative_logprob,
+            stop_reason=done.stop_reason,
+        )
+        self.prompt_logprobs = self.num_cached_tokens = None
 
     def _take_tokens(self, output: SequenceOutput) -> None:
         piece = self.piece
@@ -111,6 +121,7 @@ class Part:
             self.prompt_logprobs = output.prompt_logprobs
         if output.token_ids and not self.num_tokens:
             self.queued_seconds = output.queued_seconds
+            self.num_cached_tokens = output.cached_tokens
         num_shown = len(output.token_ids)
         if output.finish_reason == "stop" and not self.call.request.sampling.include_stop_str_in_output:
             num_shown -= 1  # the token that ended it
@@ -123,15 +134,20 @@ class Part:
                 piece.logprobs.append(output.logprobs[index])
                 piece.cumulative_logprob += output.logprobs[index][0].logprob
             if self._text.stopped_by is not None:
-                piece.finish_reason = "stop"
+                piece.finish_reason, piece.stop_reason = "stop", self._text.stopped_by
                 return
 
-    def _take_end(self, reason: FinishReason, message: str) -> None:
+    def _take_end(self, output: SequenceOutput, reason: FinishReason) -> None:
         if self.over:
             return
+        piece, message = self.piece, output.message
         if reason in _ANSWERED:
-            self.piece.text += self._text.finish()
-            self.piece.finish_reason = reason if self._text.stopped_by is None else "stop"
+            piece.text += self._text.finish()
+            piece.finish_reason, piece.stop_reason = reason, self._text.stopped_by
+            if piece.stop_reason is not None:
+                piece.finish_reason = "stop"
+            elif reason == "stop" and piece.token_ids and piece.token_ids[-1] in self._stop_token_ids:
+                piece.stop_reason = piece.token_ids[-1]
             self.timeout_message = message
         elif reason == "invalid":
             # The bridge checked all that it knows, so this is a limit that only the engine knows.
@@ -193,5 +209,6 @@ class Call:
         return any(part.piece.text or part.piece.token_ids for part in self.parts)
 
     def chunk(self) -> Chunk:
-        # Only the first sequence was asked for those of the prompt, which all share.
-        return Chunk([part.piece for part in self.parts], self.parts[0].prompt_logprobs)
+        # Of the prompt, which all sequences share, only the first one tells.
+        first = self.parts[0]
+        return Chunk([part.piece for part in self.parts], first.prompt_logprobs, first.num_cached_tokens)

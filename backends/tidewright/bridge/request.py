@@ -30,6 +30,8 @@ class OutputOptions:
     num_output_tokens: bool = False
     logprobs: bool = False
     cumulative_logprob: bool = False
+    stop_reason: bool = False
+    num_cached_tokens: bool = False
     null_logprobs: bool = False  # `logprobs` without the sampling parameter of that name: null, as of the vLLM backend
 
 
@@ -165,7 +167,7 @@ def _to_resume(sampling: SamplingParams, resume_ids: list[int]) -> SamplingParam
             f"there are {len(resume_ids)} resume_ids and max_tokens, which counts them, is {sampling.max_tokens}: "
             "nothing is left to generate"
         )
-    # What the prompt's tokens are worth was told with the first of the output.
+    # What is told of the prompt came with the first tokens of the output.
     return msgspec.structs.replace(sampling, prompt_logprobs=None)
 
 
@@ -288,6 +290,8 @@ def parse_request(
         num_output_tokens=flag("return_num_output_tokens"),
         logprobs=flag("return_logprobs"),
         cumulative_logprob=flag("return_cumulative_logprob"),
+        stop_reason=flag("return_stop_reason"),
+        num_cached_tokens=flag("return_num_cached_tokens"),
     )
 
     options = single(tensors, "sampling_parameters")
@@ -298,6 +302,7 @@ def parse_request(
     check_sampling(sampling, engine)
     if resume_ids:
         sampling = _to_resume(sampling, resume_ids)
+        returns = replace(returns, num_cached_tokens=False)
     # Of n outputs each further one has the next seed, so the range is a circle.
     seed = secrets.randbits(63) if sampling.seed is None else sampling.seed % 2**63
     sampling = msgspec.structs.replace(sampling, seed=seed)

@@ -216,8 +216,9 @@ class Scheduler:
         sequence.block_table = self._cache.take(shared, needed)
         sequence.num_registered = len(shared)
         sequence.num_computed = len(shared) * self._config.block_size
-        if not sequence.num_generated:
+        if sequence.cached_tokens is None:  # else it was preempted, and what it finds now may be its own
             sequence.cached_tokens = sequence.num_computed
+        if not sequence.num_generated:
             self._prefix_queries += sequence.num_known
             self._prefix_hits += sequence.num_computed
         return True
@@ -357,7 +358,7 @@ class Scheduler:
             finish_reason=reason,
             logprobs=None if sequence.sampling.logprobs is None else [drawn.logprobs or [] for drawn in accepted],
             prompt_logprobs=sequence.prompt_logprobs if first and asked else None,
-            cached_tokens=sequence.cached_tokens if first else 0,
+            cached_tokens=(sequence.cached_tokens or 0) if first else 0,
             message=message,
         )
 

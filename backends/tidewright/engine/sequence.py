@@ -23,7 +23,7 @@ class Sequence:
     num_computed: int = field(init=False, default=0)  # tokens whose keys and values are in the cache
     block_table: list[int] = field(init=False, default_factory=list)
     num_registered: int = field(init=False, default=0)  # blocks that the prefix cache was told of
-    cached_tokens: int = field(init=False, default=0)  # that the prefix cache had when the sequence first ran
+    cached_tokens: int | None = field(init=False, default=None)  # that the prefix cache had when it first ran
     prompt_logprobs: list[list[TokenLogprob]] = field(init=False, default_factory=list)
     # Set when the scheduler takes it.
     order: tuple[int, int] = field(init=False, default=(0, 0))  # priority, then arrival
