@@ -7,6 +7,7 @@ import tracemalloc
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -56,6 +57,23 @@ def test_joined_replies_say_the_same_and_none_is_split(shapes: list[tuple[int, b
     sizes = [len(reply.token_ids) for reply in joined]
     assert all(size <= PIECE or size in {size for size, _ in shapes} for size in sizes)
     assert all(one + other > PIECE for one, other in pairwise(sizes) if other)
+
+
+def test_what_comes_once_is_kept() -> None:
+    async def main() -> None:
+        first = Reply("a", [1], None, None, prompt_logprobs=b"[null]", num_cached_tokens=0)
+        last = Reply("b", [2], "stop", None, stop_reason="END")
+        for replies in ([first, *answer(40)[:-1], last], [replace(last, prompt_logprobs=b"[]", num_cached_tokens=16)]):
+            cache, source = ResponseCache(2**20, 60), Source(replies)
+            await ask(cache, source)
+            again = await read(cache.open(b"k", source.run)[1])
+            for name in ("prompt_logprobs", "num_cached_tokens", "stop_reason"):
+                told = [getattr(reply, name) for reply in again]
+                at = len(again) - 1 if name == "stop_reason" else 0
+                assert told.pop(at) == getattr(replies[-1 if name == "stop_reason" else 0], name), name
+                assert set(told) <= {None}, name
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("finish_reason", ["timeout", "cancelled", "overloaded"])
@@ -169,6 +187,7 @@ def test_its_key_has_all_that_changes_the_answer() -> None:
 
     assert key(temperature=0, seed=1) == key(temperature=0, seed=None)
     assert key(logit_bias={1: 1.0, 2: 2.0}) == key(logit_bias={2: 2.0, 1: 1.0})
+    assert key(allowed_token_ids=[1, 2]) == key(allowed_token_ids=[2, 1]) != key(allowed_token_ids=[1, 3])
     # The answer has its fields in the schema's order.
     fields = ({"a": {}, "b": {}}, {"b": {}, "a": {}})
     assert len({key(guided_json={"type": "object", "properties": own}) for own in fields}) == 2
@@ -216,6 +235,9 @@ def test_bytes_are_those_that_python_takes(length: int, size: int) -> None:
 
         async def add(name: int) -> None:
             replies = [Reply(one.text, [10_000 + name], one.finish_reason, None) for one in answer(length, size=size)]
+            # Copies, as of each generation.
+            replies[0] = replace(replies[0], prompt_logprobs=b"%d" % name * 500)
+            replies[-1] = replace(replies[-1], stop_reason=f"{name}" * 20)
             await read(cache.open(b"%32d" % name, Source(replies).run)[1])
 
         await add(-1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,14 @@ import pytest
 from helpers.gateway import MODEL, RunningGateway
 from helpers.processes import child, stub_of
 from helpers.triton import RunningServer
+from tidewright.resilience.deadline import Deadline
+from tidewright.schema import SamplingParams
+from tidewright.tokenization import Tokenizer
+from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.replicas.failover import Failover, Generation
+from tidewright_gateway.replicas.health import Expected
+from tidewright_gateway.replicas.triton import Reply
 
 LENGTH = 80  # tokens; long enough to be in the middle
 REQUESTS: list[dict[str, Any]] = [
@@ -98,6 +108,43 @@ def test_streams_go_on_where_their_replica_left_them(
                     assert time.monotonic() < deadline
         if "kill" in blows:
             the_last_one_dies_and_comes_back(gateway, pair[1])
+
+
+def test_what_is_told_of_the_prompt_comes_once_however_often_the_stream_moves(
+    tokenizer: Tokenizer, model_dir: Path, pair: list[RunningServer]
+) -> None:
+    """The first attempt fails before its first token, the second one in the middle."""
+    sampling = SamplingParams(temperature=0, max_tokens=LENGTH, ignore_eos=True, prompt_logprobs=0, stop_token_ids=[0])
+    addresses = ",".join(one.grpc_url for one in pair)
+
+    async def main() -> list[Reply]:
+        settings = GatewaySettings(replicas=addresses, routing="round_robin", slow_start=0, wait_for_replica=30)
+        failover = Failover(settings, Metrics(), Expected(model_dir.name, tokenizer.fingerprint), 4096)
+        engines = [child(one.triton.pid or 0, "tidewright.engine") for one in pair]
+        await failover.start()
+        replies, generation = [], Generation("r", tokenizer.encode("Once upon a time"), sampling, Deadline())
+        try:
+            engines[0].suspend()  # round robin begins there
+            async with aclosing(failover.generate(generation)) as stream:
+                async for reply in stream:
+                    replies.append(reply)
+                    if len(replies) == 5:
+                        engines[0].resume()
+                        engines[1].suspend()
+        finally:
+            for engine in engines:
+                engine.resume()
+            await failover.stop()
+        assert generation.served_by == [pair[number].grpc_url for number in (0, 1, 0)]
+        return replies
+
+    replies = asyncio.run(main())
+    assert sum(len(reply.token_ids) for reply in replies) == LENGTH
+    others = [None] * (len(replies) - 1)
+    assert replies[0].prompt_logprobs
+    assert [reply.prompt_logprobs for reply in replies[1:]] == others
+    assert [reply.num_cached_tokens for reply in replies] == [0, *others]
+    assert [reply.stop_reason for reply in replies] == [None, *others]
 
 
 def the_last_one_dies_and_comes_back(gateway: RunningGateway, last: RunningServer) -> None:

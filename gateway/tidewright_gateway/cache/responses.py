@@ -10,11 +10,11 @@ import hashlib
 import sys
 import time
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from cachetools import TTLCache
@@ -23,6 +23,8 @@ from tidewright.schema import SamplingParams
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.cache.single_flight import Flight
 from tidewright_gateway.replicas.triton import Reply
+
+T = TypeVar("T")
 
 PIECE = 16  # tokens of one reply from the cache: few replies for a whole answer, and a stream for who asked for one
 _WHOLE = ("stop", "length")
@@ -78,6 +80,8 @@ def cache_key(caller: Caller, model: str, prompt: Sequence[int], sampling: Sampl
         same["seed"] = None
     if sampling.logit_bias:
         same["logit_bias"] = dict(sorted(sampling.logit_bias.items()))
+    if sampling.allowed_token_ids:
+        same["allowed_token_ids"] = sorted(sampling.allowed_token_ids)
     # Not all objects are sorted: a JSON schema says by its order in what order the answer has its fields.
     head = msgspec.json.encode((caller.key_id, model, logprobs, msgspec.structs.replace(sampling, **same)))
     return hashlib.blake2b(head + array("i", prompt).tobytes(), digest_size=32).digest()
@@ -196,10 +200,18 @@ def _joined(replies: Sequence[Reply]) -> Reply:
         token_ids=[token_id for reply in replies for token_id in reply.token_ids],
         finish_reason=replies[-1].finish_reason,
         logprobs=msgspec.json.encode(positions) if logprobs else None,
+        prompt_logprobs=_only(reply.prompt_logprobs for reply in replies),
+        stop_reason=replies[-1].stop_reason,
+        num_cached_tokens=_only(reply.num_cached_tokens for reply in replies),
     )
+
+
+def _only(values: Iterable[T | None]) -> T | None:
+    """The value that one reply has, at most."""
+    return next((value for value in values if value is not None), None)
 
 
 def _size(reply: Reply) -> int:
     """Bytes."""
-    parts = sum(sys.getsizeof(part) for part in (reply.text, reply.token_ids, reply.logprobs) if part)
-    return _REPLY_BYTES + parts + _TOKEN_BYTES * len(reply.token_ids)
+    parts = (reply.text, reply.token_ids, reply.logprobs, reply.prompt_logprobs, reply.stop_reason)
+    return _REPLY_BYTES + sum(map(sys.getsizeof, filter(None, parts))) + _TOKEN_BYTES * len(reply.token_ids)

@@ -285,6 +285,7 @@ class Failover:
             list(generation.delivered),
             generation.logprobs,
             generation.metadata,
+            details=True,
         )
         generation.served_by.append(replica.address)
         generation.model = model

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+import msgspec
 from tritonclient.grpc import service_pb2
 
 from tidewright.resilience.errors import ModelError
@@ -36,6 +37,7 @@ _OPTIONS = [
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 END_TIMEOUT = 5.0  # seconds from the last response of a stream to its end
+_NOT_ENDED = b"\4\0\0\0None"  # as an element of a BYTES tensor: the finish_reason of all but the last response
 _GONE = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
 
@@ -50,6 +52,8 @@ class CallRequest:
     logprobs: bool = False
     metadata: tuple[tuple[str, str], ...] = ()
     """gRPC metadata; Triton reads the trace context from it."""
+    details: bool = False
+    """Asks for stop_reason and num_cached_tokens."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,13 @@ class Reply:
     logprobs: bytes | None  # JSON, as docs/api.md describes it
     served_by: str = "decoder"
     """The Triton model that answered: decoder or fallback."""
+    # Each in one reply of a call at most, and None in all others.
+    prompt_logprobs: bytes | None = None
+    """JSON, as docs/api.md describes it; with the first tokens, where the sampling parameter asks for it."""
+    stop_reason: str | int | None = None
+    """In the last reply: the stop string or the one of stop_token_ids that ended the text."""
+    num_cached_tokens: int | None = None
+    """With the first tokens: prompt tokens that the prefix cache had."""
 
 
 class TritonClient:
@@ -239,6 +250,9 @@ def make_request(model: str, request: CallRequest) -> service_pb2.ModelInferRequ
         _add(message, flag, "BOOL", 1, b"\1")
     if request.logprobs:
         _add(message, "return_logprobs", "BOOL", 1, b"\1")
+    if request.details:
+        for flag in ("return_stop_reason", "return_num_cached_tokens"):
+            _add(message, flag, "BOOL", 1, b"\1")
     if request.resume_ids:
         _add_ids(message, RESUME_IDS.name, request.resume_ids)
     return message
@@ -263,12 +277,21 @@ def _outputs(response: service_pb2.ModelInferResponse) -> dict[str, bytes]:
 
 def _reply(response: service_pb2.ModelInferResponse) -> Reply:
     outputs = _outputs(response)
-    ids, reason = outputs["output_ids"], outputs["finish_reason"][4:].decode()
+    ids, reason = outputs["output_ids"], outputs["finish_reason"]
+    text, token_ids = outputs["text_output"][4:].decode(), memoryview(ids).cast("i").tolist()
     logprobs = outputs.get("logprobs")
+    logprobs = logprobs[4:] if logprobs else None
+    if reason == _NOT_ENDED and len(outputs) <= 4 - (logprobs is None):  # most of a stream: there is nothing else
+        return Reply(text, token_ids, None, logprobs, response.model_name)
+    prompt_logprobs = outputs.get("prompt_logprobs")
+    stop_reason, cached = outputs.get("stop_reason"), outputs.get("num_cached_tokens")
     return Reply(
-        text=outputs["text_output"][4:].decode(),
-        token_ids=list(struct.unpack(f"<{len(ids) // 4}i", ids)),
-        finish_reason=None if reason == "None" else reason,
-        logprobs=logprobs[4:] if logprobs else None,
-        served_by=response.model_name,
+        text,
+        token_ids,
+        None if reason == _NOT_ENDED else reason[4:].decode(),
+        logprobs,
+        response.model_name,
+        prompt_logprobs[4:] if prompt_logprobs else None,
+        msgspec.json.decode(stop_reason[4:], type=str | int | None) if stop_reason else None,
+        int.from_bytes(cached, "little") if cached else None,
     )
