@@ -154,6 +154,30 @@ def test_prompt_logprobs_are_those_of_transformers_whatever_the_chunks(folder: P
             assert entries[0].rank == int((row > row[token]).sum()) + 1
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_batched_tokens": 9, "speculative_tokens": 3},
+        {"kv_cache_memory": str(72 * BYTES_PER_TOKEN), "max_model_len": 64, "max_batched_tokens": 9},
+    ],
+    ids=["guesses", "preemption"],
+)
+def test_prompt_logprobs_of_many_at_once_are_those_of_transformers(folder: Path, changes: dict[str, Any]) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    made = engine(folder, **changes)
+    run(made, requests(max_tokens=1))  # now their blocks are cached
+    outputs = run(made, requests(prompt_logprobs=0, logprobs=1), steps_between=1)
+    for ids, (first, *others) in zip(prompts(), outputs.values(), strict=True):
+        assert [output.prompt_logprobs for output in others] == [None] * len(others)
+        with torch.inference_mode():
+            expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        wanted = [expected[at, token].item() for at, token in enumerate(ids[1:])]
+        assert [entry.logprob for (entry,) in first.prompt_logprobs or []] == pytest.approx(wanted, abs=1e-4)
+    stats = made.stats()
+    assert (stats.preemptions > 0) == ("max_model_len" in changes)
+    assert (stats.tokens_accepted > 0) == ("speculative_tokens" in changes)
+
+
 def test_a_deadline_ends_a_request_where_it_is(folder: Path) -> None:
     made = engine(folder, max_running=1)
     now = time.monotonic()
