@@ -111,8 +111,11 @@ class Tokenizer:
 
     def prompt_text(self, token_ids: list[int]) -> str:
         """The text of a prompt as its writer sent it: without the special tokens that `encode` puts before it."""
-        added = self._added if token_ids[: len(self._added)] == self._added else []
-        return self.decode(token_ids[len(added) :], skip_special_tokens=False)
+        return self.decode(token_ids[self.num_added(token_ids) :], skip_special_tokens=False)
+
+    def num_added(self, token_ids: list[int]) -> int:
+        """How many special tokens a prompt begins with that `encode` has put there."""
+        return len(self._added) if token_ids[: len(self._added)] == self._added else 0
 
     def is_text(self, token_id: int) -> bool:
         """Whether a decoded text has something of this token: it is in the vocabulary, and not special."""

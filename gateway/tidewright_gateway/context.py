@@ -41,6 +41,7 @@ class RequestContext:
     """A grammar decides what its answer begins with."""
     grammar_from: str = ""
     """The field of the request that its grammar comes from, where it has another name than the sampling parameter."""
+    choices_per_prompt: int = 1
     echoes: list[str] = field(default_factory=list)
     """The prompt text of each generation, for `echo`; else empty."""
     is_repeatable: bool = False
@@ -53,6 +54,8 @@ class RequestContext:
 
     num_tokens: int = 0
     """Generated so far, in all."""
+    num_cached_tokens: int = 0
+    """Of its prompts, those that an engine's prefix cache had."""
     limited_by: LimitName | None = None
     """The limit that ended it early."""
     cache_states: list[CacheState] = field(default_factory=list)
@@ -65,8 +68,10 @@ class RequestContext:
     error: ApiError | None = None
     """With which it was answered, or its stream ended."""
 
-    def take(self, reply: Reply) -> None:
-        """Counts a reply."""
+    def take(self, index: int, reply: Reply) -> None:
+        """Counts a reply of a generation."""
+        if reply.num_cached_tokens and index % self.choices_per_prompt == 0:
+            self.num_cached_tokens += reply.num_cached_tokens
         self.models.add(reply.served_by)
         self.num_tokens += len(reply.token_ids)
         if reply.token_ids and self.first_token_after is None:

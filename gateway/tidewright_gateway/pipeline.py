@@ -179,8 +179,11 @@ class Pipeline:
             name = "max_tokens" if request.max_tokens == asked else "max_completion_tokens"
             raise invalid(f"{name} is {asked}, more than the model's context of {limit} tokens", name)
         if isinstance(request, CompletionRequest) and request.echo:
-            decode = self._prompts.tokenizer.prompt_text
-            context.echoes = [text if isinstance(text, str) else decode(text) for text in texts for _ in range(n)]
+            decode, is_whole = self._prompts.tokenizer.prompt_text, request.truncate_prompt_tokens is None
+            pairs = zip(texts, prompts, strict=True)
+            echoes = [text if isinstance(text, str) and is_whole else decode(prompt) for text, prompt in pairs]
+            context.echoes = [echo for echo in echoes for _ in range(n)]
+        context.choices_per_prompt = n
         return prompts
 
     def _adapt(
@@ -246,7 +249,7 @@ class Pipeline:
         if len(context.generations) == 1:
             async with aclosing(self._source(context, context.generations[0])) as replies:
                 async for reply in replies:
-                    self._note(context, reply)
+                    self._note(context, 0, reply)
                     yield 0, reply
             return
         arrived: asyncio.Queue[tuple[int, Reply] | Exception | None] = asyncio.Queue(maxsize=len(context.generations))
@@ -270,16 +273,16 @@ class Pipeline:
                 if item is None:
                     running -= 1
                 else:
-                    self._note(context, item[1])
+                    self._note(context, *item)
                     yield item
         finally:
             for job in jobs:
                 job.cancel()
             await asyncio.gather(*jobs, return_exceptions=True)
 
-    def _note(self, context: RequestContext, reply: Reply) -> None:
+    def _note(self, context: RequestContext, index: int, reply: Reply) -> None:
         is_first = context.first_token_after is None
-        context.take(reply)
+        context.take(index, reply)
         if is_first and context.first_token_after is not None:
             self._metrics.first_token(context.first_token_after)
 

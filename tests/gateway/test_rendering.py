@@ -25,7 +25,7 @@ def written(tokenizer: Tokenizer, n: int, *replies: tuple[int, bool]) -> list[by
     events, parts = Events(answer, n), []
     for index, ends in replies:
         reply = Reply("word", [1, 2], "length" if ends else None, None)
-        context.take(reply)
+        context.take(index, reply)
         parts.append(events.take(index, reply))
     return parts
 

@@ -81,3 +81,9 @@ class Oracle:
             logits = self._model(self._torch.tensor([prompt_ids + output_ids])).logits[0, len(prompt_ids) - 1 : -1]
         chosen = logits.gather(-1, self._torch.tensor(output_ids)[:, None])[:, 0]
         return (logits.max(dim=-1).values - chosen).tolist()
+
+    def logprobs(self, ids: list[int]) -> list[float]:
+        """The log-probability of each token but the first, after those before it."""
+        with self._torch.inference_mode():
+            logprobs = self._model(self._torch.tensor([ids])).logits[0, :-1].log_softmax(dim=-1)
+        return logprobs.gather(-1, self._torch.tensor(ids[1:])[:, None])[:, 0].tolist()

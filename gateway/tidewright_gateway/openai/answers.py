@@ -74,7 +74,11 @@ class Choice:
     """One of OpenAI's."""
     ended_by: str | None = None
     """What ended it early, where OpenAI has no word for it, such as a timeout."""
+    stop_reason: str | int | None = None
+    """The stop text or the token id that ended it."""
     logprobs: list[dict[str, Any]] = field(default_factory=list)
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
+    """The same for the prompt's tokens, of which the first has none; None if they were not asked for."""
     served_by: str = "decoder"
 
     def take(self, reply: Reply) -> Part:
@@ -89,7 +93,10 @@ class Choice:
             part = Part(reply.text, reply.token_ids, positions)
         else:
             part = self._parse(self.parser, reply, positions)
+        if reply.prompt_logprobs:
+            self.prompt_logprobs = msgspec.json.decode(reply.prompt_logprobs)
         if reply.finish_reason:
+            self.stop_reason = reply.stop_reason
             self._end(reply.finish_reason)
         return part
 

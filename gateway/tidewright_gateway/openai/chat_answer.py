@@ -24,15 +24,20 @@ class ChatAnswer(OpenAiAnswer):
         return self._dialect.choice(self._context, self._request.tool_use, index, keeps_logprobs=not is_streamed)
 
     def opening(self, choices: Sequence[Choice]) -> bytes:
-        more = self._prompt_extras()
+        more = self._about_prompt(choices)
         return b"".join(self._opening(choice.index, more) for choice in choices)
 
     def _opening(self, index: int, more: dict[str, Any]) -> bytes:
         delta = {"role": "assistant", "content": ""}
         return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], more=more)
 
-    def _prompt_extras(self) -> dict[str, Any]:
-        return {"prompt_token_ids": self._context.generations[0].prompt} if self._returns_ids else {}
+    def _about_prompt(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self._returns_ids:
+            found["prompt_token_ids"] = self._context.generations[0].prompt
+        if self._request.prompt_logprobs is not None:
+            found["prompt_logprobs"] = choices[0].prompt_logprobs
+        return found
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
@@ -77,8 +82,11 @@ class ChatAnswer(OpenAiAnswer):
         return {"content": content, "refusal": None}
 
     def _entry(self, token_id: str, entry: dict[str, Any]) -> dict[str, Any]:
-        raw = self._tokenizer.token_bytes(int(token_id))
-        return {"token": entry["decoded_token"], "logprob": entry["logprob"], "bytes": list(raw)}
+        known = int(token_id)
+        # Together they are the text, so what is no part of it has none.
+        is_text = self._request.skip_special_tokens is False or self._tokenizer.is_text(known)
+        raw = list(self._tokenizer.token_bytes(known)) if is_text else []
+        return {"token": entry["decoded_token"], "logprob": entry["logprob"], "bytes": raw}
 
 
 def _deltas(calls: Sequence[CallDelta]) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ _PART = "\ufffd"  # in the text of a token that holds a part of a character
 class Offsets:
     """Of one output. A token that is part of a character has the offset of that character."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
-        self._detokenizer = Detokenizer.behind(prompt, tokenizer)
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], skip_special_tokens: bool = True) -> None:
+        self._detokenizer = Detokenizer.behind(prompt, tokenizer, skip_special_tokens)
         self._length = 0  # of the text so far, in characters
 
     def next(self, token_id: int, text: str) -> int:

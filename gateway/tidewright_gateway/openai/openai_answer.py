@@ -38,7 +38,7 @@ class OpenAiAnswer(Answer):
                 "usage": self._usage(),
                 "served_by": "fallback" if "fallback" in models else "decoder",
                 **({"limited_by": context.limited_by} if context.limited_by else {}),
-                **self._prompt_extras(),
+                **self._about_prompt(choices),
             }
         )
 
@@ -60,22 +60,25 @@ class OpenAiAnswer(Answer):
     def closing(self, choices: Sequence[Choice]) -> bytes:
         return (self._event([], self._usage(), self._served_by) if self._with_usage else b"") + DONE
 
+    def _about_prompt(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Fields about the prompt that OpenAI does not have."""
+        return {}
+
     def _extras(self, choice: Choice) -> dict[str, Any]:
         """Fields of a whole choice that OpenAI does not have."""
         return self._end_extras(choice) | ({"token_ids": choice.token_ids} if self._returns_ids else {})
 
     def _end_extras(self, choice: Choice) -> dict[str, Any]:
-        return {"ended_by": choice.ended_by} if choice.ended_by else {}
-
-    def _prompt_extras(self) -> dict[str, Any]:
-        """Fields about the prompt that OpenAI does not have."""
-        return {}
-
-    def _num_tokens(self) -> int:
-        return self._context.num_tokens
+        found: dict[str, Any] = {"stop_reason": choice.stop_reason}
+        if choice.ended_by:
+            found["ended_by"] = choice.ended_by
+        return found
 
     def _usage(self) -> dict[str, Any]:
-        return usage(self._context.num_prompt_tokens, self._num_tokens())
+        context = self._context
+        found = usage(context.num_prompt_tokens, context.num_tokens)
+        found["prompt_tokens_details"] = {"cached_tokens": context.num_cached_tokens}
+        return found
 
     def _event(
         self,

@@ -208,6 +208,8 @@ class GenerationBody(Body, ABC):
             fields["max_tokens"] = self.asked_tokens
         if self.temperature is not None and self.temperature > MAX_TEMPERATURE:
             raise invalid(f"temperature is {self.temperature:g}, more than {MAX_TEMPERATURE:g}", "temperature")
+        if self.prompt_logprobs is not None and self.stream:
+            raise invalid("prompt_logprobs needs stream: false", "prompt_logprobs")
         if self.stream_options and not self.stream:
             raise invalid("stream_options needs stream: true", "stream_options")
         if self.structured_outputs:
