@@ -46,7 +46,7 @@ class Prompts:
     ) -> ChatPrompt:
         text = self.tokenizer.apply_chat_template(turns, limit, variables)
         if continues:
-            text = _up_to_last(text, turns[-1])
+            text = _up_to_last(text, turns[-1]["content"].rstrip() if turns else "")
         return ChatPrompt(self.tokenizer.encode_rendered(text, limit), text[-_END:])
 
     async def of_text(self, prompt: str | list[int], limit: int, *, add_special_tokens: bool = True) -> list[int]:
@@ -74,9 +74,8 @@ class Prompts:
             raise invalid(str(error), param, "invalid_prompt") from None
 
 
-def _up_to_last(text: str, last: dict[str, Any]) -> str:
+def _up_to_last(text: str, content: str) -> str:
     """The prompt up to the end of the last message, which the answer continues. Raises InvalidPromptError."""
-    content = last["content"].rstrip()
     at = text.rfind(content)
     if not content or at < 0:
         raise InvalidPromptError(
