@@ -15,10 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {
     "model_repository/tokenizer": (schema.TOKENIZER_INPUTS, schema.TOKENIZER_OUTPUTS),
     "model_repository/decoder": (schema.DECODER_INPUTS, schema.DECODER_OUTPUTS),
-    "model_repository/fallback": (schema.DECODER_INPUTS, schema.DECODER_OUTPUTS),
+    "model_repository/fallback": (schema.FALLBACK_INPUTS, schema.GENERATION_OUTPUTS),
     "ensemble/failsafe": (schema.FAILSAFE_INPUTS, schema.FAILSAFE_OUTPUTS),
     "ensemble/generate": (schema.GENERATE_INPUTS, schema.FAILSAFE_OUTPUTS),
-    "ensemble/generate_direct": (schema.GENERATE_INPUTS, schema.DECODER_OUTPUTS),
+    "ensemble/generate_direct": (schema.GENERATE_INPUTS, schema.GENERATION_OUTPUTS),
 }
 
 
@@ -43,7 +43,7 @@ def test_config_pbtxt_has_exactly_the_tensors_of_the_schema(folder: str) -> None
     ("ensemble", "last", "prompt", "outputs"),
     [
         ("generate", "failsafe", {"input_ids", "text_input", "messages"}, schema.FAILSAFE_OUTPUTS),
-        ("generate_direct", "decoder", {"input_ids"}, schema.DECODER_OUTPUTS),
+        ("generate_direct", "decoder", {"input_ids"}, schema.GENERATION_OUTPUTS),
     ],
 )
 def test_the_ensembles_pass_every_tensor_on(

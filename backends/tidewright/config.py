@@ -25,6 +25,7 @@ from tidewright.config_file import read_options
 from tidewright.engine.messages import EngineConfig, parse_rendezvous
 from tidewright.kv_cache.budget import parse_memory
 from tidewright.resilience.config import ResilienceSettings
+from tidewright.schema import Pooling, Task
 
 CONFIG_FILE_VARIABLE = "TIDEWRIGHT_CONFIG"
 
@@ -88,6 +89,14 @@ class Settings(ResilienceSettings, BaseSettings):
     speculative_tokens: int = Field(
         0, ge=0, le=16, description="Tokens guessed by prompt lookup in one step, at most; 0 switches it off."
     )
+    task: Task = Field(
+        "generate",
+        description="What the model is served for: generate text, or embed, which gives one vector for each prompt.",
+    )
+    pooling: Pooling = Field(
+        "last", description="Task embed: the vector is the final hidden state of the last token, or the mean of all."
+    )
+    normalize: bool = Field(True, description="Task embed: scale each vector to length 1.")
     max_waiting: int = Field(512, ge=0, description="Requests that may wait; one more is refused as overloaded.")
     streaming_share: float = Field(
         0.1,
@@ -174,6 +183,9 @@ class Settings(ResilienceSettings, BaseSettings):
             raise ValueError("nodes > 1 and rendezvous go together: the other hosts come to HOST:PORT")
         if self.rendezvous:
             parse_rendezvous(self.rendezvous)
+        for name in ("fallback", "speculative_tokens"):
+            if self.task == "embed" and getattr(self, name):
+                raise ValueError(f"{name} is for generated text, of which task embed has none; leave it out")
         return self
 
     @classmethod
@@ -211,6 +223,7 @@ class Settings(ResilienceSettings, BaseSettings):
             prefix_caching=False,
             speculative_tokens=0,
             standby=False,
+            task="generate",
             tensor_parallel_size=1,
             nodes=1,
             rendezvous="",
@@ -233,6 +246,9 @@ class Settings(ResilienceSettings, BaseSettings):
             max_waiting=self.max_waiting,
             prefix_caching=self.prefix_caching,
             speculative_tokens=self.speculative_tokens,
+            task=self.task,
+            pooling=self.pooling,
+            normalize=self.normalize,
             heartbeat_interval=self.heartbeat_interval,
             heartbeat_timeout=self.heartbeat_timeout,
             start_timeout=self.start_timeout,

@@ -99,13 +99,23 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     """A hash of its vocabulary: token ids of another mean something else here."""
     max_running: int = 0
     """Sequences that are computed in one step, at most; 0 is unknown."""
+    embedding_size: int = 0
+    """Numbers in an embedding; 0: this server generates text."""
 
 
 # Tokens that another model, or this one before its death, has generated for the same request: it goes on behind them.
 RESUME_IDS = TensorSpec("resume_ids", "TYPE_INT32", (-1,), optional=True)
 
-DECODER_INPUTS = (TEXT_INPUT, INPUT_IDS, RESUME_IDS, *GENERATION_OPTIONS, CONTROL)
-DECODER_OUTPUTS = (
+# What a server does with its model: `tidewright serve --task`.
+Task = Literal["generate", "embed"]
+# How a prompt's hidden states become one vector.
+Pooling = Literal["last", "mean"]
+# Asks for the embedding of the prompt instead of text.
+EMBED = _flag("embed")
+EMBEDDING = TensorSpec("embedding", "TYPE_FP32", (-1,))
+
+FALLBACK_INPUTS = (TEXT_INPUT, INPUT_IDS, RESUME_IDS, *GENERATION_OPTIONS, CONTROL)
+GENERATION_OUTPUTS = (
     TensorSpec("text_output", "TYPE_STRING", (-1,)),
     TensorSpec("output_ids", "TYPE_INT32", (-1,)),
     TensorSpec("finish_reason", "TYPE_STRING", (-1,)),
@@ -118,11 +128,13 @@ DECODER_OUTPUTS = (
     TensorSpec("stop_reason", "TYPE_STRING", (-1,)),
     TensorSpec("num_cached_tokens", "TYPE_UINT32", (1,)),
 )
+DECODER_INPUTS = (*FALLBACK_INPUTS, EMBED)
+DECODER_OUTPUTS = (*GENERATION_OUTPUTS, EMBEDDING)
 
 # input_ids are the prompt; text or messages beside them say the same to a fallback with another tokenizer.
 FAILSAFE_INPUTS = (TEXT_INPUT, MESSAGES, INPUT_IDS, *GENERATION_OPTIONS, CONTROL)
 FAILSAFE_OUTPUTS = (
-    *DECODER_OUTPUTS,
+    *GENERATION_OUTPUTS,
     TensorSpec("served_by", "TYPE_STRING", (1,)),
     TensorSpec("fallback_reason", "TYPE_STRING", (1,)),
 )

@@ -33,11 +33,13 @@ def load_weights(folder: Path, loaders: Mapping[str, Loader], ignored: frozenset
     for file in _files(folder):
         try:
             with safe_open(file, framework="pt") as weights:
-                for name in weights.keys():  # noqa: SIM118 (not a dict)
+                for stored in weights.keys():  # noqa: SIM118 (not a dict)
+                    # A model saved without its head, as embedding models are, has names without the prefix.
+                    name = stored if stored in loaders or stored in ignored else f"model.{stored}"
                     if name in loaders:
-                        _load(name, loaders[name], weights.get_slice(name))
+                        _load(stored, loaders[name], weights.get_slice(stored))
                     elif name not in ignored:
-                        raise CheckpointError(f"{file}: this architecture has no weight named {name}")
+                        raise CheckpointError(f"{file}: this architecture has no weight named {stored}")
                     loaded.add(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error

@@ -158,6 +158,7 @@ class Engine:
             load_seconds=self.load_seconds,
             max_output_tokens=self.config.max_output_tokens,
             eos_ids=list(self.runner.eos_ids),
+            embedding_size=self.runner.embedding_size,
         )
 
 
@@ -171,6 +172,9 @@ def _make_runner(config: EngineConfig, group: TensorParallelGroup) -> Runner:
 
 def make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
     """The same on every rank."""
+    embeds = config.task == "embed"
+    # A mean needs the hidden states of all tokens, also those that a cached block would skip.
+    prefix_caching = config.prefix_caching and not (embeds and config.pooling == "mean")
     return Scheduler(
         SchedulerConfig(
             block_size=config.block_size,
@@ -180,8 +184,9 @@ def make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
             max_model_len=runner.max_model_len,
             vocab_size=runner.vocab_size,
             eos_ids=runner.eos_ids,
-            prefix_caching=config.prefix_caching,
+            prefix_caching=prefix_caching,
             speculative_tokens=config.speculative_tokens,
+            embeds=embeds,
         ),
         BlockPool(runner.num_blocks),
     )

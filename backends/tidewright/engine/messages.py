@@ -11,7 +11,7 @@ import re
 
 import msgspec
 
-from tidewright.schema import FinishReason, SamplingParams
+from tidewright.schema import FinishReason, Pooling, SamplingParams, Task
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +41,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     standby: bool = True  # a next engine gets ready as soon as one is up
     is_onnx: bool = False  # model_dir holds an exported model
     max_output_tokens: int = 0  # the bridge asks for no more, see `Ready`
+    task: Task = "generate"  # "embed": a request ends after its prompt, with the embedding
+    pooling: Pooling = "last"
+    normalize: bool = True  # embeddings have length 1
 
     @property
     def local_ranks(self) -> int:
@@ -104,6 +107,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     load_seconds: float
     max_output_tokens: int = 0  # 0: as many as a request asks for
     eos_ids: list[int] = []
+    embedding_size: int = 0  # numbers; 0: the engine generates text
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
@@ -130,6 +134,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     cached_tokens: int = 0  # with the first tokens: prompt tokens that the prefix cache had
     message: str = ""  # says more about a finish_reason, for the caller
     queued_seconds: float = 0.0  # with the first tokens: from `Submit` to the first step that it was part of
+    embedding: bytes | None = None  # of the prompt: little-endian float32
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):

@@ -17,6 +17,7 @@ from tidewright.distributed.tensor_parallel import PackableLinear
 from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
+from tidewright.engine.pooling import Pooler
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError
 from tidewright.engine.sampler import prompt_logprobs, sample
 from tidewright.huge_pages import move_to_huge_pages
@@ -55,8 +56,15 @@ class ModelRunner:
         self._attention = make_attention(config.attention, config.block_size, self.device, self.dtype)
         with _defaults(self.device, self.dtype):
             self.model = architecture(model_config, wanted, group, self._attention).eval()
+        loaders = self.model.loaders()
+        self.embedding_size, self._pooler = 0, None
+        if config.task == "embed":
+            self.embedding_size = model_config.hidden_size
+            self._pooler = Pooler(config.pooling, config.normalize, self.model.norm)
+            del self.model.head  # no logits are needed, and checkpoints of embedding models may lack it
+            loaders.pop("lm_head.weight", None)
         move_to_huge_pages(self.model)
-        load_weights(folder, self.model.loaders(), self.model.ignored_weights())
+        load_weights(folder, loaders, self.model.ignored_weights())
         for module in self.model.modules():
             if isinstance(module, PackableLinear):
                 module.pack()
@@ -117,7 +125,8 @@ class ModelRunner:
             draws += planned.draws
             if planned.prompt_logprobs is not None:
                 prompt[planned.request_id] = self._prompt_logprobs(planned, hidden_TE[end - planned.count : end])
-        return StepResult.of(plan, self._sample(hidden_TE, rows, draws), prompt)
+        embeddings = self._pooler.embeddings(plan, end_rows, hidden_TE) if self._pooler else None
+        return StepResult.of(plan, self._sample(hidden_TE, rows, draws), prompt, embeddings)
 
     def _prompt_logprobs(self, planned: ScheduledSequence, hidden_TE: torch.Tensor) -> tuple[list[TokenLogprob], ...]:
         entries: list[list[TokenLogprob]] = []

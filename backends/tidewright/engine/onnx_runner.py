@@ -49,6 +49,7 @@ class OnnxRunner:
         self.max_model_len = min(wanted, self.num_blocks * config.block_size)
         self.progress = 0
         self.sample_seconds = 0.0
+        self.embedding_size = 0
         self._past: dict[int, Past] = {}  # of one sequence each: [1, K, C, D], without padding
         self._together: tuple[int, ...] = ()  # who decodes in `_batch`
         self._batch: Sequences | None = None

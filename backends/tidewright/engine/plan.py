@@ -42,6 +42,7 @@ class ScheduledSequence:
     # Report log-probabilities of the prompt tokens that follow these ones: how many of the most likely, and which.
     prompt_logprobs: int | None = None
     next_prompt_ids: tuple[int, ...] = ()
+    embeds: bool = False  # these tokens complete the prompt: its embedding is due
 
     @property
     def count(self) -> int:
@@ -67,6 +68,7 @@ class SequenceResult:
 
     drawn: tuple[DrawnToken, ...] = ()
     prompt_logprobs: tuple[list[TokenLogprob], ...] = ()
+    embedding: bytes | None = None  # if it was due
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,18 @@ class StepResult:
         plan: StepPlan,
         drawn: Iterable[DrawnToken],
         prompt_logprobs: Mapping[int, tuple[list[TokenLogprob], ...]],
+        embeddings: Mapping[int, bytes] | None = None,
     ) -> StepResult:
-        """`drawn` for all draws of the plan in order, or none; the reports by request."""
+        """`drawn` for all draws of the plan in order, or none; the reports and embeddings by request."""
+        embeddings = embeddings or {}
         rest = iter(drawn)
         return cls(
             tuple(
-                SequenceResult(tuple(islice(rest, len(planned.draws))), prompt_logprobs.get(planned.request_id, ()))
+                SequenceResult(
+                    tuple(islice(rest, len(planned.draws))),
+                    prompt_logprobs.get(planned.request_id, ()),
+                    embeddings.get(planned.request_id),
+                )
                 for planned in plan.sequences
             )
         )

@@ -96,6 +96,6 @@ def plan_checksum(plan: StepPlan) -> int:
     """Of all that decides what a step computes: tokens, positions and block tables."""
     value = zlib.crc32(array("q", plan.ended).tobytes())
     for planned in plan.sequences:
-        head = (planned.request_id, planned.start, len(planned.draws), planned.count)
+        head = (planned.request_id, planned.start, len(planned.draws), planned.embeds, planned.count)
         value = zlib.crc32(array("q", (*head, *planned.token_ids, *planned.block_table)).tobytes(), value)
     return value

@@ -22,6 +22,7 @@ class Runner(Protocol):
     guided: GuidedDecoding
     eos_ids: tuple[int, ...]
     max_model_len: int
+    embedding_size: int  # numbers; 0: it generates text
     sample_seconds: float  # logits and sampling, of all steps
 
     @property

@@ -30,6 +30,7 @@ class SchedulerConfig:
     eos_ids: tuple[int, ...] = ()
     prefix_caching: bool = True
     speculative_tokens: int = 0
+    embeds: bool = False  # requests end after their prompt, with its embedding
 
 
 class RequestRefusedError(ValueError):
@@ -141,6 +142,8 @@ class Scheduler:
             sequence.prompt_logprobs += computed.prompt_logprobs[len(sequence.prompt_logprobs) - planned.start :]
             if computed.drawn:
                 outputs.append(self._accept(sequence, drafts, computed))
+            elif planned.embeds:
+                outputs.append(self._embedded(sequence, computed))
         return outputs
 
     def stats(self) -> EngineStats:
@@ -177,13 +180,13 @@ class Scheduler:
             raise RequestRefusedError("the prompt has no tokens")
         if min(prompt) < 0 or max(prompt) >= config.vocab_size:
             raise RequestRefusedError(f"the prompt has token ids outside of 0 … {config.vocab_size - 1}")
-        if len(prompt) >= config.max_model_len:
+        if len(prompt) + (not config.embeds) > config.max_model_len:
+            what = "a prompt is" if config.embeds else "prompt and output together are"
             raise RequestRefusedError(
-                f"the prompt has {len(prompt)} tokens, but prompt and output together are limited to "
-                f"{config.max_model_len}"
+                f"the prompt has {len(prompt)} tokens, but {what} limited to {config.max_model_len}"
             )
-        # The last token is only sent, never computed.
-        longest = self._longest(sequence) - 1
+        # The last token of an output is only sent, never computed.
+        longest = self._longest(sequence) - (not config.embeds)
         if self._blocks(longest) > self._cache.pool.num_blocks:
             raise RequestRefusedError(
                 f"prompt and max_tokens may need {longest} tokens of KV cache, but it holds "
@@ -192,6 +195,8 @@ class Scheduler:
 
     def _longest(self, sequence: Sequence) -> int:
         """Tokens of prompt and output, at most."""
+        if self._config.embeds:
+            return len(sequence.prompt_token_ids)
         return min(len(sequence.prompt_token_ids) + sequence.sampling.max_tokens, self._config.max_model_len)
 
     def _blocks(self, num_tokens: int) -> int:
@@ -275,7 +280,7 @@ class Scheduler:
         end = min(sequence.num_known, start + budget)
         token_ids = sequence.token_ids[start:end]
         draws: list[Draw] = []
-        if end == sequence.num_known:
+        if end == sequence.num_known and not self._config.embeds:
             drafts = self._drafts(sequence, budget - len(token_ids))
             draws = [self._draw(sequence, drafts[:count]) for count in range(len(drafts) + 1)]
             token_ids = token_ids + drafts
@@ -292,6 +297,7 @@ class Scheduler:
             draws=tuple(draws),
             prompt_logprobs=prompt_logprobs if wanted else None,
             next_prompt_ids=tuple(sequence.prompt_token_ids[start + 1 : end + 1]) if wanted else (),
+            embeds=self._config.embeds and end == sequence.num_known,
         )
 
     def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
@@ -360,6 +366,18 @@ class Scheduler:
             prompt_logprobs=sequence.prompt_logprobs if first and asked else None,
             cached_tokens=(sequence.cached_tokens or 0) if first else 0,
             message=message,
+        )
+
+    def _embedded(self, sequence: Sequence, computed: SequenceResult) -> SequenceOutput:
+        """Ends a request whose prompt is computed. Only rank 0's result has the embedding."""
+        self._prompt_tokens += len(sequence.prompt_token_ids)
+        self._end(sequence)
+        return SequenceOutput(
+            sequence.request_id,
+            [],
+            "stop",
+            cached_tokens=sequence.cached_tokens,
+            embedding=computed.embedding,
         )
 
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:

@@ -25,9 +25,9 @@ from tidewright.resilience.errors import ModelError
 from tidewright.schema import (
     CANCEL,
     CONTROL,
-    DECODER_OUTPUTS,
     FAILED,
     FAILSAFE_INPUTS,
+    GENERATION_OUTPUTS,
     INPUT_IDS,
     MESSAGES,
     TEXT_INPUT,
@@ -38,7 +38,7 @@ from tidewright.schema import (
 log = logging.getLogger("tidewright")
 
 _INPUT_NAMES = tuple(spec.name for spec in FAILSAFE_INPUTS)
-_OUTPUT_NAMES = [spec.name for spec in DECODER_OUTPUTS]
+_OUTPUT_NAMES = [spec.name for spec in GENERATION_OUTPUTS]
 _PROMPTS = {TEXT_INPUT.name, MESSAGES.name, INPUT_IDS.name}
 # Written anew for each attempt.
 _REPLACED = {"sampling_parameters", CONTROL.name, *_PROMPTS}
