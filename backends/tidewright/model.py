@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 
 from tidewright import stub
 from tidewright.bridge.bridge import Bridge
-from tidewright.bridge.call import Chunk
+from tidewright.bridge.call import Chunk, Piece
 from tidewright.bridge.intake import Arrival, Intake
 from tidewright.bridge.metrics import FALLBACK_PREFIX, METRICS, figures
 from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_request
@@ -28,7 +28,7 @@ from tidewright.errors import CancelledError, EngineUnavailableError, InvalidReq
 from tidewright.metrics import PREFIX, MetricsMirror
 from tidewright.onnx_export.manifest import load_manifest
 from tidewright.parent_death import end_within
-from tidewright.schema import ATTEMPT, CANCEL, CONTROL, CONTROL_WORDS, DECODER_INPUTS, FAILED
+from tidewright.schema import ATTEMPT, CANCEL, CONTROL, CONTROL_WORDS, DECODER_INPUTS, EMBEDDING, FAILED
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger("tidewright")
@@ -210,6 +210,8 @@ def _control_word(request: object) -> str:
 def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int, tokenizer: Tokenizer) -> list:
     """The tensors of one response, in the formats of Triton's vLLM backend: an element for each sequence."""
     pieces = chunk.pieces
+    if pieces[0].embedding is not None:
+        return _embedding_tensors(pieces[0], pieces[0].embedding, returns, num_input_tokens)
     token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
     tensors = [
         stub.text_tensor("text_output", [piece.text.encode() for piece in pieces]),
@@ -235,6 +237,15 @@ def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int,
         tensors.append(stub.text_tensor("prompt_logprobs", [msgspec.json.encode(of_prompt)]))
     if returns.num_cached_tokens and chunk.num_cached_tokens is not None:
         tensors.append(pb_utils.Tensor("num_cached_tokens", np.array([chunk.num_cached_tokens], dtype=np.uint32)))
+    return tensors
+
+
+def _embedding_tensors(piece: Piece, embedding: bytes, returns: OutputOptions, num_input_tokens: int) -> list:
+    tensors = [pb_utils.Tensor(EMBEDDING.name, np.frombuffer(embedding, "<f4").astype(np.float32))]
+    if returns.finish_reason:
+        tensors.append(stub.text_tensor("finish_reason", [str(piece.finish_reason).encode()]))
+    if returns.num_input_tokens:
+        tensors.append(pb_utils.Tensor("num_input_tokens", np.array([num_input_tokens], dtype=np.uint32)))
     return tensors
 
 

@@ -220,6 +220,46 @@ def test_a_limit_of_the_engine_makes_a_request_fit_its_cache(tokenizer: Tokenize
                 parse_request(inputs, "", tokenizer, engine)
 
 
+EMBED_ENGINE = replace(ENGINE, embedding_size=576)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"text_input": "a"}, "runs with --task embed and generates no text; send embed = true"),
+        ({"text_input": "a", "embed": False}, "runs with --task embed and generates no text"),
+        ({"embed": True}, "either text_input or input_ids"),
+        ({"text_input": "", "embed": True}, "empty"),
+        ({"input_ids": [1] * 257, "embed": True}, "more than the model's context of 256"),
+        ({"input_ids": [49152], "embed": True}, "from 0 to 49151"),
+        ({"text_input": "a", "embed": True, "stream": True}, "^stream: an embedding has no generated text"),
+        ({"text_input": "a", "embed": True, "resume_ids": [1]}, "^resume_ids: an embedding"),
+        (
+            {"text_input": "a", "embed": True, "sampling_parameters": {"max_tokens": 5, "n": 2}},
+            "^max_tokens, n: an embedding has no generated text; beside its prompt it takes priority, timeout",
+        ),
+    ],
+)
+def test_what_an_embed_server_refuses(tokenizer: Tokenizer, values: dict, message: str) -> None:
+    with pytest.raises(InvalidRequestError, match=message):
+        parse_request(tensors(**values), "", tokenizer, replace(EMBED_ENGINE, num_blocks=1000))
+
+
+def test_a_server_that_generates_refuses_embeddings(tokenizer: Tokenizer) -> None:
+    with pytest.raises(InvalidRequestError, match="embeddings need one that runs with --task embed"):
+        parse(tokenizer, text_input="a", embed=True)
+
+
+def test_an_embedding_request_may_fill_the_context(tokenizer: Tokenizer) -> None:
+    options = {"priority": 3, "timeout": 2, "cache_salt": "tenant", "max_tokens": 16}
+    engine = replace(EMBED_ENGINE, max_model_len=10)  # less than the default of max_tokens
+    inputs = tensors(input_ids=[1] * 10, embed=True, sampling_parameters=options)
+    request = parse_request(inputs, "", tokenizer, engine)
+    assert (request.prompt_token_ids, request.echo) == ([1] * 10, "")
+    assert (request.sampling.priority, request.sampling.timeout, request.sampling.cache_salt) == (3, 2.0, "tenant")
+    assert parse_request(tensors(text_input="Hello", embed=True), "", tokenizer, engine).prompt_token_ids
+
+
 def test_two_prompts_in_one_tensor_are_refused(tokenizer: Tokenizer) -> None:
     two = {"text_input": np.array([b"a", b"b"], dtype=np.object_)}
     with pytest.raises(InvalidRequestError, match="exactly one element"):

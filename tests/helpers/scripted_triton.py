@@ -32,7 +32,7 @@ class ScriptedTriton:
         self.broken: dict[str, Any] = {}
         """By what a question is about, as `of`: another answer than a good one."""
         self.running, self.asked_to_end, self.exit_code = True, False, None
-        self.settings = SimpleNamespace(heartbeat_timeout=2.0, start_timeout=5, shutdown_grace=0)
+        self.settings = SimpleNamespace(heartbeat_timeout=2.0, start_timeout=5, shutdown_grace=0, task="generate")
         self.models_with_engine = {"decoder", "fallback"}
         self.starts = 0
         self.start_errors: list[Exception] = []

@@ -53,10 +53,11 @@ class Generation:
         if response.outputs:
             self.responses.append({output.name: result.as_numpy(output.name) for output in response.outputs})
             self.outputs |= self.responses[-1]
-            delta = result.as_numpy("text_output")[0].decode()
-            self.chunks.append(delta)
-            self.text += delta
-            self.token_ids += result.as_numpy("output_ids").tolist()
+            if "text_output" in self.responses[-1]:
+                delta = result.as_numpy("text_output")[0].decode()
+                self.chunks.append(delta)
+                self.text += delta
+                self.token_ids += result.as_numpy("output_ids").tolist()
         self.ended += response.parameters["triton_final_response"].bool_param
 
 

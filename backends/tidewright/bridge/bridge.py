@@ -151,6 +151,7 @@ class Bridge:
             model=self._model_name,
             tokenizer=self._tokenizer.fingerprint,
             max_running=self._max_running,
+            embedding_size=self.engine.embedding_size if self.engine else 0,
         )
 
     @property

@@ -32,6 +32,7 @@ class Piece:
     logprobs: list[list[TokenLogprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0  # of the sequence so far
     stop_reason: str | int | None = None  # the stop string, or the one of stop_token_ids, that ended it
+    embedding: bytes | None = None  # of the prompt, instead of all of the above: little-endian float32
 
 
 @dataclass
@@ -117,6 +118,7 @@ class Part:
 
     def _take_tokens(self, output: SequenceOutput) -> None:
         piece = self.piece
+        piece.embedding = output.embedding
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         if output.token_ids and not self.num_tokens:

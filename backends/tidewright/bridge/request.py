@@ -14,7 +14,7 @@ import numpy as np
 from tidewright.engine.grammar import GrammarError, check_grammar
 from tidewright.engine.messages import Ready
 from tidewright.errors import InvalidRequestError
-from tidewright.schema import MAX_PARAMETERS_LENGTH, SamplingParams, TokenId
+from tidewright.schema import EMBED, MAX_PARAMETERS_LENGTH, SamplingParams, TokenId
 from tidewright.tokenization import InvalidPromptError, Tokenizer
 
 # vLLM's newer name of guided_…, as one object.
@@ -44,6 +44,11 @@ class GenerationRequest:
     returns: OutputOptions
     resume_ids: list[int] = field(default_factory=list)  # output that the caller has already
     bad_words_ids: list[list[int]] = field(default_factory=list)
+
+
+# What an embedding request may have beside its prompt; the rest is about generated text.
+_EMBEDDING_PARAMETERS = ("priority", "timeout", "cache_salt")
+_NOT_FOR_EMBEDDINGS = ("stream", "exclude_input_in_output", "return_logprobs", "return_cumulative_logprob")
 
 
 def decode_text(value: object, name: str) -> str:
@@ -237,7 +242,7 @@ def _token_ids(tensors: Mapping[str, np.ndarray], name: str, max_model_len: int)
     if ids is None:
         return []
     if ids.size > max_model_len:
-        raise InvalidRequestError(f"{name} has {ids.size} tokens; the model takes at most {max_model_len - 1}")
+        raise InvalidRequestError(f"{name} has {ids.size} tokens, more than the model's context of {max_model_len}")
     return list(ids.reshape(-1).tolist())
 
 
@@ -252,8 +257,13 @@ def check_prompt_length(prompt_token_ids: list[int], max_model_len: int) -> None
 
 def check_prompt(prompt_token_ids: list[int], resume_ids: list[int], sampling: SamplingParams, engine: Ready) -> None:
     """Length against the model's context and against the whole KV cache; ids against the vocabulary."""
-    check_prompt_length(prompt_token_ids + resume_ids, engine.max_model_len)
-    longest = min(len(prompt_token_ids) + sampling.max_tokens, engine.max_model_len)
+    if engine.embedding_size:
+        longest = len(prompt_token_ids)
+        if longest > engine.max_model_len:
+            raise InvalidRequestError(f"prompt has {longest} tokens; the model takes at most {engine.max_model_len}")
+    else:
+        check_prompt_length(prompt_token_ids + resume_ids, engine.max_model_len)
+        longest = min(len(prompt_token_ids) + sampling.max_tokens, engine.max_model_len)
     capacity = engine.num_blocks * engine.block_size
     if longest > capacity:
         raise InvalidRequestError(
@@ -265,6 +275,52 @@ def check_prompt(prompt_token_ids: list[int], resume_ids: list[int], sampling: S
             raise InvalidRequestError(
                 f"{name}: each must be from 0 to {engine.vocab_size - 1}, got {min(ids)} to {max(ids)}"
             )
+
+
+def _check_task(embeds: bool, engine: Ready) -> None:
+    """Raises InvalidRequestError: the server has another task than the request."""
+    if embeds and not engine.embedding_size:
+        raise InvalidRequestError("this server generates text; embeddings need one that runs with --task embed")
+    if engine.embedding_size and not embeds:
+        raise InvalidRequestError(
+            "this server runs with --task embed and generates no text; send embed = true for the prompt's embedding"
+        )
+
+
+def _check_embedding(tensors: Mapping[str, np.ndarray], sampling: SamplingParams) -> None:
+    """Raises InvalidRequestError: it asks for what only generated text has."""
+    names = [name for name in _NOT_FOR_EMBEDDINGS if single(tensors, name)]
+    names += ["resume_ids"] if "resume_ids" in tensors else []
+    defaults = SamplingParams()
+    names += [
+        name
+        for name in SamplingParams.__struct_fields__
+        if name not in _EMBEDDING_PARAMETERS and getattr(sampling, name) != getattr(defaults, name)
+    ]
+    if names:
+        raise InvalidRequestError(
+            f"{', '.join(names)}: an embedding has no generated text; beside its prompt it takes "
+            f"{', '.join(_EMBEDDING_PARAMETERS)}"
+        )
+
+
+def _prompt(
+    tensors: Mapping[str, np.ndarray], tokenizer: Tokenizer, max_model_len: int
+) -> tuple[str | None, list[int]]:
+    """The prompt's text, None if it was sent as ids, and its ids."""
+    text = single(tensors, "text_input")
+    if (text is None) == ("input_ids" not in tensors):
+        raise InvalidRequestError("send either text_input or input_ids" + (", not both" if text is not None else ""))
+    if text is None:
+        token_ids = _token_ids(tensors, "input_ids", max_model_len)
+        if not token_ids:
+            raise InvalidRequestError("input_ids is empty; send at least one token")
+        return None, token_ids
+    prompt = decode_text(text, "text_input")
+    try:
+        return prompt, tokenizer.encode(prompt, max_model_len)
+    except InvalidPromptError as error:
+        raise InvalidRequestError(str(error)) from None
 
 
 def parse_request(
@@ -280,6 +336,8 @@ def parse_request(
         value = single(tensors, name)
         return default if value is None else bool(value)
 
+    embeds = flag(EMBED.name)
+    _check_task(embeds, engine)
     stream = flag("stream")
     exclude_input = flag("exclude_input_in_output", default=stream)
     if stream and not exclude_input:
@@ -299,7 +357,10 @@ def parse_request(
     resume_ids = _token_ids(tensors, "resume_ids", engine.max_model_len)
     if engine.max_output_tokens:
         sampling = with_max_tokens(sampling, min(len(resume_ids) + engine.max_output_tokens, engine.max_model_len))
-    check_sampling(sampling, engine)
+    if embeds:
+        _check_embedding(tensors, sampling)
+    else:
+        check_sampling(sampling, engine)
     if resume_ids:
         sampling = _to_resume(sampling, resume_ids)
         returns = replace(returns, num_cached_tokens=False)
@@ -313,22 +374,10 @@ def parse_request(
     bad_words_ids = tokenize_bad_words(sampling.bad_words, tokenizer)
     _check_bad_words(sampling, bad_words_ids)
 
-    text = single(tensors, "text_input")
-    if (text is None) == ("input_ids" not in tensors):
-        raise InvalidRequestError("send either text_input or input_ids" + (", not both" if text is not None else ""))
-    if text is not None:
-        prompt = decode_text(text, "text_input")
-        try:
-            prompt_token_ids = tokenizer.encode(prompt, engine.max_model_len)
-        except InvalidPromptError as error:
-            raise InvalidRequestError(str(error)) from None
-    else:
-        prompt_token_ids = _token_ids(tensors, "input_ids", engine.max_model_len)
-        if not prompt_token_ids:
-            raise InvalidRequestError("input_ids is empty; send at least one token")
+    text, prompt_token_ids = _prompt(tensors, tokenizer, engine.max_model_len)
     check_prompt(prompt_token_ids, resume_ids, sampling, engine)
-    if exclude_input or resume_ids:  # what is between the prompt and this output is not sent again either
-        prompt = ""
-    elif text is None:
-        prompt = tokenizer.prompt_text(prompt_token_ids)
-    return GenerationRequest(prompt_token_ids, prompt, stream, sampling, returns, resume_ids, bad_words_ids)
+    if embeds or exclude_input or resume_ids:  # what is between prompt and this output is not sent again either
+        echo = ""
+    else:
+        echo = tokenizer.prompt_text(prompt_token_ids) if text is None else text
+    return GenerationRequest(prompt_token_ids, echo, stream, sampling, returns, resume_ids, bad_words_ids)

@@ -25,7 +25,7 @@ from tidewright.launch.control import (
 )
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.server import TritonServer
-from tidewright.schema import DRAINING, STUCK, DecoderStatus
+from tidewright.schema import DRAINING, EMBED, STUCK, DecoderStatus
 
 PROBE_INTERVAL = 1.0  # seconds
 PROBE_PATIENCE = 10.0  # seconds without an answer; then a closer look
@@ -49,7 +49,8 @@ _ANSWERS = {
         r'^tidewright_fallback_requests_finished_total\{reason="(?:stop|length)"\} (\S+)', re.MULTILINE
     ),
 }
-_ONE_TOKEN = {"max_tokens": 1, "temperature": 0, "ignore_eos": True, "priority": -(2**31)}  # ahead of all that waits
+_FIRST = {"priority": -(2**31)}  # ahead of all that waits
+_ONE_TOKEN = {**_FIRST, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
 
 
 class HopelessError(LaunchError):
@@ -210,8 +211,9 @@ class ModelWatch:
 
     def _generate(self, patience: float) -> Waiting[str]:
         """What is wrong if no answer comes. That the server is full, or the time over, is one."""
-        sampling = {**_ONE_TOKEN, "timeout": patience / 2}
-        body = {"input_ids": [0], "sampling_parameters": json.dumps(sampling)}
+        embeds = self._server.settings.task == "embed" and self._model == "decoder"
+        sampling = {**(_FIRST if embeds else _ONE_TOKEN), "timeout": patience / 2}
+        body = {"input_ids": [0], "sampling_parameters": json.dumps(sampling), **({EMBED.name: True} if embeds else {})}
         try:
             yield from ask(f"{self._url}/generate", body, patience)
         except DeadStubError:

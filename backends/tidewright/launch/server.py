@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -26,6 +26,7 @@ from tidewright.launch.control import Question, UnreachableError, control, post
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.leftovers import Leftovers, remove_those_of_the_dead
 from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
+from tidewright.schema import EMBED, EMBEDDING
 
 IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figure lags by up to 0.25 s
 ANSWER_TIME = 0.5  # seconds after the grace time in which the bridge ends what is left
@@ -57,7 +58,7 @@ class TritonServer(ChildProcess):
         self.settings = settings.model_copy(update={"model": str(model_dir)})
         self.log_tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self.ready = False
-        """It has generated a token."""
+        """It has generated a token, or computed an embedding."""
         self.asked_to_end = False
         self._pump: threading.Thread | None = None
         self._leftovers: Leftovers | None = None
@@ -105,23 +106,27 @@ class TritonServer(ChildProcess):
         self._pump.start()
 
     def wait_ready(self) -> None:
-        """Wait until a real one-token generation through the whole chain has succeeded.
+        """Wait until a real one-token generation, or an embedding, through the whole chain has succeeded.
 
         Raises:
             ServerStartError: Triton ended, or the model can't be loaded, or start_timeout passed.
         """
-        url = f"{self.http_url}/v2/models/generate/generate"
-        body = {"text_input": "Hello", "max_tokens": 1, "temperature": 0.0}
+        embeds = self.settings.task == "embed"
+        url = f"{self.http_url}/v2/models/{'decoder' if embeds else 'generate'}/generate"
+        body: dict[str, Any] = {"text_input": "Hello"}
+        body |= {EMBED.name: True} if embeds else {"max_tokens": 1, "temperature": 0.0}
         deadline = time.monotonic() + self.settings.start_timeout + 10
         while time.monotonic() < deadline:
             if not self.running:
                 raise ServerStartError(self._why_it_ended())
             with contextlib.suppress(LaunchError):
-                if json.loads(post(url, body, self.settings.start_timeout)).get("served_by") == "decoder":
+                answer = json.loads(post(url, body, self.settings.start_timeout))
+                if EMBEDDING.name in answer or answer.get("served_by") == "decoder":
                     self.ready = True
                     return
             time.sleep(0.05)
-        raise ServerStartError(f"no token was generated within {self.settings.start_timeout:g} s (start_timeout)")
+        what = "embedding was computed" if embeds else "token was generated"
+        raise ServerStartError(f"no {what} within {self.settings.start_timeout:g} s (start_timeout)")
 
     def drain(self) -> None:
         """Ask Triton to end: it takes no new requests, running ones may finish, and get an answer if they can't."""
