@@ -114,6 +114,8 @@ class RequestContext:
                 "served_by": self.served_by if self.models else None,
                 "replicas": [address for generation in self.generations for address in generation.served_by],
             }
+            if self.generations[0].embeds:  # there may be thousands
+                found["replicas"] = sorted(set(found["replicas"]))
         if self.limited_by:
             found["limited_by"] = self.limited_by
         if self.error:

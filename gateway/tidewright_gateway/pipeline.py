@@ -24,6 +24,7 @@ from tidewright.resilience.errors import ModelError
 from tidewright.schema import SamplingParams
 from tidewright_gateway.admission.ladder import LoadLadder
 from tidewright_gateway.admission.limits import Estimates, Limiter, subjects_of
+from tidewright_gateway.admission.limits.store import Subject
 from tidewright_gateway.admission.queue import Queue
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.auth.callers import Caller, Role, salt_of
@@ -42,6 +43,7 @@ B = TypeVar("B", bound=Body)
 G = TypeVar("G", bound=GenerationBody)
 
 LOWEST_PRIORITY = 1000  # bound of the priority in a request
+EMBEDDED_AT_ONCE = 64  # prompts of one request, at most
 REVOKED_INTERVAL = 0.5  # seconds between two checks of the keys of running requests
 
 
@@ -81,6 +83,7 @@ class Pipeline:
             ApiError: it can't be done as asked.
         """
         async with self.enter(context, kind, body) as given:  # who, reserve a request, validate … settle
+            self.check_task(embeds=False)
             request = await translate(context, given)
             sampling = self._sampling(context, request)
             prompts = await self._tokenize(context, request)
@@ -124,6 +127,17 @@ class Pipeline:
         if name is not None and name != served:
             message = f"there is no model {name!r} here; this gateway serves {served!r}"
             raise ApiError(404, message, code="model_not_found", param="model")
+
+    def check_task(self, embeds: bool) -> None:
+        """Raises ApiError: the replicas have another task (`tidewright serve --task`)."""
+        tasks = {bool(size) for size in self._failover.embedding_sizes}
+        if not tasks or embeds in tasks:
+            return
+        if embeds:
+            message = "this server generates text; embeddings need one that runs with: tidewright serve --task embed"
+        else:
+            message = "this server computes embeddings (serve --task embed); use /v1/embeddings or /v1/score"
+        raise ApiError(404, message, code="unsupported")
 
     async def end_revoked(self) -> None:
         """Runs for ever: ends running requests whose key was revoked or has expired."""
@@ -219,6 +233,10 @@ class Pipeline:
             probable = answers * self._estimates.of(context.caller)
             cost = max(min(probable, most, min(limits) - context.num_prompt_tokens), 1)
             context.growth = max(cost // 2, 1) if cost < most else 0
+        await self._extend(context, subjects, cost)
+
+    async def _extend(self, context: RequestContext, subjects: Sequence[Subject], cost: int) -> None:
+        """Reserves the tokens of its prompts, and `cost` for its answers."""
         try:
             await self._limiter.extend(context.reservation, subjects, context.num_prompt_tokens + cost)
         except ApiError:
@@ -320,6 +338,45 @@ class Pipeline:
                     yield reply
         finally:
             place.leave()
+
+    async def embed(
+        self, context: RequestContext, prompts: Sequence[list[int]], user: str | None, priority: int
+    ) -> list[bytes]:
+        """Embeddings of the prompts, in their order, as little-endian float32. Cancelling it ends them.
+
+        Raises:
+            ApiError: the limits or the load don't allow it.
+            ModelError: one of them failed; the others are cancelled.
+        """
+        caller, settings = context.caller, self._settings
+        self._ladder.treatment(1, is_guided=True)  # it is refused or whole
+        context.num_prompt_tokens = sum(map(len, prompts))
+        await self._extend(context, subjects_of(caller, user, settings), 0)
+        sampling = SamplingParams(priority=_priority(caller, priority), cache_salt=salt_of(caller, user, None))
+        deadline, metadata = Deadline.after(settings.request_timeout, context.arrived_at), context.trace.metadata
+        context.generations = [
+            Generation(f"{context.request_id}-{index}", prompt, sampling, deadline, embeds=True, metadata=metadata)
+            for index, prompt in enumerate(prompts)
+        ]
+        found, pending = [b""] * len(prompts), enumerate(context.generations)
+
+        async def work() -> None:
+            for index, generation in pending:
+                async with aclosing(self._generate(context, generation)) as replies:
+                    async for reply in replies:
+                        self._note(context, index, reply)
+                        found[index] = reply.embedding or b""
+
+        # No more than are computed at once, so that a long list alone does not fill the queue.
+        width = max(min(len(prompts), EMBEDDED_AT_ONCE, self._queue.capacity), 1)
+        jobs = [asyncio.create_task(work()) for _ in range(width)]
+        try:
+            await asyncio.gather(*jobs)
+        finally:
+            for job in jobs:
+                job.cancel()
+            await asyncio.gather(*jobs, return_exceptions=True)
+        return found
 
     async def _is_over(self, context: RequestContext, reply: Reply) -> bool:
         """Whether the caller's limits allow nothing after this reply."""

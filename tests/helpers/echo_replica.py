@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import msgspec
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tidewright.bench.machine import free_ports
-from tidewright.schema import CONTROL, INPUT_IDS, DecoderStatus, SamplingParams
+from tidewright.schema import CONTROL, EMBED, INPUT_IDS, DecoderStatus, SamplingParams
 
 TOKEN = 11  # the id of each of its tokens
 
@@ -84,8 +84,18 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
                 yield _response("decoder", text_output=_text(msgspec.json.encode(self.status)))
             elif error := self.errors.get(request.model_name):
                 yield service_pb2.ModelStreamInferResponse(error_message=error)
+            elif EMBED.name in inputs:
+                yield self._embed(request.model_name, inputs)
             else:
                 yield from self._generate(request.model_name, inputs, context)
+
+    def _embed(self, model: str, inputs: dict[str, bytes]) -> service_pb2.ModelStreamInferResponse:
+        sampling = msgspec.json.decode(inputs["sampling_parameters"][4:], type=SamplingParams)
+        ids = struct.unpack(f"<{len(inputs[INPUT_IDS.name]) // 4}i", inputs[INPUT_IDS.name])
+        self.requests.append((len(ids), sampling))
+        self.go_on.wait(60)
+        time.sleep(self.pause)
+        return _response(model, embedding=struct.pack("<4f", *embedding_of(ids)))
 
     def _generate(
         self, model: str, inputs: dict[str, bytes], context: grpc.ServicerContext
@@ -115,6 +125,11 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
         with self._changed:
             self._running += change
             self._changed.notify_all()
+
+
+def embedding_of(ids: Sequence[int]) -> tuple[float, float, float, float]:
+    """What an EchoReplica gives; its status must have an `embedding_size`."""
+    return (3.0, 4.0, float(len(ids)), float(ids[0]))
 
 
 def _response(model: str, **outputs: bytes) -> service_pb2.ModelStreamInferResponse:

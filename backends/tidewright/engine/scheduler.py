@@ -376,7 +376,7 @@ class Scheduler:
             sequence.request_id,
             [],
             "stop",
-            cached_tokens=sequence.cached_tokens,
+            cached_tokens=sequence.cached_tokens or 0,
             embedding=computed.embedding,
         )
 

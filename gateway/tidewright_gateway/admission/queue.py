@@ -41,6 +41,11 @@ class Queue:
         self._waiting: dict[int, dict[str, deque[_Waiter]]] = {}  # by priority (lower first), then caller; none empty
 
     @property
+    def capacity(self) -> int:
+        """Current number of places."""
+        return self._capacity()
+
+    @property
     def num_running(self) -> int:
         return self._running.total()
 

@@ -21,6 +21,8 @@ _ROLES = tuple(role for kind in _MESSAGES for role in get_args(kind.model_fields
 _TYPES = ("str", "int", "float", "bool")
 _LISTS_OF_PARTS = ("messages", "input")
 _MAX_SHOWN = 64  # characters of a value in an error
+MAX_INPUTS = 2048  # texts to embed in one request, as OpenAI has it
+_INPUTS = ("input", "text_1", "text_2")
 
 
 def parse(kind: type[B], body: bytes, longest: int, max_prompts: int = 4096, policy: FieldPolicy | None = None) -> B:
@@ -62,14 +64,18 @@ def _check_lengths(data: dict[str, Any], longest: int, max_prompts: int) -> None
         if not isinstance(value, list):
             continue
         sizes = [len(value)]
-        if name == "prompt":
+        if name in _INPUTS and value and isinstance(value[0], list | str):
+            if len(value) > MAX_INPUTS:
+                raise invalid(f"{name} has {len(value)} texts, more than {MAX_INPUTS}", name, "too_many_items")
+            sizes = [len(item) for item in value if isinstance(item, list)]
+        elif name == "prompt":
             if len(value) > max_prompts and isinstance(value[0], list | str):
                 raise invalid(f"{len(value)} prompts are more than {max_prompts} (max_choices)", name)
             sizes += [len(item) for item in value[:longest] if isinstance(item, list)]
         elif name in _LISTS_OF_PARTS:
             parts = [item["content"] for item in value[:longest] if isinstance(item, dict) and "content" in item]
             sizes.append(sum(len(part) for part in parts if isinstance(part, list)))
-        if max(sizes) > longest:
+        if max(sizes, default=0) > longest:
             message = f"This model's maximum context length is {longest} tokens; {name} has {max(sizes)} items"
             raise invalid(message, name, "context_length_exceeded")
 

@@ -49,11 +49,13 @@ class Prompts:
             text = _up_to_last(text, turns[-1]["content"].rstrip() if turns else "")
         return ChatPrompt(self.tokenizer.encode_rendered(text, limit), text[-_END:])
 
-    async def of_text(self, prompt: str | list[int], limit: int, *, add_special_tokens: bool = True) -> list[int]:
+    async def of_text(
+        self, prompt: str | list[int], limit: int, param: str = "prompt", *, add_special_tokens: bool = True
+    ) -> list[int]:
         if isinstance(prompt, str):
             encode = partial(self.tokenizer.encode, prompt, limit, add_special_tokens=add_special_tokens)
-            return await self._run(encode, len(prompt), limit, "prompt")
-        self.check_ids(prompt, "prompt")
+            return await self._run(encode, len(prompt), limit, param)
+        self.check_ids(prompt, param)
         return prompt
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:

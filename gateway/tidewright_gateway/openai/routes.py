@@ -13,7 +13,8 @@ from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.middleware import ClientGoneError
 from tidewright_gateway.openai.api import ChatApi, CompletionApi
-from tidewright_gateway.openai.errors import ApiError, invalid
+from tidewright_gateway.openai.embeddings import Computed, EmbeddingRequest, Embeddings, ScoreRequest
+from tidewright_gateway.openai.errors import invalid
 from tidewright_gateway.openai.exchange import Exchange
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import (
@@ -30,6 +31,8 @@ _REFERENCE = "#/components/schemas/{model}"
 _BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
+    "/v1/embeddings": EmbeddingRequest,
+    "/v1/score": ScoreRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
@@ -51,6 +54,18 @@ def make_pipeline_router(
     async def completions(request: Request) -> Response:
         """Continues a prompt, or each of several; a prompt is text or token ids."""
         return Exchange(pipeline, CompletionApi(prompts), await _body(request), keep_alive)
+
+    embeddings = Embeddings(pipeline, failover, prompts, settings.model_name)
+
+    @router.post("/v1/embeddings")
+    async def embed(request: Request) -> Response:
+        """Embeds texts, one vector each; needs a server with `--task embed`."""
+        return Computed(embeddings.embed, await _body(request))
+
+    @router.post("/v1/score")
+    async def score(request: Request) -> Response:
+        """Cosine similarities of the embeddings of texts; needs a server with `--task embed`."""
+        return Computed(embeddings.score, await _body(request))
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
@@ -79,11 +94,6 @@ def make_pipeline_router(
 def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: Pipeline, created: int) -> APIRouter:
     """`created`: when the model was prepared, in seconds since 1970."""
     router = APIRouter()
-
-    @router.post("/v1/embeddings")
-    async def embeddings() -> Response:
-        """Not supported: this server generates text."""
-        raise ApiError(404, "this server generates text; it has no embeddings", code="unsupported")
 
     def described() -> dict[str, Any]:
         return {

@@ -49,6 +49,8 @@ class Generation:
     logprobs: bool = False
     metadata: tuple[tuple[str, str], ...] = ()
     """gRPC metadata of its calls."""
+    embeds: bool = False
+    """Its output is the prompt's embedding, in one reply."""
     delivered: list[int] = field(default_factory=list)
     """Tokens already forwarded."""
     served_by: list[str] = field(default_factory=list)
@@ -109,6 +111,11 @@ class Failover:
         """Ends it gently. Raises ModelError: it did not accept that."""
         await self._set.drain(replica)
 
+    @property
+    def embedding_sizes(self) -> set[int]:
+        """Of the replicas known: numbers in an embedding, 0 for one that generates text."""
+        return self._set.embedding_sizes
+
     def snapshot(self) -> list[dict[str, Any]]:
         """Each replica for people; times in seconds."""
         return self._set.snapshot()
@@ -150,7 +157,7 @@ class Failover:
         if permit is None:
             return
         replica.showed_life(now)
-        if reply.token_ids and attempt.num_tokens == len(reply.token_ids):
+        if reply.embedding or (reply.token_ids and attempt.num_tokens == len(reply.token_ids)):
             self._set.generated(replica, now)
         # A probe reports at its first token: until then, the breaker lets nothing else through.
         if not permit.reported and (permit.is_probe or reply.finish_reason):
@@ -236,7 +243,7 @@ class Failover:
         now = began = time.monotonic()
         until = min(now + self._settings.wait_for_replica, generation.deadline.at)
         avoid = generation.served_by[-1] if generation.served_by else ""
-        while not (chosen := self._set.choose(generation.prompt, avoid, now)):
+        while not (chosen := self._set.choose(generation.prompt, avoid, now, generation.embeds)):
             waited_enough = now >= until or now - began >= self._settings.patience
             if waited_enough and self._fallback_for(generation, course):
                 course.cause = course.cause or _nobody()
@@ -260,6 +267,8 @@ class Failover:
 
     def _fallback_for(self, generation: Generation, course: _Course) -> Replica | None:
         asked = course.asked_fallbacks
+        if generation.embeds:
+            return None
         if len(asked) >= MAX_FALLBACKS or not fallback_can_go_on(generation.sampling, bool(generation.delivered)):
             return None
         return self._set.choose_fallback(len(generation.prompt) + len(generation.delivered), asked)
@@ -285,7 +294,8 @@ class Failover:
             list(generation.delivered),
             generation.logprobs,
             generation.metadata,
-            details=True,
+            details=not generation.embeds,
+            embeds=generation.embeds,
         )
         generation.served_by.append(replica.address)
         generation.model = model

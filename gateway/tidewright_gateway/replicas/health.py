@@ -27,6 +27,7 @@ STATUS_TIMEOUT = 2.0  # seconds; longer than Triton takes to say that a stub is 
 JITTER = 0.25  # of the interval between two generation probes, so that several gateways do not probe in step
 # It runs before everything queued: the probe is not about the queue.
 _ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, priority=-(2**31))
+_EMBEDDING = SamplingParams(priority=-(2**31))
 _PROMPT = [0]  # a token id that every vocabulary has
 
 
@@ -149,14 +150,15 @@ class GenerationProbes:
         self._probed(replica)
 
     async def _generate(self, replica: Replica) -> ModelError | None:
-        """The error of a probe; None if it got a token."""
-        request = CallRequest(f"probe-{next(self._numbers)}", _PROMPT, msgspec.json.encode(_ONE_TOKEN))
+        """The error of a probe; None if it got a token, or an embedding."""
+        sampling = msgspec.json.encode(_EMBEDDING if replica.embeds else _ONE_TOKEN)
+        request = CallRequest(f"probe-{next(self._numbers)}", _PROMPT, sampling, embeds=replica.embeds)
         call = replica.client.generate("decoder", request)
         limit = self._settings.generation_probe_timeout
         too_late = ModelError(f"no token within {limit:g} s", Outcome.FIRST_TOKEN_TIMEOUT)
         timer = asyncio.get_running_loop().call_later(limit, call.abandon, too_late)
         try:
-            while not (reply := await call.read()).token_ids:
+            while not ((reply := await call.read()).token_ids or reply.embedding):
                 if reply.finish_reason:
                     return ModelError("the stream ended without a token", Outcome.ENGINE_FAILED)
             return None

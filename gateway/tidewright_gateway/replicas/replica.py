@@ -95,6 +95,8 @@ class Replica:
     """When the pending status request was sent."""
     unanswered: float = 0.0
     """Seconds of that in which this process was listening and received no tokens either."""
+    embedding_size: int | None = None
+    """By its last status: numbers in an embedding, 0 if it generates text. None before the first one."""
     fallback: DecoderStatus | None = None
     """The last status of its fallback; None if it has none that can be used."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not checked yet", Outcome.UNAVAILABLE))
@@ -131,6 +133,11 @@ class Replica:
         return cls(endpoint.address, client, CircuitBreaker(breaker), endpoint.weight)
 
     @property
+    def embeds(self) -> bool:
+        """It computes embeddings, and generates no text."""
+        return bool(self.embedding_size)
+
+    @property
     def is_up(self) -> bool:
         """Its status allows requests."""
         is_well = self.trouble is None and self.suspicion is None
@@ -160,6 +167,7 @@ class Replica:
     def heard(self, status: DecoderStatus, patience: float, now: float) -> None:
         """Takes a status. `patience`: maximum silence of its engine, in seconds."""
         self.status, self.heard_at, self.trouble, self.suspicion = status, now, None, None
+        self.embedding_size = status.embedding_size
         self.lived_at = max(self.lived_at, now - status.silence)
         # The figure may or may not include what began or ended since the status request.
         self.others = max(status.active - max(len(self.attempts), self.in_flight_when_asked), 0)

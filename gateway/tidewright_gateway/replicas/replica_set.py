@@ -111,6 +111,12 @@ class ReplicaSet:
         lengths = [replica.status.max_model_len for replica in self.replicas if replica.status and not replica.leaving]
         return min(lengths, default=limit)
 
+    @property
+    def embedding_sizes(self) -> set[int]:
+        """Of all replicas that have ever answered; 0 is one that generates text."""
+        sizes = (replica.embedding_size for replica in self.replicas if not replica.leaving)
+        return {size for size in sizes if size is not None}
+
     def snapshot(self) -> list[dict[str, Any]]:
         """Each replica for people; times in seconds."""
         now = time.monotonic()
@@ -127,9 +133,14 @@ class ReplicaSet:
             in_flight=sum(replica.in_flight for replica in self.replicas),
         )
 
-    def choose(self, prompt: Sequence[int], avoid: str, now: float) -> tuple[Replica, Permit] | None:
-        """Selects a replica and acquires its breaker's permit; avoids `avoid` if there is another. None: no replica."""
-        able = self.usable
+    def choose(
+        self, prompt: Sequence[int], avoid: str, now: float, embeds: bool = False
+    ) -> tuple[Replica, Permit] | None:
+        """Selects a replica and acquires its breaker's permit; avoids `avoid` if there is another. None: no replica.
+
+        `embeds`: one that computes embeddings instead of one that generates.
+        """
+        able = [replica for replica in self.usable if replica.embeds == embeds]
         able = [replica for replica in able if replica.address != avoid] or able
         refused: Replica | None = None
         while able:
@@ -158,7 +169,8 @@ class ReplicaSet:
 
     def _elsewhere(self, replica: Replica) -> bool:
         """Whether another replica can take over."""
-        return any(other.takes_requests for other in self.replicas if other is not replica)
+        others = (other for other in self.replicas if other is not replica and other.embeds == replica.embeds)
+        return any(other.takes_requests for other in others)
 
     def generated(self, replica: Replica, now: float) -> None:
         """A request there got its first token."""

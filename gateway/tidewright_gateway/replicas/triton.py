@@ -21,7 +21,7 @@ from tritonclient.grpc import service_pb2
 
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright.schema import CONTROL, INPUT_IDS, RESUME_IDS
+from tidewright.schema import CONTROL, EMBED, EMBEDDING, INPUT_IDS, RESUME_IDS
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class CallRequest:
     """gRPC metadata; Triton reads the trace context from it."""
     details: bool = False
     """Asks for stop_reason and num_cached_tokens."""
+    embeds: bool = False
+    """Asks for the prompt's embedding instead of text."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Reply:
     """In the last reply: the stop string or the one of stop_token_ids that ended the text."""
     num_cached_tokens: int | None = None
     """With the first tokens: prompt tokens that the prefix cache had."""
+    embedding: bytes | None = None
+    """Of the prompt, instead of text: little-endian float32."""
 
 
 class TritonClient:
@@ -246,7 +250,8 @@ def make_request(model: str, request: CallRequest) -> service_pb2.ModelInferRequ
     message = service_pb2.ModelInferRequest(model_name=model, id=request.request_id)
     _add_ids(message, INPUT_IDS.name, request.prompt)
     _add(message, "sampling_parameters", "BYTES", 1, _bytes_element(request.sampling))
-    for flag in ("stream", "exclude_input_in_output", "return_finish_reason"):
+    flags = (EMBED.name,) if request.embeds else ("stream", "exclude_input_in_output", "return_finish_reason")
+    for flag in flags:
         _add(message, flag, "BOOL", 1, b"\1")
     if request.logprobs:
         _add(message, "return_logprobs", "BOOL", 1, b"\1")
@@ -277,6 +282,8 @@ def _outputs(response: service_pb2.ModelInferResponse) -> dict[str, bytes]:
 
 def _reply(response: service_pb2.ModelInferResponse) -> Reply:
     outputs = _outputs(response)
+    if embedding := outputs.get(EMBEDDING.name):
+        return Reply("", [], "stop", None, response.model_name, embedding=embedding)
     ids, reason = outputs["output_ids"], outputs["finish_reason"]
     text, token_ids = outputs["text_output"][4:].decode(), memoryview(ids).cast("i").tolist()
     logprobs = outputs.get("logprobs")
