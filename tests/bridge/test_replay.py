@@ -33,6 +33,20 @@ def test_the_next_engine_goes_on_after_the_last_token(world: World) -> None:
     assert caller.ends == 1
 
 
+def test_an_embedding_is_computed_anew_and_sent_once(world: World) -> None:
+    caller = world.submit()
+    world.engine.submitted()
+    world.engine.dies()
+    world.engine.comes_up()
+    (again,) = world.engine.submitted()
+    world.engine.says(SequenceOutput(again.request_id, [], "stop", embedding=b"1234"))
+    world.engine.says(SequenceOutput(again.request_id, [], "stop", embedding=b"5678"))
+    (piece,) = caller.end()
+    assert (piece.embedding, piece.finish_reason) == (b"1234", "stop")
+    world.wait_idle()
+    assert (len(caller.chunks), caller.ends) == (1, 1)
+
+
 def test_prompt_logprobs_are_asked_for_again_until_they_came(world: World) -> None:
     world.submit(prompt_logprobs=0)
     world.engine.submitted()

@@ -148,6 +148,16 @@ def test_one_gateway_serves_both_if_it_has_both(model_dir: Path, replica: EchoRe
             assert both.post("/v1/completions", {"prompt": "Hi", "max_tokens": 1}).status_code == 200
 
 
+def test_another_replica_takes_over(model_dir: Path, replica: EchoReplica) -> None:
+    with EchoReplica(max_model_len=CONTEXT) as broken:
+        broken.status = replica.status
+        broken.errors["decoder"] = "the engine died [engine_failed]"
+        with RunningGateway(model_dir, broken, replica, routing="round_robin", retry_base_delay=0.01) as both:
+            answer = embed(both, [[number + 1] for number in range(20)])
+            assert both.metric("attempt_failures_total") > 0
+    assert [entry["embedding"][3] for entry in answer.json()["data"]] == [number + 1.0 for number in range(20)]
+
+
 def test_scores_are_cosines(gateway: RunningGateway, tokenizer: Tokenizer) -> None:
     def cosine(one: str, other: str) -> float:
         a, b = embedding_of(tokenizer.encode(one)), embedding_of(tokenizer.encode(other))

@@ -67,13 +67,13 @@ class ScriptedTriton:
 
 
 def of(path: str, body: dict[str, Any]) -> str:
-    """`health decoder`, `token decoder`, `load decoder`, `infer tokenizer`, `live`, `metrics`."""
+    """`health decoder`, `token decoder`, `embedding decoder`, `load decoder`, `infer tokenizer`, `live`, `metrics`."""
     parts = path.strip("/").split("/")
     if parts[-1] in ("live", "metrics"):
         return parts[-1]
     model = parts[parts.index("models") + 1]
     if parts[-1] == "generate":
-        return f"{body.get('control', 'token')} {model}"
+        return f"{body.get('control', 'embedding' if body.get('embed') else 'token')} {model}"
     return f"{parts[-1]} {model}"
 
 

@@ -79,6 +79,16 @@ def test_one_that_is_well_is_asked_and_asked_for_tokens_and_nothing_is_said(worl
     assert world.said == []
 
 
+def test_one_that_embeds_is_asked_for_an_embedding(triton: ScriptedTriton) -> None:
+    triton.settings.task = "embed"
+    world = World(triton)
+    world.asks("embedding decoder")
+    world.asks("token failsafe")
+    assert not triton.count("token decoder")
+    assert world.said == []
+    world.stop()
+
+
 def test_who_answers_others_is_not_asked_for_a_token(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     answer, served = world.triton.answer, iter(range(10**6))
 

@@ -115,15 +115,18 @@ def _run(settings: Settings, console: Console) -> int:
 
 def _print_welcome(console: Console, server: TritonServer, gateway: GatewayProcess | None, seconds: float) -> None:
     settings, url = server.settings, server.http_url
-    talk = ""
-    if gateway:
+    embeds, talk = settings.task == "embed", ""
+    if gateway and embeds:
+        body = f'{{"model": "{gateway.model_name}", "input": "Hello"}}'
+        talk = f"  curl {gateway.url}/v1/embeddings -H 'Content-Type: application/json' -d '{body}'\n"
+    elif gateway:
         body = f'{{"model": "{gateway.model_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         talk = f"  curl {gateway.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
     console.print(f"[green]Ready[/] after {seconds:.1f} s: {settings.model}", highlight=False)
     console.print(
         (
             f"  gateway {gateway.url}/v1 (OpenAI's API, model {gateway.model_name}); to read: {gateway.url}/docs\n"
-            f"  chat    {gateway.url}/\n"
+            + ("" if embeds else f"  chat    {gateway.url}/\n")
             if gateway
             else ""
         )
@@ -131,12 +134,18 @@ def _print_welcome(console: Console, server: TritonServer, gateway: GatewayProce
         f"  gRPC    {settings.host}:{settings.grpc_port}\n"
         f"  metrics http://{settings.host}:{settings.metrics_port}/metrics\n"
         "Try:\n"
-        f"{talk}"
-        f"  curl -N {url}/v2/models/decoder/generate_stream -d "
-        """'{"text_input": "The sea is", "stream": true, "max_tokens": 32}'\n"""
-        f"  tidewright chat{'' if url == DEFAULT_URL else f' --url {url}'}\n"
-        "Ctrl-C stops.",
+        f"{talk}{_examples(url, embeds)}Ctrl-C stops.",
         highlight=False,
         soft_wrap=True,
         markup=False,
+    )
+
+
+def _examples(url: str, embeds: bool) -> str:
+    if embeds:
+        return f"  curl {url}/v2/models/decoder/generate -d " + """'{"text_input": "Hello", "embed": true}'\n"""
+    return (
+        f"  curl -N {url}/v2/models/decoder/generate_stream -d "
+        """'{"text_input": "The sea is", "stream": true, "max_tokens": 32}'\n"""
+        f"  tidewright chat{'' if url == DEFAULT_URL else f' --url {url}'}\n"
     )

@@ -106,7 +106,7 @@ class TritonServer(ChildProcess):
         self._pump.start()
 
     def wait_ready(self) -> None:
-        """Wait until a real one-token generation, or an embedding, through the whole chain has succeeded.
+        """Wait until a real one-token generation, or an embedding through the whole chain has succeeded.
 
         Raises:
             ServerStartError: Triton ended, or the model can't be loaded, or start_timeout passed.
