@@ -256,12 +256,10 @@ def test_others_are_served_beside_a_long_list(gateway: RunningGateway, replica: 
     try:
         thread.start()
         time.sleep(0.2)
-        began = time.monotonic()
         assert embed(gateway, "Hello").status_code == 200
-        took = time.monotonic() - began
+        assert not answers  # the list takes a second or more
         thread.join(60)
     finally:
         replica.pause = 0.0
     assert answers[0].status_code == 200
-    assert took < 1
     assert json.loads(answers[0].content)["usage"]["prompt_tokens"] == 1000

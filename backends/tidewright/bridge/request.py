@@ -48,7 +48,13 @@ class GenerationRequest:
 
 # What an embedding request may have beside its prompt; the rest is about generated text.
 _EMBEDDING_PARAMETERS = ("priority", "timeout", "cache_salt")
-_NOT_FOR_EMBEDDINGS = ("stream", "exclude_input_in_output", "return_logprobs", "return_cumulative_logprob")
+_NOT_FOR_EMBEDDINGS = (
+    "stream",
+    "exclude_input_in_output",
+    "return_num_output_tokens",
+    "return_logprobs",
+    "return_cumulative_logprob",
+)
 
 
 def decode_text(value: object, name: str) -> str:
