@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from helpers import needs
@@ -16,6 +17,11 @@ from helpers.triton import RunningServer
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.launch.server import TritonServer
 from tidewright.tokenization import Tokenizer
+
+
+# How long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_configure(config: pytest.Config) -> None:

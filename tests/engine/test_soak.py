@@ -116,5 +116,6 @@ def test_ten_thousand_requests_with_cancels(model: Path) -> None:
         assert min(stats.preemptions, stats.prefix_hits, stats.prefix_evictions, stats.tokens_accepted) > 100
         assert all(ends[request_id] == 1 for request_id in range(REQUESTS) if request_id not in aborted)
         assert len(aborted) > REQUESTS / 100
-        assert late[1:] == early[1:]
+        assert late[1] <= early[1]
+        assert late[2] <= early[2]
         assert late[0] < early[0] + 16

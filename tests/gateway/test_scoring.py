@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts through the API, as programs that score texts ask for them, held against transformers."""
+"""Log-probabilities of prompts through the API, as programs that score texts ask for them: those of transformers."""
 
 from __future__ import annotations
 
