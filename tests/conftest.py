@@ -18,7 +18,6 @@ from tidewright.cache import EMBEDDED_MODEL
 from tidewright.launch.server import TritonServer
 from tidewright.tokenization import Tokenizer
 
-
 # How long an example takes says more of the machine than of the code.
 hypothesis.settings.register_profile("any machine", deadline=None)
 hypothesis.settings.load_profile("any machine")

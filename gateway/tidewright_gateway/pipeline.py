@@ -35,7 +35,7 @@ from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.parsing import parse
 from tidewright_gateway.openai.prompts import Prompts
-from tidewright_gateway.openai.protocol import Body, ChatRequest, CompletionRequest, GenerationBody
+from tidewright_gateway.openai.protocol import Body, ChatRequest, GenerationBody
 from tidewright_gateway.replicas.failover import Failover, Generation, timed_out
 from tidewright_gateway.replicas.triton import Reply
 
@@ -168,37 +168,16 @@ class Pipeline:
         most, n = self._settings.max_choices, 1 if request.n is None else request.n
         if n < 1:
             raise invalid("n must be at least 1", "n")
-        texts = request.prompts if isinstance(request, CompletionRequest) else [""]
-        if not texts:
-            raise invalid("prompt is an empty list; send at least one prompt", "prompt")
-        if len(texts) * n > most:
-            raise invalid(f"{len(texts)} prompts times n = {n} is more than {most} (max_choices)", "n")
+        if request.num_prompts * n > most:
+            raise invalid(f"{request.num_prompts} prompts times n = {n} is more than {most} (max_choices)", "n")
         limit = self._failover.max_model_len
-        if isinstance(request, ChatRequest):
-            chat = await self._prompts.of_chat(request, limit)
-            prompts, context.prompt_end = [chat.token_ids], chat.end
-        else:
-            assert isinstance(request, CompletionRequest)
-            adds = request.add_special_tokens is not False
-            prompts = [await self._prompts.of_text(text, limit, add_special_tokens=adds) for text in texts]
-        prompts = _truncated(prompts, request.truncate_prompt_tokens, limit)
-        longest = max(map(len, prompts))
-        if longest >= limit:
-            # Clients look for these words.
-            message = f"This model's maximum context length is {limit} tokens, of which the answer needs at least one; "
-            raise invalid(
-                f"{message}the prompt has {longest} tokens", _prompt_field(request), "context_length_exceeded"
-            )
+        tokenized = await self._prompts.of_request(request, limit)
         if (asked := request.asked_tokens or 0) > limit:
             name = "max_tokens" if request.max_tokens == asked else "max_completion_tokens"
             raise invalid(f"{name} is {asked}, more than the model's context of {limit} tokens", name)
-        if isinstance(request, CompletionRequest) and request.echo:
-            decode, is_whole = self._prompts.tokenizer.prompt_text, request.truncate_prompt_tokens is None
-            pairs = zip(texts, prompts, strict=True)
-            echoes = [text if isinstance(text, str) and is_whole else decode(prompt) for text, prompt in pairs]
-            context.echoes = [echo for echo in echoes for _ in range(n)]
-        context.choices_per_prompt = n
-        return prompts
+        context.prompt_end, context.choices_per_prompt = tokenized.end, n
+        context.echoes = [echo for echo in tokenized.echoes for _ in range(n)]
+        return tokenized.prompts
 
     def _adapt(
         self, context: RequestContext, request: GenerationBody, sampling: SamplingParams, prompts: list[list[int]]
@@ -385,20 +364,6 @@ class Pipeline:
         if not context.limited_by and used >= context.reservation.cost and context in self._running:
             context.limited_by = await self._limiter.grow(context.reservation, context.growth)
         return context.limited_by is not None
-
-
-def _prompt_field(request: GenerationBody) -> str:
-    return "messages" if isinstance(request, ChatRequest) else "prompt"
-
-
-def _truncated(prompts: list[list[int]], most: int | None, limit: int) -> list[list[int]]:
-    """Each with its last `most` tokens at most; -1: as many as leave room for an answer."""
-    if most is None:
-        return prompts
-    if most != -1 and not 1 <= most < limit:
-        raise invalid(f"truncate_prompt_tokens must be -1, or from 1 to {limit - 1}", "truncate_prompt_tokens")
-    most = limit - 1 if most == -1 else most
-    return [prompt[-most:] for prompt in prompts]
 
 
 def _seeds(sampling: SamplingParams, n: int) -> list[int | None]:

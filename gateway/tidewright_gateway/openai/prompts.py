@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from tidewright.tokenization import LONG_TEXT, InvalidPromptError, PromptTooLongError, Tokenizer
 from tidewright_gateway.openai.dialect import Dialect, describe
 from tidewright_gateway.openai.errors import invalid
-from tidewright_gateway.openai.protocol import Chat
+from tidewright_gateway.openai.protocol import Chat, ChatRequest, CompletionRequest, GenerationBody
 
 MANY_MESSAGES = 64  # rendering more takes as long as tokenizing LONG_TEXT
 _END = 32  # characters of a rendered prompt that say how an answer begins
@@ -25,11 +25,42 @@ class ChatPrompt:
     """The last characters of its text."""
 
 
+@dataclass(frozen=True)
+class Tokenized:
+    """The prompts of a request."""
+
+    prompts: list[list[int]]
+    echoes: Sequence[str] = ()
+    """The text of each, if it is to be returned."""
+    end: str = ""
+    """The last characters of a chat's text."""
+
+
 class Prompts:
     """Raises ApiError for what can't be a prompt. `limit`: tokens; a text that has certainly more is not tokenized."""
 
     def __init__(self, tokenizer: Tokenizer, dialect: Dialect) -> None:
         self.tokenizer, self.dialect = tokenizer, dialect
+
+    async def of_request(self, request: GenerationBody, limit: int) -> Tokenized:
+        """Each prompt leaves room for an answer."""
+        if isinstance(request, ChatRequest):
+            chat = await self.of_chat(request, limit)
+            (prompt,) = _fitting([chat.token_ids], request.truncate_prompt_tokens, limit, "messages")
+            return Tokenized([prompt], end=chat.end)
+        assert isinstance(request, CompletionRequest)
+        texts, most = request.prompts, request.truncate_prompt_tokens
+        if not texts:
+            raise invalid("prompt is an empty list; send at least one prompt", "prompt")
+        adds = request.add_special_tokens is not False
+        prompts = [await self.of_text(text, limit, add_special_tokens=adds) for text in texts]
+        prompts = _fitting(prompts, most, limit, "prompt")
+        if not request.echo:
+            return Tokenized(prompts)
+        decode, pairs = self.tokenizer.prompt_text, zip(texts, prompts, strict=True)
+        return Tokenized(
+            prompts, [text if isinstance(text, str) and most is None else decode(prompt) for text, prompt in pairs]
+        )
 
     async def of_chat(self, chat: Chat, limit: int) -> ChatPrompt:
         functions, variables = chat.offered, chat.variables
@@ -74,6 +105,21 @@ class Prompts:
             raise invalid(str(error), param, "context_length_exceeded") from None
         except InvalidPromptError as error:
             raise invalid(str(error), param, "invalid_prompt") from None
+
+
+def _fitting(prompts: list[list[int]], most: int | None, limit: int, param: str) -> list[list[int]]:
+    """Each with its last `most` tokens at most; -1: as many as leave room for an answer."""
+    if most is not None:
+        if most != -1 and not 1 <= most < limit:
+            raise invalid(f"truncate_prompt_tokens must be -1, or from 1 to {limit - 1}", "truncate_prompt_tokens")
+        most = limit - 1 if most == -1 else most
+        prompts = [prompt[-most:] for prompt in prompts]
+    longest = max(map(len, prompts))
+    if longest >= limit:
+        # Clients look for the first words.
+        message = f"This model's maximum context length is {limit} tokens, of which the answer needs at least one; the "
+        raise invalid(f"{message}prompt has {longest} tokens", param, "context_length_exceeded")
+    return prompts
 
 
 def _up_to_last(text: str, content: str) -> str:

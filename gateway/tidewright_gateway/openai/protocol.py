@@ -190,6 +190,10 @@ class GenerationBody(Body, ABC):
         return None
 
     @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
     def grammar_field(self) -> str:
         """The field that says what the answer is, where it is not a guided one."""
         if self.structured_outputs:
@@ -377,6 +381,10 @@ class CompletionRequest(GenerationBody):
         if self.echo and sampling.prompt_logprobs is None:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=sampling.logprobs)
         return sampling
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompts)
 
     @property
     def prompts(self) -> list[str | list[int]]:
