@@ -118,8 +118,9 @@ def test_aborts_and_deadlines_reach_every_rank(checkpoint: tuple[Path, Any]) -> 
         started.say(Submit(2, [5, 6], SamplingParams(max_tokens=250, timeout=0.2, seed=1), time.monotonic() + 0.2))
         while not isinstance(message := started.hear(), StepOutputs) or not message.outputs:
             pass
+        ended = {o.request_id for o in message.outputs if o.finish_reason}  # on a busy machine, 2 has by now
         started.say(submit(3, max_tokens=30))
-        assert {o.request_id for o in started.outputs({1, 2, 3}) if o.finish_reason} == {1, 2, 3}
+        assert {o.request_id for o in started.outputs({1, 2, 3} - ended) if o.finish_reason} | ended == {1, 2, 3}
         assert len(tokens_of(started, [submit(4)])[4]) == 4
 
 

@@ -135,12 +135,14 @@ def test_what_the_decoder_gives_is_handed_on_as_it_is(server: RunningServer) -> 
         "text_input": PROMPTS["english"],
         "sampling_parameters": {"seed": 5, "max_tokens": 12, "n": 2, "logprobs": 2, "prompt_logprobs": 1},
         **{f"return_{name}": True for name in ("num_input_tokens", "num_output_tokens", "logprobs")},
+        **{f"return_{name}": True for name in ("stop_reason", "num_cached_tokens")},
     }
     for more in ({}, {"stream": True}, {"return_finish_reason": True}):
         direct, through = (server.generate(model, **inputs, **more) for model in ("decoder", "failsafe"))
         assert through.error is None
         assert set(through.outputs) == {*direct.outputs, "served_by"}
         assert through.text == direct.text
+        assert len(through.outputs["stop_reason"]) == 2
         assert through.outputs["num_input_tokens"] == direct.outputs["num_input_tokens"]
         if not more:
             for name, value in direct.outputs.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -60,6 +61,18 @@ def test_it_answers_as_the_decoder_does_but_no_longer_than_its_limit(server: Run
         assert got.outputs["finish_reason"][0] == b"length"
         assert b"decoded_token" in got.outputs["logprobs"][0]
         assert (len(got.responses) > 1) == stream
+
+
+def test_it_follows_what_says_which_tokens_and_what_text(server: RunningServer) -> None:
+    start, digits = 1, list(range(32, 42))  # <|im_start|>
+    options = {"temperature": 1.0, "seed": 1, "max_tokens": 20, "logit_bias": {start: 21}, "skip_special_tokens": False}
+    options |= {"allowed_token_ids": [start, *digits], "stop": ["|>"], "include_stop_str_in_output": True}
+    asked = {"return_stop_reason": True, "return_num_cached_tokens": True, "return_finish_reason": True}
+    got = server.generate("fallback", text_input="Pi is 3.14", stream=True, sampling_parameters=options, **asked)
+    assert re.fullmatch(r"[0-9]*<\|im_start\|>", got.text)
+    assert got.outputs["finish_reason"].tolist() == [b"stop"]
+    assert got.outputs["stop_reason"].tolist() == [b'"|>"']
+    assert got.outputs["num_cached_tokens"].tolist() == [0]
 
 
 def test_it_gives_way_to_the_decoder(server: RunningServer) -> None:
