@@ -119,7 +119,7 @@ class Tokenizer:
 
     def is_text(self, token_id: int) -> bool:
         """Whether a decoded text has something of this token: it is in the vocabulary, and not special."""
-        return token_id not in self._special_ids and self.has_token(token_id)
+        return token_id not in self._special_ids and self.backend.id_to_token(token_id) is not None
 
     def has_token(self, token_id: int) -> bool:
         """Whether the vocabulary has a token of this id; a model's may reach beyond the tokenizer's."""

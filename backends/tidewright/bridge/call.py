@@ -22,7 +22,7 @@ from tidewright.tokenization import Tokenizer
 _ANSWERED: tuple[FinishReason, ...] = ("timeout", "length", "stop")
 
 
-@dataclass
+@dataclass(slots=True)
 class Piece:
     """What one response carries of one sequence."""
 
@@ -35,7 +35,7 @@ class Piece:
     embedding: bytes | None = None  # of the prompt, instead of all of the above: little-endian float32
 
 
-@dataclass
+@dataclass(slots=True)
 class Chunk:
     """What one response carries: a piece of each sequence, in their order."""
 
@@ -109,11 +109,7 @@ class Part:
     def next_piece(self) -> None:
         """The piece was sent: begin the next one."""
         done = self.piece
-        self.piece = Piece(
-            finish_reason=done.finish_reason,
-            cumulative_logprob=done.cumulative_logprob,
-            stop_reason=done.stop_reason,
-        )
+        self.piece = Piece("", [], done.finish_reason, [], done.cumulative_logprob, done.stop_reason)
         self.prompt_logprobs = self.num_cached_tokens = None
 
     def _take_tokens(self, output: SequenceOutput) -> None:
