@@ -39,6 +39,9 @@ class CallDelta(NamedTuple):
     arguments: str
 
 
+Step = Text | Reasoning | CallDelta
+
+
 class Part(NamedTuple):
     """What one reply adds to a choice."""
 
@@ -48,6 +51,8 @@ class Part(NamedTuple):
     """Log-probabilities: `{id: {logprob, rank, decoded_token}}` for each token."""
     reasoning: str = ""
     calls: Sequence[CallDelta] = ()
+    steps: Sequence[Step] = ()
+    """Text, reasoning and calls in the order of the answer; empty if the choice has no parser."""
 
     @property
     def is_empty(self) -> bool:
@@ -65,6 +70,7 @@ class Choice:
     """Of calls."""
     max_calls: int | None = None
     keeps_logprobs: bool = False
+    keeps_steps: bool = False
     text: str = ""
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
@@ -79,6 +85,8 @@ class Choice:
     logprobs: list[dict[str, Any]] = field(default_factory=list)
     prompt_logprobs: list[dict[str, Any] | None] | None = None
     """The same for the prompt's tokens, of which the first has none; None if they were not asked for."""
+    steps: list[Step] = field(default_factory=list)
+    """Of all parts, where they are kept."""
     served_by: str = "decoder"
 
     def take(self, reply: Reply) -> Part:
@@ -105,19 +113,24 @@ class Choice:
         if reply.finish_reason:
             events += parser.finish()
         text = reasoning = ""
-        calls: list[CallDelta] = []
+        steps: list[Step] = []
         for event in events:
             if isinstance(event, Text):
                 text += event.text
+                steps.append(event)
             elif isinstance(event, Reasoning):
                 reasoning += event.text
+                steps.append(event)
             elif self.max_calls is None or event.index < self.max_calls:
-                calls.append(self._call(event))
+                steps.append(self._call(event))
+        if self.keeps_steps:
+            self.steps += steps
         self.text += text
         self.reasoning += reasoning
         if reasoning and not text:
             self.num_reasoning_tokens += len(reply.token_ids)
-        return Part(text, reply.token_ids, positions, reasoning, calls)
+        calls = [step for step in steps if isinstance(step, CallDelta)]
+        return Part(text, reply.token_ids, positions, reasoning, calls, steps)
 
     def _call(self, event: CallBegin | CallArguments) -> CallDelta:
         if isinstance(event, CallBegin):
