@@ -26,6 +26,8 @@ class RequestContext:
     credential: str | None = None
     """The key or token of the request, as in the Authorization header."""
     policy: CachePolicy = CachePolicy.USE
+    is_anthropic: bool = False
+    """Its answer, and an error, have the form of Anthropic's API."""
     arrived_at: float = field(default_factory=time.monotonic)
 
     caller: Caller = ANONYMOUS

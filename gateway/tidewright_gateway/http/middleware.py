@@ -27,6 +27,7 @@ from tidewright_gateway.openai.errors import JSON, ApiError, internal, invalid
 log = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_OF_ANTHROPIC = "/v1/messages"
 _SLASHES = re.compile(r"/{2,}")
 T = TypeVar("T")
 
@@ -68,6 +69,7 @@ class Middleware:
             CachePolicy.of(control.decode("latin-1")) if control else CachePolicy.USE,
         )
         method, path = scope["method"], scope["path"]
+        context.is_anthropic = path.startswith(_OF_ANTHROPIC) or b"anthropic-version" in headers
         # A copy: uvicorn must not see that a HEAD is changed to a GET, or it waits for the body.
         scope = {**scope, "state": {**scope.get("state", {}), "context": context}}
         exchange = _Exchange(scope, headers, receive, send, context, self._max_body, self._post_paths)
@@ -166,7 +168,10 @@ class _Exchange:
     async def _emit(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self._has_begun, self.status = True, message["status"]
-            message["headers"] = [*message.get("headers", []), (b"x-request-id", self._context.request_id.encode())]
+            request_id = self._context.request_id.encode()
+            message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+            if self._context.is_anthropic:
+                message["headers"].append((b"request-id", request_id))
         elif self._is_head:
             message = {**message, "body": b""}
         await self._send(message)
@@ -176,10 +181,11 @@ class _Exchange:
         self._context.error = error
         if self._has_begun:  # too late: the connection is cut, so that half an answer does not look whole
             raise error
-        headers = {**error.headers, "Content-Length": str(len(error.body))}
+        body = error.anthropic_body(self._context.request_id) if self._context.is_anthropic else error.body
+        headers = {**error.headers, "Content-Length": str(len(body))}
         encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
         await self._emit({"type": "http.response.start", "status": error.status, "headers": encoded})
-        await self._emit({"type": "http.response.body", "body": error.body})
+        await self._emit({"type": "http.response.body", "body": body})
 
 
 async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:

@@ -1,4 +1,4 @@
-"""Errors of the API: one place that says which status each has, and how it looks to an OpenAI client."""
+"""Errors of the APIs: one place that says which status each has, and how it looks to the clients of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,16 @@ from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 
 JSON = "application/json"
-_RETRIED = (408, 409, 429, *range(500, 600))  # by OpenAI's clients, unless they are told
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_RETRIED = (408, 409, 429, *range(500, 600))  # by the clients of both, unless they are told
 
 
 class ApiError(Exception):
@@ -47,6 +56,12 @@ class ApiError(Exception):
     def body(self) -> bytes:
         error = {"message": str(self), "type": self.type, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
+
+    def anthropic_body(self, request_id: str) -> bytes:
+        """The error as Anthropic's API has it; also the data of an `error` event."""
+        kind = _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        error = {"type": kind, "message": str(self), "details": {"error_code": self.code}}
+        return msgspec.json.encode({"type": "error", "error": error, "request_id": request_id})
 
     @property
     def headers(self) -> dict[str, str]:
