@@ -21,6 +21,11 @@ EXAMPLES = {
   "model": "smollm2-135m", "messages": [{"role": "user", "content": "Name three fruits."}], "max_tokens": 32}'""",
     "/v1/completions": """curl -N http://127.0.0.1:8080/v1/completions -H 'Content-Type: application/json' -d '{
   "model": "smollm2-135m", "prompt": "The sea is", "max_tokens": 16, "stream": true}'""",
+    "/v1/messages": """curl http://127.0.0.1:8080/v1/messages -H 'Content-Type: application/json' -d '{
+  "model": "smollm2-135m", "messages": [{"role": "user", "content": "Name three fruits."}], "max_tokens": 32}'""",
+    "/v1/messages/count_tokens": """curl http://127.0.0.1:8080/v1/messages/count_tokens \\
+  -H 'Content-Type: application/json' -d '{
+  "model": "smollm2-135m", "messages": [{"role": "user", "content": "Name three fruits."}]}'""",
     "/tokenize": """curl http://127.0.0.1:8080/tokenize -H 'Content-Type: application/json' -d '{
   "prompt": "The sea is"}'""",
     "/detokenize": """curl http://127.0.0.1:8080/detokenize -H 'Content-Type: application/json' -d '{

@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 import msgspec
 from pydantic import ValidationError
 
+from tidewright_gateway.anthropic.blocks import BLOCK_TYPES
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.fields import ApiObject, FieldPolicy
 from tidewright_gateway.openai.messages import AssistantMessage, InputMessage, ToolMessage
@@ -87,9 +88,12 @@ def _of_validation(errors: list[Any]) -> ApiError:
     if kind in ("refused_field", "too_many_fields"):
         code = "unsupported_parameter" if kind == "refused_field" else "too_many_items"
         return invalid(found["msg"], found["ctx"].get("field"), code)
-    if place and place[0] == "tool_choice":
+    if place and place[0] == "tool_choice" and any("[" in str(part) for part in found["loc"]):  # OpenAI's
         message = 'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": …}}'
         return invalid(message, "tool_choice")
+    if kind == "union_tag_invalid" and "content" in place and found["ctx"]["tag"] not in BLOCK_TYPES:
+        given = str(found["ctx"]["tag"])[:_MAX_SHOWN]
+        return invalid(f"this model takes text only; {'.'.join(place)} is {given}", ".".join(place))
     if kind.startswith("union_tag"):
         place.append(found["ctx"]["discriminator"].strip("'"))
     param = ".".join(place) or None
@@ -110,10 +114,13 @@ def _of_validation(errors: list[Any]) -> ApiError:
 
 
 def _place(loc: Sequence[str | int]) -> list[str]:
-    """Without pydantic's names of the types that a field may have, and of messages, which it names by their roles."""
+    """Without pydantic's names of the types that a field may have, and of messages and blocks (role and type)."""
     place = [str(part) for part in loc[:1]]
-    for before, part in pairwise(loc):
-        if isinstance(part, str) and ("[" in part or part in _TYPES or (isinstance(before, int) and part in _ROLES)):
+    for number, (before, part) in enumerate(pairwise(loc), 2):
+        in_list = isinstance(before, int)
+        is_type = number < len(loc) and (before == "tool_choice" or (in_list and part in BLOCK_TYPES))
+        is_tag = is_type or (in_list and part in _ROLES)
+        if isinstance(part, str) and ("[" in part or part in _TYPES or is_tag):
             continue
         place.append(str(part))
     return place

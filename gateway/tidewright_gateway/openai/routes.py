@@ -1,4 +1,4 @@
-"""The OpenAI-compatible endpoints."""
+"""The endpoints of OpenAI's and Anthropic's APIs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from tidewright_gateway.anthropic.api import MessagesApi
+from tidewright_gateway.anthropic.models import model_info, model_list
+from tidewright_gateway.anthropic.protocol import CountTokensRequest, MessagesRequest
+from tidewright_gateway.anthropic.translation import chat_of
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.middleware import ClientGoneError
@@ -33,6 +37,8 @@ _BODIES: dict[str, type[Body]] = {
     "/v1/completions": CompletionRequest,
     "/v1/embeddings": EmbeddingRequest,
     "/v1/score": ScoreRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
@@ -67,6 +73,18 @@ def make_pipeline_router(
         """Cosine similarities of the embeddings of texts; needs a server with `--task embed`."""
         return Computed(embeddings.score, await _body(request))
 
+    @router.post("/v1/messages")
+    async def messages(request: Request) -> Response:
+        """Anthropic's Messages API: answers a chat, whole or as server-sent events."""
+        return Exchange(pipeline, MessagesApi(prompts), await _body(request), keep_alive)
+
+    @router.post("/v1/messages/count_tokens")
+    async def count_tokens(request: Request) -> Response:
+        """Anthropic's API: the number of tokens of a prompt, with its system prompt and tools."""
+        async with pipeline.enter(_context(request), CountTokensRequest, await _body(request)) as body:
+            prompt = await prompts.of_chat(chat_of(body), failover.max_model_len)
+            return JSONResponse({"input_tokens": len(prompt.token_ids)})
+
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         """Token ids of a prompt, or of a chat in the model's template."""
@@ -95,7 +113,9 @@ def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: P
     """`created`: when the model was prepared, in seconds since 1970."""
     router = APIRouter()
 
-    def described() -> dict[str, Any]:
+    def described(request: Request) -> dict[str, Any]:
+        if _context(request).is_anthropic:
+            return model_info(settings.model_name, failover.max_model_len, created)
         return {
             "id": settings.model_name,
             "object": "model",
@@ -105,14 +125,15 @@ def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: P
         }
 
     @router.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        """The served model."""
-        return {"object": "list", "data": [described()]}
+    async def models(request: Request) -> dict[str, Any]:
+        """The served model. With the header anthropic-version, as Anthropic's API lists it."""
+        found = described(request)
+        return model_list(found) if _context(request).is_anthropic else {"object": "list", "data": [found]}
 
     @router.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(request: Request, name: str) -> dict[str, Any]:
         pipeline.check_model(name)
-        return described()
+        return described(request)
 
     return router
 

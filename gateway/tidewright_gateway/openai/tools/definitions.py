@@ -11,13 +11,13 @@ from tidewright_gateway.openai.errors import invalid
 from tidewright_gateway.openai.fields import ApiObject, Many
 
 MAX_TOOLS = 128
-_NAME = r"^[A-Za-z0-9_.-]{1,64}$"
+ToolName = Annotated[StrictStr, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
 
 
 class Function(ApiObject):
     place = "tools.function."
 
-    name: Annotated[StrictStr, Field(pattern=_NAME)]
+    name: ToolName
     """Letters, digits, `_`, `-` and `.`; at most 64 characters."""
     description: StrictStr | None = None
     parameters: dict[str, Any] | None = None
