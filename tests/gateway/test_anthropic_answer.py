@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -43,12 +42,6 @@ BLOCKS = [
 ]
 
 
-@dataclass(frozen=True)
-class LastReply(Reply):
-    stop_reason: str | int | None = None
-    num_cached_tokens: int | None = None
-
-
 def answer_of(tokenizer: Tokenizer, context: RequestContext, reasoning: Any = "think", **fields: Any) -> MessagesAnswer:
     body = {"model": "m", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}], **fields}
     request = chat_of(MessagesRequest.model_validate(body))
@@ -59,7 +52,7 @@ def whole(tokenizer: Tokenizer, replies: Sequence[Reply], **fields: Any) -> dict
     context = context_of(prompt=(1, 2, 3))
     made = WholeAnswer(answer_of(tokenizer, context, **fields), 1)
     for reply in replies:
-        context.take(reply)
+        context.take(0, reply)
         made.take(0, reply)
     found: dict[str, Any] = json.loads(made.body())
     return found
@@ -69,7 +62,7 @@ def streamed(tokenizer: Tokenizer, replies: Sequence[Reply], **fields: Any) -> s
     context = context_of(prompt=(1, 2, 3))
     made, written = Events(answer_of(tokenizer, context, **fields), 1), b""
     for reply in replies:
-        context.take(reply)
+        context.take(0, reply)
         written += made.take(0, reply)
     assert made.are_all
     return written.decode()
@@ -132,7 +125,7 @@ def test_without_tools_all_is_text(tokenizer: Tokenizer, reasoning: str) -> None
 def test_stop_reasons(
     tokenizer: Tokenizer, finish_reason: str, ended_at: str | int | None, text: str, reason: str, sequence: str | None
 ) -> None:
-    replies = [LastReply(text, [1, 2], finish_reason, None, stop_reason=ended_at)]
+    replies = [Reply(text, [1, 2], finish_reason, None, stop_reason=ended_at)]
     found = whole(tokenizer, replies, tools=TOOLS, stop_sequences=["END", "FIN"])
     assert (found["stop_reason"], found["stop_sequence"]) == (reason, sequence)
     assert found.get("ended_by") == ("timeout" if finish_reason == "timeout" else None)
@@ -159,7 +152,7 @@ def test_arguments_that_end_early_are_those_that_there_are(
 
 
 def test_usage_tells_prompt_cached_answer_and_thinking(tokenizer: Tokenizer) -> None:
-    replies = [LastReply("<think>hm", [1, 2], None, None, num_cached_tokens=2), Reply("</think>a", [3], "stop", None)]
+    replies = [Reply("<think>hm", [1, 2], None, None, num_cached_tokens=2), Reply("</think>a", [3], "stop", None)]
     usage = {
         "input_tokens": 1,
         "cache_creation_input_tokens": 0,
