@@ -64,7 +64,7 @@ class Metrics:
         )
         self._reasons = self._gauge("livemax", "degradation_reason", "1 if this signal holds the level.", "signal")
         self._stores = self._gauge(
-            "livemax", "store_lost", "1 if the store of keys or limits can't be used as it should.", "store"
+            "livemax", "store_lost", "1 if the store of keys, limits or responses can't be used as it should.", "store"
         )
         self._cache = self._counter(
             "cache_total", "Generations, by what the cache did: hit, shared, miss, bypass.", "state"

@@ -138,9 +138,9 @@ class GatewaySettings(
                 raise ValueError(f"{name}: no such file: {path}")
         return self
 
-    @field_validator("limits_store")
+    @field_validator("limits_store", "response_store")
     @classmethod
-    def _limits_store_is_redis(cls, value: str) -> str:
+    def _store_is_redis(cls, value: str) -> str:
         if value and not re.match(r"rediss?://[^/]", value):
             raise ValueError("must be redis://HOST:PORT/DB, rediss:// for TLS, or empty")
         return value

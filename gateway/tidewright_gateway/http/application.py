@@ -39,6 +39,9 @@ from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.dialect import Dialect
 from tidewright_gateway.openai.errors import ApiError, internal, invalid
 from tidewright_gateway.openai.prompts import Prompts
+from tidewright_gateway.openai.responses.routes import make_responses_router
+from tidewright_gateway.openai.responses.shelf import Shelf
+from tidewright_gateway.openai.responses.store import make_store
 from tidewright_gateway.openai.routes import describe_bodies, make_model_router, make_pipeline_router
 from tidewright_gateway.page import make_page_router
 from tidewright_gateway.pipeline import Pipeline
@@ -73,7 +76,7 @@ def make_app(
     queue = Queue(_capacity(settings, failover), settings.max_queue, share)
     ladder = LoadLadder(settings, failover, queue, metrics)
     pipeline = Pipeline(settings, authenticator, limiter, prompts, ladder, queue, cache, failover, metrics)
-    hub = Hub(settings)
+    hub, shelf = Hub(settings), Shelf(make_store(settings, settings.workers))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -82,7 +85,7 @@ def make_app(
         await failover.start()
         hub.start()
         background = (ladder.run(), pipeline.end_revoked(), certificates.watch(settings.tls_cert, settings.tls_key))
-        jobs = [asyncio.create_task(job) for job in background]
+        jobs = [asyncio.create_task(job) for job in (*background, shelf.store.watch())]
         if announce:
             announce(_greeting(settings, failover))
         # Long-lived objects are left out of garbage collection, which would stop all requests for 50 ms each time.
@@ -96,6 +99,7 @@ def make_app(
         await hub.stop()
         await failover.stop()
         await limiter.close()
+        await shelf.store.close()
         await authenticator.stop()
 
     app = FastAPI(
@@ -106,11 +110,12 @@ def make_app(
         redoc_url=None,
         redirect_slashes=False,  # redirects would contain the caller's Host header
     )
-    fast = make_pipeline_router(settings, failover, prompts, pipeline)
+    fast = make_pipeline_router(settings, failover, prompts, pipeline, shelf)
     backend = PipelineBackend(pipeline, authenticator, tracer, metrics)
-    parts = Parts(authenticator, limiter, failover, queue, ladder, cache, metrics)
+    parts = Parts(authenticator, limiter, failover, queue, ladder, cache, metrics, shelf.store)
     routers = (
         fast,
+        make_responses_router(pipeline, shelf),
         make_model_router(settings, failover, pipeline, prepared_at(folder)),
         make_stream_router(settings, hub, backend, hosts, metrics),
         make_operations_router(parts),
@@ -127,7 +132,7 @@ def make_app(
         made = CORSMiddleware(
             made,
             allow_origins=origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             expose_headers=_SHOWN_TO_PAGES,
         )

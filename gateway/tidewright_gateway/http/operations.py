@@ -19,6 +19,7 @@ from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.cache.responses import ResponseCache
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.errors import ApiError, invalid
+from tidewright_gateway.openai.responses.store import ResponseStore
 from tidewright_gateway.replicas.failover import Failover
 from tidewright_gateway.replicas.replica import Replica
 
@@ -43,11 +44,16 @@ class Parts:
     ladder: LoadLadder
     cache: ResponseCache
     metrics: Metrics
+    responses: ResponseStore
 
     @property
     def stores(self) -> dict[str, str]:
         """The trouble of each store; empty texts if there is none."""
-        return {"keys": self.authenticator.trouble, "limits": self.limiter.trouble}
+        return {
+            "keys": self.authenticator.trouble,
+            "limits": self.limiter.trouble,
+            "responses": self.responses.trouble,
+        }
 
 
 def make_operations_router(parts: Parts) -> APIRouter:
@@ -61,8 +67,8 @@ def make_operations_router(parts: Parts) -> APIRouter:
     @router.get("/health")
     @router.get("/health/ready")
     async def ready() -> dict[str, Any]:
-        """200 if a replica can take requests, else 503. Names lost stores (keys, limits), and counts the replicas that
-        can't take requests; /admin/status has more."""
+        """200 if a replica can take requests, else 503. Names lost stores, and counts the replicas that can't take
+        requests; /admin/status has more."""
         lost = [name for name, trouble in parts.stores.items() if trouble]
         if parts.failover.trouble:
             raise ApiError(503, "no replica can take requests", code="not_ready", retry_after=1)

@@ -172,6 +172,10 @@ class Answer(ABC):
     def closing(self, choices: Sequence[Choice]) -> bytes:
         """What a stream ends with."""
 
+    async def settle(self) -> None:
+        """What is to be done before its end is sent. Raises nothing."""
+        return
+
     def failure(self, error: ApiError) -> bytes:
         """What a stream ends with that fails."""
         return event(error.body)

@@ -50,6 +50,7 @@ class Exchange(Response):
                 answer = self._api.answer(context, request)
                 run = self._stream if request.stream else self._whole
                 last = await run(context, answer, writer)
+            await answer.settle()
             # Now it is settled: with the end of this answer, a client may send its next request.
             if request.stream:
                 await writer.write(last, context)
@@ -61,7 +62,9 @@ class Exchange(Response):
             if not writer.has_begun or answer is None:
                 raise made from None
             context.error = made
-            await writer.write(answer.failure(made))
+            last = answer.failure(made)
+            await answer.settle()
+            await writer.write(last)
             await writer.end()
         finally:
             writer.close()

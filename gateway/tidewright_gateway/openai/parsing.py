@@ -13,12 +13,14 @@ from tidewright_gateway.anthropic.blocks import BLOCK_TYPES
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.fields import ApiObject, FieldPolicy
 from tidewright_gateway.openai.messages import AssistantMessage, InputMessage, ToolMessage
+from tidewright_gateway.openai.responses.items import ITEM_TYPES
 
 B = TypeVar("B", bound=ApiObject)
 
 MAX_ITEMS = 100_000  # objects, lists and fields of a body: Python takes up to a hundred times their size for them
 _MESSAGES = (InputMessage, AssistantMessage, ToolMessage)
 _ROLES = tuple(role for kind in _MESSAGES for role in get_args(kind.model_fields["role"].annotation))
+_TAGS = (*_ROLES, *ITEM_TYPES)
 _TYPES = ("str", "int", "float", "bool")
 _LISTS_OF_PARTS = ("messages", "input")
 _MAX_SHOWN = 64  # characters of a value in an error
@@ -89,7 +91,7 @@ def _of_validation(errors: list[Any]) -> ApiError:
         code = "unsupported_parameter" if kind == "refused_field" else "too_many_items"
         return invalid(found["msg"], found["ctx"].get("field"), code)
     if place and place[0] == "tool_choice" and any("[" in str(part) for part in found["loc"]):  # OpenAI's
-        message = 'tool_choice must be "none", "auto", "required" or {"type": "function", "function": {"name": …}}'
+        message = 'tool_choice must be "none", "auto", "required", or an object of type "function" that names a tool'
         return invalid(message, "tool_choice")
     if kind == "union_tag_invalid" and "content" in place and found["ctx"]["tag"] not in BLOCK_TYPES:
         given = str(found["ctx"]["tag"])[:_MAX_SHOWN]
@@ -114,12 +116,12 @@ def _of_validation(errors: list[Any]) -> ApiError:
 
 
 def _place(loc: Sequence[str | int]) -> list[str]:
-    """Without pydantic's names of the types that a field may have, and of messages and blocks (role and type)."""
+    """Without pydantic's names of the types that a field may have, and of messages, items and blocks, by their tags."""
     place = [str(part) for part in loc[:1]]
     for number, (before, part) in enumerate(pairwise(loc), 2):
         in_list = isinstance(before, int)
         is_type = number < len(loc) and (before == "tool_choice" or (in_list and part in BLOCK_TYPES))
-        is_tag = is_type or (in_list and part in _ROLES)
+        is_tag = is_type or (in_list and part in _TAGS)
         if isinstance(part, str) and ("[" in part or part in _TYPES or is_tag):
             continue
         place.append(str(part))

@@ -28,6 +28,9 @@ from tidewright_gateway.openai.protocol import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from tidewright_gateway.openai.responses.api import ResponsesApi, ResponsesExchange
+from tidewright_gateway.openai.responses.request import ResponsesRequest
+from tidewright_gateway.openai.responses.shelf import Shelf
 from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.failover import Failover
 
@@ -39,13 +42,14 @@ _BODIES: dict[str, type[Body]] = {
     "/v1/score": ScoreRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
+    "/v1/responses": ResponsesRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }
 
 
 def make_pipeline_router(
-    settings: GatewaySettings, failover: Failover, prompts: Prompts, pipeline: Pipeline
+    settings: GatewaySettings, failover: Failover, prompts: Prompts, pipeline: Pipeline, shelf: Shelf
 ) -> APIRouter:
     """Endpoints that go through the pipeline, which also authenticates."""
     router = APIRouter()
@@ -84,6 +88,12 @@ def make_pipeline_router(
         async with pipeline.enter(_context(request), CountTokensRequest, await _body(request)) as body:
             prompt = await prompts.of_chat(chat_of(body), failover.max_model_len)
             return JSONResponse({"input_tokens": len(prompt.token_ids)})
+
+    @router.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        """Answers a text or a list of items, whole or as typed server-sent events, and stores the response."""
+        api = ResponsesApi(prompts, shelf, lambda: failover.max_model_len)
+        return ResponsesExchange(pipeline, api, await _body(request), keep_alive)
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:

@@ -1,0 +1,93 @@
+"""POST /v1/responses as one of the endpoints that generate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter
+from starlette.types import Receive, Scope, Send
+
+from tidewright_gateway.context import RequestContext
+from tidewright_gateway.openai.answers import Answer
+from tidewright_gateway.openai.api import Api
+from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.openai.exchange import Exchange
+from tidewright_gateway.openai.prompts import Prompts
+from tidewright_gateway.openai.protocol import ChatRequest
+from tidewright_gateway.openai.responses.answer import ResponsesAnswer
+from tidewright_gateway.openai.responses.description import Description
+from tidewright_gateway.openai.responses.items import InputItem, Item
+from tidewright_gateway.openai.responses.names import as_sent
+from tidewright_gateway.openai.responses.request import ResponsesRequest
+from tidewright_gateway.openai.responses.shelf import Shelf
+from tidewright_gateway.openai.responses.store import StoredResponse
+from tidewright_gateway.openai.responses.translation import ChatMessage, input_items, to_chat
+from tidewright_gateway.openai.responses.truncation import shortened
+from tidewright_gateway.pipeline import Pipeline
+
+_ROOM = 4  # the part of the context that a shortened prompt leaves to the answer, unless the request says how much
+_items = TypeAdapter(list[InputItem])
+
+
+class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
+    kind = ResponsesRequest
+
+    def __init__(self, prompts: Prompts, shelf: Shelf, limit: Callable[[], int]) -> None:
+        """`limit`: tokens of the model's context."""
+        super().__init__(prompts)
+        self._shelf, self._limit = shelf, limit
+        self._previous: list[dict[str, Any]] = []
+        """Items of the earlier responses."""
+        self._own: list[Item] = []
+        self.has_translated = False
+
+    async def translate(self, context: RequestContext, body: ResponsesRequest) -> ChatRequest:
+        if body.previous_response_id is not None:
+            stored = await self._shelf.previous(context.caller.key_id, body.previous_response_id)
+            self._previous = stored.items
+        self._body, self._own = body, input_items(body)
+        previous: Sequence[Item] = _items.validate_python(self._previous)
+        request = to_chat(body, [*previous, *self._own], len(previous))
+        if body.truncation == "auto":
+            messages = await shortened(request.messages, lambda messages: self._fits(request, messages))
+            request = request.model_copy(update={"messages": messages})
+        self.has_translated = True
+        return request
+
+    async def _fits(self, request: ChatRequest, messages: list[ChatMessage]) -> bool:
+        limit = self._limit()
+        room = min(request.max_tokens or limit // _ROOM, limit - 1)
+        try:
+            prompt = await self._prompts.of_chat(request.model_copy(update={"messages": messages}), limit)
+        except ApiError as error:
+            if error.code != "context_length_exceeded":
+                raise
+            return False
+        return len(prompt.token_ids) + room <= limit
+
+    def answer(self, context: RequestContext, request: ChatRequest) -> Answer:
+        is_stored = self._shelf.keeps and self._body.store is not False
+        description = Description.of(self._body, self._prompts.dialect.defaults, is_stored=is_stored)
+        key_id = context.caller.key_id
+
+        async def keep(answer: ResponsesAnswer) -> None:
+            items = [*self._previous, *(item.shown() for item in self._own)]
+            await self._shelf.keep(key_id, answer.id, StoredResponse(answer.response(), items))
+
+        answer = ResponsesAnswer(context, request, self._prompts, description, keep if is_stored else None)
+        self._shelf.run(context, answer)
+        return answer
+
+
+class ResponsesExchange(Exchange):
+    def __init__(self, pipeline: Pipeline, api: ResponsesApi, body: bytes, keep_alive: float) -> None:
+        super().__init__(pipeline, api, body, keep_alive)
+        self._responses = api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises ApiError: nothing has been sent."""
+        try:
+            await super().__call__(scope, receive, send)
+        except ApiError as error:  # about the chat request, once there is one
+            raise (as_sent(error) if self._responses.has_translated else error) from None

@@ -1,0 +1,183 @@
+"""Items of a response's input, as the Responses API has them. Outputs come back as input, so both have one form."""
+
+from __future__ import annotations
+
+import secrets
+from abc import abstractmethod
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictStr
+from pydantic_core import PydanticCustomError
+
+from tidewright_gateway.openai.fields import ApiObject, Many
+
+_MAX_SHOWN = 64  # characters of a value in an error
+_MADE_BY_SERVERS = frozenset({"status", "created_by"})
+
+
+class InputText(ApiObject):
+    place = "input.content."
+    without_effect = frozenset({"annotations", "logprobs", "cache_control", "prompt_cache_breakpoint"})
+
+    type: Literal["input_text", "output_text"]
+    text: StrictStr
+
+
+Content = StrictStr | Many[InputText]
+
+
+def text_of(content: str | list[InputText]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class _Item(ApiObject):
+    place = "input."
+    without_effect = _MADE_BY_SERVERS
+
+    id: StrictStr | None = None
+    """Kept, so that it is found in the input items of a stored response; it refers to nothing."""
+
+    @abstractmethod
+    def shown(self) -> dict[str, Any]:
+        """As the API lists input items."""
+
+
+class MessageItem(_Item):
+    """A message; an object with a role and without a type is one."""
+
+    without_effect = _MADE_BY_SERVERS | {"phase"}
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+
+    @property
+    def text(self) -> str:
+        return text_of(self.content)
+
+    def shown(self) -> dict[str, Any]:
+        kind = "output_text" if self.role == "assistant" else "input_text"
+        texts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        extras: dict[str, Any] = {"annotations": []} if kind == "output_text" else {}
+        return {
+            "id": self.id or new_id("msg"),
+            "type": "message",
+            "status": "completed",
+            "role": self.role,
+            "content": [{"type": kind, "text": text, **extras} for text in texts],
+        }
+
+
+class FunctionCallItem(_Item):
+    """A call that the model made."""
+
+    without_effect = _MADE_BY_SERVERS | {"caller", "namespace"}
+
+    type: Literal["function_call"]
+    call_id: StrictStr = Field(min_length=1)
+    name: StrictStr = Field(min_length=1)
+    arguments: StrictStr
+    """JSON of an object."""
+
+    def shown(self) -> dict[str, Any]:
+        return {
+            "id": self.id or new_id("fc"),
+            "type": "function_call",
+            "status": "completed",
+            "call_id": self.call_id,
+            "name": self.name,
+            "arguments": self.arguments,
+        }
+
+
+class FunctionCallOutputItem(_Item):
+    """What a call returned."""
+
+    without_effect = _MADE_BY_SERVERS | {"caller", "name", "namespace"}
+
+    type: Literal["function_call_output"]
+    call_id: StrictStr
+    """Of the call, which is an earlier item."""
+    output: Content
+
+    def shown(self) -> dict[str, Any]:
+        output = self.output
+        if not isinstance(output, str):
+            output = [{"type": "input_text", "text": part.text} for part in output]  # type: ignore[misc]
+        return {
+            "id": self.id or new_id("fco"),
+            "type": "function_call_output",
+            "status": "completed",
+            "call_id": self.call_id,
+            "output": output,
+        }
+
+
+class SummaryText(ApiObject):
+    place = "input.summary."
+
+    type: Literal["summary_text"]
+    text: StrictStr
+
+
+class ReasoningText(ApiObject):
+    place = "input.content."
+
+    type: Literal["reasoning_text"]
+    text: StrictStr
+
+
+class ReasoningItem(_Item):
+    """What the model thought before an answer, for chat templates that show it to the model."""
+
+    without_effect = _MADE_BY_SERVERS | {"encrypted_content"}
+
+    type: Literal["reasoning"]
+    summary: Many[SummaryText] | None = None
+    """Is used if there is no content."""
+    content: Many[ReasoningText] | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content or self.summary or ())
+
+    def shown(self) -> dict[str, Any]:
+        return {
+            "id": self.id or new_id("rs"),
+            "type": "reasoning",
+            "summary": [{"type": part.type, "text": part.text} for part in self.summary or ()],
+            "content": [{"type": part.type, "text": part.text} for part in self.content or ()],
+        }
+
+
+Item = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
+InputItem = Annotated[Item, Field(discriminator="type")]
+ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+
+_INSTEAD = {"item_reference": "send the item itself, or previous_response_id"}
+
+
+def with_types(items: list[Any]) -> list[Any]:
+    """The items, each with its type. Raises PydanticCustomError: one has a type that this server has no use for."""
+    return [_with_type(item, f"input.{number}") for number, item in enumerate(items)]
+
+
+def _with_type(item: Any, place: str) -> Any:
+    if not isinstance(item, dict):
+        return item
+    kind = item.get("type")
+    if kind is None:
+        kind = "message" if "role" in item else "item_reference" if set(item) <= {"id", "type"} and item else None
+    if isinstance(kind, str) and kind not in ITEM_TYPES:
+        instead = _INSTEAD.get(kind, "the only tools here are functions")
+        raise refused(f"{place}: an item of type {kind[:_MAX_SHOWN]!r} is not supported: {instead}", f"{place}.type")
+    return item if kind is None else {**item, "type": kind}
+
+
+def refused(message: str, field: str) -> PydanticCustomError:
+    """`parsing` makes an error of it that names the field."""
+    return PydanticCustomError("refused_field", "{message}", {"message": message, "field": field})
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}_{secrets.token_hex(24)}"
