@@ -26,6 +26,8 @@ EXAMPLES = {
     "/v1/messages/count_tokens": """curl http://127.0.0.1:8080/v1/messages/count_tokens \\
   -H 'Content-Type: application/json' -d '{
   "model": "smollm2-135m", "messages": [{"role": "user", "content": "Name three fruits."}]}'""",
+    "/v1/responses": """curl http://127.0.0.1:8080/v1/responses -H 'Content-Type: application/json' -d '{
+  "model": "smollm2-135m", "input": "Name three fruits.", "max_output_tokens": 32}'""",
     "/tokenize": """curl http://127.0.0.1:8080/tokenize -H 'Content-Type: application/json' -d '{
   "prompt": "The sea is"}'""",
     "/detokenize": """curl http://127.0.0.1:8080/detokenize -H 'Content-Type: application/json' -d '{

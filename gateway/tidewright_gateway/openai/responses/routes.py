@@ -51,14 +51,14 @@ def make_responses_router(pipeline: Pipeline, shelf: Shelf) -> APIRouter:
         limit: int = Query(20, ge=1, le=_MAX_LISTED),
         order: Literal["asc", "desc"] = "desc",
     ) -> Response:
-        """The items before the output of a stored response, those of earlier responses included."""
+        """The items before the output of a stored response, `limit` of them (20) behind the item `after`, in `order`."""
         async with entered(request) as context:
             stored = await shelf.stored(context.caller.key_id, response_id)
             return _answer(context, _page(stored.input, after, limit, is_reversed=order == "desc"))
 
     @router.post("/v1/responses/{response_id}/cancel")
     async def cancel(request: Request, response_id: str) -> Response:
-        """Ends a response of the same key that runs in this worker; its stream ends with response.incomplete."""
+        """Ends a response of the same key that runs in this worker; its stream then ends with response.incomplete."""
         # Outside the limits: what uses them up must not be in the way of ending it.
         context = _context(request)
         return _answer(context, await shelf.cancel(context.caller.key_id, response_id))
