@@ -26,6 +26,10 @@ def stored(text: str = "x") -> StoredResponse:
     return StoredResponse({"id": ID, "output": [{"text": text}], "status": "completed"}, [{"id": "msg_1"}])
 
 
+def shelf_of(store: ResponseStore) -> Shelf:
+    return Shelf(store, 10_000)
+
+
 class Clock:
     now = 0.0
 
@@ -104,7 +108,7 @@ def test_redis_goes_and_comes_back(monkeypatch: pytest.MonkeyPatch, caplog: pyte
     monkeypatch.setattr(redis_store, "TICK", 0.02)
 
     async def scenario(store: RedisStore) -> None:
-        shelf = Shelf(store)
+        shelf = shelf_of(store)
         await shelf.keep("a", ID, stored())
         redis.kill()
         await shelf.keep("a", OTHER, stored())  # the answer is given all the same
@@ -128,7 +132,7 @@ def test_redis_goes_and_comes_back(monkeypatch: pytest.MonkeyPatch, caplog: pyte
 
 def test_a_full_redis_can_still_be_read(redis: RunningRedis) -> None:
     async def scenario(store: RedisStore) -> None:
-        shelf = Shelf(store)
+        shelf = shelf_of(store)
         await shelf.keep("a", ID, stored())
         redis.client.config_set("maxmemory", 1)
         try:
@@ -151,13 +155,13 @@ def test_what_can_be_no_id_is_not_looked_up(id: str) -> None:
             raise AssertionError(response_id)
 
     with pytest.raises(ApiError) as refused:
-        asyncio.run(Shelf(Strict(1000, 1)).response("a", id))
+        asyncio.run(shelf_of(Strict(1000, 1)).response("a", id))
     assert refused.value.status == 404
     assert len(str(refused.value)) < 250
 
 
 def test_what_is_not_there_is_told_with_the_reason() -> None:
-    shelf = Shelf(MemoryStore(1 << 20, 60))
+    shelf = shelf_of(MemoryStore(1 << 20, 60))
     with pytest.raises(ApiError, match="expired") as refused:
         asyncio.run(shelf.previous("a", ID))
     assert (refused.value.status, refused.value.code, refused.value.param) == (
@@ -167,9 +171,22 @@ def test_what_is_not_there_is_told_with_the_reason() -> None:
     )
     for store, reason in ((NoStore("only in Redis"), "only in Redis"),):
         with pytest.raises(ApiError, match=reason):
-            asyncio.run(Shelf(store).previous("a", ID))
+            asyncio.run(shelf_of(store).previous("a", ID))
         with pytest.raises(ApiError, match=reason):
-            asyncio.run(Shelf(store).response("a", ID))
+            asyncio.run(shelf_of(store).response("a", ID))
+
+
+def test_a_conversation_may_be_as_long_as_a_body() -> None:
+    async def run() -> None:
+        shelf = shelf_of(MemoryStore(1 << 20, 60))
+        await shelf.keep("a", ID, stored("x" * 9000))
+        await shelf.keep("a", OTHER, stored("x" * 10_000))
+        assert await shelf.previous("a", ID)
+        with pytest.raises(ApiError, match=r"more than 10000 \(max_body\)"):
+            await shelf.previous("a", OTHER)
+        assert await shelf.response("a", OTHER)
+
+    asyncio.run(run())
 
 
 def test_the_settings_name_the_store() -> None:

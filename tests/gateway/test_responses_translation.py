@@ -86,7 +86,12 @@ def test_what_the_model_said_at_a_time_is_one_message() -> None:
 def test_text_behind_a_call_stays_before_its_output() -> None:
     assert [turn["role"] for turn in turns(USER, CALL, ANSWER, OUTPUT)] == ["user", "assistant", "tool"]
     assert [turn["role"] for turn in turns(USER, ANSWER, ANSWER)] == ["user", "assistant", "assistant"]
-    assert [turn["role"] for turn in turns(USER, ANSWER, REASONING, ANSWER)] == ["user", "assistant", "assistant"]
+    assert [turn["role"] for turn in turns(USER, ANSWER, CALL, ANSWER, OUTPUT)] == ["user", "assistant", "tool"]
+
+
+def test_reasoning_belongs_to_what_follows_it() -> None:
+    said = turns(USER, ANSWER, REASONING, ANSWER, CALL, REASONING, ANSWER)
+    assert [turn.get("reasoning_content") for turn in said] == [None, None, "Hm.", "Hm."]
 
 
 def test_a_summary_stands_for_reasoning_without_text() -> None:

@@ -76,7 +76,7 @@ def make_app(
     queue = Queue(_capacity(settings, failover), settings.max_queue, share)
     ladder = LoadLadder(settings, failover, queue, metrics)
     pipeline = Pipeline(settings, authenticator, limiter, prompts, ladder, queue, cache, failover, metrics)
-    hub, shelf = Hub(settings), Shelf(make_store(settings, settings.workers))
+    hub, shelf = Hub(settings), Shelf(make_store(settings, settings.workers), settings.max_body)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

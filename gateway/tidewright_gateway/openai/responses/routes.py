@@ -51,7 +51,7 @@ def make_responses_router(pipeline: Pipeline, shelf: Shelf) -> APIRouter:
         limit: int = Query(20, ge=1, le=_MAX_LISTED),
         order: Literal["asc", "desc"] = "desc",
     ) -> Response:
-        """The items before the output of a stored response, `limit` of them (20) behind the item `after`, in `order`."""
+        """The items before the output of a stored response: `limit` of them (20), behind the item `after`."""
         async with entered(request) as context:
             stored = await shelf.stored(context.caller.key_id, response_id)
             return _answer(context, _page(stored.input, after, limit, is_reversed=order == "desc"))

@@ -12,7 +12,7 @@ from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.responses.answer import ResponsesAnswer
 from tidewright_gateway.openai.responses.description import PREFIX
-from tidewright_gateway.openai.responses.store import ResponseStore, StoredResponse, StoreLostError
+from tidewright_gateway.openai.responses.store import ResponseStore, StoredResponse, StoreLostError, encode
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +33,9 @@ class _Running:
 
 
 class Shelf:
-    def __init__(self, store: ResponseStore) -> None:
-        self.store = store
+    def __init__(self, store: ResponseStore, max_bytes: int) -> None:
+        """`max_bytes`: of a conversation that is continued, as of one that is sent."""
+        self.store, self._max_bytes = store, max_bytes
         self._running: dict[str, _Running] = {}
 
     @property
@@ -60,10 +61,14 @@ class Shelf:
         """The one that a request continues. Raises ApiError: there is none."""
         if not self.keeps:
             raise invalid(f"previous_response_id: {self.store.why_not}; send all items", "previous_response_id")
-        if found := await self._stored(key_id, response_id):
-            return found
-        message = f"previous_response_id: {_not_found(response_id)}; send all items as input"
-        raise invalid(message, "previous_response_id", "previous_response_not_found")
+        found = await self._stored(key_id, response_id)
+        if found is None:
+            message = f"previous_response_id: {_not_found(response_id)}; send all items as input"
+            raise invalid(message, "previous_response_id", "previous_response_not_found")
+        if (size := len(encode(found))) > self._max_bytes:
+            message = f"previous_response_id: its conversation has {size} bytes, more than {self._max_bytes} (max_body)"
+            raise invalid(f"{message}; send the items that matter as input", "previous_response_id")
+        return found
 
     async def response(self, key_id: str, response_id: str) -> dict[str, Any]:
         """The Response object. Raises ApiError: there is none."""
