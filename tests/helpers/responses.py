@@ -54,7 +54,7 @@ def replies_of(pieces: Sequence[str], finish_reason: str = "stop", *, logprobs: 
 def whole(answer: ResponsesAnswer, replies: Sequence[Reply]) -> dict[str, Any]:
     made = WholeAnswer(answer, 1)
     for reply in replies:
-        answer._context.take(reply)
+        answer._context.take(0, reply)
         made.take(0, reply)
     found: dict[str, Any] = json.loads(made.body())
     return found
@@ -63,7 +63,7 @@ def whole(answer: ResponsesAnswer, replies: Sequence[Reply]) -> dict[str, Any]:
 def streamed(answer: ResponsesAnswer, replies: Sequence[Reply]) -> list[dict[str, Any]]:
     events, written = Events(answer, 1), b""
     for reply in replies:
-        answer._context.take(reply)
+        answer._context.take(0, reply)
         written += events.take(0, reply)
     return events_in(written)
 

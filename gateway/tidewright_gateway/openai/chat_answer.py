@@ -9,6 +9,7 @@ from tidewright.tokenization import Tokenizer
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import CallDelta, Choice, Part
 from tidewright_gateway.openai.dialect import Dialect
+from tidewright_gateway.openai.logprobs import Position, TokenEntries
 from tidewright_gateway.openai.openai_answer import OpenAiAnswer
 from tidewright_gateway.openai.protocol import ChatRequest
 
@@ -18,7 +19,9 @@ class ChatAnswer(OpenAiAnswer):
 
     def __init__(self, context: RequestContext, request: ChatRequest, dialect: Dialect, tokenizer: Tokenizer) -> None:
         super().__init__(context, request)
-        self._request, self._dialect, self._tokenizer = request, dialect, tokenizer
+        self._request, self._dialect = request, dialect
+        skips = request.skip_special_tokens is not False
+        self._entries = TokenEntries(tokenizer, self._num_logprobs or 0, skip_special_tokens=skips)
 
     def choice(self, index: int, *, is_streamed: bool) -> Choice:
         return self._dialect.choice(self._context, self._request.tool_use, index, keeps_logprobs=not is_streamed)
@@ -71,22 +74,10 @@ class ChatAnswer(OpenAiAnswer):
             "finish_reason": choice.finish_reason,
         }
 
-    def _logprobs(self, positions: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    def _logprobs(self, positions: Sequence[Position]) -> dict[str, Any] | None:
         if self._num_logprobs is None:
             return None
-        content = []
-        for position in positions:
-            chosen = self._entry(*next(iter(position.items())))
-            ranked = sorted(position.items(), key=lambda item: item[1]["rank"])[: self._num_logprobs]
-            content.append({**chosen, "top_logprobs": [self._entry(*item) for item in ranked]})
-        return {"content": content, "refusal": None}
-
-    def _entry(self, token_id: str, entry: dict[str, Any]) -> dict[str, Any]:
-        known = int(token_id)
-        # Together they are the text, so what is no part of it has none.
-        is_text = self._request.skip_special_tokens is False or self._tokenizer.is_text(known)
-        raw = list(self._tokenizer.token_bytes(known)) if is_text else []
-        return {"token": entry["decoded_token"], "logprob": entry["logprob"], "bytes": raw}
+        return {"content": self._entries.of(positions), "refusal": None}
 
 
 def _deltas(calls: Sequence[CallDelta]) -> list[dict[str, Any]]:

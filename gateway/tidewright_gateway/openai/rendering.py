@@ -36,10 +36,10 @@ class Events:
     def take(self, index: int, reply: Reply) -> bytes:
         """The events for a reply, including the end of the stream after the last one."""
         answer, choice, written = self._answer, self._choices[index], b""
-        part = choice.take(reply)
         if not self._has_begun:
             self._has_begun = True
             written = answer.opening(self._choices)
+        part = choice.take(reply)
         written += answer.piece(choice, part)
         if choice.finish_reason:
             self._open -= 1

@@ -11,6 +11,7 @@ import msgspec
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import Answer, Choice, Part
 from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.openai.logprobs import TokenEntries
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import ChatRequest
 from tidewright_gateway.openai.responses.choice import ResponseChoice
@@ -53,8 +54,9 @@ class ResponsesAnswer(Answer):
 
     def choice(self, index: int, *, is_streamed: bool) -> Choice:
         made = self._prompts.dialect.choice(self._context, self._request.tool_use, index, keeps_logprobs=False)
-        tokenizer, num_logprobs = self._prompts.tokenizer, self._request.num_logprobs()
-        self._choice = ResponseChoice.of(made, self._log, tokenizer, num_logprobs)
+        num_logprobs = self._request.num_logprobs()
+        entries = None if num_logprobs is None else TokenEntries(self._prompts.tokenizer, num_logprobs)
+        self._choice = ResponseChoice.of(made, self._log, entries)
         return self._choice
 
     def response(self) -> dict[str, Any]:
@@ -127,7 +129,7 @@ class ResponsesAnswer(Answer):
         prompt, output = self._context.num_prompt_tokens, self._context.num_tokens
         return {
             "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self._context.num_cached_tokens, "cache_write_tokens": 0},
             "output_tokens": output,
             "output_tokens_details": {"reasoning_tokens": num_reasoning},
             "total_tokens": prompt + output,

@@ -2,59 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
-from tidewright.tokenization import Tokenizer
 from tidewright_gateway.openai.answers import Choice, Part
-from tidewright_gateway.openai.output import CallArguments, CallBegin, Event, OutputParser, Reasoning, Text
+from tidewright_gateway.openai.logprobs import TokenEntries
+from tidewright_gateway.openai.output import Reasoning, Text
 from tidewright_gateway.openai.responses.events import EventLog
 from tidewright_gateway.openai.responses.output import Output
 from tidewright_gateway.replicas.triton import Reply
 
 
-class _Listener(OutputParser):
-    """Another parser, whose events are remembered: a Part does not say in what order they came."""
-
-    def __init__(self, inner: OutputParser) -> None:
-        self._inner = inner
-        self.events: list[Event] = []
-
-    def push(self, text: str) -> list[Event]:
-        return self._hear(self._inner.push(text))
-
-    def finish(self) -> list[Event]:
-        return self._hear(self._inner.finish())
-
-    def _hear(self, events: list[Event]) -> list[Event]:
-        self.events += events
-        return events
-
-
 @dataclass
 class ResponseChoice(Choice):
     output: Output = field(kw_only=True)
-    tokenizer: Tokenizer = field(kw_only=True)
-    num_logprobs: int | None = field(kw_only=True)
+    entries: TokenEntries | None = field(kw_only=True)
+    """None if no log-probabilities are asked for."""
     _pending: list[dict[str, Any]] = field(default_factory=list, init=False)
     """Log-probabilities of tokens that have added no text yet."""
 
     @classmethod
-    def of(cls, made: Choice, log: EventLog, tokenizer: Tokenizer, num_logprobs: int | None) -> ResponseChoice:
+    def of(cls, made: Choice, log: EventLog, entries: TokenEntries | None) -> ResponseChoice:
         """`made`: by the dialect."""
-        parser = _Listener(made.parser) if made.parser else None
-        return cls(
-            made.index,
-            parser,
-            made.make_id,
-            made.max_calls,
-            output=Output(log),
-            tokenizer=tokenizer,
-            num_logprobs=num_logprobs,
-        )
+        return cls(made.index, made.parser, made.make_id, made.max_calls, output=Output(log), entries=entries)
 
     def take(self, reply: Reply) -> Part:
         part = Part("", ())
@@ -66,32 +39,26 @@ class ResponseChoice(Choice):
         return part
 
     def _grow(self, part: Part) -> None:
-        if isinstance(self.parser, _Listener):
-            events, self.parser.events = self.parser.events, []
-        else:
-            events = [Text(part.text)] if part.text else []
-        entries = self._entries(part.positions)
+        entries = self.entries.of(part.positions) if self.entries else []
         self._pending += entries
-        for event in events:
-            if isinstance(event, Text):
+        for step in part.steps if self.parser else (Text(part.text),):
+            if isinstance(step, Text):
+                if not step.text:
+                    continue
                 if self.output.begins_message:
                     self._pending = entries  # those before are of markers
-                self.output.text(event.text, self._pending)
-            elif isinstance(event, Reasoning):
-                self.output.reasoning(event.text)
-            elif self.max_calls is None or event.index < self.max_calls:
-                self._grow_call(event)
+                self.output.text(step.text, self._pending)
+            elif isinstance(step, Reasoning):
+                self.output.reasoning(step.text)
+            elif step.is_new:
+                self.output.call(step.call)
+            else:
+                self.output.arguments(step.arguments)
             self._pending = []
-
-    def _grow_call(self, event: CallBegin | CallArguments) -> None:
-        if isinstance(event, CallBegin):
-            self.output.call(self.calls[event.index])
-        else:
-            self.output.arguments(event.text)
 
     def _in_tokens(self, reply: Reply) -> Iterator[Reply]:
         """With one token each, where it matters which of them are text: that must not depend on how they came."""
-        if self.num_logprobs is None or self.parser is None or not reply.logprobs or len(reply.token_ids) < 2:
+        if self.entries is None or self.parser is None or not reply.logprobs or len(reply.token_ids) < 2:
             yield reply
             return
         positions = msgspec.json.decode(reply.logprobs, type=list[dict[str, Any]])
@@ -109,17 +76,3 @@ class ResponseChoice(Choice):
                 finish_reason=finish_reason,
                 logprobs=msgspec.json.encode([position]),
             )
-
-    def _entries(self, positions: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        if self.num_logprobs is None:
-            return []
-        found = []
-        for position in positions:
-            chosen = self._entry(*next(iter(position.items())))
-            ranked = sorted(position.items(), key=lambda item: item[1]["rank"])[: self.num_logprobs]
-            found.append({**chosen, "top_logprobs": [self._entry(*item) for item in ranked]})
-        return found
-
-    def _entry(self, token_id: str, entry: dict[str, Any]) -> dict[str, Any]:
-        raw = self.tokenizer.token_bytes(int(token_id))
-        return {"token": entry["decoded_token"], "logprob": entry["logprob"], "bytes": list(raw)}
