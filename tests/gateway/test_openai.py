@@ -163,7 +163,7 @@ def test_models_and_health(gateway: RunningGateway) -> None:
         ({"max_tokens": 100_000}, 400, "max_tokens", "more than the model's context of 4096"),
         ({"n": 1000}, 400, "n", "max_choices"),
         ({"n": 0}, 400, "n", "at least 1"),
-        ({"tools": []}, 400, "tools", "unknown or unsupported parameter: tools"),
+        ({"tool": []}, 400, "tool", "unknown or unsupported parameter: tool"),
         ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
         ({"stream_options": {"include_usage": True}}, 400, "stream_options", "needs stream"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format.json_schema", "needs json_schema"),
