@@ -160,7 +160,14 @@ def failed(tokenizer: Tokenizer, error: ApiError, *, cancelled: bool = False) ->
 
 def test_a_stream_that_fails_says_so_with_what_there_is(tokenizer: Tokenizer) -> None:
     events = failed(tokenizer, ApiError(503, "the engine is gone", code="engine_failed"))
-    assert events[-1]["type"] == "response.failed"
+    assert (events[-2]["type"], events[-1]["type"]) == ("error", "response.failed")
+    assert events[-2] == {
+        "type": "error",
+        "sequence_number": events[-2]["sequence_number"],
+        "code": "engine_failed",
+        "message": "the engine is gone",
+        "param": None,
+    }
     response = events[-1]["response"]
     assert (response["status"], response["error"]) == (
         "failed",
@@ -178,17 +185,13 @@ def test_a_stream_that_is_cancelled_ends_as_incomplete(tokenizer: Tokenizer) -> 
     assert texts(reduced(events)) == [("message", "Some")]
 
 
-def test_a_failure_before_the_response_exists_is_an_error_event(tokenizer: Tokenizer) -> None:
+def test_a_failure_before_the_first_token_fails_a_response_as_well(tokenizer: Tokenizer) -> None:
     answer = answer_of(tokenizer, stream=True)
     answer.choice(0, is_streamed=True)
-    (event,) = events_in(answer.failure(ApiError(400, "max_tokens is wrong", code="invalid", param="max_tokens")))
-    assert event == {
-        "type": "error",
-        "sequence_number": 0,
-        "code": "invalid",
-        "message": "max_output_tokens is wrong",
-        "param": "max_output_tokens",
-    }
+    events = events_in(answer.failure(ApiError(400, "max_tokens is wrong", code="invalid", param="max_tokens")))
+    assert kinds(events) == ["created", "in_progress", "error", "failed"]
+    assert (events[2]["message"], events[2]["param"]) == ("max_output_tokens is wrong", "max_output_tokens")
+    assert reduced(events) == []
 
 
 def test_the_object_says_what_was_asked(tokenizer: Tokenizer) -> None:

@@ -55,7 +55,11 @@ def test_a_stream_makes_the_whole_answer(gateway: RunningGateway, fields: dict[s
     whole = gateway.openai.responses.create(**GREEDY, **fields).to_dict()
     events = [event.to_dict() for event in gateway.openai.responses.create(**GREEDY, **fields, stream=True)]
     assert without_ids(reduced(events)) == without_ids(whole["output"])
-    assert without_ids({**events[-1]["response"], "completed_at": None}) == without_ids({**whole, "completed_at": None})
+    last = events[-1]["response"]
+    for response in (whole, last):
+        response["completed_at"] = None
+        response["usage"].pop("input_tokens_details")  # the second one finds the prompt of the first in the KV cache
+    assert without_ids(last) == without_ids(whole)
     assert events[-1]["type"] == f"response.{whole['status']}"
 
 

@@ -91,6 +91,8 @@ def reduced(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     text_done = False
     for event in events[2:-1]:
         kind = event["type"].removeprefix("response.")
+        if kind == "error":
+            continue
         if kind == "output_item.added":
             assert open_item is None
             open_item = event["item"]

@@ -38,7 +38,6 @@ class ResponsesAnswer(Answer):
         self._request, self._prompts, self._description, self._keep = request, prompts, description, keep
         self._choice: ResponseChoice | None = None
         self._log = EventLog(is_streamed=bool(request.stream))
-        self._has_opened = False
         self._error: dict[str, str] | None = None
         self._ended_at: int | None = None
         self.status = "in_progress"
@@ -54,6 +53,9 @@ class ResponsesAnswer(Answer):
 
     def choice(self, index: int, *, is_streamed: bool) -> Choice:
         made = self._prompts.dialect.choice(self._context, self._request.tool_use, index, keeps_logprobs=False)
+        response = self.response()
+        self._log.tell("response.created", response=response)
+        self._log.tell("response.in_progress", response=response)
         num_logprobs = self._request.num_logprobs()
         entries = None if num_logprobs is None else TokenEntries(self._prompts.tokenizer, num_logprobs)
         self._choice = ResponseChoice.of(made, self._log, entries)
@@ -77,13 +79,6 @@ class ResponsesAnswer(Answer):
         self._end()
         return msgspec.json.encode(self.response())
 
-    def opening(self, choices: Sequence[Choice]) -> bytes:
-        self._has_opened = True
-        response = self.response()
-        self._log.tell("response.created", response=response)
-        self._log.tell("response.in_progress", response=response)
-        return self._log.taken()
-
     def piece(self, choice: Choice, part: Part) -> bytes:
         return self._log.taken()
 
@@ -93,15 +88,13 @@ class ResponsesAnswer(Answer):
 
     def failure(self, error: ApiError) -> bytes:
         error = as_sent(error)
-        if not self._has_opened:  # a comment opened the stream
-            self._log.tell("error", code=error.code, message=str(error), param=error.param)
-            return self._log.taken()
+        if self._choice:
+            self._choice.output.cut()
         if self.status != "cancelled":
+            self._log.tell("error", code=error.code, message=str(error), param=error.param)
             self.status = "failed"
             self._error = {"code": _ERROR_CODES.get(error.status, "server_error"), "message": str(error)}
         self._ended_at = int(time.time())
-        if self._choice:
-            self._choice.output.cut()
         return self._last()
 
     async def settle(self) -> None:
