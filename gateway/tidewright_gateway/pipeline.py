@@ -32,10 +32,11 @@ from tidewright_gateway.cache.responses import Replies, ResponseCache, cache_key
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.parsing import parse
 from tidewright_gateway.openai.prompts import Prompts
-from tidewright_gateway.openai.protocol import Body, ChatRequest, GenerationBody
+from tidewright_gateway.openai.protocol import Body, GenerationBody
 from tidewright_gateway.replicas.failover import Failover, Generation, timed_out
 from tidewright_gateway.replicas.triton import Reply
 

@@ -17,10 +17,10 @@ from helpers.answers import USER, chat_answer, completion_answer, context_of
 from helpers.byte_fallback import byte_tokens, make_tokenizer, token
 from tidewright.tokenization import Tokenizer
 from tidewright_gateway.openai.answers import DONE, Choice
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.messages import InputMessage
 from tidewright_gateway.openai.parsing import parse
-from tidewright_gateway.openai.protocol import ChatRequest
 from tidewright_gateway.replicas.triton import Reply
 
 

@@ -9,9 +9,10 @@ import httpx
 import pytest
 
 from helpers.gateway import MODEL, RunningGateway
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.parsing import parse
-from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest, GenerationBody
+from tidewright_gateway.openai.protocol import CompletionRequest, GenerationBody
 
 ENDPOINTS = {
     "/v1/completions": {"model": MODEL, "prompt": "a"},

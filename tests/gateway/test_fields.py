@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from helpers.answers import USER
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.fields import FieldPolicy
 from tidewright_gateway.openai.parsing import parse
-from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest, GenerationBody
+from tidewright_gateway.openai.protocol import CompletionRequest, GenerationBody
 
 REQUIRED: dict[type[GenerationBody], dict[str, Any]] = {
     ChatRequest: {"model": "m", "messages": [USER]},

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from helpers.responses import TOOL, parsed
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.fields import FieldPolicy
 from tidewright_gateway.openai.messages import InputMessage
 from tidewright_gateway.openai.parsing import parse
-from tidewright_gateway.openai.protocol import ChatRequest
 from tidewright_gateway.openai.responses.items import InputItem
 from tidewright_gateway.openai.responses.names import as_sent
 from tidewright_gateway.openai.responses.request import ResponsesRequest

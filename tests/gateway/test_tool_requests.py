@@ -14,10 +14,10 @@ from tidewright.chat_template import ChatTemplate
 from tidewright.schema import SamplingParams
 from tidewright.tokenization import Tokenizer
 from tidewright_gateway.config.api import ApiSettings
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.dialect import Dialect
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.parsing import parse
-from tidewright_gateway.openai.protocol import ChatRequest
 from tidewright_gateway.replicas.triton import Reply
 
 PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}

@@ -15,10 +15,10 @@ from pydantic_core import from_json
 
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import Answer, Call, CallDelta, Choice, Part, Step, event
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.dialect import Dialect
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.output import PlainParser, Text
-from tidewright_gateway.openai.protocol import ChatRequest
 
 _TEXT, _THINKING = "text", "thinking"
 

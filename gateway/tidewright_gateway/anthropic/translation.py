@@ -26,9 +26,10 @@ from tidewright_gateway.anthropic.protocol import (
     NamedToolChoice,
     NoToolChoice,
 )
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.messages import AssistantMessage, FunctionCall, InputMessage, ToolCall, ToolMessage
-from tidewright_gateway.openai.protocol import ChatRequest, JsonSchema, ResponseFormat
+from tidewright_gateway.openai.protocol import JsonSchema, ResponseFormat
 from tidewright_gateway.openai.tools.definitions import Function, FunctionName, NamedTool, Tool
 
 ChatMessage = InputMessage | AssistantMessage | ToolMessage

@@ -7,10 +7,11 @@ from typing import Generic, TypeVar
 
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import Answer
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.chat_answer import ChatAnswer
 from tidewright_gateway.openai.completion_answer import CompletionAnswer
 from tidewright_gateway.openai.prompts import Prompts
-from tidewright_gateway.openai.protocol import Body, ChatRequest, CompletionRequest, GenerationBody
+from tidewright_gateway.openai.protocol import Body, CompletionRequest, GenerationBody
 
 B = TypeVar("B", bound=Body)
 G = TypeVar("G", bound=GenerationBody)

@@ -8,10 +8,10 @@ from typing import Any
 from tidewright.tokenization import Tokenizer
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import CallDelta, Choice, Part
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.dialect import Dialect
 from tidewright_gateway.openai.logprobs import Position, TokenEntries
 from tidewright_gateway.openai.openai_answer import OpenAiAnswer
-from tidewright_gateway.openai.protocol import ChatRequest
 
 
 class ChatAnswer(OpenAiAnswer):

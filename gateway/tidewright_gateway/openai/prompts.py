@@ -9,9 +9,10 @@ from functools import partial
 from typing import Any, TypeVar
 
 from tidewright.tokenization import LONG_TEXT, InvalidPromptError, PromptTooLongError, Tokenizer
+from tidewright_gateway.openai.chat import Chat, ChatRequest
 from tidewright_gateway.openai.dialect import Dialect, describe
 from tidewright_gateway.openai.errors import invalid
-from tidewright_gateway.openai.protocol import Chat, ChatRequest, CompletionRequest, GenerationBody
+from tidewright_gateway.openai.protocol import CompletionRequest, GenerationBody
 
 MANY_MESSAGES = 64  # rendering more takes as long as tokenizing LONG_TEXT
 _END = 32  # characters of a rendered prompt that say how an answer begins

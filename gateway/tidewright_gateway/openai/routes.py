@@ -17,17 +17,12 @@ from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.middleware import ClientGoneError
 from tidewright_gateway.openai.api import ChatApi, CompletionApi
+from tidewright_gateway.openai.chat import ChatRequest, TokenizeRequest
 from tidewright_gateway.openai.embeddings import Computed, EmbeddingRequest, Embeddings, ScoreRequest
 from tidewright_gateway.openai.errors import invalid
 from tidewright_gateway.openai.exchange import Exchange
 from tidewright_gateway.openai.prompts import Prompts
-from tidewright_gateway.openai.protocol import (
-    Body,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    TokenizeRequest,
-)
+from tidewright_gateway.openai.protocol import Body, CompletionRequest, DetokenizeRequest
 from tidewright_gateway.openai.responses.api import ResponsesApi, ResponsesExchange
 from tidewright_gateway.openai.responses.request import ResponsesRequest
 from tidewright_gateway.openai.responses.shelf import Shelf

@@ -14,8 +14,9 @@ from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http import access_log
 from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid, of_model
-from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
+from tidewright_gateway.openai.protocol import CompletionRequest
 from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.triton import Reply
 

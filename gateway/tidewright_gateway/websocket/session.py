@@ -18,8 +18,9 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from tidewright_gateway.auth import credential_of
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
-from tidewright_gateway.openai.protocol import ChatRequest, CompletionRequest
+from tidewright_gateway.openai.protocol import CompletionRequest
 from tidewright_gateway.websocket import messages as m
 from tidewright_gateway.websocket.backend import Backend, Kind
 from tidewright_gateway.websocket.hub import Hub

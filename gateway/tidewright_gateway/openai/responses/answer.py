@@ -10,10 +10,10 @@ import msgspec
 
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import Answer, Choice, Part
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.logprobs import TokenEntries
 from tidewright_gateway.openai.prompts import Prompts
-from tidewright_gateway.openai.protocol import ChatRequest
 from tidewright_gateway.openai.responses.choice import ResponseChoice
 from tidewright_gateway.openai.responses.description import Description
 from tidewright_gateway.openai.responses.events import EventLog

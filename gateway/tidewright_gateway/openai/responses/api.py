@@ -11,10 +11,10 @@ from starlette.types import Receive, Scope, Send
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import Answer
 from tidewright_gateway.openai.api import Api
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.exchange import Exchange
 from tidewright_gateway.openai.prompts import Prompts
-from tidewright_gateway.openai.protocol import ChatRequest
 from tidewright_gateway.openai.responses.answer import ResponsesAnswer
 from tidewright_gateway.openai.responses.description import Description
 from tidewright_gateway.openai.responses.items import InputItem, Item

@@ -7,9 +7,9 @@ from typing import Any
 
 import msgspec
 
+from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.messages import AssistantMessage, InputMessage, ToolMessage
-from tidewright_gateway.openai.protocol import ChatRequest
 from tidewright_gateway.openai.responses.items import (
     FunctionCallItem,
     FunctionCallOutputItem,
