@@ -30,7 +30,7 @@ from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.failover import Failover
 
 _REFERENCE = "#/components/schemas/{model}"
-_BODIES: dict[str, type[Body]] = {
+BODIES: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/embeddings": EmbeddingRequest,
@@ -146,10 +146,10 @@ def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: P
 def describe_bodies(document: dict[str, Any]) -> None:
     """Adds the request bodies to an OpenAPI document: the pipeline parses them, not FastAPI."""
     references, definitions = models_json_schema(
-        [(kind, "validation") for kind in _BODIES.values()], ref_template=_REFERENCE
+        [(kind, "validation") for kind in BODIES.values()], ref_template=_REFERENCE
     )
     document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-    for path, kind in _BODIES.items():
+    for path, kind in BODIES.items():
         content = {"application/json": {"schema": references[kind, "validation"]}}
         document["paths"][path]["post"]["requestBody"] = {"content": content, "required": True}
 
