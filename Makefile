@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check test coverage lint format bench bench-sweep bench-peers doctor clean
+.PHONY: help serve check test test-clients coverage lint format bench bench-sweep bench-peers doctor clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -24,6 +24,10 @@ check: lint $(VENV)/.programs  ## Style, types and all tests that start no serve
 test: $(VENV)/.dev $(VENV)/.programs  ## Set up and run all tests, against the real Triton and the real model
 	@$(BIN)/tidewright prepare
 	$(BIN)/python tests/suite.py $(ARGS)
+
+test-clients: $(VENV)/.dev  ## Test the clients that people use, in environments of their own (some minutes)
+	@$(BIN)/tidewright prepare
+	$(BIN)/python tests/suite.py --clients tests/clients $(ARGS)
 
 coverage: $(VENV)/.dev $(VENV)/.programs  ## All tests, with what of the code they ran (takes longer)
 	@$(BIN)/tidewright prepare

@@ -1,4 +1,4 @@
-"""Runs the test suite and judges it: `python tests/suite.py [--without-servers] [pytest's arguments]`.
+"""Runs the test suite and judges it: `python tests/suite.py [--without-servers | --clients] [pytest's arguments]`.
 
 The tests that start no server run first, on three workers; then the others on two, with servers of their own that
 compute in one thread each. A test that failed runs once more, alone in a fresh process. If it passes there, it is
@@ -35,7 +35,8 @@ class Stage:
 # half of what another has.
 _SHARED = ("--dist", "worksteal", "--max-worker-restart", "0")
 WITHOUT_SERVERS = Stage("without servers", "not server", ("-n", "3", *_SHARED))
-WITH_SERVERS = Stage("with servers", "server", ("-n", "2", *_SHARED))
+WITH_SERVERS = Stage("with servers", "server and not slow", ("-n", "2", *_SHARED))
+CLIENTS = Stage("of clients", "clients", ("-n", "0"))  # one server for all, and all cores for it and its client
 
 
 class NotRunError(Exception):
@@ -56,9 +57,12 @@ class Run:
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--without-servers", action="store_true", help="only the tests that start no server")
+    parser.add_argument("--clients", action="store_true", help="only other people's clients, including slow ones")
     parser.add_argument("-m", dest="mark", default="", help="only tests with such marks, as for pytest")
     known, arguments = parser.parse_known_args(words)
-    stages = [WITHOUT_SERVERS] if known.without_servers else [WITHOUT_SERVERS, WITH_SERVERS]
+    stages = [WITHOUT_SERVERS, WITH_SERVERS]
+    if known.without_servers or known.clients:
+        stages = [CLIENTS if known.clients else WITHOUT_SERVERS]
     # A shell starts what it runs in the background with SIGINT ignored, and so would be all that the tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     began = time.monotonic()

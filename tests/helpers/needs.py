@@ -23,6 +23,8 @@ MARKS = {
     "redis": "starts a redis-server",
     "browser": "starts a Chromium",
     "hosts": "makes network namespaces",
+    "clients": "runs a client of other people",
+    "slow": "makes an environment that takes minutes; only `make test-clients` runs it",
 }
 _TESTS = str(Path(__file__).parent.parent)
 _running: pytest.Item | None = None
