@@ -11,7 +11,13 @@ from langchain_openai import ChatOpenAI
 
 
 def model(max_tokens: int = MAX_TOKENS, **options: Any) -> ChatOpenAI:
-    settings: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens, "max_retries": 0, **options}
+    settings: dict[str, Any] = {
+        "temperature": 0,
+        "max_tokens": max_tokens,
+        "max_retries": 0,
+        "stream_usage": True,
+        **options,
+    }
     return ChatOpenAI(base_url=BASE_URL, api_key=API_KEY, model=MODEL, **settings)
 
 
@@ -58,7 +64,7 @@ def _text(asking: ChatOpenAI) -> None:
     whole = asking.invoke(QUESTION)
     assert whole.text
     assert whole.usage_metadata["total_tokens"] > 0
-    pieces = list(asking.stream(QUESTION, stream_usage=True))
+    pieces = list(asking.stream(QUESTION))
     assert len(pieces) > 2
     joined = pieces[0]
     for piece in pieces[1:]:
@@ -77,7 +83,7 @@ def _structured(asking: ChatOpenAI) -> None:
 
 
 def _tools(asking: ChatOpenAI) -> None:
-    bound = asking.bind_tools([get_weather], tool_choice="required")
+    bound = asking.bind_tools([get_weather], tool_choice="required", parallel_tool_calls=False)
     whole = bound.invoke(CITY_QUESTION)
     assert whole.tool_calls
     assert not whole.invalid_tool_calls

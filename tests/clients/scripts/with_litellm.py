@@ -61,7 +61,7 @@ def errors() -> None:
 
 def tools() -> None:
     tool = {"type": "function", "function": {"name": "get_weather", "parameters": PARAMETERS}}
-    options = {**GREEDY, "max_tokens": 128, "tools": [tool]}
+    options = {**GREEDY, "max_tokens": 128, "tools": [tool], "parallel_tool_calls": False}
     whole = litellm.completion(messages=ASK_CITY, tool_choice="required", **options).choices[0]
     assert whole.finish_reason == "tool_calls"
     calls = whole.message.tool_calls
@@ -89,6 +89,7 @@ def responses() -> None:
 def responses_tools() -> None:
     tool = {"type": "function", "name": "get_weather", "parameters": PARAMETERS}
     options = {**RESPONSE, "max_output_tokens": 128, "tools": [tool], "tool_choice": "required"}
+    options["parallel_tool_calls"] = False
     whole = litellm.responses(input=CITY_QUESTION, **options)
     calls = [item for item in whole.output if item.type == "function_call"]
     assert calls
