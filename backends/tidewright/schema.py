@@ -101,6 +101,8 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     """Sequences that are computed in one step, at most; 0 is unknown."""
     embedding_size: int = 0
     """Numbers in an embedding; 0: this server generates text."""
+    tells_details: bool = False
+    """It knows return_stop_reason and return_num_cached_tokens; older servers refuse them."""
 
 
 # Tokens that another model, or this one before its death, has generated for the same request: it goes on behind them.

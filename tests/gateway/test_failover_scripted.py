@@ -71,6 +71,14 @@ def test_a_stream_that_stalls_and_one_that_never_begins_go_on_elsewhere(client: 
     assert (text, generation.served_by) == ("<8>", ["b:1", "a:1"])
 
 
+def test_replicas_of_an_older_version_are_not_asked_for_what_they_do_not_know(client: type[ScriptedClient]) -> None:
+    for tells_details in (False, True):
+        client.scripts, client.requests = {"b:1": [[8]]}, []
+        client.status = {"b:1": msgspec.structs.replace(WELL, tells_details=tells_details)}
+        run(generate)
+        assert [request.details for _, request in client.requests] == [tells_details]
+
+
 async def has_begun(client: type[ScriptedClient]) -> None:
     """A generation was asked for, and what its script has at once has arrived."""
     await until(lambda: client.requests)

@@ -152,6 +152,7 @@ class Bridge:
             tokenizer=self._tokenizer.fingerprint,
             max_running=self._max_running,
             embedding_size=self.engine.embedding_size if self.engine else 0,
+            tells_details=True,
         )
 
     @property

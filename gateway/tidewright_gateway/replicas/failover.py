@@ -294,7 +294,7 @@ class Failover:
             list(generation.delivered),
             generation.logprobs,
             generation.metadata,
-            details=not generation.embeds,
+            details=not generation.embeds and replica.tells_details,
             embeds=generation.embeds,
         )
         generation.served_by.append(replica.address)

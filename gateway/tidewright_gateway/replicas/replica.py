@@ -97,6 +97,8 @@ class Replica:
     """Seconds of that in which this process was listening and received no tokens either."""
     embedding_size: int | None = None
     """By its last status: numbers in an embedding, 0 if it generates text. None before the first one."""
+    tells_details: bool = False
+    """It knows the outputs that older servers refuse to be asked for."""
     fallback: DecoderStatus | None = None
     """The last status of its fallback; None if it has none that can be used."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not checked yet", Outcome.UNAVAILABLE))
@@ -167,7 +169,7 @@ class Replica:
     def heard(self, status: DecoderStatus, patience: float, now: float) -> None:
         """Takes a status. `patience`: maximum silence of its engine, in seconds."""
         self.status, self.heard_at, self.trouble, self.suspicion = status, now, None, None
-        self.embedding_size = status.embedding_size
+        self.embedding_size, self.tells_details = status.embedding_size, status.tells_details
         self.lived_at = max(self.lived_at, now - status.silence)
         # The figure may or may not include what began or ended since the status request.
         self.others = max(status.active - max(len(self.attempts), self.in_flight_when_asked), 0)
