@@ -13,7 +13,7 @@ from helpers.redis import RunningRedis
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.responses import redis_store
-from tidewright_gateway.openai.responses.description import PREFIX
+from tidewright_gateway.openai.responses.items import RESPONSE as PREFIX
 from tidewright_gateway.openai.responses.redis_store import RedisStore
 from tidewright_gateway.openai.responses.shelf import Shelf
 from tidewright_gateway.openai.responses.store import MemoryStore, NoStore, ResponseStore, StoredResponse, make_store

@@ -104,6 +104,25 @@ def test_a_response_is_retrieved_listed_continued_and_deleted_by_its_key_only(cl
     assert len(mine.responses.input_items.list(third.id).data) == 5
 
 
+def test_an_item_of_a_stored_response_may_be_referred_to_by_its_key_only(clients: Clients) -> None:
+    mine, theirs = clients["a"], clients["b"]
+    first = ask(mine, "One")
+    (item,) = first.output
+    again = [{"role": "user", "content": "One"}, {"type": "item_reference", "id": item.id}]
+    whole = [again[0], {"role": "assistant", "content": first.output_text}]
+    asked = []
+    for items in (again, [again[0], {"id": item.id}], whole):
+        made = mine.responses.create(model=MODEL, input=items, max_output_tokens=1)
+        asked.append(clients.replica.requests[-1][0])  # tokens of the prompt
+        listed = mine.responses.input_items.list(made.id, order="asc").data
+        assert [entry.content[0].text for entry in listed] == ["One", first.output_text]
+    assert len(set(asked)) == 1
+    for client, id in ((theirs, item.id), (mine, item.id[:-1] + "7"), (mine, f"msg_{'0' * 52}"), (mine, "msg_1")):
+        with pytest.raises(openai.BadRequestError, match="no stored response with the item") as refused:
+            client.responses.create(model=MODEL, input=[{"type": "item_reference", "id": id}])
+        assert refused.value.param == "input.0.id"
+
+
 def test_input_items_come_in_pages(clients: Clients) -> None:
     client = clients["a"]
     items = [{"role": "user", "content": str(number)} for number in range(5)]

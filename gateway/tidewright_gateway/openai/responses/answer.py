@@ -37,7 +37,7 @@ class ResponsesAnswer(Answer):
         super().__init__(context)
         self._request, self._prompts, self._description, self._keep = request, prompts, description, keep
         self._choice: ResponseChoice | None = None
-        self._log = EventLog(is_streamed=bool(request.stream))
+        self._log = EventLog(description.id, is_streamed=bool(request.stream))
         self._error: dict[str, str] | None = None
         self._ended_at: int | None = None
         self.status = "in_progress"

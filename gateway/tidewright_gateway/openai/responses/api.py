@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 from starlette.types import Receive, Scope, Send
 
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import Answer
 from tidewright_gateway.openai.api import Api
 from tidewright_gateway.openai.chat import ChatRequest
-from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.exchange import Exchange
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.responses.answer import ResponsesAnswer
 from tidewright_gateway.openai.responses.description import Description
-from tidewright_gateway.openai.responses.items import InputItem, Item
+from tidewright_gateway.openai.responses.items import Item, ItemReference
 from tidewright_gateway.openai.responses.names import as_sent
 from tidewright_gateway.openai.responses.request import ResponsesRequest
 from tidewright_gateway.openai.responses.shelf import Shelf
@@ -27,7 +27,9 @@ from tidewright_gateway.openai.responses.truncation import shortened
 from tidewright_gateway.pipeline import Pipeline
 
 _ROOM = 4  # the part of the context that a shortened prompt leaves to the answer, unless the request says how much
-_items = TypeAdapter(list[InputItem])
+_MAX_SHOWN = 64  # characters of an id in an error
+_items: TypeAdapter[list[Item]] = TypeAdapter(list[Annotated[Item, Field(discriminator="type")]])
+_item: TypeAdapter[Item] = TypeAdapter(Annotated[Item, Field(discriminator="type")])
 
 
 class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
@@ -46,7 +48,7 @@ class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
         if body.previous_response_id is not None:
             stored = await self._shelf.previous(context.caller.key_id, body.previous_response_id)
             self._previous = stored.items
-        self._body, self._own = body, input_items(body)
+        self._body, self._own = body, await self._resolved(context.caller.key_id, input_items(body))
         previous: Sequence[Item] = _items.validate_python(self._previous)
         request = to_chat(body, [*previous, *self._own], len(previous))
         if body.truncation == "auto":
@@ -54,6 +56,19 @@ class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
             request = request.model_copy(update={"messages": messages})
         self.has_translated = True
         return request
+
+    async def _resolved(self, key_id: str, items: Sequence[Item | ItemReference]) -> list[Item]:
+        """The items, with those that are referred to in their places."""
+        found: list[Item] = []
+        for number, item in enumerate(items):
+            if isinstance(item, ItemReference):
+                if (stored := await self._shelf.item(key_id, item.id)) is None:
+                    place = f"input.{number}.id"
+                    message = f"{place}: this key has no stored response with the item {item.id[:_MAX_SHOWN]!r}"
+                    raise invalid(f"{message}; send the item itself", place)
+                item = _item.validate_python(stored)
+            found.append(item)
+        return found
 
     async def _fits(self, request: ChatRequest, messages: list[ChatMessage]) -> bool:
         limit = self._limit()

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tidewright_gateway.openai.responses.items import new_id
+from tidewright_gateway.openai.responses.items import RESPONSE, new_id
 from tidewright_gateway.openai.responses.request import FunctionTool, ResponsesRequest
-
-PREFIX = "resp"
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Description:
     @classmethod
     def of(cls, body: ResponsesRequest, defaults: Mapping[str, Any], *, is_stored: bool) -> Description:
         """`defaults`: sampling parameters of requests that have none of their own."""
-        id = new_id(PREFIX)
+        id = new_id(RESPONSE)
         format = body.text.format if body.text else None
         choice = body.tool_choice or "auto"
         given = {

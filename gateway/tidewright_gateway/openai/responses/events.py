@@ -12,8 +12,9 @@ from tidewright_gateway.openai.answers import event
 class EventLog:
     """Those that are not written yet."""
 
-    def __init__(self, *, is_streamed: bool) -> None:
+    def __init__(self, response_id: str, *, is_streamed: bool) -> None:
         """`is_streamed`: false drops them, as a whole answer has none."""
+        self.response_id = response_id
         self._is_streamed = is_streamed
         self._written: list[bytes] = []
         self._number = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from abc import abstractmethod
 from typing import Annotated, Any, Literal
@@ -11,6 +12,8 @@ from pydantic_core import PydanticCustomError
 
 from tidewright_gateway.openai.fields import ApiObject, Many
 
+RESPONSE = "resp"  # before the id of a response
+_OUTPUT_ID = re.compile(r"[a-z]{2,4}_([0-9a-f]{48})[0-9a-f]{4,8}")
 _MAX_SHOWN = 64  # characters of a value in an error
 _MADE_BY_SERVERS = frozenset({"status", "created_by"})
 
@@ -150,11 +153,16 @@ class ReasoningItem(_Item):
         }
 
 
-Item = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
-InputItem = Annotated[Item, Field(discriminator="type")]
-ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+class ItemReference(ApiObject):
+    """An item of the output of a stored response, in place of the item itself."""
 
-_INSTEAD = {"item_reference": "send the item itself, or previous_response_id"}
+    type: Literal["item_reference"]
+    id: StrictStr
+
+
+Item = MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem
+InputItem = Annotated[Item | ItemReference, Field(discriminator="type")]
+ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 
 
 def with_types(items: list[Any]) -> list[Any]:
@@ -169,8 +177,8 @@ def _with_type(item: Any, place: str) -> Any:
     if kind is None:
         kind = "message" if "role" in item else "item_reference" if set(item) <= {"id", "type"} and item else None
     if isinstance(kind, str) and kind not in ITEM_TYPES:
-        instead = _INSTEAD.get(kind, "the only tools here are functions")
-        raise refused(f"{place}: an item of type {kind[:_MAX_SHOWN]!r} is not supported: {instead}", f"{place}.type")
+        message = f"{place}: an item of type {kind[:_MAX_SHOWN]!r} is not supported: the only tools here are functions"
+        raise refused(message, f"{place}.type")
     return item if kind is None else {**item, "type": kind}
 
 
@@ -181,3 +189,14 @@ def refused(message: str, field: str) -> PydanticCustomError:
 
 def new_id(prefix: str) -> str:
     return f"{prefix}_{secrets.token_hex(24)}"
+
+
+def output_id(prefix: str, response_id: str, index: int) -> str:
+    """Of an item of a response's output: the id of its response can be read from it."""
+    return f"{prefix}_{response_id.rpartition('_')[2]}{index:04x}"
+
+
+def response_of(item_id: str) -> str | None:
+    """The id of the response whose output has this item; None if it is no such id."""
+    found = _OUTPUT_ID.fullmatch(item_id)
+    return f"{RESPONSE}_{found[1]}" if found else None

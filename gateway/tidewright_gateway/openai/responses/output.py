@@ -12,7 +12,7 @@ from typing import Any
 
 from tidewright_gateway.openai.answers import Call
 from tidewright_gateway.openai.responses.events import EventLog
-from tidewright_gateway.openai.responses.items import new_id
+from tidewright_gateway.openai.responses.items import output_id
 
 Logprobs = Sequence[dict[str, Any]]
 
@@ -23,7 +23,7 @@ class OutputItem(ABC):
     prefix = ""
 
     def __init__(self, index: int, log: EventLog) -> None:
-        self.id = new_id(self.prefix)
+        self.id = output_id(self.prefix, log.response_id, index)
         self._index, self._log = index, log
 
     @abstractmethod

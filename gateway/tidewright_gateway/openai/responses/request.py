@@ -108,7 +108,7 @@ class ResponsesRequest(Body):
     """Model name, as in /v1/models."""
     input: StrictStr | Many[InputItem] | None = None
     """A text, which is a message of the user, or a list of items: messages, function calls and their outputs,
-    reasoning. References to items (item_reference) and items of other tools are refused."""
+    reasoning, and references (item_reference) to items of stored responses. Items of other tools are refused."""
     instructions: StrictStr | None = None
     """A system message before everything else; that of an earlier response does not count."""
     previous_response_id: StrictStr | None = None

@@ -11,12 +11,12 @@ from typing import Any
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.responses.answer import ResponsesAnswer
-from tidewright_gateway.openai.responses.description import PREFIX
+from tidewright_gateway.openai.responses.items import RESPONSE, response_of
 from tidewright_gateway.openai.responses.store import ResponseStore, StoredResponse, StoreLostError, encode
 
 log = logging.getLogger(__name__)
 
-_ID = re.compile(rf"{PREFIX}_[0-9a-f]{{48}}")
+_ID = re.compile(rf"{RESPONSE}_[0-9a-f]{{48}}")
 _MAX_SHOWN = 64  # characters of an id in an error
 
 
@@ -69,6 +69,13 @@ class Shelf:
             message = f"previous_response_id: its conversation has {size} bytes, more than {self._max_bytes} (max_body)"
             raise invalid(f"{message}; send the items that matter as input", "previous_response_id")
         return found
+
+    async def item(self, key_id: str, item_id: str) -> dict[str, Any] | None:
+        """An item of the output of a stored response; None if there is none. Raises ApiError: the store is lost."""
+        response_id = response_of(item_id)
+        found = await self._stored(key_id, response_id) if response_id else None
+        output = found.response["output"] if found else ()
+        return next((item for item in output if item["id"] == item_id), None)
 
     async def response(self, key_id: str, response_id: str) -> dict[str, Any]:
         """The Response object. Raises ApiError: there is none."""

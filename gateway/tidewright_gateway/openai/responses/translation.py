@@ -14,6 +14,7 @@ from tidewright_gateway.openai.responses.items import (
     FunctionCallItem,
     FunctionCallOutputItem,
     Item,
+    ItemReference,
     MessageItem,
     ReasoningItem,
     text_of,
@@ -50,7 +51,7 @@ _SAME = (
 """Fields that both requests have."""
 
 
-def input_items(body: ResponsesRequest) -> list[Item]:
+def input_items(body: ResponsesRequest) -> Sequence[Item | ItemReference]:
     """A text is a message of the user."""
     if isinstance(body.input, str):
         return [MessageItem(role="user", content=body.input)] if body.input else []
