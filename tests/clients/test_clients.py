@@ -14,6 +14,7 @@ from helpers.gateway import MODEL, RunningGateway
 
 TOOLS = "tools in chat completions"
 RESPONSES = "the Responses API"
+ITEM_REFERENCES = "items of the type item_reference in the Responses API"
 MESSAGES = "Anthropic's Messages"
 ECHO = "log-probabilities of the prompt in completions"
 
@@ -60,6 +61,7 @@ CLIENTS = {
             "structured": (),
             "tools": (TOOLS,),
             "responses": (RESPONSES,),
+            "responses_by_reference": (RESPONSES, ITEM_REFERENCES),
             "responses_tools": (RESPONSES, TOOLS),
             "messages": (MESSAGES,),
             "messages_tools": (MESSAGES, TOOLS),

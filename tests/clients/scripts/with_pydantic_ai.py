@@ -9,7 +9,6 @@ from pydantic_ai import Agent, NativeOutput, ToolOutput
 from pydantic_ai.messages import ToolCallPart, ToolReturnPart
 from pydantic_ai.models.anthropic import AnthropicModel
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
-from pydantic_ai.profiles.openai import OpenAIModelProfile
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 
@@ -100,11 +99,6 @@ async def _tools(model: Any) -> None:
     assert calls
     assert sorted(calls) == sorted(results)
     assert len(set(calls)) == len(calls)
-
-
-def profile() -> None:
-    """What docs/clients.md tells to set, exists."""
-    assert OpenAIModelProfile(openai_supports_tool_choice_required=True)
 
 
 if __name__ == "__main__":

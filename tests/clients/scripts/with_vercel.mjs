@@ -59,8 +59,8 @@ async function streamed(settings) {
   return { result, parts };
 }
 
-async function text(model) {
-  const asked = { model, prompt: QUESTION, ...options };
+async function text(model, providerOptions = {}) {
+  const asked = { model, prompt: QUESTION, ...options, providerOptions };
   const whole = await generateText(asked);
   assert.ok(whole.text.length > 0);
   assert.ok(["stop", "length"].includes(whole.finishReason), whole.finishReason);
@@ -72,12 +72,16 @@ async function text(model) {
   const kinds = parts.map((part) => part.type).filter((kind, at, all) => kind !== all[at - 1]);
   const order = ["start", "start-step", "text-start", "text-delta", "text-end", "finish-step", "finish"];
   assert.deepEqual(kinds.filter((kind) => order.includes(kind)), order);
-  const more = [
+  await followUp(model, whole, providerOptions);
+}
+
+async function followUp(model, whole, providerOptions) {
+  const messages = [
     { role: "user", content: QUESTION },
     ...whole.response.messages,
     { role: "user", content: "Another one." },
   ];
-  assert.ok((await generateText({ model, messages: more, ...options })).text.length > 0);
+  assert.ok((await generateText({ model, messages, ...options, providerOptions })).text.length > 0);
 }
 
 async function structured(model) {
@@ -119,9 +123,11 @@ const checks = {
   structured: () => structured(compatible),
   tools: () => toolCalls(compatible),
   responses: async () => {
-    await text(responsesModel);
+    await text(responsesModel, { openai: { store: false } }); // it then sends earlier answers themselves, not their ids
     await structured(responsesModel);
   },
+  responses_by_reference: async () =>
+    followUp(responsesModel, await generateText({ model: responsesModel, prompt: QUESTION, ...options }), {}),
   responses_tools: () => toolCalls(responsesModel),
   messages: () => text(messagesModel),
   messages_tools: () => toolCalls(messagesModel),
