@@ -16,7 +16,8 @@ def get_weather(city: str) -> str:
     "The weather in a city."
     return "4 degrees"
 """
-folder = Path(tempfile.mkdtemp())
+temporary = tempfile.TemporaryDirectory()  # until the script ends
+folder = Path(temporary.name)
 OPTIONS = ("-o", "temperature", "0", "-o", "max_tokens", str(MAX_TOKENS))
 
 

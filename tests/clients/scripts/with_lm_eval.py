@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import sys
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp(), "OPENAI_API_KEY": os.environ["API_KEY"]}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": f"{sys.prefix}/huggingface", "OPENAI_API_KEY": os.environ["API_KEY"]}
 
 import torch
 from checks import BASE_URL, MODEL, run
