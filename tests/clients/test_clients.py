@@ -12,126 +12,115 @@ import pytest
 from helpers.clients import FOLDER, Client, run_client
 from helpers.gateway import MODEL, RunningGateway
 
-TOOLS = "tools in chat completions"
-RESPONSES = "the Responses API"
-ITEM_REFERENCES = "items of the type item_reference in the Responses API"
-MESSAGES = "Anthropic's Messages"
-ECHO = "log-probabilities of the prompt in completions"
-
-NOT_BUILT: set[str] = set()
-"""Features that the server lacks. A check that needs one is skipped; remove the feature here to run it."""
-
 CLIENTS = {
     "openai": Client(
         "with_openai.py",
         None,
-        {
-            "chat": (),
-            "chat_stream_helper": (),
-            "chat_async": (),
-            "completions": (),
-            "errors": (),
-            "parse": (),
-            "tools": (TOOLS,),
-            "tool_choices": (TOOLS,),
-            "tools_parse": (TOOLS,),
-            "responses": (RESPONSES,),
-            "responses_previous": (RESPONSES,),
-            "responses_parse": (RESPONSES,),
-            "responses_tools": (RESPONSES, TOOLS),
-        },
+        (
+            "chat",
+            "chat_stream_helper",
+            "chat_async",
+            "completions",
+            "errors",
+            "parse",
+            "tools",
+            "tool_choices",
+            "tools_parse",
+            "responses",
+            "responses_previous",
+            "responses_parse",
+            "responses_tools",
+        ),
         is_quick=True,
     ),
     "anthropic": Client(
         "with_anthropic.py",
         "anthropic",
-        {
-            "messages": (MESSAGES,),
-            "count_tokens": (MESSAGES,),
-            "errors": (MESSAGES,),
-            "tools": (MESSAGES, TOOLS),
-        },
+        (
+            "messages",
+            "count_tokens",
+            "errors",
+            "tools",
+        ),
         is_quick=True,
     ),
     "vercel-ai": Client(
         "with_vercel.mjs",
         "vercel",
-        {
-            "chat": (),
-            "structured": (),
-            "tools": (TOOLS,),
-            "responses": (RESPONSES,),
-            "responses_by_reference": (RESPONSES, ITEM_REFERENCES),
-            "responses_tools": (RESPONSES, TOOLS),
-            "messages": (MESSAGES,),
-            "messages_tools": (MESSAGES, TOOLS),
-        },
+        (
+            "chat",
+            "structured",
+            "tools",
+            "responses",
+            "responses_by_reference",
+            "responses_tools",
+            "messages",
+            "messages_tools",
+        ),
         is_quick=True,
     ),
     "openai-agents": Client(
         "with_openai_agents.py",
         "agents",
-        {
-            "chat": (),
-            "structured": (),
-            "tools": (TOOLS,),
-            "responses": (RESPONSES,),
-            "responses_tools": (RESPONSES, TOOLS),
-        },
+        (
+            "chat",
+            "structured",
+            "tools",
+            "responses",
+            "responses_tools",
+        ),
     ),
     "langchain-openai": Client(
         "with_langchain.py",
         "agents",
-        {
-            "chat": (),
-            "structured": (),
-            "structured_json_mode": (),
-            "structured_by_tool": (TOOLS,),
-            "tools": (TOOLS,),
-            "responses": (RESPONSES,),
-            "responses_tools": (RESPONSES, TOOLS),
-        },
+        (
+            "chat",
+            "structured",
+            "structured_json_mode",
+            "structured_by_tool",
+            "tools",
+            "responses",
+            "responses_tools",
+        ),
     ),
     "pydantic-ai": Client(
         "with_pydantic_ai.py",
         "agents",
-        {
-            "chat": (),
-            "structured": (),
-            "structured_by_tool": (TOOLS,),
-            "tools": (TOOLS,),
-            "responses": (RESPONSES,),
-            "responses_tools": (RESPONSES, TOOLS),
-            "messages": (MESSAGES,),
-            "messages_tools": (MESSAGES, TOOLS),
-        },
+        (
+            "chat",
+            "structured",
+            "structured_by_tool",
+            "tools",
+            "responses",
+            "responses_tools",
+            "messages",
+            "messages_tools",
+        ),
     ),
-    "llm": Client("with_llm.py", "agents", {"chat": (), "structured": (), "tools": (TOOLS,)}),
+    "llm": Client("with_llm.py", "agents", ("chat", "structured", "tools")),
     "litellm": Client(
         "with_litellm.py",
         "litellm",
-        {
-            "chat": (),
-            "completions": (),
-            "structured": (),
-            "errors": (),
-            "tools": (TOOLS,),
-            "responses": (RESPONSES,),
-            "responses_tools": (RESPONSES, TOOLS),
-        },
+        (
+            "chat",
+            "completions",
+            "structured",
+            "errors",
+            "tools",
+            "responses",
+            "responses_tools",
+        ),
     ),
-    "instructor": Client("with_instructor.py", "instructor", {"structured": (), "tools": (TOOLS,)}),
-    "lm-eval": Client("with_lm_eval.py", "lm_eval", {"generations": (), "log_likelihoods": (ECHO,)}),
-    "aiperf": Client("with_aiperf.py", "aiperf", {"chat": (), "completions": ()}),
+    "instructor": Client("with_instructor.py", "instructor", ("structured", "tools")),
+    "lm-eval": Client("with_lm_eval.py", "lm_eval", ("generations", "log_likelihoods")),
+    "aiperf": Client("with_aiperf.py", "aiperf", ("chat", "completions")),
 }
 
 
 def cases() -> Iterator[Any]:
     for name, client in CLIENTS.items():
-        for check, features in client.checks.items():
+        for check in client.checks:
             marks = [] if client.is_quick else [pytest.mark.slow]
-            if missing := sorted(NOT_BUILT.intersection(features)):
-                marks.append(pytest.mark.skip(reason=f"not built yet: {', '.join(missing)}"))
             yield pytest.param(client, check, marks=marks, id=f"{name}-{check}")
 
 

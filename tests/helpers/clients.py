@@ -37,8 +37,8 @@ class Client:
     script: str
     environment: str | None
     """None: the development environment, which has this client."""
-    checks: dict[str, tuple[str, ...]]
-    """Of each check of the script, the features of the server that it needs beyond text and structured output."""
+    checks: tuple[str, ...]
+    """Of the script."""
     is_quick: bool = False
     """Its environment is made within seconds, so that `make test` runs it as well."""
 
