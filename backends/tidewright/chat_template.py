@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -13,6 +13,8 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
+
+MAX_ITERATIONS = 100_000  # of all ranges of a template together, for one prompt
 
 
 class TemplateError(ValueError):
@@ -59,6 +61,7 @@ class ChatTemplate:
             raise TemplateError(f"the model has no chat template named {name!r}")
         # Documents are none, but known: templates ask `documents is not none`.
         known = {"tools": None, "documents": None, **variables, **self._special_tokens, "messages": messages}
+        known["range"] = _bounded_range()
         text, length = [], 0
         try:
             for piece in self._templates[name].generate(known):
@@ -69,6 +72,21 @@ class ChatTemplate:
         except Exception as error:  # whatever the template can't compute with in these messages
             raise TemplateError(f"the model's chat template refuses the messages: {error}") from None
         return "".join(text)
+
+
+def _bounded_range() -> Callable[..., range]:
+    """Python's `range` for one prompt: templates have no other loop that is longer than what they are given."""
+    left = MAX_ITERATIONS
+
+    def make(*bounds: int) -> range:
+        nonlocal left
+        found = range(*bounds)
+        left -= len(found)
+        if left < 0:
+            raise jinja2.TemplateError(f"its loops have more than {MAX_ITERATIONS} turns")
+        return found
+
+    return make
 
 
 class _GenerationTag(jinja2.ext.Extension):

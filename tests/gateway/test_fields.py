@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from helpers.answers import USER
+from helpers.echo_replica import EchoReplica
+from helpers.gateway import RunningGateway
 from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.fields import FieldPolicy
@@ -146,3 +149,18 @@ def test_defaults_of_the_model_stand_behind_what_the_request_says() -> None:
 def test_an_object_has_a_bound() -> None:
     error = refusal(ChatRequest, messages=[{**USER, **{f"f{number}": 1 for number in range(300)}}])
     assert error.code == "too_many_items"
+
+
+def test_a_header_names_what_had_no_effect(echo_gateway: RunningGateway) -> None:
+    for stream in (False, True):
+        body = {"prompt": "Hi", "max_tokens": 2, "store": True, "logit_bias": None, "metadata": {"a": "b"}}
+        answer = echo_gateway.post("/v1/completions", {**body, "stream": stream})
+        assert (answer.status_code, answer.headers["X-Ignored-Fields"]) == (200, "store, metadata")
+    assert "X-Ignored-Fields" not in echo_gateway.post("/v1/completions", {"prompt": "Hi", "max_tokens": 2}).headers
+    assert echo_gateway.post("/v1/completions", {"prompt": "Hi", "bogus": 1}).status_code == 400
+
+
+def test_unknown_fields_are_ignored_where_the_operator_says_so(model_dir: Path, echo: EchoReplica) -> None:
+    with RunningGateway(model_dir, echo, unknown_fields="ignore") as gateway:
+        answer = gateway.post("/v1/completions", {"prompt": "Hi", "max_tokens": 2, "bogus": 1})
+        assert (answer.status_code, answer.headers["X-Ignored-Fields"]) == (200, "bogus")

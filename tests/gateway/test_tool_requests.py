@@ -162,6 +162,13 @@ def test_developer_messages_are_system_messages_where_the_template_lacks_them(to
     assert turns(dialect(tokenizer, "{{ 'developer' }}"), messages=[developer])[0]["role"] == "developer"
 
 
+def test_the_model_s_sampling_parameters_are_taken_where_that_is_asked_for(tokenizer: Tokenizer) -> None:
+    tokenizer.sampling_defaults = {"temperature": 0.5}
+    for setting, temperature in (("none", 1.0), ("model", 0.5)):
+        defaults = dialect(tokenizer, "x", generation_config=setting).defaults
+        assert chat().sampling(defaults).temperature == temperature
+
+
 def test_which_grammar_a_request_gets(tokenizer: Tokenizer) -> None:
     made = dialect(tokenizer, "x")
 

@@ -160,6 +160,38 @@ def test_a_refusing_template_is_the_callers_error(tmp_path: Path, model_dir: Pat
         with_template(tmp_path, model_dir, template).encode_chat('[{"role": "user", "content": "Hi"}]')
 
 
+LOOPS = [
+    "{% for i in range(50000) %}{% for j in range(50000) %}{% endfor %}{% endfor %}",
+    "{% for i in range(n) %}{% endfor %}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+]
+
+
+@pytest.mark.parametrize("template", LOOPS)
+def test_a_template_that_loops_is_given_up(tmp_path: Path, model_dir: Path, template: str) -> None:
+    tokenizer = with_template(tmp_path, model_dir, template)
+    with pytest.raises(InvalidPromptError, match="refuses the messages"):
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], variables={"n": 10**12})
+
+
+def test_a_template_that_writes_without_end_is_cut_where_it_is_too_long_anyway(tmp_path: Path, model_dir: Path) -> None:
+    template = "{% for i in range(90000) %}{{ messages[0].content }}{% endfor %}"
+    tokenizer = with_template(tmp_path, model_dir, template)
+    messages = [{"role": "user", "content": "x" * 10_000}]  # 900 MB in all
+    text = tokenizer.apply_chat_template(messages, 100)
+    assert len(text) < 100_000
+    with pytest.raises(InvalidPromptError, match="maximum context length is 100 tokens"):
+        tokenizer.encode_rendered(text, 100)
+
+
+def test_sampling_defaults_are_those_of_the_generation_config(tmp_path: Path, model_dir: Path) -> None:
+    shutil.copyfile(model_dir / "tokenizer.json", tmp_path / "tokenizer.json")
+    assert Tokenizer(tmp_path).sampling_defaults == {}
+    config = {"temperature": 0.6, "top_k": 20, "do_sample": True, "eos_token_id": 2}
+    (tmp_path / "generation_config.json").write_text(json.dumps(config))
+    assert Tokenizer(tmp_path).sampling_defaults == {"temperature": 0.6, "top_k": 20}
+
+
 def test_templates_cannot_leave_the_sandbox(tmp_path: Path, model_dir: Path) -> None:
     escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(InvalidPromptError):

@@ -110,7 +110,9 @@ class Embeddings:
         for index, text in enumerate(texts):
             token_ids = await self._prompts.of_text(text, limit, param)
             if len(token_ids) > limit:
-                message = f"text {index} of {param} has {len(token_ids)} tokens; the model's context takes {limit}"
+                # Clients look for the first words.
+                message = f"This model's maximum context length is {limit} tokens"
+                message = f"{message}; text {index} of {param} has {len(token_ids)}"
                 raise invalid(message, param, "context_length_exceeded")
             found.append(token_ids)
             await asyncio.sleep(0)  # many texts must not hold up other requests
