@@ -91,8 +91,8 @@ def test_dimensions_cut_and_scale(gateway: RunningGateway) -> None:
     [
         ({}, 400, "invalid_value", "input is missing"),
         ({"input": []}, 400, "invalid_value", "input is an empty list"),
-        ({"input": ""}, 422, "invalid_prompt", "the prompt is empty"),
-        ({"input": ["a", ""]}, 422, "invalid_prompt", "the prompt is empty"),
+        ({"input": ""}, 400, "invalid_prompt", "the prompt is empty"),
+        ({"input": ["a", ""]}, 400, "invalid_prompt", "the prompt is empty"),
         ({"input": [[1], []]}, 400, "invalid_value", "input has no tokens"),
         ({"input": [-1]}, 400, "invalid_value", "token ids must be from 0"),
         ({"input": [1, "a"]}, 400, "invalid_value", "input"),

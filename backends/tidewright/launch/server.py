@@ -126,7 +126,8 @@ class TritonServer(ChildProcess):
                     return
             time.sleep(0.05)
         what = "embedding was computed" if embeds else "token was generated"
-        raise ServerStartError(f"no {what} within {self.settings.start_timeout:g} s (start_timeout)")
+        limit = f"{self.settings.start_timeout:g} s (start_timeout)"
+        raise ServerStartError(f"no {what} within {limit}; the last lines of the log:\n{''.join(self.log_tail)}")
 
     def drain(self) -> None:
         """Ask Triton to end: it takes no new requests, running ones may finish, and get an answer if they can't."""
