@@ -22,7 +22,7 @@ import psutil
 from tidewright.bridge.start_error import ERROR_FILE_VARIABLE
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
 from tidewright.launch.child_process import ChildProcess
-from tidewright.launch.control import Question, UnreachableError, control, post
+from tidewright.launch.control import NoAnswerError, Question, UnreachableError, control, post
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.leftovers import Leftovers, remove_those_of_the_dead
 from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
@@ -32,6 +32,8 @@ IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figu
 ANSWER_TIME = 0.5  # seconds after the grace time in which the bridge ends what is left
 KILL_AFTER = 2.0  # seconds from the end of the grace time, or from idle, to SIGKILL
 END_TIMEOUT = 10.0  # seconds from SIGKILL until the kernel has ended a process, at most
+FIRST_PATIENCE = 15.0  # seconds for the first answer of a server that starts; twice as many for each further one
+_GRACE = 10.0  # seconds beyond start_timeout, within which the server itself says why it did not start
 _TAIL_LINES = 20
 
 
@@ -115,15 +117,20 @@ class TritonServer(ChildProcess):
         url = f"{self.http_url}/v2/models/{'decoder' if embeds else 'generate'}/generate"
         body: dict[str, Any] = {"text_input": "Hello"}
         body |= {EMBED.name: True} if embeds else {"max_tokens": 1, "temperature": 0.0}
-        deadline = time.monotonic() + self.settings.start_timeout + 10
+        deadline, patience = time.monotonic() + self.settings.start_timeout + _GRACE, FIRST_PATIENCE
         while time.monotonic() < deadline:
             if not self.running:
                 raise ServerStartError(self._why_it_ended())
-            with contextlib.suppress(LaunchError):
-                answer = json.loads(post(url, body, self.settings.start_timeout))
+            try:
+                answer = json.loads(post(url, body, patience))
                 if EMBEDDING.name in answer or answer.get("served_by") == "decoder":
                     self.ready = True
                     return
+            except NoAnswerError as error:  # a model may be that slow, but a request that was lost never ends
+                self.log_tail.append(f"serve: {error}; asking again\n")
+                patience *= 2
+            except LaunchError:
+                pass  # not yet
             time.sleep(0.05)
         what = "embedding was computed" if embeds else "token was generated"
         limit = f"{self.settings.start_timeout:g} s (start_timeout)"

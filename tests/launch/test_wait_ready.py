@@ -1,0 +1,72 @@
+"""A start waits for a real answer, and a request that is lost does not take all of its time."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from tidewright.config import Settings
+from tidewright.launch import server as module
+from tidewright.launch.server import ServerStartError, TritonServer
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n" + b'{"served_by": "decoder"}'
+
+
+class _Answering:
+    """Swallows the first requests, then answers."""
+
+    def __init__(self, swallowed: int) -> None:
+        self._swallowed, self.asked = swallowed, 0
+        self._socket = socket.create_server(("127.0.0.1", 0))
+        self._kept: list[socket.socket] = []
+        self.port = self._socket.getsockname()[1]
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._socket.accept()
+            except OSError:
+                return
+            self._kept.append(connection)
+            self.asked += 1
+            connection.recv(65536)
+            if self.asked > self._swallowed:
+                connection.sendall(ANSWER)
+                connection.close()
+
+    def close(self) -> None:
+        self._socket.close()
+        for connection in self._kept:
+            connection.close()
+
+
+@pytest.fixture
+def starting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TritonServer, "running", True)
+    monkeypatch.setattr(module, "FIRST_PATIENCE", 0.1)
+
+
+@pytest.mark.usefixtures("starting")
+@pytest.mark.parametrize("swallowed", [0, 1, 3])
+def test_a_request_that_is_lost_is_sent_again(swallowed: int) -> None:
+    with closing(_Answering(swallowed)) as answering:
+        server = TritonServer(Settings(http_port=answering.port), Path())
+        server.wait_ready()
+        assert server.ready
+        assert answering.asked == swallowed + 1
+        assert sum("asking again" in line for line in server.log_tail) == swallowed
+
+
+@pytest.mark.usefixtures("starting")
+def test_one_that_never_answers_is_given_up_with_the_last_lines_of_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_GRACE", 0.0)
+    with closing(_Answering(1000)) as answering:
+        server = TritonServer(Settings(http_port=answering.port, start_timeout=1), Path())
+        server.log_tail.append("E1129 something is wrong\n")
+        with pytest.raises(ServerStartError, match=r"(?s)start_timeout.*something is wrong.*asking again"):
+            server.wait_ready()
