@@ -65,6 +65,8 @@ READ: dict[str, list[tuple[str, list[Call], str]]] = {
         ('<tool_call>{"name":"f","arguments":"{\\"a\\":1}"}</tool_call>', [("f", {"a": 1})], ""),
         ('<tool_call>{"arguments":{"a":[1,{"b":"]"}]},"id":7,"name":"f"}</tool_call> end', [("f", {"a": [1, {"b": "]"}]})], " end"),
         ('<tool_call>{"name":"f","parameters":{}}</tool_call>\n<tool_call>{"name":"g","arguments":{"é":"😀"}}</tool_call>', [F, ("g", {"é": "😀"})], ""),
+        ('<tool_call>{"name":"f"} and text', [F], " and text"),
+        ('<tool_call>{"name":"f"}\n<tool_call>{"name":"g"}\n</tool_cal', [F, G], ""),
         ("<<tool_call> no </tool_call>", [], "<<tool_call> no </tool_call>"),
         ('<tool_call>{"name": 5}</tool_call>', [], '<tool_call>{"name": 5}</tool_call>'),
         ("half a <tool_cal", [], "half a <tool_cal"),

@@ -40,13 +40,11 @@ To call a function, write a JSON object with its name and its arguments between 
 class _HermesScanner(ToolScanner):
     def _scan(self) -> Generator[None, str, None]:
         while (yield from self._until("<tool_call>")):
-            calls = self._num_calls
             with self._attempt("<tool_call>"):
                 if (yield from self._after_blanks()) != "{":
                     raise MalformedError
                 yield from self._call_object()
-            if self._num_calls > calls:
-                yield from self._skip_until("</tool_call>")
+                yield from self._skip("</tool_call>")
 
 
 class Mistral(ToolFormat):

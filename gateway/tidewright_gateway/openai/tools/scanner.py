@@ -134,6 +134,21 @@ class ToolScanner(OutputParser):
                 return True
         return False
 
+    def _skip(self, text: str) -> Generator[None, str, None]:
+        """Drops blanks and this text, if they come next, also where the answer is cut within them."""
+        read = []
+        while (character := (yield from self._next())).isspace():
+            read.append(character)
+        self._unread(character)
+        for expected in text:
+            character = yield from self._next()
+            if not character:
+                return
+            if character != expected:
+                self._again += [character, *reversed(read)]
+                return
+            read.append(character)
+
     def _expect(self, text: str) -> Generator[None, str, None]:
         for expected in text:
             if (yield from self._next()) != expected:
