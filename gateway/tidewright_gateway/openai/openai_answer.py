@@ -25,6 +25,7 @@ class OpenAiAnswer(Answer):
         options = request.stream_options
         self._with_usage = bool(options and options.include_usage)
         self._with_usage_so_far = self._with_usage and bool(options and options.continuous_usage_stats)
+        self._tells_tokens = self._num_logprobs is not None or self._returns_ids or self._with_usage_so_far
         self._served_by = "decoder"
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
@@ -45,8 +46,7 @@ class OpenAiAnswer(Answer):
     def piece(self, choice: Choice, part: Part) -> bytes:
         if choice.served_by == "fallback":
             self._served_by = "fallback"
-        tells_tokens = self._num_logprobs is not None or self._returns_ids or self._with_usage_so_far
-        if choice.parser and part.is_empty and not (choice.finish_reason or tells_tokens):
+        if choice.parser and part.is_empty and not (choice.finish_reason or self._tells_tokens):
             return b""  # its meaning is not certain yet
         made = self._piece_choice(choice, part)
         if self._returns_ids:
