@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -85,11 +86,7 @@ def test_a_token_of_whole_characters_stands_where_it_is_said_to(model_dir: Path,
         assert at < len(text)
 
 
-_tokenizers: dict[Path, Tokenizer] = {}
-
-
-def _known(folder: Path) -> Tokenizer:
-    return _tokenizers.setdefault(folder, Tokenizer(folder))
+_known = functools.cache(Tokenizer)
 
 
 def test_offsets_of_byte_tokens_are_those_of_their_characters(byte_fallback: Tokenizer) -> None:
