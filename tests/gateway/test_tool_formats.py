@@ -67,6 +67,8 @@ READ: dict[str, list[tuple[str, list[Call], str]]] = {
         ('<tool_call>{"name":"f","parameters":{}}</tool_call>\n<tool_call>{"name":"g","arguments":{"é":"😀"}}</tool_call>', [F, ("g", {"é": "😀"})], ""),
         ('<tool_call>{"name":"f"} and text', [F], " and text"),
         ('<tool_call>{"name":"f"}\n<tool_call>{"name":"g"}\n</tool_cal', [F, G], ""),
+        ('<tool_call>{"name":"f"}</tool_call>\n<tool_call>\n{"name', [F], ""),
+        ('<tool_call>{"name":"f"}</tool_call>\n<tool_', [F], ""),
         ("<<tool_call> no </tool_call>", [], "<<tool_call> no </tool_call>"),
         ('<tool_call>{"name": 5}</tool_call>', [], '<tool_call>{"name": 5}</tool_call>'),
         ("half a <tool_cal", [], "half a <tool_cal"),
@@ -224,9 +226,12 @@ def test_arguments_that_a_schema_does_not_name_are_left_out_unless_it_allows_the
     assert closed(inner)["additionalProperties"] is False
     assert closed({"type": "object", "properties": {"b": inner}})["properties"]["b"]["additionalProperties"] is False
     assert closed({"type": "array", "items": inner})["items"]["additionalProperties"] is False
+    optional = closed({"anyOf": [inner, {"type": "null"}]})
+    assert [part.get("additionalProperties") for part in optional["anyOf"]] == [False, None]
     for open_schema in (
         {**inner, "additionalProperties": True},
         {**inner, "anyOf": [{"required": ["a"]}]},
+        {"allOf": [inner]},
         {"type": "object", "patternProperties": {"^x": {}}},
         {"type": "object", "minProperties": 1},
     ):

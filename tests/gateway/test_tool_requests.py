@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,8 @@ def test_which_grammar_a_request_gets(tokenizer: Tokenizer) -> None:
     strict = {"type": "function", "function": {**WEATHER["function"], "strict": True}}  # type: ignore[dict-item]
     json_answer = {"response_format": {"type": "json_object"}}
     assert not guided(tools=[WEATHER]).guided
+    assert guided(tools=[WEATHER], tool_choice="required", stop=["city"]).stop is None
+    assert guided(tools=[WEATHER], stop=["city"]).stop == ["city"]
     assert "call_0" in (guided(tools=[WEATHER], tool_choice="required").guided_grammar or "")
     assert "TEXT" in (guided(tools=[strict]).guided_grammar or "")
     both = guided(tools=[WEATHER], **json_answer)
@@ -242,6 +245,23 @@ def test_an_answer_that_is_cut_ends_with_length(tokenizer: Tokenizer) -> None:
         made = json.loads(answer.whole([choice]))["choices"][0]
         assert made["finish_reason"] == "length"
         assert made.get("ended_by") == ended_by
+
+
+def test_a_call_that_a_stop_text_cut_is_no_whole_call(tokenizer: Tokenizer) -> None:
+    for text, reason in ((TEXT[:-20], "stop"), (TEXT, "tool_calls")):
+        choice = chat_answer(tokenizer, tools=[WEATHER]).choice(0, is_streamed=False)
+        made = replies(text, "stop")
+        for reply in [*made[:-1], replace(made[-1], stop_reason="x")]:
+            choice.take(reply)
+        assert choice.finish_reason == reason
+
+
+@pytest.mark.parametrize("text", ["<", "<tool_call>", TEXT[:30], f"{TEXT}\n<tool_call>"])
+def test_a_forced_call_that_is_cut_is_no_text(tokenizer: Tokenizer, text: str) -> None:
+    choice = chat_answer(tokenizer, tools=[WEATHER], tool_choice="required").choice(0, is_streamed=False)
+    for reply in replies(text, "length"):
+        choice.take(reply)
+    assert (choice.text, choice.finish_reason) == ("", "length")
 
 
 def test_without_parallel_calls_there_is_one(tokenizer: Tokenizer) -> None:

@@ -71,6 +71,8 @@ class Choice:
     max_calls: int | None = None
     keeps_logprobs: bool = False
     keeps_steps: bool = False
+    only_calls: bool = False
+    """It has no text: what would be some is a call that was cut before it began."""
     text: str = ""
     reasoning: str = ""
     calls: list[Call] = field(default_factory=list)
@@ -116,6 +118,8 @@ class Choice:
         steps: list[Step] = []
         for event in events:
             if isinstance(event, Text):
+                if self.only_calls:
+                    continue
                 text += event.text
                 steps.append(event)
             elif isinstance(event, Reasoning):
@@ -143,7 +147,17 @@ class Choice:
     def _end(self, reason: str) -> None:
         if reason not in _PUBLIC_REASONS:
             self.ended_by, reason = reason, "length"
-        self.finish_reason = "tool_calls" if self.calls and reason == "stop" else reason
+        if reason == "stop" and self.calls and not (isinstance(self.stop_reason, str) and self._is_cut):
+            reason = "tool_calls"
+        self.finish_reason = reason
+
+    @property
+    def _is_cut(self) -> bool:
+        """Its last call is not whole."""
+        try:
+            return not isinstance(msgspec.json.decode(self.calls[-1].arguments), dict)
+        except (msgspec.DecodeError, RecursionError):
+            return True
 
 
 class Answer(ABC):

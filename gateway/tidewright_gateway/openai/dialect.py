@@ -57,6 +57,8 @@ class Dialect:
             sampling = replace(sampling, skip_special_tokens=False)
         if use is None:
             return sampling
+        if use.is_forced:
+            sampling = replace(sampling, stop=None)  # a call is no text
         if sampling.guided and sampling.guided_json is None:
             raise invalid("guided output and tools exclude each other, unless tool_choice is none", "tool_choice")
         if not (use.is_forced or use.is_strict or sampling.guided):
@@ -79,7 +81,8 @@ class Dialect:
             has_begun = context.prompt_end.rstrip().endswith(THINK[0])
             parser = ReasoningParser(*THINK, parser or PlainParser(), has_begun=has_begun)
         max_calls = None if use is None or use.is_parallel else 1
-        return Choice(index, parser, self.tool_format.make_id, max_calls, keeps_logprobs)
+        only_calls = use is not None and use.is_forced
+        return Choice(index, parser, self.tool_format.make_id, max_calls, keeps_logprobs, only_calls=only_calls)
 
     def turns(self, turns: Sequence[dict[str, Any]], functions: Sequence[Function]) -> list[dict[str, Any]]:
         """The messages, with what the template has no words for said in those that it has.

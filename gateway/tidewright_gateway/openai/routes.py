@@ -82,7 +82,7 @@ def make_pipeline_router(
         """Anthropic's API: the number of tokens of a prompt, with its system prompt and tools."""
         async with pipeline.enter(_context(request), CountTokensRequest, await _body(request)) as body:
             prompt = await prompts.of_chat(chat_of(body), failover.max_model_len)
-            return JSONResponse({"input_tokens": len(prompt.token_ids)})
+            return JSONResponse({"input_tokens": len(prompt.token_ids)}, headers=_context(request).headers)
 
     @router.post("/v1/responses")
     async def responses(request: Request) -> Response:

@@ -27,7 +27,15 @@ class ResponseChoice(Choice):
     @classmethod
     def of(cls, made: Choice, log: EventLog, entries: TokenEntries | None) -> ResponseChoice:
         """`made`: by the dialect."""
-        return cls(made.index, made.parser, made.make_id, made.max_calls, output=Output(log), entries=entries)
+        return cls(
+            made.index,
+            made.parser,
+            made.make_id,
+            made.max_calls,
+            only_calls=made.only_calls,
+            output=Output(log),
+            entries=entries,
+        )
 
     def take(self, reply: Reply) -> Part:
         part = Part("", ())

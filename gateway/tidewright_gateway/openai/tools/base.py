@@ -117,6 +117,8 @@ def _closed_parts(key: str, value: Any) -> Any:
         return {name: closed(part) for name, part in value.items()}
     if key == "items":
         return closed(value)
+    if key in ("anyOf", "oneOf") and isinstance(value, list):
+        return [closed(part) for part in value]
     return value
 
 

@@ -91,7 +91,7 @@ class ToolScanner(OutputParser):
         try:
             yield
         except MalformedError:
-            if self._read is not None:
+            if self._read is not None and not self._is_cut:
                 self._text("".join(self._read))
         finally:
             self._read = None
@@ -122,8 +122,14 @@ class ToolScanner(OutputParser):
                 held = held[1:]
             if held == marker:
                 return True
-        self._text(held)
+        if not self._is_cut:
+            self._text(held)
         return False
+
+    @property
+    def _is_cut(self) -> bool:
+        """The text has ended, perhaps in the middle of one more call."""
+        return self._num_calls > 0 and self._again[-1:] == [""]
 
     def _skip_until(self, marker: str) -> Found:
         """The same, but drops what is before the marker."""
