@@ -60,6 +60,7 @@ def test_the_stubs_read_the_same_settings_from_the_environment(monkeypatch: pyte
         ({"task": "score"}, "task"),
         ({"pooling": "cls"}, "pooling"),
         ({"task": "embed", "fallback": "auto"}, "fallback is for generated text"),
+        ({"pooling": "mean"}, "add task: embed"),
         ({"task": "embed", "speculative_tokens": 2}, "speculative_tokens is for generated text"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"tensor_parallel_size": 3, "nodes": 2, "rendezvous": "h:1"}, "3, which 2 nodes can't share equally"),

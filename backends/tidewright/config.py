@@ -186,6 +186,8 @@ class Settings(ResilienceSettings, BaseSettings):
         for name in ("fallback", "speculative_tokens"):
             if self.task == "embed" and getattr(self, name):
                 raise ValueError(f"{name} is for generated text, of which task embed has none; leave it out")
+        if self.task != "embed" and (self.pooling != "last" or not self.normalize):
+            raise ValueError("pooling and normalize are for embeddings; add task: embed (--task embed)")
         return self
 
     @classmethod
