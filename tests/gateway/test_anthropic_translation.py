@@ -165,7 +165,7 @@ def test_fields_without_effect_are_told() -> None:
         ),
         (
             {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 1}]},
-            "tools.0.type: only functions can be called here, not web_search_20250305",
+            "tools.0.type: only functions can be called here; it must be 'custom', not 'web_search_20250305'",
         ),
         ({"tools": [TOOL, TOOL]}, "tools.1.name: 'f' is the name of an earlier tool"),
         ({"tools": [{**TOOL, "input_schema": {"type": "string"}}]}, "tools.0.input_schema: must be the schema of an"),

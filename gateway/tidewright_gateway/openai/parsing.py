@@ -106,7 +106,9 @@ def _of_validation(errors: list[Any]) -> ApiError:
     if kind == "union_tag_invalid":
         return invalid(f"{param} must be one of {found['ctx']['expected_tags']}", param)
     if kind == "literal_error" and place[0] == "tools":
-        return invalid(f"{param}: only functions can be called here, not {str(found['input'])[:_MAX_SHOWN]}", param)
+        given, expected = str(found["input"])[:_MAX_SHOWN], found["ctx"]["expected"]
+        message = f"{param}: only functions can be called here; it must be {expected}, not {given!r}"
+        return invalid(message, param)
     if kind == "literal_error" and "content" in place:
         given = str(found["input"])[:_MAX_SHOWN]
         return invalid(f"this model takes text only; {'.'.join(place[:-1])} is {given}", param)
