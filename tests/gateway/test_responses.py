@@ -167,6 +167,10 @@ def test_a_running_response_is_seen_and_cancelled_by_its_key_only(clients: Clien
             assert (running.status, running.id) == ("in_progress", created.id)
             with pytest.raises(openai.BadRequestError, match="still running"):
                 client.responses.delete(created.id)
+            with pytest.raises(openai.BadRequestError, match="still running"):
+                client.responses.input_items.list(created.id)
+            with pytest.raises(openai.BadRequestError, match="still running"):
+                ask(client, previous_response_id=created.id)
         cancelled = client.responses.cancel(created.id)
         assert (cancelled.status, cancelled.id) == ("cancelled", created.id)
         *_, last = stream

@@ -62,6 +62,8 @@ class Shelf:
         if not self.keeps:
             raise invalid(f"previous_response_id: {self.store.why_not}; send all items", "previous_response_id")
         found = await self._stored(key_id, response_id)
+        if found is None and self._find_running(key_id, response_id):
+            raise invalid(f"previous_response_id: {_still_running(response_id)}", "previous_response_id")
         if found is None:
             message = f"previous_response_id: {_not_found(response_id)}; send all items as input"
             raise invalid(message, "previous_response_id", "previous_response_not_found")
@@ -87,13 +89,15 @@ class Shelf:
         """Raises ApiError: there is none."""
         if found := await self._stored(key_id, response_id):
             return found
+        if self._find_running(key_id, response_id):
+            raise invalid(_still_running(response_id), "response_id")
         raise ApiError(404, f"{_not_found(response_id)}{self._hint}", code="response_not_found", param="response_id")
 
     async def delete(self, key_id: str, response_id: str) -> None:
         """Raises ApiError: there is none that has ended."""
         if running := self._find_running(key_id, response_id):
             if running.answer.status != "cancelled":
-                raise invalid(f"response {response_id} is still running; cancel it first", "response_id")
+                raise invalid(f"{_still_running(response_id)}; cancel it first", "response_id")
             running.answer.forget()
             del self._running[response_id]
             return
@@ -137,6 +141,10 @@ class Shelf:
 def _not_found(response_id: str) -> str:
     name = response_id[:_MAX_SHOWN]
     return f"this key has no response with the id {name!r}; it was not stored, was deleted, or has expired"
+
+
+def _still_running(response_id: str) -> str:
+    return f"response {response_id} is still running"
 
 
 def _lost() -> ApiError:
