@@ -89,6 +89,8 @@ class GenerationBody(Body, ABC):
     refused: ClassVar[Mapping[str, str]] = {
         "logits_processors": "the server runs no code of callers",
         "use_beam_search": "send n and choose among the answers",
+        "length_penalty": "it is of beam search; send n and choose among the answers",
+        "chat_template": "the model's own is used; chat_template_kwargs sets its variables",
         "lora": "no adapters are served",
     }
 
