@@ -59,7 +59,7 @@ def test_the_usage_says_who_answered(byte_fallback: Tokenizer) -> None:
 def offsets_of(tokenizer: Tokenizer, prompt: list[int], text: str, ids: Sequence[int]) -> list[int]:
     """Whole; a stream's must be the same."""
     replies = replies_of(tokenizer, text, ids)
-    whole, kept = completion_answer(tokenizer, context_of(prompt), logprobs=1), Choice(0, keeps_logprobs=True)
+    whole, kept = completion_answer(tokenizer, context_of(prompt), logprobs=1), Choice(0, keeps_tokens=True)
     streamed, choice = completion_answer(tokenizer, context_of(prompt), logprobs=1), Choice(0)
     pieces = []
     for reply in replies:
@@ -106,7 +106,7 @@ def test_tokens_of_the_same_text_keep_their_own_log_probability(byte_fallback: T
         "6": {"logprob": -2.0, "rank": 2, "decoded_token": "\ufffd"},
         "8": {"logprob": -4.0, "rank": 4, "decoded_token": "\ufffd"},
     }
-    choice = Choice(0, keeps_logprobs=True)
+    choice = Choice(0, keeps_tokens=True)
     choice.take(Reply("x", [7], "length", msgspec.json.encode([entries])))
     whole = json.loads(completion_answer(byte_fallback, logprobs=3).whole([choice]))
     top = whole["choices"][0]["logprobs"]["top_logprobs"]

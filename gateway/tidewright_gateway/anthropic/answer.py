@@ -32,7 +32,7 @@ class MessagesAnswer(Answer):
         self._num_blocks = 0
 
     def choice(self, index: int, *, is_streamed: bool) -> Choice:
-        choice = self._dialect.choice(self._context, self._request.tool_use, index, keeps_logprobs=False)
+        choice = self._dialect.choice(self._context, self._request.tool_use, index, keeps_tokens=False)
         choice.parser = choice.parser or PlainParser()  # steps come from a parser
         choice.keeps_steps = not is_streamed
         return choice

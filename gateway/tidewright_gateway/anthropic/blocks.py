@@ -98,9 +98,3 @@ class SystemTurn(ApiObject):
 
 
 Turn = Annotated[UserTurn | AssistantTurn | SystemTurn, Field(discriminator="role")]
-
-
-def text_of(content: str | list[TextBlock] | None) -> str:
-    if content is None:
-        return ""
-    return content if isinstance(content, str) else "".join(block.text for block in content)

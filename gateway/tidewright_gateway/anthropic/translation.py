@@ -16,7 +16,6 @@ from tidewright_gateway.anthropic.blocks import (
     ToolResultBlock,
     ToolUseBlock,
     UserTurn,
-    text_of,
 )
 from tidewright_gateway.anthropic.protocol import (
     AnyToolChoice,
@@ -28,11 +27,17 @@ from tidewright_gateway.anthropic.protocol import (
 )
 from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
-from tidewright_gateway.openai.messages import AssistantMessage, FunctionCall, InputMessage, ToolCall, ToolMessage
+from tidewright_gateway.openai.messages import (
+    AssistantMessage,
+    ChatMessage,
+    FunctionCall,
+    InputMessage,
+    ToolCall,
+    ToolMessage,
+    text_of,
+)
 from tidewright_gateway.openai.protocol import JsonSchema, ResponseFormat
 from tidewright_gateway.openai.tools.definitions import Function, FunctionName, NamedTool, Tool
-
-ChatMessage = InputMessage | AssistantMessage | ToolMessage
 
 
 class TranslatedRequest(ChatRequest):

@@ -14,6 +14,7 @@ import msgspec
 
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.openai.messages import is_json_object
 from tidewright_gateway.openai.output import CallArguments, CallBegin, OutputParser, Reasoning, Text
 from tidewright_gateway.replicas.triton import Reply
 
@@ -69,7 +70,8 @@ class Choice:
     make_id: Callable[[], str] = str
     """Of calls."""
     max_calls: int | None = None
-    keeps_logprobs: bool = False
+    keeps_tokens: bool = False
+    """A whole answer may tell their ids and log-probabilities; a stream has told them already."""
     keeps_steps: bool = False
     only_calls: bool = False
     """It has no text: what would be some is a call that was cut before it began."""
@@ -94,9 +96,9 @@ class Choice:
     def take(self, reply: Reply) -> Part:
         """Adds a reply; returns what it adds."""
         positions: list[dict[str, Any]] = msgspec.json.decode(reply.logprobs) if reply.logprobs else []
-        if self.keeps_logprobs:
+        if self.keeps_tokens:
+            self.token_ids += reply.token_ids
             self.logprobs += positions
-        self.token_ids += reply.token_ids
         self.served_by = reply.served_by
         if self.parser is None:
             self.text += reply.text
@@ -154,10 +156,7 @@ class Choice:
     @property
     def _is_cut(self) -> bool:
         """Its last call is not whole."""
-        try:
-            return not isinstance(msgspec.json.decode(self.calls[-1].arguments), dict)
-        except (msgspec.DecodeError, RecursionError):
-            return True
+        return not is_json_object(self.calls[-1].arguments)
 
 
 class Answer(ABC):

@@ -24,7 +24,7 @@ class ChatAnswer(OpenAiAnswer):
         self._entries = TokenEntries(tokenizer, self._num_logprobs or 0, skip_special_tokens=skips)
 
     def choice(self, index: int, *, is_streamed: bool) -> Choice:
-        return self._dialect.choice(self._context, self._request.tool_use, index, keeps_logprobs=not is_streamed)
+        return self._dialect.choice(self._context, self._request.tool_use, index, keeps_tokens=not is_streamed)
 
     def opening(self, choices: Sequence[Choice]) -> bytes:
         more = self._about_prompt(choices)

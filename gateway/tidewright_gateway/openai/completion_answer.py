@@ -29,7 +29,7 @@ class CompletionAnswer(OpenAiAnswer):
         self._unopened = set(range(len(context.generations)))  # choices of which a stream has nothing yet
 
     def choice(self, index: int, *, is_streamed: bool) -> Choice:
-        return Choice(index, keeps_logprobs=not is_streamed)
+        return Choice(index, keeps_tokens=not is_streamed)
 
     def piece(self, choice: Choice, part: Part) -> bytes:
         written = b""

@@ -74,7 +74,7 @@ class Dialect:
             raise invalid(f"{message}{MAX_GRAMMAR_LENGTH}", "tools")
         return replace(sampling, guided_json=None, guided_grammar=grammar)
 
-    def choice(self, context: RequestContext, use: ToolUse | None, index: int, *, keeps_logprobs: bool) -> Choice:
+    def choice(self, context: RequestContext, use: ToolUse | None, index: int, *, keeps_tokens: bool) -> Choice:
         """An empty choice that reads what this model writes."""
         parser: OutputParser | None = self.tool_format.scanner(use) if use else None
         if self._thinks and not context.is_guided:
@@ -82,7 +82,7 @@ class Dialect:
             parser = ReasoningParser(*THINK, parser or PlainParser(), has_begun=has_begun)
         max_calls = None if use is None or use.is_parallel else 1
         only_calls = use is not None and use.is_forced
-        return Choice(index, parser, self.tool_format.make_id, max_calls, keeps_logprobs, only_calls=only_calls)
+        return Choice(index, parser, self.tool_format.make_id, max_calls, keeps_tokens, only_calls=only_calls)
 
     def turns(self, turns: Sequence[dict[str, Any]], functions: Sequence[Function]) -> list[dict[str, Any]]:
         """The messages, with what the template has no words for said in those that it has.

@@ -12,6 +12,7 @@ from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 
 JSON = "application/json"
+MAX_SHOWN = 64  # characters of a caller's value in a message
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",

@@ -5,6 +5,7 @@ null means "not given" for every field of the API's own objects; schemas and oth
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -65,12 +66,13 @@ class ApiObject(BaseModel):
             if name in cls.refused:
                 message = f"{cls.place}{name} is not supported: {cls.refused[name]}"
                 raise PydanticCustomError("refused_field", "{message}", {"message": message, "field": name})
-            if name in cls.without_effect or (policy.ignores_unknown and name not in cls._names()):
+            if name in cls.without_effect or (policy.ignores_unknown and name not in _names(cls)):
                 policy.ignore(cls.place + name)
             else:
                 kept[name] = value
         return kept
 
-    @classmethod
-    def _names(cls) -> set[str]:
-        return {field.alias or name for name, field in cls.model_fields.items()}
+
+@functools.cache
+def _names(kind: type[ApiObject]) -> frozenset[str]:
+    return frozenset(field.alias or name for name, field in kind.model_fields.items())

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import msgspec
 from pydantic import Field, StrictStr
 
 from tidewright_gateway.openai.errors import invalid
 from tidewright_gateway.openai.fields import ApiObject, Many
+
+
+class HasText(Protocol):
+    @property
+    def text(self) -> str: ...
+
+
+def text_of(content: str | Sequence[HasText] | None) -> str:
+    """Of a content that is a text, or a list of parts of one."""
+    if content is None:
+        return ""
+    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class TextPart(ApiObject):
@@ -29,9 +41,7 @@ class _Message(ApiObject):
 
     @property
     def text(self) -> str:
-        if self.content is None:
-            return ""
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return text_of(self.content)
 
     def turn(self) -> dict[str, Any]:
         """The message as chat templates take it."""
@@ -107,10 +117,11 @@ class ToolMessage(_Message):
         return {**super().turn(), "tool_call_id": self.tool_call_id}
 
 
-Message = Annotated[InputMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+ChatMessage = InputMessage | AssistantMessage | ToolMessage
+Message = Annotated[ChatMessage, Field(discriminator="role")]
 
 
-def check_history(messages: Sequence[InputMessage | AssistantMessage | ToolMessage]) -> None:
+def check_history(messages: Sequence[ChatMessage]) -> None:
     """Raises ApiError: a tool message answers no call, or the arguments of a call are no JSON object."""
     asked: set[str] = set()
     for number, message in enumerate(messages):
@@ -126,9 +137,12 @@ def check_history(messages: Sequence[InputMessage | AssistantMessage | ToolMessa
 
 
 def _check_arguments(text: str, param: str) -> None:
-    try:
-        is_object = isinstance(msgspec.json.decode(text or "{}"), dict)
-    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
-        is_object = False
-    if not is_object:
+    if not is_json_object(text or "{}"):
         raise invalid(f"{param} is not the JSON of an object", param)
+
+
+def is_json_object(text: str) -> bool:
+    try:
+        return isinstance(msgspec.json.decode(text), dict)
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
+        return False

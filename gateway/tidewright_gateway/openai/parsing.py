@@ -10,7 +10,7 @@ import msgspec
 from pydantic import ValidationError
 
 from tidewright_gateway.anthropic.blocks import BLOCK_TYPES
-from tidewright_gateway.openai.errors import ApiError, invalid
+from tidewright_gateway.openai.errors import MAX_SHOWN, ApiError, invalid
 from tidewright_gateway.openai.fields import ApiObject, FieldPolicy
 from tidewright_gateway.openai.messages import AssistantMessage, InputMessage, ToolMessage
 from tidewright_gateway.openai.responses.items import ITEM_TYPES
@@ -23,7 +23,6 @@ _ROLES = tuple(role for kind in _MESSAGES for role in get_args(kind.model_fields
 _TAGS = (*_ROLES, *ITEM_TYPES)
 _TYPES = ("str", "int", "float", "bool")
 _LISTS_OF_PARTS = ("messages", "input")
-_MAX_SHOWN = 64  # characters of a value in an error
 MAX_INPUTS = 2048  # texts to embed in one request, as OpenAI has it
 _INPUTS = ("input", "text_1", "text_2")
 
@@ -94,7 +93,7 @@ def _of_validation(errors: list[Any]) -> ApiError:
         message = 'tool_choice must be "none", "auto", "required", or an object of type "function" that names a tool'
         return invalid(message, "tool_choice")
     if kind == "union_tag_invalid" and "content" in place and found["ctx"]["tag"] not in BLOCK_TYPES:
-        given = str(found["ctx"]["tag"])[:_MAX_SHOWN]
+        given = str(found["ctx"]["tag"])[:MAX_SHOWN]
         return invalid(f"this model takes text only; {'.'.join(place)} is {given}", ".".join(place))
     if kind.startswith("union_tag"):
         place.append(found["ctx"]["discriminator"].strip("'"))
@@ -106,11 +105,11 @@ def _of_validation(errors: list[Any]) -> ApiError:
     if kind == "union_tag_invalid":
         return invalid(f"{param} must be one of {found['ctx']['expected_tags']}", param)
     if kind == "literal_error" and place[0] == "tools":
-        given, expected = str(found["input"])[:_MAX_SHOWN], found["ctx"]["expected"]
+        given, expected = str(found["input"])[:MAX_SHOWN], found["ctx"]["expected"]
         message = f"{param}: only functions can be called here; it must be {expected}, not {given!r}"
         return invalid(message, param)
     if kind == "literal_error" and "content" in place:
-        given = str(found["input"])[:_MAX_SHOWN]
+        given = str(found["input"])[:MAX_SHOWN]
         return invalid(f"this model takes text only; {'.'.join(place[:-1])} is {given}", param)
     if kind in ("model_type", "model_attributes_type"):
         return invalid(f"{param}: must be an object, such as {{...}}", param)

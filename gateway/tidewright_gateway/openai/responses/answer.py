@@ -52,7 +52,7 @@ class ResponsesAnswer(Answer):
         return self._ended_at is not None
 
     def choice(self, index: int, *, is_streamed: bool) -> Choice:
-        made = self._prompts.dialect.choice(self._context, self._request.tool_use, index, keeps_logprobs=False)
+        made = self._prompts.dialect.choice(self._context, self._request.tool_use, index, keeps_tokens=False)
         response = self.response()
         self._log.tell("response.created", response=response)
         self._log.tell("response.in_progress", response=response)

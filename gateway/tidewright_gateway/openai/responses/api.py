@@ -12,8 +12,9 @@ from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import Answer
 from tidewright_gateway.openai.api import Api
 from tidewright_gateway.openai.chat import ChatRequest
-from tidewright_gateway.openai.errors import ApiError, invalid
+from tidewright_gateway.openai.errors import MAX_SHOWN, ApiError, invalid
 from tidewright_gateway.openai.exchange import Exchange
+from tidewright_gateway.openai.messages import ChatMessage
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.responses.answer import ResponsesAnswer
 from tidewright_gateway.openai.responses.description import Description
@@ -22,12 +23,11 @@ from tidewright_gateway.openai.responses.names import as_sent
 from tidewright_gateway.openai.responses.request import ResponsesRequest
 from tidewright_gateway.openai.responses.shelf import Shelf
 from tidewright_gateway.openai.responses.store import StoredResponse
-from tidewright_gateway.openai.responses.translation import ChatMessage, input_items, to_chat
+from tidewright_gateway.openai.responses.translation import input_items, to_chat
 from tidewright_gateway.openai.responses.truncation import shortened
 from tidewright_gateway.pipeline import Pipeline
 
 _ROOM = 4  # the part of the context that a shortened prompt leaves to the answer, unless the request says how much
-_MAX_SHOWN = 64  # characters of an id in an error
 _items: TypeAdapter[list[Item]] = TypeAdapter(list[Annotated[Item, Field(discriminator="type")]])
 _item: TypeAdapter[Item] = TypeAdapter(Annotated[Item, Field(discriminator="type")])
 
@@ -64,7 +64,7 @@ class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
             if isinstance(item, ItemReference):
                 if (stored := await self._shelf.item(key_id, item.id)) is None:
                     place = f"input.{number}.id"
-                    message = f"{place}: this key has no stored response with the item {item.id[:_MAX_SHOWN]!r}"
+                    message = f"{place}: this key has no stored response with the item {item.id[:MAX_SHOWN]!r}"
                     raise invalid(f"{message}; send the item itself", place)
                 item = _item.validate_python(stored)
             found.append(item)

@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictStr
 from pydantic_core import PydanticCustomError
 
+from tidewright_gateway.openai.errors import MAX_SHOWN
 from tidewright_gateway.openai.fields import ApiObject, Many
+from tidewright_gateway.openai.messages import text_of
 
 RESPONSE = "resp"  # before the id of a response
 _OUTPUT_ID = re.compile(r"[a-z]{2,4}_([0-9a-f]{48})[0-9a-f]{4,8}")
-_MAX_SHOWN = 64  # characters of a value in an error
 _MADE_BY_SERVERS = frozenset({"status", "created_by"})
 
 
@@ -27,10 +28,6 @@ class InputText(ApiObject):
 
 
 Content = StrictStr | Many[InputText]
-
-
-def text_of(content: str | list[InputText]) -> str:
-    return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
 class _Item(ApiObject):
@@ -177,7 +174,7 @@ def _with_type(item: Any, place: str) -> Any:
     if kind is None:
         kind = "message" if "role" in item else "item_reference" if set(item) <= {"id", "type"} and item else None
     if isinstance(kind, str) and kind not in ITEM_TYPES:
-        message = f"{place}: an item of type {kind[:_MAX_SHOWN]!r} is not supported: the only tools here are functions"
+        message = f"{place}: an item of type {kind[:MAX_SHOWN]!r} is not supported: the only tools here are functions"
         raise refused(message, f"{place}.type")
     return item if kind is None else {**item, "type": kind}
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
 from pydantic_core import PydanticCustomError
 
+from tidewright_gateway.openai.errors import MAX_SHOWN
 from tidewright_gateway.openai.fields import ApiObject, Many, Number
 from tidewright_gateway.openai.protocol import Body
 from tidewright_gateway.openai.responses.items import InputItem, refused, with_types
@@ -16,7 +17,6 @@ from tidewright_gateway.openai.tools.definitions import Function
 LOGPROBS = "message.output_text.logprobs"
 MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_VALUE = 16, 64, 512  # OpenAI's
 _TOOL_CHOICES = ("function", "allowed_tools")
-_MAX_SHOWN = 64  # characters of a value in an error
 
 
 class FunctionTool(Function):
@@ -234,5 +234,5 @@ class ResponsesRequest(Body):
 def _check_type(given: Any, types: tuple[str, ...], place: str) -> None:
     kind = given.get("type") if isinstance(given, dict) else None
     if isinstance(kind, str) and kind not in types:
-        message = f"{place}: a tool of type {kind[:_MAX_SHOWN]!r} is not supported; only functions can be called here"
+        message = f"{place}: a tool of type {kind[:MAX_SHOWN]!r} is not supported; only functions can be called here"
         raise refused(message, f"{place}.type")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tidewright_gateway.context import RequestContext
-from tidewright_gateway.openai.errors import ApiError, invalid
+from tidewright_gateway.openai.errors import MAX_SHOWN, ApiError, invalid
 from tidewright_gateway.openai.responses.answer import ResponsesAnswer
 from tidewright_gateway.openai.responses.items import RESPONSE, response_of
 from tidewright_gateway.openai.responses.store import ResponseStore, StoredResponse, StoreLostError, encode
@@ -17,7 +17,6 @@ from tidewright_gateway.openai.responses.store import ResponseStore, StoredRespo
 log = logging.getLogger(__name__)
 
 _ID = re.compile(rf"{RESPONSE}_[0-9a-f]{{48}}")
-_MAX_SHOWN = 64  # characters of an id in an error
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Shelf:
 
 
 def _not_found(response_id: str) -> str:
-    name = response_id[:_MAX_SHOWN]
+    name = response_id[:MAX_SHOWN]
     return f"this key has no response with the id {name!r}; it was not stored, was deleted, or has expired"
 
 

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
-
 from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
-from tidewright_gateway.openai.messages import AssistantMessage, InputMessage, ToolMessage
+from tidewright_gateway.openai.messages import (
+    AssistantMessage,
+    ChatMessage,
+    InputMessage,
+    ToolMessage,
+    is_json_object,
+    text_of,
+)
 from tidewright_gateway.openai.responses.items import (
     FunctionCallItem,
     FunctionCallOutputItem,
@@ -17,7 +22,6 @@ from tidewright_gateway.openai.responses.items import (
     ItemReference,
     MessageItem,
     ReasoningItem,
-    text_of,
 )
 from tidewright_gateway.openai.responses.request import (
     AllowedFunctions,
@@ -25,8 +29,6 @@ from tidewright_gateway.openai.responses.request import (
     ResponsesRequest,
     TextFormat,
 )
-
-ChatMessage = InputMessage | AssistantMessage | ToolMessage
 
 _SAME = (
     "model",
@@ -126,7 +128,7 @@ def messages_of(items: Sequence[Item], num_previous: int = 0) -> list[ChatMessag
         if isinstance(item, ReasoningItem):
             made.reasoning(item.text)
         elif isinstance(item, FunctionCallItem):
-            if not _is_object(item.arguments):
+            if not is_json_object(item.arguments or "{}"):
                 raise _of_item(number, num_previous, "arguments", "is not the JSON of an object")
             made.call(item)
         elif isinstance(item, FunctionCallOutputItem):
@@ -182,13 +184,6 @@ class _Conversation:
             )
             self._messages.append(said)
         self._reasoning, self._text, self._calls = [], [], []
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(msgspec.json.decode(text or "{}"), dict)
-    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
-        return False
 
 
 def _of_item(number: int, num_previous: int, field: str, why: str) -> ApiError:

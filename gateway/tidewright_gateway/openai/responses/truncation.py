@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 
-from tidewright_gateway.openai.responses.translation import ChatMessage
+from tidewright_gateway.openai.messages import ChatMessage
 
 Fits = Callable[[list[ChatMessage]], Awaitable[bool]]
 
