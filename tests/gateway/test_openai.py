@@ -28,6 +28,7 @@ def test_a_chat_is_the_same_whole_and_streamed_and_as_triton_gives_it(
     gateway: RunningGateway, server: RunningServer
 ) -> None:
     options = {"model": MODEL, "messages": CHAT, "temperature": 0, "max_tokens": 24}
+    gateway.openai.chat.completions.create(**options)  # now the engine has the prompt's blocks, whatever ran before
     whole = gateway.openai.chat.completions.create(**options)
     pieces = list(
         gateway.openai.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
