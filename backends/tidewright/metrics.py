@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,18 +22,43 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Label:
+    name: str
+    values: tuple[str, ...] = ()
+    """All possible values; empty if they are not known beforehand."""
+
+
+@dataclass(frozen=True)
 class MetricSpec:
-    """A metric as docs/metrics.md lists it; with a label there is one series for each of `values`."""
+    """A metric as docs/metrics.md lists it; names have no prefix."""
 
     name: str
     kind: Literal["gauge", "counter", "histogram"]
     meaning: str
-    label: str = ""
-    values: tuple[str, ...] = ("",)
+    labels: tuple[Label, ...] = ()
+    buckets: tuple[float, ...] = ()
+    """Of a histogram: upper bounds, without +Inf."""
 
+    @property
+    def label_values(self) -> tuple[str, ...]:
+        """Values of its only label; one empty text if it has none."""
+        return self.labels[0].values if self.labels else ("",)
+
+
+HEARTBEAT = MetricSpec(
+    "heartbeat_timestamp_seconds",
+    "gauge",
+    "When the model's Python process last updated these metrics, in Unix time; Triton keeps the last values of one "
+    "that died",
+)
 
 Figures = Iterator[tuple[str, str, float]]
 """Series as they are now: name without prefix, value of its label or "", value."""
+
+
+def heartbeat() -> Figures:
+    """Whole seconds, as each change costs a call."""
+    yield HEARTBEAT.name, "", float(int(time.time()))
 
 
 class MetricsMirror:
@@ -48,14 +74,15 @@ class MetricsMirror:
         self._metrics: dict[tuple[str, str], Any] = {}
         for spec in specs:
             if spec.kind == "histogram":
-                self._make(f"{spec.name}_bucket", family.COUNTER, spec, spec.values)
-                self._make(f"{spec.name}_sum", family.COUNTER, spec)
-                self._make(f"{spec.name}_count", family.COUNTER, spec)
-            elif spec.kind == "gauge":
-                self._make(spec.name, family.GAUGE, spec, spec.values)
+                bounds = (*(f"{bound:g}" for bound in spec.buckets), "+Inf")
+                self._make(f"{spec.name}_bucket", family.COUNTER, spec.meaning, Label("le", bounds))
+                self._make(f"{spec.name}_sum", family.COUNTER, spec.meaning)
+                self._make(f"{spec.name}_count", family.COUNTER, spec.meaning)
+                continue
+            kind = family.GAUGE if spec.kind == "gauge" else family.COUNTER
+            self._make(spec.name, kind, spec.meaning, *spec.labels)
+            if spec.kind == "gauge":
                 self._gauges.add(spec.name)
-            else:
-                self._make(spec.name, family.COUNTER, spec, spec.values)
         # Of a gauge the first figure counts even if it is zero: a stub that died may have left another one.
         self._last = {key: math.nan if key[0] in self._gauges else 0.0 for key in self._metrics}
         self._stopping = threading.Event()
@@ -82,11 +109,11 @@ class MetricsMirror:
             else:
                 self._metrics[key].increment(figure - before)
 
-    def _make(self, name: str, kind: Any, spec: MetricSpec, values: tuple[str, ...] = ("",)) -> None:
-        made = self._family(name=f"{self._prefix}{name}", description=spec.meaning, kind=kind)
+    def _make(self, name: str, kind: Any, meaning: str, label: Label | None = None) -> None:
+        made = self._family(name=f"{self._prefix}{name}", description=meaning, kind=kind)
         self._families.append(made)
-        for value in values:
-            self._metrics[name, value] = made.Metric(labels={spec.label: value} if value else {})
+        for value in label.values if label else ("",):
+            self._metrics[name, value] = made.Metric(labels={label.name: value} if label else {})
 
     def _loop(self) -> None:
         failing = False

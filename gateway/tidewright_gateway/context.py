@@ -65,6 +65,8 @@ class RequestContext:
     """Triton models that have answered."""
     first_token_after: float | None = None
     """Seconds."""
+    last_token_after: float = 0.0
+    """Seconds, of the last that has come so far."""
     ended_by: ApiError | None = None
     """Why the gateway ended it, if it did."""
     error: ApiError | None = None
@@ -76,8 +78,18 @@ class RequestContext:
             self.num_cached_tokens += reply.num_cached_tokens
         self.models.add(reply.served_by)
         self.num_tokens += len(reply.token_ids)
-        if reply.token_ids and self.first_token_after is None:
-            self.first_token_after = time.monotonic() - self.arrived_at
+        if reply.token_ids:
+            self.last_token_after = time.monotonic() - self.arrived_at
+            if self.first_token_after is None:
+                self.first_token_after = self.last_token_after
+
+    @property
+    def time_per_output_token(self) -> float | None:
+        """Seconds from token to token after the first; with several generations the mean of all. None: there is one."""
+        further = self.num_tokens / len(self.generations) - 1 if self.generations else 0
+        if further <= 0 or self.first_token_after is None:
+            return None
+        return (self.last_token_after - self.first_token_after) / further
 
     @property
     def served_by(self) -> str:
@@ -104,6 +116,12 @@ class RequestContext:
         return found
 
     @property
+    def end(self) -> tuple[str, str, str]:
+        """For the metrics: id of its key, code of its error, limit that refused it; empty if there was none."""
+        error = self.error
+        return (self.caller.key_id, error.code, error.limit) if error else (self.caller.key_id, "", "")
+
+    @property
     def facts(self) -> dict[str, Any]:
         """For the access log."""
         found: dict[str, Any] = {"key_id": self.caller.key_id}
@@ -122,4 +140,6 @@ class RequestContext:
             found["limited_by"] = self.limited_by
         if self.error:
             found["error"] = self.error.code
+            if self.error.limit:
+                found["refused_by"] = self.error.limit
         return found

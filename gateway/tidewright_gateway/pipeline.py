@@ -25,7 +25,7 @@ from tidewright.schema import SamplingParams
 from tidewright_gateway.admission.ladder import LoadLadder
 from tidewright_gateway.admission.limits import Estimates, Limiter, subjects_of
 from tidewright_gateway.admission.limits.store import Subject
-from tidewright_gateway.admission.queue import Queue
+from tidewright_gateway.admission.queue import Queue, priority_class
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.auth.callers import Caller, Role, salt_of
 from tidewright_gateway.cache.responses import Replies, ResponseCache, cache_key, is_repeatable
@@ -63,7 +63,7 @@ class Pipeline:
     ) -> None:
         self._settings, self._authenticator, self._limiter, self._prompts = settings, authenticator, limiter, prompts
         self._ladder, self._queue, self._cache, self._failover = ladder, queue, cache, failover
-        self._metrics = metrics
+        self.metrics = metrics
         self._estimates = Estimates()
         self._running: dict[RequestContext, asyncio.Task[object]] = {}
 
@@ -120,7 +120,10 @@ class Pipeline:
             del self._running[context]
             await self._limiter.settle(context.reservation, context.num_prompt_tokens + context.num_tokens)
             if context.generations:
-                self._metrics.tokens(context.num_prompt_tokens, context.num_tokens)
+                used = context.num_prompt_tokens, context.num_cached_tokens, context.num_tokens
+                self.metrics.tokens(caller.key_id, *used)
+                if (seconds := context.time_per_output_token) is not None:
+                    self.metrics.time_per_output_token(seconds)
 
     def check_model(self, name: str | None) -> None:
         """Raises ApiError: another model than ours is asked for."""
@@ -282,7 +285,7 @@ class Pipeline:
         is_first = context.first_token_after is None
         context.take(index, reply)
         if is_first and context.first_token_after is not None:
-            self._metrics.first_token(context.first_token_after)
+            self.metrics.first_token(context.first_token_after)
 
     def _source(self, context: RequestContext, generation: Generation) -> Replies:
         """The replies of a generation, from the cache or an identical running one if possible."""
@@ -298,17 +301,20 @@ class Pipeline:
             lambda: generation.model == "decoder" and not context.limited_by,
         )
         context.cache_states.append(state)
-        self._metrics.cache(state)
+        self.metrics.cache(state)
         return replies
 
     async def _generate(self, context: RequestContext, generation: Generation) -> AsyncGenerator[Reply, None]:
         """Queues, then runs the generation on a replica."""
-        self._metrics.asked(time.monotonic() - context.arrived_at)
-        until = min(time.monotonic() + self._settings.queue_timeout, generation.deadline.at)
+        self.metrics.asked(time.monotonic() - context.arrived_at)
+        began, priority = time.monotonic(), generation.sampling.priority
+        until = min(began + self._settings.queue_timeout, generation.deadline.at)
         try:
-            place = await self._queue.enter(context.caller.key_id, generation.sampling.priority, until)
+            place = await self._queue.enter(context.caller.key_id, priority, until)
         except ModelError as error:
             raise (timed_out(error) if generation.deadline.expired(time.monotonic()) else error) from None
+        finally:
+            self.metrics.queued(priority_class(priority), time.monotonic() - began)
         try:
             async with aclosing(self._failover.generate(generation, context.route)) as replies:
                 async for reply in replies:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Sequence
-from pathlib import Path
-
-from tidewright.metrics import MetricSpec
 
 
 class Family:
@@ -45,19 +40,3 @@ class Metric:
         assert value > 0
         self.family.series[self.key] += value
         self.family.calls[self.key] += 1
-
-
-def documented(specs: Sequence[MetricSpec], prefix: str) -> list[tuple[str, ...]]:
-    """The rows of docs/metrics.md for these metrics."""
-    rows = []
-    for spec in specs:
-        values = "" if spec.kind == "histogram" else ", ".join(f"`{value}`" for value in spec.values if value)
-        label = f"`{spec.label}`: {values}" if values else ""
-        rows.append((prefix + spec.name, spec.kind, label, spec.meaning))
-    return rows
-
-
-def table_in_docs() -> list[tuple[str, ...]]:
-    page = (Path(__file__).resolve().parents[2] / "docs" / "metrics.md").read_text()
-    rows = re.findall(r"^\| `(tidewright_\w+)` \| (\w+) \| (.*?) \| (.*?) \|$", page, re.MULTILINE)
-    return [tuple(cell.strip() for cell in row) for row in rows]

@@ -223,7 +223,7 @@ class RunningServer:
         idle_since = None
         while time.monotonic() < deadline:
             active = self.metric("requests_active") + self.metric("requests_running")
-            if active or not self.metric("kv_blocks_free") == self.metric("kv_blocks_total") > 0:
+            if active or not self.metric("kv_blocks_free") == self.metric("kv_blocks") > 0:
                 idle_since = None
             elif idle_since is None:
                 idle_since = time.monotonic()
@@ -232,5 +232,5 @@ class RunningServer:
             time.sleep(0.05)
         raise AssertionError(
             f"after {timeout} s: {self.metric('requests_active')} active, "
-            f"{self.metric('kv_blocks_free')} of {self.metric('kv_blocks_total')} blocks free"
+            f"{self.metric('kv_blocks_free')} of {self.metric('kv_blocks')} blocks free"
         )

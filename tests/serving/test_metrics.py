@@ -40,7 +40,7 @@ def change(server: RunningServer, before: Samples, expected: dict[tuple[str, str
 def finished(**reasons: int) -> dict[tuple[str, str], float]:
     """The expected growth of each reason's counter."""
     (spec,) = (spec for spec in METRICS if spec.name == "requests_finished_total")
-    return {(spec.name, reason): reasons.get(reason, 0) for reason in spec.values}
+    return {(spec.name, reason): reasons.get(reason, 0) for reason in spec.label_values}
 
 
 def test_every_metric_is_there_from_the_start_under_its_type(server: RunningServer) -> None:
@@ -110,5 +110,5 @@ def test_gauges_of_an_idle_server(server: RunningServer) -> None:
     now = server.metrics()
     assert now["engine_up", ""] == 1
     assert now["requests_active", ""] == now["requests_running", ""] == now["requests_waiting", ""] == 0
-    assert now["kv_blocks_free", ""] == now["kv_blocks_total", ""] > 0
+    assert now["kv_blocks_free", ""] == now["kv_blocks", ""] > 0
     assert now["kv_usage_ratio", ""] == 0

@@ -13,7 +13,7 @@ def test_small_streams_go_on_while_a_large_prompt_waits_for_blocks_of_a_more_urg
     # 68 blocks of 16 tokens, of which the urgent one takes 13 to 20 and the large one 57.
     with RunningServer(model_dir, kv_cache_memory="24MiB", streaming_share=1) as server:
         server.wait_idle()  # before that, nothing has been measured
-        assert server.metric("kv_blocks_total") == 68
+        assert server.metric("kv_blocks") == 68
         with server.stream() as stream:
 
             def send(name: str, prompt: int, priority: int, max_tokens: int) -> None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from typing import TYPE_CHECKING
 
-from tidewright.bridge.bridge import Bridge
 from tidewright.bridge.statistics import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
 from tidewright.engine.messages import STEP_PHASES
-from tidewright.metrics import PREFIX, Figures, MetricSpec
+from tidewright.metrics import HEARTBEAT, PREFIX, Figures, Label, MetricSpec, heartbeat
 from tidewright.schema import FINISH_REASONS
+
+if TYPE_CHECKING:
+    from tidewright.bridge.bridge import Bridge
 
 FALLBACK_PREFIX = f"{PREFIX}fallback_"
 
-
-def _histogram(name: str, bounds: tuple[float, ...], meaning: str) -> MetricSpec:
-    return MetricSpec(name, "histogram", meaning, "le", (*(f"{bound:g}" for bound in bounds), "+Inf"))
-
-
 METRICS = (
+    HEARTBEAT,
     MetricSpec("engine_up", "gauge", "1 while an engine process takes requests"),
     MetricSpec("engine_restarts_total", "counter", "Times that the engine process was started again"),
     MetricSpec("requests_active", "gauge", "Requests in flight in the bridge"),
@@ -28,41 +27,43 @@ METRICS = (
         "counter",
         "Requests that ended, each counted once; with n > 1 as timeout if one sequence timed out, else as length if "
         "one ended so, else as stop",
-        "reason",
-        FINISH_REASONS,
+        (Label("reason", FINISH_REASONS),),
     ),
-    _histogram(
+    MetricSpec(
         "request_queue_seconds",
-        REQUEST_BUCKETS,
+        "histogram",
         "From the engine's receipt of a request to its first step; counted with the first token",
+        buckets=REQUEST_BUCKETS,
     ),
-    _histogram(
+    MetricSpec(
         "time_to_first_token_seconds",
-        REQUEST_BUCKETS,
+        "histogram",
         "From arrival to the first token's response, or to when it could have left if the request does not stream",
+        buckets=REQUEST_BUCKETS,
     ),
-    _histogram(
+    MetricSpec(
         "inter_token_latency_seconds",
-        TOKEN_BUCKETS,
+        "histogram",
         "Between two tokens of a sequence; tokens that leave in one response share the time since the last one",
+        buckets=TOKEN_BUCKETS,
     ),
-    _histogram(
+    MetricSpec(
         "request_latency_seconds",
-        REQUEST_BUCKETS,
+        "histogram",
         "From arrival to the last response, of requests that ended with an answer and not an error",
+        buckets=REQUEST_BUCKETS,
     ),
     MetricSpec("engine_steps_total", "counter", "Steps of the engine"),
     MetricSpec(
         "step_seconds_total",
         "counter",
         "Time of the engine by part of the step; send has its own thread and overlaps the others",
-        "phase",
-        STEP_PHASES,
+        (Label("phase", STEP_PHASES),),
     ),
     MetricSpec("prompt_tokens_total", "counter", "Prompt tokens of requests that got their first token"),
     MetricSpec("generated_tokens_total", "counter", "Tokens generated"),
     MetricSpec("preemptions_total", "counter", "Sequences pushed out of the batch for lack of KV blocks"),
-    MetricSpec("kv_blocks_total", "gauge", "Blocks of the KV cache"),
+    MetricSpec("kv_blocks", "gauge", "Blocks of the KV cache"),
     MetricSpec("kv_blocks_free", "gauge", "Blocks of the KV cache that no request uses"),
     MetricSpec("kv_blocks_cached", "gauge", "Free blocks whose content the prefix cache can still find"),
     MetricSpec("kv_usage_ratio", "gauge", "Share of the KV cache's blocks that requests use, 0 to 1"),
@@ -76,6 +77,7 @@ METRICS = (
 
 
 def figures(bridge: Bridge) -> Figures:
+    yield from heartbeat()
     stats = bridge.engine_stats
     single: dict[str, float] = {
         "engine_up": int(bridge.engine_up),
@@ -87,7 +89,7 @@ def figures(bridge: Bridge) -> Figures:
         "prompt_tokens_total": stats.prompt_tokens,
         "generated_tokens_total": stats.generated_tokens,
         "preemptions_total": stats.preemptions,
-        "kv_blocks_total": stats.blocks_total,
+        "kv_blocks": stats.blocks_total,
         "kv_blocks_free": stats.blocks_free,
         "kv_blocks_cached": stats.blocks_cached,
         "kv_usage_ratio": stats.kv_usage,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from tidewright.metrics import PREFIX, Figures, MetricSpec
+from tidewright.metrics import HEARTBEAT, PREFIX, Figures, Label, MetricSpec, heartbeat
 from tidewright.resilience.breaker import TRANSITIONS, BreakerSnapshot, State
 from tidewright.resilience.budget import BudgetSnapshot
 from tidewright.resilience.degradation import Level
@@ -24,30 +24,38 @@ _STATES = tuple(state.value for state in State)
 _TRANSITIONS = {pair: f"{pair[0].value}_{pair[1].value}" for pair in TRANSITIONS}
 
 METRICS = (
+    HEARTBEAT,
     MetricSpec("requests_active", "gauge", "Requests in flight in failsafe"),
-    MetricSpec("requests_served_total", "counter", "Requests that got their last response, by model", "by", SERVED_BY),
-    MetricSpec("requests_failed_total", "counter", "Requests that ended with an error", "reason", FINISH_REASONS),
-    MetricSpec("calls_total", "counter", "Attempts, by the model that was called", "model", SERVED_BY),
+    MetricSpec(
+        "requests_served_total", "counter", "Requests that got their last response, by model", (Label("by", SERVED_BY),)
+    ),
+    MetricSpec(
+        "requests_failed_total", "counter", "Requests that ended with an error", (Label("reason", FINISH_REASONS),)
+    ),
+    MetricSpec("calls_total", "counter", "Attempts, by the model that was called", (Label("model", SERVED_BY),)),
     MetricSpec(
         "outcomes_total",
         "counter",
         "How attempts at the decoder ended; what the breaker sees",
-        "outcome",
-        tuple(outcome.label for outcome in Outcome),
+        (Label("outcome", tuple(outcome.label for outcome in Outcome)),),
     ),
     MetricSpec(
-        "fallbacks_total", "counter", "Requests that went to the fallback, by the cause", "reason", FALLBACK_REASONS
+        "fallbacks_total",
+        "counter",
+        "Requests that went to the fallback, by the cause",
+        (Label("reason", FALLBACK_REASONS),),
     ),
     MetricSpec("resumed_total", "counter", "Attempts that went on behind tokens that their caller had already"),
-    MetricSpec("breaker_state", "gauge", "1 for the state that the breaker is in", "state", _STATES),
-    MetricSpec("breaker_transitions_total", "counter", "Changes of the state", "change", tuple(_TRANSITIONS.values())),
+    MetricSpec("breaker_state", "gauge", "1 for the state that the breaker is in", (Label("state", _STATES),)),
+    MetricSpec(
+        "breaker_transitions_total", "counter", "Changes of the state", (Label("change", tuple(_TRANSITIONS.values())),)
+    ),
     MetricSpec("retries_total", "counter", "Times that the decoder was asked again"),
     MetricSpec(
         "retries_refused_total",
         "counter",
         "Times that it was not asked again, by what forbade it",
-        "cause",
-        tuple(cause.value for cause in NoRetry),
+        (Label("cause", tuple(cause.value for cause in NoRetry)),),
     ),
     MetricSpec("retry_budget", "gauge", "Retries that may be made now"),
     MetricSpec(
@@ -65,7 +73,7 @@ class Counters:
         self._counts: Counter[tuple[str, str]] = Counter()
 
     def count(self, name: str, value_of_label: str = "") -> None:
-        assert value_of_label in _COUNTERS[name].values
+        assert value_of_label in _COUNTERS[name].label_values
         with self._lock:
             self._counts[name, value_of_label] += 1
 
@@ -75,6 +83,7 @@ class Counters:
 
 
 def figures(counters: Counters, active: int, breaker: BreakerSnapshot, budget: BudgetSnapshot, level: Level) -> Figures:
+    yield from heartbeat()
     for (name, value_of_label), count in counters.read().items():
         yield name, value_of_label, count
     yield "requests_active", "", active

@@ -24,7 +24,9 @@ _REASONS: dict[Outcome, FinishReason] = {
 class ModelError(Exception):
     """A model answered with an error, or there is none to answer."""
 
-    def __init__(self, message: str, outcome: Outcome | None = None) -> None:
+    def __init__(self, message: str, outcome: Outcome | None = None, limit: str = "") -> None:
+        """`limit`: of the caller, that refused the request."""
+        self.limit = limit
         text, _, mark = message.rpartition(" ")
         known = _BY_REASON.get(mark)
         super().__init__(text if known else message)

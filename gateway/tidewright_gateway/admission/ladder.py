@@ -10,13 +10,13 @@ from tidewright.resilience.degradation import Degradation, Ladder, Level, Load, 
 from tidewright_gateway.admission.queue import Queue
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.metrics.families import SIGNALS
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.replicas.failover import Failover
 
 log = logging.getLogger(__name__)
 
 TICK = 0.25  # seconds
-SIGNALS = ("kv_cache", "queue", "wait", "breaker", "dwell")
 
 
 class LoadLadder:
@@ -63,5 +63,5 @@ class LoadLadder:
         given = treatment(self._now, max_tokens, max_tokens if is_guided else self._settings.degrade_max_tokens)
         if given.route is Route.REFUSE:
             message = f"overloaded ({', '.join(self._now.reasons)}); try again later"
-            raise ApiError(503, message, code="overloaded", retry_after=2)
+            raise ApiError(503, message, code="overloaded", retry_after=2, limit="degradation")
         return given

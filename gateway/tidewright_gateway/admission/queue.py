@@ -54,6 +54,14 @@ class Queue:
         return sum(len(queue) for callers in self._waiting.values() for queue in callers.values())
 
     @property
+    def waiting_by_class(self) -> Counter[str]:
+        """Queued generations by the class of their priority."""
+        found: Counter[str] = Counter()
+        for priority, callers in self._waiting.items():
+            found[priority_class(priority)] += sum(map(len, callers.values()))
+        return found
+
+    @property
     def share(self) -> float:
         """How full the queue is, from 0 to 1."""
         return self.num_waiting / self._max_waiting if self._max_waiting else 0.0
@@ -73,10 +81,12 @@ class Queue:
             self._running[caller] += 1
             return Place(self._leave, caller)
         if self.num_waiting >= self._max_waiting:
-            raise ModelError(f"the queue is full: {self._max_waiting} requests (max_queue)", Outcome.OVERLOADED)
+            raise ModelError(
+                f"the queue is full: {self._max_waiting} requests (max_queue)", Outcome.OVERLOADED, "max_queue"
+            )
         if sum(len(callers.get(caller, ())) for callers in self._waiting.values()) >= self._max_of_caller:
             message = f"the queue is full for this key: {self._max_of_caller} requests (max_queue_share)"
-            raise ModelError(message, Outcome.OVERLOADED)
+            raise ModelError(message, Outcome.OVERLOADED, "max_queue_share")
         loop = asyncio.get_running_loop()
         waiter = _Waiter(caller, loop.time(), loop.create_future())
         self._waiting.setdefault(priority, {}).setdefault(caller, deque()).append(waiter)
@@ -87,7 +97,8 @@ class Queue:
         except asyncio.TimeoutError:
             self._give_up(waiter, priority)
             waited = loop.time() - waiter.since
-            raise ModelError(f"queue timeout: no place became free within {waited:.1f} s", Outcome.OVERLOADED) from None
+            message = f"queue timeout: no place became free within {waited:.1f} s"
+            raise ModelError(message, Outcome.OVERLOADED, "queue_timeout") from None
         except asyncio.CancelledError:
             if waiter.turn.cancelled() or waiter.turn.exception():
                 self._give_up(waiter, priority)
@@ -127,6 +138,11 @@ class Queue:
             del callers[caller]
         if not callers:
             del self._waiting[priority]
+
+
+def priority_class(priority: int) -> str:
+    """For metrics."""
+    return "normal" if priority == 0 else "high" if priority < 0 else "low"
 
 
 def _time_out(turn: asyncio.Future[None]) -> None:

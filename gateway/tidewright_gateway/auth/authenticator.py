@@ -56,6 +56,12 @@ class Authenticator:
         """Why keys that changed lately may not be seen; empty if they are."""
         return "; ".join(part.trouble for part in self._parts if part.trouble)
 
+    @property
+    def next_expiry(self) -> float:
+        """When the next of the API keys expires, in Unix time; 0 if none is to expire."""
+        found = [part.next_expiry for part in self._parts if isinstance(part, Keyring)]
+        return max(found, default=0.0)
+
     async def caller(self, authorization: str | None) -> Caller:
         """Who sent this header; ANONYMOUS, if neither keys nor JWTs are asked for.
 

@@ -34,6 +34,12 @@ class Keyring:
             self._polling.cancel()
             await asyncio.wait((self._polling,))
 
+    @property
+    def next_expiry(self) -> float:
+        """When the next key expires, in Unix time; 0 if none is to expire."""
+        good = (entry.expires for entry in self._entries.values() if entry.expires and not entry.trouble)
+        return min((expires.timestamp() for expires in good), default=0.0)
+
     async def caller(self, key: str) -> Caller:
         """Raises ApiError, 401: the key is wrong, expired or disabled."""
         key_id, secret = split_key(key) or ("", "")

@@ -12,6 +12,9 @@ class ObservabilitySettings(BaseModel):
         "", description="File for the access log, one JSON object per request; - for standard output. Empty: none."
     )
     log_level: Literal["info", "warning", "error"] = Field("warning", description="Minimum log level.")
+    busiest_keys: int = Field(
+        20, ge=1, le=1000, description="Maximum number of API keys with metrics of their own; the others are summed."
+    )
     trace_sample_ratio: float = Field(0.0, ge=0, le=1, description="Share of requests that the replicas trace.")
     trace_callers: bool = Field(
         False, description="Honour the sampled flag of a caller's traceparent instead of `trace_sample_ratio`."

@@ -30,12 +30,14 @@ from tidewright_gateway.cache.responses import ResponseCache
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.http import certificates
 from tidewright_gateway.http.authentication import Authentication
+from tidewright_gateway.http.connection import PatientProtocol
 from tidewright_gateway.http.fast_path import FastPath
 from tidewright_gateway.http.hosts import Hosts
 from tidewright_gateway.http.middleware import Middleware
-from tidewright_gateway.http.operations import Parts, make_operations_router
+from tidewright_gateway.http.operations import make_operations_router
 from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.metrics.sampling import Sampler
 from tidewright_gateway.openai.dialect import Dialect
 from tidewright_gateway.openai.errors import ApiError, internal, invalid
 from tidewright_gateway.openai.prompts import Prompts
@@ -44,6 +46,7 @@ from tidewright_gateway.openai.responses.shelf import Shelf
 from tidewright_gateway.openai.responses.store import make_store
 from tidewright_gateway.openai.routes import describe_bodies, make_model_router, make_pipeline_router
 from tidewright_gateway.page import make_page_router
+from tidewright_gateway.parts import Parts
 from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.failover import Failover
 from tidewright_gateway.replicas.health import Expected
@@ -64,7 +67,8 @@ def make_app(
         limits_socket: of the parent of several workers, which counts for all.
         announce: receives a text with address and replicas once it has started.
     """
-    metrics, tracer, hosts = Metrics(), Tracer(settings.trace_sample_ratio, settings.trace_callers), Hosts(settings)
+    metrics, hosts = Metrics(settings.model_name, settings.busiest_keys), Hosts(settings)
+    tracer = Tracer(settings.trace_sample_ratio, settings.trace_callers)
     authenticator = Authenticator(settings)
     folder = find_prepared(settings.model)
     tokenizer = Tokenizer(folder)
@@ -77,6 +81,9 @@ def make_app(
     ladder = LoadLadder(settings, failover, queue, metrics)
     pipeline = Pipeline(settings, authenticator, limiter, prompts, ladder, queue, cache, failover, metrics)
     hub, shelf = Hub(settings), Shelf(make_store(settings, settings.workers), settings.max_body)
+    parts = Parts(authenticator, limiter, failover, queue, ladder, cache, metrics, shelf.store, hub)
+    sampler = Sampler(parts, settings.tls_cert)
+    PatientProtocol.refused = metrics.refused_connection
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -84,7 +91,12 @@ def make_app(
         await limiter.start()
         await failover.start()
         hub.start()
-        background = (ladder.run(), pipeline.end_revoked(), certificates.watch(settings.tls_cert, settings.tls_key))
+        background = (
+            ladder.run(),
+            sampler.run(),
+            pipeline.end_revoked(),
+            certificates.watch(settings.tls_cert, settings.tls_key),
+        )
         jobs = [asyncio.create_task(job) for job in (*background, shelf.store.watch())]
         if announce:
             announce(_greeting(settings, failover))
@@ -112,13 +124,12 @@ def make_app(
     )
     fast = make_pipeline_router(settings, failover, prompts, pipeline, shelf)
     backend = PipelineBackend(pipeline, authenticator, tracer, metrics)
-    parts = Parts(authenticator, limiter, failover, queue, ladder, cache, metrics, shelf.store)
     routers = (
         fast,
         make_responses_router(pipeline, shelf),
         make_model_router(settings, failover, pipeline, prepared_at(folder)),
         make_stream_router(settings, hub, backend, hosts, metrics),
-        make_operations_router(parts),
+        make_operations_router(parts, sampler),
         make_page_router(app),
     )
     for router in routers:

@@ -12,11 +12,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+
 log = logging.getLogger(__name__)
 
 INTERVAL = 5.0  # seconds between two checks of the files
 
 _contexts: list[ssl.SSLContext] = []
+_expiries: dict[str, tuple[tuple[tuple[int, int], ...], float]] = {}
+
+
+def expiry(certificate: str) -> float:
+    """When the certificate in this PEM file expires, in Unix time; 0 if it can't be read."""
+    stamp = tuple(_stamp(certificate))
+    if _expiries.get(certificate, ((), 0.0))[0] != stamp:
+        try:
+            found = x509.load_pem_x509_certificate(Path(certificate).read_bytes()).not_valid_after_utc.timestamp()
+        except (OSError, ValueError):
+            found = 0.0
+        _expiries[certificate] = stamp, found
+    return _expiries[certificate][1]
 
 
 def make_context(config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
@@ -40,7 +55,7 @@ async def watch(certificate: str, key: str) -> None:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
             for context in _contexts:
                 context.load_cert_chain(certificate, key, password="")
-            log.warning("reloaded the certificate from %s", certificate)
+            log.info("reloaded the certificate from %s", certificate)
         except (OSError, ValueError) as error:
             log.error("keeping the previous certificate: %s: %s", certificate, error)
 

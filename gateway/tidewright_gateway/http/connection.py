@@ -7,6 +7,7 @@ In the protocol, where it costs a request two timers, and where a request is see
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +20,10 @@ MAX_HEADERS = 64 * 1024  # bytes, of the address and all headers
 
 class PatientProtocol(HttpToolsProtocol):
     """For a time only, which the process sets for all its connections; uvicorn makes them, and has no such options."""
+
+    open_connections = 0
+    refused: Callable[[], None] = staticmethod(lambda: None)
+    """Is called for each connection that is refused."""
 
     max_connections = 10_000
     read_timeout = 30.0  # seconds
@@ -34,13 +39,16 @@ class PatientProtocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         super().connection_made(transport)
         self._start_reading()
+        PatientProtocol.open_connections += 1
         if len(self.connections) > self.max_connections:
+            PatientProtocol.refused()
             message = f"{self.max_connections} connections are open (max_connections); try again later"
             self._refuse(ApiError(503, message, code="too_many_connections", retry_after=1))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_reading()
         self._stop_writing()
+        PatientProtocol.open_connections -= 1
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

@@ -80,7 +80,7 @@ class Middleware:
             seconds = time.monotonic() - context.arrived_at
             # Paths without a route share one series, or a scanner could create any number of them.
             route = getattr(scope.get("route"), "path", "other")
-            self._metrics.ended(route, exchange.status, seconds)
+            self._metrics.ended(route, exchange.status, seconds, *context.end)
             if access_log.is_on():
                 access_log.write(context, method, path, exchange.status, seconds)
 
@@ -143,7 +143,7 @@ class _Exchange:
     def _too_large(self) -> ApiError:
         headers = {"Connection": "close"}  # the rest of the body is not read
         message = f"the body is longer than {self._max_body} bytes (max_body)"
-        return ApiError(413, message, code="body_too_large", headers=headers)
+        return ApiError(413, message, code="body_too_large", headers=headers, limit="max_body")
 
     async def receive(self) -> Message:
         message = await self._receive()

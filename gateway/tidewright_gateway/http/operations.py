@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -12,14 +11,9 @@ from starlette.responses import Response
 
 from tidewright import __version__
 from tidewright.resilience.errors import ModelError
-from tidewright_gateway.admission.ladder import LoadLadder
-from tidewright_gateway.admission.limits import Limiter
-from tidewright_gateway.admission.queue import Queue
-from tidewright_gateway.auth import Authenticator
-from tidewright_gateway.cache.responses import ResponseCache
-from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.metrics.sampling import Sampler
 from tidewright_gateway.openai.errors import ApiError, invalid
-from tidewright_gateway.openai.responses.store import ResponseStore
+from tidewright_gateway.parts import Parts
 from tidewright_gateway.replicas.failover import Failover
 from tidewright_gateway.replicas.replica import Replica
 
@@ -33,30 +27,7 @@ class DrainRequest(BaseModel):
     """Its address, as /admin/status has it. Needed unless there is only one."""
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The parts of the gateway that report something."""
-
-    authenticator: Authenticator
-    limiter: Limiter
-    failover: Failover
-    queue: Queue
-    ladder: LoadLadder
-    cache: ResponseCache
-    metrics: Metrics
-    responses: ResponseStore
-
-    @property
-    def stores(self) -> dict[str, str]:
-        """The trouble of each store; empty texts if there is none."""
-        return {
-            "keys": self.authenticator.trouble,
-            "limits": self.limiter.trouble,
-            "responses": self.responses.trouble,
-        }
-
-
-def make_operations_router(parts: Parts) -> APIRouter:
+def make_operations_router(parts: Parts, sampler: Sampler) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health/live")
@@ -87,8 +58,7 @@ def make_operations_router(parts: Parts) -> APIRouter:
     @router.get("/metrics")
     async def show_metrics() -> Response:
         """The gateway's own metrics, for Prometheus."""
-        for name, trouble in parts.stores.items():
-            parts.metrics.store_lost(name, bool(trouble))
+        sampler.sample()
         return Response(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @router.get("/admin/status")

@@ -38,9 +38,15 @@ class ApiError(Exception):
         retry_after: float | None = None,
         headers: Mapping[str, str] | None = None,
         may_retry: bool = True,
+        limit: str = "",
     ) -> None:
-        """`may_retry`: the same request may go better a second time."""
+        """
+        Args:
+            may_retry: the same request may go better a second time.
+            limit: the limit that refuses the request, as the metrics and the access log name it.
+        """
         super().__init__(message)
+        self.limit = limit
         self.may_retry = may_retry
         self.status, self.code, self.param = status, code, param
         self.retry_after = retry_after  # seconds
@@ -104,7 +110,7 @@ def of_model(error: ModelError | ApiError, grammar_from: str = "") -> ApiError:
     if error.outcome is Outcome.REQUEST_TIMEOUT:
         return ApiError(408, message, code="timeout", may_retry=False)
     if error.outcome is Outcome.OVERLOADED:
-        return ApiError(503, message, code="overloaded", retry_after=1)
+        return ApiError(503, message, code="overloaded", retry_after=1, limit=error.limit)
     if error.outcome is Outcome.CANCELLED:
         return ApiError(499, message, code="cancelled")
     if error.outcome is Outcome.ENGINE_KILLED:

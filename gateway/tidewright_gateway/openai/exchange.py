@@ -80,11 +80,15 @@ class Exchange(Response):
         """Returns the last events, which are not written yet."""
         events, last = Events(answer, len(context.generations)), b""
         writer.keep_alive()
-        async with aclosing(self._pipeline.replies(context)) as replies:
-            async for index, reply in replies:
-                last = events.take(index, reply)
-                if last and not events.are_all:
-                    await writer.write(last, context)
+        self._pipeline.metrics.stream("sse", 1)
+        try:
+            async with aclosing(self._pipeline.replies(context)) as replies:
+                async for index, reply in replies:
+                    last = events.take(index, reply)
+                    if last and not events.are_all:
+                        await writer.write(last, context)
+        finally:
+            self._pipeline.metrics.stream("sse", -1)
         return last
 
 

@@ -120,6 +120,10 @@ class Failover:
         """Each replica for people; times in seconds."""
         return self._set.snapshot()
 
+    def retry_budget(self, now: float) -> float:
+        """Retries that may be made now."""
+        return self._budget.snapshot(now).balance
+
     def load(self) -> ReplicaLoad:
         """Current load of the replicas."""
         return self._set.load()
@@ -226,11 +230,15 @@ class Failover:
             return False
         now = time.monotonic()
         if error.outcome in LOST and failures < self._retries.max_attempts:
-            return not deadline.expired(now)
+            if deadline.expired(now):
+                return False
+            self._metrics.retried()
+            return True
         delay = self._retries.next_delay(failures, now, deadline, random.random(), self._budget)
         if isinstance(delay, NoRetry):
             self._metrics.retry_refused(delay.value)
             return False
+        self._metrics.retried()
         await asyncio.sleep(delay)
         return True
 

@@ -89,6 +89,7 @@ class PipelineBackend:
         context = RequestContext(request_id, self._tracer.begin(()), credential)
         status = 499  # if it is left early
         self._metrics.began()
+        self._metrics.stream("websocket", 1)
         try:
             async with self._pipeline.admit(context, kind, body, _as_it_is) as request:
                 _check_streams(request)
@@ -96,11 +97,12 @@ class PipelineBackend:
             status = 200
         except (ApiError, ModelError) as error:
             made = of_model(error, context.grammar_from)
-            status = made.status
+            status, context.error = made.status, made
             raise made from None
         finally:
             seconds = time.monotonic() - context.arrived_at
-            self._metrics.ended(PATH, status, seconds)
+            self._metrics.ended(PATH, status, seconds, *context.end)
+            self._metrics.stream("websocket", -1)
             if access_log.is_on():
                 access_log.write(context, "WEBSOCKET", PATH, status, seconds)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.config import GatewaySettings
@@ -20,6 +20,14 @@ SWEEP_INTERVAL = 0.2  # seconds
 class Connection(Protocol):
     def check(self, now: float) -> None:
         """Ends it when its time is over. `now`: time.monotonic()."""
+
+
+class Flow(NamedTuple):
+    credits: int
+    """Tokens that clients have granted and not yet got."""
+    stalled: int
+    """Generations that have output and no credit to send it."""
+    unsent_bytes: int
 
 
 class Hub:
@@ -79,6 +87,15 @@ class Hub:
         generation.stop()
         self._kept.pop(generation, None)
         self._generations.pop(generation.resume_token, None)
+
+    def flow(self) -> Flow:
+        """Of all generations that are kept."""
+        boxes = [generation.outbox for generation in self._generations.values()]
+        return Flow(
+            credits=sum(box.credits or 0 for box in boxes),
+            stalled=sum(box.credits == 0 and not box.is_sent for box in boxes),
+            unsent_bytes=sum(box.unsent for box in boxes),
+        )
 
     def sweep(self, now: float) -> None:
         """Ends what is over. `now`: time.monotonic()."""

@@ -51,7 +51,7 @@ def refused(subjects: Sequence[Subject], cost: int, result: TakeResult, refusal:
             f"the request may need {cost} tokens (its prompt, and max_tokens for each choice), and {subject.name} has "
             f"{limit}; lower max_tokens, n or the prompt"
         )
-        return ApiError(429, message, code="rate_limit_exceeded", headers=headers, may_retry=False)
+        return ApiError(429, message, code="rate_limit_exceeded", headers=headers, may_retry=False, limit=refusal.limit)
     usage = result.usages[refusal.subject]
     if refusal.limit == "concurrent":
         message = f"{subject.name} has {limit}; wait until one of them ends"
@@ -64,7 +64,9 @@ def refused(subjects: Sequence[Subject], cost: int, result: TakeResult, refusal:
             f"{subject.name} has {left} left of its {limit}, and the request may need {cost} (its prompt, and "
             f"max_tokens for each choice); try again in {duration(refusal.wait)}, or lower max_tokens, n or the prompt"
         )
-    return ApiError(429, message, code="rate_limit_exceeded", retry_after=refusal.wait, headers=headers)
+    return ApiError(
+        429, message, code="rate_limit_exceeded", retry_after=refusal.wait, headers=headers, limit=refusal.limit
+    )
 
 
 def _limit(name: str, value: float) -> str:

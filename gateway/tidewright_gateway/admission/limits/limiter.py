@@ -130,7 +130,7 @@ class Limiter:
         except StoreRefusesError:  # whoever can fill a store must not be able to switch limits off
             self.without_store += 1
         message = "limits can't be checked right now; try again"
-        raise ApiError(503, message, code="limits_unavailable", retry_after=TICK)
+        raise ApiError(503, message, code="limits_unavailable", retry_after=TICK, limit="limits_unavailable")
 
 
 def make_limiter(settings: GatewaySettings, socket_path: Path | None = None) -> Limiter:

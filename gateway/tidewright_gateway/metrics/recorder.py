@@ -1,0 +1,167 @@
+"""What the gateway counts and times, as it happens. What it only reads now and then is in `sampling.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tidewright import __version__
+from tidewright.resilience.outcome import Outcome
+from tidewright_gateway.cache.responses import CacheState
+from tidewright_gateway.metrics.busiest import Busiest
+from tidewright_gateway.metrics.registry import Registry
+
+_PROMOTIONS_OF_WORKERS = 4  # times `busiest_keys`: their series stay for ever
+_MAX_LABEL = 128  # characters
+_API_PATHS = ("/tokenize", "/detokenize")
+
+
+class Metrics:
+    def __init__(self, model: str = "", busiest_keys: int = 20) -> None:
+        """`busiest_keys`: maximum number of keys with series of their own."""
+        self.registry = registry = Registry()
+        limit = _PROMOTIONS_OF_WORKERS * busiest_keys if registry.is_shared else float("inf")
+        self.keys = Busiest(busiest_keys, self._demoted, limit)
+        self._requests = registry.counter("requests_total")
+        self._outcomes = registry.counter("request_outcomes_total")
+        self._active = registry.gauge("requests_active", "livesum")
+        self._duration = registry.histogram("request_duration_seconds")
+        self._ttft = registry.histogram("time_to_first_token_seconds")
+        self._tpot = registry.histogram("time_per_output_token_seconds")
+        self._overhead = registry.histogram("overhead_seconds")
+        self._tokens = registry.counter("tokens_total")
+        self._cached_tokens = registry.counter("cached_tokens_total")
+        self._streams = registry.gauge("streams_open", "livesum")
+        self._key_requests = registry.counter("key_requests_total")
+        self._key_tokens = registry.counter("key_tokens_total")
+        self._key_refusals = registry.counter("key_refusals_total")
+        self._refusals = registry.counter("refusals_total")
+        self._queue_wait = registry.histogram("queue_wait_seconds")
+        self._degradation = registry.gauge("degradation_level", "livemax")
+        self._reasons = registry.gauge("degradation_reason", "livemax")
+        self._cache = registry.counter("cache_requests_total")
+        self._up = registry.gauge("replica_up", "livemin")
+        self._stale = registry.gauge("replica_load_stale", "livemax")
+        self._attempts = registry.counter("attempts_total")
+        self._failures = registry.counter("attempt_failures_total")
+        self._moved = registry.counter("streams_moved_total")
+        self._retries = registry.counter("retries_total")
+        self._refused_retries = registry.counter("retries_refused_total")
+        self._probes = registry.counter("generation_probes_total")
+        self._lookups_failed = registry.counter("discovery_failures_total")
+        self._connections = registry.gauge("websocket_connections", "livesum")
+        registry.gauge("info", "livemax").labels(__version__, model).set(1)
+
+    def text(self) -> bytes:
+        """For Prometheus."""
+        return self.registry.text()
+
+    # Requests.
+
+    def began(self) -> None:
+        self._active.inc()
+
+    def ended(self, path: str, status: int, seconds: float, key_id: str, code: str, limit: str) -> None:
+        """`code`: of the error, if it ended with one; `limit`: what refused it, if a limit did."""
+        self._active.dec()
+        self._requests.labels(path, str(status), code).inc()
+        self._duration.labels(path).observe(seconds)
+        key, outcome = self.keys.name(key_id[:_MAX_LABEL]), _outcome(status, code, limit)
+        self._key_requests.labels(key, outcome).inc()
+        if path.startswith("/v1/") or path in _API_PATHS:
+            self._outcomes.labels(outcome).inc()
+        if limit:
+            self._refusals.labels(limit).inc()
+            self._key_refusals.labels(key, limit).inc()
+
+    def refused_connection(self) -> None:
+        self._refusals.labels("max_connections").inc()
+
+    def asked(self, overhead: float) -> None:
+        self._overhead.observe(overhead)
+
+    def first_token(self, seconds: float) -> None:
+        self._ttft.observe(seconds)
+
+    def time_per_output_token(self, seconds: float) -> None:
+        self._tpot.observe(seconds)
+
+    def tokens(self, key_id: str, prompt: int, cached: int, completion: int) -> None:
+        key = self.keys.label(key_id[:_MAX_LABEL])
+        for kind, count in (("prompt", prompt), ("completion", completion)):
+            self._tokens.labels(kind).inc(count)
+            self._key_tokens.labels(key, kind).inc(count)
+        self._cached_tokens.inc(cached)
+
+    def stream(self, kind: str, change: int) -> None:
+        """`kind`: sse or websocket; `change`: of the number of open ones."""
+        self._streams.labels(kind).inc(change)
+
+    def connected(self, change: int) -> None:
+        """`change`: of the number of WebSocket connections."""
+        self._connections.inc(change)
+
+    def _demoted(self, key: str) -> None:
+        if not self.registry.is_shared:  # prometheus_client can't remove series of several processes
+            for metric in (self._key_requests, self._key_tokens, self._key_refusals):
+                metric.remove_by_labels({"key_id": key})
+
+    # Admission and cache.
+
+    def queued(self, priority_class: str, seconds: float) -> None:
+        self._queue_wait.labels(priority_class).observe(seconds)
+
+    def degraded(self, level: int, reasons: Mapping[str, bool]) -> None:
+        """`reasons`: each signal, and whether it holds the level."""
+        self._degradation.set(level)
+        for signal, holds in reasons.items():
+            self._reasons.labels(signal).set(holds)
+
+    def cache(self, state: CacheState) -> None:
+        self._cache.labels(state.value.lower()).inc()
+
+    # Replicas.
+
+    def attempt(self, replica: str, model: str) -> None:
+        self._attempts.labels(replica, model).inc()
+
+    def attempt_failed(self, replica: str, model: str, outcome: Outcome) -> None:
+        self._failures.labels(replica, model, outcome.label).inc()
+
+    def moved(self) -> None:
+        self._moved.inc()
+
+    def retried(self) -> None:
+        self._retries.inc()
+
+    def retry_refused(self, reason: str) -> None:
+        self._refused_retries.labels(reason).inc()
+
+    def replica_is(self, replica: str, up: bool) -> None:
+        self._up.labels(replica).set(up)
+
+    def load_is_stale(self, replica: str, stale: bool) -> None:
+        self._stale.labels(replica).set(stale)
+
+    def generation_probed(self, replica: str, outcome: Outcome) -> None:
+        self._probes.labels(replica, outcome.label).inc()
+
+    def discovery_failed(self) -> None:
+        self._lookups_failed.inc()
+
+    def forget(self, replica: str) -> None:
+        """It is gone for good: where addresses change, the list would grow for ever."""
+        if self.registry.is_shared:
+            return
+        for metric in (self._attempts, self._failures, self._up, self._stale, self._probes):
+            metric.remove_by_labels({"replica": replica})
+
+
+def _outcome(status: int, code: str, limit: str) -> str:
+    """One of OUTCOMES."""
+    if limit and status in (429, 503):
+        return "limited" if status == 429 else "overloaded"
+    if status == 499:
+        return "disconnected"
+    if status >= 500 or (code and status < 400):  # or a stream that ended with an error
+        return "failed"
+    return "client_error" if status >= 400 else "ok"
