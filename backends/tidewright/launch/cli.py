@@ -24,6 +24,7 @@ class _LazyGroup(click.Group):
         "health": "tidewright.launch.health_commands",
         "keys": "tidewright.launch.keys_command",
         "serve": "tidewright.launch.serve_command",
+        "top": "tidewright.launch.top_command",
         "worker": "tidewright.launch.worker_command",
     }
 

@@ -1,0 +1,103 @@
+"""`tidewright top`: a live view of gateways and Tritons in the terminal."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
+
+import click
+
+from tidewright.launch.key_option import key_options
+
+if TYPE_CHECKING:
+    from tidewright.observe.scrape import Scrape
+    from tidewright.observe.top import Source
+
+GATEWAY, TRITON = "http://127.0.0.1:8080", "http://127.0.0.1:8002"
+MAX_SOURCES = 64
+
+
+@click.command()
+@click.argument("urls", nargs=-1, metavar="[URL]...")
+@key_options
+@click.option("--interval", type=click.FloatRange(0.1, 3600), default=1.0, show_default=True, help="Seconds.")
+@click.option("--once", is_flag=True, help="Show one interval and end; for scripts and tickets.")
+def top(urls: tuple[str, ...], key: str | None, interval: float, once: bool) -> None:
+    """Show live what gateways and Tritons do: requests, errors, latencies, replicas, queue, KV cache, keys.
+
+    URL is the address of a gateway, or of a Triton's metrics port; either is detected. Without any, the defaults of
+    `tidewright serve` on this machine are shown: 127.0.0.1:8080 and 127.0.0.1:8002. Rates and quantiles are those of
+    the last interval. docs/metrics.md says what the figures mean.
+
+    \b
+    Examples:
+      tidewright top
+      tidewright top gateway.example:8080 10.0.0.1:8002 10.0.0.2:8002 --key-file ops.key
+      tidewright top --once --interval 5
+    """
+    try:
+        from rich.console import Console
+        from rich.live import Live
+
+        from tidewright.observe.top import screen
+    except ModuleNotFoundError as error:
+        raise click.ClickException(f"{error.name} is missing: pip install 'tidewright[gateway]'") from None
+    if len(urls) > MAX_SOURCES:
+        raise click.UsageError(f"{len(urls)} addresses are more than {MAX_SOURCES}")
+    addresses = [_metrics_url(url) for url in urls or (GATEWAY, TRITON)]
+    console = Console()
+    is_live = console.is_terminal and not once  # else each interval is printed below the last
+    with ThreadPoolExecutor(len(addresses)) as pool:
+        before = _scrape(pool, addresses, key, interval)
+        if all(isinstance(found, str) for found in before):
+            troubles = "\n".join(f"{url} {found}" for url, found in zip(addresses, before, strict=True))
+            raise click.ClickException(f"{troubles}\nGive the address of a gateway or of a Triton's metrics port.")
+        try:
+            with Live(console=console, screen=True, auto_refresh=False) if is_live else nullcontext() as live:
+                while True:
+                    time.sleep(interval)
+                    now = _scrape(pool, addresses, key, interval)
+                    seen = screen(_sources(addresses, before, now))
+                    if live:
+                        live.update(seen, refresh=True)
+                    else:
+                        console.print(seen)
+                    if once:
+                        return
+                    before = now
+        except KeyboardInterrupt:
+            pass
+
+
+def _metrics_url(url: str) -> str:
+    """http:// and /metrics may be left out, and OpenAI's /v1 may be there."""
+    base = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1").removesuffix("/metrics")
+    return f"{base}/metrics"
+
+
+def _scrape(pool: ThreadPoolExecutor, urls: list[str], key: str | None, interval: float) -> list[Scrape | str]:
+    """Of each address what it has, or why it has nothing."""
+    from tidewright.observe.scrape import ScrapeError, fetch
+
+    def one(url: str) -> Scrape | str:
+        try:
+            return fetch(url, key, max(interval, 2.0))
+        except ScrapeError as error:
+            return str(error)
+
+    return list(pool.map(one, urls))
+
+
+def _sources(urls: list[str], before: list[Scrape | str], now: list[Scrape | str]) -> list[Source]:
+    from tidewright.observe.scrape import Change
+    from tidewright.observe.top import Source
+
+    found = []
+    for url, old, new in zip(urls, before, now, strict=True):
+        if isinstance(new, str):
+            found.append(Source(url, None, new))
+        else:  # of one that has just come, nothing has changed
+            found.append(Source(url, Change(new if isinstance(old, str) else old, new)))
+    return found

@@ -1,0 +1,1 @@
+"""What people see of running servers in a terminal: `tidewright top`."""
