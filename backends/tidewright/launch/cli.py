@@ -25,6 +25,7 @@ class _LazyGroup(click.Group):
         "keys": "tidewright.launch.keys_command",
         "serve": "tidewright.launch.serve_command",
         "top": "tidewright.launch.top_command",
+        "trace": "tidewright.launch.trace_command",
         "worker": "tidewright.launch.worker_command",
     }
 

@@ -1,1 +1,1 @@
-"""What people see of running servers in a terminal: `tidewright top`."""
+"""What people see of running servers in a terminal: `tidewright top` and `tidewright trace`."""
