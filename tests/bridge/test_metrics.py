@@ -23,7 +23,15 @@ def bridge() -> Any:
         def engine_stats(self) -> EngineStats:
             return figures.read()
 
-    return Bridge(engine_up=True, engine_restarts=0, active=0, statistics=statistics, figures=figures)
+    return Bridge(
+        engine_up=True,
+        trouble="",
+        engine_restarts=0,
+        engine_restarted_at=0.0,
+        active=0,
+        statistics=statistics,
+        figures=figures,
+    )
 
 
 @pytest.fixture
@@ -39,7 +47,7 @@ def test_every_figure_arrives_under_its_name(bridge: Any, family: type[Family]) 
     fields = EngineStats.__struct_fields__
     stats = dict(zip(fields, range(101, 200), strict=False))
     bridge.figures.update(EngineStats(**stats))
-    bridge.engine_restarts, bridge.active = 90, 91
+    bridge.engine_restarts, bridge.active, bridge.engine_restarted_at = 90, 91, 92
     for seconds in (0.004, 0.04, 500.0):
         bridge.statistics.first_token(0.0, seconds)
     bridge.statistics.finished("length", 0.3)
@@ -49,7 +57,9 @@ def test_every_figure_arrives_under_its_name(bridge: Any, family: type[Family]) 
     series = family.series
     expected = {
         "engine_up": 1,
+        "healthy": 1,
         "engine_restarts_total": 90,
+        "engine_restart_timestamp_seconds": 92,
         "requests_active": 91,
         "requests_running": stats["running"],
         "requests_waiting": stats["waiting"],

@@ -160,6 +160,11 @@ class Bridge:
         return self._client.restarts
 
     @property
+    def engine_restarted_at(self) -> float:
+        """Unix time of the engine's last restart; 0 if there was none."""
+        return self._client.restarted_at
+
+    @property
     def engine_stats(self) -> EngineStats:
         """Gauges of the running engine, zero without one; counters over all engines that there were."""
         return self._engine_figures.read()

@@ -105,6 +105,8 @@ class EngineClient:
         self._cause = "the engine is starting"
         self._thread = threading.Thread(target=self._supervise, name="engine-client", daemon=True)
         self.restarts = 0
+        self.restarted_at = 0.0
+        """Unix time of the last; 0 if there was none."""
 
     def start(self) -> None:
         """Start the engine and wait until it has loaded its model.
@@ -197,6 +199,7 @@ class EngineClient:
                 self._stopping.wait(backoff)
                 backoff = min(2 * backoff, LONGEST_BACKOFF)
                 self.restarts += 1
+                self.restarted_at = time.time()
         finally:
             self._drop_standby()
             self._first_start_over.set()

@@ -18,7 +18,9 @@ FALLBACK_PREFIX = f"{PREFIX}fallback_"
 METRICS = (
     HEARTBEAT,
     MetricSpec("engine_up", "gauge", "1 while an engine process takes requests"),
+    MetricSpec("healthy", "gauge", "1 while `tidewright health` finds nothing wrong with the model"),
     MetricSpec("engine_restarts_total", "counter", "Times that the engine process was started again"),
+    MetricSpec("engine_restart_timestamp_seconds", "gauge", "When that was last, in Unix time; 0 if it never was"),
     MetricSpec("requests_active", "gauge", "Requests in flight in the bridge"),
     MetricSpec("requests_running", "gauge", "Sequences in the engine's current batch"),
     MetricSpec("requests_waiting", "gauge", "Sequences waiting for a place in the batch"),
@@ -81,7 +83,9 @@ def figures(bridge: Bridge) -> Figures:
     stats = bridge.engine_stats
     single: dict[str, float] = {
         "engine_up": int(bridge.engine_up),
+        "healthy": int(not bridge.trouble),
         "engine_restarts_total": bridge.engine_restarts,
+        "engine_restart_timestamp_seconds": bridge.engine_restarted_at,
         "requests_active": bridge.active,
         "requests_running": stats.running,
         "requests_waiting": stats.waiting,
