@@ -165,6 +165,11 @@ class Bridge:
         return self._client.restarted_at
 
     @property
+    def batch_places(self) -> int:
+        """Sequences that a batch may have."""
+        return self._max_running
+
+    @property
     def engine_stats(self) -> EngineStats:
         """Gauges of the running engine, zero without one; counters over all engines that there were."""
         return self._engine_figures.read()

@@ -23,6 +23,7 @@ METRICS = (
     MetricSpec("engine_restart_timestamp_seconds", "gauge", "When that was last, in Unix time; 0 if it never was"),
     MetricSpec("requests_active", "gauge", "Requests in flight in the bridge"),
     MetricSpec("requests_running", "gauge", "Sequences in the engine's current batch"),
+    MetricSpec("batch_places", "gauge", "Sequences that a batch may have (`max_running`)"),
     MetricSpec("requests_waiting", "gauge", "Sequences waiting for a place in the batch"),
     MetricSpec(
         "requests_finished_total",
@@ -88,6 +89,7 @@ def figures(bridge: Bridge) -> Figures:
         "engine_restart_timestamp_seconds": bridge.engine_restarted_at,
         "requests_active": bridge.active,
         "requests_running": stats.running,
+        "batch_places": bridge.batch_places,
         "requests_waiting": stats.waiting,
         "engine_steps_total": stats.steps,
         "prompt_tokens_total": stats.prompt_tokens,

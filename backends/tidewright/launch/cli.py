@@ -18,6 +18,7 @@ class _LazyGroup(click.Group):
         "bench": "tidewright.launch.bench_command",
         "chat": "tidewright.launch.client_commands",
         "complete": "tidewright.launch.client_commands",
+        "diagnose": "tidewright.launch.diagnose_command",
         "drain": "tidewright.launch.health_commands",
         "export-onnx": "tidewright.launch.export_command",
         "gateway": "tidewright.launch.gateway_command",

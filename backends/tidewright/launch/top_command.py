@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
@@ -41,53 +40,41 @@ def top(urls: tuple[str, ...], key: str | None, interval: float, once: bool) -> 
         from rich.console import Console
         from rich.live import Live
 
+        from tidewright.observe.scrape import fetch_all
         from tidewright.observe.top import screen
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing: pip install 'tidewright[gateway]'") from None
     if len(urls) > MAX_SOURCES:
         raise click.UsageError(f"{len(urls)} addresses are more than {MAX_SOURCES}")
-    addresses = [_metrics_url(url) for url in urls or (GATEWAY, TRITON)]
+    addresses = [metrics_url(url) for url in urls or (GATEWAY, TRITON)]
     console = Console()
     is_live = console.is_terminal and not once  # else each interval is printed below the last
-    with ThreadPoolExecutor(len(addresses)) as pool:
-        before = _scrape(pool, addresses, key, interval)
-        if all(isinstance(found, str) for found in before):
-            troubles = "\n".join(f"{url} {found}" for url, found in zip(addresses, before, strict=True))
-            raise click.ClickException(f"{troubles}\nGive the address of a gateway or of a Triton's metrics port.")
-        try:
-            with Live(console=console, screen=True, auto_refresh=False) if is_live else nullcontext() as live:
-                while True:
-                    time.sleep(interval)
-                    now = _scrape(pool, addresses, key, interval)
-                    seen = screen(_sources(addresses, before, now))
-                    if live:
-                        live.update(seen, refresh=True)
-                    else:
-                        console.print(seen)
-                    if once:
-                        return
-                    before = now
-        except KeyboardInterrupt:
-            pass
+    timeout = max(interval, 2.0)
+    before = fetch_all(addresses, key, timeout)
+    if all(isinstance(found, str) for found in before):
+        troubles = "\n".join(f"{url} {found}" for url, found in zip(addresses, before, strict=True))
+        raise click.ClickException(f"{troubles}\nGive the address of a gateway or of a Triton's metrics port.")
+    try:
+        with Live(console=console, screen=True, auto_refresh=False) if is_live else nullcontext() as live:
+            while True:
+                time.sleep(interval)
+                now = fetch_all(addresses, key, timeout)
+                seen = screen(_sources(addresses, before, now))
+                if live:
+                    live.update(seen, refresh=True)
+                else:
+                    console.print(seen)
+                if once:
+                    return
+                before = now
+    except KeyboardInterrupt:
+        pass
 
 
-def _metrics_url(url: str) -> str:
+def metrics_url(url: str) -> str:
     """http:// and /metrics may be left out, and OpenAI's /v1 may be there."""
     base = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1").removesuffix("/metrics")
     return f"{base}/metrics"
-
-
-def _scrape(pool: ThreadPoolExecutor, urls: list[str], key: str | None, interval: float) -> list[Scrape | str]:
-    """Of each address what it has, or why it has nothing."""
-    from tidewright.observe.scrape import ScrapeError, fetch
-
-    def one(url: str) -> Scrape | str:
-        try:
-            return fetch(url, key, max(interval, 2.0))
-        except ScrapeError as error:
-            return str(error)
-
-    return list(pool.map(one, urls))
 
 
 def _sources(urls: list[str], before: list[Scrape | str], now: list[Scrape | str]) -> list[Source]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import httpx
@@ -126,3 +127,16 @@ def fetch(url: str, key: str | None, timeout: float) -> Scrape:
     if len(answer.content) > MAX_BYTES:
         raise ScrapeError(f"answered with more than {MAX_BYTES} bytes")
     return parse(answer.text, time.monotonic())
+
+
+def fetch_all(urls: Sequence[str], key: str | None, timeout: float) -> list[Scrape | str]:
+    """Of each address, at the same time, what it has, or why it has nothing."""
+
+    def one(url: str) -> Scrape | str:
+        try:
+            return fetch(url, key, timeout)
+        except ScrapeError as error:
+            return str(error)
+
+    with ThreadPoolExecutor(len(urls)) as pool:
+        return list(pool.map(one, urls))
