@@ -77,11 +77,12 @@ def test_so_much_json_and_no_more() -> None:
     "asked",
     [
         nested(64),
-        {"type": "integer", "maximum": 10**400},
+        {"type": "integer", "minimum": 10**400},
         {"enum": [10**400]},
+        {"enum": [2**64, -(2**70)]},
         {"type": "string", "minLength": 2**70},
     ],
-    ids=["64 deep", "maximum", "enum", "minLength"],
+    ids=["64 deep", "minimum", "enum", "large enum", "minLength"],
 )
 def test_json_schemas_that_can_not_be_followed(tokenizer: Tokenizer, asked: dict[str, Any], as_text: bool) -> None:
     with pytest.raises(InvalidRequestError, match="guided_json"):
@@ -100,9 +101,8 @@ def test_texts_that_are_no_json_schema(tokenizer: Tokenizer, text: str) -> None:
         nested(16),
         {"type": "integer", "maximum": 2**63},
         {"type": "integer", "maximum": 2**64},
-        {"enum": [2**64, -(2**70)]},
     ],
-    ids=["16 deep", "2^63", "2^64", "enum"],
+    ids=["16 deep", "2^63", "2^64"],
 )
 def test_json_schemas_with_large_numbers_are_followed(tokenizer: Tokenizer, asked: dict[str, Any]) -> None:
     made = parse(tokenizer, sampling_parameters={"guided_json": asked})

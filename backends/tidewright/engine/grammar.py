@@ -7,6 +7,7 @@ import json
 
 import llguidance
 
+from tidewright.engine import schema_numbers
 from tidewright.schema import MAX_GRAMMAR_LENGTH, SamplingParams
 
 _MAX_ERROR = 500  # characters
@@ -69,11 +70,13 @@ def _grammar(params: SamplingParams) -> str:
         text = params.guided_json
         _check_length(text)
         try:
-            is_object = isinstance(json.loads(text, parse_constant=_refuse_constant), dict)
+            schema = json.loads(text, parse_constant=_refuse_constant)
         except ValueError as error:
             raise GrammarError(f"the schema is not JSON: {error}") from None
-        if not is_object:
+        if not isinstance(schema, dict):
             raise GrammarError('the schema must be a JSON object, such as {"type": "object"}')
+        if (made := schema_numbers.kept(schema)) != schema:
+            text = json.dumps(made, ensure_ascii=False)
         # One line, as Python's json.dumps writes it: free white space lets a small model write nothing else.
         return llguidance.LLMatcher.grammar_from_json_schema(
             text, defaults={"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
@@ -85,7 +88,7 @@ def _grammar(params: SamplingParams) -> str:
         return llguidance.LLMatcher.grammar_from_lark(f"start: /{pattern}/" if pattern else 'start: ""')
     if params.guided_grammar is not None:
         _check_length(params.guided_grammar)
-        return llguidance.LLMatcher.grammar_from_lark(params.guided_grammar)
+        return llguidance.LLMatcher.grammar_from_lark(schema_numbers.kept_in_lark(params.guided_grammar))
     if not params.guided_choice:
         raise GrammarError("the list is empty; give at least one choice")
     # A Lark string is a JSON string, but Lark wants the character DEL escaped and no surrogates.
