@@ -15,6 +15,7 @@ from tidewright_gateway.cache.responses import CachePolicy, CacheState
 from tidewright_gateway.http.tracing import TraceContext
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.fields import FieldPolicy
+from tidewright_gateway.openai.wording import Wording
 from tidewright_gateway.replicas.failover import Generation
 from tidewright_gateway.replicas.triton import Reply
 
@@ -41,8 +42,8 @@ class RequestContext:
     ignored_fields: FieldPolicy = field(default_factory=FieldPolicy)
     is_guided: bool = False
     """A grammar decides what its answer begins with."""
-    grammar_from: str = ""
-    """The field of the request that its grammar comes from, where it has another name than the sampling parameter."""
+    wording: Wording = field(default_factory=Wording)
+    """How errors of the model's side are told."""
     choices_per_prompt: int = 1
     echoes: list[str] = field(default_factory=list)
     """The prompt text of each generation, for `echo`; else empty."""

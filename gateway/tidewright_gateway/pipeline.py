@@ -165,7 +165,8 @@ class Pipeline:
         sampling = request.sampling(dialect.defaults)
         context.is_guided = sampling.guided or (use is not None and use.is_forced)
         guided = dialect.guide(sampling, use)
-        context.grammar_from = request.grammar_field if guided.guided_grammar == sampling.guided_grammar else "tools"
+        made = guided.guided_grammar
+        context.wording = request.wording(use, made if made != sampling.guided_grammar else None)
         return guided
 
     async def _tokenize(self, context: RequestContext, request: GenerationBody) -> list[list[int]]:

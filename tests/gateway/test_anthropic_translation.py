@@ -122,9 +122,15 @@ def test_fields_without_effect_are_told() -> None:
     cached = {**text("a"), "cache_control": {"type": "ephemeral"}}
     tool = {**TOOL, "cache_control": {"type": "ephemeral"}}
     translated(
-        policy, messages=[{"role": "user", "content": [cached]}], tools=[tool], service_tier="auto", container=None
+        policy,
+        messages=[{"role": "user", "content": [cached]}],
+        system=[cached],
+        tools=[tool],
+        service_tier="auto",
+        container=None,
     )
-    assert list(policy.ignored) == ["service_tier", "messages.content.cache_control", "tools.cache_control"]
+    names = ["service_tier", "messages.content.cache_control", "system.cache_control", "tools.cache_control"]
+    assert list(policy.ignored) == names
 
 
 @pytest.mark.parametrize(
@@ -146,7 +152,10 @@ def test_fields_without_effect_are_told() -> None:
             "messages.0.content.0.type must be one of 'text', 'tool_r",
         ),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text is missing"),
-        ({"messages": [{"role": "user", "content": [RESULT]}]}, "no earlier message has a tool_use block with the id"),
+        (
+            {"messages": [{"role": "user", "content": [RESULT]}]},
+            "messages.0.content.0.tool_use_id: no earlier message has a call with the id",
+        ),
         (
             {"messages": [USER, {"role": "assistant", "content": [{**CALL, "input": "x"}]}]},
             "messages.1.content.0.input: ",
@@ -167,6 +176,26 @@ def test_fields_without_effect_are_told() -> None:
             {"tools": [{"type": "web_search_20250305", "name": "web_search", "max_uses": 1}]},
             "tools.0.type: only functions can be called here; it must be 'custom', not 'web_search_20250305'",
         ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": [CALL, CALL]}, USER]},
+            "messages.1.content.1.id: an earlier call without a result has the id",
+        ),
+        (
+            {
+                "messages": [
+                    USER,
+                    {"role": "assistant", "content": [CALL]},
+                    {"role": "user", "content": [RESULT, RESULT]},
+                ]
+            },
+            "messages.2.content.1.tool_use_id: the call with the id",
+        ),
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            'tools.0: this is a tool of /v1/chat/completions; in /v1/messages it is {"name": "...", "input_schema": {',
+        ),
+        ({"tools": [{"type": "function", "name": "f", "parameters": {}}]}, "tools.0: this is a tool of /v1/responses"),
+        ({"tools": [{"name": "f"}]}, "tools.0.input_schema is missing"),
         ({"tools": [TOOL, TOOL]}, "tools.1.name: 'f' is the name of an earlier tool"),
         ({"tools": [{**TOOL, "input_schema": {"type": "string"}}]}, "tools.0.input_schema: must be the schema of an"),
         ({"tools": [{**TOOL, "name": "a b"}]}, "tools.0.name: "),

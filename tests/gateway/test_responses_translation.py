@@ -35,6 +35,7 @@ ANSWER = {
     "phase": "final_answer",
     "content": [{"type": "output_text", "text": "It is 3.", "annotations": [], "logprobs": []}],
 }
+REFUSAL = {"type": "message", "role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -89,6 +90,14 @@ def test_text_behind_a_call_stays_before_its_output() -> None:
     assert [turn["role"] for turn in turns(USER, ANSWER, CALL, ANSWER, OUTPUT)] == ["user", "assistant", "tool"]
 
 
+def test_a_refusal_is_text_of_the_answer() -> None:
+    assert turns(USER, REFUSAL)[1] == {"role": "assistant", "content": "No."}
+
+
+def test_an_id_may_come_again_once_its_call_has_a_result() -> None:
+    assert [turn["role"] for turn in turns(CALL, OUTPUT, CALL, OUTPUT)] == ["assistant", "tool"] * 2
+
+
 def test_reasoning_belongs_to_what_follows_it() -> None:
     said = turns(USER, ANSWER, REASONING, ANSWER, CALL, REASONING, ANSWER)
     assert [turn.get("reasoning_content") for turn in said] == [None, None, "Hm.", "Hm."]
@@ -102,10 +111,16 @@ def test_a_summary_stands_for_reasoning_without_text() -> None:
 _ITEMS = TypeAdapter(list[InputItem])
 
 
-@given(st.lists(st.sampled_from([USER, REASONING, ANSWER, CALL, OUTPUT]), min_size=1, max_size=12))
+@given(st.lists(st.sampled_from([USER, REASONING, ANSWER, REFUSAL, CALL, OUTPUT]), min_size=1, max_size=12))
 def test_items_come_back_from_the_store_as_the_same_chat(items: list[dict[str, Any]]) -> None:
-    calls = [number for number, item in enumerate(items) if item is CALL]
-    items = [item for number, item in enumerate(items) if item is not OUTPUT or (calls and calls[0] < number)]
+    given, is_open = items, False
+    items = []
+    for item in given:
+        if item in (CALL, OUTPUT):
+            if is_open is (item is CALL):
+                continue
+            is_open = item is CALL
+        items.append(item)
     own = _ITEMS.validate_python([{"type": "message", **item} for item in items])
     again = _ITEMS.validate_python(json.loads(json.dumps([item.shown() for item in own])))
     assert [message.turn() for message in messages_of(again)] == [message.turn() for message in messages_of(own)]
@@ -210,12 +225,31 @@ def test_tools_of_other_types_are_refused_by_name(kind: str) -> None:
             "input.0.content.0.type",
             "text only; input.0.content.0 is input_image",
         ),
-        ({"input": [USER, OUTPUT]}, "input.1.call_id", "'c1'"),
+        ({"input": [USER, OUTPUT]}, "input.1.call_id", "no earlier message has a call with the id 'c1'"),
+        ({"input": [CALL, OUTPUT, OUTPUT]}, "input.2.call_id", "has a result already"),
+        ({"input": [CALL, CALL]}, "input.1.call_id", "an earlier call without a result has the id 'c1'"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]},
+            "input.0.content.0.type",
+            "must be one of 'input_text', 'output_text'",
+        ),
+        ({"input": [{**REFUSAL, "role": "user"}]}, "input.0", "only a message of the assistant"),
+        (
+            {"input": [CALL, {**OUTPUT, "output": [{"type": "text", "text": "a"}]}]},
+            "input.1.output.0.type",
+            "'input_text' or 'output_text'",
+        ),
         ({"input": [{**CALL, "arguments": "[1]"}]}, "input.0.arguments", "JSON of an object"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text.format.schema", "needs schema"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type", "json_schema"),
-        ({"tool_choice": {"type": "function"}}, "tool_choice", "names a tool"),
+        ({"tool_choice": {"type": "function"}}, "tool_choice", '{"type": "function", "name": "..."}'),
         ({"tools": [{"type": "function"}]}, "tools.0.name", "missing"),
+        (
+            {"tools": [TOOL, {"type": "function", "function": {"name": "f"}}]},
+            "tools.1",
+            'a tool of /v1/chat/completions; in /v1/responses it is {"type": "function", "name"',
+        ),
+        ({"tools": [{"name": "f", "input_schema": {}}]}, "tools.0", "a tool of /v1/messages"),
         ({"include": ["everything"]}, "include.0", "logprobs"),
         ({"truncation": "some"}, "truncation", "auto"),
         ({"metadata": {"a": "b" * 513}}, "metadata", "512"),

@@ -30,7 +30,7 @@ CITY = {
 }
 WEATHER = Function(name="get_weather", parameters=CITY)
 CLOCK = Function(name="clock.now")
-USE = ToolUse((WEATHER, CLOCK))
+USE = ToolUse((WEATHER, CLOCK), (0, 1))
 
 Call = tuple[str, dict[str, Any]]
 
@@ -163,7 +163,9 @@ def test_a_forced_call_is_one_of_the_tools_with_arguments_of_its_schema(
     name: str, allows: Callable[[str, str], bool]
 ) -> None:
     made = FORMATS[name]()
-    one, several = (made.grammar(ToolUse((WEATHER, CLOCK), True, is_parallel), None) for is_parallel in (False, True))
+    one, several = (
+        made.grammar(ToolUse((WEATHER, CLOCK), (0, 1), True, is_parallel), None) for is_parallel in (False, True)
+    )
 
     def written(*calls: Call) -> str:
         if name == "pythonic":  # forced arguments are one object of JSON
@@ -214,7 +216,7 @@ def test_an_answer_in_json_may_be_a_call_instead(name: str, allows: Callable[[st
 def test_the_engine_takes_every_grammar(name: str, opening_id: int | None) -> None:
     for is_forced, is_parallel, answer in ((f, p, a) for f in (0, 1) for p in (0, 1) for a in (None, "{}")):
         grammar = FORMATS[name](opening_id).grammar(
-            ToolUse((WEATHER, CLOCK), bool(is_forced), bool(is_parallel)), answer
+            ToolUse((WEATHER, CLOCK), (0, 1), bool(is_forced), bool(is_parallel)), answer
         )
         check_grammar(SamplingParams(guided_grammar=grammar))
         if opening_id is not None and FORMATS[name].opening:

@@ -25,6 +25,8 @@ PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}, "req
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "Of a city", "parameters": PARAMETERS}}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
 CALL = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Köln"}'}}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "22 C"}
+ASKED = [{"role": "assistant", "tool_calls": [CALL]}]
 NAMED = {"type": "function", "function": {"name": "clock"}}
 
 
@@ -87,6 +89,16 @@ def function(**fields: Any) -> dict[str, Any]:
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"tools": [{"type": "function"}]}, "tools.0.function"),
         ({"tools": "weather"}, "tools"),
+        ({"tools": [WEATHER, {"type": "function", "name": "f", "parameters": {}}]}, "tools.1"),
+        ({"tools": [{"name": "f", "input_schema": {}}]}, "tools.0"),
+        ({"tools": [WEATHER], "tool_choice": {"type": "function", "name": "weather"}}, "tool_choice"),
+        ({"messages": [{"role": "assistant", "tool_calls": [CALL, CALL]}]}, "messages.0.tool_calls.1.id"),
+        ({"messages": [*ASKED, ASKED[0]]}, "messages.1.tool_calls.0.id"),
+        ({"messages": [*ASKED, RESULT, RESULT]}, "messages.2.tool_call_id"),
+        ({"messages": [{"role": "user", "content": [{"type": "input_text", "text": "a"}]}]}, "messages.0.content.0.type"),
+        ({"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "a"}]}]}, "messages.0.content.0.type"),
+        ({"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]}, "messages.0.content.0.type"),
+        ({"messages": [{"role": "user", "user": "a", "content": "a"}]}, "messages.0.user"),
         ({"messages": [USER, {"role": "tool", "content": "5"}]}, "messages.1.tool_call_id"),
         ({"messages": [USER, {"role": "tool", "content": "5", "tool_call_id": "c1"}]}, "messages.1.tool_call_id"),
         (
@@ -108,10 +120,28 @@ def test_what_can_t_be_is_said(fields: dict[str, Any], param: str) -> None:
     assert (refused.value.status, refused.value.param) == (400, param)
 
 
+def test_what_is_said_of_other_apis_forms() -> None:
+    with pytest.raises(ApiError, match=r'of /v1/responses; in /v1/chat/completions it is \{"type": "function", "fun'):
+        chat(tools=[{"type": "function", "name": "f"}])
+    with pytest.raises(ApiError, match=r'^tool_choice must be "none", .*"allowed_tools"'):
+        chat(tools=[WEATHER], tool_choice={"type": "any"})
+    with pytest.raises(ApiError, match=r"^messages\.0\.content\.0\.type must be 'text', not 'input_text'"):
+        chat(messages=[{"role": "user", "content": [{"type": "input_text", "text": "a"}]}])
+
+
+def test_a_refusal_is_text_of_the_answer() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "refusal", "refusal": "b"}]
+    assert chat(messages=[{"role": "assistant", "content": parts}, USER]).messages[0].text == "ab"
+
+
+def test_an_id_may_come_again_once_its_call_has_a_result() -> None:
+    assert len(chat(messages=[*ASKED, RESULT, *ASKED, RESULT]).messages) == 4
+
+
 HISTORY = [
     USER,
     {"role": "assistant", "content": None, "tool_calls": [CALL]},
-    {"role": "tool", "tool_call_id": "c1", "content": "22 C"},
+    RESULT,
     {"role": "user", "content": "Thanks"},
 ]
 

@@ -21,6 +21,10 @@ class TextBlock(_Block):
     text: StrictStr
 
 
+class SystemBlock(TextBlock):
+    place = "system."
+
+
 class ToolUseBlock(_Block):
     """A call of a tool in an earlier answer."""
 

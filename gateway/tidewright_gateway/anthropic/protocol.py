@@ -7,15 +7,16 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 
-from tidewright_gateway.anthropic.blocks import TextBlock, Turn
+from tidewright_gateway.anthropic.blocks import BLOCK_TYPES, SystemBlock, Turn
 from tidewright_gateway.openai.fields import ApiObject, Many, Number
 from tidewright_gateway.openai.protocol import Body
-from tidewright_gateway.openai.tools.definitions import ToolName
+from tidewright_gateway.openai.tools.definitions import ApiTool, ToolName
 
 
-class CustomTool(ApiObject):
+class CustomTool(ApiTool):
     """A tool that the caller runs."""
 
+    path = "/v1/messages"
     place = "tools."
     without_effect = frozenset(
         {"cache_control", "defer_loading", "allowed_callers", "input_examples", "eager_input_streaming"}
@@ -120,11 +121,13 @@ class Conversation(Body):
         "output_format": "use output_config.format",
     }
 
+    part_types = BLOCK_TYPES
+
     model: StrictStr
     """Model name, as in /v1/models."""
     messages: Many[Turn] = Field(min_length=1)
     """The chat so far."""
-    system: StrictStr | Many[TextBlock] | None = None
+    system: StrictStr | Many[SystemBlock] | None = None
     """The system prompt."""
     tools: Many[CustomTool] | None = None
     """Tools that the model may call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.messages import (
     AssistantMessage,
+    Calls,
     ChatMessage,
     FunctionCall,
     InputMessage,
@@ -41,12 +43,12 @@ from tidewright_gateway.openai.tools.definitions import Function, FunctionName, 
 
 
 class TranslatedRequest(ChatRequest):
-    """Its errors have Anthropic's names of the fields."""
+    """Its errors have Anthropic's names of the fields, but for the places that `as_sent` renames."""
 
     names_of_ours: ClassVar[Mapping[str, str]] = {"stop": "stop_sequences"}
 
     @property
-    def grammar_field(self) -> str:
+    def schema_field(self) -> str:
         return "output_config.format" if self.response_format else ""
 
 
@@ -79,9 +81,22 @@ def chat_of(body: Conversation) -> TranslatedRequest:
     try:
         _ = request.tool_use  # which checks the tools
     except ApiError as error:
-        told = str(error).replace(".function.parameters", ".input_schema").replace(".function.name", ".name")
-        raise invalid(told, "tools") from None
+        raise as_sent(error) from None
     return request
+
+
+_PLACE = re.compile(r"\b(tools\.\d+)\.function\.(\w+)")
+
+
+def as_sent(error: ApiError) -> ApiError:
+    """The same error, with the place in a tool as Anthropic's API has it."""
+
+    def theirs(found: re.Match[str]) -> str:
+        return f"{found[1]}.{'input_schema' if found[2] == 'parameters' else found[2]}"
+
+    error.param = error.param and _PLACE.sub(theirs, error.param)
+    error.args = (_PLACE.sub(theirs, str(error)),)
+    return error
 
 
 def _tool(tool: CustomTool) -> Tool:
@@ -120,7 +135,7 @@ def _messages(body: Conversation) -> list[ChatMessage]:
     found: list[ChatMessage] = []
     if system := text_of(body.system):
         found.append(InputMessage(role="system", content=system))
-    asked: set[str] = set()
+    asked = Calls()
     for number, turn in enumerate(body.messages):
         if isinstance(turn, AssistantTurn):
             found.append(_answer(turn, f"messages.{number}", asked))
@@ -131,8 +146,7 @@ def _messages(body: Conversation) -> list[ChatMessage]:
     return _joined(found)
 
 
-def _answer(turn: AssistantTurn, place: str, asked: set[str]) -> AssistantMessage:
-    """Adds the ids of its calls to `asked`."""
+def _answer(turn: AssistantTurn, place: str, asked: Calls) -> AssistantMessage:
     text, thinking, calls = "", "", list[ToolCall]()
     for at, block in enumerate(_blocks(turn.content)):
         if isinstance(block, TextBlock):
@@ -142,13 +156,13 @@ def _answer(turn: AssistantTurn, place: str, asked: set[str]) -> AssistantMessag
         elif isinstance(block, ToolUseBlock):
             arguments = _json(block.input, f"{place}.content.{at}.input")
             calls.append(ToolCall(id=block.id, function=FunctionCall(name=block.name, arguments=arguments)))
-            asked.add(block.id)
+            asked.ask(block.id, f"{place}.content.{at}.id")
     return AssistantMessage(
         role="assistant", content=text, reasoning_content=thinking or None, tool_calls=calls or None
     )
 
 
-def _user(turn: UserTurn, place: str, asked: set[str]) -> list[ChatMessage]:
+def _user(turn: UserTurn, place: str, asked: Calls) -> list[ChatMessage]:
     found: list[ChatMessage] = []
     for is_text, group in groupby(enumerate(_blocks(turn.content)), lambda pair: isinstance(pair[1], TextBlock)):
         if is_text:
@@ -158,10 +172,8 @@ def _user(turn: UserTurn, place: str, asked: set[str]) -> list[ChatMessage]:
     return found or [InputMessage(role="user", content="")]
 
 
-def _result(block: ToolResultBlock, place: str, asked: set[str]) -> ToolMessage:
-    if block.tool_use_id not in asked:
-        place = f"{place}.tool_use_id"
-        raise invalid(f"{place}: no earlier message has a tool_use block with the id {block.tool_use_id!r}", place)
+def _result(block: ToolResultBlock, place: str, asked: Calls) -> ToolMessage:
+    asked.answer(block.tool_use_id, f"{place}.tool_use_id")
     text = text_of(block.content)
     if block.is_error and not text.lower().startswith("error"):
         text = f"Error: {text}"

@@ -10,6 +10,7 @@ from tidewright_gateway.openai.answers import Answer
 from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.chat_answer import ChatAnswer
 from tidewright_gateway.openai.completion_answer import CompletionAnswer
+from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import Body, CompletionRequest, GenerationBody
 
@@ -28,6 +29,10 @@ class Api(ABC, Generic[B, G]):
     @abstractmethod
     async def translate(self, context: RequestContext, body: B) -> G:
         """The request of a body. Raises ApiError: there is none."""
+
+    def as_sent(self, error: ApiError) -> ApiError:
+        """An error about the request, with the names of fields as its body has them."""
+        return error
 
     @abstractmethod
     def answer(self, context: RequestContext, request: G) -> Answer:

@@ -61,6 +61,10 @@ _OWN_VARIABLES = ("messages", "tools", "add_generation_prompt", "continue_final_
 
 class ChatRequest(GenerationBody, Chat):
     names_of_ours: ClassVar[Mapping[str, str]] = {"logprobs": "top_logprobs"}
+    forms: ClassVar[Mapping[str, str]] = {
+        "tool_choice": '"none", "auto", "required", {"type": "function", "function": {"name": "..."}}, or '
+        '{"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [...]}} with mode "auto" or "required"'
+    }
     refused: ClassVar[Mapping[str, str]] = {
         **GenerationBody.refused,
         "functions": "use tools",

@@ -15,6 +15,7 @@ from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import Choice
 from tidewright_gateway.openai.errors import invalid
 from tidewright_gateway.openai.output import OutputParser, PlainParser, ReasoningParser
+from tidewright_gateway.openai.tools.base import lark_schema
 from tidewright_gateway.openai.tools.definitions import Function, ToolUse
 from tidewright_gateway.openai.tools.formats import FORMATS, format_of
 
@@ -68,7 +69,8 @@ class Dialect:
         try:
             grammar = self.tool_format.grammar(use, schema)
         except (RecursionError, ValueError) as error:
-            raise invalid(f"a schema of the tools, or of the answer, is no JSON schema: {error}", "tools") from None
+            place = _place_of_wrong_schema(use)
+            raise invalid(f"{place}: is no JSON schema: {error}", place) from None
         if len(grammar) > MAX_GRAMMAR_LENGTH:
             message = f"the schemas of the tools have {len(grammar)} characters; a forced or strict call allows "
             raise invalid(f"{message}{MAX_GRAMMAR_LENGTH}", "tools")
@@ -126,6 +128,15 @@ class Dialect:
                 found.append(turn)
                 behind_result = is_result
         return found
+
+
+def _place_of_wrong_schema(use: ToolUse) -> str:
+    for number, function in zip(use.numbers, use.functions, strict=True):
+        try:
+            lark_schema(function)
+        except (RecursionError, ValueError):
+            return f"tools.{number}.function.parameters"
+    return "tools"
 
 
 def describe(function: Function) -> dict[str, Any]:

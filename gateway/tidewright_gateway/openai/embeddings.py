@@ -20,7 +20,7 @@ from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.middleware import ClientGoneError, unless_client_leaves
 from tidewright_gateway.openai.errors import JSON, ApiError, invalid, of_model
 from tidewright_gateway.openai.fields import Many
-from tidewright_gateway.openai.prompts import Prompts
+from tidewright_gateway.openai.prompts import Prompts, places_of
 from tidewright_gateway.openai.protocol import Body
 from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.failover import Failover
@@ -74,7 +74,7 @@ class Embeddings:
             size = max(self._failover.embedding_sizes, default=0)
             if request.dimensions and size:
                 _check_dimensions(request.dimensions, size)
-            prompts = await self._tokenize(request.inputs, "input")
+            prompts = await self._tokenize(request.inputs, places_of(request.input, "input"), "input")
             vectors = await self._pipeline.embed(context, prompts, request.user, request.priority or 0)
             if request.dimensions:
                 vectors = [_shortened(vector, request.dimensions) for vector in vectors]
@@ -92,7 +92,8 @@ class Embeddings:
                 raise invalid(
                     f"text_1 has {len(first)} texts and text_2 has {len(second)}; send one or as many", "text_1"
                 )
-            prompts = await self._tokenize(first, "text_1") + await self._tokenize(second, "text_2")
+            prompts = await self._tokenize(first, places_of(request.text_1, "text_1"), "text_1")
+            prompts += await self._tokenize(second, places_of(request.text_2, "text_2"), "text_2")
             vectors = await self._pipeline.embed(context, prompts, request.user, request.priority or 0)
         lefts, rights = vectors[: len(first)], vectors[len(first) :]
         pairs = zip(lefts * (len(second) // len(first)), rights, strict=True)
@@ -103,17 +104,16 @@ class Embeddings:
         head = {"id": f"score-{context.request_id}", "object": "list", "created": int(time.time())}
         return msgspec.json.encode({**head, "model": self._model, "data": data, "usage": _usage(context)})
 
-    async def _tokenize(self, texts: Sequence[str | list[int]], param: str) -> list[list[int]]:
+    async def _tokenize(self, texts: Sequence[str | list[int]], places: Sequence[str], param: str) -> list[list[int]]:
         if not texts:
             raise invalid(f"{param} is an empty list; send at least one text", param)
         limit, found = self._failover.max_model_len, []
-        for index, text in enumerate(texts):
-            token_ids = await self._prompts.of_text(text, limit, param)
+        for text, place in zip(texts, places, strict=True):
+            token_ids = await self._prompts.of_text(text, limit, place)
             if len(token_ids) > limit:
                 # Clients look for the first words.
-                message = f"This model's maximum context length is {limit} tokens"
-                message = f"{message}; text {index} of {param} has {len(token_ids)}"
-                raise invalid(message, param, "context_length_exceeded")
+                message = f"This model's maximum context length is {limit} tokens; {place} has {len(token_ids)}"
+                raise invalid(message, place, "context_length_exceeded")
             found.append(token_ids)
             await asyncio.sleep(0)  # many texts must not hold up other requests
         return found

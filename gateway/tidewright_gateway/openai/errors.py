@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 
 import msgspec
@@ -91,21 +90,12 @@ def invalid(message: str, param: str | None = None, code: str = "invalid_value")
     return ApiError(400, message, code=code, param=param)
 
 
-_GRAMMAR = re.compile(r"(?P<name>guided_\w+): (?:at \d+\(\d+\): )?(?P<why>.*?)(?: \d+ \| .*)?", re.DOTALL)
-
-
-def of_model(error: ModelError | ApiError, grammar_from: str = "") -> ApiError:
-    """What the end of a generation without an answer is to its caller; an ApiError is that already.
-
-    `grammar_from`: the field that a grammar was made from; empty if the caller wrote it.
-    """
+def of_model(error: ModelError | ApiError) -> ApiError:
+    """What the end of a generation without an answer is to its caller; an ApiError is that already."""
     if isinstance(error, ApiError):
         return error
     message = str(error)
     if error.outcome is Outcome.INVALID:
-        if grammar := _GRAMMAR.fullmatch(message):
-            name = grammar_from or grammar["name"]
-            return invalid(f"{name}: {grammar['why'] if grammar_from else message.partition(': ')[2]}", name)
         return invalid(message)
     if error.outcome is Outcome.REQUEST_TIMEOUT:
         return ApiError(408, message, code="timeout", may_retry=False)

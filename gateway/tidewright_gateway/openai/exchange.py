@@ -14,7 +14,7 @@ from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.middleware import ClientGoneError, unless_client_leaves
 from tidewright_gateway.openai.answers import Answer
 from tidewright_gateway.openai.api import Api
-from tidewright_gateway.openai.errors import JSON, ApiError, of_model
+from tidewright_gateway.openai.errors import JSON, ApiError
 from tidewright_gateway.openai.rendering import Events, WholeAnswer
 from tidewright_gateway.pipeline import Pipeline
 
@@ -58,7 +58,7 @@ class Exchange(Response):
             else:
                 await writer.whole(last, {**context.headers, "Content-Type": JSON})
         except (ApiError, ModelError) as error:
-            made = of_model(error, context.grammar_from)
+            made = self._api.as_sent(context.wording.told(error))
             if not writer.has_begun or answer is None:
                 raise made from None
             context.error = made

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Protocol
 import msgspec
 from pydantic import Field, StrictStr
 
-from tidewright_gateway.openai.errors import invalid
+from tidewright_gateway.openai.errors import MAX_SHOWN, invalid
 from tidewright_gateway.openai.fields import ApiObject, Many
 
 
@@ -32,16 +32,31 @@ class TextPart(ApiObject):
     text: StrictStr
 
 
+class RefusalPart(ApiObject):
+    """The model's words where it did not do as it was asked."""
+
+    place = "messages.content."
+
+    type: Literal["refusal"]
+    refusal: StrictStr
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+AnswerPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+
+
 class _Message(ApiObject):
     place = "messages."
 
-    content: StrictStr | Many[TextPart] | None
     name: StrictStr | None = None
     """Passed to the model's chat template; most have no use for it."""
 
     @property
     def text(self) -> str:
-        return text_of(self.content)
+        return text_of(self.content)  # type: ignore[attr-defined]
 
     def turn(self) -> dict[str, Any]:
         """The message as chat templates take it."""
@@ -88,7 +103,7 @@ class AssistantMessage(_Message):
     without_effect = frozenset({"cache_control", "annotations", "audio", "refusal"})
 
     role: Literal["assistant"]
-    content: StrictStr | Many[TextPart] | None = None
+    content: StrictStr | Many[AnswerPart] | None = None
     reasoning_content: StrictStr | None = None
     """The reasoning of that answer, for templates that show it to the model."""
     tool_calls: Many[ToolCall] | None = None
@@ -121,24 +136,51 @@ ChatMessage = InputMessage | AssistantMessage | ToolMessage
 Message = Annotated[ChatMessage, Field(discriminator="role")]
 
 
+class Calls:
+    """The calls of a conversation, in its order: what each API checks of them. Its methods raise ApiError.
+
+    Ids tell calls apart until they are answered; some servers count from 0 in each answer.
+    """
+
+    def __init__(self) -> None:
+        self._answered: dict[str, bool] = {}
+
+    def ask(self, call_id: str, place: str) -> None:
+        """A call; `place` is that of its id."""
+        if self._answered.get(call_id) is False:
+            raise invalid(f"{place}: an earlier call without a result has the id {_shown(call_id)}, too", place)
+        self._answered[call_id] = False
+
+    def answer(self, call_id: str, place: str) -> None:
+        """The result of a call."""
+        if call_id not in self._answered:
+            raise invalid(f"{place}: no earlier message has a call with the id {_shown(call_id)}", place)
+        if self._answered[call_id]:
+            raise invalid(f"{place}: the call with the id {_shown(call_id)} has a result already; send one", place)
+        self._answered[call_id] = True
+
+
 def check_history(messages: Sequence[ChatMessage]) -> None:
-    """Raises ApiError: a tool message answers no call, or the arguments of a call are no JSON object."""
-    asked: set[str] = set()
+    """Raises ApiError: calls and results don't fit together, or the arguments of a call are no JSON object."""
+    calls = Calls()
     for number, message in enumerate(messages):
         if isinstance(message, AssistantMessage):
             for at, call in enumerate(message.tool_calls or ()):
-                _check_arguments(call.function.arguments, f"messages.{number}.tool_calls.{at}.function.arguments")
-                asked.add(call.id)
-        elif isinstance(message, ToolMessage) and message.tool_call_id not in asked:
-            param = f"messages.{number}.tool_call_id"
-            raise invalid(
-                f"{param}: no earlier assistant message has a tool call with the id {message.tool_call_id!r}", param
-            )
+                place = f"messages.{number}.tool_calls.{at}"
+                check_arguments(call.function.arguments, f"{place}.function.arguments")
+                calls.ask(call.id, f"{place}.id")
+        elif isinstance(message, ToolMessage):
+            calls.answer(message.tool_call_id, f"messages.{number}.tool_call_id")
 
 
-def _check_arguments(text: str, param: str) -> None:
+def check_arguments(text: str, place: str) -> None:
+    """Raises ApiError: the arguments of a call are none."""
     if not is_json_object(text or "{}"):
-        raise invalid(f"{param} is not the JSON of an object", param)
+        raise invalid(f"{place} is not the JSON of an object", place)
+
+
+def _shown(call_id: str) -> str:
+    return repr(call_id[:MAX_SHOWN])
 
 
 def is_json_object(text: str) -> bool:

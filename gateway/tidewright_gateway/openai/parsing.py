@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import msgspec
 from pydantic import ValidationError
 
-from tidewright_gateway.anthropic.blocks import BLOCK_TYPES
 from tidewright_gateway.openai.errors import MAX_SHOWN, ApiError, invalid
-from tidewright_gateway.openai.fields import ApiObject, FieldPolicy
-from tidewright_gateway.openai.messages import AssistantMessage, InputMessage, ToolMessage
-from tidewright_gateway.openai.responses.items import ITEM_TYPES
+from tidewright_gateway.openai.fields import FieldPolicy
+from tidewright_gateway.openai.protocol import Body
 
-B = TypeVar("B", bound=ApiObject)
+B = TypeVar("B", bound=Body)
 
 MAX_ITEMS = 100_000  # objects, lists and fields of a body: Python takes up to a hundred times their size for them
-_MESSAGES = (InputMessage, AssistantMessage, ToolMessage)
-_ROLES = tuple(role for kind in _MESSAGES for role in get_args(kind.model_fields["role"].annotation))
-_TAGS = (*_ROLES, *ITEM_TYPES)
-_TYPES = ("str", "int", "float", "bool")
+_TEXTS = ("text", "input_text", "output_text", "refusal")  # types of parts, in one API or another
 _LISTS_OF_PARTS = ("messages", "input")
 MAX_INPUTS = 2048  # texts to embed in one request, as OpenAI has it
 _INPUTS = ("input", "text_1", "text_2")
@@ -57,7 +51,7 @@ def parse(kind: type[B], body: bytes, longest: int, max_prompts: int = 4096, pol
     try:
         return kind.model_validate(data, context=policy)
     except ValidationError as error:
-        raise _of_validation(error.errors(include_url=False)) from None
+        raise _of_validation(error.errors(include_url=False), kind, data) from None
 
 
 def _check_lengths(data: dict[str, Any], longest: int, max_prompts: int) -> None:
@@ -65,65 +59,76 @@ def _check_lengths(data: dict[str, Any], longest: int, max_prompts: int) -> None
     for name, value in data.items():
         if not isinstance(value, list):
             continue
-        sizes = [len(value)]
+        sizes = {name: len(value)}
         if name in _INPUTS and value and isinstance(value[0], list | str):
             if len(value) > MAX_INPUTS:
                 raise invalid(f"{name} has {len(value)} texts, more than {MAX_INPUTS}", name, "too_many_items")
-            sizes = [len(item) for item in value if isinstance(item, list)]
+            sizes = _sizes(name, value)
         elif name == "prompt":
             if len(value) > max_prompts and isinstance(value[0], list | str):
                 raise invalid(f"{len(value)} prompts are more than {max_prompts} (max_choices)", name)
-            sizes += [len(item) for item in value[:longest] if isinstance(item, list)]
+            sizes |= _sizes(name, value[:longest])
         elif name in _LISTS_OF_PARTS:
             parts = [item["content"] for item in value[:longest] if isinstance(item, dict) and "content" in item]
-            sizes.append(sum(len(part) for part in parts if isinstance(part, list)))
-        if max(sizes, default=0) > longest:
-            message = f"This model's maximum context length is {longest} tokens; {name} has {max(sizes)} items"
-            raise invalid(message, name, "context_length_exceeded")
+            sizes[name] = max(len(value), sum(len(part) for part in parts if isinstance(part, list)))
+        for place, size in sizes.items():
+            if size > longest:
+                message = f"This model's maximum context length is {longest} tokens; {place} has {size} items"
+                raise invalid(message, place, "context_length_exceeded")
 
 
-def _of_validation(errors: list[Any]) -> ApiError:
+def _sizes(name: str, items: list[Any]) -> dict[str, int]:
+    """Of the lists in a list, by their places."""
+    return {f"{name}.{number}": len(item) for number, item in enumerate(items) if isinstance(item, list)}
+
+
+def _of_validation(errors: list[Any], kind: type[Body], data: dict[str, Any]) -> ApiError:
     """Reports the deepest error: in a union, the alternative that the input resembles most."""
     found = max(errors, key=lambda error: len(error["loc"]))
-    kind, place = found["type"], _place(found["loc"])
-    if kind in ("refused_field", "too_many_fields"):
-        code = "unsupported_parameter" if kind == "refused_field" else "too_many_items"
+    fault, place = found["type"], _place(found["loc"], data, is_missing=found["type"] == "missing")
+    if fault in ("refused_field", "too_many_fields"):
+        code = "unsupported_parameter" if fault == "refused_field" else "too_many_items"
         return invalid(found["msg"], found["ctx"].get("field"), code)
-    if place and place[0] == "tool_choice" and any("[" in str(part) for part in found["loc"]):  # OpenAI's
-        message = 'tool_choice must be "none", "auto", "required", or an object of type "function" that names a tool'
-        return invalid(message, "tool_choice")
-    if kind == "union_tag_invalid" and "content" in place and found["ctx"]["tag"] not in BLOCK_TYPES:
+    if place and place[0] in kind.forms and any("[" in str(part) for part in found["loc"]):
+        return invalid(f"{place[0]} must be {kind.forms[place[0]]}", place[0])
+    if fault == "union_tag_invalid" and "content" in place and _is_no_text(found["ctx"]["tag"], kind):
         given = str(found["ctx"]["tag"])[:MAX_SHOWN]
-        return invalid(f"this model takes text only; {'.'.join(place)} is {given}", ".".join(place))
-    if kind.startswith("union_tag"):
+        return invalid(f"this model takes text only; {'.'.join(place)} is {given}", ".".join([*place, "type"]))
+    if fault.startswith("union_tag"):
         place.append(found["ctx"]["discriminator"].strip("'"))
     param = ".".join(place) or None
-    if kind == "extra_forbidden":
+    if fault == "extra_forbidden":
         return invalid(f"unknown or unsupported parameter: {param}", param, "unknown_parameter")
-    if kind in ("missing", "union_tag_not_found"):
+    if fault in ("missing", "union_tag_not_found"):
         return invalid(f"{param} is missing", param)
-    if kind == "union_tag_invalid":
+    if fault == "union_tag_invalid":
         return invalid(f"{param} must be one of {found['ctx']['expected_tags']}", param)
-    if kind == "literal_error" and place[0] == "tools":
+    if fault == "literal_error" and place[0] == "tools":
         given, expected = str(found["input"])[:MAX_SHOWN], found["ctx"]["expected"]
         message = f"{param}: only functions can be called here; it must be {expected}, not {given!r}"
         return invalid(message, param)
-    if kind == "literal_error" and "content" in place:
+    if fault == "literal_error" and "content" in place:
         given = str(found["input"])[:MAX_SHOWN]
+        if not _is_no_text(given, kind):
+            return invalid(f"{param} must be {found['ctx']['expected']}, not {given!r}", param)
         return invalid(f"this model takes text only; {'.'.join(place[:-1])} is {given}", param)
-    if kind in ("model_type", "model_attributes_type"):
+    if fault in ("model_type", "model_attributes_type"):
         return invalid(f"{param}: must be an object, such as {{...}}", param)
     return invalid(f"{param}: {found['msg']}", param)
 
 
-def _place(loc: Sequence[str | int]) -> list[str]:
-    """Without pydantic's names of the types that a field may have, and of messages, items and blocks, by their tags."""
-    place = [str(part) for part in loc[:1]]
-    for number, (before, part) in enumerate(pairwise(loc), 2):
-        in_list = isinstance(before, int)
-        is_type = number < len(loc) and (before == "tool_choice" or (in_list and part in BLOCK_TYPES))
-        is_tag = is_type or (in_list and part in _TAGS)
-        if isinstance(part, str) and ("[" in part or part in _TYPES or is_tag):
-            continue
-        place.append(str(part))
+def _is_no_text(tag: str, kind: type[Body]) -> bool:
+    """The type of a part of a message is none of text, of any API, and none that this one has at other places."""
+    return tag not in _TEXTS and tag not in kind.part_types
+
+
+def _place(loc: Sequence[str | int], data: Any, *, is_missing: bool) -> list[str]:
+    """Without what pydantic adds of its own: names of types, and tags of unions. `is_missing`: the last one is."""
+    place: list[str] = []
+    for number, part in enumerate(loc, 1):
+        is_there = part in data if isinstance(data, dict) else isinstance(data, list) and part in range(len(data))
+        if is_there:
+            data = data[part]
+        if is_there or (is_missing and number == len(loc)):
+            place.append(str(part))
     return place

@@ -54,8 +54,12 @@ class Prompts:
         if not texts:
             raise invalid("prompt is an empty list; send at least one prompt", "prompt")
         adds = request.add_special_tokens is not False
-        prompts = [await self.of_text(text, limit, add_special_tokens=adds) for text in texts]
-        prompts = _fitting(prompts, most, limit, "prompt")
+        places = places_of(request.prompt, "prompt")
+        prompts = [
+            await self.of_text(text, limit, place, add_special_tokens=adds)
+            for text, place in zip(texts, places, strict=True)
+        ]
+        prompts = _fitting(prompts, most, limit, *places)
         if not request.echo:
             return Tokenized(prompts)
         decode, pairs = self.tokenizer.prompt_text, zip(texts, prompts, strict=True)
@@ -103,23 +107,35 @@ class Prompts:
             self.tokenizer.check_length(length, limit)
             return await asyncio.to_thread(encode) if is_long or length > LONG_TEXT else encode()
         except PromptTooLongError as error:
-            raise invalid(str(error), param, "context_length_exceeded") from None
+            raise invalid(_told(error, param), param, "context_length_exceeded") from None
         except InvalidPromptError as error:
-            raise invalid(str(error), param, "invalid_prompt") from None
+            raise invalid(_told(error, param), param, "invalid_prompt") from None
 
 
-def _fitting(prompts: list[list[int]], most: int | None, limit: int, param: str) -> list[list[int]]:
-    """Each with its last `most` tokens at most; -1: as many as leave room for an answer."""
+def _told(error: Exception, place: str) -> str:
+    """With the place of one of several texts, behind the words that clients look for."""
+    return f"{error} ({place})" if "." in place else str(error)
+
+
+def places_of(given: Any, param: str) -> list[str]:
+    """Of each text of a field that is a text, or a list of texts; a text may be given as its token ids."""
+    is_list = isinstance(given, list) and not (given and isinstance(given[0], int))
+    return [f"{param}.{number}" for number in range(len(given))] if is_list else [param]
+
+
+def _fitting(prompts: list[list[int]], most: int | None, limit: int, *places: str) -> list[list[int]]:
+    """Each with its last `most` tokens at most; -1: as many as leave room for an answer. `places`: of the prompts."""
     if most is not None:
         if most != -1 and not 1 <= most < limit:
             raise invalid(f"truncate_prompt_tokens must be -1, or from 1 to {limit - 1}", "truncate_prompt_tokens")
         most = limit - 1 if most == -1 else most
         prompts = [prompt[-most:] for prompt in prompts]
-    longest = max(map(len, prompts))
-    if longest >= limit:
-        # Clients look for the first words.
-        message = f"This model's maximum context length is {limit} tokens, of which the answer needs at least one; the "
-        raise invalid(f"{message}prompt has {longest} tokens", param, "context_length_exceeded")
+    for prompt, place in zip(prompts, places, strict=True):
+        if len(prompt) >= limit:
+            # Clients look for the first words.
+            message = f"This model's maximum context length is {limit} tokens, of which the answer needs at least one; "
+            told = place if "." in place else "the prompt"
+            raise invalid(f"{message}{told} has {len(prompt)} tokens", place, "context_length_exceeded")
     return prompts
 
 

@@ -6,7 +6,7 @@ Ranges are those of `SamplingParams`, which checks them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import msgspec
@@ -15,13 +15,20 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
 from tidewright.schema import SamplingParams
 from tidewright_gateway.openai.errors import invalid
 from tidewright_gateway.openai.fields import ApiObject, Many, Number
+from tidewright_gateway.openai.tools.base import grammar_lines
 from tidewright_gateway.openai.tools.definitions import ToolUse
+from tidewright_gateway.openai.wording import Wording
 
 MAX_TEMPERATURE = 2.0  # OpenAI's; beyond it, text is noise
 
 
 class Body(ApiObject):
     """Of a request; `parsing.parse` makes it."""
+
+    forms: ClassVar[Mapping[str, str]] = {}
+    """What fields of several forms must be, by their names."""
+    part_types: ClassVar[Sequence[str]] = ()
+    """The types of all parts that its messages may have, though perhaps not at every place."""
 
     model: StrictStr | None = None
 
@@ -194,11 +201,30 @@ class GenerationBody(Body, ABC):
         return 1
 
     @property
-    def grammar_field(self) -> str:
-        """The field that says what the answer is, where it is not a guided one."""
-        if self.structured_outputs:
-            return "structured_outputs"
+    def schema_field(self) -> str:
+        """The field whose JSON schema the answer follows; empty if it is guided_json, or none."""
         return "response_format" if self._schema() is not None else ""
+
+    def wording(self, use: ToolUse | None, grammar: str | None) -> Wording:
+        """How errors of the model's side are told.
+
+        Args:
+            grammar: that the answer follows, if it was made of the schemas of tools.
+        """
+        own = "structured_outputs" if self.structured_outputs else ""
+        names = {name: own for name in _GUIDED if own and getattr(self, name) is None}
+        if field := self.schema_field:
+            names["guided_json"] = field
+        given = next((name for name in _GUIDED if getattr(self, name) is not None), "")
+        if grammar is None or use is None:
+            return Wording({**self.names_of_ours, **names}, given or field or own)
+        lines = grammar_lines(grammar, use, self.place_of_schema, field or given or own or "tools")
+        return Wording({**self.names_of_ours, **names, "guided_grammar": "tools"}, "tools", lines)
+
+    @staticmethod
+    def place_of_schema(number: int) -> str:
+        """Of the schema of a tool."""
+        return f"tools.{number}.function.parameters"
 
     def sampling(self, defaults: Mapping[str, Any] | None = None) -> SamplingParams:
         """With the defaults of completions, and before these those of the model.
@@ -247,6 +273,7 @@ class GenerationBody(Body, ABC):
         return asked.json_schema.schema_
 
 
+_GUIDED = ("guided_json", "guided_regex", "guided_grammar", "guided_choice")
 # Each of n choices is a generation of its own.
 _SAMPLING = [name for name in SamplingParams.__struct_fields__ if name in GenerationBody.model_fields and name != "n"]
 

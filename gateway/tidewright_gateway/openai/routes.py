@@ -23,7 +23,7 @@ from tidewright_gateway.openai.errors import invalid
 from tidewright_gateway.openai.exchange import Exchange
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import Body, CompletionRequest, DetokenizeRequest
-from tidewright_gateway.openai.responses.api import ResponsesApi, ResponsesExchange
+from tidewright_gateway.openai.responses.api import ResponsesApi
 from tidewright_gateway.openai.responses.request import ResponsesRequest
 from tidewright_gateway.openai.responses.shelf import Shelf
 from tidewright_gateway.pipeline import Pipeline
@@ -88,7 +88,7 @@ def make_pipeline_router(
     async def responses(request: Request) -> Response:
         """Answers a text or a list of items, whole or as typed server-sent events, and stores the response."""
         api = ResponsesApi(prompts, shelf, lambda: failover.max_model_len)
-        return ResponsesExchange(pipeline, api, await _body(request), keep_alive)
+        return Exchange(pipeline, api, await _body(request), keep_alive)
 
     @router.post("/tokenize")
     async def tokenize(request: Request) -> Response:

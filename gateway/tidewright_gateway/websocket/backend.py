@@ -15,7 +15,7 @@ from tidewright_gateway.http import access_log
 from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.chat import ChatRequest
-from tidewright_gateway.openai.errors import ApiError, invalid, of_model
+from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.protocol import CompletionRequest
 from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.triton import Reply
@@ -96,7 +96,7 @@ class PipelineBackend:
                 yield _Running(context, self._pipeline.replies(context))
             status = 200
         except (ApiError, ModelError) as error:
-            made = of_model(error, context.grammar_from)
+            made = context.wording.told(error)
             status, context.error = made.status, made
             raise made from None
         finally:

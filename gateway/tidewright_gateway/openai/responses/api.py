@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
-from starlette.types import Receive, Scope, Send
 
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import Answer
 from tidewright_gateway.openai.api import Api
 from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import MAX_SHOWN, ApiError, invalid
-from tidewright_gateway.openai.exchange import Exchange
 from tidewright_gateway.openai.messages import ChatMessage
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.responses.answer import ResponsesAnswer
@@ -25,7 +23,6 @@ from tidewright_gateway.openai.responses.shelf import Shelf
 from tidewright_gateway.openai.responses.store import StoredResponse
 from tidewright_gateway.openai.responses.translation import input_items, to_chat
 from tidewright_gateway.openai.responses.truncation import shortened
-from tidewright_gateway.pipeline import Pipeline
 
 _ROOM = 4  # the part of the context that a shortened prompt leaves to the answer, unless the request says how much
 _items: TypeAdapter[list[Item]] = TypeAdapter(list[Annotated[Item, Field(discriminator="type")]])
@@ -42,7 +39,7 @@ class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
         self._previous: list[dict[str, Any]] = []
         """Items of the earlier responses."""
         self._own: list[Item] = []
-        self.has_translated = False
+        self._has_translated = False
 
     async def translate(self, context: RequestContext, body: ResponsesRequest) -> ChatRequest:
         if body.previous_response_id is not None:
@@ -54,8 +51,11 @@ class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
         if body.truncation == "auto":
             messages = await shortened(request.messages, lambda messages: self._fits(request, messages))
             request = request.model_copy(update={"messages": messages})
-        self.has_translated = True
+        self._has_translated = True
         return request
+
+    def as_sent(self, error: ApiError) -> ApiError:
+        return as_sent(error) if self._has_translated else error  # about the chat request, once there is one
 
     async def _resolved(self, key_id: str, items: Sequence[Item | ItemReference]) -> list[Item]:
         """The items, with those that are referred to in their places."""
@@ -93,16 +93,3 @@ class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
         answer = ResponsesAnswer(context, request, self._prompts, description, keep if is_stored else None)
         self._shelf.run(context, answer)
         return answer
-
-
-class ResponsesExchange(Exchange):
-    def __init__(self, pipeline: Pipeline, api: ResponsesApi, body: bytes, keep_alive: float) -> None:
-        super().__init__(pipeline, api, body, keep_alive)
-        self._responses = api
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises ApiError: nothing has been sent."""
-        try:
-            await super().__call__(scope, receive, send)
-        except ApiError as error:  # about the chat request, once there is one
-            raise (as_sent(error) if self._responses.has_translated else error) from None

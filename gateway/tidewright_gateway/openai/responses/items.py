@@ -7,12 +7,12 @@ import secrets
 from abc import abstractmethod
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StrictStr
+from pydantic import Field, StrictStr, model_validator
 from pydantic_core import PydanticCustomError
 
 from tidewright_gateway.openai.errors import MAX_SHOWN
 from tidewright_gateway.openai.fields import ApiObject, Many
-from tidewright_gateway.openai.messages import text_of
+from tidewright_gateway.openai.messages import RefusalPart, text_of
 
 RESPONSE = "resp"  # before the id of a response
 _OUTPUT_ID = re.compile(r"[a-z]{2,4}_([0-9a-f]{48})[0-9a-f]{4,8}")
@@ -25,6 +25,11 @@ class InputText(ApiObject):
 
     type: Literal["input_text", "output_text"]
     text: StrictStr
+
+
+class InputRefusal(RefusalPart):
+    place = "input.content."
+    without_effect = frozenset({"annotations", "logprobs"})
 
 
 Content = StrictStr | Many[InputText]
@@ -49,23 +54,35 @@ class MessageItem(_Item):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Content
+    content: StrictStr | Many[Annotated[InputText | InputRefusal, Field(discriminator="type")]]
+
+    @model_validator(mode="after")
+    def _only_answers_refuse(self) -> MessageItem:
+        if self.role != "assistant" and any(isinstance(part, InputRefusal) for part in self.content):
+            raise PydanticCustomError("refusal", "only a message of the assistant may have a part of type refusal")
+        return self
 
     @property
     def text(self) -> str:
         return text_of(self.content)
 
     def shown(self) -> dict[str, Any]:
-        kind = "output_text" if self.role == "assistant" else "input_text"
-        texts = [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
-        extras: dict[str, Any] = {"annotations": []} if kind == "output_text" else {}
+        parts = [self.content] if isinstance(self.content, str) else self.content
         return {
             "id": self.id or new_id("msg"),
             "type": "message",
             "status": "completed",
             "role": self.role,
-            "content": [{"type": kind, "text": text, **extras} for text in texts],
+            "content": [self._shown(part) for part in parts],
         }
+
+    def _shown(self, part: str | InputText | InputRefusal) -> dict[str, Any]:
+        if isinstance(part, InputRefusal):
+            return {"type": "refusal", "refusal": part.refusal}
+        text = part if isinstance(part, str) else part.text
+        if self.role == "assistant":
+            return {"type": "output_text", "text": text, "annotations": []}
+        return {"type": "input_text", "text": text}
 
 
 class FunctionCallItem(_Item):

@@ -12,14 +12,15 @@ from tidewright_gateway.openai.errors import MAX_SHOWN
 from tidewright_gateway.openai.fields import ApiObject, Many, Number
 from tidewright_gateway.openai.protocol import Body
 from tidewright_gateway.openai.responses.items import InputItem, refused, with_types
-from tidewright_gateway.openai.tools.definitions import Function
+from tidewright_gateway.openai.tools.definitions import ApiTool, Function
 
 LOGPROBS = "message.output_text.logprobs"
 MAX_METADATA, MAX_METADATA_NAME, MAX_METADATA_VALUE = 16, 64, 512  # OpenAI's
 _TOOL_CHOICES = ("function", "allowed_tools")
 
 
-class FunctionTool(Function):
+class FunctionTool(ApiTool, Function):
+    path = "/v1/responses"
     place = "tools."
     without_effect = frozenset({"cache_control", "defer_loading", "allowed_callers", "output_schema"})
 
@@ -91,6 +92,10 @@ class ResponsesRequest(Body):
             "service_tier",
         }
     )
+    forms: ClassVar[Mapping[str, str]] = {
+        "tool_choice": '"none", "auto", "required", {"type": "function", "name": "..."}, or '
+        '{"type": "allowed_tools", "mode": "auto", "tools": [...]} with mode "auto" or "required"'
+    }
     refused: ClassVar[Mapping[str, str]] = {
         "conversation": "send previous_response_id",
         "prompt": "send instructions and input",

@@ -9,10 +9,11 @@ from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.messages import (
     AssistantMessage,
+    Calls,
     ChatMessage,
     InputMessage,
     ToolMessage,
-    is_json_object,
+    check_arguments,
     text_of,
 )
 from tidewright_gateway.openai.responses.items import (
@@ -121,57 +122,65 @@ def messages_of(items: Sequence[Item], num_previous: int = 0) -> list[ChatMessag
     """One message for what the model said at a time: its reasoning, text and calls.
 
     Raises:
-        ApiError: an output is that of no earlier call, or the arguments of a call are no JSON object.
+        ApiError: calls and outputs don't fit together, or the arguments of a call are no JSON object.
     """
-    made = _Conversation()
+    made, calls = _Conversation(), Calls()
     for number, item in enumerate(items):
-        if isinstance(item, ReasoningItem):
-            made.reasoning(item.text)
-        elif isinstance(item, FunctionCallItem):
-            if not is_json_object(item.arguments or "{}"):
-                raise _of_item(number, num_previous, "arguments", "is not the JSON of an object")
-            made.call(item)
-        elif isinstance(item, FunctionCallOutputItem):
-            if item.call_id not in made.call_ids:
-                raise _of_item(number, num_previous, "call_id", f"no earlier function_call has it: {item.call_id!r}")
-            made.add(ToolMessage(role="tool", content=text_of(item.output), tool_call_id=item.call_id))
-        elif item.role == "assistant":
-            made.text(item.text)
-        else:
-            made.add(InputMessage(role=item.role, content=item.text))
+        if number >= num_previous:
+            made.take(item, calls, f"input.{number - num_previous}")
+            continue
+        try:
+            made.take(item, calls, "its item")
+        except ApiError as error:  # such as a call that max_output_tokens cut
+            told = f"previous_response_id: it can't be continued: {error}"
+            raise invalid(told, "previous_response_id") from None
     return made.messages()
 
 
 class _Conversation:
     def __init__(self) -> None:
-        self.call_ids: set[str] = set()
         self._messages: list[ChatMessage] = []
         self._reasoning, self._text = list[str](), list[str]()
         self._calls: list[dict[str, Any]] = []
 
-    def add(self, message: ChatMessage) -> None:
+    def take(self, item: Item, calls: Calls, place: str) -> None:
+        """Raises ApiError: it does not fit what came before."""
+        if isinstance(item, ReasoningItem):
+            self._reason(item.text)
+        elif isinstance(item, FunctionCallItem):
+            check_arguments(item.arguments, f"{place}.arguments")
+            calls.ask(item.call_id, f"{place}.call_id")
+            self._call(item)
+        elif isinstance(item, FunctionCallOutputItem):
+            calls.answer(item.call_id, f"{place}.call_id")
+            self._add(ToolMessage(role="tool", content=text_of(item.output), tool_call_id=item.call_id))
+        elif item.role == "assistant":
+            self._say(item.text)
+        else:
+            self._add(InputMessage(role=item.role, content=item.text))
+
+    def messages(self) -> list[ChatMessage]:
+        self._end()
+        return self._messages
+
+    def _add(self, message: ChatMessage) -> None:
         self._end()
         self._messages.append(message)
 
-    def reasoning(self, text: str) -> None:
+    def _reason(self, text: str) -> None:
         if self._text or self._calls:
             self._end()
         self._reasoning.append(text)
 
-    def text(self, text: str) -> None:
+    def _say(self, text: str) -> None:
         # Behind a call, it is more of the same answer: nothing may come between calls and their outputs.
         if self._text and not self._calls:
             self._end()
         self._text.append(text)
 
-    def call(self, item: FunctionCallItem) -> None:
+    def _call(self, item: FunctionCallItem) -> None:
         function = {"name": item.name, "arguments": item.arguments}
         self._calls.append({"id": item.call_id, "type": "function", "function": function})
-        self.call_ids.add(item.call_id)
-
-    def messages(self) -> list[ChatMessage]:
-        self._end()
-        return self._messages
 
     def _end(self) -> None:
         """What the model said is whole."""
@@ -184,10 +193,3 @@ class _Conversation:
             )
             self._messages.append(said)
         self._reasoning, self._text, self._calls = [], [], []
-
-
-def _of_item(number: int, num_previous: int, field: str, why: str) -> ApiError:
-    if number < num_previous:
-        return invalid(f"previous_response_id: an item of it can't be continued: {field} {why}", "previous_response_id")
-    place = f"input.{number - num_previous}.{field}"
-    return invalid(f"{place}: {why}", place)

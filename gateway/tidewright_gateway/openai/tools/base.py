@@ -7,9 +7,10 @@ A grammar is Lark with JSON schemas within, as llguidance reads it
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tidewright_gateway.openai.tools.definitions import Function, ToolUse
@@ -76,6 +77,25 @@ class ToolFormat(ABC):
     @abstractmethod
     def _behind_opening(self, most: int) -> str:
         """Lark of one to `most` of the rule `one`, without the opening."""
+
+
+_OF_CALL = re.compile(r"call_(\d+):")
+
+
+def grammar_lines(grammar: str, use: ToolUse, place: Callable[[int], str], answer: str) -> list[str]:
+    """The field of the request that each line of a grammar comes from.
+
+    Args:
+        place: of the schema of a tool, by its number.
+        answer: the field of the answer without calls.
+    """
+    found = []
+    for line in grammar.split("\n"):
+        if call := _OF_CALL.match(line):
+            found.append(place(use.numbers[int(call[1])]))
+        else:
+            found.append(answer if line.startswith("start:") else "tools")
+    return found
 
 
 def several(between: str, most: int) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, StrictBool, StrictStr
+from pydantic import Field, StrictBool, StrictStr, model_validator
+from pydantic_core import PydanticCustomError
 
 from tidewright_gateway.openai.errors import invalid
 from tidewright_gateway.openai.fields import ApiObject, Many
@@ -26,7 +27,40 @@ class Function(ApiObject):
     """Calls follow the schema exactly, also with tool_choice "auto"."""
 
 
-class Tool(ApiObject):
+_FORMS = {
+    "/v1/chat/completions": '{"type": "function", "function": {"name": "...", "parameters": {...}}}',
+    "/v1/responses": '{"type": "function", "name": "...", "parameters": {...}}',
+    "/v1/messages": '{"name": "...", "input_schema": {...}}',
+}
+
+
+class ApiTool(ApiObject):
+    """A tool as one of the APIs has it; one in the form of another is refused with the form that is wanted."""
+
+    path: ClassVar[str]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_this_api(cls, given: Any) -> Any:
+        path = _path_of(given) if isinstance(given, dict) else None
+        if path in (None, cls.path):
+            return given
+        forms = {"other": path, "here": cls.path, "form": _FORMS[cls.path]}
+        raise PydanticCustomError("other_form", "this is a tool of {other}; in {here} it is {form}", forms)
+
+
+def _path_of(tool: dict[str, Any]) -> str | None:
+    """The API whose form it has; None if that is open."""
+    if "input_schema" in tool:
+        return "/v1/messages"
+    if isinstance(tool.get("function"), dict):
+        return "/v1/chat/completions"
+    is_function = tool.get("type") == "function" or "parameters" in tool
+    return "/v1/responses" if is_function and "name" in tool else None
+
+
+class Tool(ApiTool):
+    path = "/v1/chat/completions"
     place = "tools."
     without_effect = frozenset({"cache_control"})
 
@@ -63,6 +97,8 @@ class ToolUse:
     """The tools of a chat that the model may call."""
 
     functions: tuple[Function, ...]
+    numbers: tuple[int, ...]
+    """The place of each in the list of tools."""
     is_forced: bool = False
     """The answer is a call."""
     is_parallel: bool = True
@@ -92,12 +128,17 @@ def tool_use(tools: list[Tool] | None, choice: Any, parallel: bool | None) -> To
         raise invalid("tool_choice asks for a call, but there are no tools", "tool_choice")
     is_parallel = parallel is not False
     if isinstance(choice, NamedTool):
-        return ToolUse((_find(named, choice),), is_forced=True, is_parallel=False)
+        return _use([_find(named, choice)], functions, is_forced=True, is_parallel=False)
     if isinstance(choice, AllowedToolsChoice):
         allowed = choice.allowed_tools
-        chosen = tuple(_find(named, tool) for tool in allowed.tools)
-        return ToolUse(chosen, allowed.mode == "required", is_parallel)
-    return ToolUse(tuple(functions), choice == "required", is_parallel)
+        chosen = [_find(named, tool) for tool in allowed.tools]
+        return _use(chosen, functions, is_forced=allowed.mode == "required", is_parallel=is_parallel)
+    return _use(functions, functions, is_forced=choice == "required", is_parallel=is_parallel)
+
+
+def _use(chosen: list[Function], functions: list[Function], *, is_forced: bool, is_parallel: bool) -> ToolUse:
+    numbers = {function.name: number for number, function in enumerate(functions)}
+    return ToolUse(tuple(chosen), tuple(numbers[one.name] for one in chosen), is_forced, is_parallel)
 
 
 def _find(named: dict[str, Function], tool: NamedTool) -> Function:
