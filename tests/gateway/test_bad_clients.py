@@ -59,6 +59,21 @@ def read_answer(client: socket.socket) -> tuple[int, bytes]:
         return status, file.read(length)
 
 
+@pytest.mark.parametrize("hosts", [b"", b"host: a\r\nHost: b\r\n"])
+@pytest.mark.parametrize("more", [b"", b"connection: upgrade\r\nupgrade: websocket\r\n"])
+def test_a_request_of_http_11_has_one_host(echo_gateway: RunningGateway, hosts: bytes, more: bytes) -> None:
+    for path in (b"/health/live", b"/v1/stream"):
+        with closing(connect(echo_gateway)) as client:
+            client.sendall(b"GET %s HTTP/1.1\r\n%s%s\r\n" % (path, hosts, more))
+            status, body = read_answer(client)
+            assert (status, json.loads(body)["error"]["code"]) == (400, "invalid_http")
+            assert b"one Host header" in body
+            assert read_all(client) == b""
+    with closing(connect(echo_gateway)) as client:
+        client.sendall(b"GET /health/live HTTP/1.0\r\n\r\n")
+        assert read_all(client).startswith(b"HTTP/1.1 200")
+
+
 def send_all(client: socket.socket, pieces: Iterator[bytes]) -> int:
     """Bytes that it took."""
     sent = 0

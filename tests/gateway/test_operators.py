@@ -22,7 +22,6 @@ from gateway.test_keys_command import write_certificate
 from helpers.api_keys import add
 from helpers.echo_replica import EchoReplica
 from helpers.gateway import MODEL, RunningGateway
-from helpers.websocket import StreamClient
 from tidewright.bench.machine import free_ports
 from tidewright_gateway.auth.stores import FileStore
 
@@ -46,7 +45,22 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
         ("GET", "//evil.example/x/", 404, "no_such_path"),
         ("GET", "/v1/stream", 426, "upgrade_required"),
         ("HEAD", "/v1/stream/", 426, "upgrade_required"),
-        ("POST", "/v1/stream", 405, "method_not_allowed"),
+        ("POST", "/v1/stream", 426, "upgrade_required"),
+        ("POST", "/v1/responses/input_tokens", 404, "unsupported"),
+        ("POST", "/v1/responses/compact/", 404, "unsupported"),
+        ("POST", "/v1/responses/resp_1", 405, "method_not_allowed"),
+        ("GET", "/v1/responses/compact", 404, "response_not_found"),
+        ("GET", "/v1/models?limit=5", 200, None),
+        ("GET", "/v1/models?limit=0", 400, "invalid_value"),
+        ("GET", "/v1/models?surprise=1", 400, "unknown_parameter"),
+        ("GET", "/v1/models?beta=true", 400, "unknown_parameter"),
+        ("GET", f"/v1/models/{MODEL}?surprise", 400, "unknown_parameter"),
+        ("GET", "/v1/responses/resp_1?include[]=a&include=b", 404, "response_not_found"),
+        ("GET", "/v1/responses/resp_1?after=a", 400, "unknown_parameter"),
+        ("GET", "/v1/responses/resp_1/input_items?limit=0", 400, "invalid_value"),
+        ("GET", "/v1/responses/resp_1/input_items?limit=1&order=asc&after=x", 404, "response_not_found"),
+        ("GET", "/v1/models?" + "a=1&" * 101, 400, "too_many_items"),
+        ("GET", "/health?probe=1", 200, None),
     ],
 )
 def test_odd_addresses_are_served_or_refused_in_json(
@@ -129,8 +143,9 @@ def test_without_keys_only_its_own_names_are_served(echo_gateway: RunningGateway
         for path in ("/version", "/admin/status", "/", "/docs"):
             refused = echo_gateway.http.get(path, headers={"Host": host})
             assert (refused.status_code, refused.json()["error"]["code"]) == (421, "unknown_host"), host
-    with pytest.raises(Exception, match="421"):
-        StreamClient(echo_gateway.url, additional_headers={"Host": "evil.example"})
+    headers = {"Host": "evil.example", "Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    refused = echo_gateway.http.get("/v1/stream", headers={**headers, "Sec-WebSocket-Key": "MDEyMzQ1Njc4OWFiY2RlZg=="})
+    assert (refused.status_code, refused.json()["error"]["code"]) == (421, "unknown_host")
 
 
 def test_pages_for_people_load_nothing_from_elsewhere(echo_gateway: RunningGateway) -> None:
@@ -383,3 +398,23 @@ def test_replicas_are_reached_over_tls_with_a_certificate_of_the_gateway(model_d
         for fewer in ({"replica_tls": True, "replica_ca": cert}, {"replica_tls": True}, {}):
             with RunningGateway(model_dir, **fewer, replicas=address, wait_for_replica=0.1) as gateway:
                 assert gateway.post("/v1/chat/completions", CHAT).status_code == 503
+
+
+def test_query_parameters_are_known_or_refused_by_name(echo_gateway: RunningGateway) -> None:
+    for path in ("/v1/chat/completions", "/tokenize"):
+        refused = echo_gateway.post(f"{path}?stream=true", CHAT).json()["error"]
+        assert (refused["code"], refused["param"]) == ("unknown_parameter", "stream")
+    assert echo_gateway.post("/v1/messages?beta=true", CHAT).status_code == 200
+    answer = echo_gateway.http.get("/v1/models?beta=true&limit=1", headers={"anthropic-version": "2023-06-01"})
+    assert [one["id"] for one in answer.json()["data"]] == [MODEL]
+    answer = echo_gateway.http.get(f"/v1/models?after_id={MODEL}", headers={"anthropic-version": "2023-06-01"})
+    assert answer.json() == {"data": [], "has_more": False, "first_id": None, "last_id": None}
+    refused = echo_gateway.http.get("/v1/responses/resp_1/input_items?limit=0").json()["error"]
+    assert refused["param"] == "limit"
+    assert refused["message"].startswith("limit: ")
+
+
+def test_unknown_ones_are_ignored_and_named_where_fields_are(model_dir: Path, echo: EchoReplica) -> None:
+    with RunningGateway(model_dir, echo, unknown_fields="ignore") as gateway:
+        answer = gateway.post("/v1/chat/completions?api-version=1", CHAT)
+        assert (answer.status_code, answer.headers["x-ignored-fields"]) == (200, "api-version")

@@ -19,5 +19,6 @@ def model_info(name: str, max_model_len: int, created: int) -> dict[str, Any]:
     }
 
 
-def model_list(info: dict[str, Any]) -> dict[str, Any]:
-    return {"data": [info], "has_more": False, "first_id": info["id"], "last_id": info["id"]}
+def model_list(infos: list[dict[str, Any]]) -> dict[str, Any]:
+    first, last = (infos[0]["id"], infos[-1]["id"]) if infos else (None, None)
+    return {"data": infos, "has_more": False, "first_id": first, "last_id": last}

@@ -35,6 +35,7 @@ from tidewright_gateway.http.fast_path import FastPath
 from tidewright_gateway.http.hosts import Hosts
 from tidewright_gateway.http.middleware import Middleware
 from tidewright_gateway.http.operations import make_operations_router
+from tidewright_gateway.http.query import QueryCheck
 from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.metrics.sampling import Sampler
@@ -124,10 +125,11 @@ def make_app(
     )
     fast = make_pipeline_router(settings, failover, prompts, pipeline, shelf)
     backend = PipelineBackend(pipeline, authenticator, tracer, metrics)
+    query = QueryCheck(ignores_unknown=settings.unknown_fields == "ignore")
     routers = (
         fast,
-        make_responses_router(pipeline, shelf),
-        make_model_router(settings, failover, pipeline, prepared_at(folder)),
+        make_responses_router(pipeline, shelf, query),
+        make_model_router(settings, failover, pipeline, prepared_at(folder), query),
         make_stream_router(settings, hub, backend, hosts, metrics),
         make_operations_router(parts, sampler),
         make_page_router(app),
@@ -137,7 +139,7 @@ def make_app(
     _leave_errors_to_the_middleware(app)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
 
-    made: ASGIApp = FastPath(Authentication(app, authenticator), fast.routes)
+    made: ASGIApp = FastPath(Authentication(app, authenticator), fast.routes, query)
     made = Middleware(made, hosts, tracer, metrics, settings.max_body, _post_paths(routers))
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         made = CORSMiddleware(
@@ -151,8 +153,9 @@ def make_app(
 
 
 def _post_paths(routers: Iterable[APIRouter]) -> frozenset[str]:
+    """Of the endpoints that take a body; hidden ones only say what to do instead."""
     routes = (route for router in routers for route in router.routes if isinstance(route, APIRoute))
-    return frozenset(route.path for route in routes if "POST" in (route.methods or ()))
+    return frozenset(route.path for route in routes if "POST" in (route.methods or ()) and route.include_in_schema)
 
 
 def _greeting(settings: GatewaySettings, failover: Failover) -> str:
@@ -201,7 +204,9 @@ def _leave_errors_to_the_middleware(app: FastAPI) -> None:
 
     async def of_parameters(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
-        return await of_api(request, invalid(f"{'.'.join(map(str, first['loc']))}: {first['msg']}"))
+        _, *place = map(str, first["loc"])  # behind the part of the request that it is in
+        param = ".".join(place) or None
+        return await of_api(request, invalid(f"{param}: {first['msg']}" if param else first["msg"], param))
 
     async def of_bug(request: Request, error: Exception) -> Response:
         return await of_api(request, internal())

@@ -35,6 +35,7 @@ class PatientProtocol(HttpToolsProtocol):
         self._send_timer: asyncio.TimerHandle | None = None
         self._in_headers = False
         self._unparsed = self._header_bytes = 0
+        self._why = ""  # a request that can be parsed is refused
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         super().connection_made(transport)
@@ -76,6 +77,10 @@ class PatientProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._in_headers = False
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        if hosts > 1 or (hosts == 0 and self.parser.get_http_version() == "1.1"):
+            self._why = f"an HTTP/1.1 request has one Host header; this one has {hosts}"
+            raise ValueError(self._why)  # see _count
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -103,7 +108,7 @@ class PatientProtocol(HttpToolsProtocol):
         if max(self._unparsed, self._header_bytes) > MAX_HEADERS:
             self._refuse(ApiError(431, f"the headers are longer than {MAX_HEADERS} bytes", code="headers_too_large"))
         else:
-            self._refuse(ApiError(400, "invalid HTTP request", code="invalid_http"))
+            self._refuse(ApiError(400, self._why or "invalid HTTP request", code="invalid_http"))
 
     def _count(self, num_bytes: int) -> None:
         self._header_bytes += num_bytes

@@ -13,11 +13,13 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tidewright_gateway.http.query import QueryCheck
+
 
 class FastPath:
-    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute]) -> None:
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], query: QueryCheck) -> None:
         """`routes`: POST routes whose endpoints take the request only and return a response."""
-        self._app = app
+        self._app, self._query = app, query
         self._routes = {route.path: route for route in routes if isinstance(route, APIRoute)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -26,5 +28,6 @@ class FastPath:
         if route is None:
             return await self._app(scope, receive, send)
         scope["route"] = route
+        self._query.check(scope)
         response = await route.endpoint(Request(scope, receive))
         await response(scope, receive, send)

@@ -23,7 +23,7 @@ class Hosts:
             self._allowed = frozenset({own.lower(), *named, *LOOPBACK})
 
     def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        """`headers`: of a request, with names in lower case. One without Host is accepted: browsers always send it.
+        """`headers`: of a request, with names in lower case. One of HTTP/1.0 may have no Host: browsers always send it.
 
         Raises:
             ApiError: the Host header, with or without a port, names another host.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Query, Request
 from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
@@ -16,6 +16,7 @@ from tidewright_gateway.anthropic.translation import chat_of
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.middleware import ClientGoneError
+from tidewright_gateway.http.query import QueryCheck
 from tidewright_gateway.openai.api import ChatApi, CompletionApi
 from tidewright_gateway.openai.chat import ChatRequest, TokenizeRequest
 from tidewright_gateway.openai.embeddings import Computed, EmbeddingRequest, Embeddings, ScoreRequest
@@ -114,9 +115,11 @@ def make_pipeline_router(
     return router
 
 
-def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: Pipeline, created: int) -> APIRouter:
+def make_model_router(
+    settings: GatewaySettings, failover: Failover, pipeline: Pipeline, created: int, query: QueryCheck
+) -> APIRouter:
     """`created`: when the model was prepared, in seconds since 1970."""
-    router = APIRouter()
+    router = APIRouter(dependencies=[Depends(query)])
 
     def described(request: Request) -> dict[str, Any]:
         if _context(request).is_anthropic:
@@ -130,10 +133,15 @@ def make_model_router(settings: GatewaySettings, failover: Failover, pipeline: P
         }
 
     @router.get("/v1/models")
-    async def models(request: Request) -> dict[str, Any]:
+    async def models(
+        request: Request,
+        limit: int = Query(20, ge=1, le=1000),
+        after_id: str | None = None,
+        before_id: str | None = None,
+    ) -> dict[str, Any]:
         """The served model. With the header anthropic-version, as Anthropic's API lists it."""
-        found = described(request)
-        return model_list(found) if _context(request).is_anthropic else {"object": "list", "data": [found]}
+        found = [] if after_id or before_id else [described(request)]
+        return model_list(found) if _context(request).is_anthropic else {"object": "list", "data": found}
 
     @router.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def make_stream_router(
         finally:
             metrics.connected(-1)
 
-    @router.get(PATH, include_in_schema=False)
+    @router.api_route(PATH, methods=["GET", "POST", "PUT", "PATCH", "DELETE"], include_in_schema=False)
     async def plain() -> Response:
         message = f"{PATH} is a WebSocket; connect with ws:// or wss://. A proxy must pass on Upgrade and Connection"
         headers = {"Upgrade": "websocket", "Connection": "Upgrade"}

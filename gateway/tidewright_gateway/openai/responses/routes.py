@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, Literal
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
 from starlette.responses import JSONResponse, Response
 
 from tidewright_gateway.context import RequestContext
-from tidewright_gateway.openai.errors import invalid
+from tidewright_gateway.http.query import QueryCheck
+from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.protocol import Body
 from tidewright_gateway.openai.responses.shelf import Shelf
 from tidewright_gateway.pipeline import Pipeline
@@ -18,8 +19,17 @@ from tidewright_gateway.pipeline import Pipeline
 _MAX_LISTED = 100  # OpenAI's
 
 
-def make_responses_router(pipeline: Pipeline, shelf: Shelf) -> APIRouter:
-    router = APIRouter()
+_NOT_OFFERED = {
+    "/v1/responses/input_tokens": "POST /tokenize counts the tokens of a chat",
+    "/v1/responses/compact": 'send truncation: "auto", or fewer items',
+}
+
+
+def make_responses_router(pipeline: Pipeline, shelf: Shelf, query: QueryCheck) -> APIRouter:
+    router = APIRouter(dependencies=[Depends(query)])
+
+    for path, instead in _NOT_OFFERED.items():
+        router.add_api_route(path, _refuse(path, instead), methods=["POST"], include_in_schema=False)
 
     @asynccontextmanager
     async def entered(request: Request) -> AsyncIterator[RequestContext]:
@@ -64,6 +74,15 @@ def make_responses_router(pipeline: Pipeline, shelf: Shelf) -> APIRouter:
         return _answer(context, await shelf.cancel(context.caller.key_id, response_id))
 
     return router
+
+
+def _refuse(path: str, instead: str) -> Callable[[], Coroutine[Any, Any, None]]:
+    """An endpoint of OpenAI's that would else look like a response with this id."""
+
+    async def refuse() -> None:
+        raise ApiError(404, f"POST {path} is not offered; {instead}", code="unsupported")
+
+    return refuse
 
 
 def _context(request: Request) -> RequestContext:
