@@ -15,10 +15,12 @@ import httpx
 import msgspec
 import openai
 import pytest
+from click.testing import CliRunner
 
 from helpers.api_keys import add
 from helpers.echo_replica import EchoReplica, embedding_of
 from helpers.gateway import MODEL, RunningGateway
+from tidewright.launch.cli import main
 from tidewright.tokenization import Tokenizer
 from tidewright_gateway.auth.callers import Limits
 from tidewright_gateway.auth.stores import FileStore
@@ -263,3 +265,9 @@ def test_others_are_served_beside_a_long_list(gateway: RunningGateway, replica: 
         replica.pause = 0.0
     assert answers[0].status_code == 200
     assert json.loads(answers[0].content)["usage"]["prompt_tokens"] == 1000
+
+
+def test_the_commands_that_generate_say_that_this_server_does_not(gateway: RunningGateway) -> None:
+    for command in ("chat", "complete"):
+        result = CliRunner().invoke(main, [command, "hi", "--url", gateway.url])
+        assert result.stderr.startswith(f"Error: {gateway.url} runs with --task embed and generates no text; ask its")

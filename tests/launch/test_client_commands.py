@@ -215,6 +215,13 @@ def test_an_unusual_end_is_named(double: Double) -> None:
 
 
 @pytest.mark.parametrize("command", ["chat", "complete"])
+def test_a_server_of_embeddings_is_said_to_be_one(double: Double, command: str) -> None:
+    double.refusal = 400, b'{"error": "this server runs with --task embed and generates no text [invalid]"}'
+    said = run(double, command, "hi")[2]
+    assert said.startswith(f"Error: {double.url} runs with --task embed and generates no text; ask its gateway's /v1/")
+
+
+@pytest.mark.parametrize("command", ["chat", "complete"])
 def test_no_server_is_one_clear_line(command: str) -> None:
     result = CliRunner().invoke(main, [command, "hi", "--url", "http://127.0.0.1:1"])
     assert result.exit_code == 1

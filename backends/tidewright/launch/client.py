@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 
-from tidewright.launch.control import Answer, explained, triton_error
+from tidewright.launch.control import WHICH_PORT, Answer, explained, triton_error
 from tidewright.launch.errors import LaunchError
-from tidewright.launch.gateway_control import base_url, error_of, refusal
+from tidewright.launch.gateway_control import base_url, error_of, is_strange, refusal, strange
 
 _JSON = {"Content-Type": "application/json"}
 
@@ -78,6 +78,8 @@ def _find(connection: _Connection, key: str | None) -> _Server:
     except (ValueError, KeyError, IndexError, TypeError):
         if error_of(answer):
             raise RequestFailedError(refusal(connection.url, answer, key)) from None
+        if is_strange(answer):
+            raise RequestFailedError(strange(connection.url)) from None
         return _Triton(connection)
     return _Gateway(connection, headers, key, str(model))
 
@@ -133,6 +135,11 @@ class _Connection:
             return RequestFailedError(f"{self.url} sent nothing for {_TIMEOUT.read:g} s; see the server's log")
         hint = "see the server's log"
         if isinstance(error, httpx.RemoteProtocolError) and self.url.startswith("http:"):
+            if "illegal" in str(error):  # h11's, of a first line that is none of HTTP/1.1
+                return RequestFailedError(
+                    f"{self.url} does not speak HTTP/1.1: if it is Triton's gRPC port, {WHICH_PORT}; if it speaks TLS, "
+                    "write https:// before its address"
+                )
             hint += ", or write https:// before its address if it speaks TLS"
         return RequestFailedError(f"the connection to {self.url} broke: {error}; {hint}")
 
@@ -161,7 +168,7 @@ class _Triton(_Server):
         inputs = [{"name": "messages", "shape": [1, 1], "datatype": "BYTES", "data": [data]}]
         answer = self._connection.ask("POST", "/v2/models/tokenizer/infer", {"inputs": inputs})
         if answer.status != 200:
-            raise RequestFailedError(_triton_error(answer))
+            raise RequestFailedError(self._refused(answer))
         try:
             token_ids: list[int] = json.loads(answer.content)["outputs"][0]["data"]
         except (ValueError, KeyError, IndexError, TypeError):
@@ -178,12 +185,15 @@ class _Triton(_Server):
             "return_finish_reason": True,
             "sampling_parameters": json.dumps(sampling),
         }
-        for event in self._connection.events("/v2/models/decoder/generate_stream", body, {}, _triton_error):
+        for event in self._connection.events("/v2/models/decoder/generate_stream", body, {}, self._refused):
             if "error" in event:  # status 200 was sent before it went wrong
                 raise RequestFailedError(str(event["error"]))
             reason = event.get("finish_reason")
             # On the wire a string, as in Triton's vLLM backend.
             yield Piece(event.get("text_output") or "", None if reason == "None" else reason)
+
+    def _refused(self, answer: Answer) -> str:
+        return _generates(self._connection.url, _triton_error(answer))
 
 
 class _Gateway(_Server):
@@ -209,7 +219,14 @@ class _Gateway(_Server):
                 yield Piece(text_of(choice) or "", reason)
 
     def _refused(self, answer: Answer) -> str:
-        return refusal(self._connection.url, answer, self._key)
+        return _generates(self._connection.url, refusal(self._connection.url, answer, self._key))
+
+
+def _generates(url: str, message: str) -> str:
+    """The message of a refusal, unless the server has another task."""
+    if "--task embed" not in message:
+        return message
+    return f"{url} runs with --task embed and generates no text; ask its gateway's /v1/embeddings, or another server"
 
 
 def _triton_error(answer: Answer) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from tidewright.launch.client import Client, Messages, Pieces, RequestFailedError, Sampling
+from tidewright.launch.errors import LaunchError
 from tidewright.launch.key_option import key_options
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -76,7 +77,7 @@ def complete(prompt: str | None, url: str, key: str | None, **options: Any) -> N
     text = _argument_or_stdin(prompt)
     if not text:
         raise click.UsageError("give a PROMPT, or text through standard input")
-    with contextlib.closing(Client(url, key)) as client, _one_line_errors():
+    with contextlib.closing(_client(url, key)) as client, _one_line_errors():
         try:
             _print_answer(client.complete(text, _sampling(options)))
         except KeyboardInterrupt:
@@ -106,7 +107,7 @@ def chat(question: str | None, system: str | None, url: str, key: str | None, **
     messages = [{"role": "system", "content": system}] if system is not None else []
     sampling = _sampling(options)
     single = _argument_or_stdin(question)
-    with contextlib.closing(Client(url, key)) as client:
+    with contextlib.closing(_client(url, key)) as client:
         if single is None:
             _converse(client, messages, sampling)
             return
@@ -181,6 +182,13 @@ def _argument_or_stdin(argument: str | None) -> str | None:
     if sys.stdin.isatty():
         return None
     return sys.stdin.buffer.read().decode("utf-8", errors="replace").rstrip("\n")
+
+
+def _client(url: str, key: str | None) -> Client:
+    try:
+        return Client(url, key)
+    except LaunchError as error:
+        raise click.ClickException(str(error)) from None
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 5.0  # seconds
 MAX_ANSWER = 2**20  # bytes
+WHICH_PORT = "give Triton's HTTP port (8000 by default), or the gateway's (8080)"
 
 T = TypeVar("T")
 Waiting = Generator[None, None, T]
@@ -141,6 +142,8 @@ def triton_error(content: bytes) -> str | None:
 def explained(error: Exception, url: str) -> str:
     """An error of a connection to `url`, with what the user can change if that is known."""
     text = str(error) or type(error).__name__
+    if isinstance(error, http.client.BadStatusLine) and text.startswith("\0\0"):  # a frame of HTTP/2
+        return f"it speaks HTTP/2, as Triton's gRPC port does; {WHICH_PORT}"
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"{text}; if it is signed by a CA of your own, name the CA's PEM file in SSL_CERT_FILE"
     if isinstance(error, (http.client.BadStatusLine, ConnectionResetError)) and url.startswith("http:"):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import time
 from typing import Any, NamedTuple
+from urllib.parse import urlsplit
 
-from tidewright.launch.control import Answer, Question, TroubleError, UnreachableError
+from tidewright.launch.control import WHICH_PORT, Answer, Question, TroubleError, UnreachableError
 from tidewright.launch.errors import LaunchError
 
 POLL_INTERVAL = 0.2  # seconds between two looks at a replica that drains
@@ -109,8 +110,31 @@ class Gateway:
 
 
 def base_url(url: str) -> str:
-    """Of a server. http:// may be left out, and /v1, which OpenAI's clients need, may be there."""
-    return (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1")
+    """Of a server. http:// may be left out, and /v1, which OpenAI's clients need, may be there.
+
+    Raises:
+        LaunchError: it is no address.
+    """
+    given = url.strip()
+    made = (given if "://" in given else f"http://{given}").rstrip("/").removesuffix("/v1")
+    try:
+        parts = urlsplit(made)
+        is_one = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise LaunchError(f"--url {url!r} is no address of a server, such as http://127.0.0.1:8000")
+    return made
+
+
+def is_strange(answer: Answer) -> bool:
+    """Neither a gateway gives it nor Triton, which has no such path."""
+    return answer.status == 200 and not answer.content.lstrip().startswith(b"{")
+
+
+def strange(url: str) -> str:
+    """What to say of a server that answers what it should not have."""
+    return f"{url} answers, but is neither Triton's HTTP port nor a gateway: perhaps a port of metrics; {WHICH_PORT}"
 
 
 def find(url: str, key: str | None, timeout: float) -> Gateway | None:
@@ -118,9 +142,14 @@ def find(url: str, key: str | None, timeout: float) -> Gateway | None:
 
     Raises:
         UnreachableError, NoAnswerError: as `Question`.
+        TroubleError: it is neither a gateway nor a Triton.
     """
     ready = Question(f"{url}/health/ready", None, timeout).response(timeout)
-    return Gateway(url, key, ready) if _is_gateway(ready) else None
+    if _is_gateway(ready):
+        return Gateway(url, key, ready)
+    if is_strange(ready):
+        raise TroubleError(strange(url))
+    return None
 
 
 def _is_gateway(ready: Answer) -> bool:
@@ -149,6 +178,8 @@ def refusal(url: str, answer: Answer, key: str | None) -> str:
     if error is None:
         return f"{url} answered with status {answer.status}"
     message = str(error["message"])
+    if error["code"] == "no_such_path":
+        return f"{url} is no address of a gateway ({message}); give http://HOST:PORT, without a path"
     if answer.status == 401:
         if key is None:
             return f"{url} requires an API key; give one with --key-file, or in TIDEWRIGHT_KEY"

@@ -39,8 +39,9 @@ def health(url: str, key: str | None, timeout: float) -> None:
       tidewright health --url http://10.0.0.1:8000 --timeout 1
       tidewright health --url https://gateway.example:8080 --key-file ops.key
     """
-    url, deadline = gateway_control.base_url(url), time.monotonic() + timeout
+    deadline = time.monotonic() + timeout
     try:
+        url = gateway_control.base_url(url)
         gateway = gateway_control.find(url, key, timeout)
         left = max(deadline - time.monotonic(), 0.001)
         if gateway:
@@ -76,8 +77,8 @@ def drain(url: str, key: str | None, replica: str | None, wait: bool) -> None:
       tidewright drain
       tidewright drain --url https://gateway.example:8080 --key-file ops.key --replica 10.0.0.1:8001
     """
-    url = gateway_control.base_url(url)
     try:
+        url = gateway_control.base_url(url)
         if gateway := gateway_control.find(url, key, CONNECT_TIMEOUT):
             address = gateway.drain(replica, CONNECT_TIMEOUT)
             click.echo(f"Draining {address}.")
