@@ -9,6 +9,7 @@ from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.auth.errors import WRONG, unauthorized
 from tidewright_gateway.auth.keys import KeyEntry, fits, split_key
 from tidewright_gateway.auth.stores import KeyStore
+from tidewright_gateway.trouble import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -20,11 +21,16 @@ class Keyring:
         """Reads the store. AuthSetupError: it can't be read."""
         self._store = store
         self._entries: dict[str, KeyEntry] = {}
-        self.trouble = ""
-        """Why the keys in force may not be those of the store any more; empty if they are."""
+        over, effect = f"keys are loaded from {store.name} again", "keeping the previously loaded keys: "
+        self._trouble = Trouble(log, over, effect)
         self._polling: asyncio.Task[None] | None = None
         if found := store.read():
             self._put(*found)
+
+    @property
+    def trouble(self) -> str:
+        """Why the keys in force may not be those of the store any more; empty if they are."""
+        return self._trouble.text
 
     def start(self) -> None:
         self._polling = asyncio.create_task(self._poll())
@@ -56,9 +62,9 @@ class Keyring:
             try:
                 if found := await asyncio.to_thread(self._store.read):
                     self._put(*found)
-                self._note("")
+                self._trouble.note("")
             except Exception as error:  # whatever it is, a key that is revoked later must be seen
-                self._note(str(error))
+                self._trouble.note(str(error))
 
     def _put(self, entries: dict[str, KeyEntry], faults: list[str]) -> None:
         outdated = [entry.id for entry in entries.values() if entry.is_outdated]
@@ -70,11 +76,3 @@ class Keyring:
         for fault in faults:
             log.error("rejecting a key with an invalid entry: %s", fault)
         self._entries = entries
-
-    def _note(self, trouble: str) -> None:
-        """Logs each trouble once, and that it is over."""
-        if trouble and trouble != self.trouble:
-            log.error("keeping the previously loaded keys: %s", trouble)
-        elif self.trouble and not trouble:
-            log.warning("keys are loaded from %s again", self._store.name)
-        self.trouble = trouble

@@ -17,6 +17,7 @@ from cachetools import LRUCache
 
 from tidewright_gateway.auth.callers import Caller, Role
 from tidewright_gateway.auth.errors import WRONG, AuthSetupError, unauthorized
+from tidewright_gateway.trouble import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -49,12 +50,16 @@ class TokenChecker:
         self._jwks, self._issuer, self._audience, self._role_claim = jwks, issuer, audience, role_claim
         self._keys = _fetch(jwks)
         self._fetched_at = time.monotonic()
-        self.trouble = ""
-        """Why the keys in force may not be the provider's any more; empty if they are."""
+        self._trouble = Trouble(log, "JWT keys are loaded again", "keeping the previously loaded JWT keys: ")
         # Tokens that were verified, by their hash, and until when they are valid.
         self._known: LRUCache[bytes, tuple[Caller, float]] = LRUCache(MOST_KNOWN)
         self._fetching: asyncio.Task[None] | None = None
         self._refreshing: asyncio.Task[None] | None = None
+
+    @property
+    def trouble(self) -> str:
+        """Why the keys in force may not be the provider's any more; empty if they are."""
+        return self._trouble.text
 
     def start(self) -> None:
         self._refreshing = asyncio.create_task(self._refresh_regularly())
@@ -133,10 +138,9 @@ class TokenChecker:
             if self._keys != keys:
                 self._keys = keys
                 self._known.clear()  # a key may have been withdrawn
-            self.trouble = ""
+            self._trouble.note("")
         except AuthSetupError as error:
-            log.error("keeping the previously loaded JWT keys: %s", error)
-            self.trouble = str(error)
+            self._trouble.note(str(error))
         finally:
             self._fetched_at, self._fetching = time.monotonic(), None
 

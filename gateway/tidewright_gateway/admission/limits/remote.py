@@ -21,6 +21,7 @@ from tidewright_gateway.admission.limits.store import (
     Take,
     TakeResult,
 )
+from tidewright_gateway.trouble import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -60,12 +61,16 @@ class Remote:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._lost = False
-        self.trouble = ""
-        """Why limits are not counted as they should be; empty if they are."""
+        self._trouble = Trouble(log, "the store of limits works again")
         self._slots = asyncio.Semaphore(AT_A_TIME)
         self._held: dict[str, tuple[Subject, ...]] = {}
         self._unsettled: deque[Settle] = deque(maxlen=UNSETTLED)
         self._job: asyncio.Task[None] | None = None
+
+    @property
+    def trouble(self) -> str:
+        """Why limits are not counted as they should be; empty if they are."""
+        return self._trouble.text
 
     async def start(self) -> None:
         try:
@@ -113,7 +118,7 @@ class Remote:
             raise StoreLostError("gone, as was seen before")
 
     def _note(self, error: BaseException | None) -> None:
-        """What a question ended with; logged as it changes, and no error is seen from outside as `trouble`."""
+        """What a question ended with."""
         trouble = ""
         if isinstance(error, StoreLostError):
             if self._lost:
@@ -123,11 +128,7 @@ class Remote:
             trouble = f"the store of limits can't do its work: {error}"
         elif error is not None:
             return
-        if trouble and trouble != self.trouble:
-            log.error("%s", trouble)
-        elif self.trouble and not trouble:
-            log.warning("the store of limits works again")
-        self.trouble = trouble
+        self._trouble.note(trouble)
 
     async def _look_after_it(self) -> None:
         renewed_at = time.monotonic()

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tidewright_gateway.openai.responses.store import ResponseStore, StoredResponse, StoreLostError, decode, encode
+from tidewright_gateway.trouble import Trouble
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,11 @@ class RedisStore(ResponseStore):
         )
         self._ttl = max(round(ttl * 1000), 1)
         self._is_lost = False
+        self._trouble = Trouble(log, "the store of responses works again")
+
+    @property
+    def trouble(self) -> str:
+        return self._trouble.text
 
     async def put(self, key_id: str, response_id: str, stored: StoredResponse) -> None:
         await self._ask(lambda: self._redis.set(_name(key_id, response_id), encode(stored), px=self._ttl))
@@ -81,11 +87,8 @@ class RedisStore(ResponseStore):
         return answer
 
     def _note(self, trouble: str, *, is_lost: bool = False) -> None:
-        if trouble and trouble != self.trouble:
-            log.error("%s", trouble)
-        elif self.trouble and not trouble:
-            log.warning("the store of responses works again")
-        self.trouble, self._is_lost = trouble, is_lost
+        self._trouble.note(trouble)
+        self._is_lost = is_lost
 
 
 def _name(key_id: str, response_id: str) -> str:

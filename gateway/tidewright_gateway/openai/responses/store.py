@@ -40,8 +40,11 @@ class ResponseStore(ABC):
 
     why_not = ""
     """Why nothing is stored; empty if responses are."""
-    trouble = ""
-    """Why it can't be used right now; empty if it can."""
+
+    @property
+    def trouble(self) -> str:
+        """Why it can't be used right now; empty if it can."""
+        return ""
 
     @abstractmethod
     async def put(self, key_id: str, response_id: str, stored: StoredResponse) -> None: ...
