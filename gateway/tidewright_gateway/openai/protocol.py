@@ -75,8 +75,45 @@ class StructuredOutputs(ApiObject):
         return {f"guided_{name}": value for name, value in found.items() if value is not None}
 
 
-class GenerationBody(Body, ABC):
-    """What both endpoints share."""
+class SamplingFields(Body):
+    """What all endpoints share that generate text in one of OpenAI's APIs."""
+
+    model: StrictStr
+    """Model name, as in /v1/models."""
+    temperature: Number | None = None
+    """Sampling temperature, at most 2; 0 is greedy. Default: 1."""
+    top_p: Number | None = None
+    """Sample from the most likely tokens that together have this probability."""
+    stream: StrictBool | None = None
+    """Stream the answer as server-sent events."""
+    user: StrictStr | None = None
+    """The end user: has limits of its own within the key's, and shares no KV cache with other users."""
+    stop: StrictStr | Many[StrictStr] | None = None
+    """Stop before any of these texts."""
+    seed: StrictInt | None = None
+    """Makes sampling repeatable. -1: none."""
+    presence_penalty: Number | None = None
+    """Subtracted from the logits of tokens in the answer."""
+    frequency_penalty: Number | None = None
+    """The same, per occurrence."""
+    top_k: StrictInt | None = None
+    """Sample from this many most likely tokens; 0: all."""
+    min_p: Number | None = None
+    """Ignore tokens less likely than this share of the most likely one."""
+    repetition_penalty: Number | None = None
+    """Divides the logits of tokens in prompt and answer."""
+    ignore_eos: StrictBool | None = None
+    """Continue after the model's end-of-sequence token."""
+    priority: StrictInt | None = None
+    """Lower runs first; added to the key's own. Negative values count as 0 unless the key is an admin's."""
+    timeout: Number | None = None
+    """Maximum duration in seconds; the answer is what exists by then."""
+    cache_salt: StrictStr | None = None
+    """Within one key and user, requests share a KV cache only with the same salt."""
+
+
+class GenerationBody(SamplingFields, ABC):
+    """What chats and completions share."""
 
     without_effect = frozenset(
         {
@@ -101,48 +138,22 @@ class GenerationBody(Body, ABC):
         "lora": "no adapters are served",
     }
 
-    model: StrictStr
-    """Model name, as in /v1/models."""
     max_tokens: StrictInt | None = None
     """Maximum tokens of the answer; it ends earlier where the model's context does. Default, and for -1: 16 for
     completions, the rest of the context for chats."""
-    temperature: Number | None = None
-    """Sampling temperature, at most 2; 0 is greedy. Default: 1."""
-    top_p: Number | None = None
-    """Sample from the most likely tokens that together have this probability."""
     n: StrictInt | None = None
     """Number of answers per prompt; with a seed, they use consecutive seeds."""
-    stop: StrictStr | Many[StrictStr] | None = None
-    """Stop before any of these texts."""
-    seed: StrictInt | None = None
-    """Makes sampling repeatable. -1: none."""
-    presence_penalty: Number | None = None
-    """Subtracted from the logits of tokens in the answer."""
-    frequency_penalty: Number | None = None
-    """The same, per occurrence."""
     logit_bias: dict[StrictStr, Number] | None = None
     """Values added to the logits of token ids."""
-    stream: StrictBool | None = None
-    """Stream the answer as server-sent events."""
     stream_options: StreamOptions | None = None
     """Only with stream: true."""
     response_format: ResponseFormat | None = None
     """Generate JSON, or JSON that follows a schema."""
-    user: StrictStr | None = None
-    """The end user: has limits of its own within the key's, and shares no KV cache with other users."""
 
-    top_k: StrictInt | None = None
-    """Sample from this many most likely tokens; 0: all."""
-    min_p: Number | None = None
-    """Ignore tokens less likely than this share of the most likely one."""
-    repetition_penalty: Number | None = None
-    """Divides the logits of tokens in prompt and answer."""
     min_tokens: StrictInt | None = None
     """Minimum tokens before the answer may end."""
     stop_token_ids: Many[StrictInt] | None = None
     """Stop at any of these tokens."""
-    ignore_eos: StrictBool | None = None
-    """Continue after the model's end-of-sequence token."""
     bad_words: Many[StrictStr] | None = None
     """Texts that must not appear in the answer."""
     guided_json: dict[str, Any] | StrictStr | None = None
@@ -167,12 +178,6 @@ class GenerationBody(Body, ABC):
     """Only this many tokens of the prompt's end are used. -1: as many as the model's context takes."""
     return_token_ids: StrictBool | None = None
     """Return token_ids of the answer and prompt_token_ids."""
-    priority: StrictInt | None = None
-    """Lower runs first; added to the key's own. Negative values count as 0 unless the key is an admin's."""
-    timeout: Number | None = None
-    """Maximum duration in seconds; the answer is what exists by then."""
-    cache_salt: StrictStr | None = None
-    """Within one key and user, requests share a KV cache only with the same salt."""
 
     @abstractmethod
     def num_logprobs(self) -> int | None:

@@ -9,8 +9,8 @@ from pydantic import Field, StrictBool, StrictInt, StrictStr, field_validator
 from pydantic_core import PydanticCustomError
 
 from tidewright_gateway.openai.errors import MAX_SHOWN
-from tidewright_gateway.openai.fields import ApiObject, Many, Number
-from tidewright_gateway.openai.protocol import Body
+from tidewright_gateway.openai.fields import ApiObject, Many
+from tidewright_gateway.openai.protocol import SamplingFields
 from tidewright_gateway.openai.responses.items import InputItem, refused, with_types
 from tidewright_gateway.openai.tools.definitions import ApiTool, Function
 
@@ -78,7 +78,7 @@ class ResponseStreamOptions(ApiObject):
     without_effect = frozenset({"include_obfuscation"})
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(SamplingFields):
     without_effect = frozenset(
         {
             "access_programs",
@@ -109,8 +109,6 @@ class ResponsesRequest(Body):
         "n": "send the request several times",
     }
 
-    model: StrictStr
-    """Model name, as in /v1/models."""
     input: StrictStr | Many[InputItem] | None = None
     """A text, which is a message of the user, or a list of items: messages, function calls and their outputs,
     reasoning, and references (item_reference) to items of stored responses. Items of other tools are refused."""
@@ -120,15 +118,9 @@ class ResponsesRequest(Body):
     """The input and the output of this stored response come before the input."""
     store: StrictBool | None = None
     """Whether the response is stored, to be retrieved and continued. Default: true."""
-    stream: StrictBool | None = None
-    """Stream the answer as typed server-sent events."""
     stream_options: ResponseStreamOptions | None = None
     max_output_tokens: StrictInt | None = None
     """Maximum tokens of the answer, reasoning included. Default: the rest of the context."""
-    temperature: Number | None = None
-    """Sampling temperature, at most 2; 0 is greedy. Default: 1."""
-    top_p: Number | None = None
-    """Sample from the most likely tokens that together have this probability."""
     tools: Many[FunctionTool] | None = None
     """Functions that the model may call. Tools of other types are refused by name."""
     tool_choice: FunctionToolChoice | None = None
@@ -163,31 +155,7 @@ class ResponsesRequest(Body):
     """Up to 16 texts with names, stored with the response."""
     background: StrictBool | None = None
     """Only false."""
-    user: StrictStr | None = None
-    """The end user: has limits of its own within the key's, and shares no KV cache with other users."""
 
-    stop: StrictStr | Many[StrictStr] | None = None
-    """Stop before any of these texts."""
-    seed: StrictInt | None = None
-    """Makes sampling repeatable. -1: none."""
-    presence_penalty: Number | None = None
-    """Subtracted from the logits of tokens in the answer."""
-    frequency_penalty: Number | None = None
-    """The same, per occurrence."""
-    top_k: StrictInt | None = None
-    """Sample from this many most likely tokens; 0: all."""
-    min_p: Number | None = None
-    """Ignore tokens less likely than this share of the most likely one."""
-    repetition_penalty: Number | None = None
-    """Divides the logits of tokens in prompt and answer."""
-    ignore_eos: StrictBool | None = None
-    """Continue after the model's end-of-sequence token."""
-    priority: StrictInt | None = None
-    """Lower runs first; added to the key's own. Negative values count as 0 unless the key is an admin's."""
-    timeout: Number | None = None
-    """Maximum duration in seconds; the answer is what exists by then."""
-    cache_salt: StrictStr | None = None
-    """Within one key and user, requests share a KV cache only with the same salt."""
     chat_template_kwargs: dict[StrictStr, Any] | None = None
     """Variables for the model's chat template, such as {"enable_thinking": false}."""
 

@@ -16,6 +16,7 @@ from tidewright_gateway.openai.messages import (
     check_arguments,
     text_of,
 )
+from tidewright_gateway.openai.protocol import SamplingFields
 from tidewright_gateway.openai.responses.items import (
     FunctionCallItem,
     FunctionCallOutputItem,
@@ -31,26 +32,7 @@ from tidewright_gateway.openai.responses.request import (
     TextFormat,
 )
 
-_SAME = (
-    "model",
-    "stream",
-    "temperature",
-    "top_p",
-    "parallel_tool_calls",
-    "user",
-    "stop",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "ignore_eos",
-    "priority",
-    "timeout",
-    "cache_salt",
-    "chat_template_kwargs",
-)
+_SAME = (*SamplingFields.model_fields, "parallel_tool_calls", "chat_template_kwargs")
 """Fields that both requests have."""
 
 
