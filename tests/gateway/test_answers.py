@@ -56,6 +56,34 @@ def test_the_usage_says_who_answered(byte_fallback: Tokenizer) -> None:
         assert data_of(made.closing([choice]).removesuffix(DONE))["served_by"] == whole
 
 
+SO_FAR = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completion", "echo"])
+def test_each_event_has_the_usage_so_far_and_the_first_the_prompt_s_ids(
+    byte_fallback: Tokenizer, endpoint: str
+) -> None:
+    context = context_of([7, 8])
+    asked = {**SO_FAR, "return_token_ids": True}
+    if endpoint == "chat":
+        made: Any = chat_answer(byte_fallback, context, **asked)
+    else:
+        context.echoes = ["Hi"] if endpoint == "echo" else []
+        made = completion_answer(byte_fallback, context, echo=endpoint == "echo", **asked)
+    choice, written = made.choice(0, is_streamed=True), b""
+    for number, text in enumerate("ab"):
+        reply = Reply(text, [9], "stop" if number else None, None)
+        context.take(0, reply)
+        part = choice.take(reply)
+        written += (b"" if number else made.opening([choice])) + made.piece(choice, part)
+    events = [data_of(event) for event in written.split(b"\n\n") if event]
+    counts = [event["usage"]["completion_tokens"] for event in events]
+    assert counts == ([1, 2] if endpoint == "completion" else [0, 1, 2])
+    assert all(event["usage"]["total_tokens"] == 2 + count for event, count in zip(events, counts, strict=True))
+    ids = [event.get("prompt_token_ids") or event["choices"][0].get("prompt_token_ids") for event in events]
+    assert ids == [[7, 8], *[None] * (len(events) - 1)]
+
+
 def offsets_of(tokenizer: Tokenizer, prompt: list[int], text: str, ids: Sequence[int]) -> list[int]:
     """Whole; a stream's must be the same."""
     replies = replies_of(tokenizer, text, ids)

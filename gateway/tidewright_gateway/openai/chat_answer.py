@@ -32,7 +32,8 @@ class ChatAnswer(OpenAiAnswer):
 
     def _opening(self, index: int, more: dict[str, Any]) -> bytes:
         delta = {"role": "assistant", "content": ""}
-        return self._event([{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}], more=more)
+        opened = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return self._event([opened], self._usage_at_first(), more=more)
 
     def _about_prompt(self, choices: Sequence[Choice]) -> dict[str, Any]:
         found: dict[str, Any] = {}

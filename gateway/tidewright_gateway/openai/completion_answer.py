@@ -33,12 +33,20 @@ class CompletionAnswer(OpenAiAnswer):
 
     def piece(self, choice: Choice, part: Part) -> bytes:
         written = b""
-        if choice.index in self._unopened:
-            self._unopened.discard(choice.index)
-            if self._context.echoes:
-                echo = {"text": self._echo(choice), "logprobs": self._prompt_logprobs(choice)}
-                written = self._event([{"index": choice.index, **echo, "finish_reason": None}])
+        if choice.index in self._unopened and self._context.echoes:
+            echo = {"text": self._echo(choice), "logprobs": self._prompt_logprobs(choice)}
+            opened = {"index": choice.index, **echo, "finish_reason": None, **self._opened(choice)}
+            written = self._event([opened], self._usage_at_first())
         return written + super().piece(choice, part)
+
+    def _opened(self, choice: Choice) -> dict[str, Any]:
+        """What the first piece of a choice has beside others."""
+        is_first = choice.index in self._unopened
+        self._unopened.discard(choice.index)
+        return self._prompt_ids(choice) if is_first else {}
+
+    def _prompt_ids(self, choice: Choice) -> dict[str, Any]:
+        return {"prompt_token_ids": self._context.generations[choice.index].prompt} if self._returns_ids else {}
 
     def _whole_choice(self, choice: Choice) -> dict[str, Any]:
         of_prompt, own = self._prompt_logprobs(choice), self._own_logprobs(choice, choice.logprobs)
@@ -58,12 +66,11 @@ class CompletionAnswer(OpenAiAnswer):
             "text": self._own_text(part.text),
             "logprobs": self._own_logprobs(choice, part.positions),
             "finish_reason": choice.finish_reason,
+            **self._opened(choice),
         }
 
     def _extras(self, choice: Choice) -> dict[str, Any]:
-        found = super()._extras(choice)
-        if self._returns_ids:
-            found["prompt_token_ids"] = self._context.generations[choice.index].prompt
+        found = super()._extras(choice) | self._prompt_ids(choice)
         if self._request.prompt_logprobs is not None:
             found["prompt_logprobs"] = choice.prompt_logprobs
         return found

@@ -80,6 +80,12 @@ class OpenAiAnswer(Answer):
         found["prompt_tokens_details"] = {"cached_tokens": context.num_cached_tokens}
         return found
 
+    def _usage_at_first(self) -> dict[str, Any] | None:
+        """Of an event before those with tokens."""
+        if not self._with_usage_so_far:
+            return None
+        return self._usage() | usage(self._context.num_prompt_tokens, 0)
+
     def _event(
         self,
         choices: list[dict[str, Any]],
