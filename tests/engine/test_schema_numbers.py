@@ -83,6 +83,12 @@ def test_a_range_without_a_number_is_refused(made: Any, schema: dict[str, Any]) 
         check_grammar(made(schema))
 
 
+def test_in_a_grammar_the_place_is_told() -> None:
+    grammar = 'start: a | b\na: %json {"const": 1}\nb: "b" %json {"const": 9007199254740993}'
+    with pytest.raises(GrammarError, match=r"^guided_grammar: at 3\(8\): const: the integer"):
+        check_grammar(SamplingParams(guided_grammar=grammar))
+
+
 def test_a_whole_int64_is_taken() -> None:
     schema = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
     assert takes(as_json(schema), str(2**62))

@@ -418,3 +418,10 @@ def test_unknown_ones_are_ignored_and_named_where_fields_are(model_dir: Path, ec
     with RunningGateway(model_dir, echo, unknown_fields="ignore") as gateway:
         answer = gateway.post("/v1/chat/completions?api-version=1", CHAT)
         assert (answer.status_code, answer.headers["x-ignored-fields"]) == (200, "api-version")
+
+
+def test_a_history_is_checked_where_it_is_only_counted(echo_gateway: RunningGateway) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{"}}
+    refused = echo_gateway.post("/tokenize", {"messages": [{"role": "assistant", "tool_calls": [call]}]})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "messages.0.tool_calls.0.function.arguments"

@@ -277,6 +277,12 @@ def test_an_item_of_a_previous_response_is_not_said_to_be_in_the_input() -> None
     ("param", "message", "theirs", "said"),
     [
         ("max_tokens", "max_tokens is 9, more than 5", "max_output_tokens", "max_output_tokens is 9, more than 5"),
+        (
+            "ignore_eos",
+            "ignore_eos with response_format: drop one",
+            "ignore_eos",
+            "ignore_eos with text.format: drop one",
+        ),
         ("messages", "the prompt has 9 tokens", "input", "the prompt has 9 tokens"),
         ("response_format", "response_format: no schema", "text.format", "text.format: no schema"),
         ("tools.1.function.name", "tools.1.function.name: twice", "tools.1.name", "tools.1.name: twice"),

@@ -63,6 +63,7 @@ TOOLS = [function("one", {"type": "object"}), function("two", BAD)]
     [
         ({"tools": TOOLS, "tool_choice": "required"}, f"tools.1.function.parameters: {NOWHERE}"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "two"}}}, f"tools.1.function.parameters: {NOWHERE}"),
+        ({"tools": [*TOOLS[:1], function("big", {"properties": {"a": {"const": 2**60}}})], "tool_choice": "required"}, "tools.1.function.parameters: const: the integer 1152921504606846976 is too large; it may be from -2**53 to 2**53"),
         ({"tools": TOOLS[:1], "response_format": AS_JSON}, f"response_format: {NOWHERE}"),
         ({"tools": TOOLS[:1], "guided_json": BAD}, f"guided_json: {NOWHERE}"),
         ({"response_format": AS_JSON}, "response_format: Pointer '/$defs/nowhere' does not exist"),

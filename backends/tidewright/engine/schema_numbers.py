@@ -52,7 +52,12 @@ def kept_in_lark(grammar: str) -> str:
             schema, end = _decoder.raw_decode(grammar, marker.end())
         except ValueError:  # llguidance says what is wrong with it, if it is no text that only looks so
             continue
-        made = kept(schema)
+        try:
+            made = kept(schema)
+        except ValueError as error:
+            begin = grammar.rfind("\n", 0, marker.start()) + 1
+            place = f"{grammar.count(chr(10), 0, marker.start()) + 1}({marker.start() - begin + 1})"
+            raise ValueError(f"at {place}: {error}") from None  # as llguidance tells places
         found += [
             grammar[done : marker.end()],
             grammar[marker.end() : end] if made == schema else json.dumps(made, ensure_ascii=False),

@@ -22,6 +22,7 @@ from tidewright_gateway.openai.chat import ChatRequest, TokenizeRequest
 from tidewright_gateway.openai.embeddings import Computed, EmbeddingRequest, Embeddings, ScoreRequest
 from tidewright_gateway.openai.errors import invalid
 from tidewright_gateway.openai.exchange import Exchange
+from tidewright_gateway.openai.messages import check_history
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import Body, CompletionRequest, DetokenizeRequest
 from tidewright_gateway.openai.responses.api import ResponsesApi
@@ -99,6 +100,7 @@ def make_pipeline_router(
                 raise invalid("send either prompt or messages", "prompt")
             limit = failover.max_model_len
             if body.messages is not None:
+                check_history(body.messages)
                 tokens = (await prompts.of_chat(body, limit)).token_ids
             else:
                 adds = body.add_special_tokens is not False

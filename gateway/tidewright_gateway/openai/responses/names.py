@@ -17,6 +17,9 @@ _NAMES = {
 
 def as_sent(error: ApiError) -> ApiError:
     """The same error, with the names of fields as the caller has sent them."""
+    for name, own in _NAMES.items():
+        if "_" in name:  # else it may be a word
+            error.args = (re.sub(rf"\b{name}\b", own, str(error)),)
     param = error.param or ""
     theirs = _NAMES.get(param) or re.sub(r"^(tools\.\d+)\.function\b", r"\1", param)
     if theirs != param:
