@@ -11,12 +11,13 @@ from urllib.parse import unquote
 import click
 import pytest
 
+from helpers.documents import anchors
 from tidewright.launch.cli import main
 from tidewright.resilience.outcome import Outcome, Verdict
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-FOLDERS = ("backends", "gateway", "tests", "benchmarks", "docs", "model_repository", "ensemble", ".ci")
+FOLDERS = ("backends", "gateway", "tests", "benchmarks", "docs", "model_repository", "ensemble", "monitoring", ".ci")
 FILES = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*")} | {
     path.name for path in ROOT.iterdir()
 }
@@ -96,21 +97,6 @@ def is_file(path: str) -> bool:
     """Whole, or by its end, as docs name files of a package; a pattern must fit something."""
     pattern = re.compile("(.*/)?" + re.escape(path.rstrip("/")).replace(r"\*", "[^/]*"))
     return any(map(pattern.fullmatch, FILES)) or path.rstrip("/") in IGNORED
-
-
-def anchors(document: Path) -> set[str]:
-    """As GitHub makes them of headings."""
-    text = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.MULTILINE | re.DOTALL)
-    found: set[str] = set(re.findall(r'<a (?:id|name)="([^"]+)"', text))
-    for heading in re.findall(r"^#+ (.+)$", text, re.MULTILINE):
-        words = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).lower()
-        name = slug = re.sub(r"[^\w\- ]", "", words).strip().replace(" ", "-")
-        number = 0
-        while name in found:
-            number += 1
-            name = f"{slug}-{number}"
-        found.add(name)
-    return found
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
