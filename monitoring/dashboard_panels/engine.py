@@ -19,7 +19,7 @@ ENGINE = Dashboard(
         Row(
             "State",
             (
-                Panel("Engine up", "none", (Query(of_engine("engine_up")),), is_stat=True),
+                Panel("Healthy", "none", (Query(of_engine("healthy")),), is_stat=True),
                 Panel(
                     "Restarts, 1 hour",
                     "none",
@@ -50,6 +50,7 @@ ENGINE = Dashboard(
                     "Sequences",
                     "none",
                     (
+                        Query(of_engine("batch_places"), "{{instance}} places"),
                         Query(of_engine("requests_running"), "{{instance}} running"),
                         Query(of_engine("requests_waiting"), "{{instance}} waiting"),
                     ),

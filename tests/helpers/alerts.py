@@ -90,6 +90,16 @@ SCENARIOS = {
             ("15s", "35s", "41s", "70s"),
             {engine("engine_up"): "0x20 1x20 0x20 1x20", engine("engine_steps_total"): "0x20 0+50x20 1000x40"},
         ),
+        Scenario(
+            "ModelUnhealthy",
+            "49s",
+            ("15s", "35s", "43s", "70s"),
+            {
+                engine("healthy"): "0x20 1x20 0x20 1x20",
+                engine("engine_up"): "0x20 1x80",
+                engine("engine_steps_total"): "0x20 0+50x80",
+            },
+        ),
         Scenario("EngineRestarted", "22s", ("15s", "170s"), {engine("engine_restarts_total"): "0x20 1x200"}),
         Scenario(
             "EngineRestartsOften",

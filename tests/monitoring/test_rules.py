@@ -19,7 +19,7 @@ ALL = [
     pytest.param(group, scenario, id=scenario.name) for group, scenarios in SCENARIOS.items() for scenario in scenarios
 ]
 HEARTBEAT = "heartbeat_timestamp_seconds"
-STATES_THAT_ARE_WELL = {"engine_up", "replica_up", "replicas_usable"}
+STATES_THAT_ARE_WELL = {"engine_up", "healthy", "replica_up", "replicas_usable"}
 
 
 def promtool(*arguments: str | Path) -> str:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from helpers.documents import anchors
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text()
 RUNBOOKS = dict(re.findall(r"^### (\w+)\n(.*?)(?=^#|\Z)", re.sub(r"(?m)^#(?= )", "", PAGE), re.MULTILINE | re.DOTALL))
@@ -49,6 +51,9 @@ def codes_in(text: str) -> set[str]:
     return found
 
 
+CODES = set[str]().union(*map(codes_in, (path.read_text() for path in (ROOT / "gateway").rglob("*.py"))))
+
+
 def test_codes_are_found() -> None:
     text = """
 def f(a, code="one"):
@@ -69,8 +74,14 @@ def test_a_runbook_says_what_to_do_first(alert: str) -> None:
     assert "```bash" in RUNBOOKS[alert] or re.search(r"\]\(#\w+\)", RUNBOOKS[alert])
 
 
+def test_what_diagnose_names_exists() -> None:
+    findings = (ROOT / "backends" / "tidewright" / "observe" / "findings.py").read_text()
+    named = {f"error-{code.replace('_', '-')}" for code in CODES} | set(re.findall(r'"([a-z]+(?:-[a-z]+)+)"', findings))
+    assert len(named) > len(CODES) + 20
+    assert named <= anchors(ROOT / "docs" / "troubleshooting.md")
+
+
 def test_each_error_code_has_a_row_and_no_other() -> None:
-    written = re.findall(r"^\| `(\w+)` \| \d+ \|", PAGE, re.MULTILINE)
+    written = re.findall(r"^\| <a [^|]*</a>`(\w+)` \| \d+ \|", PAGE, re.MULTILINE)
     assert written == sorted(set(written))
-    modules = (ROOT / "gateway" / "tidewright_gateway").rglob("*.py")
-    assert set(written) == set().union(*(codes_in(path.read_text()) for path in modules))
+    assert set(written) == CODES
