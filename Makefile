@@ -74,6 +74,7 @@ $(VENV)/.dev: $(VENV)/.server
 $(VENV)/.programs: $(BIN)/python
 	@missing=; for one in redis-server chromium prometheus prometheus-alertmanager; do \
 	  command -v $$one >/dev/null || missing="$$missing $$one"; done; \
+	ls /usr/lib/*/rsyslog/omelasticsearch.so >/dev/null 2>&1 || missing="$$missing rsyslog rsyslog-elasticsearch"; \
 	if [ -n "$$missing" ]; then \
 	  as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  install="$$as_root apt-get install -y --no-install-recommends$$missing"; \

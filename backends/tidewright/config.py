@@ -24,6 +24,7 @@ from tidewright.cache import EMBEDDED_MODEL
 from tidewright.config_file import read_options
 from tidewright.engine.messages import EngineConfig, parse_rendezvous
 from tidewright.kv_cache.budget import parse_memory
+from tidewright.logs.setup import LogFormat, LogLevel
 from tidewright.resilience.config import ResilienceSettings
 from tidewright.schema import Pooling, Task
 
@@ -157,7 +158,9 @@ class Settings(ResilienceSettings, BaseSettings):
     shutdown_grace: float = Field(
         10.0, ge=0, description="Seconds that running requests get to finish after Ctrl-C or SIGTERM."
     )
-    log_level: Literal["info", "warning", "error"] = Field("warning", description="Lowest level to log.")
+    log_level: LogLevel = Field("info", description="Minimum log level; debug has lines for each request.")
+    log_format: LogFormat = Field("text", description="Format of log lines: text, or one JSON object each.")
+    log_file: str = Field("", description="File for the log, which may be rotated. Empty: standard error.")
 
     @field_validator("kv_cache_memory", "fallback_memory")
     @classmethod

@@ -40,7 +40,7 @@ class TritonPythonModel:
     """What Triton calls. Responses go out later, from the bridge's sender thread."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        settings = stub.begin()
+        settings = stub.begin(args["model_name"])
         try:
             # config.pbtxt says which of the two models this is.
             parameters = json.loads(args["model_config"]).get("parameters", {})

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Iterable
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from tidewright import logs
 from tidewright.config import Settings
 from tidewright.errors import InvalidRequestError
 from tidewright.parent_death import exit_with_parent
@@ -19,15 +18,11 @@ MAX_ELEMENTS = 1 << 24  # of a tensor: more than any model's context
 _ERROR_CODES: dict[FinishReason, str] = {"invalid": "INVALID_ARG", "cancelled": "CANCELLED"}
 
 
-def begin() -> Settings:
+def begin(model: str) -> Settings:
     """For the beginning of `initialize`."""
     exit_with_parent()
     settings = Settings()
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    logs.set_up(model, settings.log_format, settings.log_level)
     return settings
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tidewright.logs import bounded
 from tidewright.resilience.degradation import Route
 from tidewright_gateway.admission.limits import Reservation
 from tidewright_gateway.admission.limits.store import LimitName
@@ -18,6 +19,8 @@ from tidewright_gateway.openai.fields import FieldPolicy
 from tidewright_gateway.openai.wording import Wording
 from tidewright_gateway.replicas.failover import Generation
 from tidewright_gateway.replicas.triton import Reply
+
+_MAX_MODEL, _MAX_REPLICAS = 128, 64
 
 
 @dataclass(eq=False)
@@ -31,6 +34,8 @@ class RequestContext:
     """Its answer, and an error, have the form of Anthropic's API."""
     arrived_at: float = field(default_factory=time.monotonic)
 
+    model: str | None = None
+    """That it asks for."""
     caller: Caller = ANONYMOUS
     """Valid once the request is authenticated."""
     reservation: Reservation = field(default_factory=lambda: Reservation(""))
@@ -68,6 +73,8 @@ class RequestContext:
     """Seconds."""
     last_token_after: float = 0.0
     """Seconds, of the last that has come so far."""
+    queued_for: float | None = None
+    """Seconds; the longest of its generations."""
     ended_by: ApiError | None = None
     """Why the gateway ended it, if it did."""
     error: ApiError | None = None
@@ -125,22 +132,35 @@ class RequestContext:
     @property
     def facts(self) -> dict[str, Any]:
         """For the access log."""
-        found: dict[str, Any] = {"key_id": self.caller.key_id}
+        found: dict[str, Any] = self.log_fields
+        if self.model is not None:
+            found["model"] = bounded(self.model, _MAX_MODEL)
         if self.generations:
+            replicas = [address for generation in self.generations for address in generation.served_by]
             found |= {
                 "prompt_tokens": self.num_prompt_tokens,
                 "completion_tokens": self.num_tokens,
+                "queue_seconds": self.queued_for and round(self.queued_for, 4),
                 "first_token_seconds": self.first_token_after and round(self.first_token_after, 4),
                 "cache": [state.value for state in self.cache_states],
                 "served_by": self.served_by if self.models else None,
-                "replicas": [address for generation in self.generations for address in generation.served_by],
+                "replicas": replicas,
+                "attempts": len(replicas),
             }
+            if len(replicas) > _MAX_REPLICAS:
+                found["replicas"] = sorted(set(replicas))[:_MAX_REPLICAS]
             if self.generations[0].embeds:  # there may be thousands
                 found["replicas"] = sorted(set(found["replicas"]))
-        if self.limited_by:
-            found["limited_by"] = self.limited_by
+        if limit := self.limited_by or (self.error and self.error.limit):
+            found["limited_by"] = limit
         if self.error:
             found["error"] = self.error.code
-            if self.error.limit:
-                found["refused_by"] = self.error.limit
+        return found
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """For all logs."""
+        found: dict[str, Any] = {"request_id": self.request_id, "trace_id": self.trace.trace_id}
+        if self.caller is not ANONYMOUS:  # else it is not known, or nobody needs a key
+            found["key_id"] = self.caller.key_id
         return found

@@ -110,6 +110,7 @@ class Pipeline:
             policy = context.ignored_fields
             policy.ignores_unknown = self._settings.unknown_fields == "ignore"
             request = parse(kind, body, self._failover.max_model_len, self._settings.max_choices, policy)
+            context.model = request.model
             self.check_model(request.model)
             yield request
         except asyncio.CancelledError:
@@ -315,7 +316,9 @@ class Pipeline:
         except ModelError as error:
             raise (timed_out(error) if generation.deadline.expired(time.monotonic()) else error) from None
         finally:
-            self.metrics.queued(priority_class(priority), time.monotonic() - began)
+            waited = time.monotonic() - began
+            self.metrics.queued(priority_class(priority), waited)
+            context.queued_for = max(context.queued_for or 0.0, waited)
         try:
             async with aclosing(self._failover.generate(generation, context.route)) as replies:
                 async for reply in replies:

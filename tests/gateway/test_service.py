@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import msgspec
 import pytest
 
 from helpers.echo_replica import EchoReplica
-from helpers.gateway import RunningGateway
+from helpers.gateway import MODEL, RunningGateway
 from tidewright_gateway.auth.callers import Limits, Role
 from tidewright_gateway.auth.keys import KeyEntry, make_key
 from tidewright_gateway.auth.stores import open_store
@@ -175,14 +176,21 @@ def test_a_request_is_logged_with_what_it_used_and_is_part_of_its_trace(clients:
         "plain", prompt="Log", headers={"traceparent": f"00-{trace}-00f067aa0ba902b7-01", "X-Request-Id": "me"}
     )
     line = clients.logged(answer)
-    assert 0 < line.pop("first_token_seconds") <= line.pop("seconds")
-    assert line.pop("time")
+    assert 0 <= line.pop("queue_seconds") <= line.pop("first_token_seconds") <= line.pop("seconds")
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line.pop("time"))
+    assert line.pop("pid") == clients.gateway.process.pid
     usage = answer.json()["usage"]
     assert line == {
+        "level": "info",
+        "process": "gateway",
+        "event": "request",
+        "message": "POST /v1/completions 200",
+        "client": "127.0.0.1",
         "request_id": "me",
         "trace_id": trace,
         "method": "POST",
         "path": "/v1/completions",
+        "endpoint": "/v1/completions",
         "status": 200,
         "key_id": "plain",
         "prompt_tokens": usage["prompt_tokens"],
@@ -190,6 +198,8 @@ def test_a_request_is_logged_with_what_it_used_and_is_part_of_its_trace(clients:
         "cache": ["MISS"],
         "served_by": "decoder",
         "replicas": [clients.replica.grpc_url],
+        "attempts": 1,
+        "model": MODEL,
     }
     assert clients.replica.metadata[-1]["traceparent"].startswith(f"00-{trace}-")
 
@@ -204,7 +214,12 @@ def test_limits_are_told_reserved_and_settled(clients: Clients) -> None:
     refused = clients.post("few", max_tokens=60)
     assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
     assert int(refused.headers["Retry-After"]) > 10
-    assert clients.logged(refused)["error"] == "rate_limit_exceeded"
+    line = clients.logged(refused)
+    assert (line["event"], line["error"], line["limited_by"]) == (
+        "request_refused",
+        "rate_limit_exceeded",
+        "tokens_per_minute",
+    )
     never = clients.post("few", max_tokens=101)
     assert (never.status_code, never.headers["X-Should-Retry"]) == (429, "false")
     assert "lower max_tokens" in never.json()["error"]["message"]

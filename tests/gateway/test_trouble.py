@@ -17,6 +17,6 @@ def test_each_change_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
         ("ERROR", "waiting: gone"),
         ("ERROR", "waiting: refuses"),
-        ("WARNING", "all is well again"),
+        ("INFO", "all is well again"),
         ("ERROR", "waiting: gone"),
     ]

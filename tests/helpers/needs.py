@@ -22,6 +22,7 @@ MARKS = {
     "gateway": "starts a gateway process",
     "redis": "starts a redis-server",
     "browser": "starts a Chromium",
+    "rsyslog": "starts an rsyslogd",
     "hosts": "makes network namespaces",
     "clients": "runs a client of other people",
     "slow": "makes an environment that takes minutes; only `make test-clients` runs it",

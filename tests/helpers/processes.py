@@ -75,7 +75,7 @@ class Serve:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.log += line
-            if "Ctrl-C stops" in line:
+            if "Ctrl-C stops" in line or '"event":"ready"' in line:
                 self.family = psutil.Process(self.process.pid).children(recursive=True)
                 return
         raise AssertionError(f"serve ended: {self.log}")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from tidewright.bridge.call import Call
 from tidewright.bridge.statistics import RequestStatistics
 from tidewright.engine.messages import SequenceOutput
 from tidewright.errors import CancelledError
+from tidewright.logs import event
 from tidewright.schema import FinishReason
+
+log = logging.getLogger(__name__)
 
 
 class Answers:
@@ -20,6 +24,7 @@ class Answers:
     def ended(self, call: Call, reason: FinishReason, since_arrival: float | None = None) -> None:
         if not call.abandoned:  # else it was counted then
             self._statistics.finished(reason, since_arrival)
+            log.debug("ended: %s", reason, extra=event("request_ended", request_id=call.client_id or None))
 
     def answer(self, call: Call, arrived: list[list[SequenceOutput]]) -> FinishReason | None:
         """Send what there is to send of one call; why it is over, None if it goes on."""

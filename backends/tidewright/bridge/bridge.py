@@ -37,6 +37,7 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
+from tidewright.logs import event
 from tidewright.schema import DRAINING, STUCK, DecoderStatus, attempt_of
 from tidewright.tokenization import Tokenizer
 
@@ -242,6 +243,7 @@ class Bridge:
             self._calls[call] = None
             self._parts.update((part.request_id, part) for part in call.parts)
             self._changed.notify_all()
+        log.debug("received", extra=event("request_received", request_id=client_id or None))
         for part in call.parts:
             self._feeder.submit(part)
 

@@ -36,6 +36,7 @@ from tidewright.engine.messages import (
     encode,
 )
 from tidewright.errors import EngineUnavailableError
+from tidewright.logs import event
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +196,8 @@ class EngineClient:
                     break  # a first start that fails is for the operator, not for a retry
                 if time.monotonic() - started > LONGEST_BACKOFF:
                     backoff = FIRST_BACKOFF
-                log.error("engine lost: %s; starting it again in %.1f s", self._cause, backoff)
+                extra = event("engine_died", cause=self._cause)
+                log.error("engine lost: %s; starting it again in %.1f s", self._cause, backoff, extra=extra)
                 self._stopping.wait(backoff)
                 backoff = min(2 * backoff, LONGEST_BACKOFF)
                 self.restarts += 1
@@ -256,7 +258,8 @@ class EngineClient:
         try:
             self._standby = self._start_process()
         except EngineStartError as error:
-            log.warning("no engine can stand by: %s; trying again in %g s", error, STANDBY_RETRY)
+            extra = event("engine_start_failed")
+            log.warning("no engine can stand by: %s; trying again in %g s", error, STANDBY_RETRY, extra=extra)
 
     def _drop_standby(self) -> None:
         standby, self._standby = self._standby, None
@@ -321,7 +324,9 @@ class EngineClient:
                 self._report(self._events.up, message)
                 self._came_up = True
                 self._first_start_over.set()
-                log.info("engine %d ready: %d KV blocks on %s", message.pid, message.num_blocks, message.device)
+                extra = event("engine_restarted" if self.restarts else "engine_ready", engine_pid=message.pid)
+                what = message.pid, message.num_blocks, message.device
+                log.info("engine %d ready: %d KV blocks on %s", *what, extra=extra)
 
     def _end_process(self) -> str:
         """Make sure that the process is gone; return how it ended."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from multiprocessing.connection import Connection
@@ -10,6 +9,7 @@ from typing import NoReturn, TypeVar
 
 import msgspec
 
+from tidewright import logs
 from tidewright.engine.messages import Begin, Configure, Failed, ToEngine, decode_to_engine, encode
 from tidewright.engine.ranks import RankError, Ranks
 from tidewright.engine.torch_import import importing_torch
@@ -21,7 +21,7 @@ def main() -> NoReturn:
 
 
 def _run() -> int:
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
+    logs.set_up_child("spare_engine")
     # The end of the socket also tells that the bridge died, but not while a step holds the interpreter.
     signal_on_parent_death(signal.SIGKILL)
     # Ctrl-C reaches the whole process group; when the engine ends is for its supervisor to say.
@@ -38,6 +38,7 @@ def _run() -> int:
             from tidewright.engine.process import EngineProcess
 
         _expect(Begin, connection)
+        logs.rename("fallback_engine" if config.is_onnx else "engine")
         if config.nodes > 1:
             ranks = Ranks(config)
         return EngineProcess(connection).run(config, ranks)

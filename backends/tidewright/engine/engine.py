@@ -20,6 +20,7 @@ from tidewright.engine.runner import EngineConfigError, Runner
 from tidewright.engine.scheduler import RequestRefusedError, Scheduler, SchedulerConfig
 from tidewright.engine.sequence import Sequence
 from tidewright.kv_cache.block_pool import BlockPool
+from tidewright.logs import event
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Engine:
         try:
             self.scheduler.add(make_sequence(request))
         except RequestRefusedError as error:
-            log.warning("request %d refused: %s", request.request_id, error)
+            log.debug("request %d refused: %s", request.request_id, error, extra=event("request_refused"))
             return SequenceOutput(request.request_id, [], error.reason, message=str(error))
         except Exception as error:
             log.exception("request %d could not be taken", request.request_id)

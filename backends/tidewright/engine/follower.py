@@ -38,6 +38,6 @@ class Follower:
                 self._scheduler.abort(entry.request_id)
         self._plan = self._scheduler.schedule(step.pace)
         if plan_checksum(self._plan) != step.checksum:
-            log.error("this rank's plan, where rank 0 has another: %s", self._plan)
+            log.error("this rank's plan, where rank 0 has another: %s", self._plan.summary)
             raise PlanMismatchError("it made another plan than rank 0; both are in the log")
         self._runner.run(self._plan)

@@ -54,6 +54,16 @@ class StepPlan:
     sequences: tuple[ScheduledSequence, ...]
     ended: tuple[int, ...] = ()  # requests that ended since the last plan: state kept for them can go
 
+    @property
+    def summary(self) -> str:
+        """For logs: without tokens, which are their callers'."""
+        sequences = (
+            f"request {one.request_id}: {one.count} tokens from {one.start}, {len(one.draws)} draws, "
+            f"blocks {list(one.block_table)}"
+            for one in self.sequences
+        )
+        return f"{'; '.join(sequences)}; ended {list(self.ended)}"
+
 
 @dataclass(frozen=True)
 class DrawnToken:

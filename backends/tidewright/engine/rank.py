@@ -20,7 +20,7 @@ from typing import NoReturn
 
 import msgspec
 
-from tidewright import __version__
+from tidewright import __version__, logs
 from tidewright.distributed.fingerprint import model_fingerprint
 from tidewright.engine.messages import encode
 from tidewright.engine.rank_messages import (
@@ -101,7 +101,7 @@ class Rank:
             while True:
                 message = decode_from_leader(self._connection.recv_bytes())
                 if isinstance(message, Refused):
-                    log.error("rank 0 refuses this rank: %s", message.message)
+                    log.error("rank 0 refuses this rank: %s", message.message, extra=logs.event("rank_lost"))
                     os._exit(REFUSED)  # at once: next comes the end of the connection
                 self._inbox.put(message)
         except (EOFError, ConnectionError):
@@ -124,7 +124,7 @@ def main() -> NoReturn:
 
 def _run() -> int:
     address, rank, local_rank, model_dir, *shared = sys.argv[1:]
-    logging.basicConfig(stream=sys.stderr, format=f"%(asctime)s rank {rank} %(levelname)s %(message)s")
+    logs.set_up_child(f"rank{rank}")
     signal_on_parent_death(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # when the ranks end is for rank 0 to say
     host, _, port = address.rpartition(":")

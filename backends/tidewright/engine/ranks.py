@@ -251,7 +251,7 @@ class Ranks:
                         self._pongs[ranks[ready]] = message.number
                         self._answered.notify_all()
                 elif isinstance(message, Failed):
-                    log.error("rank 0's plan of the step: %s", self._plan)
+                    log.error("rank 0's plan of the step: %s", self._plan.summary if self._plan else "none yet")
                     on_lost(f"rank {ranks[ready]}: {message.message}")
                     return
 

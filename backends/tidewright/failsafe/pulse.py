@@ -12,6 +12,7 @@ import msgspec
 
 from tidewright.failsafe.models import Control
 from tidewright.failsafe.stub_process import StubProcess
+from tidewright.logs import event
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import DecoderStatus
@@ -140,9 +141,9 @@ class Pulse:
         if found and before and found.kind is before.kind:
             found = Trouble(found.kind, min(found.since, before.since), found.cause)
         elif found:
-            log.warning("decoder: %s (%s)", found.kind.label, found.cause)
+            log.warning("decoder: %s (%s)", found.kind.label, found.cause, extra=event("decoder_trouble"))
         elif before:
-            log.warning("decoder: well again")
+            log.info("decoder: well again", extra=event("decoder_recovered"))
         self.trouble = found
 
     def _of_status(self, status: DecoderStatus) -> Trouble | None:

@@ -75,7 +75,7 @@ def build() -> Path:
 
 
 def _compile(compiler: list[str], flags: tuple[str, ...], sources: list[Path], openmp: Path, library: Path) -> None:
-    logger.warning("compiling the CPU kernels for this processor; only the first start does this, some 10 s")
+    logger.info("compiling the CPU kernels for this processor; only the first start does this, some 10 s")
     # Built beside its place and then renamed, so that another process sees all of it or nothing.
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         objects = []

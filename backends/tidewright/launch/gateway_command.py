@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import click
 import yaml
+from rich.markup import escape
 
+from tidewright.launch.errors import LaunchError
 from tidewright.launch.options import grouped, settings_from, settings_options
+from tidewright.launch.terminal import Terminal
 from tidewright_gateway.config import CONFIG_FILE_VARIABLE, GROUPS, GatewaySettings
 
 
@@ -37,8 +41,13 @@ def gateway(config: str | None, print_config: bool, **flags: str | None) -> None
         click.echo(yaml.safe_dump(settings.in_groups(), sort_keys=False), nl=False)
         return
     try:
-        serve(settings, announce=lambda text: click.echo(text, err=True))
-    except SetupError as error:
+        terminal = Terminal("gateway", settings.log_format, settings.log_level, settings.log_file)
+    except LaunchError as error:
         raise click.ClickException(str(error)) from None
+    try:
+        serve(settings, announce=lambda text: terminal.say(text, "gateway_ready"))
+    except SetupError as error:
+        terminal.fail(str(error), "start_failed", markup=f"Error: {escape(str(error))}")
+        sys.exit(1)
     except KeyboardInterrupt:  # uvicorn raises it again when it has ended everything
         pass

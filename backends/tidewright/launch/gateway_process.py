@@ -43,6 +43,8 @@ class GatewayProcess(ChildProcess):
             "TIDEWRIGHT_GATEWAY_FALLBACK": str(bool(settings.fallback)),
             "TIDEWRIGHT_GATEWAY_SHUTDOWN_GRACE": str(settings.shutdown_grace),
             "TIDEWRIGHT_GATEWAY_LOG_LEVEL": settings.log_level,
+            "TIDEWRIGHT_GATEWAY_LOG_FORMAT": settings.log_format,
+            "TIDEWRIGHT_GATEWAY_LOG_FILE": settings.log_file,
         }
 
     def start(self) -> None:

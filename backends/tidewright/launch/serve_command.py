@@ -11,7 +11,6 @@ import types
 from pathlib import Path
 
 import click
-from rich.console import Console
 from rich.markup import escape
 
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
@@ -22,6 +21,7 @@ from tidewright.launch.gateway_process import GatewayProcess
 from tidewright.launch.options import settings_from, settings_options
 from tidewright.launch.prepare import prepare
 from tidewright.launch.server import TritonServer
+from tidewright.launch.terminal import Terminal
 from tidewright.launch.watchdog import Watchdog
 
 
@@ -63,17 +63,22 @@ def serve(config: str | None, **flags: str | None) -> None:
       tidewright serve --model ./my-model --dtype float32 --http-port 9000
       TIDEWRIGHT_KV_CACHE_MEMORY=4GiB tidewright serve --config serving.yaml
     """
-    console = Console(stderr=True)
     if config:
         os.environ[CONFIG_FILE_VARIABLE] = config
-    sys.exit(_run(settings_from(Settings, flags), console))
+    settings = settings_from(Settings, flags)
+    try:
+        terminal = Terminal("serve", settings.log_format, settings.log_level, settings.log_file)
+    except LaunchError as error:
+        raise click.ClickException(str(error)) from None
+    sys.exit(_run(settings, terminal))
 
 
-def _run(settings: Settings, console: Console) -> int:
+def _run(settings: Settings, terminal: Terminal) -> int:
     signals = _StopSignals()
     signals.install()
     server: TritonServer | None = None
     gateway: GatewayProcess | None = None
+    console = terminal.console
     try:
         started = time.monotonic()
         model_dir = prepare(settings.model, console)
@@ -83,25 +88,27 @@ def _run(settings: Settings, console: Console) -> int:
             settings = settings.model_copy(update={"fallback": str(folder)})
         if settings.gateway_port:
             gateway = GatewayProcess(settings, model_dir)
-        server = TritonServer(settings, model_dir)
+        server = TritonServer(settings, model_dir, terminal.handler)
         with console.status("Starting Triton and loading the model"):
             server.start()
             server.wait_ready()
             if gateway:
                 gateway.start()
                 gateway.wait_ready()
-        _print_welcome(console, server, gateway, time.monotonic() - started)
-        if Watchdog(server, gateway, lambda text: console.print(f"[yellow]{escape(text)}[/]", soft_wrap=True)).run():
+        _welcome(terminal, server, gateway, time.monotonic() - started)
+        if Watchdog(server, gateway, lambda text: terminal.warn(text, "watchdog")).run():
             raise _Stopped
-        console.print("[red]tritonserver does not stay well[/]; see its log above")
+        text = "tritonserver does not stay well; see its log above"
+        terminal.fail(text, "gave_up", markup="[red]tritonserver does not stay well[/]; see its log above")
         return server.exit_code or 1
     except LaunchError as error:
-        console.print(f"[red]Error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        terminal.fail(str(error), "start_failed")
         return 1
     except _Stopped:
         if server is not None and server.ready:
             grace = settings.shutdown_grace
-            console.print(f"\nStopping. Running requests get up to {grace:g} s to finish; Ctrl-C again to stop now.")
+            text = f"Stopping. Running requests get up to {grace:g} s to finish; Ctrl-C again to stop now."
+            terminal.say(text, "stopping", markup=f"\n{text}")
             if gateway:
                 gateway.drain()
             server.stop(grace, signals.hurry)
@@ -113,7 +120,7 @@ def _run(settings: Settings, console: Console) -> int:
             server.kill()
 
 
-def _print_welcome(console: Console, server: TritonServer, gateway: GatewayProcess | None, seconds: float) -> None:
+def _welcome(terminal: Terminal, server: TritonServer, gateway: GatewayProcess | None, seconds: float) -> None:
     settings, url = server.settings, server.http_url
     embeds, talk = settings.task == "embed", ""
     if gateway and embeds:
@@ -122,8 +129,7 @@ def _print_welcome(console: Console, server: TritonServer, gateway: GatewayProce
     elif gateway:
         body = f'{{"model": "{gateway.model_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         talk = f"  curl {gateway.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
-    console.print(f"[green]Ready[/] after {seconds:.1f} s: {settings.model}", highlight=False)
-    console.print(
+    markup = f"[green]Ready[/] after {seconds:.1f} s: {escape(settings.model)}\n" + escape(
         (
             f"  gateway {gateway.url}/v1 (OpenAI's API, model {gateway.model_name}); to read: {gateway.url}/docs\n"
             + ("" if embeds else f"  chat    {gateway.url}/\n")
@@ -134,11 +140,10 @@ def _print_welcome(console: Console, server: TritonServer, gateway: GatewayProce
         f"  gRPC    {settings.host}:{settings.grpc_port}\n"
         f"  metrics http://{settings.host}:{settings.metrics_port}/metrics\n"
         "Try:\n"
-        f"{talk}{_examples(url, embeds)}Ctrl-C stops.",
-        highlight=False,
-        soft_wrap=True,
-        markup=False,
+        f"{talk}{_examples(url, embeds)}Ctrl-C stops."
     )
+    addresses = {"gateway": gateway and gateway.url, "http": url, "grpc": f"{settings.host}:{settings.grpc_port}"}
+    terminal.say(f"Ready after {seconds:.1f} s: {settings.model}", "ready", markup=markup, **addresses)
 
 
 def _examples(url: str, embeds: bool) -> str:

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import psutil
 
@@ -26,6 +26,8 @@ from tidewright.launch.control import NoAnswerError, Question, UnreachableError,
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.leftovers import Leftovers, remove_those_of_the_dead
 from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
+from tidewright.logs import LogHandler, LogLevel, open_handler
+from tidewright.logs.relay import MAX_LINE, structured
 from tidewright.schema import EMBED, EMBEDDING
 
 IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figure lags by up to 0.25 s
@@ -55,8 +57,10 @@ class TritonServer(ChildProcess):
     Used as: `start()`, `wait_ready()`, and in any case `stop()`.
     """
 
-    def __init__(self, settings: Settings, model_dir: Path) -> None:
+    def __init__(self, settings: Settings, model_dir: Path, log: LogHandler | None = None) -> None:
+        """`log`: where the lines of tritonserver and of all below it go; None for standard error."""
         super().__init__()
+        self._log = log or open_handler("")
         self.settings = settings.model_copy(update={"model": str(model_dir)})
         self.log_tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self.ready = False
@@ -198,7 +202,7 @@ class TritonServer(ChildProcess):
     def _command(self, binary: Path, backends: Path) -> list[str]:
         assert self._leftovers is not None
         settings, repositories = self.settings, _repositories()
-        shown = ["info", "warning", "error"].index(settings.log_level)
+        shown = get_args(LogLevel).index(settings.log_level)  # what Triton calls info is for debugging
         return [
             str(binary),
             f"--backend-directory={backends}",
@@ -217,7 +221,7 @@ class TritonServer(ChildProcess):
             f"--exit-timeout-secs={math.ceil(settings.shutdown_grace + ANSWER_TIME + 1)}",
             f"--backend-config=python,shm-region-prefix-name={self._leftovers.region_prefix}",
             f"--log-info={int(shown == 0)}",
-            f"--log-warning={int(shown <= 1)}",
+            f"--log-warning={int(shown <= 2)}",
         ]
 
     def _environment(self) -> dict[str, str]:
@@ -233,17 +237,19 @@ class TritonServer(ChildProcess):
         return environment
 
     def _pump_log(self) -> None:
-        """Keep the last lines of Triton's log; once it is up, pass every line on."""
+        """Keep the last lines of Triton's log, and pass them on: to a terminal, once it is up."""
+        settings = self.settings
+        is_json, pid = settings.log_format == "json", self.pid or 0
+        always = is_json or settings.log_file or settings.log_level == "debug"
         assert self._process is not None
         assert self._process.stdout is not None
-        for line in self._process.stdout:
-            text = line.decode(errors="replace")
-            self.log_tail.append(text)
-            if self.ready or self.settings.log_level == "info":
-                # Whoever reads our log may be gone; if nobody emptied its pipe, Triton would wait for ever.
-                with contextlib.suppress(OSError, ValueError):
-                    sys.stderr.write(text)
-                    sys.stderr.flush()
+        output = self._process.stdout
+        # Whoever reads our log may be gone; if nobody emptied this pipe, Triton would wait for ever.
+        for line in iter(lambda: output.readline(MAX_LINE), b""):
+            text = line.decode(errors="replace").rstrip("\r\n")
+            self.log_tail.append(f"{text}\n")
+            if self.ready or always:
+                self._log.write_line(structured(text, pid) if is_json else text)
 
     @property
     def _start_error(self) -> Path:

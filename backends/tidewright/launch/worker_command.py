@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
 import types
+from typing import get_args
 
 import click
-from rich.console import Console
+from rich.markup import escape
 
+from tidewright import logs
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.engine.messages import parse_rendezvous
 from tidewright.engine.rank import REFUSED, UNREACHABLE
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.prepare import prepare
+from tidewright.launch.terminal import Terminal
 
 FIRST_WAIT, LONGEST_WAIT = 0.2, 5.0  # seconds until the ranks are started again
 POLL_INTERVAL = 0.05  # seconds
@@ -34,7 +38,25 @@ class _Stopped(BaseException):
 )
 @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Ranks of this host: its GPUs.")
 @click.option("--model", default=EMBEDDED_MODEL, show_default=True, help="As given to `tidewright serve`.")
-def worker(rendezvous: str, node_rank: int, ranks: int, model: str) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(get_args(logs.LogFormat)),
+    default="text",
+    show_default=True,
+    envvar=logs.FORMAT_VARIABLE,
+    help="Format of log lines: text, or one JSON object each.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(get_args(logs.LogLevel)),
+    default="info",
+    show_default=True,
+    envvar=logs.LEVEL_VARIABLE,
+    help="Minimum log level.",
+)
+def worker(
+    rendezvous: str, node_rank: int, ranks: int, model: str, log_format: logs.LogFormat, log_level: logs.LogLevel
+) -> None:
     """Compute a share of a model that another host serves, until Ctrl-C.
 
     Waits for the serving host, joins it, and does so again whenever it was lost. All hosts need the same version of
@@ -52,13 +74,15 @@ def worker(rendezvous: str, node_rank: int, ranks: int, model: str) -> None:
         raise click.BadParameter(str(error), param_hint="--rendezvous") from None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _stop)
-    console = Console(stderr=True)
+    terminal = Terminal("worker", log_format, log_level)
+    os.environ.update({logs.FORMAT_VARIABLE: log_format, logs.LEVEL_VARIABLE: log_level})
     try:
-        folder = prepare(model, console)
-        _say(console, f"Waiting for rank 0 at {rendezvous}. Ctrl-C stops.")
-        _run(rendezvous, range(node_rank * ranks, (node_rank + 1) * ranks), str(folder), console)
+        folder = prepare(model, terminal.console)
+        terminal.say(f"Waiting for rank 0 at {rendezvous}. Ctrl-C stops.", "note")
+        _run(rendezvous, range(node_rank * ranks, (node_rank + 1) * ranks), str(folder), terminal)
     except LaunchError as error:
-        raise click.ClickException(str(error)) from None
+        terminal.fail(str(error), "start_failed", markup=f"Error: {escape(str(error))}")
+        sys.exit(1)
     except _Stopped:
         sys.exit(0)
 
@@ -67,24 +91,24 @@ def _stop(number: int, frame: types.FrameType | None) -> None:
     raise _Stopped
 
 
-def _run(rendezvous: str, ranks: range, folder: str, console: Console) -> None:
+def _run(rendezvous: str, ranks: range, folder: str, terminal: Terminal) -> None:
     """Starts the ranks again and again, together: one alone can't go on."""
     wait = FIRST_WAIT
     while True:
-        _await_rank_0(rendezvous, console)
+        _await_rank_0(rendezvous, terminal)
         started = time.monotonic()
         code = _run_once(rendezvous, ranks, folder)
         if code == REFUSED:
             raise LaunchError("rank 0 refused a rank of this host; the line above says why")
         if code != UNREACHABLE:
-            _say(console, "The group has ended; waiting for the next one.")
+            terminal.say("The group has ended; waiting for the next one.", "rank_lost")
         if time.monotonic() - started > 10 * LONGEST_WAIT:
             wait = FIRST_WAIT
         time.sleep(wait)
         wait = min(2 * wait, LONGEST_WAIT)
 
 
-def _await_rank_0(rendezvous: str, console: Console) -> None:
+def _await_rank_0(rendezvous: str, terminal: Terminal) -> None:
     """Until somebody listens there; says once what is in the way. That nobody listens yet is not worth a word."""
     address, known = parse_rendezvous(rendezvous), set[str]()
     while True:
@@ -96,13 +120,9 @@ def _await_rank_0(rendezvous: str, console: Console) -> None:
         except OSError as error:
             problem = error.strerror or str(error)
             if problem not in known:  # silence and "no route" come by turns
-                _say(console, f"Can't reach rank 0 at {rendezvous}: {problem}. Trying until it works.")
+                terminal.say(f"Can't reach rank 0 at {rendezvous}: {problem}. Trying until it works.", "rank_lost")
             known.add(problem)
         time.sleep(KNOCK_INTERVAL)
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def _run_once(rendezvous: str, ranks: range, folder: str) -> int:

@@ -32,6 +32,7 @@ class ModelError(Exception):
         super().__init__(text if known else message)
         if known and KILLS_ENGINES in text:
             known = Outcome.ENGINE_KILLED
+        self.limit = limit
         self.outcome = outcome or known or (Outcome.STUB_DIED if "Stub process" in message else Outcome.UNAVAILABLE)
 
     @property

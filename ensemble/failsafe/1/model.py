@@ -47,7 +47,7 @@ KEEP = 5.0  # seconds
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        settings = stub.begin()
+        settings = stub.begin(args["model_name"])
         self._failsafe = Failsafe(settings, _control)
         self._translator = translator(settings)
         self._started = False

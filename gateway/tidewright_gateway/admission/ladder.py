@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 
+from tidewright.logs import event
 from tidewright.resilience.degradation import Degradation, Ladder, Level, Load, Route, Treatment, treatment
 from tidewright_gateway.admission.queue import Queue
 from tidewright_gateway.config import GatewaySettings
@@ -51,7 +52,14 @@ class LoadLadder:
         )
         if self._now != before:
             reasons = ", ".join(self._now.reasons) or "calm"
-            log.warning("degradation: %s (%s)", self._now.level.name.lower().replace("_", " "), reasons)
+            is_worse = self._now.level > before.level
+            log.log(
+                logging.WARNING if is_worse else logging.INFO,
+                "degradation: %s (%s)",
+                self._now.level.name.lower().replace("_", " "),
+                reasons,
+                extra=event("degradation" if is_worse else "degradation_lifted"),
+            )
             self._metrics.degraded(self._now.level, {signal: signal in self._now.reasons for signal in SIGNALS})
 
     def treatment(self, max_tokens: int, is_guided: bool) -> Treatment:

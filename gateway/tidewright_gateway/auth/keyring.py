@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from tidewright.logs import event
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.auth.errors import WRONG, unauthorized
 from tidewright_gateway.auth.keys import KeyEntry, fits, split_key
 from tidewright_gateway.auth.stores import KeyStore
-from tidewright_gateway.trouble import Trouble
+from tidewright_gateway.trouble import KEYS, Trouble
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ class Keyring:
         self._store = store
         self._entries: dict[str, KeyEntry] = {}
         over, effect = f"keys are loaded from {store.name} again", "keeping the previously loaded keys: "
-        self._trouble = Trouble(log, over, effect)
+        self._trouble = Trouble(log, over, effect, KEYS)
         self._polling: asyncio.Task[None] | None = None
         if found := store.read():
             self._put(*found)
@@ -71,8 +72,11 @@ class Keyring:
         for key_id in outdated:
             if not (known := self._entries.get(key_id)) or not known.is_outdated:
                 log.error(
-                    "the key %s is of an older version and is refused: `tidewright keys rotate %s`", key_id, key_id
+                    "the key %s is of an older version and is refused: `tidewright keys rotate %s`",
+                    key_id,
+                    key_id,
+                    extra=event("key_rejected", key_id=key_id),
                 )
         for fault in faults:
-            log.error("rejecting a key with an invalid entry: %s", fault)
+            log.error("rejecting a key with an invalid entry: %s", fault, extra=event("key_rejected"))
         self._entries = entries

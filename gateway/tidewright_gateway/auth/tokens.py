@@ -17,7 +17,7 @@ from cachetools import LRUCache
 
 from tidewright_gateway.auth.callers import Caller, Role
 from tidewright_gateway.auth.errors import WRONG, AuthSetupError, unauthorized
-from tidewright_gateway.trouble import Trouble
+from tidewright_gateway.trouble import KEYS, Trouble
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class TokenChecker:
         self._jwks, self._issuer, self._audience, self._role_claim = jwks, issuer, audience, role_claim
         self._keys = _fetch(jwks)
         self._fetched_at = time.monotonic()
-        self._trouble = Trouble(log, "JWT keys are loaded again", "keeping the previously loaded JWT keys: ")
+        self._trouble = Trouble(log, "JWT keys are loaded again", "keeping the previously loaded JWT keys: ", KEYS)
         # Tokens that were verified, by their hash, and until when they are valid.
         self._known: LRUCache[bytes, tuple[Caller, float]] = LRUCache(MOST_KNOWN)
         self._fetching: asyncio.Task[None] | None = None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import BaseModel, Field
+
+from tidewright.logs.setup import LogFormat, LogLevel
 
 
 class ObservabilitySettings(BaseModel):
     access_log: str = Field(
         "", description="File for the access log, one JSON object per request; - for standard output. Empty: none."
     )
-    log_level: Literal["info", "warning", "error"] = Field("warning", description="Minimum log level.")
+    log_level: LogLevel = Field("info", description="Minimum log level; debug has lines for each request.")
+    log_format: LogFormat = Field("text", description="Format of log lines: text, or one JSON object each.")
+    log_file: str = Field("", description="File for the log, which may be rotated. Empty: standard error.")
     busiest_keys: int = Field(
         20, ge=1, le=1000, description="Maximum number of API keys with metrics of their own; the others are summed."
     )

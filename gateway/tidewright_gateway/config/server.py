@@ -27,6 +27,11 @@ class ServerSettings(BaseModel):
         description="Comma-separated host names accepted in the Host header, in addition to `host` and the loopback "
         "names. Empty: any if keys are required, none otherwise.",
     )
+    trusted_proxies: str = Field(
+        "",
+        description="Comma-separated addresses or networks of proxies whose X-Forwarded-For names the client in the "
+        "access log. Empty: none, the log has the connection's address.",
+    )
     cors_origins: str = Field(
         "", description="Comma-separated origins whose pages may call the API from a browser; * for all. Empty: none."
     )

@@ -15,11 +15,10 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from tidewright import __version__
+from tidewright import __version__, logs
 from tidewright.cache import find_prepared, prepared_at
 from tidewright.tokenization import Tokenizer
 from tidewright_gateway.admission.ladder import LoadLadder
@@ -31,6 +30,7 @@ from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.http import certificates
 from tidewright_gateway.http.authentication import Authentication
 from tidewright_gateway.http.connection import PatientProtocol
+from tidewright_gateway.http.cors import LoggedCors
 from tidewright_gateway.http.fast_path import FastPath
 from tidewright_gateway.http.hosts import Hosts
 from tidewright_gateway.http.middleware import Middleware
@@ -70,6 +70,7 @@ def make_app(
     """
     metrics, hosts = Metrics(settings.model_name, settings.busiest_keys), Hosts(settings)
     tracer = Tracer(settings.trace_sample_ratio, settings.trace_callers)
+    logs.on_dropped(metrics.log_lines_dropped)
     authenticator = Authenticator(settings)
     folder = find_prepared(settings.model)
     tokenizer = Tokenizer(folder)
@@ -142,7 +143,7 @@ def make_app(
     made: ASGIApp = FastPath(Authentication(app, authenticator), fast.routes, query)
     made = Middleware(made, hosts, tracer, metrics, settings.max_body, _post_paths(routers))
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
-        made = CORSMiddleware(
+        made = LoggedCors(
             made,
             allow_origins=origins,
             allow_methods=["GET", "POST", "DELETE"],

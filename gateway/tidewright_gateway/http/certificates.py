@@ -14,6 +14,8 @@ from typing import Any
 
 from cryptography import x509
 
+from tidewright.logs import event
+
 log = logging.getLogger(__name__)
 
 INTERVAL = 5.0  # seconds between two checks of the files
@@ -55,9 +57,10 @@ async def watch(certificate: str, key: str) -> None:
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
             for context in _contexts:
                 context.load_cert_chain(certificate, key, password="")
-            log.info("reloaded the certificate from %s", certificate)
+            log.info("reloaded the certificate from %s", certificate, extra=event("certificate_reloaded"))
         except (OSError, ValueError) as error:
-            log.error("keeping the previous certificate: %s: %s", certificate, error)
+            extra = event("certificate_stale")
+            log.error("keeping the previous certificate: %s: %s", certificate, error, extra=extra)
 
 
 def _stamp(*files: str) -> list[tuple[int, int]]:

@@ -13,6 +13,8 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
+from tidewright_gateway.http import access_log
+from tidewright_gateway.http.middleware import REFUSAL
 from tidewright_gateway.openai.errors import ApiError
 
 MAX_HEADERS = 64 * 1024  # bytes, of the address and all headers
@@ -36,15 +38,17 @@ class PatientProtocol(HttpToolsProtocol):
         self._in_headers = False
         self._unparsed = self._header_bytes = 0
         self._why = ""  # a request that can be parsed is refused
+        self._began_at = 0.0  # when the request began, or the connection (the loop's clock)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
         super().connection_made(transport)
+        self._began_at = self.loop.time()
         self._start_reading()
         PatientProtocol.open_connections += 1
         if len(self.connections) > self.max_connections:
             PatientProtocol.refused()
             message = f"{self.max_connections} connections are open (max_connections); try again later"
-            self._refuse(ApiError(503, message, code="too_many_connections", retry_after=1))
+            self._refuse(ApiError(503, message, code="too_many_connections", retry_after=1, limit="max_connections"))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_reading()
@@ -64,6 +68,7 @@ class PatientProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._in_headers = True
+        self._began_at = self.loop.time()
         self._unparsed = self._header_bytes = 0
         self._start_reading()
 
@@ -125,7 +130,9 @@ class PatientProtocol(HttpToolsProtocol):
             self._start_reading()  # not the client is slow: it is being answered, or what it sent is not being read
         elif answering and not self.cycle.response_started:
             message = f"the body did not arrive within {self.read_timeout:g} s (read_timeout)"
-            self._refuse(ApiError(408, message, code="timeout", may_retry=False))
+            error = ApiError(408, message, code="timeout", may_retry=False)
+            self.cycle.scope[REFUSAL] = error  # type: ignore[literal-required] # for its access log
+            self._answer(error)
         else:
             self.transport.close()
 
@@ -140,6 +147,15 @@ class PatientProtocol(HttpToolsProtocol):
             self._send_timer = None
 
     def _refuse(self, error: ApiError) -> None:
+        """What is no request yet, so that nobody else logs it."""
+        if self.transport.is_closing():
+            return  # refused before
+        url = self.url.partition(b"?")[0].decode("latin-1") if self._in_headers else ""
+        client = access_log.address_of(self.client)
+        access_log.write_refused(client, "", url, error, self.loop.time() - self._began_at)
+        self._answer(error)
+
+    def _answer(self, error: ApiError) -> None:
         headers = {**error.headers, "Content-Length": str(len(error.body)), "Connection": "close"}
         head = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers.items())
         self.transport.write(STATUS_LINE[error.status] + head.encode() + b"\r\n" + error.body)

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tidewright import logs
 from tidewright_gateway.auth import credential_of
 from tidewright_gateway.cache.responses import CachePolicy
 from tidewright_gateway.context import RequestContext
@@ -30,6 +31,10 @@ _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _OF_ANTHROPIC = "/v1/messages"
 _SLASHES = re.compile(r"/{2,}")
 T = TypeVar("T")
+
+
+REFUSAL = "tidewright_refusal"
+"""In the scope of a request: the ApiError that its connection has answered with."""
 
 
 class ClientGoneError(Exception):
@@ -57,6 +62,8 @@ class Middleware:
         self._max_body, self._post_paths = max_body, post_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            return await self._watch_socket(scope, receive, send)
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         headers = dict(scope["headers"])
@@ -71,18 +78,45 @@ class Middleware:
         method, path = scope["method"], scope["path"]
         context.is_anthropic = path.startswith(_OF_ANTHROPIC) or b"anthropic-version" in headers
         # A copy: uvicorn must not see that a HEAD is changed to a GET, or it waits for the body.
-        scope = {**scope, "state": {**scope.get("state", {}), "context": context}}
+        given_scope, scope = scope, {**scope, "state": {**scope.get("state", {}), "context": context}}
         exchange = _Exchange(scope, headers, receive, send, context, self._max_body, self._post_paths)
         self._metrics.began()
         try:
-            await exchange.run(self._app, self._hosts)
+            with logs.about_request(context):
+                await exchange.run(self._app, self._hosts)
         finally:
+            if cut_by := given_scope.get(REFUSAL):  # the connection has answered
+                context.error, exchange.status = cut_by, cut_by.status
             seconds = time.monotonic() - context.arrived_at
             # Paths without a route share one series, or a scanner could create any number of them.
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.ended(route, exchange.status, seconds, *context.end)
-            if access_log.is_on():
-                access_log.write(context, method, path, exchange.status, seconds)
+            client = access_log.address_of(scope.get("client"))
+            access_log.write(context, client, method, path, route, exchange.status, seconds)
+
+    async def _watch_socket(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A line for the handshake: when it is refused, or with status 101 when the connection has ended."""
+        client = access_log.address_of(scope.get("client"))
+        context = RequestContext(secrets.token_hex(12), self._tracer.begin(scope["headers"]))
+        status = 403  # uvicorn's answer if nobody takes it
+        scope = {**scope, "state": {**scope.get("state", {}), "context": context}}
+
+        async def note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "websocket.accept":
+                status = 101
+            elif message["type"] == "websocket.http.response.start":
+                status = message["status"]
+            await send(message)
+
+        token = access_log.client_address.set(client)
+        try:
+            await self._app(scope, receive, note)
+        finally:
+            access_log.client_address.reset(token)
+            seconds = time.monotonic() - context.arrived_at
+            route = getattr(scope.get("route"), "path", "other")
+            access_log.write(context, client, "GET", scope["path"], route, status, seconds)
 
 
 class _Exchange:
@@ -122,7 +156,7 @@ class _Exchange:
         except ClientGoneError:
             pass
         except Exception:
-            log.exception("request %s went wrong", self._context.request_id)
+            log.exception("a request went wrong")
             if not self._has_ended:  # else FastAPI has answered
                 await self._refuse(internal())
 

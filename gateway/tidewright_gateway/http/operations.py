@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, StrictStr
 from starlette.responses import Response
 
 from tidewright import __version__
+from tidewright.logs import event
 from tidewright.resilience.errors import ModelError
 from tidewright_gateway.metrics.sampling import Sampler
 from tidewright_gateway.openai.errors import ApiError, invalid
@@ -81,7 +82,8 @@ def make_operations_router(parts: Parts, sampler: Sampler) -> APIRouter:
         """Ends a replica gently: it takes no new requests, finishes those it has, and its `tidewright serve` ends.
         Requires the role admin."""
         replica = _named(body.replica, parts.failover)
-        log.warning("%s: drained by %s", replica.address, request.scope["state"]["context"].caller.key_id)
+        key_id = request.scope["state"]["context"].caller.key_id
+        log.info("drained by %s", key_id, extra=event("replica_drained", replica=replica.address))
         try:
             await parts.failover.drain(replica)
         except ModelError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 import os
 import resource
 import signal
@@ -20,6 +19,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from tidewright import logs
 from tidewright.parent_death import signal_on_parent_death
 from tidewright_gateway.admission.limits import LimitServer
 from tidewright_gateway.auth import AuthSetupError
@@ -117,6 +117,8 @@ def _options(settings: GatewaySettings) -> dict[str, Any]:
         **uvicorn_options(settings),
         "log_config": None,
         "access_log": False,
+        "proxy_headers": bool(settings.trusted_proxies),
+        "forwarded_allow_ips": settings.trusted_proxies,
         "server_header": False,
         "ssl_certfile": settings.tls_cert or None,
         "ssl_keyfile": settings.tls_key or None,
@@ -129,10 +131,11 @@ def _prepare_process(settings: GatewaySettings) -> None:
     PatientProtocol.read_timeout, PatientProtocol.send_timeout = settings.read_timeout, settings.send_timeout
     PatientProtocol.max_connections = settings.max_connections
     _allow_files(settings.max_connections + _OTHER_FILES)
-    access_log.write_to(settings.access_log)
-    logging.basicConfig(
-        level=settings.log_level.upper(), stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    try:
+        logs.set_up("gateway", settings.log_format, settings.log_level, settings.log_file)
+        access_log.write_to(settings.access_log)
+    except logs.LogFileError as error:
+        raise SetupError(str(error)) from None
 
 
 def _allow_files(wanted: int) -> None:

@@ -21,6 +21,7 @@ _LAG_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 LIMITS = (
     *("requests_per_second", "concurrent", "tokens_per_minute", "tokens_per_day", "limits_unavailable"),
     *("max_queue", "max_queue_share", "queue_timeout", "degradation", "max_connections", "max_body"),
+    *("ws_max_generations", "ws_unsent_bytes", "ws_live_bytes"),
 )
 """What can refuse a request that is valid."""
 OUTCOMES = ("ok", "limited", "overloaded", "client_error", "failed", "disconnected")
@@ -38,6 +39,7 @@ _failures = Label("outcome", tuple(outcome.label for outcome in Outcome if outco
 
 GATEWAY = (
     MetricSpec("info", "gauge", "1; its labels say what runs", (Label("version"), Label("model"))),
+    MetricSpec("log_lines_dropped_total", "counter", "Lines of the log and the access log that could not be written"),
     # Requests.
     MetricSpec(
         "requests_total",

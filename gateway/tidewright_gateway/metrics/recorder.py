@@ -49,11 +49,15 @@ class Metrics:
         self._probes = registry.counter("generation_probes_total")
         self._lookups_failed = registry.counter("discovery_failures_total")
         self._connections = registry.gauge("websocket_connections", "livesum")
+        self._log_lines_dropped = registry.counter("log_lines_dropped_total")
         registry.gauge("info", "livemax").labels(__version__, model).set(1)
 
     def text(self) -> bytes:
         """For Prometheus."""
         return self.registry.text()
+
+    def log_lines_dropped(self, number: int) -> None:
+        self._log_lines_dropped.inc(number)
 
     # Requests.
 

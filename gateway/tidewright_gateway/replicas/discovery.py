@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tidewright.logs import event
+
 log = logging.getLogger(__name__)
 
 FILE_INTERVAL = 0.5  # seconds between two looks at a file
@@ -177,8 +179,10 @@ class Discovery:
         except ValueError as error:
             self._failed()
             if str(error) != self.problem:
-                log.warning("keeping the known replicas: %s", error)
+                log.warning("keeping the known replicas: %s", error, extra=event("discovery_failed"))
             self.problem = str(error)
         else:
+            if self.problem:
+                log.info("the replicas are looked up again", extra=event("discovery_recovered"))
             self.problem = ""
             self._found(endpoints)

@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 
+from tidewright.logs import event
 from tidewright.resilience.breaker import Permit, State
 from tidewright.resilience.budget import RetryBudget
 from tidewright.resilience.deadline import Deadline
@@ -168,10 +169,16 @@ class Failover:
             replica.breaker.record(permit, Outcome.SUCCESS, now)
             if permit.is_probe and replica.breaker.state is State.CLOSED:
                 replica.came_at = now
+                log.info("the breaker is closed again", extra=event("breaker_closed", replica=replica.address))
 
     def _record(self, attempt: Attempt, outcome: Outcome) -> None:
         if attempt.permit:
-            attempt.replica.breaker.record(attempt.permit, outcome, time.monotonic())
+            replica = attempt.replica
+            before = replica.breaker.state
+            replica.breaker.record(attempt.permit, outcome, time.monotonic())
+            if replica.breaker.state is State.OPEN and before is not State.OPEN:
+                extra = event("breaker_opened", replica=replica.address)
+                log.warning("the breaker is open: %s", outcome.label, extra=extra)
 
     def _leave(self, attempt: Attempt) -> None:
         attempt.replica.attempts.discard(attempt)
@@ -183,8 +190,10 @@ class Failover:
     async def _next(self, generation: Generation, course: _Course, failed: Attempt, error: ModelError) -> Attempt:
         """The attempt after a failed one. Raises ModelError: there is none."""
         self._metrics.attempt_failed(failed.replica.address, failed.model, error.outcome)
-        level = logging.INFO if error.outcome in FINAL else logging.WARNING  # the former are the caller's
-        log.log(level, "%s: %s of %s failed: %s", generation.request_id, failed.model, failed.replica.address, error)
+        level = logging.DEBUG if error.outcome in FINAL else logging.WARNING  # the former are the caller's
+        address = failed.replica.address
+        extra = event("attempt_failed", request_id=generation.request_id, replica=address)
+        log.log(level, "%s of %s failed: %s", failed.model, address, error, extra=extra)
         self._record(failed, error.outcome)
         if failed.model == FALLBACK:
             return await self._after_fallback(generation, course, failed, error)

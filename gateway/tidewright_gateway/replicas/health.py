@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from tidewright.logs import event
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome, Verdict
 from tidewright.schema import DecoderStatus, SamplingParams
@@ -144,7 +145,8 @@ class GenerationProbes:
         # Not if its status changed meanwhile, or if a request got tokens, which proves that it generates.
         elif replica.is_up and replica.generated_at < began:
             replica.failed_probes += 1
-            log.warning("%s: generation probe failed: %s", replica.address, error)
+            extra = event("attempt_failed", replica=replica.address)
+            log.warning("%s: generation probe failed: %s", replica.address, error, extra=extra)
             if replica.failed_probes >= self._settings.generation_probe_failures:
                 replica.ejected = ModelError(f"reports healthy, but generates nothing ({error})", error.outcome)
         self._probed(replica)

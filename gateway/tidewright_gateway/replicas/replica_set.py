@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from tidewright.logs import event
 from tidewright.resilience.breaker import Permit, Refusal, State
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
@@ -201,8 +202,9 @@ class ReplicaSet:
         replica.took_requests = replica.takes_requests
         if replica.takes_requests:
             replica.came_at = time.monotonic()
-        level = logging.INFO if replica.takes_requests else logging.WARNING
-        log.log(level, "%s: %s", replica.address, replica.why_not or "healthy")
+        up, why_not = replica.takes_requests, replica.why_not
+        extra = event("replica_up" if up else "replica_down", replica=replica.address)
+        log.log(logging.INFO if up else logging.WARNING, "%s: %s", replica.address, why_not or "healthy", extra=extra)
         self._metrics.replica_is(replica.address, replica.takes_requests)
         self._changed.set()
 

@@ -19,6 +19,7 @@ import grpc.aio
 import msgspec
 from tritonclient.grpc import service_pb2
 
+from tidewright.logs import event
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import CONTROL, EMBED, EMBEDDING, INPUT_IDS, RESUME_IDS
@@ -161,7 +162,7 @@ class TritonCall:
             response = await self._call.read()
         except grpc.aio.AioRpcError as error:
             # Its text names addresses, which callers must not see.
-            log.info("%s: %s", self._request.id, error.details())
+            log.debug("the call broke: %s", error.details(), extra=event("attempt_failed", request_id=self._request.id))
             gone = ModelError("the connection to the model broke", _model_error(error).outcome)
             raise self._abandoned or gone from None
         except (asyncio.CancelledError, asyncio.InvalidStateError):

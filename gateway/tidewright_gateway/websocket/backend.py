@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Protocol
 
+from tidewright import logs
 from tidewright.resilience.errors import ModelError
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.auth.callers import Caller
@@ -91,9 +92,10 @@ class PipelineBackend:
         self._metrics.began()
         self._metrics.stream("websocket", 1)
         try:
-            async with self._pipeline.admit(context, kind, body, _as_it_is) as request:
-                _check_streams(request)
-                yield _Running(context, self._pipeline.replies(context))
+            with logs.about_request(context):
+                async with self._pipeline.admit(context, kind, body, _as_it_is) as request:
+                    _check_streams(request)
+                    yield _Running(context, self._pipeline.replies(context))
             status = 200
         except (ApiError, ModelError) as error:
             made = context.wording.told(error)
@@ -103,8 +105,8 @@ class PipelineBackend:
             seconds = time.monotonic() - context.arrived_at
             self._metrics.ended(PATH, status, seconds, *context.end)
             self._metrics.stream("websocket", -1)
-            if access_log.is_on():
-                access_log.write(context, "WEBSOCKET", PATH, status, seconds)
+            client = access_log.client_address.get()
+            access_log.write(context, client, access_log.WEBSOCKET, PATH, PATH, status, seconds)
 
 
 async def _as_it_is(context: RequestContext, body: Request) -> Request:

@@ -113,7 +113,10 @@ class Hub:
         if sum(generation.outbox.size for generation in generations) > self._max_live:
             largest = max(generations, key=lambda generation: generation.outbox.size)
             largest.end(
-                too_much(f"generations take more than {self._max_live} bytes (ws_live_bytes), this one the most")
+                too_much(
+                    f"generations take more than {self._max_live} bytes (ws_live_bytes), this one the most",
+                    "ws_live_bytes",
+                )
             )
             if not largest.is_running:  # it is done, and was not fetched
                 self.forget(largest)

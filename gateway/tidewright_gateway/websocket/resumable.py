@@ -8,6 +8,7 @@ import secrets
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Protocol
 
+from tidewright.logs.events import INTERNAL_ERROR, event
 from tidewright.resilience.errors import ModelError
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.openai.errors import ApiError, internal, of_model
@@ -74,7 +75,10 @@ class ResumableStream:
         if self.outbox.unsent < LITTLE or self.owner is None:
             return
         if self.owner.unsent > (limit := self.owner.unsent_limit):
-            raise too_much(f"{limit} bytes wait for this connection (ws_unsent_bytes): take them, or grant credit")
+            raise too_much(
+                f"{limit} bytes wait for this connection (ws_unsent_bytes): take them, or grant credit",
+                "ws_unsent_bytes",
+            )
 
     def _ended(self, job: asyncio.Task[None]) -> None:
         self.is_running = False
@@ -84,7 +88,7 @@ class ResumableStream:
         if isinstance(error, ModelError | ApiError):
             error = of_model(error)
         elif error is not None:
-            log.error("request %s went wrong", self.request_id, exc_info=error)
+            log.error("a request went wrong", exc_info=error, extra=event(INTERNAL_ERROR, request_id=self.request_id))
             error = internal()
         if error is not None:
             self._failure = Failure.of(error)
@@ -134,5 +138,5 @@ class ResumableStream:
         )
 
 
-def too_much(message: str) -> ApiError:
-    return ApiError(429, message, code="not_taken", may_retry=False)
+def too_much(message: str, limit: str) -> ApiError:
+    return ApiError(429, message, code="not_taken", may_retry=False, limit=limit)

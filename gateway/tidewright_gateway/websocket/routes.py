@@ -28,6 +28,8 @@ def make_stream_router(
             hosts.check(socket.scope["headers"])
             _refuse_cross_site(socket)
         except ApiError as error:
+            if context := socket.scope["state"].get("context"):
+                context.error = error  # for the access log
             await socket.send_denial_response(Response(error.body, error.status, error.headers))
             return
         await socket.accept()

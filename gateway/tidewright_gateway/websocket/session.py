@@ -18,11 +18,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from tidewright_gateway.auth import credential_of
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.http import access_log
 from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.protocol import CompletionRequest
 from tidewright_gateway.websocket import messages as m
-from tidewright_gateway.websocket.backend import Backend, Kind
+from tidewright_gateway.websocket.backend import PATH, Backend, Kind
 from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.resumable import ResumableStream
 from tidewright_gateway.websocket.server import Transport
@@ -158,6 +159,13 @@ class Session:
                     raise m.BadMessageError(invalid("messages are text frames with JSON, not binary", code="binary"))
                 await self._take(m.decode(text))
             except m.BadMessageError as error:
+                access_log.write_refused(
+                    access_log.client_address.get(),
+                    access_log.WEBSOCKET,
+                    PATH,
+                    error.error,
+                    key_id=self._caller.key_id if self._caller else None,
+                )
                 self._answer(m.Error.of(error.error, error.id))
             if len(self._answers) >= _MAX_ANSWERS:
                 self._has_room.clear()
@@ -190,6 +198,8 @@ class Session:
         credential = f"Bearer {message.token}" if message.token else credential_of(dict(self._socket.headers.raw))
         self._caller = await self._backend.authenticate(credential)
         self._credential = credential
+        if context := self._socket.scope.get("state", {}).get("context"):
+            context.caller = self._caller  # for the access log
         if message.credits is not UNSET:
             self._credits = message.credits
         settings = self._settings
@@ -239,7 +249,7 @@ class Session:
             raise ApiError(409, f"generation {id!r} has not ended; choose another id", code="duplicate_id", param="id")
         if len(self._generations) >= (limit := self._settings.ws_max_generations):
             message = f"{limit} generations run over this connection (ws_max_generations); wait for one to end"
-            raise ApiError(429, message, code="too_many_generations")
+            raise ApiError(429, message, code="too_many_generations", limit="ws_max_generations")
 
     def _grant(self, message: m.Credit) -> None:
         generation = self._running(message.id)

@@ -21,7 +21,7 @@ from tidewright_gateway.admission.limits.store import (
     Take,
     TakeResult,
 )
-from tidewright_gateway.trouble import Trouble
+from tidewright_gateway.trouble import STORE, Trouble
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Remote:
     def __init__(self, link: Link) -> None:
         self._link = link
         self._lost = False
-        self._trouble = Trouble(log, "the store of limits works again")
+        self._trouble = Trouble(log, "the store of limits works again", events=STORE, store="limits")
         self._slots = asyncio.Semaphore(AT_A_TIME)
         self._held: dict[str, tuple[Subject, ...]] = {}
         self._unsettled: deque[Settle] = deque(maxlen=UNSETTLED)

@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from tidewright_gateway.openai.responses.store import ResponseStore, StoredResponse, StoreLostError, decode, encode
-from tidewright_gateway.trouble import Trouble
+from tidewright_gateway.trouble import STORE, Trouble
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class RedisStore(ResponseStore):
         )
         self._ttl = max(round(ttl * 1000), 1)
         self._is_lost = False
-        self._trouble = Trouble(log, "the store of responses works again")
+        self._trouble = Trouble(log, "the store of responses works again", events=STORE, store="responses")
 
     @property
     def trouble(self) -> str:

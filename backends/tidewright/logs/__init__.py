@@ -1,0 +1,30 @@
+"""Logging of every process: `set_up` once at its start, `event` on the lines that have a name.
+
+Not for the access log of the gateway (`tidewright_gateway.http.access_log`), which shares the fields and the files.
+"""
+
+from tidewright.logs.events import EVENTS, event
+from tidewright.logs.handlers import LogFileError, LogHandler, dropped, on_dropped, open_handler
+from tidewright.logs.records import FIELDS, about_request, bounded, timestamp
+from tidewright.logs.setup import FORMAT_VARIABLE, LEVEL_VARIABLE, LogFormat, LogLevel, rename, set_up, set_up_child
+
+__all__ = [
+    "EVENTS",
+    "FIELDS",
+    "FORMAT_VARIABLE",
+    "LEVEL_VARIABLE",
+    "LogFileError",
+    "LogFormat",
+    "LogHandler",
+    "LogLevel",
+    "about_request",
+    "bounded",
+    "dropped",
+    "event",
+    "on_dropped",
+    "open_handler",
+    "rename",
+    "set_up",
+    "set_up_child",
+    "timestamp",
+]

@@ -1,0 +1,9 @@
+"""A real rsyslogd."""
+
+from benchmarks.rsyslog import Rsyslog
+from helpers.needs import needs
+
+
+@needs("rsyslog")
+class RunningRsyslog(Rsyslog):
+    pass
