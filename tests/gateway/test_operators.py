@@ -297,7 +297,7 @@ def test_it_says_where_it_listens_and_how_its_replicas_are(model_dir: Path, echo
             while len(lines) < 3:
                 line = process.stderr.readline()
                 assert line
-                if "WARNING" not in line:
+                if "WARNING" not in line and " INFO gateway[" not in line:
                     lines.append(line.rstrip())
         finally:
             process.terminate()
