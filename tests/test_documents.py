@@ -17,7 +17,18 @@ from tidewright.resilience.outcome import Outcome, Verdict
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
-FOLDERS = ("backends", "gateway", "tests", "benchmarks", "docs", "model_repository", "ensemble", "monitoring", "docker", ".ci")
+FOLDERS = (
+    "backends",
+    "gateway",
+    "tests",
+    "benchmarks",
+    "docs",
+    "model_repository",
+    "ensemble",
+    "monitoring",
+    "docker",
+    ".ci",
+)
 FILES = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*")} | {
     path.name for path in ROOT.iterdir()
 }

@@ -22,6 +22,7 @@ from tidewright.bridge.intake import Arrival, Intake
 from tidewright.bridge.metrics import FALLBACK_PREFIX, METRICS, figures
 from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_request
 from tidewright.bridge.start_error import report_start_error
+from tidewright.bridge.traces import BridgeTraces, origin_of
 from tidewright.cache import find_prepared
 from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import CancelledError, EngineUnavailableError, InvalidRequestError, RequestError
@@ -52,7 +53,8 @@ class TritonPythonModel:
                 model_dir, config = find_prepared(settings.model), settings.engine_config
             self._tokenizer = Tokenizer(model_dir)
             self._name, self._version = args["model_name"], args["model_version"]
-            self._bridge = Bridge(settings, config(model_dir), self._tokenizer, self._is_loaded)
+            self._traces = BridgeTraces(settings.otlp_endpoint) if settings.otlp_endpoint else None
+            self._bridge = Bridge(settings, config(model_dir), self._tokenizer, self._is_loaded, self._traces)
             limit = settings.max_running + settings.max_waiting
             self._intake = Intake(self._take, lambda arrival, error: self._refuse(arrival.sender, error), limit)
             self._bridge.start()
@@ -72,7 +74,10 @@ class TritonPythonModel:
                     self._control(sender, word)
                     continue
                 tensors = stub.inputs_of(request, _INPUT_NAMES)
-                arrival = Arrival(tensors, request.parameters(), request.request_id(), sender)
+                parameters = request.parameters()
+                context = request.trace().get_context() if self._traces else None
+                origin = origin_of(parameters, context)
+                arrival = Arrival(tensors, parameters, request.request_id(), sender, origin)
                 if arrival.is_quick:
                     self._take(arrival)
                 else:
@@ -94,7 +99,7 @@ class TritonPythonModel:
             if arrival.cancelled:
                 raise CancelledError("cancelled by its id")
             responder = _TritonResponder(arrival.sender, request, self._tokenizer, in_band=ATTEMPT in client_id)
-            self._bridge.submit(request, responder, client_id, arrival.arrived_at)
+            self._bridge.submit(request, responder, client_id, arrival.arrived_at, arrival.origin)
             if arrival.cancelled:  # meanwhile
                 self._bridge.cancel(client_id)
         except RequestError as error:
@@ -111,6 +116,8 @@ class TritonPythonModel:
         self._metrics.stop()
         self._intake.stop()
         self._bridge.stop()
+        if self._traces:
+            self._traces.stop()
         end_within()
 
     def _is_loaded(self) -> bool:
@@ -173,6 +180,8 @@ class _TritonResponder:
         if final and returns.stop_reason:
             reasons = [msgspec.json.encode(piece.stop_reason) for piece in chunk.pieces]
             tensors.append(stub.text_tensor("stop_reason", reasons))
+        if chunk.timings:
+            tensors.append(stub.text_tensor("timings", [msgspec.json.encode(chunk.timings)]))
         if not final:
             self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))  # type: ignore[attr-defined]
             return

@@ -42,6 +42,7 @@ GENERATION_OPTIONS = (
     _flag("return_cumulative_logprob"),
     _flag("return_stop_reason"),
     _flag("return_num_cached_tokens"),
+    _flag("return_timings"),
 )
 
 TOKENIZER_INPUTS = (TEXT_INPUT, MESSAGES)
@@ -103,6 +104,38 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     """Numbers in an embedding; 0: this server generates text."""
     tells_details: bool = False
     """It knows return_stop_reason and return_num_cached_tokens; older servers refuse them."""
+    tells_timings: bool = False
+    """It knows return_timings."""
+
+
+class SequenceTimings(msgspec.Struct, frozen=True, omit_defaults=True):
+    """When one sequence got how far, in seconds since the request's arrival. None: it did not get there."""
+
+    sent: float | None = None
+    """To the engine, the last time before its first token."""
+    began: float | None = None
+    """The first step that it was part of."""
+    chunks: int = 0
+    """Steps up to its first token."""
+    cached_tokens: int = 0
+    """Prompt tokens that the prefix cache had."""
+    first_token: float | None = None
+    ended: float | None = None
+    tokens: int = 0
+    events: list[tuple[Literal["preempted", "replayed"], float]] = []
+    """Preempted by the scheduler; given to a further engine because one died."""
+
+
+class Timings(msgspec.Struct, frozen=True, omit_defaults=True):
+    """The output `timings`, in JSON: what a request's time went to in this server, for traces."""
+
+    arrived: float
+    """When the bridge got it, in seconds since 1970. All other times count from here."""
+    validated: float
+    ended: float
+    triton_span: str = ""
+    """The id of Triton's own span of this request, if Triton traced it in the caller's trace."""
+    sequences: list[SequenceTimings] = []
 
 
 # Tokens that another model, or this one before its death, has generated for the same request: it goes on behind them.
@@ -129,6 +162,7 @@ GENERATION_OUTPUTS = (
     # Of a whole request, so each comes in one response only: a token costs nothing more.
     TensorSpec("stop_reason", "TYPE_STRING", (-1,)),
     TensorSpec("num_cached_tokens", "TYPE_UINT32", (1,)),
+    TensorSpec("timings", "TYPE_STRING", (1,)),
 )
 DECODER_INPUTS = (*FALLBACK_INPUTS, EMBED)
 DECODER_OUTPUTS = (*GENERATION_OUTPUTS, EMBEDDING)

@@ -13,12 +13,13 @@ from tidewright_gateway.admission.limits import Reservation
 from tidewright_gateway.admission.limits.store import LimitName
 from tidewright_gateway.auth.callers import ANONYMOUS, Caller
 from tidewright_gateway.cache.responses import CachePolicy, CacheState
-from tidewright_gateway.http.tracing import TraceContext
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.fields import FieldPolicy
 from tidewright_gateway.openai.wording import Wording
 from tidewright_gateway.replicas.failover import Generation
 from tidewright_gateway.replicas.triton import Reply
+from tidewright_gateway.tracing.context import TraceContext
+from tidewright_gateway.tracing.record import Record
 
 _MAX_MODEL, _MAX_REPLICAS = 128, 64
 
@@ -32,6 +33,8 @@ class RequestContext:
     policy: CachePolicy = CachePolicy.USE
     is_anthropic: bool = False
     """Its answer, and an error, have the form of Anthropic's API."""
+    record: Record | None = None
+    """For its spans; None if none are exported."""
     arrived_at: float = field(default_factory=time.monotonic)
 
     model: str | None = None
@@ -67,6 +70,8 @@ class RequestContext:
     limited_by: LimitName | None = None
     """The limit that ended it early."""
     cache_states: list[CacheState] = field(default_factory=list)
+    finish_reasons: list[str] = field(default_factory=list)
+    """Of its generations, as they ended."""
     models: set[str] = field(default_factory=set)
     """Triton models that have answered."""
     first_token_after: float | None = None
@@ -86,6 +91,8 @@ class RequestContext:
             self.num_cached_tokens += reply.num_cached_tokens
         self.models.add(reply.served_by)
         self.num_tokens += len(reply.token_ids)
+        if reply.finish_reason:
+            self.finish_reasons.append(reply.finish_reason)
         if reply.token_ids:
             self.last_token_after = time.monotonic() - self.arrived_at
             if self.first_token_after is None:

@@ -85,11 +85,17 @@ class Pipeline:
         """
         async with self.enter(context, kind, body) as given:  # who, reserve a request, validate … settle
             self.check_task(embeds=False)
+            if record := context.record:
+                record.begin("tokenize")
             request = await translate(context, given)
             sampling = self._sampling(context, request)
             prompts = await self._tokenize(context, request)
+            if record:
+                record.end()
             sampling = self._adapt(context, request, sampling, prompts)
             await self._reserve_tokens(context, request, sampling, prompts)
+            if record:
+                record.event("tokens_reserved")
             self._make_generations(context, prompts, sampling, request.n or 1)
             yield request
             if request.asked_tokens is None:
@@ -102,9 +108,15 @@ class Pipeline:
         Raises:
             ApiError: it may not be made, or is not valid.
         """
+        if record := context.record:
+            record.begin("admit", context.arrived_at)
         context.caller = caller = await self._authenticator.caller(context.credential)
+        if record:
+            record.event("authenticated")
         subjects = subjects_of(caller, None, self._settings)
         context.reservation = await self._limiter.reserve(subjects)
+        if record:
+            record.event("reserved")
         self._running[context] = asyncio.current_task()  # type: ignore[assignment] # there is one
         try:
             policy = context.ignored_fields
@@ -112,6 +124,8 @@ class Pipeline:
             request = parse(kind, body, self._failover.max_model_len, self._settings.max_choices, policy)
             context.model = request.model
             self.check_model(request.model)
+            if record:
+                record.end()
             yield request
         except asyncio.CancelledError:
             if context.ended_by:
@@ -120,6 +134,8 @@ class Pipeline:
         finally:
             del self._running[context]
             await self._limiter.settle(context.reservation, context.num_prompt_tokens + context.num_tokens)
+            if record:
+                record.event("settled")
             if context.generations:
                 used = context.num_prompt_tokens, context.num_cached_tokens, context.num_tokens
                 self.metrics.tokens(caller.key_id, *used)
@@ -238,8 +254,10 @@ class Pipeline:
         for prompt in prompts:
             for seed in _seeds(sampling, n):
                 own = msgspec.structs.replace(sampling, seed=seed)
-                name = f"{context.request_id}-{len(context.generations)}"
-                context.generations.append(Generation(name, prompt, own, deadline, logprobs, context.trace.metadata))
+                index = len(context.generations)
+                made = Generation(f"{context.request_id}-{index}", prompt, own, deadline, logprobs)
+                made.trace, made.record, made.index = context.trace, context.record, index
+                context.generations.append(made)
 
     # Queue, place, generate.
 
@@ -319,6 +337,8 @@ class Pipeline:
             waited = time.monotonic() - began
             self.metrics.queued(priority_class(priority), waited)
             context.queued_for = max(context.queued_for or 0.0, waited)
+            if generation.record:
+                generation.record.took("queue", began, generation.index)
         try:
             async with aclosing(self._failover.generate(generation, context.route)) as replies:
                 async for reply in replies:
@@ -343,9 +363,9 @@ class Pipeline:
         context.num_prompt_tokens = sum(map(len, prompts))
         await self._extend(context, subjects_of(caller, user, settings), 0)
         sampling = SamplingParams(priority=_priority(caller, priority), cache_salt=salt_of(caller, user, None))
-        deadline, metadata = Deadline.after(settings.request_timeout, context.arrived_at), context.trace.metadata
+        deadline, shared = Deadline.after(settings.request_timeout, context.arrived_at), (context.trace, context.record)
         context.generations = [
-            Generation(f"{context.request_id}-{index}", prompt, sampling, deadline, embeds=True, metadata=metadata)
+            Generation(f"{context.request_id}-{index}", prompt, sampling, deadline, False, *shared, index, embeds=True)
             for index, prompt in enumerate(prompts)
         ]
         found, pending = [b""] * len(prompts), enumerate(context.generations)

@@ -409,7 +409,20 @@ def test_status_tells_what_is_wrong_and_how_full_it_is(world: World) -> None:
     longest = 1000  # of the scripted engine
     well = world.bridge.status
     assert well == DecoderStatus(
-        "", False, 0.0, 0.0, 0.0, 0.0, 0, longest, os.getpid(), "smollm2-135m", well.tokenizer, 3, tells_details=True
+        "",
+        False,
+        0.0,
+        0.0,
+        0.0,
+        0.0,
+        0,
+        longest,
+        os.getpid(),
+        "smollm2-135m",
+        well.tokenizer,
+        3,
+        tells_details=True,
+        tells_timings=True,
     )
     assert len(well.tokenizer) == 64
     world.engine.silent_for = 0.75

@@ -33,9 +33,17 @@ class Simulation:
         call = SimpleNamespace(
             request=SimpleNamespace(prompt_token_ids=[1], bad_words_ids=[], sampling=SamplingParams(seed=1)),
             deadline=None,
+            trace_id="",
         )
         return SimpleNamespace(
-            call=call, request_id=number, index=0, token_ids=[], progressed=False, deaths=0, engine_is_done=False
+            call=call,
+            request_id=number,
+            index=0,
+            token_ids=[],
+            progressed=False,
+            deaths=0,
+            engine_is_done=False,
+            given=lambda at: None,
         )
 
     def send(self, message: ToEngine) -> None:

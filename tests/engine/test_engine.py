@@ -208,11 +208,12 @@ def test_nothing_is_kept_of_requests_that_ended_early(folder: Path) -> None:
     for request_id in (1, 2):
         made.submit(Submit(request_id, list(range(3, 30)), SamplingParams(temperature=0, seed=0)))
     made.step()  # a part of the first one's prompt
-    assert (set(made._queued), set(made._arrived)) == ({1}, {2})
+    waiting = made._timing._waiting
+    assert [(one, bool(times.began)) for one, times in waiting.items()] == [(1, True), (2, False)]
     made.abort(1)
     made.abort(2)
     run(made, [Submit(3, [5, 6], SamplingParams(temperature=0, seed=0))])
-    assert (made._queued, made._arrived) == ({}, {})
+    assert (waiting, made._timing._preempted) == ({}, {})
 
 
 def test_step_time_is_accounted_for(folder: Path) -> None:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from helpers.echo_replica import EchoReplica
 from tidewright.schema import SamplingParams
-from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.replicas.triton import CallRequest, TritonClient
+from tidewright_gateway.tracing.context import Tracer
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 GIVEN = f"00-{TRACE}-{PARENT}-01".encode()

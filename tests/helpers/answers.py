@@ -10,13 +10,13 @@ from tidewright.schema import SamplingParams
 from tidewright.tokenization import Tokenizer
 from tidewright_gateway.config.api import ApiSettings
 from tidewright_gateway.context import RequestContext
-from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.chat_answer import ChatAnswer
 from tidewright_gateway.openai.completion_answer import CompletionAnswer
 from tidewright_gateway.openai.dialect import Dialect
 from tidewright_gateway.openai.protocol import CompletionRequest
 from tidewright_gateway.replicas.failover import Generation
+from tidewright_gateway.tracing.context import Tracer
 
 USER = {"role": "user", "content": "Hi"}
 

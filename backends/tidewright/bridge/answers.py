@@ -7,6 +7,7 @@ import time
 
 from tidewright.bridge.call import Call
 from tidewright.bridge.statistics import RequestStatistics
+from tidewright.bridge.traces import BridgeTraces
 from tidewright.engine.messages import SequenceOutput
 from tidewright.errors import CancelledError
 from tidewright.logs import event
@@ -18,13 +19,16 @@ log = logging.getLogger(__name__)
 class Answers:
     """For the sender's threads; never two of them with the same call."""
 
-    def __init__(self, statistics: RequestStatistics) -> None:
-        self._statistics = statistics
+    def __init__(self, statistics: RequestStatistics, traces: BridgeTraces | None = None) -> None:
+        self._statistics, self._traces = statistics, traces
 
     def ended(self, call: Call, reason: FinishReason, since_arrival: float | None = None) -> None:
-        if not call.abandoned:  # else it was counted then
-            self._statistics.finished(reason, since_arrival)
-            log.debug("ended: %s", reason, extra=event("request_ended", request_id=call.client_id or None))
+        if call.abandoned:  # then it was counted
+            return
+        self._statistics.finished(reason, since_arrival)
+        log.debug("ended: %s", reason, extra=event("request_ended", request_id=call.client_id or None))
+        if self._traces:
+            self._traces.ended(call, reason)
 
     def answer(self, call: Call, arrived: list[list[SequenceOutput]]) -> FinishReason | None:
         """Send what there is to send of one call; why it is over, None if it goes on."""
@@ -35,7 +39,10 @@ class Answers:
             return failure.reason
         reason = call.finish_reason
         if reason or (call.request.stream and call.has_news):
-            call.responder.send(call.chunk(), final=reason is not None)
+            chunk = call.chunk()
+            if reason and call.request.returns.timings:
+                chunk.timings = call.timings()
+            call.responder.send(chunk, final=reason is not None)
             for part in call.parts:
                 part.next_piece()
         if call.abandoned:

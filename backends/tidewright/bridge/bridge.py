@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tidewright.bridge.answers import Answers
-from tidewright.bridge.call import Call, Part, Responder
+from tidewright.bridge.call import Call, Origin, Part, Responder
 from tidewright.bridge.canceller import Canceller
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.bridge.feeder import Feeder
@@ -27,6 +27,7 @@ from tidewright.bridge.outgoing import Job, Outgoing, Reply
 from tidewright.bridge.request import GenerationRequest
 from tidewright.bridge.sender import Sender
 from tidewright.bridge.statistics import EngineFigures, RequestStatistics
+from tidewright.bridge.traces import BridgeTraces
 from tidewright.config import Settings
 from tidewright.engine.messages import EngineConfig, EngineStats, Ready, SequenceOutput
 from tidewright.errors import (
@@ -68,6 +69,7 @@ class Bridge:
         config: EngineConfig,
         tokenizer: Tokenizer,
         is_loaded: Callable[[], bool] = lambda: True,
+        traces: BridgeTraces | None = None,
     ) -> None:
         """`is_loaded`: whether Triton still gives this model requests; asked now and then while it has some."""
         self._tokenizer = tokenizer
@@ -97,7 +99,7 @@ class Bridge:
         self._failing = ""  # why nobody waits for the engine any longer
         self._engine_figures = EngineFigures()
         self.statistics = RequestStatistics()
-        self._answers = Answers(self.statistics)
+        self._answers = Answers(self.statistics, traces)
         self.engine: Ready | None = None
         """What the running engine said of itself; kept while it restarts."""
 
@@ -154,6 +156,7 @@ class Bridge:
             max_running=self._max_running,
             embedding_size=self.engine.embedding_size if self.engine else 0,
             tells_details=True,
+            tells_timings=True,
         )
 
     @property
@@ -216,10 +219,11 @@ class Bridge:
         responder: Responder,
         client_id: str = "",
         arrived_at: float | None = None,
+        origin: Origin | None = None,
     ) -> None:
         """Queue a valid request; its answer comes through `responder`. `client_id` is what `cancel` calls it.
 
-        `arrived_at`: on time.monotonic(), now by default.
+        `arrived_at`: on time.monotonic(), now by default. `origin`: the trace that it is part of.
 
         Raises:
             TimedOutError: its timeout is over already, and its caller has no tokens, which would be the answer.
@@ -233,7 +237,7 @@ class Bridge:
         if deadline is not None and deadline <= time.monotonic() and not request.resume_ids:
             raise TimedOutError(f"timed out at once: timeout is {sampling.timeout:g} s; raise it or leave it out")
         ids = [next(self._ids) for _ in range(sampling.n)]
-        call = Call(request, responder, self._tokenizer, ids, arrived_at, deadline, client_id)
+        call = Call(request, responder, self._tokenizer, ids, arrived_at, deadline, client_id, origin)
         with self._changed:
             if self._drain:
                 raise EngineUnavailableError(f"{self._drain.why}; send the request to another")

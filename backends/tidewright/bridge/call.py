@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from tidewright.bridge.request import GenerationRequest
 from tidewright.bridge.text_stream import TextStream
-from tidewright.engine.messages import SequenceOutput, TokenLogprob
+from tidewright.engine.messages import SequenceOutput, StepTimes, TokenLogprob
 from tidewright.errors import (
     EngineUnavailableError,
     InvalidRequestError,
@@ -15,8 +16,9 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import FinishReason
+from tidewright.schema import FinishReason, SequenceTimings, Timings
 from tidewright.tokenization import Tokenizer
+from tidewright.tracing.trace_context import TraceParent
 
 # Ends that have an answer. The first of them that one of n sequences had is the reason of the whole request.
 _ANSWERED: tuple[FinishReason, ...] = ("timeout", "length", "stop")
@@ -44,6 +46,8 @@ class Chunk:
     prompt_logprobs: list[list[TokenLogprob]] | None = None
     # Prompt tokens that the prefix cache had; with the first tokens.
     num_cached_tokens: int | None = None
+    # Of the whole request; with the last response, if the caller asked for it.
+    timings: Timings | None = None
 
 
 class Responder(Protocol):
@@ -54,6 +58,18 @@ class Responder(Protocol):
     def fail(self, error: RequestError) -> None: ...
 
     def is_cancelled(self) -> bool: ...
+
+
+MAX_EVENTS = 32  # preemptions and replays of a sequence that are kept
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a request comes from, for logs and traces."""
+
+    trace: TraceParent
+    is_tritons: bool
+    """Triton traces it too: the span in `trace` is Triton's own."""
 
 
 class Part:
@@ -81,6 +97,12 @@ class Part:
         self.refusal: RequestError | None = None
         self.timeout_message = ""
         self.engine_is_done = False
+        # For traces; times of time.monotonic().
+        self.sent_at: float | None = None  # the feeder's
+        self.ended_at: float | None = None
+        self.events: list[tuple[Literal["preempted", "replayed"], float]] = []  # the sender's and the feeder's
+        self._times: StepTimes | None = None
+        self._cached_tokens = 0
         self._stop_token_ids = call.request.sampling.stop_token_ids
         self._text = TextStream(tokenizer, call.request.prompt_token_ids, call.request.sampling)
         for token_id in call.request.resume_ids:
@@ -94,6 +116,30 @@ class Part:
     def over(self) -> bool:
         return self.piece.finish_reason is not None
 
+    def happened(self, what: Literal["preempted", "replayed"], at: float) -> None:
+        if len(self.events) < MAX_EVENTS:
+            self.events.append((what, at))
+
+    def given(self, at: float) -> None:
+        """To an engine."""
+        if self.deaths:
+            self.happened("replayed", at)
+        if not self.has_new_tokens:
+            self.sent_at = at
+
+    def timings(self) -> SequenceTimings:
+        arrived_at, times = self.call.arrived_at, self._times
+        return SequenceTimings(
+            sent=None if self.sent_at is None else _since(arrived_at, self.sent_at),
+            began=_since(arrived_at, times.began) if times else None,
+            chunks=times.chunks if times else 0,
+            cached_tokens=self._cached_tokens,
+            first_token=_since(arrived_at, times.first_token) if times else None,
+            ended=None if self.ended_at is None else _since(arrived_at, self.ended_at),
+            tokens=self.num_tokens,
+            events=[(what, _since(arrived_at, at)) for what, at in self.events],
+        )
+
     def take(self, outputs: list[SequenceOutput]) -> int:
         """Add tokens to the next piece, up to and including the one that ends the sequence; return how many."""
         before = self.num_tokens
@@ -104,6 +150,8 @@ class Part:
             if output.finish_reason is not None:
                 self.engine_is_done = True
                 self._take_end(output, output.finish_reason)
+        if self.over and self.ended_at is None:
+            self.ended_at = time.monotonic()
         return self.num_tokens - before
 
     def next_piece(self) -> None:
@@ -115,6 +163,8 @@ class Part:
     def _take_tokens(self, output: SequenceOutput) -> None:
         piece = self.piece
         piece.embedding = output.embedding
+        if output.times is not None:
+            self._take_times(output, output.times)
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         if output.token_ids and not self.num_tokens:
@@ -134,6 +184,12 @@ class Part:
             if self._text.stopped_by is not None:
                 piece.finish_reason, piece.stop_reason = "stop", self._text.stopped_by
                 return
+
+    def _take_times(self, output: SequenceOutput, times: StepTimes) -> None:
+        if times.began and self._times is None:  # a further engine tells its own
+            self._times, self._cached_tokens = times, output.cached_tokens
+        for at in times.preempted:
+            self.happened("preempted", at)
 
     def _take_end(self, output: SequenceOutput, reason: FinishReason) -> None:
         if self.over:
@@ -168,7 +224,10 @@ class Call:
         arrived_at: float,
         deadline: float | None,
         client_id: str = "",
+        origin: Origin | None = None,
     ) -> None:
+        self.origin = origin
+        self.validated_at = time.monotonic()
         self.request = request
         self.responder = responder
         self.client_id = client_id  # empty if the client gave none
@@ -206,7 +265,28 @@ class Call:
     def has_news(self) -> bool:
         return any(part.piece.text or part.piece.token_ids for part in self.parts)
 
+    @property
+    def trace_id(self) -> str:
+        """For logs; empty if its caller gave none."""
+        return self.origin.trace.trace_id if self.origin else ""
+
+    def timings(self) -> Timings:
+        """As of now, which is its end."""
+        now = time.monotonic()
+        return Timings(
+            arrived=time.time() - (now - self.arrived_at),
+            validated=_since(self.arrived_at, self.validated_at),
+            ended=_since(self.arrived_at, now),
+            triton_span=self.origin.trace.span_id if self.origin and self.origin.is_tritons else "",
+            sequences=[part.timings() for part in self.parts],
+        )
+
     def chunk(self) -> Chunk:
         # Of the prompt, which all sequences share, only the first one tells.
         first = self.parts[0]
         return Chunk([part.piece for part in self.parts], first.prompt_logprobs, first.num_cached_tokens)
+
+
+def _since(arrived_at: float, at: float) -> float:
+    """In seconds, to the microsecond: as text, more is noise."""
+    return round(at - arrived_at, 6)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 import msgspec
@@ -86,6 +87,7 @@ class Feeder:
 
     def _give(self, part: Part) -> None:
         self.replayed += part.deaths > 0
+        part.given(time.monotonic())
         part.progressed = False
         self._given.add(part.request_id)
         try:
@@ -164,4 +166,5 @@ def _submission(part: Part) -> Submit:
         part.call.deadline,
         request.bad_words_ids,
         list(part.token_ids),
+        part.call.trace_id,
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from tidewright.bridge.call import Origin
 from tidewright.errors import CancelledError, EngineUnavailableError, OverloadedError, RequestError
 from tidewright.schema import attempt_of
 
@@ -35,6 +36,7 @@ class Arrival:
     parameters: str  # JSON
     client_id: str
     sender: object
+    origin: Origin | None = None
     arrived_at: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 

@@ -16,6 +16,7 @@ from tidewright.engine.messages import Ready
 from tidewright.errors import InvalidRequestError
 from tidewright.schema import EMBED, MAX_PARAMETERS_LENGTH, SamplingParams, TokenId
 from tidewright.tokenization import InvalidPromptError, Tokenizer
+from tidewright.tracing.trace_context import PARAMETER
 
 # vLLM's newer name of guided_…, as one object.
 _STRUCTURED = {"json": "guided_json", "regex": "guided_regex", "choice": "guided_choice", "grammar": "guided_grammar"}
@@ -32,6 +33,7 @@ class OutputOptions:
     cumulative_logprob: bool = False
     stop_reason: bool = False
     num_cached_tokens: bool = False
+    timings: bool = False
     null_logprobs: bool = False  # `logprobs` without the sampling parameter of that name: null, as of the vLLM backend
 
 
@@ -115,6 +117,8 @@ def _sampling_fields(text: str | None, parameters: str) -> dict[str, Any]:
         raise InvalidRequestError(f"{name}: not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InvalidRequestError('sampling_parameters must be a JSON object such as {"max_tokens": 64}')
+    if text is None:
+        fields.pop(PARAMETER, None)  # of the trace
     return fields
 
 
@@ -356,6 +360,7 @@ def parse_request(
         cumulative_logprob=flag("return_cumulative_logprob"),
         stop_reason=flag("return_stop_reason"),
         num_cached_tokens=flag("return_num_cached_tokens"),
+        timings=flag("return_timings"),
     )
 
     options = single(tensors, "sampling_parameters")

@@ -19,6 +19,7 @@ from tidewright.engine.ranks import Ranks
 from tidewright.engine.runner import EngineConfigError, Runner
 from tidewright.engine.scheduler import RequestRefusedError, Scheduler, SchedulerConfig
 from tidewright.engine.sequence import Sequence
+from tidewright.engine.timing import Timing
 from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.logs import event
 
@@ -44,8 +45,7 @@ class Engine:
         self._ranks = ranks
         self._inputs: list[Input] = []  # that the other ranks have not got yet
         self._results: tuple[SequenceResult, ...] = ()  # likewise
-        self._arrived: dict[int, float] = {}  # requests that have not run yet
-        self._queued: dict[int, float] = {}  # seconds, of requests that run but have no token yet
+        self._timing = Timing()
         self._deadlines: list[tuple[float, int]] = []  # a heap; those of ended requests leave it when they are due
         self._schedule_seconds = self._agree_seconds = self._run_seconds = 0.0
 
@@ -70,7 +70,7 @@ class Engine:
             message = f"the engine can't take this request ({type(error).__name__}: {error})"
             return SequenceOutput(request.request_id, [], "invalid", message=message)
         self._tell_ranks(request)
-        self._arrived[request.request_id] = time.monotonic()
+        self._timing.arrived(request.request_id, time.monotonic())
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
         return None
@@ -102,13 +102,8 @@ class Engine:
         if self._ranks:
             self._results = tuple(_only_tokens(drawn) for drawn in result.sequences)
         outputs = self.scheduler.commit(plan, result)
-        for request_id in plan.ended:  # some ended before they ran, or before they had a token
-            self._arrived.pop(request_id, None)
-            self._queued.pop(request_id, None)
-        for sequence in plan.sequences:
-            if arrived := self._arrived.pop(sequence.request_id, None):
-                self._queued[sequence.request_id] = began - arrived
-        outputs = [self._with_queue_time(output) for output in outputs]
+        self._timing.planned(plan, began)
+        outputs = [self._timing.told(output, computed) for output in outputs]
         self._schedule_seconds += planned - began + time.monotonic() - computed
         self._agree_seconds += agreed - planned
         self._run_seconds += computed - agreed
@@ -128,10 +123,6 @@ class Engine:
         """Raises RankError if another rank does not answer. For when there is nothing else to do."""
         if self._ranks:
             self._ranks.ping()
-
-    def _with_queue_time(self, output: SequenceOutput) -> SequenceOutput:
-        queued = self._queued.pop(output.request_id, None)
-        return output if queued is None else msgspec.structs.replace(output, queued_seconds=queued)
 
     def stats(self) -> EngineStats:
         sample_seconds = self.runner.sample_seconds

@@ -84,6 +84,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     deadline: float | None = None  # on time.monotonic(), which is one clock for all processes of a host
     bad_words_ids: list[list[int]] = []
     output_token_ids: list[int] = []  # what an engine that died had generated already
+    trace_id: str = ""  # for logs
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
@@ -122,6 +123,15 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     rank: int  # 1 is the most likely token
 
 
+class StepTimes(msgspec.Struct, frozen=True, array_like=True):
+    """What of a request's times is news, on time.monotonic(). 0: told before."""
+
+    began: float = 0.0  # the first step that it was part of
+    chunks: int = 0  # steps up to its first token
+    first_token: float = 0.0
+    preempted: list[float] = []
+
+
 class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request. `logprobs[i]` is of `token_ids[i]`: the chosen token first, then the top n."""
 
@@ -135,6 +145,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, array_like=True):
     message: str = ""  # says more about a finish_reason, for the caller
     queued_seconds: float = 0.0  # with the first tokens: from `Submit` to the first step that it was part of
     embedding: bytes | None = None  # of the prompt: little-endian float32
+    times: StepTimes | None = None  # with the first tokens, and with those after a preemption
 
 
 class StepOutputs(msgspec.Struct, frozen=True, tag="step", array_like=True):

@@ -53,6 +53,7 @@ class ScheduledSequence:
 class StepPlan:
     sequences: tuple[ScheduledSequence, ...]
     ended: tuple[int, ...] = ()  # requests that ended since the last plan: state kept for them can go
+    preempted: tuple[int, ...] = ()  # for the sake of this one
 
     @property
     def summary(self) -> str:

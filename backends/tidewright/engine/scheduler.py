@@ -56,6 +56,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []
         self._by_id: dict[int, Sequence] = {}
         self._ended: list[int] = []
+        self._preempted: list[int] = []
         self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
         self._prefix_queries = self._prefix_hits = self._drafted = self._accepted = 0
 
@@ -129,7 +130,8 @@ class Scheduler:
             index += 1
         self._steps += 1
         ended, self._ended = tuple(self._ended), []
-        return StepPlan(tuple(scheduled), ended)
+        preempted, self._preempted = tuple(self._preempted), []
+        return StepPlan(tuple(scheduled), ended, preempted)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         """Enters a step's result; returns the new tokens of each request that has any."""
@@ -263,6 +265,7 @@ class Scheduler:
         self._release(sequence)
         insort(self._waiting, sequence, key=attrgetter("order"))
         self._preemptions += 1
+        self._preempted.append(sequence.request_id)
 
     def _end(self, sequence: Sequence) -> None:
         (self._running if sequence in self._running else self._waiting).remove(sequence)

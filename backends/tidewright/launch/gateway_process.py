@@ -46,6 +46,8 @@ class GatewayProcess(ChildProcess):
             "TIDEWRIGHT_GATEWAY_LOG_FORMAT": settings.log_format,
             "TIDEWRIGHT_GATEWAY_LOG_FILE": settings.log_file,
         }
+        if settings.otlp_endpoint:
+            self._environment.setdefault("TIDEWRIGHT_GATEWAY_OTLP_ENDPOINT", settings.otlp_endpoint)
 
     def start(self) -> None:
         self._launch([sys.executable, "-m", "tidewright_gateway"], self._environment)

@@ -29,6 +29,7 @@ from tidewright.launch.triton_install import assemble_backend_dir, find_triton, 
 from tidewright.logs import LogHandler, LogLevel, open_handler
 from tidewright.logs.relay import MAX_LINE, structured
 from tidewright.schema import EMBED, EMBEDDING
+from tidewright.tracing.endpoint import traces_url
 
 IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figure lags by up to 0.25 s
 ANSWER_TIME = 0.5  # seconds after the grace time in which the bridge ends what is left
@@ -222,7 +223,22 @@ class TritonServer(ChildProcess):
             f"--backend-config=python,shm-region-prefix-name={self._leftovers.region_prefix}",
             f"--log-info={int(shown == 0)}",
             f"--log-warning={int(shown <= 2)}",
+            *self._tracing(),
         ]
+
+    def _tracing(self) -> list[str]:
+        """Triton records what comes with a trace context, and nothing by itself: callers sample."""
+        endpoint = self.settings.otlp_endpoint
+        if not endpoint.startswith("http"):
+            return []
+        settings = (
+            "mode=opentelemetry",
+            "rate=0",
+            "level=TIMESTAMPS",
+            f"opentelemetry,url={traces_url(endpoint)}",
+            "opentelemetry,resource=service.name=tidewright-triton",
+        )
+        return [f"--trace-config={setting}" for setting in settings]
 
     def _environment(self) -> dict[str, str]:
         """The stubs must find this Python environment, libpython and the settings."""

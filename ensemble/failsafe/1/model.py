@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 
 from tidewright import stub
 from tidewright.bridge.request import decode_text, parse_sampling, single
+from tidewright.bridge.traces import origin_of
 from tidewright.errors import InvalidRequestError, RequestError
 from tidewright.failsafe.failsafe import Failsafe
 from tidewright.failsafe.figures import FAILSAFE_PREFIX, METRICS
@@ -34,6 +35,7 @@ from tidewright.schema import (
     FinishReason,
     SamplingParams,
 )
+from tidewright.tracing.trace_context import PARAMETER, traceparent_of
 
 log = logging.getLogger("tidewright")
 
@@ -125,7 +127,10 @@ class _Request:
         if MESSAGES.name in tensors and INPUT_IDS.name not in tensors:
             raise InvalidRequestError("failsafe takes messages only beside their input_ids; send them to generate")
         self._sender = sender
-        self._trace = request.trace()  # type: ignore[attr-defined]
+        context = request.trace().get_context()  # type: ignore[attr-defined]
+        origin = origin_of(request.parameters(), context)  # type: ignore[attr-defined]
+        # Not Triton's own trace, which is gone when `execute` has returned: Triton (2.51) crashes over its child.
+        self._parameters = {PARAMETER: traceparent_of(origin.trace)} if origin else {}
         self._returns_reason = bool(single(tensors, "return_finish_reason"))
         self._options = {name: value for name, value in tensors.items() if name not in _REPLACED}
         self._prompts = {name: value for name, value in tensors.items() if name in _PROMPTS}
@@ -144,7 +149,7 @@ class _Request:
         inputs.append(stub.text_tensor("sampling_parameters", [msgspec.json.encode(order.sampling)]))
         if order.resume_ids:
             inputs.append(pb_utils.Tensor("resume_ids", np.array(order.resume_ids, dtype=np.int32)))
-        for response in _call(model, inputs, order.request_id, self._trace):
+        for response in _call(model, inputs, order.request_id, self._parameters):
             tensors = {tensor.name(): tensor for tensor in response.output_tensors()}  # type: ignore[attr-defined]
             if not tensors:
                 continue
@@ -205,11 +210,14 @@ def _control(model: str, word: str) -> str:
     return answer.decode()
 
 
-def _call(model: str, inputs: list, request_id: str = "", trace: object = None) -> Iterator[object]:
+def _call(model: str, inputs: list, request_id: str = "", parameters: dict[str, str] | None = None) -> Iterator[object]:
     """All responses; raises ModelError once they are read, or Triton could not unload the model."""
-    options = {} if trace is None else {"trace": trace}
     request = pb_utils.InferenceRequest(
-        model_name=model, requested_output_names=_OUTPUT_NAMES, inputs=inputs, request_id=request_id, **options
+        model_name=model,
+        requested_output_names=_OUTPUT_NAMES,
+        inputs=inputs,
+        request_id=request_id,
+        parameters=parameters or {},
     )
     error = ""
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, field_validator
 
 from tidewright.logs.setup import LogFormat, LogLevel
+from tidewright.tracing.endpoint import check_endpoint
 
 
 class ObservabilitySettings(BaseModel):
@@ -17,7 +18,22 @@ class ObservabilitySettings(BaseModel):
     busiest_keys: int = Field(
         20, ge=1, le=1000, description="Maximum number of API keys with metrics of their own; the others are summed."
     )
-    trace_sample_ratio: float = Field(0.0, ge=0, le=1, description="Share of requests that the replicas trace.")
+    trace_sample_ratio: float = Field(
+        0.0, ge=0, le=1, description="Share of requests whose trace is kept, however they end."
+    )
     trace_callers: bool = Field(
         False, description="Honour the sampled flag of a caller's traceparent instead of `trace_sample_ratio`."
     )
+    trace_slow: float = Field(
+        30.0, gt=0, description="Seconds to the first token or the end from which on a trace is always kept."
+    )
+    otlp_endpoint: str = Field(
+        "",
+        description="Where spans go: http://HOST:4318, an OTLP/HTTP collector, or file:///PATH, one JSON object per "
+        "span. Empty: nowhere.",
+    )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _endpoint_is_one(cls, value: str) -> str:
+        return check_endpoint(value)

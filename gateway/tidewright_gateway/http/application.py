@@ -36,7 +36,6 @@ from tidewright_gateway.http.hosts import Hosts
 from tidewright_gateway.http.middleware import Middleware
 from tidewright_gateway.http.operations import make_operations_router
 from tidewright_gateway.http.query import QueryCheck
-from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.metrics.sampling import Sampler
 from tidewright_gateway.openai.dialect import Dialect
@@ -51,12 +50,14 @@ from tidewright_gateway.parts import Parts
 from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.failover import Failover
 from tidewright_gateway.replicas.health import Expected
+from tidewright_gateway.tracing.context import Tracer
+from tidewright_gateway.tracing.traces import Traces
 from tidewright_gateway.websocket.backend import PipelineBackend
 from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.routes import make_stream_router
 
 _UNKNOWN_CAPACITY = 64  # of a replica that does not report its batch size
-_SHOWN_TO_PAGES = ["X-Request-Id", "X-Cache", "X-Served-By", "X-Degraded", "X-Limited-By", "Retry-After"]
+_SHOWN_TO_PAGES = ["X-Request-Id", "X-Trace-Id", "X-Cache", "X-Served-By", "X-Degraded", "X-Limited-By", "Retry-After"]
 
 
 def make_app(
@@ -69,8 +70,8 @@ def make_app(
         announce: receives a text with address and replicas once it has started.
     """
     metrics, hosts = Metrics(settings.model_name, settings.busiest_keys), Hosts(settings)
-    tracer = Tracer(settings.trace_sample_ratio, settings.trace_callers)
     logs.on_dropped(metrics.log_lines_dropped)
+    tracer, traces = Tracer(settings.trace_sample_ratio, settings.trace_callers), Traces(settings, metrics)
     authenticator = Authenticator(settings)
     folder = find_prepared(settings.model)
     tokenizer = Tokenizer(folder)
@@ -89,6 +90,7 @@ def make_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        traces.start()
         await authenticator.start()
         await limiter.start()
         await failover.start()
@@ -115,6 +117,7 @@ def make_app(
         await limiter.close()
         await shelf.store.close()
         await authenticator.stop()
+        await asyncio.to_thread(traces.stop)
 
     app = FastAPI(
         title="Tidewright",
@@ -125,7 +128,7 @@ def make_app(
         redirect_slashes=False,  # redirects would contain the caller's Host header
     )
     fast = make_pipeline_router(settings, failover, prompts, pipeline, shelf)
-    backend = PipelineBackend(pipeline, authenticator, tracer, metrics)
+    backend = PipelineBackend(pipeline, authenticator, tracer, traces, metrics)
     query = QueryCheck(ignores_unknown=settings.unknown_fields == "ignore")
     routers = (
         fast,
@@ -141,7 +144,7 @@ def make_app(
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
 
     made: ASGIApp = FastPath(Authentication(app, authenticator), fast.routes, query)
-    made = Middleware(made, hosts, tracer, metrics, settings.max_body, _post_paths(routers))
+    made = Middleware(made, hosts, tracer, traces, metrics, settings.max_body, _post_paths(routers))
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         made = LoggedCors(
             made,

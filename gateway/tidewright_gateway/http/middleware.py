@@ -1,4 +1,4 @@
-"""Around every request: request id, cheap checks, access log, metrics, error responses.
+"""Around every request: request id, trace, cheap checks, access log, metrics, error responses.
 
 The checks look only at the headers and the length of the body. All error responses are written here.
 """
@@ -21,9 +21,10 @@ from tidewright_gateway.cache.responses import CachePolicy
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http import access_log
 from tidewright_gateway.http.hosts import Hosts
-from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.errors import JSON, ApiError, internal, invalid
+from tidewright_gateway.tracing.context import Tracer
+from tidewright_gateway.tracing.traces import Traces
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Middleware:
         app: ASGIApp,
         hosts: Hosts,
         tracer: Tracer,
+        traces: Traces,
         metrics: Metrics,
         max_body: int,
         post_paths: frozenset[str],
@@ -59,7 +61,7 @@ class Middleware:
             post_paths: only there is the body of a request checked: elsewhere the answer is 404 or 405, whatever it is.
         """
         self._app, self._hosts, self._tracer, self._metrics = app, hosts, tracer, metrics
-        self._max_body, self._post_paths = max_body, post_paths
+        self._max_body, self._post_paths, self._traces = max_body, post_paths, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -76,6 +78,7 @@ class Middleware:
             CachePolicy.of(control.decode("latin-1")) if control else CachePolicy.USE,
         )
         method, path = scope["method"], scope["path"]
+        context.record = self._traces.record(path)
         context.is_anthropic = path.startswith(_OF_ANTHROPIC) or b"anthropic-version" in headers
         # A copy: uvicorn must not see that a HEAD is changed to a GET, or it waits for the body.
         given_scope, scope = scope, {**scope, "state": {**scope.get("state", {}), "context": context}}
@@ -91,6 +94,7 @@ class Middleware:
             # Paths without a route share one series, or a scanner could create any number of them.
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.ended(route, exchange.status, seconds, *context.end)
+            self._traces.ended(context, method, route, exchange.status, seconds)
             client = access_log.address_of(scope.get("client"))
             access_log.write(context, client, method, path, route, exchange.status, seconds)
 
@@ -203,7 +207,9 @@ class _Exchange:
         if message["type"] == "http.response.start":
             self._has_begun, self.status = True, message["status"]
             request_id = self._context.request_id.encode()
-            message["headers"] = [*message.get("headers", []), (b"x-request-id", request_id)]
+            trace_id = self._context.trace.trace_id.encode()
+            own = ((b"x-request-id", request_id), (b"x-trace-id", trace_id))
+            message["headers"] = [*message.get("headers", []), *own]
             if self._context.is_anthropic:
                 message["headers"].append((b"request-id", request_id))
         elif self._is_head:

@@ -28,6 +28,7 @@ OUTCOMES = ("ok", "limited", "overloaded", "client_error", "failed", "disconnect
 """limited: by its caller's own limits (429); overloaded: by the load (503); failed: 5xx, or a stream with an error."""
 PRIORITY_CLASSES = ("high", "normal", "low")
 STORES = ("keys", "limits", "responses")
+DROPS = ("queue_full", "export_failed")
 SIGNALS = ("kv_cache", "queue", "wait", "breaker", "dwell")
 
 _path = Label("path")
@@ -177,6 +178,9 @@ GATEWAY = (
         (_replica, Label("outcome", tuple(outcome.label for outcome in Outcome))),
     ),
     MetricSpec("discovery_failures_total", "counter", "Discoveries of replicas, by DNS or file, without a result"),
+    # Traces.
+    MetricSpec("spans_exported_total", "counter", "Spans handed to `otlp_endpoint`"),
+    MetricSpec("spans_dropped_total", "counter", "Spans not exported, by reason", (Label("reason", DROPS),)),
     # The process.
     MetricSpec("connections_open", "gauge", "HTTP and WebSocket connections open"),
     MetricSpec("websocket_connections", "gauge", "WebSocket connections open"),

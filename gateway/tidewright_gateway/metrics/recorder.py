@@ -48,6 +48,8 @@ class Metrics:
         self._refused_retries = registry.counter("retries_refused_total")
         self._probes = registry.counter("generation_probes_total")
         self._lookups_failed = registry.counter("discovery_failures_total")
+        self._spans_exported = registry.counter("spans_exported_total")
+        self._spans_dropped = registry.counter("spans_dropped_total")
         self._connections = registry.gauge("websocket_connections", "livesum")
         self._log_lines_dropped = registry.counter("log_lines_dropped_total")
         registry.gauge("info", "livemax").labels(__version__, model).set(1)
@@ -108,6 +110,14 @@ class Metrics:
         if not self.registry.is_shared:  # prometheus_client can't remove series of several processes
             for metric in (self._key_requests, self._key_tokens, self._key_refusals):
                 metric.remove_by_labels({"key_id": key})
+
+    # Traces. From the exporter's thread, too.
+
+    def spans_exported(self, count: int) -> None:
+        self._spans_exported.inc(count)
+
+    def spans_dropped(self, reason: str, count: int) -> None:
+        self._spans_dropped.labels(reason).inc(count)
 
     # Admission and cache.
 

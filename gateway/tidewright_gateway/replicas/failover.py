@@ -33,6 +33,8 @@ from tidewright_gateway.replicas.health import Expected
 from tidewright_gateway.replicas.replica import Attempt, Replica
 from tidewright_gateway.replicas.replica_set import DECODER, FALLBACK, WATCH_INTERVAL, ReplicaLoad, ReplicaSet
 from tidewright_gateway.replicas.triton import CallRequest, Reply
+from tidewright_gateway.tracing.context import TraceContext
+from tidewright_gateway.tracing.record import AttemptNote, Record
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +50,11 @@ class Generation:
     sampling: SamplingParams
     deadline: Deadline
     logprobs: bool = False
-    metadata: tuple[tuple[str, str], ...] = ()
-    """gRPC metadata of its calls."""
+    trace: TraceContext | None = None
+    record: Record | None = None
+    """Where its attempts are noted, for spans."""
+    index: int = 0
+    """Among those of its request."""
     embeds: bool = False
     """Its output is the prompt's embedding, in one reply."""
     delivered: list[int] = field(default_factory=list)
@@ -149,15 +154,21 @@ class Failover:
                         return
             except ModelError as error:
                 failure = error
+                attempt.outcome = error.outcome
             except (asyncio.CancelledError, GeneratorExit):
                 self._record(attempt, Outcome.CANCELLED)
+                attempt.outcome = attempt.outcome or Outcome.CANCELLED
                 raise
             finally:
                 self._leave(attempt)
+                if generation.record:
+                    generation.record.tried(_note(generation, attempt))
             attempt = await self._next(generation, course, attempt, failure)
 
     def _heard(self, generation: Generation, attempt: Attempt, reply: Reply) -> None:
         generation.delivered += reply.token_ids
+        if reply.finish_reason:
+            attempt.outcome, attempt.timings = Outcome.SUCCESS, reply.timings
         permit, now, replica = attempt.permit, time.monotonic(), attempt.replica
         if permit is None:
             return
@@ -270,6 +281,8 @@ class Failover:
                 raise timed_out(error) if generation.deadline.expired(now) else error
             await self._set.wait_for_change(min(until - now, WATCH_INTERVAL))
             now = time.monotonic()
+        if now > began and generation.record:
+            generation.record.took("place", began, generation.index)
         replica, permit = chosen
         attempt = self._ask(generation, replica, DECODER, permit, now)
         replica.attempts.add(attempt)
@@ -304,20 +317,44 @@ class Failover:
         sampling = generation.sampling
         if math.isfinite(generation.deadline.at):
             sampling = msgspec.structs.replace(sampling, timeout=generation.deadline.remaining(now))
+        trace = generation.trace
+        if trace and generation.record:
+            trace = trace.child()
         request = CallRequest(
             generation.request_id,
             generation.prompt,
             msgspec.json.encode(sampling),
             list(generation.delivered),
             generation.logprobs,
-            generation.metadata,
+            trace.metadata if trace else (),
             details=not generation.embeds and replica.tells_details,
             embeds=generation.embeds,
+            traceparent=trace.traceparent if trace else "",
+            timings=generation.record is not None and replica.tells_timings,
         )
         generation.served_by.append(replica.address)
         generation.model = model
         self._metrics.attempt(replica.address, model)
-        return Attempt(replica, model, replica.client.generate(model, request), permit, generation.deadline)
+        call = replica.client.generate(model, request)
+        attempt = Attempt(replica, model, call, permit, generation.deadline)
+        if trace and generation.record:
+            attempt.span_id, attempt.began, attempt.tokens_before = trace.span_id, now, len(generation.delivered)
+        return attempt
+
+
+def _note(generation: Generation, attempt: Attempt) -> AttemptNote:
+    return AttemptNote(
+        attempt.span_id,
+        generation.index,
+        attempt.replica.address,
+        attempt.model,
+        attempt.began,
+        time.monotonic(),
+        attempt.tokens_before,
+        attempt.num_tokens,
+        attempt.outcome.label if attempt.outcome else "failed",
+        attempt.timings,
+    )
 
 
 def _nobody() -> ModelError:

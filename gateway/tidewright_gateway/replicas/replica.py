@@ -39,6 +39,15 @@ class Attempt:
     num_tokens: int = 0
     outlived: bool = False
     """Its replica said meanwhile that it has no such model: it may be of a model that is gone, and never end."""
+    outcome: Outcome | None = None
+    """Once it has ended."""
+    # For its span.
+    span_id: str = ""
+    began: float = 0.0
+    tokens_before: int = 0
+    """Of its generation, from earlier attempts."""
+    timings: bytes | None = None
+    """JSON of schema.Timings, if the replica told them."""
     waits_since: float | None = None
     """When the pending read began. None: no read is pending, because the client has not taken earlier replies."""
 
@@ -99,6 +108,8 @@ class Replica:
     """By its last status: numbers in an embedding, 0 if it generates text. None before the first one."""
     tells_details: bool = False
     """It knows the outputs that older servers refuse to be asked for."""
+    tells_timings: bool = False
+    """Likewise, of `timings`."""
     fallback: DecoderStatus | None = None
     """The last status of its fallback; None if it has none that can be used."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not checked yet", Outcome.UNAVAILABLE))
@@ -170,6 +181,7 @@ class Replica:
         """Takes a status. `patience`: maximum silence of its engine, in seconds."""
         self.status, self.heard_at, self.trouble, self.suspicion = status, now, None, None
         self.embedding_size, self.tells_details = status.embedding_size, status.tells_details
+        self.tells_timings = status.tells_timings
         self.lived_at = max(self.lived_at, now - status.silence)
         # The figure may or may not include what began or ended since the status request.
         self.others = max(status.active - max(len(self.attempts), self.in_flight_when_asked), 0)

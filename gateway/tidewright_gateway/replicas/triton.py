@@ -23,6 +23,7 @@ from tidewright.logs import event
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import CONTROL, EMBED, EMBEDDING, INPUT_IDS, RESUME_IDS
+from tidewright.tracing.trace_context import PARAMETER
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,10 @@ class CallRequest:
     """Asks for stop_reason and num_cached_tokens."""
     embeds: bool = False
     """Asks for the prompt's embedding instead of text."""
+    traceparent: str = ""
+    """Sampled or not, for logs; a parameter and not metadata, or Triton would trace it."""
+    timings: bool = False
+    """Asks where its time went."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,8 @@ class Reply:
     """With the first tokens: prompt tokens that the prefix cache had."""
     embedding: bytes | None = None
     """Of the prompt, instead of text: little-endian float32."""
+    timings: bytes | None = None
+    """In the last reply: JSON of schema.Timings, if asked for."""
 
 
 class TritonClient:
@@ -259,6 +266,10 @@ def make_request(model: str, request: CallRequest) -> service_pb2.ModelInferRequ
     if request.details:
         for flag in ("return_stop_reason", "return_num_cached_tokens"):
             _add(message, flag, "BOOL", 1, b"\1")
+    if request.timings:
+        _add(message, "return_timings", "BOOL", 1, b"\1")
+    if request.traceparent:
+        message.parameters[PARAMETER].string_param = request.traceparent
     if request.resume_ids:
         _add_ids(message, RESUME_IDS.name, request.resume_ids)
     return message
@@ -283,8 +294,10 @@ def _outputs(response: service_pb2.ModelInferResponse) -> dict[str, bytes]:
 
 def _reply(response: service_pb2.ModelInferResponse) -> Reply:
     outputs = _outputs(response)
+    timings = outputs.get("timings")
+    timings = timings[4:] if timings else None
     if embedding := outputs.get(EMBEDDING.name):
-        return Reply("", [], "stop", None, response.model_name, embedding=embedding)
+        return Reply("", [], "stop", None, response.model_name, embedding=embedding, timings=timings)
     ids, reason = outputs["output_ids"], outputs["finish_reason"]
     text, token_ids = outputs["text_output"][4:].decode(), memoryview(ids).cast("i").tolist()
     logprobs = outputs.get("logprobs")
@@ -302,4 +315,5 @@ def _reply(response: service_pb2.ModelInferResponse) -> Reply:
         prompt_logprobs[4:] if prompt_logprobs else None,
         msgspec.json.decode(stop_reason[4:], type=str | int | None) if stop_reason else None,
         int.from_bytes(cached, "little") if cached else None,
+        timings=timings,
     )

@@ -13,13 +13,14 @@ from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http import access_log
-from tidewright_gateway.http.tracing import Tracer
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.protocol import CompletionRequest
 from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.triton import Reply
+from tidewright_gateway.tracing.context import Tracer
+from tidewright_gateway.tracing.traces import Traces
 
 PATH = "/v1/stream"
 
@@ -77,8 +78,11 @@ class _Running:
 
 
 class PipelineBackend:
-    def __init__(self, pipeline: Pipeline, authenticator: Authenticator, tracer: Tracer, metrics: Metrics) -> None:
-        self._pipeline, self._authenticator, self._tracer, self._metrics = pipeline, authenticator, tracer, metrics
+    def __init__(
+        self, pipeline: Pipeline, authenticator: Authenticator, tracer: Tracer, traces: Traces, metrics: Metrics
+    ) -> None:
+        self._pipeline, self._authenticator, self._metrics = pipeline, authenticator, metrics
+        self._tracer, self._traces = tracer, traces
 
     async def authenticate(self, credential: str | None) -> Caller:
         return await self._authenticator.caller(credential)
@@ -88,6 +92,7 @@ class PipelineBackend:
         self, kind: Kind, body: bytes, credential: str | None, request_id: str
     ) -> AsyncGenerator[RunningRequest, None]:
         context = RequestContext(request_id, self._tracer.begin(()), credential)
+        context.record = self._traces.record(PATH)
         status = 499  # if it is left early
         self._metrics.began()
         self._metrics.stream("websocket", 1)
@@ -105,6 +110,7 @@ class PipelineBackend:
             seconds = time.monotonic() - context.arrived_at
             self._metrics.ended(PATH, status, seconds, *context.end)
             self._metrics.stream("websocket", -1)
+            self._traces.ended(context, "WEBSOCKET", PATH, status, seconds)
             client = access_log.client_address.get()
             access_log.write(context, client, access_log.WEBSOCKET, PATH, PATH, status, seconds)
 

@@ -1,17 +1,14 @@
-"""W3C Trace Context: which trace a request belongs to, and whether its replica is to record it. No spans are kept here.
-
-Own code, as OpenTelemetry's SDK takes 6 to 25 µs for what takes 3 to 5 here, and what it has beyond that, spans of the
-gateway's own and their export, is not used.
-"""
+"""Which trace a request belongs to, and whether it is sampled from the start."""
 
 from __future__ import annotations
 
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-_TRACEPARENT = re.compile(rb"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+from tidewright.tracing.trace_context import TraceParent, new_span_id, parse_traceparent, traceparent_of
+
 # What gRPC takes as a value. The specification asks for 512 characters at least to be handed on.
 _TRACESTATE = re.compile(rb"[\x21-\x7e]([\x20-\x7e]{0,1022}[\x21-\x7e])?")
 _RATIO_BITS = 64
@@ -25,10 +22,12 @@ class TraceContext:
     """16 digits: the gateway's own, which is the parent of what the replica records."""
     sampled: bool
     tracestate: str = ""
+    parent_id: str = ""
+    """The caller's span; empty if the trace begins here."""
 
     @property
     def traceparent(self) -> str:
-        return f"00-{self.trace_id}-{self.span_id}-0{self.sampled:d}"
+        return traceparent_of(TraceParent(self.trace_id, self.span_id, self.sampled))
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
@@ -37,6 +36,10 @@ class TraceContext:
             return ()
         parent = ("traceparent", self.traceparent)
         return (parent, ("tracestate", self.tracestate)) if self.tracestate else (parent,)
+
+    def child(self) -> TraceContext:
+        """A further span in this trace."""
+        return replace(self, span_id=new_span_id(), parent_id=self.span_id)
 
 
 class Tracer:
@@ -53,27 +56,14 @@ class Tracer:
                 parents.append(value)
             elif name == b"tracestate":
                 states.append(value)
-        if len(parents) == 1 and (parent := _parse(parents[0])):
-            trace_id, sampled = parent
-            if not self._trusts_callers:
-                sampled = self._samples(trace_id)
+        if len(parents) == 1 and (parent := parse_traceparent(parents[0].decode("latin-1"))):
+            sampled = parent.sampled if self._trusts_callers else self._samples(parent.trace_id)
             state = b",".join(states)
             tracestate = state.decode() if _TRACESTATE.fullmatch(state) else ""
-            return TraceContext(trace_id, secrets.token_hex(8), sampled, tracestate)
+            return TraceContext(parent.trace_id, new_span_id(), sampled, tracestate, parent.span_id)
         trace_id = secrets.token_hex(16)
-        return TraceContext(trace_id, secrets.token_hex(8), self._samples(trace_id))
+        return TraceContext(trace_id, new_span_id(), self._samples(trace_id))
 
     def _samples(self, trace_id: str) -> bool:
         """By the id itself, as others who see this trace may decide by it as well."""
         return int(trace_id[-_RATIO_BITS // 4 :], 16) < self._threshold
-
-
-def _parse(traceparent: bytes) -> tuple[str, bool] | None:
-    """Trace id, and whether it is sampled; None if it is not valid."""
-    match = _TRACEPARENT.fullmatch(traceparent)
-    if not match:
-        return None
-    version, trace_id, parent_id, flags, more = match.groups()
-    if version == b"ff" or (version == b"00" and more) or not int(trace_id, 16) or not int(parent_id, 16):
-        return None
-    return trace_id.decode(), bool(int(flags, 16) & 1)

@@ -1,0 +1,107 @@
+"""Exports traces in its own thread, from a bounded queue. What can't be exported in time is dropped and counted."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Literal
+
+from tidewright.tracing.endpoint import Endpoint, ExportError, open_endpoint, resource
+from tidewright.tracing.span import Span, Trace
+
+log = logging.getLogger(__name__)
+
+MAX_QUEUED = 2048  # traces that wait; one more is dropped
+MAX_BATCH = 256  # traces in one request
+DELAY = 1.0  # seconds that a trace waits for others, at most
+WARN_INTERVAL = 60.0  # seconds between two warnings that nothing can be exported
+
+Drop = Literal["queue_full", "export_failed"]
+
+
+class Pending:
+    """A trace that is to be exported; its spans are made in the exporter's thread."""
+
+    trace_id: str
+    num_spans: int
+
+    def spans(self) -> list[Span]:
+        raise NotImplementedError
+
+
+class Exporter:
+    def __init__(self, endpoint: str, exported: Callable[[int], None], dropped: Callable[[Drop, int], None]) -> None:
+        """`exported` and `dropped` count spans; the former and "export_failed" come from the exporter's thread.
+
+        Raises:
+            ValueError: the endpoint can't be used.
+        """
+        try:
+            from tidewright.tracing.otlp import to_json_lines, to_protobuf  # not for those who export nothing
+        except ModuleNotFoundError:
+            raise ValueError("otlp_endpoint needs: pip install 'tidewright[tracing]'") from None
+        self._endpoint: Endpoint = open_endpoint(endpoint)
+        self._encode = to_json_lines if self._endpoint.is_file else to_protobuf
+        self._exported, self._dropped = exported, dropped
+        self._queue: deque[Pending] = deque()
+        self._changed = threading.Condition()
+        self._stopping = self._is_full = False
+        self._warned_at = -WARN_INTERVAL
+        self._thread = threading.Thread(target=self._loop, name="traces", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, trace: Pending) -> None:
+        """Never blocks on the endpoint."""
+        # Without the lock: a deque is safe, and the thread looks by itself in time.
+        if len(self._queue) >= MAX_QUEUED:
+            self._dropped("queue_full", trace.num_spans)
+            return
+        self._queue.append(trace)
+        if len(self._queue) >= MAX_BATCH and not self._is_full:
+            with self._changed:
+                self._is_full = True
+                self._changed.notify()
+
+    def stop(self, timeout: float) -> None:
+        """Exports what waits, as far as that takes no longer than `timeout` seconds."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join(timeout)
+
+    def _loop(self) -> None:
+        about = resource()
+        while batch := self._next():
+            count = sum(trace.num_spans for trace in batch)
+            try:
+                traces = [Trace(trace.trace_id, trace.spans()) for trace in batch]
+                count = sum(len(trace.spans) for trace in traces)
+                self._endpoint.send(self._encode(traces, about))
+                self._exported(count)
+            except ExportError as error:
+                self._failed(str(error), count)
+            except Exception as error:  # a mistake of ours must not end the thread
+                log.exception("spans could not be encoded")
+                self._failed(repr(error), count)
+        self._endpoint.close()
+
+    def _next(self) -> list[Pending]:
+        """The next batch; empty once it is stopped and nothing is left."""
+        while True:
+            with self._changed:
+                if len(self._queue) < MAX_BATCH:
+                    self._is_full = False
+                    self._changed.wait_for(lambda: self._is_full or self._stopping, DELAY)
+                if self._queue or self._stopping:
+                    return [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
+
+    def _failed(self, why: str, count: int) -> None:
+        self._dropped("export_failed", count)
+        if (now := time.monotonic()) - self._warned_at >= WARN_INTERVAL:
+            self._warned_at = now
+            log.warning("%d spans could not be exported: %s", count, why)
