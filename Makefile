@@ -62,12 +62,12 @@ $(BIN)/python:
 
 $(VENV)/.server: $(BIN)/python pyproject.toml constraints.txt
 	@echo "Installing the server (torch and Triton: several hundred MB the first time)"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,gateway,tracing,triton-wheel]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,gateway,triton-wheel]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.server
 	@echo "Installing what tests and benchmarks need"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,gateway,tracing,triton-wheel,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,gateway,triton-wheel,dev]'
 	@touch $@
 
 # What tests start: from Debian's packages when it is missing.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from tidewright.tracing.endpoint import Endpoint, ExportError, open_endpoint, resource
+from tidewright.tracing.otlp import to_json_lines, to_protobuf
 from tidewright.tracing.span import Span, Trace
 
 log = logging.getLogger(__name__)
@@ -39,10 +40,6 @@ class Exporter:
         Raises:
             ValueError: the endpoint can't be used.
         """
-        try:
-            from tidewright.tracing.otlp import to_json_lines, to_protobuf  # not for those who export nothing
-        except ModuleNotFoundError:
-            raise ValueError("otlp_endpoint needs: pip install 'tidewright[tracing]'") from None
         self._endpoint: Endpoint = open_endpoint(endpoint)
         self._encode = to_json_lines if self._endpoint.is_file else to_protobuf
         self._exported, self._dropped = exported, dropped

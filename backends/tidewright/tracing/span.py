@@ -22,14 +22,14 @@ class Kind(IntEnum):
     CLIENT = 3
 
 
-@dataclass
+@dataclass(slots=True)
 class Event:
     name: str
     at: float
     attributes: Attributes = field(default_factory=dict)
 
 
-@dataclass
+@dataclass(slots=True)
 class Span:
     """Times are of time.time(). Ids are hexadecimal digits."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tidewright.tracing.trace_context import TraceParent, new_span_id, parse_traceparent, traceparent_of
 
@@ -39,7 +39,7 @@ class TraceContext:
 
     def child(self) -> TraceContext:
         """A further span in this trace."""
-        return replace(self, span_id=new_span_id(), parent_id=self.span_id)
+        return TraceContext(self.trace_id, new_span_id(), self.sampled, self.tracestate, self.span_id)
 
 
 class Tracer:
