@@ -76,8 +76,8 @@ class Exporter:
         while batch := self._next():
             count = sum(trace.num_spans for trace in batch)
             try:
-                traces = [Trace(trace.trace_id, trace.spans()) for trace in batch]
-                count = sum(len(trace.spans) for trace in traces)
+                # One after the other: spans of a whole batch at a time would be work for the garbage collector.
+                traces = (Trace(trace.trace_id, trace.spans()) for trace in batch)
                 self._endpoint.send(self._encode(traces, about))
                 self._exported(count)
             except ExportError as error:
