@@ -1,4 +1,7 @@
-"""Exports traces in its own thread, from a bounded queue. What can't be exported in time is dropped and counted."""
+"""Exports traces in its own thread, from a bounded queue. What can't be exported in time is dropped and counted.
+
+They are encoded before they are queued: bytes take little memory, and the garbage collector does not look at them.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from tidewright.tracing.endpoint import Endpoint, ExportError, open_endpoint, resource
-from tidewright.tracing.otlp import to_json_lines, to_protobuf
+from tidewright.tracing.otlp import Encoded, encode, request_of, to_json_lines
 from tidewright.tracing.span import Span, Trace
 
 log = logging.getLogger(__name__)
@@ -24,7 +27,7 @@ Drop = Literal["queue_full", "export_failed"]
 
 
 class Pending:
-    """A trace that is to be exported; its spans are made in the exporter's thread."""
+    """A trace that is to be exported; its spans are made only if there is room for it."""
 
     trace_id: str
     num_spans: int
@@ -35,15 +38,15 @@ class Pending:
 
 class Exporter:
     def __init__(self, endpoint: str, exported: Callable[[int], None], dropped: Callable[[Drop, int], None]) -> None:
-        """`exported` and `dropped` count spans; the former and "export_failed" come from the exporter's thread.
+        """`exported` and `dropped` count spans, and are called from several threads.
 
         Raises:
             ValueError: the endpoint can't be used.
         """
         self._endpoint: Endpoint = open_endpoint(endpoint)
-        self._encode = to_json_lines if self._endpoint.is_file else to_protobuf
+        self._resource = resource()
         self._exported, self._dropped = exported, dropped
-        self._queue: deque[Pending] = deque()
+        self._queue: deque[tuple[int, Encoded]] = deque()  # how many spans, and these
         self._changed = threading.Condition()
         self._stopping = self._is_full = False
         self._warned_at = -WARN_INTERVAL
@@ -58,7 +61,13 @@ class Exporter:
         if len(self._queue) >= MAX_QUEUED:
             self._dropped("queue_full", trace.num_spans)
             return
-        self._queue.append(trace)
+        try:
+            made = Trace(trace.trace_id, trace.spans())
+            self._queue.append((len(made.spans), self._encode(made)))
+        except Exception as error:  # a mistake of ours must not harm the request
+            log.exception("spans could not be encoded")
+            self._failed(repr(error), trace.num_spans)
+            return
         if len(self._queue) >= MAX_BATCH and not self._is_full:
             with self._changed:
                 self._is_full = True
@@ -71,23 +80,26 @@ class Exporter:
             self._changed.notify()
         self._thread.join(timeout)
 
+    def _encode(self, trace: Trace) -> Encoded:
+        return (("", to_json_lines([trace], self._resource)),) if self._endpoint.is_file else encode(trace)
+
     def _loop(self) -> None:
-        about = resource()
         while batch := self._next():
-            count = sum(trace.num_spans for trace in batch)
+            count, encoded = sum(count for count, _ in batch), (trace for _, trace in batch)
             try:
-                # One after the other: spans of a whole batch at a time would be work for the garbage collector.
-                traces = (Trace(trace.trace_id, trace.spans()) for trace in batch)
-                self._endpoint.send(self._encode(traces, about))
+                if self._endpoint.is_file:
+                    self._endpoint.send(b"".join(lines for trace in encoded for _, lines in trace))
+                else:
+                    self._endpoint.send(request_of(encoded, self._resource))
                 self._exported(count)
             except ExportError as error:
                 self._failed(str(error), count)
-            except Exception as error:  # a mistake of ours must not end the thread
-                log.exception("spans could not be encoded")
+            except Exception as error:  # nor end the thread
+                log.exception("spans could not be exported")
                 self._failed(repr(error), count)
         self._endpoint.close()
 
-    def _next(self) -> list[Pending]:
+    def _next(self) -> list[tuple[int, Encoded]]:
         """The next batch; empty once it is stopped and nothing is left."""
         while True:
             with self._changed:

@@ -26,18 +26,34 @@ _DOUBLE = struct.Struct("<d").pack
 _FLAGS = b"\x85\x01" + struct.pack("<I", 1)  # 16, fixed32: sampled
 
 
+Encoded = tuple[tuple[str, bytes], ...]
+"""Spans of one trace, encoded, by service. Bytes, which the garbage collector does not look at."""
+
+
 def to_protobuf(traces: Iterable[Trace], resource: Mapping[str, str]) -> bytes:
     """An OTLP request (ExportTraceServiceRequest). `resource`: attributes of the process, beside its service."""
+    return request_of(map(encode, traces), resource)
+
+
+def encode(trace: Trace) -> Encoded:
     services: dict[str, list[bytes]] = {}
-    for trace in traces:
-        head = b"\x0a\x10" + bytes.fromhex(trace.trace_id) + b"\x12\x08"
-        for span in trace.spans:
-            services.setdefault(span.service, []).append(_field(b"\x12", _span(span, head)))
+    head = b"\x0a\x10" + bytes.fromhex(trace.trace_id) + b"\x12\x08"
+    for span in trace.spans:
+        services.setdefault(span.service, []).append(_field(b"\x12", _span(span, head)))
+    return tuple((service, b"".join(spans)) for service, spans in services.items())
+
+
+def request_of(encoded: Iterable[Encoded], resource: Mapping[str, str]) -> bytes:
+    """Of traces that are encoded already."""
+    services: dict[str, list[bytes]] = {}
+    for trace in encoded:
+        for service, spans in trace:
+            services.setdefault(service, []).append(spans)
     made = []
-    for service, spans in services.items():
+    for service, parts in services.items():
         about = b"".join(_attributes(b"\x0a", {**resource, "service.name": service}))
         scope = _field(b"\x0a", _field(b"\x0a", _SCOPE.encode()))
-        of_service = _field(b"\x0a", about) + _field(b"\x12", scope + b"".join(spans))
+        of_service = _field(b"\x0a", about) + _field(b"\x12", scope + b"".join(parts))
         made.append(_field(b"\x0a", of_service))
     return b"".join(made)
 
@@ -76,7 +92,7 @@ def _event(event: Event) -> bytes:
 
 def _attributes(tag: bytes, attributes: Attributes) -> list[bytes]:
     return [
-        _make_attribute(tag, key, value) if type(value) is list else _attribute(tag, key, value)
+        _make_attribute(tag, key, value) if isinstance(value, list) else _attribute(tag, key, value)
         for key, value in attributes.items()
     ]
 
