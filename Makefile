@@ -72,7 +72,7 @@ $(VENV)/.dev: $(VENV)/.server
 
 # What tests start: from Debian's packages when it is missing.
 $(VENV)/.programs: $(BIN)/python
-	@missing=; for one in redis-server chromium prometheus prometheus-alertmanager; do \
+	@missing=; for one in redis-server chromium prometheus prometheus-alertmanager docker-compose; do \
 	  command -v $$one >/dev/null || missing="$$missing $$one"; done; \
 	ls /usr/lib/*/rsyslog/omelasticsearch.so >/dev/null 2>&1 || missing="$$missing rsyslog rsyslog-elasticsearch"; \
 	if [ -n "$$missing" ]; then \

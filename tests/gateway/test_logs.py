@@ -298,10 +298,12 @@ def test_every_line_reaches_the_sink_as_written_also_over_its_restart(model_dir:
     assert sorted(sink.lines) == sorted(written)
 
 
-def test_the_configuration_of_vector_is_whole() -> None:
+@pytest.mark.parametrize("sink", ["loki", "elasticsearch"])
+def test_the_configuration_of_vector_is_whole(sink: str) -> None:
     """As far as it can be seen without one: every input is there, and each sink waits on disk."""
-    path = Path(__file__).parent.parent.parent / "monitoring" / "logs" / "vector.yaml"
-    config = yaml.safe_load(path.read_text())
+    folder = Path(__file__).parent.parent.parent / "monitoring" / "logs" / "vector"
+    config = yaml.safe_load((folder / "tidewright.yaml").read_text())
+    config |= yaml.safe_load((folder / f"{sink}.yaml").read_text())
     made = {*config["sources"], *config["transforms"]}
     inputs = [one for kind in ("transforms", "sinks") for part in config[kind].values() for one in part["inputs"]]
     assert set(inputs) == made

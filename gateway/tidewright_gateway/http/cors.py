@@ -10,7 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http import access_log
-from tidewright_gateway.http.tracing import Tracer
+from tidewright_gateway.tracing.context import Tracer
 
 _NEVER = Tracer(0.0)
 
