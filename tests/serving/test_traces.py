@@ -17,6 +17,7 @@ from helpers.gateway import RunningGateway
 from helpers.otlp import OtlpReceiver, ReceivedSpan
 from helpers.processes import child, stub_of
 from helpers.triton import RunningServer
+from helpers.upstream import untraced
 from tidewright.tracing.catalogue import ATTRIBUTES, EVENTS, SPANS
 
 PARENT = "00f067aa0ba902b7"
@@ -59,6 +60,16 @@ def headers(sampled: bool) -> tuple[str, dict[str, str]]:
     return trace_id, {"traceparent": f"00-{trace_id}-{PARENT}-0{sampled:d}"}
 
 
+def ask_until_triton_traces(gateway: RunningGateway, receiver: OtlpReceiver, path: str, body: dict[str, Any]) -> str:
+    """The id of the trace, which has all of the gateway's and the engine's spans."""
+    for _ in range(5):
+        trace_id, sent = headers(sampled=True)
+        assert gateway.post(path, body, headers=sent).headers["X-Trace-Id"] == trace_id
+        if not untraced(receiver.trace(trace_id, f"POST {path}", "bridge")):
+            return trace_id
+    raise AssertionError("Triton traces nothing")
+
+
 def ours(spans: list[ReceivedSpan], name: str) -> list[ReceivedSpan]:
     found = [span for span in spans if span.name == name and span.service != "tidewright-triton"]
     return sorted(found, key=lambda span: span.began)
@@ -92,10 +103,8 @@ def above(span: ReceivedSpan, spans: list[ReceivedSpan]) -> list[str]:
 def test_one_trace_over_all_of_them(
     gateway: RunningGateway, pair: list[RunningServer], receiver: OtlpReceiver, stream: bool
 ) -> None:
-    trace_id, sent = headers(sampled=True)
     body = {"messages": [{"role": "user", "content": f"Count to nine, {stream}"}], "max_tokens": 8, "stream": stream}
-    answer = gateway.post(CHAT, body, headers=sent)
-    assert answer.headers["X-Trace-Id"] == trace_id
+    trace_id = ask_until_triton_traces(gateway, receiver, CHAT, body)
     names = {f"POST {CHAT}", "admit", "tokenize", "queue", "attempt", "stream", *ENGINE}
     spans = receiver.trace(trace_id, *names, "InferRequest", "decoder", "compute")
     check(spans)
@@ -111,9 +120,8 @@ def test_one_trace_over_all_of_them(
 def test_each_of_several_choices_has_its_own_bridge_and_engine(
     gateway: RunningGateway, pair: list[RunningServer], receiver: OtlpReceiver
 ) -> None:
-    trace_id, sent = headers(sampled=True)
-    gateway.post(COMPLETIONS, {"prompt": "The sea", "max_tokens": 4, "n": 3}, headers=sent)
-    spans = receiver.trace(trace_id, f"POST {COMPLETIONS}")
+    body = {"prompt": "The sea", "max_tokens": 4, "n": 3}
+    trace_id = ask_until_triton_traces(gateway, receiver, COMPLETIONS, body)
     spans = receiver.wait(lambda traces: (found := traces.of(trace_id)) and len(ours_of_triton(found)) == 9 and found)
     check(spans)
     assert [span.attributes["tidewright.choice"] for span in sorted_by_choice(ours(spans, "attempt"))] == [0, 1, 2]
