@@ -101,11 +101,24 @@ REPLICAS = Dashboard(
             ),
         ),
         Row(
-            "Stores, discovery, logs, certificates",
+            "Stores, discovery, logs, traces, certificates",
             (
                 Panel("Stores lost", "none", (Query(f"sum by (store) ({G}store_lost)", "{{store}}"),)),
                 Panel("Failed discoveries", "none", (Query(f"increase({G}discovery_failures_total[5m])"),)),
-                Panel("Log lines dropped", "none", (Query(f"increase({G}log_lines_dropped_total[5m])"),)),
+                Panel(
+                    "Log lines and spans dropped",
+                    "none",
+                    (
+                        Query(f"increase({G}log_lines_dropped_total[5m])", "{{instance}} log lines"),
+                        Query(f"sum by (instance) (increase({G}spans_dropped_total[5m]))", "{{instance}} spans"),
+                    ),
+                ),
+                Panel(
+                    "Spans exported",
+                    "short",
+                    (Query(f"sum by (instance) (rate({G}spans_exported_total[1m]))"),),
+                    "A second",
+                ),
                 Panel(
                     "Expires in",
                     "s",

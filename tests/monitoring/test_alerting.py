@@ -28,7 +28,6 @@ NOTHING_TO_SHOW = {
     ("engine", "Drafted tokens that were right"),  # no speculation
     ("engine", "To the fallback, by cause"),  # the gateway asks the decoder directly
     ("replicas", "Failed attempts"),  # a series begins with its first failures, which rate() does not see
-    ("replicas", "Log lines dropped"),
     ("replicas", "Probe tokens that failed"),
     ("replicas", "Expires in"),  # no TLS, and no key that expires
 }

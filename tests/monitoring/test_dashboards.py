@@ -36,7 +36,6 @@ PANELS = [
 ]
 EXTERNAL = {
     *("up", "ALERTS"),
-    "tidewright_gateway_log_lines_dropped_total",  # comes with the structured logs
     *("node_filesystem_avail_bytes", "node_filesystem_size_bytes", "node_filesystem_readonly"),
     # https://github.com/NVIDIA/dcgm-exporter/blob/main/etc/default-counters.csv
     *("DCGM_FI_DEV_GPU_TEMP", "DCGM_FI_DEV_POWER_USAGE", "DCGM_FI_DEV_SM_CLOCK", "DCGM_FI_DEV_XID_ERRORS"),
