@@ -51,6 +51,10 @@ def pair(two: list[RunningServer]) -> list[RunningServer]:
 @pytest.fixture(scope="module")
 def gateway(model_dir: Path, two: list[RunningServer], receiver: OtlpReceiver) -> Iterator[RunningGateway]:
     options = {"otlp_endpoint": receiver.url, "trace_callers": True, "routing": "round_robin", "wait_for_replica": 10}
+    options |= {
+        "patience": 30,
+        "stall_timeout": 60,
+    }  # a stream stays where its engine died, however long the next takes
     with RunningGateway(model_dir, *two, **options) as running:
         yield running
 
