@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from tidewright.bridge.call import Call
+from tidewright.bridge.call import Call, ids_of
 from tidewright.bridge.statistics import RequestStatistics
 from tidewright.bridge.traces import BridgeTraces
 from tidewright.engine.messages import SequenceOutput
@@ -26,7 +26,7 @@ class Answers:
         if call.abandoned:  # then it was counted
             return
         self._statistics.finished(reason, since_arrival)
-        log.debug("ended: %s", reason, extra=event("request_ended", request_id=call.client_id or None))
+        log.debug("ended: %s", reason, extra=event("request_ended", **ids_of(call)))
         if self._traces:
             self._traces.ended(call, reason)
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tidewright.bridge.answers import Answers
-from tidewright.bridge.call import Call, Origin, Part, Responder
+from tidewright.bridge.call import Call, Origin, Part, Responder, ids_of
 from tidewright.bridge.canceller import Canceller
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.bridge.feeder import Feeder
@@ -247,7 +247,7 @@ class Bridge:
             self._calls[call] = None
             self._parts.update((part.request_id, part) for part in call.parts)
             self._changed.notify_all()
-        log.debug("received", extra=event("request_received", request_id=client_id or None))
+        log.debug("received", extra=event("request_received", **ids_of(call)))
         for part in call.parts:
             self._feeder.submit(part)
 

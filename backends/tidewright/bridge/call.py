@@ -290,3 +290,8 @@ class Call:
 def _since(arrived_at: float, at: float) -> float:
     """In seconds, to the microsecond: as text, more is noise."""
     return round(at - arrived_at, 6)
+
+
+def ids_of(call: Call) -> dict[str, str | None]:
+    """For log lines."""
+    return {"request_id": call.client_id or None, "trace_id": call.trace_id or None}
