@@ -230,8 +230,8 @@ def test_a_trusted_proxy_says_who_the_client_is(model_dir: Path, tmp_path: Path)
     with EchoReplica() as replica, RunningGateway(model_dir, replica, **options) as gateway:
         for value in ("6.6.6.6, 7.7.7.7", "x" * 5000):
             gateway.http.get("/v1/models", headers={"X-Forwarded-For": value})
-        lines = [json.loads(line) for line in (tmp_path / "access.log").read_text().splitlines()]
-        assert [line["client"] for line in lines if line["path"] == "/v1/models"] == ["7.7.7.7", "x" * 64]
+    lines = [json.loads(line) for line in (tmp_path / "access.log").read_text().splitlines()]
+    assert [line["client"] for line in lines if line["path"] == "/v1/models"] == ["7.7.7.7", "x" * 64]
 
 
 def test_a_full_disk_harms_no_request_and_lost_lines_are_counted(model_dir: Path, tmp_path: Path) -> None:

@@ -38,13 +38,20 @@ class ScriptedTriton:
         self.start_errors: list[Exception] = []
         self.removed: list[str] = []
         self.killed: list[str] = []
+        self.kill_mends = False
+        """Nothing is broken any more once a stub was killed."""
         self.http_url = self.metrics_url = ""
 
     def stub(self, model: str) -> Stub:
         process = SimpleNamespace(
-            kill=lambda: self.killed.append(model), cpu_times=lambda: SimpleNamespace(user=0.0, system=0.0)
+            kill=lambda: self._killed(model), cpu_times=lambda: SimpleNamespace(user=0.0, system=0.0)
         )
         return Stub(process, f"region of {model}")  # type: ignore[arg-type]
+
+    def _killed(self, model: str) -> None:
+        if self.kill_mends:
+            self.broken.clear()
+        self.killed.append(model)
 
     def remove_region(self, name: str) -> None:
         self.removed.append(name)
