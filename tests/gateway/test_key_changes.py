@@ -12,7 +12,8 @@ import pytest
 from helpers.api_keys import add, refusal, running, until_logged, until_refused, until_taken
 from helpers.redis import RunningRedis
 from tidewright_gateway.auth.keys import KeyEntry, make_key
-from tidewright_gateway.auth.stores import REDIS_HASH, FileStore, open_store
+from tidewright_gateway.auth.redis_keys import REDIS_HASH
+from tidewright_gateway.auth.stores import FileStore, open_store
 
 pytestmark = pytest.mark.usefixtures("quick_polls")
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from tidewright_gateway.auth.callers import ANONYMOUS, Caller, Role
 from tidewright_gateway.auth.errors import MISSING, WRONG, unauthorized
 from tidewright_gateway.auth.keyring import Keyring
 from tidewright_gateway.auth.keys import KEY_PREFIX
 from tidewright_gateway.auth.stores import open_store
-from tidewright_gateway.auth.tokens import TokenChecker
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.openai.errors import ApiError
+
+if TYPE_CHECKING:
+    from tidewright_gateway.auth.tokens import TokenChecker
 
 _LONGEST = 8192  # characters; nothing longer is a token
 
@@ -34,6 +37,8 @@ class Authenticator:
         if settings.keys:
             self._parts.append(Keyring(open_store(settings.keys)))
         if settings.jwt_jwks:
+            from tidewright_gateway.auth.tokens import TokenChecker  # slow to import
+
             self._parts.append(
                 TokenChecker(settings.jwt_jwks, settings.jwt_issuer, settings.jwt_audience, settings.jwt_role_claim)
             )

@@ -1,4 +1,4 @@
-"""Where key entries are kept: a YAML file or Redis. Both are read by the gateway and written by `tidewright keys`."""
+"""Where key entries are kept: a YAML file, or Redis (redis_keys.py). The gateway reads, `tidewright keys` writes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
 
 import msgspec
-import redis
 import yaml
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from tidewright_gateway.auth.errors import AuthSetupError
 from tidewright_gateway.auth.keys import KeyEntry
 
-REDIS_HASH = "tidewright:keys"
-_REDIS_TIMEOUT = 2.0  # seconds
 _HEADER = """\
 # API keys of Tidewright's gateway, made by `tidewright keys`, which keeps no comments: use `note`.
 # What changes here is in force within a second. docs/keys.md says what an entry may have.
@@ -36,6 +30,8 @@ Change = Callable[[KeyEntry | None], KeyEntry | None]
 def open_store(where: str) -> KeyStore:
     """`where` is the option `keys`. Reads nothing yet."""
     if where.startswith(("redis://", "rediss://")):
+        from tidewright_gateway.auth.redis_keys import RedisStore  # slow to import
+
         return RedisStore(where)
     return FileStore(Path(where))
 
@@ -96,72 +92,6 @@ class FileStore(KeyStore):
                 _replace(path, _text(entries), path.stat().st_mode & 0o777 if exists else 0o600)
         except OSError as error:
             raise AuthSetupError(f"{self.name}: {error.strerror}") from None
-
-
-class RedisStore(KeyStore):
-    """One hash, key id to JSON. Gateways share it, so a broken entry costs only its own key."""
-
-    def __init__(self, url: str) -> None:
-        try:
-            parts = urlsplit(url)
-            port = f":{parts.port}" if parts.port else ""
-            self._redis = redis.Redis.from_url(
-                url,
-                socket_timeout=_REDIS_TIMEOUT,
-                socket_connect_timeout=_REDIS_TIMEOUT,
-                retry=Retry(NoBackoff(), 1),
-            )
-        except ValueError:
-            raise AuthSetupError("keys: not a Redis address, such as redis://127.0.0.1:6379/0") from None
-        self.name = f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
-        self._seen: dict[bytes, bytes] | None = None
-        self._entries: Entries = {}
-
-    def read(self) -> tuple[Entries, list[str]] | None:
-        try:
-            fields: dict[bytes, bytes] = self._redis.hgetall(REDIS_HASH)  # type: ignore[assignment]
-        except redis.RedisError as error:
-            raise self._unreachable(error) from None
-        if fields == self._seen:
-            return None
-        entries: Entries = {}
-        faults = []
-        for field, value in fields.items():
-            key_id = field.decode(errors="replace")
-            known = self._entries.get(key_id) if self._seen and self._seen.get(field) == value else None
-            try:
-                entries[key_id] = known or self._decode(key_id, value)
-            except AuthSetupError as error:
-                faults.append(str(error))
-        self._seen, self._entries = fields, entries
-        return entries, faults
-
-    def change(self, key_id: str, change: Change) -> None:
-        def put(pipe: Any) -> None:
-            value = pipe.hget(REDIS_HASH, key_id)
-            entry = change(None if value is None else self._decode(key_id, value))
-            pipe.multi()
-            if entry is None:
-                pipe.hdel(REDIS_HASH, key_id)
-            else:
-                pipe.hset(REDIS_HASH, key_id, msgspec.json.encode(entry))
-
-        try:
-            self._redis.transaction(put, REDIS_HASH)
-        except redis.RedisError as error:
-            raise self._unreachable(error) from None
-
-    def _decode(self, key_id: str, value: bytes) -> KeyEntry:
-        try:
-            entry = msgspec.json.decode(value, type=KeyEntry)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-            raise AuthSetupError(f"{self.name}: {REDIS_HASH}: entry {key_id!r}: {error}") from None
-        if entry.id != key_id:
-            raise AuthSetupError(f"{self.name}: {REDIS_HASH}: entry {key_id!r} says that its id is {entry.id!r}")
-        return entry
-
-    def _unreachable(self, error: redis.RedisError) -> AuthSetupError:
-        return AuthSetupError(f"{self.name}: {error}")
 
 
 def _signature(file: BinaryIO) -> tuple[int, ...]:
