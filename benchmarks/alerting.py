@@ -79,10 +79,9 @@ def _replicas_killed(stack: Stack) -> Iterator[None]:
 
 @contextmanager
 def _gateway_frozen(stack: Stack) -> Iterator[None]:
-    (gateway,) = (one for one in psutil.Process().children() if "tidewright_gateway" in one.cmdline())
-    os.kill(gateway.pid, signal.SIGSTOP)
+    os.kill(stack.gateway.pid, signal.SIGSTOP)
     yield
-    os.kill(gateway.pid, signal.SIGCONT)
+    os.kill(stack.gateway.pid, signal.SIGCONT)
 
 
 CASES = (

@@ -52,9 +52,9 @@ class Stack:
             self.start_redis()
             exits.callback(lambda: self.redis.kill())
             self._make_keys()
-            gateway = self._start_gateway()
-            exits.callback(gateway.wait)
-            exits.callback(gateway.terminate)
+            self.gateway = self._start_gateway()
+            exits.callback(self.gateway.wait)
+            exits.callback(self.gateway.terminate)
             self._exits = exits.pop_all()
         return self
 

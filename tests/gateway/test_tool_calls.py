@@ -92,7 +92,7 @@ def test_without_a_call_the_answer_is_that_of_text(gateway: RunningGateway) -> N
     [
         ({"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}, "'/nowhere' does not exist"),
         ({"type": "object", "properties": {"a": {"type": "integer", "minimum": 5, "maximum": 3}}, "required": ["a"]}, "Unsatisfiable"),
-        ({"type": "object", "properties": {"a": {"type": "number", "pattern": "("}}, "required": 5}, "tools: "),
+        ({"type": "object", "properties": {"a": {"type": "number", "pattern": "("}}, "required": 5}, "parameters: "),
     ],
 )  # fmt: skip
 def test_a_schema_that_nothing_follows_is_refused(gateway: RunningGateway, parameters: Any, said: str) -> None:
@@ -100,6 +100,6 @@ def test_a_schema_that_nothing_follows_is_refused(gateway: RunningGateway, param
     body = {"model": MODEL, "messages": ASK, "tools": [tool], "tool_choice": "required", "max_tokens": 5}
     answer = gateway.post("/v1/chat/completions", body)
     error = answer.json()["error"]
-    assert (answer.status_code, error["param"]) == (400, "tools")
+    assert (answer.status_code, error["param"]) == (400, "tools.0.function.parameters")
     assert said in error["message"]
     assert "x-guidance" not in error["message"]
