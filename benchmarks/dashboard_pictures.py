@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 
 MOST_LINES = 12  # of a panel
 COLUMNS = 3
+STRIDE = 4  # points of which one is drawn
 
 
 def draw(dashboard: Any, answers: dict[str, list[dict[str, Any]]], file: Path) -> None:
@@ -33,6 +34,7 @@ def draw(dashboard: Any, answers: dict[str, list[dict[str, Any]]], file: Path) -
                 legend = re.sub(r"\{\{(\w+)\}\}", lambda match, of=found["metric"]: of.get(match[1], ""), query.legend)
                 lines.append((legend, found["values"]))
         for legend, values in sorted(lines)[:MOST_LINES]:
+            values = values[::STRIDE]
             times = [datetime.fromtimestamp(at, timezone.utc) for at, _ in values]
             axis.plot(times, [float(value) for _, value in values], label=legend, linewidth=0.9)
         axis.set_title(f"{row.title}: {panel.title}", fontsize=9, loc="left")
@@ -45,7 +47,7 @@ def draw(dashboard: Any, answers: dict[str, list[dict[str, Any]]], file: Path) -
         else:
             axis.text(0.5, 0.5, "no data", transform=axis.transAxes, ha="center", color="gray")
     figure.suptitle(f"{dashboard.title} (synthetic data)", fontsize=12, x=0.01, ha="left")
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0, 1, 0.98))
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file)
+    figure.savefig(file, pil_kwargs={"quality": 60})
     plt.close(figure)

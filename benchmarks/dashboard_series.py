@@ -27,6 +27,7 @@ OPEN = {
 }
 """Values of labels that the catalogue leaves open."""
 REFUSED = [("429", "rate_limit_exceeded", 0.02), ("400", "invalid_value", 0.01), ("503", "overloaded", 0.003)]
+OUTCOMES = {"ok": 3.0, "client_error": 0.05, "limited": 0.05, "disconnected": 0.02}
 SIZES = {"batch_places": 64, "queue_places": 64, "kv_blocks": 4096, "max_fds": 1048576, "replicas_usable": 3}
 RARE = ("failed", "overloaded", "fail", "refus", "preempt", "restart", "lost", "dropped", "transition", "moved", "retr")
 Line = Callable[[str, dict[str, str], np.ndarray], None]
@@ -50,7 +51,7 @@ def write_openmetrics(file: Path, start: int, end: int, scrape: int) -> int:
                         count += 1
                         shown = ",".join(f'{key}="{value}"' for key, value in {**place, **labels}.items())
                         head = f"{name}{suffix}{{{shown}}} "
-                        out.writelines(f"{head}{value:.6g} {at}\n" for at, value in zip(times, values, strict=True))
+                        out.writelines(f"{head}{value:.12g} {at}\n" for at, value in zip(times, values, strict=True))
         out.write("# EOF\n")
     return count
 
@@ -67,9 +68,9 @@ def series(
             yield "", labels, gauge(spec, labels, times, work / work.max(), noise)
         else:
             total = np.cumsum(work * noise * weight).round()
-            middle = len(spec.buckets) // 2
+            middle = len(spec.buckets) // 3
             for place, bound in enumerate((*spec.buckets, math.inf)):
-                share = 1.0 if math.isinf(bound) else 1 / (1 + math.exp(-1.3 * (place - middle)))
+                share = 1.0 if math.isinf(bound) else 1 / (1 + math.exp(-2 * (place - middle)))
                 yield (
                     "_bucket",
                     {**labels, "le": "+Inf" if math.isinf(bound) else f"{bound:g}"},
@@ -88,6 +89,9 @@ def combinations(spec: MetricSpec) -> Iterator[tuple[dict[str, str], float]]:
         return
     for values in itertools.product(*(label.values or OPEN[label.name] for label in spec.labels)):
         labels = {label.name: value for label, value in zip(spec.labels, values, strict=True)}
+        if "outcome" in labels and "ok" in spec.labels[-1].values:
+            yield labels, OUTCOMES.get(labels["outcome"], 0.001)
+            continue
         is_rare = any(word in f"{spec.name} {' '.join(values)}" for word in RARE)
         yield labels, (0.001 if is_rare else 1.0) * random.lognormvariate(0, 0.8)
 
@@ -103,7 +107,7 @@ def gauge(
         return np.ones(len(times))
     if any(_is_state(label) for label in spec.labels) or spec.name in ("replica_load_stale", "degradation_level"):
         return np.zeros(len(times))
-    if "ratio" in spec.name or "utilization" in spec.name:
+    if spec.name.endswith(("_ratio", "_utilization")):
         return np.clip(0.8 * load * noise, 0, 1)
     if spec.name.endswith("bytes"):
         return (2**30 * (0.5 + 0.3 * load)).round()
@@ -111,6 +115,8 @@ def gauge(
         return np.full(
             len(times), {"kv_blocks": 4096.0, "max_fds": 1048576.0, "replicas_usable": 3.0}.get(spec.name, 64.0)
         )
+    if spec.name in ("queue_length", "requests_waiting"):
+        return np.where(load > 0.9, (5 * load * noise).round(), 0.0)
     return (40 * load * noise).round()
 
 

@@ -73,12 +73,13 @@ def make_data(folder: Path, end: int, scrape: int) -> int:
     subprocess.run(["promtool", "tsdb", "create-blocks-from", "openmetrics", "-q", file, data], check=True)
     file.unlink()
     rules = MONITORING / "rules" / "recording.yml"
-    with prometheus(folder) as url:
-        command = ["promtool", "tsdb", "create-blocks-from", "rules", f"--start={end - DAY}", f"--end={end}"]
-        command += [f"--url={url}", f"--eval-interval={scrape}s", f"--output-dir={folder / 'recorded'}", str(rules)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for block in (folder / "recorded").iterdir():
-        block.rename(data / block.name)
+    for _ in range(2):  # some rules need what others have recorded
+        with prometheus(folder) as url:
+            command = ["promtool", "tsdb", "create-blocks-from", "rules", f"--start={end - DAY}", f"--end={end}"]
+            command += [f"--url={url}", f"--eval-interval={scrape}s", f"--output-dir={folder / 'recorded'}", str(rules)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for block in (folder / "recorded").iterdir():
+            block.rename(data / block.name)
     return count
 
 
@@ -125,8 +126,8 @@ def main() -> None:
                     f"{dashboard.name:10} {len(answers):3} queries, {len(empty)} empty: "
                     f"{statistics.median(seconds):.2f} s (first {seconds[0]:.2f} s)"
                 )
-                if options.pictures:
-                    draw(dashboard, answers, options.pictures / f"dashboard-{dashboard.name}.png")
+                if options.pictures and len(empty) < len(answers):
+                    draw(dashboard, answers, options.pictures / f"dashboard-{dashboard.name}.webp")
 
 
 if __name__ == "__main__":
