@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -44,3 +45,19 @@ def test_what_is_no_gateway_and_no_triton(echo_gateway: RunningGateway) -> None:
     code, text = diagnose(f"{echo_gateway.url}/health")
     assert code == 1
     assert "status 404" in text
+
+
+def test_addresses_that_are_none() -> None:
+    for url in ("http://[x", "ftp://x", ""):
+        code, text = diagnose(url)
+        assert code == 1
+        assert "Traceback" not in text
+
+
+def test_an_endpoint_that_hangs_makes_no_other_look_dead(echo_gateway: RunningGateway) -> None:
+    """Each is judged by the time of its own answer."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        code, text = diagnose(echo_gateway.url, f"127.0.0.1:{silent.getsockname()[1]}")
+    assert code == 1
+    assert text.count("critical") == 1
+    assert "did not answer within 5 s" in text

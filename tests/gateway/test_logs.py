@@ -249,7 +249,9 @@ def test_a_full_disk_harms_no_request_and_lost_lines_are_counted(model_dir: Path
         assert gateway.http.get("/health/live").status_code == 200
         assert gateway.http.get("/health/live").status_code == 200
     found = [json.loads(line) for line in files[0].read_text().splitlines()]
-    assert {line["path"] for line in found} == {"/health/live"}
+    (told,) = (line for line in found if line["event"] == "log_lines_dropped")
+    assert told["lines"] >= 50
+    assert {line["path"] for line in found if line is not told} == {"/health/live"}
 
 
 @pytest.mark.parametrize("option", ["log_file", "access_log"])
@@ -308,3 +310,22 @@ def test_the_configuration_of_vector_is_whole(sink: str) -> None:
     inputs = [one for kind in ("transforms", "sinks") for part in config[kind].values() for one in part["inputs"]]
     assert set(inputs) == made
     assert {part["buffer"]["type"] for part in config["sinks"].values()} == {"disk"}
+
+
+def test_refusals_name_their_endpoint_their_id_and_no_key(model_dir: Path, tmp_path: Path) -> None:
+    key = f"tw-alice-{'x' * 43}"
+    with EchoReplica() as replica, RunningGateway(model_dir, replica, access_log=tmp_path / "access.log") as gateway:
+        sent = {"X-Request-Id": key, "Content-Type": "text/plain"}
+        refused = gateway.http.post("/v1/chat/completions", content=b"{}", headers=sent)
+        assert refused.status_code == 415
+        assert key not in str(refused.headers)
+        assert gateway.metric("requests_total", path="/v1/chat/completions", code="not_json") == 1
+        with socket.create_connection(("127.0.0.1", gateway.port)) as raw:
+            raw.sendall(b"NONSENSE\r\n\r\n")
+            answer = raw.makefile("rb").read().decode()
+    text = (tmp_path / "access.log").read_text()
+    lines = {line["error"]: line for line in map(json.loads, text.splitlines()) if "error" in line}
+    assert key not in text
+    assert lines["not_json"]["endpoint"] == "/v1/chat/completions"
+    assert f"x-request-id: {lines['invalid_http']['request_id']}" in answer
+    assert lines["invalid_http"]["message"][0] != " "

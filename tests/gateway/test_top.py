@@ -5,8 +5,11 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from click.testing import CliRunner
+from prometheus_client import CollectorRegistry, start_http_server
 
 from helpers.gateway import RunningGateway
 from tidewright.launch.cli import main
@@ -30,6 +33,28 @@ def test_without_any_that_answers_it_says_what_to_give(echo_gateway: RunningGate
     assert "can't be reached" in text
     assert "answered with status 404" in text
     assert "Give the address of a gateway" in text
+
+
+def test_an_endpoint_of_something_else_is_no_success() -> None:
+    with other_metrics() as url:
+        code, text = top(url)
+    assert code == 1
+    assert "no metrics of a gateway or Triton" in text
+
+
+@contextmanager
+def other_metrics() -> Iterator[str]:
+    server, thread = start_http_server(0, "127.0.0.1", CollectorRegistry())
+    try:
+        yield f"http://me:secret@127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+
+
+def test_a_password_in_an_address_is_not_shown() -> None:
+    with other_metrics() as url:
+        assert "secret" not in top(url)[1]
 
 
 def test_addresses_that_are_none(echo_gateway: RunningGateway) -> None:

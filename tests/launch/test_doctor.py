@@ -33,6 +33,18 @@ def test_every_problem_comes_with_its_cure() -> None:
     assert all(check.fix for check in checks if check.status != "ok")
 
 
+def test_a_package_that_every_command_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert by_name()["packages"].status == "ok"
+    wanted = ["click>=8.1", "no-such-package>=1", 'torch>=2; extra == "server"', 'none-such; extra == "gateway"']
+    monkeypatch.setattr("importlib.metadata.requires", lambda name: wanted)
+    found = by_name()["packages"]
+    assert (found.status, found.detail, found.fix) == (
+        "fail",
+        "missing: no-such-package",
+        "pip install no-such-package",
+    )
+
+
 def test_no_gpu_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert by_name()["GPU"].status == "ok"

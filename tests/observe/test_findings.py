@@ -89,14 +89,20 @@ def test_what_is_well_has_no_finding() -> None:
         ({"healthy": 0}, Severity.CRITICAL, "decoder is not healthy"),
         (
             {"engine_restart_timestamp_seconds": NOW - 30, "engine_restarts_total": 2},
-            Severity.WARNING,
+            Severity.INFO,
             "started again 30 s ago (restart 2)",
         ),
+        (
+            {"engine_restart_timestamp_seconds": NOW - 30, "engine_restarts_total": 3},
+            Severity.CRITICAL,
+            "started again 30 s ago (restart 3)",
+        ),
+        ({"heartbeat_timestamp_seconds": 0}, Severity.CRITICAL, "Triton has no model decoder"),
         ({"preemptions_total": 5}, Severity.WARNING, "2.5 preemptions/s"),
         ({"requests_waiting": 4}, Severity.WARNING, "KV cache is short: 50% used"),
         ({"requests_waiting": 4, "requests_running": 64}, Severity.INFO, "batch is full: 64 run, 4 wait"),
     ],
-    ids=["stub", "failsafe", "engine", "unhealthy", "restarted", "preempted", "blocks", "full"],
+    ids=["stub", "failsafe", "engine", "unhealthy", "restarted", "often", "unloaded", "preempted", "blocks", "full"],
 )
 def test_of_a_triton(changed: dict[str, float], severity: Severity, cause: str) -> None:
     (found,) = triton(**changed)

@@ -101,7 +101,7 @@ def test_a_requests_spans_and_lines_make_one_timeline(files: list[str]) -> None:
 
 
 def test_the_trace_shows_the_same(files: list[str]) -> None:
-    code, text = trace(TRACE, *files)
+    code, text = trace(TRACE.upper(), *files)
     assert code == 0
     assert "POST /v1/completions" in text
     assert "of the trace" in text
@@ -260,4 +260,5 @@ def test_other_servers_are_told_from_backends() -> None:
     with server({}) as url:
         assert "does not answer as Jaeger or Phoenix do" in trace(TRACE, url)[1]
     assert "can't be asked" in trace(TRACE, "http://127.0.0.1:1")[1]
-    assert "neither a file nor the address" in trace(TRACE, "ftp://x")[1]
+    for url in ("ftp://x", "http://[bad"):
+        assert "neither a file nor the address" in trace(TRACE, url)[1]

@@ -256,7 +256,7 @@ class Call:
         if self.finish_reason == "timeout" and not has_tokens:
             return TimedOutError(
                 self.parts[0].timeout_message
-                or f"timed out after {self.request.sampling.timeout:g} s while queued, before the first token; "
+                or f"timed out after {self.request.sampling.timeout:.3g} s while queued, before the first token; "
                 "raise timeout, or try again when fewer requests wait"
             )
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
@@ -39,7 +38,7 @@ def diagnose(urls: tuple[str, ...], key: str | None, interval: float) -> None:
 
     from tidewright.observe.findings import Look, Severity
     from tidewright.observe.findings import diagnose as find
-    from tidewright.observe.scrape import Change, fetch_all
+    from tidewright.observe.scrape import Change, fetch_all, host_of
 
     if len(urls) > MAX_SOURCES:
         raise click.UsageError(f"{len(urls)} addresses are more than {MAX_SOURCES}")
@@ -52,11 +51,13 @@ def diagnose(urls: tuple[str, ...], key: str | None, interval: float) -> None:
         raise click.Abort from None
     looks = []
     for address, old, new in zip(addresses, before, after, strict=True):
-        where = urlsplit(address).netloc or address
+        where = host_of(address)
         if isinstance(new, str):
             looks.append(Look(where, time.time(), None, new))
             continue
-        look = Look(where, time.time(), Change(new if isinstance(old, str) else old, new))
+        # As of its own scrape: another endpoint may have kept us waiting since.
+        at = time.time() - (time.monotonic() - new.at)
+        look = Look(where, at, Change(new if isinstance(old, str) else old, new))
         status = _status(address, key) if look.is_gateway else {}
         looks.append(Look(where, look.now, look.change, status=status))
     console, found = Console(highlight=False, soft_wrap=True), find(looks)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 import shlex
 import shutil
 import socket
@@ -41,6 +42,7 @@ def run_checks() -> list[Check]:
     """All checks, in the order in which their fixes make sense. Starts no server."""
     parts: tuple[Callable[[], Iterator[Check]], ...] = (
         _python,
+        _packages,
         _triton,
         _torch,
         _compiler,
@@ -81,6 +83,23 @@ def _python() -> Iterator[Check]:
     else:
         built = "built shared" if sysconfig.get_config_var("Py_ENABLE_SHARED") else "built static, library found apart"
         yield Check("libpython", "ok", f"{built}, in {folders[0] if folders else 'the system library path'}")
+
+
+def _packages() -> Iterator[Check]:
+    """What every command needs; the extras have checks of their own."""
+    missing = []
+    for requirement in importlib.metadata.requires("tidewright") or ():
+        name = re.split(r"[^A-Za-z0-9._-]", requirement, maxsplit=1)[0]
+        if "extra ==" in requirement:
+            continue
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        yield Check("packages", "fail", f"missing: {', '.join(missing)}", f"pip install {' '.join(missing)}")
+    else:
+        yield Check("packages", "ok", "all that the commands need")
 
 
 def _triton() -> Iterator[Check]:

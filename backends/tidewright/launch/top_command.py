@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 GATEWAY, TRITON = "http://127.0.0.1:8080", "http://127.0.0.1:8002"
 MAX_SOURCES = 64
+PIPE_WIDTH = 140  # characters, where the output is no terminal
 
 
 @click.command()
@@ -48,6 +50,8 @@ def top(urls: tuple[str, ...], key: str | None, interval: float, once: bool) -> 
         raise click.UsageError(f"{len(urls)} addresses are more than {MAX_SOURCES}")
     addresses = [metrics_url(url) for url in urls or (GATEWAY, TRITON)]
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=PIPE_WIDTH)
     is_live = console.is_terminal and not once  # else each interval is printed below the last
     timeout = max(interval, 2.0)
     before = fetch_all(addresses, key, timeout)
@@ -65,10 +69,14 @@ def top(urls: tuple[str, ...], key: str | None, interval: float, once: bool) -> 
                 else:
                     console.print(seen)
                 if once:
-                    return
+                    break
                 before = now
     except KeyboardInterrupt:
-        pass
+        return
+    if any(
+        source.change and not (source.is_gateway or source.is_triton) for source in _sources(addresses, before, now)
+    ):
+        raise click.ClickException("not all addresses are those of a gateway or of a Triton's metrics port")
 
 
 def metrics_url(url: str) -> str:

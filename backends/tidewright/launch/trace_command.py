@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import click
 if TYPE_CHECKING:
     from tidewright.observe.records import Found
 
+PIPE_WIDTH = 200  # characters, where the output is no terminal
 _MAX_ID = 160  # characters; a request's id has 128, and the number of a generation
 
 
@@ -33,13 +35,15 @@ def trace(wanted: str, sources: tuple[str, ...], html: str | None) -> None:
     """
     from rich.console import Console
 
-    from tidewright.observe.backends import BackendError
+    from tidewright.observe.backends import BackendError, is_trace_id
     from tidewright.observe.page import page
     from tidewright.observe.records import MAX_FOUND, RecordsError
     from tidewright.observe.timeline import make_timeline
     from tidewright.observe.waterfall import waterfall
 
     wanted = wanted.strip()
+    if is_trace_id(wanted.lower()):
+        wanted = wanted.lower()
     if not wanted or len(wanted) > _MAX_ID or not wanted.isascii():
         raise click.UsageError(f"an id is of 1 to {_MAX_ID} ASCII characters")
     try:
@@ -50,7 +54,10 @@ def trace(wanted: str, sources: tuple[str, ...], html: str | None) -> None:
         hint = "is the id right, does the file reach back that far, and was it written with --log-format json?"
         raise click.ClickException(f"nothing of {wanted} in {', '.join(sources)}; {hint}")
     timeline = make_timeline(found.spans, found.lines, None if is_trace else wanted)
-    Console().print(waterfall(timeline))
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(width=PIPE_WIDTH)
+    console.print(waterfall(timeline))
     if found.left_out:
         click.echo(f"There is more than the {MAX_FOUND} spans and lines shown.", err=True)
     if html:

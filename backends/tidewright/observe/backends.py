@@ -27,11 +27,16 @@ def ask(url: str, wanted: str) -> list[Span]:
         BackendError: the backend can't be asked.
     """
     base = url.rstrip("/")
-    if not (urlsplit(base).scheme in ("http", "https") and urlsplit(base).hostname):
+    try:
+        is_address = urlsplit(base).scheme in ("http", "https") and bool(urlsplit(base).hostname)
+    except ValueError:
+        is_address = False
+    if not is_address:
         raise BackendError(f"{url} is neither a file nor the address of a tracing backend (http://HOST:PORT)")
     with httpx.Client(timeout=TIMEOUT, trust_env=False) as client:
         try:
-            if client.get(f"{base}/api/services").headers.get("content-type", "").startswith("application/json"):
+            services = client.get(f"{base}/api/services")
+            if services.status_code == 200 and services.headers.get("content-type", "").startswith("application/json"):
                 return _jaeger(client, base, wanted)
             return _phoenix(client, base, wanted)
         except httpx.HTTPError as error:

@@ -14,6 +14,7 @@ from tidewright.observe.scrape import Change
 
 GATEWAY, ENGINE = "tidewright_gateway_", "tidewright_"
 STALE = 5.0  # seconds without a heartbeat after which a model's process counts as dead
+OFTEN = 3  # restarts, the last of them recent
 RECENT = 900.0  # seconds for which a restart is news
 EXPIRY_SOON = 14 * 86400.0
 QUICK = 0.1  # seconds; an event loop that is later than that delays everyone
@@ -214,10 +215,12 @@ def _process(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]:
         )
     if rate := change.rate(f"{GATEWAY}discovery_failures_total"):
         yield WARNING, f"discovery of replicas fails, {rate:.1f}/s; those known are kept", "discovery-failing"
-    if rate := change.rate(f"{GATEWAY}log_lines_dropped_total"):
-        yield WARNING, f"log lines are dropped, {rate:.1f}/s: is the disk full?", "log-lines-dropped"
-    if rate := change.rate(f"{GATEWAY}spans_dropped_total"):
-        yield INFO, f"spans are dropped, {rate:.1f}/s: does the collector answer?", "spans-dropped"
+    for name, what, anchor in (
+        ("log_lines_dropped_total", "log lines were dropped: is the disk full?", "log-lines-dropped"),
+        ("spans_dropped_total", "spans were dropped: does the collector answer?", "spans-dropped"),
+    ):
+        if dropped := change.now.total(GATEWAY + name):
+            yield WARNING if change.rate(GATEWAY + name) else INFO, f"{dropped:.0f} {what}", anchor
 
 
 @_gateway
@@ -238,6 +241,8 @@ def _models(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]:
     for prefix, model in MODELS.items():
         seen = change.now.total(f"{ENGINE}{prefix}heartbeat_timestamp_seconds")
         if not seen:
+            if model == "decoder":
+                yield CRITICAL, "Triton has no model decoder: it is not loaded, or was unloaded", "decodermissing"
             continue
         if (silent := look.now - seen) > STALE:
             cause = f"the process of model {model} has been silent for {silent:.0f} s: it is dead, stopped or unloaded"
@@ -256,7 +261,10 @@ def _engine(look: Look, change: Change, prefix: str, model: str) -> Iterator[tup
     if restarted < RECENT:
         times = now.total(f"{prefix}engine_restarts_total")
         cause = f"the engine of {model} died and was started again {restarted:.0f} s ago (restart {times:.0f})"
-        yield WARNING, cause, "engine-restarts"
+        if times >= OFTEN:
+            yield CRITICAL, cause, "enginerestartsoften"
+        else:
+            yield INFO, cause, "engine-restarts"
     for reason, rate in _grown(change, f"{prefix}requests_finished_total", "reason"):
         if reason in ("engine_failed", "overloaded"):
             yield WARNING, f"{model} ends requests with {reason}, {rate:.1f}/s", "engine-errors"

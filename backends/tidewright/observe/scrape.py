@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
@@ -103,6 +104,14 @@ def parse(text: str, at: float) -> Scrape:
     return Scrape(at, dict(samples))
 
 
+def host_of(url: str) -> str:
+    """Host and port for people, without what a URL may have for a password."""
+    try:
+        return urlsplit(url).netloc.rpartition("@")[2] or url
+    except ValueError:  # it is no address
+        return url
+
+
 def fetch(url: str, key: str | None, timeout: float) -> Scrape:
     """Reads the metrics at `url`, which ends with /metrics.
 
@@ -112,18 +121,23 @@ def fetch(url: str, key: str | None, timeout: float) -> Scrape:
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.get(url, headers=headers, timeout=timeout, trust_env=False)
-    except httpx.InvalidURL as error:
+    except (httpx.InvalidURL, ValueError) as error:
         raise ScrapeError(f"is no address: {error}") from None
     except httpx.TimeoutException:
         raise ScrapeError(f"did not answer within {timeout:g} s") from None
     except httpx.HTTPError as error:
         raise ScrapeError(f"can't be reached: {error}") from None
+    if answer.status_code == 401 and key:
+        raise ScrapeError("refuses the API key; give one of an admin with --key-file, or in TIDEWRIGHT_KEY")
     if answer.status_code == 401:
         raise ScrapeError("requires an API key; give one of an admin with --key-file, or in TIDEWRIGHT_KEY")
     if answer.status_code == 403:
         raise ScrapeError("gives metrics only to keys with the role admin")
     if answer.status_code != 200:
-        raise ScrapeError(f"answered with status {answer.status_code}; is it a metrics endpoint?")
+        raise ScrapeError(
+            f"answered with status {answer.status_code}: it has no metrics; give a gateway, or a Triton's metrics port "
+            "(--metrics-port, 8002)"
+        )
     if len(answer.content) > MAX_BYTES:
         raise ScrapeError(f"answered with more than {MAX_BYTES} bytes")
     return parse(answer.text, time.monotonic())

@@ -5,13 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tidewright.observe.scrape import Change
+from tidewright.observe.scrape import Change, host_of
 
 GATEWAY, ENGINE = "tidewright_gateway_", "tidewright_"
 STALE = 5.0  # seconds without a heartbeat after which a model's process counts as dead
@@ -30,7 +29,7 @@ class Source:
     @property
     def name(self) -> str:
         """Host and port."""
-        return urlsplit(self.url).netloc or self.url
+        return host_of(self.url)
 
     @property
     def is_gateway(self) -> bool:

@@ -61,6 +61,14 @@ def write_to(target: str) -> None:
         _handler.close()
     _pid = os.getpid()
     _handler = logs.open_handler("" if target == "-" else target, "access_log", fd=1) if target else None
+    if _handler:
+        _handler.line_of_missing = _line_of_missing
+
+
+def _line_of_missing(count: int) -> str:
+    message = f"the access log can be written again; {count} lines are missing"
+    facts = {"time": logs.timestamp(time.time()), "level": "warning", "process": "gateway", "pid": _pid}
+    return _encode({**facts, "event": "log_lines_dropped", "message": message, "lines": count}).decode()
 
 
 def is_on() -> bool:
@@ -83,13 +91,19 @@ def write(
 
 
 def write_refused(
-    client: str | None, method: str, path: str, error: ApiError, seconds: float = 0.0, key_id: str | None = None
+    client: str | None,
+    method: str,
+    path: str,
+    error: ApiError,
+    seconds: float = 0.0,
+    key_id: str | None = None,
+    request_id: str | None = None,
 ) -> None:
     """Refused before it was a request: what can't be parsed, or a message of a WebSocket."""
     if _handler is None:
         return
     facts = _facts(client, method, path, path if method == WEBSOCKET else "other", error.status, seconds)
-    more = {"key_id": key_id, "error": error.code, "limited_by": error.limit or None}
+    more = {"request_id": request_id, "key_id": key_id, "error": error.code, "limited_by": error.limit or None}
     facts |= {name: value for name, value in more.items() if value is not None}
     _handler.write_line(_encode(facts).decode())
 
@@ -102,7 +116,7 @@ def _facts(client: str | None, method: str, path: str, endpoint: str, status: in
         "process": "gateway",
         "pid": _pid,
         "event": "request_refused" if status >= 400 and status != _CLIENT_GONE else "request",
-        "message": f"{method} {path} {status}",
+        "message": f"{method} {path} {status}".strip(),
         "client": client,
         "method": method,
         "path": path,

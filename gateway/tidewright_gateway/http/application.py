@@ -144,7 +144,7 @@ def make_app(
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
 
     made: ASGIApp = FastPath(Authentication(app, authenticator), fast.routes, query)
-    made = Middleware(made, hosts, tracer, traces, metrics, settings.max_body, _post_paths(routers))
+    made = Middleware(made, hosts, tracer, traces, metrics, settings.max_body, *_paths(routers))
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         made = LoggedCors(
             made,
@@ -156,10 +156,11 @@ def make_app(
     return made
 
 
-def _post_paths(routers: Iterable[APIRouter]) -> frozenset[str]:
-    """Of the endpoints that take a body; hidden ones only say what to do instead."""
-    routes = (route for router in routers for route in router.routes if isinstance(route, APIRoute))
-    return frozenset(route.path for route in routes if "POST" in (route.methods or ()) and route.include_in_schema)
+def _paths(routers: Iterable[APIRouter]) -> tuple[frozenset[str], frozenset[str]]:
+    """Of the endpoints that take a body (hidden ones only say what to do instead), and of all without parameters."""
+    routes = [route for router in routers for route in router.routes if isinstance(route, APIRoute)]
+    of_bodies = (route for route in routes if "POST" in (route.methods or ()) and route.include_in_schema)
+    return frozenset(one.path for one in of_bodies), frozenset(one.path for one in routes if "{" not in one.path)
 
 
 def _greeting(settings: GatewaySettings, failover: Failover) -> str:

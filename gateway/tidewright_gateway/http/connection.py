@@ -7,6 +7,7 @@ In the protocol, where it costs a request two timers, and where a request is see
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from typing import Any
 
@@ -152,11 +153,14 @@ class PatientProtocol(HttpToolsProtocol):
             return  # refused before
         url = self.url.partition(b"?")[0].decode("latin-1") if self._in_headers else ""
         client = access_log.address_of(self.client)
-        access_log.write_refused(client, "", url, error, self.loop.time() - self._began_at)
-        self._answer(error)
+        request_id = secrets.token_hex(12)
+        access_log.write_refused(client, "", url, error, self.loop.time() - self._began_at, request_id=request_id)
+        self._answer(error, request_id)
 
-    def _answer(self, error: ApiError) -> None:
+    def _answer(self, error: ApiError, request_id: str = "") -> None:
         headers = {**error.headers, "Content-Length": str(len(error.body)), "Connection": "close"}
+        if request_id:
+            headers["X-Request-Id"] = request_id
         head = "".join(f"{name.lower()}: {value}\r\n" for name, value in headers.items())
         self.transport.write(STATUS_LINE[error.status] + head.encode() + b"\r\n" + error.body)
         self.transport.close()

@@ -54,14 +54,16 @@ class Middleware:
         metrics: Metrics,
         max_body: int,
         post_paths: frozenset[str],
+        paths: frozenset[str],
     ) -> None:
         """
         Args:
             max_body: of a request, in bytes.
+            paths: those of routes without parameters: what is refused before it is routed counts as theirs.
             post_paths: only there is the body of a request checked: elsewhere the answer is 404 or 405, whatever it is.
         """
         self._app, self._hosts, self._tracer, self._metrics = app, hosts, tracer, metrics
-        self._max_body, self._post_paths, self._traces = max_body, post_paths, traces
+        self._max_body, self._post_paths, self._paths, self._traces = max_body, post_paths, paths, traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -72,7 +74,7 @@ class Middleware:
         given = headers.get(b"x-request-id", b"")
         control = headers.get(b"cache-control")
         context = RequestContext(
-            given.decode() if _REQUEST_ID.fullmatch(given) else secrets.token_hex(12),
+            _request_id(given),
             self._tracer.begin(scope["headers"]),
             credential_of(headers),
             CachePolicy.of(control.decode("latin-1")) if control else CachePolicy.USE,
@@ -92,7 +94,7 @@ class Middleware:
                 context.error, exchange.status = cut_by, cut_by.status
             seconds = time.monotonic() - context.arrived_at
             # Paths without a route share one series, or a scanner could create any number of them.
-            route = getattr(scope.get("route"), "path", "other")
+            route = getattr(scope.get("route"), "path", scope["path"] if scope["path"] in self._paths else "other")
             self._metrics.ended(route, exchange.status, seconds, *context.end)
             self._traces.ended(context, method, route, exchange.status, seconds)
             client = access_log.address_of(scope.get("client"))
@@ -121,6 +123,14 @@ class Middleware:
             seconds = time.monotonic() - context.arrived_at
             route = getattr(scope.get("route"), "path", "other")
             access_log.write(context, client, "GET", scope["path"], route, status, seconds)
+
+
+def _request_id(given: bytes) -> str:
+    """The caller's own, if it is one and no API key: it is logged."""
+    text = given.decode("latin-1")
+    if _REQUEST_ID.fullmatch(given) and logs.bounded(text, len(text)) == text:
+        return text
+    return secrets.token_hex(12)
 
 
 class _Exchange:
