@@ -28,7 +28,7 @@ NOTHING_TO_SHOW = {
     ("service", "Error budget left, 3 days"),  # computed every two minutes
     ("engine", "Drafted tokens that were right"),  # no speculation
     ("engine", "To the fallback, by cause"),  # the gateway asks the decoder directly
-    ("replicas", "Failed attempts"),  # a series begins with its first failures, which rate() does not see
+    ("replicas", "Failed attempts"),  # nobody asks while a replica is down
     ("replicas", "Probe tokens that failed"),
     ("replicas", "Expires in"),  # no TLS, and no key that expires
 }

@@ -8,13 +8,14 @@ from typing import Any
 from prometheus_client.metrics import MetricWrapperBase
 
 from tidewright import __version__
-from tidewright.resilience.outcome import Outcome
+from tidewright.resilience.outcome import Outcome, Verdict
 from tidewright_gateway.cache.responses import CacheState
 from tidewright_gateway.metrics.busiest import Busiest
 from tidewright_gateway.metrics.registry import Registry
 
 _PROMOTIONS_OF_WORKERS = 4  # times `busiest_keys`: their series stay for ever
 _MAX_LABEL = 128  # characters
+_FAILURES = [outcome for outcome in Outcome if outcome.verdict is Verdict.FAILURE]
 _API_PATHS = ("/tokenize", "/detokenize")
 
 
@@ -165,6 +166,11 @@ class Metrics:
 
     def retry_refused(self, reason: str) -> None:
         self._of(self._refused_retries, reason).inc()
+
+    def replica_added(self, replica: str) -> None:
+        """Its failures are series from now on: Prometheus does not see those grow that begin with their first."""
+        for outcome in _FAILURES:
+            self._of(self._failures, replica, "decoder", outcome.label)
 
     def replica_is(self, replica: str, up: bool) -> None:
         self._of(self._up, replica).set(up)

@@ -227,6 +227,7 @@ class ReplicaSet:
                 settings = self._settings
                 replica = Replica.at(endpoint, settings.channels, settings.breaker_config(), self._credentials)
                 self.replicas.append(replica)
+                self._metrics.replica_added(replica.address)
                 self._metrics.replica_is(replica.address, False)
                 self._metrics.load_is_stale(replica.address, True)
                 if self._started:
