@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tidewright.observe.findings import Finding, Look, Severity, diagnose
+from tidewright.observe.findings import Finding, Severity, diagnose
+from tidewright.observe.look import Look
 from tidewright.observe.scrape import Change, parse
 from tidewright_gateway.metrics import Metrics
 
@@ -34,8 +35,8 @@ def exposition(samples: dict[str, float]) -> str:
 def triton(**changed: float) -> list[Finding]:
     """Of a Triton that was well, in which this has changed since."""
     now = {**WELL, **{f"tidewright_{name}": value for name, value in changed.items()}}
-    change = Change(parse(exposition(WELL), 0.0), parse(exposition(now), 2.0))
-    return diagnose([Look("t:8002", NOW, change)])
+    change = Change(parse(exposition(WELL), 0.0), parse(exposition(now), 2.0, NOW))
+    return diagnose([Look("http://t:8002/metrics", change)])
 
 
 def gateway(act: Callable[[Metrics], None], extra: dict[str, float] | None = None, **status: Any) -> list[Finding]:
@@ -46,8 +47,8 @@ def gateway(act: Callable[[Metrics], None], extra: dict[str, float] | None = Non
     before = parse(metrics.text().decode() + exposition(sampled), 0.0)
     act(metrics)
     sampled |= {f"tidewright_gateway_{name}": value for name, value in (extra or {}).items()}
-    change = Change(before, parse(metrics.text().decode() + exposition(sampled), 2.0))
-    return diagnose([Look("g:8080", NOW, change, status=status)])
+    change = Change(before, parse(metrics.text().decode() + exposition(sampled), 2.0, NOW))
+    return diagnose([Look("http://g:8080/metrics", change, status=status)])
 
 
 def nothing(metrics: Metrics) -> None:
@@ -147,6 +148,8 @@ def test_a_gateway_that_discovers_nothing() -> None:
 
 
 def test_the_worst_comes_first_and_endpoints_that_are_gone_are_the_worst() -> None:
-    change = Change(parse(exposition(WELL), 0.0), parse(exposition({**WELL, "tidewright_requests_waiting": 1}), 1.0))
-    found = diagnose([Look("t:8002", NOW, change), Look("u:8002", NOW, None, "can't be reached")])
+    change = Change(
+        parse(exposition(WELL), 0.0), parse(exposition({**WELL, "tidewright_requests_waiting": 1}), 1.0, NOW)
+    )
+    found = diagnose([Look("http://t:8002/metrics", change), Look("http://u:8002/metrics", None, "can't be reached")])
     assert [one.where for one in found] == ["u:8002", "t:8002"]

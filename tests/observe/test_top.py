@@ -7,8 +7,9 @@ import time
 
 from rich.console import Console
 
+from tidewright.observe.look import Look
 from tidewright.observe.scrape import Change, parse
-from tidewright.observe.top import Source, screen
+from tidewright.observe.top import screen
 from tidewright_gateway.metrics import Metrics
 
 TRITON = """
@@ -28,18 +29,18 @@ tidewright_step_seconds_total{{phase="send"}} 1000
 """
 
 
-def shown(*sources: Source) -> str:
+def shown(*sources: Look) -> str:
     console = Console(width=120, file=io.StringIO())
     with console.capture() as captured:
         console.print(screen(sources))
     return captured.get()
 
 
-def triton(up: int = 1, seen: float | None = None) -> Source:
+def triton(up: int = 1, seen: float | None = None) -> Look:
     seen = time.time() if seen is None else seen
     texts = (TRITON.format(up=up, seen=seen, steps=steps, busy=busy) for steps, busy in ((10, 1.0), (110, 1.5)))
     before, now = (parse(text, at) for at, text in enumerate(texts))
-    return Source("http://t:8002/metrics", Change(before, now))
+    return Look("http://t:8002/metrics", Change(before, now))
 
 
 def test_the_gateways_figures() -> None:
@@ -53,7 +54,7 @@ def test_the_gateways_figures() -> None:
     metrics.replica_is("a:1", True)
     metrics.replica_is("b:1", False)
     metrics.degraded(2, {})
-    text = shown(Source("http://g:8080/metrics", Change(before, parse(metrics.text().decode(), 2.0))))
+    text = shown(Look("http://g:8080/metrics", Change(before, parse(metrics.text().decode(), 2.0))))
     for part in ("gateway g:8080", "fallback only", "50.0%"):
         assert part in text, text
     rows = {line.split("│")[1].strip(): line.split() for line in text.splitlines() if line.count("│") > 2}
@@ -75,8 +76,6 @@ def test_an_engine_that_is_well_down_or_gone() -> None:
 
 def test_endpoints_that_give_nothing_are_named() -> None:
     other = parse("# TYPE x counter\nx 1\n", 0.0)
-    text = shown(
-        Source("http://a:1/metrics", None, "can't be reached"), Source("http://b:1/metrics", Change(other, other))
-    )
+    text = shown(Look("http://a:1/metrics", None, "can't be reached"), Look("http://b:1/metrics", Change(other, other)))
     assert "a:1 can't be reached" in text
     assert "b:1 has no metrics of a gateway or Triton" in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -36,9 +37,10 @@ def diagnose(urls: tuple[str, ...], key: str | None, interval: float) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from tidewright.observe.findings import Look, Severity
+    from tidewright.observe.findings import Severity
     from tidewright.observe.findings import diagnose as find
-    from tidewright.observe.scrape import Change, fetch_all, host_of
+    from tidewright.observe.look import looks
+    from tidewright.observe.scrape import fetch_all
 
     if len(urls) > MAX_SOURCES:
         raise click.UsageError(f"{len(urls)} addresses are more than {MAX_SOURCES}")
@@ -49,24 +51,17 @@ def diagnose(urls: tuple[str, ...], key: str | None, interval: float) -> None:
         after = fetch_all(addresses, key, timeout=5.0)
     except KeyboardInterrupt:
         raise click.Abort from None
-    looks = []
-    for address, old, new in zip(addresses, before, after, strict=True):
-        where = host_of(address)
-        if isinstance(new, str):
-            looks.append(Look(where, time.time(), None, new))
-            continue
-        # As of its own scrape: another endpoint may have kept us waiting since.
-        at = time.time() - (time.monotonic() - new.at)
-        look = Look(where, at, Change(new if isinstance(old, str) else old, new))
-        status = _status(address, key) if look.is_gateway else {}
-        looks.append(Look(where, look.now, look.change, status=status))
-    console, found = Console(highlight=False, soft_wrap=True), find(looks)
+    seen = [
+        replace(look, status=_status(look.url, key)) if look.is_gateway else look
+        for look in looks(addresses, before, after)
+    ]
+    console, found = Console(highlight=False, soft_wrap=True), find(seen)
     for finding in found:
         word = Text(finding.severity.name.lower().ljust(9), style=_STYLES[finding.severity])
         console.print(word + Text(f"{finding.where}: {finding.cause}"))
         console.print(Text(f"{'':9}{RUNBOOKS}#{finding.runbook}", style="dim"))
-    for look in looks:
-        if look.change and not (look.is_gateway or look.is_triton):
+    for look in seen:
+        if look.is_foreign:
             raise click.ClickException(f"{look.where} has no metrics of a gateway or Triton")
     is_bad = any(finding.severity < Severity.INFO for finding in found)
     if not is_bad:

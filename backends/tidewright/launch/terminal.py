@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 from typing import IO, Any, cast
 
 from rich.console import Console
@@ -52,6 +53,12 @@ class Terminal:
     def _log(self, level: int, text: str, event: str, fields: dict[str, Any]) -> None:
         if self._logs_too:
             log.log(level, "%s", text.strip(), extra=logs.event(event, **fields))
+
+
+def output_console(width: int) -> Console:
+    """Standard output, for tables. `width`: where it is no terminal, and COLUMNS says nothing."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=width)
 
 
 class _LogLines(io.TextIOBase):

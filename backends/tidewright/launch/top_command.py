@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 import click
 
 from tidewright.launch.key_option import key_options
-
-if TYPE_CHECKING:
-    from tidewright.observe.scrape import Scrape
-    from tidewright.observe.top import Source
+from tidewright.launch.terminal import output_console
 
 GATEWAY, TRITON = "http://127.0.0.1:8080", "http://127.0.0.1:8002"
 MAX_SOURCES = 64
@@ -39,9 +34,9 @@ def top(urls: tuple[str, ...], key: str | None, interval: float, once: bool) -> 
       tidewright top --once --interval 5
     """
     try:
-        from rich.console import Console
         from rich.live import Live
 
+        from tidewright.observe.look import looks
         from tidewright.observe.scrape import fetch_all
         from tidewright.observe.top import screen
     except ModuleNotFoundError as error:
@@ -49,33 +44,29 @@ def top(urls: tuple[str, ...], key: str | None, interval: float, once: bool) -> 
     if len(urls) > MAX_SOURCES:
         raise click.UsageError(f"{len(urls)} addresses are more than {MAX_SOURCES}")
     addresses = [metrics_url(url) for url in urls or (GATEWAY, TRITON)]
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=PIPE_WIDTH)
+    console = output_console(PIPE_WIDTH)
     is_live = console.is_terminal and not once  # else each interval is printed below the last
     timeout = max(interval, 2.0)
     before = fetch_all(addresses, key, timeout)
-    if all(isinstance(found, str) for found in before):
-        troubles = "\n".join(f"{url} {found}" for url, found in zip(addresses, before, strict=True))
+    if all(isinstance(one, str) for one in before):
+        troubles = "\n".join(f"{url} {why}" for url, why in zip(addresses, before, strict=True))
         raise click.ClickException(f"{troubles}\nGive the address of a gateway or of a Triton's metrics port.")
     try:
         with Live(console=console, screen=True, auto_refresh=False) if is_live else nullcontext() as live:
             while True:
                 time.sleep(interval)
                 now = fetch_all(addresses, key, timeout)
-                seen = screen(_sources(addresses, before, now))
+                found = looks(addresses, before, now)
                 if live:
-                    live.update(seen, refresh=True)
+                    live.update(screen(found), refresh=True)
                 else:
-                    console.print(seen)
+                    console.print(screen(found))
                 if once:
                     break
                 before = now
     except KeyboardInterrupt:
         return
-    if any(
-        source.change and not (source.is_gateway or source.is_triton) for source in _sources(addresses, before, now)
-    ):
+    if any(look.is_foreign for look in found):
         raise click.ClickException("not all addresses are those of a gateway or of a Triton's metrics port")
 
 
@@ -83,16 +74,3 @@ def metrics_url(url: str) -> str:
     """http:// and /metrics may be left out, and OpenAI's /v1 may be there."""
     base = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1").removesuffix("/metrics")
     return f"{base}/metrics"
-
-
-def _sources(urls: list[str], before: list[Scrape | str], now: list[Scrape | str]) -> list[Source]:
-    from tidewright.observe.scrape import Change
-    from tidewright.observe.top import Source
-
-    found = []
-    for url, old, new in zip(urls, before, now, strict=True):
-        if isinstance(new, str):
-            found.append(Source(url, None, new))
-        else:  # of one that has just come, nothing has changed
-            found.append(Source(url, Change(new if isinstance(old, str) else old, new)))
-    return found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,8 +32,7 @@ def trace(wanted: str, sources: tuple[str, ...], html: str | None) -> None:
       tidewright trace 9c66aa020bae2fb8b1d72937 /var/log/tidewright/*.log /var/log/tidewright/traces.jsonl
       tidewright trace 4bf92f3577b34da6a3ce929d0e0e4736 http://jaeger:16686 /var/log/tidewright/*.log --html slow.html
     """
-    from rich.console import Console
-
+    from tidewright.launch.terminal import output_console
     from tidewright.observe.backends import BackendError, is_trace_id
     from tidewright.observe.page import page
     from tidewright.observe.records import MAX_FOUND, RecordsError
@@ -54,10 +52,7 @@ def trace(wanted: str, sources: tuple[str, ...], html: str | None) -> None:
         hint = "is the id right, does the file reach back that far, and was it written with --log-format json?"
         raise click.ClickException(f"nothing of {wanted} in {', '.join(sources)}; {hint}")
     timeline = make_timeline(found.spans, found.lines, None if is_trace else wanted)
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(width=PIPE_WIDTH)
-    console.print(waterfall(timeline))
+    output_console(PIPE_WIDTH).print(waterfall(timeline))
     if found.left_out:
         click.echo(f"There is more than the {MAX_FOUND} spans and lines shown.", err=True)
     if html:

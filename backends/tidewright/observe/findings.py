@@ -6,14 +6,12 @@ A rule says what it saw in figures, and names the section of docs/troubleshootin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
 
+from tidewright.observe.look import ENGINE, GATEWAY, STALE, Look, last_heartbeat
 from tidewright.observe.scrape import Change
 
-GATEWAY, ENGINE = "tidewright_gateway_", "tidewright_"
-STALE = 5.0  # seconds without a heartbeat after which a model's process counts as dead
 OFTEN = 3  # restarts, the last of them recent
 RECENT = 900.0  # seconds for which a restart is news
 EXPIRY_SOON = 14 * 86400.0
@@ -40,30 +38,6 @@ class Finding:
     cause: str
     runbook: str
     """Anchor in docs/troubleshooting.md."""
-
-
-@dataclass(frozen=True)
-class Look:
-    """All that is known of one endpoint."""
-
-    where: str
-    """Host and port."""
-    now: float
-    """Unix time."""
-    change: Change | None
-    """None: it gave no metrics."""
-    trouble: str = ""
-    """Why it gave none."""
-    status: dict[str, Any] = field(default_factory=dict)
-    """Of a gateway: /admin/status, if it told."""
-
-    @property
-    def is_gateway(self) -> bool:
-        return self.change is not None and self.change.now.has(f"{GATEWAY}requests_active")
-
-    @property
-    def is_triton(self) -> bool:
-        return self.change is not None and self.change.now.has("nv_inference_count")
 
 
 Rule = Callable[[Look, Change], Iterator[tuple[Severity, str, str]]]
@@ -230,8 +204,8 @@ def _expiry(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]:
         ("key_expiry_timestamp_seconds", "an API key", "key-expires"),
     ):
         at = change.now.total(GATEWAY + name)
-        if at and at - look.now < EXPIRY_SOON:
-            days = (at - look.now) / 86400
+        if at and at - change.now.unix < EXPIRY_SOON:
+            days = (at - change.now.unix) / 86400
             severity = WARNING if days > 0 else CRITICAL
             yield severity, f"{what} expires in {days:.1f} days" if days > 0 else f"{what} has expired", anchor
 
@@ -239,12 +213,12 @@ def _expiry(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]:
 @_triton
 def _models(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]:
     for prefix, model in MODELS.items():
-        seen = change.now.total(f"{ENGINE}{prefix}heartbeat_timestamp_seconds")
+        seen = last_heartbeat(change.now, ENGINE + prefix)
         if not seen:
             if model == "decoder":
                 yield CRITICAL, "Triton has no model decoder: it is not loaded, or was unloaded", "decodermissing"
             continue
-        if (silent := look.now - seen) > STALE:
+        if (silent := change.now.unix - seen) > STALE:
             cause = f"the process of model {model} has been silent for {silent:.0f} s: it is dead, stopped or unloaded"
             yield CRITICAL, cause, "model-process-dead"
         elif model != "failsafe":
@@ -257,7 +231,7 @@ def _engine(look: Look, change: Change, prefix: str, model: str) -> Iterator[tup
         yield CRITICAL, f"the engine of {model} is down and being started again", "engine-down"
     elif not now.total(f"{prefix}healthy"):
         yield CRITICAL, f"model {model} is not healthy: `tidewright health` says why", "decoder-unready"
-    restarted = look.now - now.total(f"{prefix}engine_restart_timestamp_seconds")
+    restarted = now.unix - now.total(f"{prefix}engine_restart_timestamp_seconds")
     if restarted < RECENT:
         times = now.total(f"{prefix}engine_restarts_total")
         cause = f"the engine of {model} died and was started again {restarted:.0f} s ago (restart {times:.0f})"

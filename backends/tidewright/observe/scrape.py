@@ -27,6 +27,8 @@ class Scrape:
     """time.monotonic()."""
     samples: Mapping[str, Mapping[Labels, float]]
     """By name, then by labels."""
+    unix: float
+    """Unix time of the same moment: another endpoint may keep everybody waiting since."""
 
     def has(self, name: str) -> bool:
         return name in self.samples
@@ -88,8 +90,12 @@ class Change:
         return now - before if now >= before else now
 
 
-def parse(text: str, at: float) -> Scrape:
-    """Raises ScrapeError: it is no text of metrics."""
+def parse(text: str, at: float, unix: float | None = None) -> Scrape:
+    """`at`, `unix`: when it was read, on time.monotonic() and in Unix time (now by default).
+
+    Raises:
+        ScrapeError: it is no text of metrics.
+    """
     samples: defaultdict[str, dict[Labels, float]] = defaultdict(dict)
     try:
         for family in text_string_to_metric_families(text):
@@ -101,7 +107,7 @@ def parse(text: str, at: float) -> Scrape:
                 samples[name][frozenset(sample.labels.items())] = sample.value
     except (ValueError, KeyError, IndexError) as error:
         raise ScrapeError(f"is no Prometheus endpoint: {error}") from None
-    return Scrape(at, dict(samples))
+    return Scrape(at, dict(samples), time.time() if unix is None else unix)
 
 
 def host_of(url: str) -> str:

@@ -1,61 +1,36 @@
-"""The screen of `tidewright top`: tables made of what changed between two scrapes. No I/O but of the wall clock."""
+"""The screen of `tidewright top`: tables made of what changed between two scrapes. No I/O and no clock."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tidewright.observe.scrape import Change, host_of
+from tidewright.observe.look import ENGINE, GATEWAY, STALE, Look, last_heartbeat
+from tidewright.observe.scrape import Change
 
-GATEWAY, ENGINE = "tidewright_gateway_", "tidewright_"
-STALE = 5.0  # seconds without a heartbeat after which a model's process counts as dead
 MAX_KEYS = 12
 LEVELS = ("all features", "short answers", "fallback only", "refusing")
 
 
-@dataclass(frozen=True)
-class Source:
-    """An endpoint as it was last seen."""
-
-    url: str
-    change: Change | None
-    trouble: str = ""
-
-    @property
-    def name(self) -> str:
-        """Host and port."""
-        return host_of(self.url)
-
-    @property
-    def is_gateway(self) -> bool:
-        return self.change is not None and self.change.now.has(f"{GATEWAY}requests_active")
-
-    @property
-    def is_triton(self) -> bool:
-        return self.change is not None and self.change.now.has("nv_inference_count")
-
-
-def screen(sources: Sequence[Source]) -> RenderableType:
+def screen(sources: Sequence[Look]) -> RenderableType:
     """All of it. A source without a change shows its trouble."""
     parts: list[RenderableType] = []
     for source in sources:
         if source.change is None:
-            parts.append(Text(f"{source.name} {source.trouble}", style="bold red"))
+            parts.append(Text(f"{source.where} {source.trouble}", style="bold red"))
         elif source.is_gateway:
             parts += [_service(source, source.change), _replicas(source.change), _keys(source.change)]
         elif not source.is_triton:
-            parts.append(Text(f"{source.name} has no metrics of a gateway or Triton", style="bold red"))
+            parts.append(Text(f"{source.where} has no metrics of a gateway or Triton", style="bold red"))
     if engines := [source for source in sources if source.change and source.is_triton]:
         parts.append(_engines(engines))
     return Group(*parts)
 
 
-def _service(source: Source, change: Change) -> Table:
+def _service(source: Look, change: Change) -> Table:
     now = change.now
     outcomes = change.rates(f"{GATEWAY}request_outcomes_total", "outcome")
     total = sum(outcomes.values())
@@ -81,7 +56,7 @@ def _service(source: Source, change: Change) -> Table:
         ("response cache", _percent(change.share(hits.get("hit", 0.0) + hits.get("shared", 0.0), sum(hits.values())))),
         ("event-loop lag p99", _quantiles(change, "event_loop_lag_seconds", (0.99,))),
     ]
-    table = Table(title=f"gateway {source.name}", title_justify="left", show_header=False, expand=True)
+    table = Table(title=f"gateway {source.where}", title_justify="left", show_header=False, expand=True)
     for (left, value), (right, other) in zip(facts[::2], facts[1::2], strict=True):
         table.add_row(left, value, right, other)
     if level:
@@ -122,13 +97,13 @@ def _keys(change: Change) -> Table:
     return table
 
 
-def _engines(sources: Sequence[Source]) -> Table:
+def _engines(sources: Sequence[Look]) -> Table:
     columns = ("state", "run", "wait", "KV", "hits", "tokens/s", "ms/step", "preempt/s", "restarts")
     table = _table("engines (hits: prompt tokens that the prefix cache had)", "Triton", *columns)
     for source in sources:
         assert source.change is not None
         change, now = source.change, source.change.now
-        silent = time.time() - now.total(f"{ENGINE}heartbeat_timestamp_seconds")
+        silent = now.unix - last_heartbeat(now)
         up = now.total(f"{ENGINE}engine_up") > 0
         if silent > STALE:
             state = Text("model process gone", style="bold red")
@@ -140,7 +115,7 @@ def _engines(sources: Sequence[Source]) -> Table:
         )
         per_step = change.share(busy, steps)
         table.add_row(
-            source.name,
+            source.where,
             state,
             f"{now.total(f'{ENGINE}requests_running'):.0f}",
             f"{now.total(f'{ENGINE}requests_waiting'):.0f}",
