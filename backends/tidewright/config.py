@@ -27,7 +27,7 @@ from tidewright.kv_cache.budget import parse_memory
 from tidewright.logs.setup import LogFormat, LogLevel
 from tidewright.resilience.config import ResilienceSettings
 from tidewright.schema import Pooling, Task
-from tidewright.tracing.endpoint import check_endpoint
+from tidewright.tracing.endpoint import OtlpEndpoint
 
 CONFIG_FILE_VARIABLE = "TIDEWRIGHT_CONFIG"
 
@@ -162,16 +162,11 @@ class Settings(ResilienceSettings, BaseSettings):
     log_level: LogLevel = Field("info", description="Minimum log level; debug has lines for each request.")
     log_format: LogFormat = Field("text", description="Format of log lines: text, or one JSON object each.")
     log_file: str = Field("", description="File for the log, which may be rotated. Empty: standard error.")
-    otlp_endpoint: str = Field(
+    otlp_endpoint: OtlpEndpoint = Field(
         "",
         description="Where spans go: http://HOST:4318, an OTLP/HTTP collector, or file:///PATH. Triton's own spans "
         "go to a collector only. Empty: nowhere.",
     )
-
-    @field_validator("otlp_endpoint")
-    @classmethod
-    def _endpoint_is_one(cls, value: str) -> str:
-        return check_endpoint(value)
 
     @field_validator("kv_cache_memory", "fallback_memory")
     @classmethod

@@ -154,10 +154,8 @@ class RequestContext:
                 "replicas": replicas,
                 "attempts": len(replicas),
             }
-            if len(replicas) > _MAX_REPLICAS:
+            if self.generations[0].embeds or len(replicas) > _MAX_REPLICAS:
                 found["replicas"] = sorted(set(replicas))[:_MAX_REPLICAS]
-            if self.generations[0].embeds:  # there may be thousands
-                found["replicas"] = sorted(set(found["replicas"]))
         if limit := self.limited_by or (self.error and self.error.limit):
             found["limited_by"] = limit
         if self.error:

@@ -5,7 +5,7 @@ Not for the access log of the gateway (`tidewright_gateway.http.access_log`), wh
 
 from tidewright.logs.events import EVENTS, event
 from tidewright.logs.handlers import LogFileError, LogHandler, dropped, on_dropped, open_handler
-from tidewright.logs.records import FIELDS, about_request, bounded, timestamp
+from tidewright.logs.records import FIELDS, JsonFormatter, about_request, bounded, timestamp
 from tidewright.logs.setup import FORMAT_VARIABLE, LEVEL_VARIABLE, LogFormat, LogLevel, rename, set_up, set_up_child
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "FIELDS",
     "FORMAT_VARIABLE",
     "LEVEL_VARIABLE",
+    "JsonFormatter",
     "LogFileError",
     "LogFormat",
     "LogHandler",

@@ -56,8 +56,6 @@ class LogHandler(WatchedFileHandler):
         """`fd`: instead of a file."""
         self._fd = fd
         self._missing = 0  # lines since it could be written
-        self.line_of_missing: Callable[[int], str] | None = None
-        """Makes the line that says how many are missing, where records have no formatter."""
         self._is_cut = False  # the last line was written in part
         if fd is None:
             super().__init__(path, encoding="utf-8")
@@ -115,8 +113,6 @@ class LogHandler(WatchedFileHandler):
 
     def _back(self) -> None:
         missing, self._missing = self._missing, 0
-        if self.line_of_missing:
-            self.write_line(self.line_of_missing(missing))
         if not self.formatter:
             return
         message = "the log can be written again; %d lines are missing"

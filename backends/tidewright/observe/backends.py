@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Any
 from urllib.parse import quote, urlsplit
 
 import httpx
 
-from tidewright.observe.timeline import REQUEST_ID, Event, Span
+from tidewright.observe.timeline import REQUEST_ID, Event, Span, unix_time
 
 TIMEOUT = 10.0  # seconds
 _PAGE = 1000  # spans of an answer
@@ -114,16 +113,12 @@ def _of_phoenix(span: dict[str, Any]) -> Span:
         parent_id=span.get("parent_id") or "",
         name=span["name"],
         service="",  # Phoenix does not tell
-        began=_time(span["start_time"]),
-        ended=_time(span["end_time"]),
+        began=unix_time(span["start_time"]),
+        ended=unix_time(span["end_time"]),
         attributes=span.get("attributes") or {},
         events=[
-            Event(_time(event["timestamp"]), str(event["name"]), event.get("attributes") or {})
+            Event(unix_time(event["timestamp"]), str(event["name"]), event.get("attributes") or {})
             for event in span.get("events") or ()
         ],
         error=str(span.get("status_message") or "") if span.get("status_code") == "ERROR" else None,
     )
-
-
-def _time(text: str) -> float:
-    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()

@@ -6,11 +6,10 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from tidewright.observe.timeline import REQUEST_ID, Event, LogLine, Span
+from tidewright.observe.timeline import REQUEST_ID, Event, LogLine, Span, unix_time
 
 MAX_FOUND = 20_000  # spans and lines
 MAX_LINE = 4 * 2**20  # bytes; longer ones are passed over
@@ -86,7 +85,7 @@ def _is_of(record: Any, request_id: str) -> bool:
 
 def _line_of(record: dict[str, Any]) -> LogLine | None:
     try:
-        at = datetime.fromisoformat(str(record["time"]).replace("Z", "+00:00")).timestamp()
+        at = unix_time(str(record["time"]))
     except (KeyError, ValueError):
         return None
     level, process, event, message = (str(record.get(name, "")) for name in _OF_EVERY_LINE[1:])

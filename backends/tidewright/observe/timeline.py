@@ -6,6 +6,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any
 
 REQUEST_ID = "tidewright.request_id"
@@ -103,6 +104,11 @@ class Timeline:
             deepest = max(active, key=lambda node: (node.depth, node.span.began))
             found[deepest.span.name] += high - low
         return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def unix_time(text: str) -> float:
+    """Of a time in ISO 8601. Raises ValueError: it is none."""
+    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()  # before Python 3.11 without Z
 
 
 def make_timeline(spans: Iterable[Span], lines: Iterable[LogLine], request_id: str | None = None) -> Timeline:

@@ -6,8 +6,10 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Annotated, Protocol
 from urllib.parse import unquote, urlsplit
+
+from pydantic import AfterValidator
 
 TRACES_PATH = "/v1/traces"
 EXPORT_TIMEOUT = 10.0  # seconds for one batch, tries included; OTEL_EXPORTER_OTLP_TIMEOUT sets another
@@ -36,6 +38,10 @@ def check_endpoint(text: str) -> str:
     if text and not is_file and not (url.scheme in ("http", "https") and url.hostname):
         raise ValueError("otlp_endpoint must be http://HOST:PORT, https://HOST:PORT or file:///PATH")
     return text
+
+
+OtlpEndpoint = Annotated[str, AfterValidator(check_endpoint)]
+"""Of an option."""
 
 
 def traces_url(endpoint: str) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from typing import Literal
@@ -26,14 +27,14 @@ WARN_INTERVAL = 60.0  # seconds between two warnings that nothing can be exporte
 Drop = Literal["queue_full", "export_failed"]
 
 
-class Pending:
+class Pending(ABC):
     """A trace that is to be exported; its spans are made only if there is room for it."""
 
     trace_id: str
     num_spans: int
 
-    def spans(self) -> list[Span]:
-        raise NotImplementedError
+    @abstractmethod
+    def spans(self) -> list[Span]: ...
 
 
 class Exporter:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import BaseModel, Field
 
 from tidewright.logs.setup import LogFormat, LogLevel
-from tidewright.tracing.endpoint import check_endpoint
+from tidewright.tracing.endpoint import OtlpEndpoint
 
 
 class ObservabilitySettings(BaseModel):
@@ -27,13 +27,8 @@ class ObservabilitySettings(BaseModel):
     trace_slow: float = Field(
         30.0, gt=0, description="Seconds to the first token or the end from which on a trace is always kept."
     )
-    otlp_endpoint: str = Field(
+    otlp_endpoint: OtlpEndpoint = Field(
         "",
         description="Where spans go: http://HOST:4318, an OTLP/HTTP collector, or file:///PATH, one JSON object per "
         "span. Empty: nowhere.",
     )
-
-    @field_validator("otlp_endpoint")
-    @classmethod
-    def _endpoint_is_one(cls, value: str) -> str:
-        return check_endpoint(value)

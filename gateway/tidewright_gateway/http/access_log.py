@@ -62,17 +62,7 @@ def write_to(target: str) -> None:
     _pid = os.getpid()
     _handler = logs.open_handler("" if target == "-" else target, "access_log", fd=1) if target else None
     if _handler:
-        _handler.line_of_missing = _line_of_missing
-
-
-def _line_of_missing(count: int) -> str:
-    message = f"the access log can be written again; {count} lines are missing"
-    facts = {"time": logs.timestamp(time.time()), "level": "warning", "process": "gateway", "pid": _pid}
-    return _encode({**facts, "event": "log_lines_dropped", "message": message, "lines": count}).decode()
-
-
-def is_on() -> bool:
-    return _handler is not None
+        _handler.setFormatter(logs.JsonFormatter("gateway"))  # for what the handler says itself
 
 
 def address_of(client: tuple[str, int] | None) -> str | None:

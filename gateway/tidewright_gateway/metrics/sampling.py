@@ -60,7 +60,8 @@ class Sampler:
             self._lag.observe(max(loop.time() - due, 0.0))
             tick += 1
             try:
-                if tick % SAMPLES_EVERY == 0:
+                # A process on its own samples when it is scraped; of several, only one is.
+                if self._metrics.registry.is_shared and tick % SAMPLES_EVERY == 0:
                     self.sample()
                 if tick % REBALANCES_EVERY == 0:
                     self._metrics.keys.rebalance()
