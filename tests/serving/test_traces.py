@@ -45,6 +45,7 @@ def pair(two: list[RunningServer]) -> list[RunningServer]:
     for server in two:
         if not server.is_well():
             server.triton.start_again()
+        server.wait_idle()  # its metrics lag, and `busy` must not find the request of the test before
     return two
 
 
