@@ -73,6 +73,17 @@ def test_limits_hold_over_all_workers_and_a_killed_one_gives_back_its_places(mod
         gateway.process.wait()
 
 
+def test_a_worker_that_is_held_up_for_a_while_is_kept(model_dir: Path) -> None:
+    with EchoReplica() as replica, RunningGateway(model_dir, replica, workers=2) as gateway:
+        wait(lambda: len(workers(gateway)) == 2 and gateway.metric("replica_up") == 1)
+        held, other = workers(gateway)
+        held.suspend()
+        time.sleep(7)  # uvicorn's own patience is 5 s; the parent looks every half second
+        held.resume()
+        wait(lambda: ask(gateway, 0) == 200)
+        assert workers(gateway) == [held, other]
+
+
 def test_a_setting_that_no_worker_can_use_is_one_clear_line(model_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "keys.yaml").write_text("keys: [")
     gateway = RunningGateway(model_dir, workers=2, keys=tmp_path / "keys.yaml", replicas="127.0.0.1:1")

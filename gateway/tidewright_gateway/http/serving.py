@@ -34,6 +34,7 @@ _PARENT, _SETTINGS, _LIMITS = (f"_TIDEWRIGHT_GATEWAY_{name}" for name in ("PAREN
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"
 _LONGEST_FOLDER = 60  # characters
 _OTHER_FILES = 1000  # open files other than client connections
+_WORKER_SILENCE = 30  # seconds until a worker that does not answer is replaced; some need more than 5 to start
 
 
 class SetupError(Exception):
@@ -124,6 +125,7 @@ def _options(settings: GatewaySettings) -> dict[str, Any]:
         "ssl_keyfile": settings.tls_key or None,
         "ssl_context_factory": certificates.make_context if settings.tls_cert else None,
         "timeout_graceful_shutdown": max(1, round(settings.shutdown_grace)),
+        "timeout_worker_healthcheck": _WORKER_SILENCE,
     }
 
 
