@@ -110,7 +110,7 @@ def test_one_that_is_skipped_when_run_again_has_not_passed(tmp_path: Path) -> No
         ("nonsense", ONE_STAGE, "pytest ended with status 2"),
         (PASSES, ["-n", "0", "-k", "nowhere"], "no tests were found"),
         # Without arguments, both stages have tests.
-        (PASSES, [], "the tests with servers did not run to the end: pytest ended with status 5"),
+        (PASSES, [], "the tests with Triton did not run to the end: pytest ended with status 5"),
         # The second time.
         (flaky(1, then=CRASH), ONE_STAGE, "test_it.py::test_flaky[0] did not run to the end: pytest was killed by"),
     ],
