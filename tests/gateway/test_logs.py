@@ -245,15 +245,15 @@ def test_a_full_disk_harms_no_request_and_lost_lines_are_counted(model_dir: Path
             assert gateway.post("/v1/completions", {"prompt": "Hi", "max_tokens": 2}).status_code == 200
         assert gateway.metric("log_lines_dropped_total") >= before + 50
         # Its line comes behind its answer, and may find room already; that of the request before it is dropped by now.
-        assert gateway.http.get("/health/live").status_code == 200
+        assert gateway.http.get("/version").status_code == 200
         for file in files:
             file.unlink()  # as if there were room again
-        assert gateway.http.get("/health/live").status_code == 200
-        assert gateway.http.get("/health/live").status_code == 200
+        assert gateway.http.get("/version").status_code == 200
+        assert gateway.http.get("/version").status_code == 200
     found = [json.loads(line) for line in files[0].read_text().splitlines()]
     (told,) = (line for line in found if line["event"] == "log_lines_dropped")
     assert told["lines"] >= 50
-    assert {line["path"] for line in found if line is not told} == {"/health/live"}
+    assert {line["path"] for line in found if line is not told} == {"/version"}
 
 
 @pytest.mark.parametrize("option", ["log_file", "access_log"])
@@ -312,6 +312,30 @@ def test_the_configuration_of_vector_is_whole(sink: str) -> None:
     inputs = [one for kind in ("transforms", "sinks") for part in config[kind].values() for one in part["inputs"]]
     assert set(inputs) == made
     assert {part["buffer"]["type"] for part in config["sinks"].values()} == {"disk"}
+
+
+@pytest.mark.parametrize(("level", "has_all"), [("info", False), ("debug", True)])
+def test_scrapes_and_health_checks_that_go_well_are_lines_at_debug_only(
+    model_dir: Path, tmp_path: Path, level: str, has_all: bool
+) -> None:
+    key, hashed = make_key("me")
+    open_store(str(tmp_path / "keys.yaml")).change("me", lambda _: KeyEntry("me", (hashed,)))
+    options = {"access_log": tmp_path / "access.log", "log_level": level, "keys": tmp_path / "keys.yaml"}
+    paths = ("/health", "/health/live", "/health/ready/")
+    with EchoReplica() as replica, RunningGateway(model_dir, replica, **options) as gateway:
+        headers = {"Authorization": f"Bearer {key}"}
+        while gateway.http.get("/health").status_code != 200:  # until it knows its replica
+            time.sleep(0.05)
+        assert [gateway.http.get(path).status_code for path in paths] == [200, 200, 200]
+        refused = gateway.http.get("/metrics", headers=headers)
+        assert refused.status_code == 403  # it is no admin's
+        assert gateway.http.get("/v1/models", headers=headers).status_code == 200
+    lines = [json.loads(line) for line in (tmp_path / "access.log").read_text().splitlines()]
+    of_level = {line["level"]: {one["path"] for one in lines if one["level"] == line["level"]} for line in lines}
+    assert {"/metrics", "/v1/models"} <= of_level["info"]
+    assert of_level.get("debug", set()) == ({*paths} if has_all else set())
+    (told,) = (line for line in lines if line["path"] == "/metrics")
+    assert (told["event"], told["error"]) == ("request_refused", "admin_required")
 
 
 def test_refusals_name_their_endpoint_their_id_and_no_key(model_dir: Path, tmp_path: Path) -> None:

@@ -56,6 +56,18 @@ def test_what_is_no_api_request_is_in_no_error_rate() -> None:
     assert not any(value for (name, *_), value in figures(metrics).items() if name == "request_outcomes_total")
 
 
+@pytest.mark.parametrize("path", ["/metrics", "/health", "/health/live", "/health/ready"])
+def test_scrapes_and_health_checks_are_no_requests_of_a_key(path: str) -> None:
+    metrics = Metrics(busiest_keys=1)
+    for _ in range(5):
+        ended(metrics, 200, key="prometheus", path=path)
+    ended(metrics, 200, key="me")
+    metrics.keys.rebalance()
+    found = figures(metrics)
+    assert {key for key in found if key[0] == "key_requests_total"} == {("key_requests_total", "me", "ok")}
+    assert found["requests_total", "", path, "200"] == 5
+
+
 def test_outcomes_and_refusals_are_there_before_the_first() -> None:
     """Else Prometheus would not see the first error as growth."""
     found = figures(Metrics())

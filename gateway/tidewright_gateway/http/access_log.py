@@ -1,5 +1,7 @@
 """The access log: a line of JSON for each request when it has ended, refused ones too. No key, prompt or answer.
 
+Health checks and scrapes that went well are lines of the level debug: they would outnumber the requests.
+
 Its first fields are those of the other logs (docs/logging.md). Every value is bounded.
 """
 
@@ -15,6 +17,7 @@ import msgspec
 from tidewright import logs
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.probes import is_probe
 
 WEBSOCKET = "WEBSOCKET"
 """The method of what a WebSocket's message asks for."""
@@ -47,19 +50,23 @@ client_address: ContextVar[str | None] = ContextVar("client_address", default=No
 
 _handler: logs.LogHandler | None = None
 _pid = 0
+_has_debug = False
 _encode = msgspec.json.Encoder().encode
 
 
-def write_to(target: str) -> None:
-    """`target`: a file, which may be moved away while we run; - for standard output; empty for nowhere.
+def write_to(target: str, has_debug: bool) -> None:
+    """
+    Args:
+        target: a file, which may be moved away while we run; - for standard output; empty for nowhere.
+        has_debug: lines of the level debug are written.
 
     Raises:
         LogFileError: it can't be written.
     """
-    global _handler, _pid
+    global _handler, _pid, _has_debug
     if _handler:
         _handler.close()
-    _pid = os.getpid()
+    _pid, _has_debug = os.getpid(), has_debug
     _handler = logs.open_handler("" if target == "-" else target, "access_log", fd=1) if target else None
     if _handler:
         _handler.setFormatter(logs.JsonFormatter("gateway"))  # for what the handler says itself
@@ -74,9 +81,12 @@ def write(
     context: RequestContext, client: str | None, method: str, path: str, endpoint: str, status: int, seconds: float
 ) -> None:
     """When it has ended. `seconds`: since it arrived."""
-    if _handler is None:
+    is_minor = is_probe(endpoint) and status < 400
+    if _handler is None or (is_minor and not _has_debug):
         return
     facts = _facts(client, method, path, endpoint, status, seconds) | context.facts
+    if is_minor:
+        facts["level"] = "debug"
     _handler.write_line(_encode({name: value for name, value in facts.items() if value is not None}).decode())
 
 

@@ -135,7 +135,7 @@ def _prepare_process(settings: GatewaySettings) -> None:
     _allow_files(settings.max_connections + _OTHER_FILES)
     try:
         logs.set_up("gateway", settings.log_format, settings.log_level, settings.log_file)
-        access_log.write_to(settings.access_log)
+        access_log.write_to(settings.access_log, has_debug=settings.log_level == "debug")
     except logs.LogFileError as error:
         raise SetupError(str(error)) from None
 

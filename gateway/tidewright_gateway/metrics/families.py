@@ -90,7 +90,7 @@ GATEWAY = (
     MetricSpec(
         "key_requests_total",
         "counter",
-        "Requests by API key; `_other` sums all but the busiest (`busiest_keys`)",
+        "Requests by API key, without scrapes and health checks; `_other` sums all but the busiest (`busiest_keys`)",
         (_key, Label("outcome", OUTCOMES)),
     ),
     MetricSpec(

@@ -12,6 +12,7 @@ from tidewright.resilience.outcome import Outcome, Verdict
 from tidewright_gateway.cache.responses import CacheState
 from tidewright_gateway.metrics.busiest import Busiest
 from tidewright_gateway.metrics.registry import Registry
+from tidewright_gateway.probes import is_probe
 
 _PROMOTIONS_OF_WORKERS = 4  # times `busiest_keys`: their series stay for ever
 _MAX_LABEL = 128  # characters
@@ -90,12 +91,16 @@ class Metrics:
         self._active.dec()
         self._of(self._requests, path, str(status), code).inc()
         self._of(self._duration, path).observe(seconds)
-        key, outcome = self.keys.name(key_id[:_MAX_LABEL]), _outcome(status, code, limit)
-        self._of(self._key_requests, key, outcome).inc()
+        outcome = _outcome(status, code, limit)
         if path.startswith("/v1/") or path in _API_PATHS:
             self._of(self._outcomes, outcome).inc()
         if limit:
             self._of(self._refusals, limit).inc()
+        if is_probe(path):
+            return  # or monitoring would be among the busiest keys
+        key = self.keys.name(key_id[:_MAX_LABEL])
+        self._of(self._key_requests, key, outcome).inc()
+        if limit:
             self._of(self._key_refusals, key, limit).inc()
 
     def refused_connection(self) -> None:

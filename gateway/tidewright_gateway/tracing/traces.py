@@ -13,13 +13,13 @@ from tidewright.tracing.span import Value
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.probes import is_probe
 from tidewright_gateway.tracing.record import Record
 from tidewright_gateway.tracing.request_trace import RequestTrace
 
 Reason = Literal["error", "failover", "slow", "sampled"]
 
 STOP_TIMEOUT = 3.0  # seconds for what waits at the end
-_UNTRACED = ("/health", "/metrics")  # asked again and again, by machines
 _TIMED_OUT = 408
 
 
@@ -68,7 +68,7 @@ class Traces:
 
     def record(self, path: str) -> Record | None:
         """For a request that begins; None if its trace is not exported anyway."""
-        return Record() if self._exporter and not path.startswith(_UNTRACED) else None
+        return Record() if self._exporter and not is_probe(path.rstrip("/")) else None
 
     def ended(self, context: RequestContext, method: str, route: str, status: int, seconds: float) -> None:
         if context.record is None or self._exporter is None:
