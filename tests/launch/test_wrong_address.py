@@ -11,6 +11,7 @@ from launch.test_control import listener, response
 from tidewright.launch.cli import main
 
 COMMANDS = (("health",), ("drain", "--no-wait"), ("chat", "hi"), ("complete", "hi"))
+PORT = "its port must be a number from 1 to 65535"
 PORTS = "give Triton's HTTP port (8000 by default), or the gateway's (8080)"
 # The first bytes of Triton's gRPC port: a frame of HTTP/2 settings.
 HTTP2 = bytes.fromhex("000024040000000000000200000000000300000000000400400000000500400000000600004000fe0300000001")
@@ -25,10 +26,38 @@ def error(url: str, command: tuple[str, ...]) -> str:
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(
-    "url", ["", " ", "http://", "ftp://x", "http://127.0.0.1:99999", "http://127.0.0.1:a", "http://["]
+    ("url", "why"),
+    [
+        *((url, "names no host") for url in ("", " ", "http://")),
+        ("ftp://x", "must begin with http:// or https://"),
+        *(
+            (f"{url}:{port}", PORT)
+            for url in ("http://127.0.0.1", "[::1]")
+            for port in ("65536", "99999", "0", "a", "")
+        ),
+        ("http://[", "in brackets"),
+    ],
 )
-def test_what_is_no_address(command: tuple[str, ...], url: str) -> None:
-    assert error(url, command) == f"Error: --url {url!r} is no address of a server, such as http://127.0.0.1:8000\n"
+def test_what_is_no_address(command: tuple[str, ...], url: str, why: str) -> None:
+    said = error(url, command)
+    assert said.startswith(f"Error: --url {url!r} is no address of a server, such as http://127.0.0.1:8000: ")
+    assert why in said
+
+
+@pytest.mark.parametrize("command", ["top", "diagnose"])
+def test_what_is_no_address_of_metrics(command: str) -> None:
+    result = CliRunner().invoke(main, [command, "127.0.0.1:8080", "http://me:secret@127.0.0.1:99999/metrics"])
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: URL 'http://127.0.0.1:99999/metrics' is no address of a server, such as http://127.0.0.1:8000: "
+        f"{PORT}\n"
+    )
+
+
+def test_a_tracing_backend_at_no_port() -> None:
+    result = CliRunner().invoke(main, ["trace", "id", "http://127.0.0.1:99999"])
+    assert result.exit_code == 1
+    assert PORT in result.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -7,10 +7,10 @@ Engine to bridge: `Ready`, then `StepOutputs` and `Heartbeat`; at any time `Fail
 from __future__ import annotations
 
 import contextlib
-import re
 
 import msgspec
 
+from tidewright.address import MAX_PORT, host_and_port
 from tidewright.schema import FinishReason, Pooling, SamplingParams, Task
 
 
@@ -57,13 +57,14 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def parse_rendezvous(text: str) -> tuple[str, int]:
     """Raises ValueError: it is not HOST:PORT, or not one that others can come to."""
-    found = re.fullmatch(r"([^:\s]+):([0-9]{1,5})", text)
-    if found and found[1] != "0.0.0.0" and 0 < int(found[2]) < 1 << 16:
-        with contextlib.suppress(UnicodeError):
-            found[1].encode("idna")  # as looking it up will
-            return found[1], int(found[2])
+    with contextlib.suppress(ValueError):  # as UnicodeError is
+        host, port = host_and_port(text)
+        if host != "0.0.0.0" and ":" not in host:
+            host.encode("idna")  # as looking it up will
+            return host, port
     raise ValueError(
-        f"rendezvous is {text!r}, but must be HOST:PORT, an address of rank 0's host that the others reach"
+        f"rendezvous is {text!r}, but must be HOST:PORT, an address of rank 0's host that the others reach, and a port "
+        f"from 1 to {MAX_PORT}"
     )
 
 

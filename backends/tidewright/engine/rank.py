@@ -21,6 +21,7 @@ from typing import NoReturn
 import msgspec
 
 from tidewright import __version__, logs
+from tidewright.address import host_and_port
 from tidewright.distributed.fingerprint import model_fingerprint
 from tidewright.engine.messages import encode
 from tidewright.engine.rank_messages import (
@@ -127,9 +128,9 @@ def _run() -> int:
     logs.set_up_child(f"rank{rank}")
     signal_on_parent_death(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # when the ranks end is for rank 0 to say
-    host, _, port = address.rpartition(":")
+    host, port = host_and_port(address)
     try:
-        connected = socket.create_connection((host, int(port)), timeout=5)
+        connected = socket.create_connection((host, port), timeout=5)
     except OSError as error:
         log.warning("can't reach rank 0 at %s: %s", address, error)
         return UNREACHABLE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from dataclasses import replace
@@ -9,9 +10,12 @@ from typing import Any
 
 import click
 
+from tidewright.launch.errors import LaunchError
+from tidewright.launch.gateway_control import find
 from tidewright.launch.key_option import key_options
-from tidewright.launch.top_command import GATEWAY, MAX_SOURCES, TRITON, metrics_url
+from tidewright.launch.top_command import bases_of
 
+TIMEOUT = 5.0  # seconds for an answer
 RUNBOOKS = "docs/troubleshooting.md"
 _STYLES = ("bold red", "yellow", "dim")
 
@@ -42,18 +46,17 @@ def diagnose(urls: tuple[str, ...], key: str | None, interval: float) -> None:
     from tidewright.observe.look import looks
     from tidewright.observe.scrape import fetch_all
 
-    if len(urls) > MAX_SOURCES:
-        raise click.UsageError(f"{len(urls)} addresses are more than {MAX_SOURCES}")
-    addresses = [metrics_url(url) for url in urls or (GATEWAY, TRITON)]
+    bases = bases_of(urls)
+    addresses = [f"{base}/metrics" for base in bases]
     try:
-        before = fetch_all(addresses, key, timeout=5.0)
+        before = fetch_all(addresses, key, timeout=TIMEOUT)
         time.sleep(interval)
-        after = fetch_all(addresses, key, timeout=5.0)
+        after = fetch_all(addresses, key, timeout=TIMEOUT)
     except KeyboardInterrupt:
         raise click.Abort from None
     seen = [
-        replace(look, status=_status(look.url, key)) if look.is_gateway else look
-        for look in looks(addresses, before, after)
+        replace(look, status=_status(base, key)) if look.is_gateway or look.change is None else look
+        for base, look in zip(bases, looks(addresses, before, after), strict=True)
     ]
     console, found = Console(highlight=False, soft_wrap=True), find(seen)
     for finding in found:
@@ -69,16 +72,14 @@ def diagnose(urls: tuple[str, ...], key: str | None, interval: float) -> None:
     sys.exit(is_bad)
 
 
-def _status(metrics: str, key: str | None) -> dict[str, Any]:
-    """What the gateway says of itself; empty if it does not tell."""
-    import httpx
-
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+def _status(base: str, key: str | None) -> dict[str, Any]:
+    """What the gateway says of itself; without a good key, what it tells everybody. Empty if it is none."""
     try:
-        answer = httpx.get(
-            metrics.removesuffix("/metrics") + "/admin/status", headers=headers, timeout=5.0, trust_env=False
-        )
-        told = answer.json() if answer.status_code == 200 else {}
-    except (httpx.HTTPError, ValueError):
+        gateway = find(base, key, TIMEOUT)
+        if gateway is None:
+            return {}
+        with contextlib.suppress(LaunchError):
+            return {**gateway.health, **gateway.status(TIMEOUT)}
+        return gateway.health
+    except LaunchError:
         return {}
-    return told if isinstance(told, dict) else {}

@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 import time
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
+from tidewright.address import check_url, without_user
 from tidewright.launch.control import WHICH_PORT, Answer, Question, TroubleError, UnreachableError
 from tidewright.launch.errors import LaunchError
 
 POLL_INTERVAL = 0.2  # seconds between two looks at a replica that drains
 SETTLED = 2.0  # seconds; other workers of a gateway notice a change up to a second later
 STATUS_TIMEOUT = 60.0  # seconds
+NO_KEYS = (
+    "the key store of the gateway is empty, so every API key is refused (401): restore it, or create keys with "
+    "`tidewright keys create`"
+)
 
 
 class ReplicaState(NamedTuple):
@@ -43,9 +47,11 @@ class Gateway:
             TroubleError: it can't take requests.
         """
         if self._ready.status != 200:
-            raise TroubleError("; ".join([refusal(self._url, self._ready, self._key), *self._troubles(timeout)]))
-        told = json.loads(self._ready.content)
-        lines = [f"the gateway has lost its store of {name}" for name in told.get("lost_stores", ())]
+            raise TroubleError("; ".join([self.health["not_ready"], *self._troubles(timeout)]))
+        told = self.health
+        is_empty = bool(told.get("key_store_empty"))
+        lost = [name for name in told.get("lost_stores", ()) if not (is_empty and name == "keys")]
+        lines = [NO_KEYS] * is_empty + [f"the gateway has lost its store of {name}" for name in lost]
         if number := told.get("replicas_in_trouble"):
             lines += self._troubles(timeout) or [f"replicas that take no requests: {number}"]
         return lines
@@ -58,14 +64,26 @@ class Gateway:
             return []
         return [f"{state.address}: {state.trouble}" for state in states if state.trouble]
 
-    def replicas(self, timeout: float) -> list[ReplicaState]:
-        """Needs a key with the role admin, where keys are needed.
+    @property
+    def health(self) -> dict[str, Any]:
+        """What it tells everybody of itself; if it is not ready, why, as `not_ready`."""
+        if self._ready.status != 200:
+            return {"not_ready": refusal(self._url, self._ready, self._key)}
+        told = json.loads(self._ready.content)
+        return told if isinstance(told, dict) else {}
+
+    def status(self, timeout: float) -> dict[str, Any]:
+        """All that it tells of itself. Needs a key with the role admin, where keys are needed.
 
         Raises:
             TroubleError: the gateway refuses to tell.
             UnreachableError, NoAnswerError: as `Question`.
         """
-        found = self._ask("/admin/status", None, timeout, "replicas")
+        return self._ask("/admin/status", None, timeout, "replicas")
+
+    def replicas(self, timeout: float) -> list[ReplicaState]:
+        """As `status`."""
+        found = self.status(timeout)["replicas"]
         return [ReplicaState(*(one[name] for name in ReplicaState._fields)) for one in found]
 
     def drain(self, replica: str | None, timeout: float) -> str:
@@ -75,7 +93,7 @@ class Gateway:
             TroubleError: there is no such replica, it did not accept, or the gateway refuses.
             UnreachableError, NoAnswerError: as `Question`.
         """
-        return str(self._ask("/admin/drain", {"replica": replica} if replica else {}, timeout, "draining"))
+        return str(self._ask("/admin/drain", {"replica": replica} if replica else {}, timeout, "draining")["draining"])
 
     def wait_ended(self, replica: str) -> None:
         """Returns once the gateway no longer sees the replica drain, or ends itself.
@@ -98,32 +116,34 @@ class Gateway:
             else:
                 quiet_since = quiet_since or time.monotonic()
 
-    def _ask(self, path: str, body: dict[str, Any] | None, timeout: float, field: str) -> Any:
-        """This field of the answer."""
+    def _ask(self, path: str, body: dict[str, Any] | None, timeout: float, field: str) -> dict[str, Any]:
+        """The answer, which has this field."""
         answer = Question(self._url + path, body, timeout, self._key).response(timeout)
         if answer.status != 200:
             raise TroubleError(refusal(self._url, answer, self._key))
         try:
-            return json.loads(answer.content)[field]
-        except (ValueError, KeyError, TypeError):
-            raise TroubleError(f"{self._url}{path} did not answer as a gateway does") from None
+            told = json.loads(answer.content)
+        except ValueError:
+            told = None
+        if not isinstance(told, dict) or field not in told:
+            raise TroubleError(f"{self._url}{path} did not answer as a gateway does")
+        return told
 
 
-def base_url(url: str) -> str:
-    """Of a server. http:// may be left out, and /v1, which OpenAI's clients need, may be there.
+def base_url(url: str, option: str = "--url") -> str:
+    """Of a server. http:// may be left out; /v1, which OpenAI's clients need, and /metrics may be there.
 
     Raises:
-        LaunchError: it is no address.
+        LaunchError: it is no address; `option` is where it was given.
     """
     given = url.strip()
-    made = (given if "://" in given else f"http://{given}").rstrip("/").removesuffix("/v1")
+    made = (given if "://" in given else f"http://{given}").rstrip("/").removesuffix("/v1").removesuffix("/metrics")
     try:
-        parts = urlsplit(made)
-        is_one = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        is_one = False
-    if not is_one:
-        raise LaunchError(f"--url {url!r} is no address of a server, such as http://127.0.0.1:8000")
+        check_url(made, "http", "https")
+    except ValueError as error:
+        raise LaunchError(
+            f"{option} {without_user(url)!r} is no address of a server, such as http://127.0.0.1:8000: {error}"
+        ) from None
     return made
 
 

@@ -7,6 +7,8 @@ from contextlib import nullcontext
 
 import click
 
+from tidewright.launch.errors import LaunchError
+from tidewright.launch.gateway_control import base_url
 from tidewright.launch.key_option import key_options
 from tidewright.launch.terminal import output_console
 
@@ -41,9 +43,7 @@ def top(urls: tuple[str, ...], key: str | None, interval: float, once: bool) -> 
         from tidewright.observe.top import screen
     except ModuleNotFoundError as error:
         raise click.ClickException(f"{error.name} is missing: pip install 'tidewright[gateway]'") from None
-    if len(urls) > MAX_SOURCES:
-        raise click.UsageError(f"{len(urls)} addresses are more than {MAX_SOURCES}")
-    addresses = [metrics_url(url) for url in urls or (GATEWAY, TRITON)]
+    addresses = [f"{base}/metrics" for base in bases_of(urls)]
     console = output_console(PIPE_WIDTH)
     is_live = console.is_terminal and not once  # else each interval is printed below the last
     timeout = max(interval, 2.0)
@@ -70,7 +70,11 @@ def top(urls: tuple[str, ...], key: str | None, interval: float, once: bool) -> 
         raise click.ClickException("not all addresses are those of a gateway or of a Triton's metrics port")
 
 
-def metrics_url(url: str) -> str:
-    """http:// and /metrics may be left out, and OpenAI's /v1 may be there."""
-    base = (url if "://" in url else f"http://{url}").rstrip("/").removesuffix("/v1").removesuffix("/metrics")
-    return f"{base}/metrics"
+def bases_of(urls: tuple[str, ...]) -> list[str]:
+    """Base URLs of gateways and Tritons. Raises click.ClickException: one is none."""
+    if len(urls) > MAX_SOURCES:
+        raise click.UsageError(f"{len(urls)} addresses are more than {MAX_SOURCES}")
+    try:
+        return [base_url(url, "URL") for url in urls or (GATEWAY, TRITON)]
+    except LaunchError as error:
+        raise click.ClickException(str(error)) from None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import httpx
 
+from tidewright.address import check_url, without_user
 from tidewright.observe.timeline import REQUEST_ID, Event, Span, unix_time
 
 TIMEOUT = 10.0  # seconds
@@ -27,11 +28,12 @@ def ask(url: str, wanted: str) -> list[Span]:
     """
     base = url.rstrip("/")
     try:
-        is_address = urlsplit(base).scheme in ("http", "https") and bool(urlsplit(base).hostname)
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise BackendError(f"{url} is neither a file nor the address of a tracing backend (http://HOST:PORT)")
+        check_url(base, "http", "https")
+    except ValueError as error:
+        message = (
+            f"{without_user(url)} is neither a file nor the address of a tracing backend (http://HOST:PORT): {error}"
+        )
+        raise BackendError(message) from None
     with httpx.Client(timeout=TIMEOUT, trust_env=False) as client:
         try:
             services = client.get(f"{base}/api/services")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Annotated, Protocol
 from urllib.parse import unquote, urlsplit
 
 from pydantic import AfterValidator
+
+from tidewright.address import check_url
 
 TRACES_PATH = "/v1/traces"
 EXPORT_TIMEOUT = 10.0  # seconds for one batch, tries included; OTEL_EXPORTER_OTLP_TIMEOUT sets another
@@ -33,10 +36,14 @@ class Endpoint(Protocol):
 
 def check_endpoint(text: str) -> str:
     """Raises ValueError: it is no address. Returns it as it is."""
-    url = urlsplit(text)
-    is_file = url.scheme == "file" and not url.netloc and len(url.path) > 1
-    if text and not is_file and not (url.scheme in ("http", "https") and url.hostname):
-        raise ValueError("otlp_endpoint must be http://HOST:PORT, https://HOST:PORT or file:///PATH")
+    if not text or re.fullmatch("file:(///|/(?!/)).+", text):
+        return text
+    try:
+        check_url(text, "http", "https")
+    except ValueError as error:
+        raise ValueError(
+            f"otlp_endpoint must be http://HOST:PORT, https://HOST:PORT or file:///PATH: {error}"
+        ) from None
     return text
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import urlsplit
 
 import msgspec
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from tidewright.address import check_url
 from tidewright_gateway.auth.errors import AuthSetupError
 from tidewright_gateway.auth.keys import KeyEntry
 from tidewright_gateway.auth.stores import Change, Entries, KeyStore
 
+SCHEMES = ("redis", "rediss")
 REDIS_HASH = "tidewright:keys"
 _REDIS_TIMEOUT = 2.0  # seconds
 
@@ -23,7 +24,7 @@ class RedisStore(KeyStore):
 
     def __init__(self, url: str) -> None:
         try:
-            parts = urlsplit(url)
+            parts = check_url(url, *SCHEMES)
             port = f":{parts.port}" if parts.port else ""
             self._redis = redis.Redis.from_url(
                 url,
@@ -31,8 +32,8 @@ class RedisStore(KeyStore):
                 socket_connect_timeout=_REDIS_TIMEOUT,
                 retry=Retry(NoBackoff(), 1),
             )
-        except ValueError:
-            raise AuthSetupError("keys: not a Redis address, such as redis://127.0.0.1:6379/0") from None
+        except ValueError as error:
+            raise AuthSetupError(f"keys: not a Redis address, such as redis://127.0.0.1:6379/0: {error}") from None
         self.name = f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
         self._seen: dict[bytes, bytes] | None = None
         self._entries: Entries = {}

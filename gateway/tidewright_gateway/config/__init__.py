@@ -11,11 +11,11 @@ import re
 import ssl
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
+from tidewright.address import check_url
 from tidewright.config_file import read_options
 from tidewright.resilience.config import ResilienceSettings
 from tidewright_gateway.config.api import ApiSettings
@@ -101,11 +101,21 @@ class GatewaySettings(
 
     @model_validator(mode="after")
     def _keys_can_be_found(self) -> GatewaySettings:
-        if "://" in self.keys and not self.keys.startswith(("redis://", "rediss://")):
-            raise ValueError("keys is neither the path of a file nor redis://HOST:PORT/DB nor rediss://HOST:PORT/DB")
+        if "://" in self.keys:
+            try:
+                check_url(self.keys, "redis", "rediss")
+            except ValueError as error:
+                raise ValueError(
+                    f"keys is neither the path of a file nor redis://HOST:PORT/DB nor rediss://HOST:PORT/DB: {error}"
+                ) from None
         if (bool(self.jwt_jwks), bool(self.jwt_issuer)) != (bool(self.jwt_audience),) * 2:
             raise ValueError("jwt_jwks, jwt_issuer and jwt_audience go together: set all three or none")
-        url = urlsplit(self.jwt_jwks) if "://" in self.jwt_jwks else None
+        url = None
+        if "://" in self.jwt_jwks:
+            try:
+                url = check_url(self.jwt_jwks, "https", "http")
+            except ValueError as error:
+                raise ValueError(f"jwt_jwks must be https://HOST/PATH: {error}") from None
         if url and url.scheme != "https" and not (url.scheme == "http" and _is_loopback(url.hostname or "")):
             raise ValueError("jwt_jwks must be https://..., or whoever is on the way could put keys of their own in")
         return self
@@ -141,8 +151,11 @@ class GatewaySettings(
     @field_validator("limits_store", "response_store")
     @classmethod
     def _store_is_redis(cls, value: str) -> str:
-        if value and not re.match(r"rediss?://[^/]", value):
-            raise ValueError("must be redis://HOST:PORT/DB, rediss:// for TLS, or empty")
+        try:
+            if value:
+                check_url(value, "redis", "rediss")
+        except ValueError as error:
+            raise ValueError(f"must be redis://HOST:PORT/DB, rediss:// for TLS, or empty: {error}") from None
         return value
 
     @property

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from tidewright.address import host_and_port
 from tidewright.logs import event
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ def make_source(text: str, interval: float) -> ListSource | FileSource | DnsSour
     if text.startswith(FILE):
         return FileSource(Path(text.removeprefix(FILE)))
     if text.startswith(DNS):
-        host, port = _host_and_port(text.removeprefix(DNS))
+        host, port = host_and_port(text.removeprefix(DNS))
         return DnsSource(host, port, interval)
     found: dict[str, Endpoint] = {}
     for part in text.split(","):
@@ -129,7 +129,7 @@ def _add(found: dict[str, Endpoint], text: str) -> None:
 
 def _endpoint(text: str) -> Endpoint:
     address, star, weight = text.partition("*")
-    _host_and_port(address)
+    host_and_port(address)
     if not star:
         return Endpoint(address)
     try:
@@ -141,13 +141,6 @@ def _endpoint(text: str) -> Endpoint:
             f"the weight in {text!r} must be a number from {MIN_WEIGHT} to {MAX_WEIGHT}, such as in {address}*2"
         )
     return Endpoint(address, value)
-
-
-def _host_and_port(text: str) -> tuple[str, int]:
-    found = re.fullmatch(r"([^\s*/]+):([0-9]{1,5})", text)
-    if not found or not 0 < int(found[2]) < 65536:
-        raise ValueError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:8001")
-    return found[1], int(found[2])
 
 
 class Discovery:
