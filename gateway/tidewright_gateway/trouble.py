@@ -8,6 +8,7 @@ from typing import Any
 from tidewright import logs
 
 KEYS, STORE = ("keys_stale", "keys_reloaded"), ("store_lost", "store_recovered")
+NO_KEYS = ("keys_missing", "keys_found")
 """Events."""
 
 

@@ -11,9 +11,12 @@ import pytest
 
 from helpers.api_keys import add, refusal, running, until_logged, until_refused, until_taken
 from helpers.redis import RunningRedis
+from tidewright_gateway.auth import Authenticator
+from tidewright_gateway.auth.keyring import Keyring
 from tidewright_gateway.auth.keys import KeyEntry, make_key
 from tidewright_gateway.auth.redis_keys import REDIS_HASH
 from tidewright_gateway.auth.stores import FileStore, open_store
+from tidewright_gateway.config import GatewaySettings
 
 pytestmark = pytest.mark.usefixtures("quick_polls")
 
@@ -94,6 +97,40 @@ def test_redis_may_go_and_come_back(caplog: pytest.LogCaptureFixture) -> None:
         asyncio.run(main())
     finally:
         server.kill()
+
+
+def test_a_redis_that_comes_back_empty_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    with RunningRedis() as server:
+        add(open_store(server.url), "alice")
+        settings = GatewaySettings(keys=server.url)
+
+        async def main() -> None:
+            authenticator = Authenticator(settings)
+            await authenticator.start()
+            try:
+                assert not authenticator.has_no_keys
+                server.kill()
+                await until_logged(caplog, "keeping the previously loaded")
+                assert not authenticator.has_no_keys
+                server.start()
+                await until_logged(caplog, "has no keys, so every API key is refused")
+                assert authenticator.has_no_keys
+                assert server.url in authenticator.trouble
+                add(open_store(server.url), "bob")
+                await until_logged(caplog, "has keys again")
+                assert not authenticator.trouble
+            finally:
+                await authenticator.stop()
+
+        asyncio.run(main())
+    assert caplog.text.count("so every API key is refused") == 1
+
+
+@pytest.mark.parametrize("has_tokens", [False, True])
+def test_a_store_that_never_had_keys_is_no_trouble_beside_tokens(tmp_path: Path, has_tokens: bool) -> None:
+    (tmp_path / "keys.yaml").write_text("keys: []\n")
+    assert Keyring(open_store(str(tmp_path / "keys.yaml")), is_alone=not has_tokens).is_empty != has_tokens
 
 
 def test_a_broken_entry_in_redis_costs_only_its_own_key(redis: RunningRedis, caplog: pytest.LogCaptureFixture) -> None:

@@ -51,7 +51,7 @@ def test_all_events_of_the_code_are_in_the_catalogue_and_all_of_it_are_used() ->
             used |= set(texts_in(call.args[0]))
         elif ast.unparse(call.func).startswith("terminal.") and len(call.args) > 1:
             used |= set(texts_in(call.args[1]))
-    used |= {*trouble.KEYS, *trouble.STORE}
+    used |= {*trouble.KEYS, *trouble.NO_KEYS, *trouble.STORE}
     used |= {text for text in texts_in(ast.parse(Path(access_log.__file__).read_text())) if text in EVENTS}
     assert used == EVENTS.keys()
 

@@ -147,6 +147,17 @@ def test_a_gateway_that_discovers_nothing() -> None:
     assert [one.cause for one in found] == ["no replica is known: discovery has found none"]
 
 
+def test_a_gateway_without_keys_says_so_although_it_shows_its_metrics_to_nobody() -> None:
+    refused = Look("http://g:8080/metrics", None, "refuses the API key", {"key_store_empty": True})
+    (found,) = diagnose([refused])
+    assert (found.severity, found.runbook) == (Severity.CRITICAL, "no-keys")
+    assert "the key store is empty" in found.cause
+    (found,) = gateway(nothing, {'store_lost{store="keys"}': 1}, key_store_empty=True, stores={"keys": "no keys"})
+    assert (found.severity, found.runbook) == (Severity.CRITICAL, "no-keys")
+    (found,) = diagnose([Look("http://g:8080/metrics", None, "refuses the API key", {"not_ready": "no replica"})])
+    assert found.cause == "it refuses the API key; no replica"
+
+
 def test_the_worst_comes_first_and_endpoints_that_are_gone_are_the_worst() -> None:
     change = Change(
         parse(exposition(WELL), 0.0), parse(exposition({**WELL, "tidewright_requests_waiting": 1}), 1.0, NOW)

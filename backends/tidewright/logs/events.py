@@ -43,6 +43,8 @@ EVENTS: dict[str, str] = {
     "store_recovered": "It can again.",
     "keys_stale": "API keys or JWT keys can't be read again; those read before are used.",
     "keys_reloaded": "They can again.",
+    "keys_missing": "The key store is empty, so every API key is refused.",
+    "keys_found": "It has keys again.",
     "key_rejected": "An entry of the key store can't be used.",
     "discovery_failed": "The replicas can't be looked up; those known are used.",
     "discovery_recovered": "They can again.",

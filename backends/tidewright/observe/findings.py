@@ -16,6 +16,7 @@ OFTEN = 3  # restarts, the last of them recent
 RECENT = 900.0  # seconds for which a restart is news
 EXPIRY_SOON = 14 * 86400.0
 QUICK = 0.1  # seconds; an event loop that is later than that delays everyone
+NO_KEYS = "the key store is empty, so every API key is refused"
 MODELS = {"": "decoder", "failsafe_": "failsafe", "fallback_": "fallback"}
 
 
@@ -52,7 +53,7 @@ def diagnose(looks: list[Look]) -> list[Finding]:
     found: list[Finding] = []
     for look in looks:
         if look.change is None:
-            found.append(Finding(CRITICAL, look.where, f"it {look.trouble}", "endpoint-down"))
+            found.append(_without_metrics(look))
             continue
         rules = _of_gateway if look.is_gateway else _of_triton if look.is_triton else []
         for rule in rules:
@@ -60,6 +61,14 @@ def diagnose(looks: list[Look]) -> list[Finding]:
                 Finding(severity, look.where, cause, runbook) for severity, cause, runbook in rule(look, look.change)
             )
     return sorted(set(found))
+
+
+def _without_metrics(look: Look) -> Finding:
+    """A gateway without keys gives its metrics to nobody, but its health to all."""
+    if look.status.get("key_store_empty"):
+        return Finding(CRITICAL, look.where, f"{NO_KEYS}, also to see its metrics", "no-keys")
+    told = f"; {why}" if (why := look.status.get("not_ready")) else ""
+    return Finding(CRITICAL, look.where, f"it {look.trouble}{told}", "endpoint-down")
 
 
 def _gateway(rule: Rule) -> Rule:
@@ -110,8 +119,10 @@ def _attempts(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]
 @_gateway
 def _stores(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]:
     told = look.status.get("stores", {})
+    if is_empty := bool(look.status.get("key_store_empty")):
+        yield CRITICAL, NO_KEYS, "no-keys"
     for store, is_lost in change.now.by(f"{GATEWAY}store_lost", "store").items():
-        if is_lost:
+        if is_lost and not (is_empty and store == "keys"):
             yield CRITICAL, f"the store of {store} is lost: {told.get(store, 'see the log')}", "store-lost"
 
 

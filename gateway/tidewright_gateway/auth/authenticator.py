@@ -35,7 +35,7 @@ class Authenticator:
         """Reads keys and JWKS. AuthSetupError: they can't be read."""
         self._parts: list[Keyring | TokenChecker] = []
         if settings.keys:
-            self._parts.append(Keyring(open_store(settings.keys)))
+            self._parts.append(Keyring(open_store(settings.keys), is_alone=not settings.jwt_jwks))
         if settings.jwt_jwks:
             from tidewright_gateway.auth.tokens import TokenChecker  # slow to import
 
@@ -60,6 +60,11 @@ class Authenticator:
     def trouble(self) -> str:
         """Why keys that changed lately may not be seen; empty if they are."""
         return "; ".join(part.trouble for part in self._parts if part.trouble)
+
+    @property
+    def has_no_keys(self) -> bool:
+        """The key store is empty, although somebody needs its keys."""
+        return any(part.is_empty for part in self._parts if isinstance(part, Keyring))
 
     @property
     def next_expiry(self) -> float:

@@ -10,7 +10,7 @@ from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.auth.errors import WRONG, unauthorized
 from tidewright_gateway.auth.keys import KeyEntry, fits, split_key
 from tidewright_gateway.auth.stores import KeyStore
-from tidewright_gateway.trouble import KEYS, Trouble
+from tidewright_gateway.trouble import KEYS, NO_KEYS, Trouble
 
 log = logging.getLogger(__name__)
 
@@ -18,12 +18,17 @@ POLL_INTERVAL = 0.5  # seconds
 
 
 class Keyring:
-    def __init__(self, store: KeyStore) -> None:
-        """Reads the store. AuthSetupError: it can't be read."""
-        self._store = store
+    def __init__(self, store: KeyStore, is_alone: bool) -> None:
+        """Reads the store. `is_alone`: nobody can call without a key of it.
+
+        Raises:
+            AuthSetupError: it can't be read.
+        """
+        self._store, self._is_needed = store, is_alone
         self._entries: dict[str, KeyEntry] = {}
         over, effect = f"keys are loaded from {store.name} again", "keeping the previously loaded keys: "
         self._trouble = Trouble(log, over, effect, KEYS)
+        self._emptiness = Trouble(log, f"{store.name} has keys again", "", NO_KEYS)
         self._polling: asyncio.Task[None] | None = None
         if found := store.read():
             self._put(*found)
@@ -31,7 +36,12 @@ class Keyring:
     @property
     def trouble(self) -> str:
         """Why the keys in force may not be those of the store any more; empty if they are."""
-        return self._trouble.text
+        return self._trouble.text or self._emptiness.text
+
+    @property
+    def is_empty(self) -> bool:
+        """There are no keys, although there should be some."""
+        return bool(self._emptiness.text)
 
     def start(self) -> None:
         self._polling = asyncio.create_task(self._poll())
@@ -80,3 +90,6 @@ class Keyring:
         for fault in faults:
             log.error("rejecting a key with an invalid entry: %s", fault, extra=event("key_rejected"))
         self._entries = entries
+        self._is_needed |= bool(entries)  # once there were keys, somebody has them
+        text = f"{self._store.name} has no keys, so every API key is refused: restore it, or create keys"
+        self._emptiness.note("" if entries or not self._is_needed else text)

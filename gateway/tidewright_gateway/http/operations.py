@@ -39,15 +39,19 @@ def make_operations_router(parts: Parts, sampler: Sampler) -> APIRouter:
     @router.get("/health")
     @router.get("/health/ready")
     async def ready() -> dict[str, Any]:
-        """200 if a replica can take requests, else 503. Names lost stores, and counts the replicas that can't take
-        requests; /admin/status has more."""
+        """200 if a replica can take requests, else 503. Names lost stores, says if the key store is empty, and counts
+        replicas that can't take requests; /admin/status has more."""
         lost = [name for name, trouble in parts.stores.items() if trouble]
         if parts.failover.trouble:
-            raise ApiError(503, "no replica can take requests", code="not_ready", retry_after=1)
+            message = "no replica can take requests"
+            if parts.authenticator.has_no_keys:
+                message += ", and the key store is empty, so every API key is refused"
+            raise ApiError(503, message, code="not_ready", retry_after=1)
         in_trouble = sum(not (one.takes_requests or one.leaving) for one in parts.failover.replicas)
         return {
             "status": "ready",
             **({"lost_stores": lost} if lost else {}),
+            **({"key_store_empty": True} if parts.authenticator.has_no_keys else {}),
             **({"replicas_in_trouble": in_trouble} if in_trouble else {}),
         }
 
