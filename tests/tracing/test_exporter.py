@@ -14,14 +14,18 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from helpers.otlp import OtlpReceiver, spans_in_json, spans_of
+from tidewright.config import Settings
 from tidewright.tracing import endpoint, exporter
 from tidewright.tracing.endpoint import check_endpoint, open_endpoint, traces_url
+from tidewright.tracing.environment import read_environment
 from tidewright.tracing.exporter import Exporter, Pending
 from tidewright.tracing.otlp import to_json_lines, to_protobuf
 from tidewright.tracing.span import ENGINE, GATEWAY, Event, Kind, Span, Trace
 from tidewright.tracing.trace_context import new_span_id
+from tidewright_gateway.config import GatewaySettings
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
 
@@ -59,6 +63,40 @@ def test_all_arrive_with_headers_and_what_describes_the_process(monkeypatch: pyt
         assert len(receiver.traces.spans) == counts["exported"] == 6
         assert receiver.headers[0]["authorization"] == "Bearer secret"
         assert receiver.headers[0]["content-type"] == "application/x-protobuf"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        *(("OTEL_EXPORTER_OTLP_TIMEOUT", value) for value in ("10s", "-1", "0", "1.5", "99999999", "٣")),
+        *(("OTEL_EXPORTER_OTLP_HEADERS", value) for value in ("secret", "=secret", "a b=secret", "a=b,secret")),
+        *(("OTEL_EXPORTER_OTLP_HEADERS", value) for value in ("a=secret%0D%0Ax:y", "a=secret%FF", "a=" + "s" * 20_000)),
+        ("OTEL_EXPORTER_OTLP_CERTIFICATE", "/no/such.pem"),
+        ("OTEL_EXPORTER_OTLP_CERTIFICATE", __file__),
+        *(("OTEL_RESOURCE_ATTRIBUTES", value) for value in ("prod", "=x", "a=%FF")),
+    ],
+)
+def test_a_variable_that_can_not_be_read_ends_the_start_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    for settings_class in (Settings, GatewaySettings):
+        settings_class()  # nothing is exported
+        with pytest.raises(ValidationError, match=variable) as refused:
+            settings_class(otlp_endpoint="http://127.0.0.1:4318")
+        assert "secret" not in refused.value.errors()[0]["msg"]
+
+
+def test_variables_that_are_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", " 2500 ")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_HEADERS", "a=b%20c, ,x-y=")
+    monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "service.version=1,x=%C3%BC")
+    found = read_environment()
+    assert (found.timeout, found.headers) == (2.5, {"a": "b c", "x-y": ""})
+    assert found.resource == {"service.version": "1", "x": "ü"}
+    for variable in ("TIMEOUT", "HEADERS"):
+        monkeypatch.setenv(f"OTEL_EXPORTER_OTLP_{variable}", "")
+    assert (read_environment().timeout, read_environment().headers) == (10.0, {})
 
 
 def test_a_full_batch_does_not_wait_for_its_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Protocol
 from urllib.parse import unquote, urlsplit
@@ -13,9 +11,9 @@ from urllib.parse import unquote, urlsplit
 from pydantic import AfterValidator
 
 from tidewright.address import check_url
+from tidewright.tracing.environment import read_environment
 
 TRACES_PATH = "/v1/traces"
-EXPORT_TIMEOUT = 10.0  # seconds for one batch, tries included; OTEL_EXPORTER_OTLP_TIMEOUT sets another
 TRIES, FIRST_PAUSE = 3, 0.5  # of a batch, and seconds between the first two; then twice as many each
 _TRY_AGAIN = (429, 502, 503, 504)
 
@@ -35,7 +33,9 @@ class Endpoint(Protocol):
 
 
 def check_endpoint(text: str) -> str:
-    """Raises ValueError: it is no address. Returns it as it is."""
+    """Raises ValueError: it is no address, or a variable for it has a value that is none. Returns it as it is."""
+    if text:
+        read_environment()
     if not text or re.fullmatch("file:(///|/(?!/)).+", text):
         return text
     try:
@@ -60,12 +60,6 @@ def open_endpoint(text: str) -> Endpoint:
     """Raises ValueError: it can't be used."""
     check_endpoint(text)
     return FileEndpoint(Path(unquote(urlsplit(text).path))) if text.startswith("file:") else HttpEndpoint(text)
-
-
-def pairs_of(variable: str) -> Mapping[str, str]:
-    """A variable as OpenTelemetry writes lists: name=value,name=value, percent-encoded."""
-    pairs = (item.partition("=") for item in os.environ.get(variable, "").split(",") if "=" in item)
-    return {name.strip(): unquote(value.strip()) for name, _, value in pairs}
 
 
 class FileEndpoint:
@@ -105,12 +99,10 @@ class HttpEndpoint:
 
         url = httpx.URL(traces_url(text))
         self._url, self._shown = url, str(url.copy_with(userinfo=b""))
-        headers = {**pairs_of("OTEL_EXPORTER_OTLP_HEADERS"), "Content-Type": "application/x-protobuf"}
-        milliseconds = os.environ.get("OTEL_EXPORTER_OTLP_TIMEOUT", "")
-        self._timeout = int(milliseconds) / 1e3 if milliseconds.isdigit() else EXPORT_TIMEOUT
-        certificate = os.environ.get("OTEL_EXPORTER_OTLP_CERTIFICATE", "")
+        set_by = read_environment()
+        headers, self._timeout = {**set_by.headers, "Content-Type": "application/x-protobuf"}, set_by.timeout
         try:
-            verify = httpx.create_ssl_context(verify=certificate or True)
+            verify = httpx.create_ssl_context(verify=set_by.certificate or True)
             self._client = httpx.Client(headers=headers, verify=verify, timeout=self._timeout)
         except (OSError, ValueError) as error:
             raise ValueError(f"otlp_endpoint: {error}") from None
@@ -139,8 +131,3 @@ class HttpEndpoint:
 
     def close(self) -> None:
         self._client.close()
-
-
-def resource() -> Mapping[str, str]:
-    """Attributes of this process that an operator has set."""
-    return pairs_of("OTEL_RESOURCE_ATTRIBUTES")

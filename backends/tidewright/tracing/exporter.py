@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Literal
 
-from tidewright.tracing.endpoint import Endpoint, ExportError, open_endpoint, resource
+from tidewright.tracing.endpoint import Endpoint, ExportError, open_endpoint
+from tidewright.tracing.environment import read_environment
 from tidewright.tracing.otlp import Encoded, encode, request_of, to_json_lines
 from tidewright.tracing.span import Span, Trace
 
@@ -45,7 +46,7 @@ class Exporter:
             ValueError: the endpoint can't be used.
         """
         self._endpoint: Endpoint = open_endpoint(endpoint)
-        self._resource = resource()
+        self._resource = read_environment().resource
         self._exported, self._dropped = exported, dropped
         self._queue: deque[tuple[int, Encoded]] = deque()  # how many spans, and these
         self._changed = threading.Condition()
