@@ -90,6 +90,21 @@ def test_an_alert_fires_and_ends(group: str, scenario: Scenario, tmp_path: Path)
     assert not run_tests(tmp_path, scenario.step, scenario.series, queries, only(group, tmp_path))
 
 
+@pytest.mark.parametrize("dies", [True, False])
+def test_the_failures_of_a_process_that_died_are_told_once(dies: bool, tmp_path: Path) -> None:
+    """It was dead for 10 s, and is loaded again: what failed meanwhile is no news afterwards."""
+    failure = f'nv_inference_request_failure{{{T}, model="decoder", reason="BACKEND"}}'
+    series = {
+        failure: "0x100 0+5x10 50x200",
+        f'nv_inference_request_success{{{T}, model="decoder"}}': "0+1x320",
+        f"tidewright_{HEARTBEAT}{{{T}}}": "100+1x100 200x10 211+1x200" if dies else "100+1x320",
+    }
+    queries = [firing("ModelProcessDead", "107s", int(dies)), firing("ModelProcessDead", "120s", 0)]
+    queries += [firing("TritonRequestsFail", at, int(not dies)) for at in ("125s", "140s", "155s")]
+    queries += [firing("TritonRequestsFail", at, 0) for at in ("200s", "300s")]
+    assert not run_tests(tmp_path, "1s", series, queries, RULES[:1])
+
+
 def test_each_alert_has_a_scenario() -> None:
     alerts = yaml.safe_load(RULES[0].read_text())
     expected = {group["name"]: {rule["alert"] for rule in group["rules"]} for group in alerts["groups"]}
