@@ -100,6 +100,85 @@ def test_a_requests_spans_and_lines_make_one_timeline(files: list[str]) -> None:
     assert "stream 50%, attempt 30%, POST /v1/completions 20%" in text
 
 
+@pytest.fixture
+def used_twice(tmp_path: Path) -> list[str]:
+    """Two requests with one X-Request-Id, the second an hour later, and a line of each that names no trace."""
+    later = json.loads(SPANS[0])
+    (span,) = later["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    span |= {"traceId": OTHER, "name": "POST /v1/chat/completions"}
+    span |= {name: str(int(span[name]) + 3600 * 10**9) for name in ("startTimeUnixNano", "endTimeUnixNano")}
+    spans, log = tmp_path / "spans.jsonl", tmp_path / "gateway.log"
+    spans.write_text(SPANS[0] + json.dumps(later) + "\n")
+    lines = [
+        {
+            "time": f"2027-01-15T0{hour}:00:00.500Z",
+            "event": "request_received",
+            "request_id": "req-1-0",
+            "message": word,
+        }
+        for hour, word in ((8, "alpha"), (9, "beta"))
+    ]
+    lines.append({"time": "2027-01-15T09:00:02.000Z", "event": "note", "message": "late", "trace_id": OTHER})
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return [str(spans), str(log)]
+
+
+def test_requests_with_one_id_are_shown_one_by_one_the_newest_first(used_twice: list[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    code, text = trace("req-1", *used_twice, "--html", str(page))
+    assert code == 0
+    assert text.startswith("2 requests have this id; the newest comes first")
+    newest, _, oldest = text.partition(f"Trace {TRACE}")
+    assert f"Trace {OTHER}" in newest
+    assert oldest
+    for part, own, others in (
+        (newest, ["POST /v1/chat/completions", "beta", "late"], ["POST /v1/completions", "alpha"]),
+        (oldest, ["POST /v1/completions", "alpha"], ["POST /v1/chat/completions", "beta", "late"]),
+    ):
+        assert all(word in part for word in own), part
+        assert not any(word in part for word in others), part
+        assert "1000.0 ms" in part  # not an hour
+    html = page.read_text()
+    assert html.index(f"Trace {OTHER}") < html.index("beta") < html.index(f"Trace {TRACE}") < html.index("alpha")
+    code, text = trace(OTHER, *used_twice)
+    assert code == 0
+    assert "requests have this id" not in text
+    assert "alpha" not in text
+
+
+def test_more_requests_of_an_id_than_are_shown(tmp_path: Path) -> None:
+    log = tmp_path / "gateway.log"
+    lines = (
+        {
+            "time": f"2027-01-15T08:{number:02}:00Z",
+            "message": f"no {number:02}",
+            "request_id": "r",
+            "trace_id": f"{number:032}",
+        }
+        for number in range(30)
+    )
+    log.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, text = trace("r", str(log))
+    assert code == 0
+    assert "30 requests have this id, of which the 10 newest are shown" in text
+    assert text.count("Trace 0") == 10
+    assert text.index("no 29") < text.index("no 20")
+    assert "no 19" not in text
+
+
+@pytest.mark.parametrize("is_zipped", [False, True])
+def test_standard_input_is_a_source(files: list[str], is_zipped: bool) -> None:
+    with gzip.open(files[1], "rb") as log:
+        text = log.read()
+    given = gzip.compress(text) if is_zipped else text
+    done = CliRunner().invoke(main, ["trace", "req-1", files[0], "-"], env={"COLUMNS": "200"}, input=given)
+    assert done.exit_code == 0, done.output
+    for part in ("POST /v1/completions", "it died", "of the trace"):
+        assert part in done.output
+    done = CliRunner().invoke(main, ["trace", "req-1", "-"], input=b"")
+    assert "nothing of req-1 in -" in done.output
+
+
 def test_the_trace_shows_the_same(files: list[str]) -> None:
     code, text = trace(TRACE.upper(), *files)
     assert code == 0

@@ -13,6 +13,7 @@ from tidewright.observe.timeline import REQUEST_ID, Event, Span, unix_time
 TIMEOUT = 10.0  # seconds
 _PAGE = 1000  # spans of an answer
 _MAX_PAGES = 20
+_MAX_TRACES = 20  # of one request id
 _PHOENIX_PROJECT = "default"
 
 
@@ -56,7 +57,9 @@ def _jaeger(client: httpx.Client, base: str, wanted: str) -> list[Span]:
         answer = client.get(f"{base}/api/traces/{wanted}")
     else:
         tags = f'{{"{REQUEST_ID}":"{quote(wanted, safe="")}"}}'
-        answer = client.get(f"{base}/api/traces", params={"service": "tidewright-gateway", "tags": tags, "limit": 1})
+        answer = client.get(
+            f"{base}/api/traces", params={"service": "tidewright-gateway", "tags": tags, "limit": _MAX_TRACES}
+        )
     if answer.status_code == 404:
         return []
     answer.raise_for_status()

@@ -1,6 +1,8 @@
-"""A timeline as a page of HTML that needs nothing else: no scripts, nothing loaded."""
+"""Timelines as a page of HTML that needs nothing else: no scripts, nothing loaded."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from jinja2 import Environment, StrictUndefined
 
@@ -31,25 +33,33 @@ dd { margin: 0 }
 </head>
 <body>
 <h1>{{ title }}</h1>
-<dl>
-{% for name, value in summary %}<dt>{{ name }}</dt><dd>{{ value }}</dd>
+{% for part in parts %}{% if part.title %}<h2>{{ part.title }}</h2>
+{% endif %}<dl>
+{% for name, value in part.summary %}<dt>{{ name }}</dt><dd>{{ value }}</dd>
 {% endfor %}</dl>
 <table>
 <tr><th>ms</th><th>took</th><th>where</th><th></th><th>what</th></tr>
-{% for row in rows %}<tr class="{{ row.style }}"><td class="number">{{ row.at }}</td><td class="number">{{ row.took }}</td>
+{% for row in part.rows %}<tr class="{{ row.style }}"><td class="number">{{ row.at }}</td><td class="number">{{ row.took }}</td>
 <td>{{ row.where }}</td><td class="bars">{% if row.width %}<div class="bar" style="margin-left: {{ row.left }}%; width: {{ row.width }}%"></div>{% endif %}</td>
 <td style="padding-left: {{ row.indent }}rem">{{ row.what }} <span class="about">{{ row.about }}</span></td></tr>
 {% endfor %}</table>
-</body>
+{% endfor %}</body>
 </html>
 """  # noqa: E501
 
 
-def page(timeline: Timeline, title: str) -> str:
+def page(timelines: Mapping[str, Timeline], title: str) -> str:
+    """`timelines`: each with its own title, which may be empty."""
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(_PAGE)
-    return template.render(
-        title=title, summary=summary(timeline), rows=[_row(*row, timeline) for row in rows(timeline)]
-    )
+    parts = [
+        {
+            "title": own,
+            "summary": summary(timeline),
+            "rows": [_row(*row, timeline) for row in rows(timeline)],
+        }
+        for own, timeline in timelines.items()
+    ]
+    return template.render(title=title, parts=parts)
 
 
 def _row(at: float, depth: int, content: Span | LogLine | str, timeline: Timeline) -> dict[str, str | float]:
