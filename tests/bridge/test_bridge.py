@@ -303,6 +303,21 @@ def test_a_cancel_ends_one_attempt_at_a_request_or_all(world: World) -> None:
     assert world.engine.aborted() == [1, 2, 3]
 
 
+def test_log_lines_have_the_callers_id_and_the_attempt_beside_it(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG")
+    for number, client_id in enumerate(("a", f"b{ATTEMPT}3.1", f"{ATTEMPT}4.2"), 1):
+        caller = world.submit(client_id=client_id)
+        world.engine.says(SequenceOutput(number, world.ids("done"), "length"))
+        caller.end()
+    world.wait_idle()
+    for event in ("request_received", "request_ended"):
+        told = [record.fields for record in caplog.records if getattr(record, "event", "") == event]  # type: ignore[attr-defined]
+        assert [(one["request_id"], one["attempt"]) for one in told] == [("a", None), ("b", "3.1"), (None, "4.2")]
+    assert ATTEMPT not in caplog.text
+
+
 def test_a_cancel_noticed_while_the_last_response_goes_out_is_no_second_end(world: World) -> None:
     class Slow(Caller):
         asked, answer = threading.Event(), threading.Event()

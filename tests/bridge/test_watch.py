@@ -121,7 +121,7 @@ def test_a_triton_that_is_ending_is_not_asked_whether_the_model_is_loaded(
     asked: list[bool] = []  # whether it was ending
 
     def ask() -> bool:
-        asked.append(world.bridge._drain is not None)
+        asked.append(world.bridge._drain.has_begun)
         return True
 
     monkeypatch.setattr(canceller_module, "LOADED_INTERVAL", 0.0)

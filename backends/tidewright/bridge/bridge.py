@@ -15,12 +15,12 @@ import os
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from tidewright.bridge.answers import Answers
 from tidewright.bridge.call import Call, Origin, Part, Responder, ids_of
 from tidewright.bridge.canceller import Canceller
+from tidewright.bridge.drain import Drain
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.bridge.feeder import Feeder
 from tidewright.bridge.outgoing import Job, Outgoing, Reply
@@ -51,15 +51,6 @@ UNLOAD_GRACE = 10.0  # seconds, at most, for requests of a model that is being u
 JOIN_TIMEOUT = 2.0  # seconds for a thread to end; Triton's own end must not wait for one that hangs
 
 
-@dataclass(frozen=True)
-class Drain:
-    """Why nothing new is taken, when what is in flight ends (time.monotonic()), and what it is told."""
-
-    why: str
-    ends_at: float
-    message: str
-
-
 class Bridge:
     """Owns the engine client and every request between Triton and the engine."""
 
@@ -82,8 +73,7 @@ class Bridge:
         self._outgoing = Outgoing(self._changed)
         self._streaming_share = settings.streaming_share
         self._stopping = threading.Event()
-        self._grace = settings.shutdown_grace
-        self._drain: Drain | None = None
+        self._drain = Drain(settings.shutdown_grace)
         self._client = EngineClient(
             config,
             EngineEvents(self._on_outputs, self._on_stats, self._on_up, self._on_lost),
@@ -113,7 +103,7 @@ class Bridge:
 
         A heart that beats stands for all ranks: see engine/process.py.
         """
-        if self._drain:
+        if self._drain.has_begun:
             return DRAINING
         if stuck := self._stuck:
             return f"{STUCK}{stuck}"
@@ -143,7 +133,7 @@ class Bridge:
             waiting = arrived[-stats.waiting :] if stats.waiting else []
         return DecoderStatus(
             trouble=self.trouble,
-            draining=self._drain is not None,
+            draining=self._drain.has_begun,
             silence=self._client.silence(),
             waiting=stats.waiting / max(self._max_waiting, 1),
             wait=time.monotonic() - waiting[0] if waiting else 0.0,
@@ -197,11 +187,8 @@ class Bridge:
 
     def drain(self, why: str = "the server is shutting down", longest: float = math.inf) -> None:
         """Take no new requests; those in flight get `shutdown_grace` seconds, then they end with the reason."""
-        grace = min(self._grace, longest)
-        with self._changed:
-            if self._drain is None:
-                message = f"{why}, and {grace:g} s (shutdown_grace) were not enough to finish"
-                self._drain = Drain(why, time.monotonic() + grace, message)
+        with self._changed:  # one that is being submitted is taken, or sees it
+            self._drain.begin(why, longest)
 
     def stop(self) -> None:
         """End the engine; what is still in flight ends with `EngineUnavailableError`."""
@@ -239,15 +226,14 @@ class Bridge:
         ids = [next(self._ids) for _ in range(sampling.n)]
         call = Call(request, responder, self._tokenizer, ids, arrived_at, deadline, client_id, origin)
         with self._changed:
-            if self._drain:
-                raise EngineUnavailableError(f"{self._drain.why}; send the request to another")
+            self._drain.check()
             if self._failing:
                 raise EngineUnavailableError(self._failing)
             self._check_room(sampling.n)
             self._calls[call] = None
             self._parts.update((part.request_id, part) for part in call.parts)
             self._changed.notify_all()
-        log.debug("received", extra=event("request_received", **ids_of(call)))
+        log.debug("received; the engine has it as %s", ids, extra=event("request_received", **ids_of(call)))
         for part in call.parts:
             self._feeder.submit(part)
 
@@ -383,7 +369,7 @@ class Bridge:
 
     def _is_loaded(self) -> bool:
         # Asked while it ends, Triton can crash the stub, and all streams with it. Who drains needs no answer.
-        return self._drain is not None or self._ask_triton()
+        return self._drain.has_begun or self._ask_triton()
 
     def _unloaded(self) -> None:
         """Triton waits for the last request, however long that takes, and says nothing."""
@@ -398,8 +384,8 @@ class Bridge:
                     log.exception("the bridge could not look after its requests")
 
     def _end_drain(self) -> None:
-        if self._drain and time.monotonic() > self._drain.ends_at:
-            self._fail_all(self._drain.message)
+        if message := self._drain.overdue:
+            self._fail_all(message)
 
     def _end_overdue(self) -> None:
         """Ends requests whose deadline has passed and that no engine has ended: none is up, or it hangs."""
@@ -408,14 +394,5 @@ class Bridge:
         with self._changed:
             for call in self._calls:
                 if call.deadline is not None and call.deadline < late:
-                    self._end_in_time(call)
-
-    def _end_in_time(self, call: Call) -> None:
-        """With `_changed` held."""
-        why = self._client.trouble or "the engine is busy"
-        message = f"timed out after {call.request.sampling.timeout:g} s; {why}"
-        for part in call.parts:
-            if not part.overdue:
-                part.overdue = True
-                part.arrived.append(SequenceOutput(part.request_id, [], "timeout", message=message))
-        self._wake_sender(call, urgent=True)
+                    call.end_overdue(self._client.trouble or "the engine is busy")
+                    self._wake_sender(call, urgent=True)

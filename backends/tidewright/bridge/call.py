@@ -16,7 +16,7 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import FinishReason, SequenceTimings, Timings
+from tidewright.schema import ATTEMPT, FinishReason, SequenceTimings, Timings
 from tidewright.tokenization import Tokenizer
 from tidewright.tracing.trace_context import TraceParent
 
@@ -270,6 +270,14 @@ class Call:
         """For logs; empty if its caller gave none."""
         return self.origin.trace.trace_id if self.origin else ""
 
+    def end_overdue(self, why: str) -> None:
+        """Ends it, although no engine has: none is up, or it hangs. With `Bridge._changed` held."""
+        message = f"timed out after {self.request.sampling.timeout:g} s; {why}"
+        for part in self.parts:
+            if not part.overdue:
+                part.overdue = True
+                part.arrived.append(SequenceOutput(part.request_id, [], "timeout", message=message))
+
     def timings(self) -> Timings:
         """As of now, which is its end."""
         now = time.monotonic()
@@ -293,5 +301,6 @@ def _since(arrived_at: float, at: float) -> float:
 
 
 def ids_of(call: Call) -> dict[str, str | None]:
-    """For log lines."""
-    return {"request_id": call.client_id or None, "trace_id": call.trace_id or None}
+    """For log lines: the caller's id, and of a request of failsafe which attempt at it this is."""
+    request_id, _, attempt = call.client_id.partition(ATTEMPT)
+    return {"request_id": request_id or None, "attempt": attempt or None, "trace_id": call.trace_id or None}
