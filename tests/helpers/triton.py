@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from helpers.needs import needs
 from tidewright.bench.machine import free_ports
 from tidewright.config import Settings
-from tidewright.launch.server import ServerStartError, TritonServer
+from tidewright.launch.server import TritonServer
 
 _DTYPES = {"BYTES": np.object_, "BOOL": np.bool_, "INT32": np.int32}
 STREAM_TIMEOUT = 120  # seconds without a response: something hangs
@@ -131,10 +131,6 @@ class Stream:
         self.close(cancel=ended < len(self.generations))
 
 
-ABORTS_AT_START = "boost::interprocess::lock_exception"
-"""Triton's (2.51) last words in one of some thousand starts on a busy machine."""
-
-
 @needs("server")
 class RunningServer:
     """A `TritonServer` with the calls that tests make."""
@@ -148,20 +144,12 @@ class RunningServer:
 
     def __enter__(self) -> RunningServer:
         try:
-            self._start()
+            self.triton.start()
+            self.triton.wait_ready()
         except BaseException:
             self.triton.stop()
             raise
         return self
-
-    def _start(self) -> None:
-        self.triton.start()
-        try:
-            self.triton.wait_ready()
-        except ServerStartError as error:
-            if ABORTS_AT_START not in str(error):
-                raise
-            self.triton.start_again()
 
     def __exit__(self, *_: object) -> None:
         self.triton.stop()

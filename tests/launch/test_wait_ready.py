@@ -11,7 +11,7 @@ import pytest
 
 from tidewright.config import Settings
 from tidewright.launch import server as module
-from tidewright.launch.server import ServerStartError, TritonServer
+from tidewright.launch.server import ABORTS_AT_START, ServerStartError, TritonServer
 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n" + b'{"served_by": "decoder"}'
 
@@ -70,3 +70,47 @@ def test_one_that_never_answers_is_given_up_with_the_last_lines_of_its_log(monke
         server.log_tail.append("E1129 something is wrong\n")
         with pytest.raises(ServerStartError, match=r"(?s)start_timeout.*something is wrong.*asking again"):
             server.wait_ready()
+
+
+class _Aborting(TritonServer):
+    """Ends `aborts` times while it starts, with these last words, and then answers."""
+
+    def __init__(self, answering: _Answering, aborts: int, words: str = ABORTS_AT_START) -> None:
+        super().__init__(Settings(http_port=answering.port), Path())
+        self._aborts, self._words, self.starts = aborts, words, 0
+
+    @property
+    def running(self) -> bool:
+        return self.starts > self._aborts
+
+    def start(self) -> None:
+        self.starts += 1
+        self.log_tail.clear()
+        if not self.running:
+            self.log_tail.append(f"terminate called after throwing an instance of '{self._words}'\n")
+
+    def kill(self) -> None:
+        pass
+
+    def _why_it_ended(self) -> str:
+        return "".join(self.log_tail)
+
+
+def test_a_triton_that_aborts_at_its_start_is_started_again_once() -> None:
+    with closing(_Answering(0)) as answering:
+        server = _Aborting(answering, aborts=1)
+        server.start()
+        server.wait_ready()
+        assert server.ready
+        assert server.starts == 2
+        assert "aborted while it started" in server.log_tail[-1]
+
+
+@pytest.mark.parametrize(("aborts", "words", "starts"), [(2, ABORTS_AT_START, 2), (1, "std::bad_alloc", 1)])
+def test_one_that_aborts_again_or_for_another_reason_is_not(aborts: int, words: str, starts: int) -> None:
+    with closing(_Answering(0)) as answering:
+        server = _Aborting(answering, aborts, words)
+        server.start()
+        with pytest.raises(ServerStartError, match="terminate called"):
+            server.wait_ready()
+        assert server.starts == starts
