@@ -115,6 +115,16 @@ def server(model_dir: Path) -> Iterator[RunningServer]:
         yield running
 
 
+@pytest.fixture
+def pair(two: list[RunningServer]) -> list[RunningServer]:
+    """The module's two servers, well and idle: what an earlier test has left of one is started again."""
+    for server in two:
+        if not server.is_well():
+            server.triton.start_again()
+        server.wait_idle()  # its metrics lag, and a test may look for the server that is busy
+    return two
+
+
 @pytest.fixture(scope="session")
 def bf16_server(model_dir: Path) -> Iterator[RunningServer]:
     """The real thing as users run it."""

@@ -19,7 +19,7 @@ from tidewright_gateway.openai.wording import Wording
 from tidewright_gateway.replicas.failover import Generation
 from tidewright_gateway.replicas.triton import Reply
 from tidewright_gateway.tracing.context import TraceContext
-from tidewright_gateway.tracing.record import Record
+from tidewright_gateway.tracing.record import NO_RECORD, Record
 
 _MAX_MODEL, _MAX_REPLICAS = 128, 64
 
@@ -33,8 +33,8 @@ class RequestContext:
     policy: CachePolicy = CachePolicy.USE
     is_anthropic: bool = False
     """Its answer, and an error, have the form of Anthropic's API."""
-    record: Record | None = None
-    """For its spans; None if none are exported."""
+    record: Record = NO_RECORD
+    """For its spans."""
     arrived_at: float = field(default_factory=time.monotonic)
 
     model: str | None = None

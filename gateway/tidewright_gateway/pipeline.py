@@ -27,7 +27,7 @@ from tidewright_gateway.admission.limits import Estimates, Limiter, subjects_of
 from tidewright_gateway.admission.limits.store import Subject
 from tidewright_gateway.admission.queue import Queue, priority_class
 from tidewright_gateway.auth import Authenticator
-from tidewright_gateway.auth.callers import Caller, Role, salt_of
+from tidewright_gateway.auth.callers import priority_of, salt_of
 from tidewright_gateway.cache.responses import Replies, ResponseCache, cache_key, is_repeatable
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
@@ -43,7 +43,6 @@ from tidewright_gateway.replicas.triton import Reply
 B = TypeVar("B", bound=Body)
 G = TypeVar("G", bound=GenerationBody)
 
-LOWEST_PRIORITY = 1000  # bound of the priority in a request
 EMBEDDED_AT_ONCE = 64  # prompts of one request, at most
 REVOKED_INTERVAL = 0.5  # seconds between two checks of the keys of running requests
 
@@ -85,17 +84,15 @@ class Pipeline:
         """
         async with self.enter(context, kind, body) as given:  # who, reserve a request, validate … settle
             self.check_task(embeds=False)
-            if record := context.record:
-                record.begin("tokenize")
+            record = context.record
+            record.begin("tokenize")
             request = await translate(context, given)
             sampling = self._sampling(context, request)
             prompts = await self._tokenize(context, request)
-            if record:
-                record.end()
+            record.end()
             sampling = self._adapt(context, request, sampling, prompts)
             await self._reserve_tokens(context, request, sampling, prompts)
-            if record:
-                record.event("tokens_reserved")
+            record.event("tokens_reserved")
             self._make_generations(context, prompts, sampling, request.n or 1)
             yield request
             if request.asked_tokens is None:
@@ -108,15 +105,13 @@ class Pipeline:
         Raises:
             ApiError: it may not be made, or is not valid.
         """
-        if record := context.record:
-            record.begin("admit", context.arrived_at)
+        record = context.record
+        record.begin("admit", context.arrived_at)
         context.caller = caller = await self._authenticator.caller(context.credential)
-        if record:
-            record.event("authenticated")
+        record.event("authenticated")
         subjects = subjects_of(caller, None, self._settings)
         context.reservation = await self._limiter.reserve(subjects)
-        if record:
-            record.event("reserved")
+        record.event("reserved")
         self._running[context] = asyncio.current_task()  # type: ignore[assignment] # there is one
         try:
             policy = context.ignored_fields
@@ -124,8 +119,7 @@ class Pipeline:
             request = parse(kind, body, self._failover.max_model_len, self._settings.max_choices, policy)
             context.model = request.model
             self.check_model(request.model)
-            if record:
-                record.end()
+            record.end()
             yield request
         except asyncio.CancelledError:
             if context.ended_by:
@@ -134,8 +128,7 @@ class Pipeline:
         finally:
             del self._running[context]
             await self._limiter.settle(context.reservation, context.num_prompt_tokens + context.num_tokens)
-            if record:
-                record.event("settled")
+            record.event("settled")
             if context.generations:
                 used = context.num_prompt_tokens, context.num_cached_tokens, context.num_tokens
                 self.metrics.tokens(caller.key_id, *used)
@@ -216,7 +209,7 @@ class Pipeline:
             sampling,
             max_tokens=given.max_tokens,
             min_tokens=min(sampling.min_tokens, given.max_tokens) if context.is_shortened else sampling.min_tokens,
-            priority=_priority(caller, sampling.priority),
+            priority=priority_of(caller, sampling.priority),
             cache_salt=salt_of(caller, request.user, sampling.cache_salt),
         )
 
@@ -337,8 +330,7 @@ class Pipeline:
             waited = time.monotonic() - began
             self.metrics.queued(priority_class(priority), waited)
             context.queued_for = max(context.queued_for or 0.0, waited)
-            if generation.record:
-                generation.record.took("queue", began, generation.index)
+            generation.record.took("queue", began, generation.index)
         try:
             async with aclosing(self._failover.generate(generation, context.route)) as replies:
                 async for reply in replies:
@@ -362,7 +354,7 @@ class Pipeline:
         self._ladder.treatment(1, is_guided=True)  # it is refused or whole
         context.num_prompt_tokens = sum(map(len, prompts))
         await self._extend(context, subjects_of(caller, user, settings), 0)
-        sampling = SamplingParams(priority=_priority(caller, priority), cache_salt=salt_of(caller, user, None))
+        sampling = SamplingParams(priority=priority_of(caller, priority), cache_salt=salt_of(caller, user, None))
         deadline, shared = Deadline.after(settings.request_timeout, context.arrived_at), (context.trace, context.record)
         context.generations = [
             Generation(f"{context.request_id}-{index}", prompt, sampling, deadline, False, *shared, index, embeds=True)
@@ -405,9 +397,3 @@ def _seeds(sampling: SamplingParams, n: int) -> list[int | None]:
     if seed is None:
         seed = secrets.randbits(62)  # fixed here, so that another replica can continue with it
     return [(seed + number) % 2**63 for number in range(n)]
-
-
-def _priority(caller: Caller, own: int) -> int:
-    """Priority of the key plus the request's own, which only admins may make negative."""
-    lowest = -LOWEST_PRIORITY if caller.role is Role.ADMIN else 0
-    return caller.priority + min(max(own, lowest), LOWEST_PRIORITY)

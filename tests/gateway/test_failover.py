@@ -45,15 +45,6 @@ def two(model_dir: Path) -> Iterator[list[RunningServer]]:
         yield [one, other]
 
 
-@pytest.fixture
-def pair(two: list[RunningServer]) -> list[RunningServer]:
-    """Both well; what an earlier test has left of one is started again."""
-    for server in two:
-        if not server.is_well():
-            server.triton.start_again()
-    return two
-
-
 def stream(gateway: RunningGateway, request: dict[str, Any], begun: threading.Semaphore) -> list[str]:
     """Texts of its choices; `begun` is released when each has a few tokens."""
     body = {"model": MODEL, "max_tokens": LENGTH, "stream": True, "extra_body": {"ignore_eos": True}, **request}

@@ -16,7 +16,7 @@ from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.tracing.context import Tracer
-from tidewright_gateway.tracing.record import MAX_ENTRIES, MAX_TIMINGS, AttemptNote, Record
+from tidewright_gateway.tracing.record import MAX_ENTRIES, MAX_TIMINGS, NO_RECORD, AttemptNote, Record
 from tidewright_gateway.tracing.request_trace import RequestTrace
 from tidewright_gateway.tracing.traces import Traces, why_kept
 
@@ -162,4 +162,4 @@ def test_a_request_that_has_ended_is_not_kept_alive_by_its_trace(tmp_path_factor
 
 
 def test_without_an_endpoint_nothing_is_remembered() -> None:
-    assert Traces(GatewaySettings(), Metrics()).record("/v1/completions") is None
+    assert Traces(GatewaySettings(), Metrics()).record("/v1/completions") is NO_RECORD

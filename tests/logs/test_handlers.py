@@ -69,7 +69,6 @@ def test_a_full_disk_is_complained_of_once_and_lines_are_counted(
     for number in range(1000):
         handler.write_line(f"line {number}")
     assert lost == [1] * 1000
-    assert logs.dropped() == 1000
     complaint = capfd.readouterr().err
     assert complaint.count("\n") == 1
     assert "No space left on device" in complaint

@@ -40,15 +40,6 @@ def two(model_dir: Path, receiver: OtlpReceiver) -> Iterator[list[RunningServer]
         yield [one, other]
 
 
-@pytest.fixture
-def pair(two: list[RunningServer]) -> list[RunningServer]:
-    for server in two:
-        if not server.is_well():
-            server.triton.start_again()
-        server.wait_idle()  # its metrics lag, and `busy` must not find the request of the test before
-    return two
-
-
 @pytest.fixture(scope="module")
 def gateway(model_dir: Path, two: list[RunningServer], receiver: OtlpReceiver) -> Iterator[RunningGateway]:
     options = {"otlp_endpoint": receiver.url, "trace_callers": True, "routing": "round_robin", "wait_for_replica": 10}

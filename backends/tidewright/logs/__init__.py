@@ -4,7 +4,7 @@ Not for the access log of the gateway (`tidewright_gateway.http.access_log`), wh
 """
 
 from tidewright.logs.events import EVENTS, event
-from tidewright.logs.handlers import LogFileError, LogHandler, dropped, on_dropped, open_handler
+from tidewright.logs.handlers import LogFileError, LogHandler, on_dropped, open_handler
 from tidewright.logs.records import FIELDS, JsonFormatter, about_request, bounded, timestamp
 from tidewright.logs.setup import FORMAT_VARIABLE, LEVEL_VARIABLE, LogFormat, LogLevel, rename, set_up, set_up_child
 
@@ -20,7 +20,6 @@ __all__ = [
     "LogLevel",
     "about_request",
     "bounded",
-    "dropped",
     "event",
     "on_dropped",
     "open_handler",

@@ -24,11 +24,6 @@ class LogFileError(Exception):
     """A log file can't be written; the message says which and why."""
 
 
-def dropped() -> int:
-    """Lines of this process that could not be written."""
-    return _dropped
-
-
 def on_dropped(listener: Callable[[int], None]) -> None:
     """Call `listener` with the number of lines, now for those lost before and later for each."""
     global _listener

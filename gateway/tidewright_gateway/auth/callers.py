@@ -32,6 +32,10 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defau
         return [limit for limit in (self.tokens_per_minute, self.tokens_per_day) if limit]
 
 
+LOWEST_PRIORITY = 1000
+"""Bound of the priority in a request."""
+
+
 class Caller(msgspec.Struct, frozen=True):
     key_id: str
     """Names the key in logs; tells nothing of its secret."""
@@ -46,6 +50,12 @@ class Caller(msgspec.Struct, frozen=True):
 
 ANONYMOUS = Caller("anonymous", Role.ADMIN)
 """Where no keys are asked for, which is on this machine only."""
+
+
+def priority_of(caller: Caller, own: int) -> int:
+    """Priority of the key plus the request's own, which only admins may make negative."""
+    lowest = -LOWEST_PRIORITY if caller.role is Role.ADMIN else 0
+    return caller.priority + min(max(own, lowest), LOWEST_PRIORITY)
 
 
 def salt_of(caller: Caller, user: str | None, own: str | None) -> str | None:

@@ -34,7 +34,7 @@ from tidewright_gateway.replicas.replica import Attempt, Replica
 from tidewright_gateway.replicas.replica_set import DECODER, FALLBACK, WATCH_INTERVAL, ReplicaLoad, ReplicaSet
 from tidewright_gateway.replicas.triton import CallRequest, Reply
 from tidewright_gateway.tracing.context import TraceContext
-from tidewright_gateway.tracing.record import AttemptNote, Record
+from tidewright_gateway.tracing.record import NO_RECORD, AttemptNote, Record
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class Generation:
     deadline: Deadline
     logprobs: bool = False
     trace: TraceContext | None = None
-    record: Record | None = None
+    record: Record = NO_RECORD
     """Where its attempts are noted, for spans."""
     index: int = 0
     """Among those of its request."""
@@ -161,7 +161,7 @@ class Failover:
                 raise
             finally:
                 self._leave(attempt)
-                if generation.record:
+                if generation.record.is_kept:
                     generation.record.tried(_note(generation, attempt))
             attempt = await self._next(generation, course, attempt, failure)
 
@@ -281,7 +281,7 @@ class Failover:
                 raise timed_out(error) if generation.deadline.expired(now) else error
             await self._set.wait_for_change(min(until - now, WATCH_INTERVAL))
             now = time.monotonic()
-        if now > began and generation.record:
+        if now > began:
             generation.record.took("place", began, generation.index)
         replica, permit = chosen
         attempt = self._ask(generation, replica, DECODER, permit, now)
@@ -318,7 +318,7 @@ class Failover:
         if math.isfinite(generation.deadline.at):
             sampling = msgspec.structs.replace(sampling, timeout=generation.deadline.remaining(now))
         trace = generation.trace
-        if trace and generation.record:
+        if trace and generation.record.is_kept:
             trace = trace.child()
         request = CallRequest(
             generation.request_id,
@@ -330,14 +330,14 @@ class Failover:
             details=not generation.embeds and replica.tells_details,
             embeds=generation.embeds,
             traceparent=trace.traceparent if trace else "",
-            timings=generation.record is not None and replica.tells_timings,
+            timings=generation.record.is_kept and replica.tells_timings,
         )
         generation.served_by.append(replica.address)
         generation.model = model
         self._metrics.attempt(replica.address, model)
         call = replica.client.generate(model, request)
         attempt = Attempt(replica, model, call, permit, generation.deadline)
-        if trace and generation.record:
+        if trace and generation.record.is_kept:
             attempt.span_id, attempt.began, attempt.tokens_before = trace.span_id, now, len(generation.delivered)
         return attempt
 

@@ -39,6 +39,8 @@ class AttemptNote(NamedTuple):
 
 class Record:
     __slots__ = ("attempts", "events", "left_out", "open", "phases")
+    is_kept = True
+    """Spans may come of it."""
 
     def __init__(self) -> None:
         self.phases: list[Phase] = []
@@ -77,3 +79,28 @@ class Record:
             self.attempts.append(note._replace(timings=None))
         else:
             self.attempts.append(note)
+
+
+class _NoRecord(Record):
+    """Notes nothing: no spans are exported, or none of such a request."""
+
+    __slots__ = ()
+    is_kept = False
+
+    def begin(self, name: str, began: float | None = None) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def took(self, name: str, began: float, choice: int = 0) -> None:
+        pass
+
+    def event(self, name: str) -> None:
+        pass
+
+    def tried(self, note: AttemptNote) -> None:
+        pass
+
+
+NO_RECORD: Record = _NoRecord()

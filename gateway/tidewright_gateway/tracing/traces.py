@@ -14,7 +14,7 @@ from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.probes import is_probe
-from tidewright_gateway.tracing.record import Record
+from tidewright_gateway.tracing.record import NO_RECORD, Record
 from tidewright_gateway.tracing.request_trace import RequestTrace
 
 Reason = Literal["error", "failover", "slow", "sampled"]
@@ -66,12 +66,12 @@ class Traces:
         if self._exporter:
             self._exporter.stop(STOP_TIMEOUT)
 
-    def record(self, path: str) -> Record | None:
-        """For a request that begins; None if its trace is not exported anyway."""
-        return Record() if self._exporter and not is_probe(path.rstrip("/")) else None
+    def record(self, path: str) -> Record:
+        """For a request that begins; one that notes nothing if its trace is not exported anyway."""
+        return Record() if self._exporter and not is_probe(path.rstrip("/")) else NO_RECORD
 
     def ended(self, context: RequestContext, method: str, route: str, status: int, seconds: float) -> None:
-        if context.record is None or self._exporter is None:
+        if self._exporter is None or not context.record.is_kept:
             return
         reason = why_kept(
             sampled=context.trace.sampled,
@@ -115,7 +115,7 @@ class Traces:
             found["error.type"] = context.error.code
         if context.limited_by:
             found["tidewright.limited_by"] = context.limited_by
-        if context.record and context.record.left_out:
+        if context.record.left_out:
             found["tidewright.left_out"] = context.record.left_out
         if context.generations:
             self._add_generation(found, context)
