@@ -140,6 +140,7 @@ class TritonServer(ChildProcess):
                 self.kill()
                 self.start()
                 self.log_tail.append("serve: tritonserver aborted while it started; starting it again\n")
+                continue
             try:
                 answer = json.loads(post(url, body, patience))
                 if EMBEDDING.name in answer or answer.get("served_by") == "decoder":
