@@ -147,6 +147,33 @@ def test_an_answer_that_is_no_is_an_answer(world: World, question: str, answer: 
     assert world.said == []
 
 
+def test_a_model_that_someone_unloads_stays_so_and_that_is_said_once(world: World) -> None:
+    index = b'[{"name": "decoder", "version": "1", "state": "UNAVAILABLE", "reason": "%s"}]'
+    world.triton.broken |= {
+        "health decoder": (400, b'{"error": "Request for unknown model: \'decoder\' has no available versions"}'),
+        "token decoder": (400, b'{"error": "Request for unknown model"}'),
+        "index": (200, index % b"unloaded"),
+    }
+    world.asks("health decoder", 5)
+    load = f"load it again with: curl -X POST {world.triton.http_url}/v2/repository/models/decoder/load"
+    assert world.said == [f"decoder was unloaded by request; {load}; until then it takes no requests"]
+    world.triton.broken["index"] = (200, index % b"no memory")
+    world.hears("decoder could not be loaded: no memory")
+    world.triton.broken.clear()
+    world.hears("decoder is loaded again")
+    assert len(world.said) == 3
+    assert not world.triton.count("load decoder")
+
+
+@pytest.mark.parametrize(
+    "answer", [(200, b"{}"), (200, b"[1]"), (200, b"<"), (200, b'[{"name": "decoder", "state": "READY"}]'), (500, b"")]
+)
+def test_an_index_that_says_nothing_is_nothing_to_say(world: World, answer: object) -> None:
+    world.triton.broken |= {"health decoder": (400, b'{"error": "unknown model"}'), "index": answer}
+    world.asks("index", 4)
+    assert world.said == []
+
+
 def test_an_engine_that_is_silent_is_left_to_its_bridge(world: World) -> None:
     silent = status(msgspec.structs.replace(WELL, silence=9.0))
     world.triton.broken |= {"token decoder": HANG, "status decoder": (200, silent)}

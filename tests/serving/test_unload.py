@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import psutil
+from click.testing import CliRunner
 
 from helpers.gateway import RunningGateway
-from helpers.processes import shared_memory
+from helpers.processes import Serve, shared_memory
 from helpers.triton import RunningServer
+from tidewright.launch.cli import main
 
 LONG = {"temperature": 0, "max_tokens": 8000, "ignore_eos": True}
 TIMEOUT = 60.0  # seconds
@@ -92,3 +95,38 @@ def test_a_stream_that_ends_in_the_grace_time_ends_whole(model_dir: Path) -> Non
         assert repository(server, "models/decoder/unload").status_code == 200
         got = stream.finish()["1"]
         assert (got.error, len(got.token_ids)) == (None, 40)
+
+
+def test_a_decoder_that_someone_unloads_stays_so_and_everyone_says_why(model_dir: Path, tmp_path: Path) -> None:
+    log = tmp_path / "serve.log"
+    running = Serve("--threads=1", f"--model={model_dir}", f"--log-file={log}", "--log-level=warning")
+    triton, gateway = f"http://127.0.0.1:{running.http}", f"http://127.0.0.1:{running.gateway}"
+
+    def says(*command: str) -> str:
+        return CliRunner().invoke(main, [*command]).output
+
+    def until(word: str, said: Callable[[], str]) -> str:
+        deadline = time.monotonic() + TIMEOUT
+        while word not in (text := said()):
+            assert time.monotonic() < deadline, text
+            time.sleep(0.2)
+        return text
+
+    again = f"curl -X POST {triton}/v2/repository/models/decoder/load"
+    try:
+        running.wait_ready()
+        assert httpx.post(f"{triton}/v2/repository/models/decoder/unload", json={}, timeout=60).status_code == 200
+        until(f"decoder was unloaded by request; load it again with: {again}", log.read_text)
+        assert again in until("was unloaded by request", lambda: says("health", "--url", triton))
+        until("its model decoder is not loaded", lambda: says("health", "--url", gateway))
+        command = ("diagnose", gateway, f"127.0.0.1:{running.metrics}", "--interval", "0.2")
+        found = until("Triton has no model decoder: it was unloaded by request", lambda: says(*command))
+        assert "its model decoder is not loaded" in found
+        assert "is dead" not in found
+        assert httpx.post(f"{triton}/v2/repository/models/decoder/load", timeout=120).status_code == 200
+        until("decoder is loaded again", log.read_text)
+        until("healthy", lambda: says("health", "--url", gateway))
+        assert "loading the model again" not in log.read_text()  # nobody else has
+    finally:
+        running.process.terminate()
+        running.wait(60)

@@ -6,7 +6,7 @@ import time
 
 import click
 
-from tidewright.launch import gateway_control
+from tidewright.launch import gateway_control, repository
 from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, UnreachableError, control
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.key_option import key_options
@@ -47,7 +47,10 @@ def health(url: str, key: str | None, timeout: float) -> None:
         if gateway:
             troubles = gateway.check(left)
         else:
-            control(url, "health", left)
+            try:
+                control(url, "health", left)
+            except TroubleError as error:
+                raise repository.explained(error, url, "decoder") from None
             troubles = []
     except LaunchError as error:
         raise click.ClickException(str(error)) from None

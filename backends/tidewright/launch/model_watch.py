@@ -24,6 +24,7 @@ from tidewright.launch.control import (
     ask,
 )
 from tidewright.launch.errors import LaunchError
+from tidewright.launch.repository import INDEX, is_away, why_away
 from tidewright.launch.server import TritonServer
 from tidewright.schema import DRAINING, EMBED, STUCK, DecoderStatus
 
@@ -124,13 +125,19 @@ class ModelWatch:
         return [self._check(), *([self._check_generation()] if self._model in GENERATION_INTERVALS else [])]
 
     def _check(self) -> Waiting[str]:
-        """Asks how the model is; returns what is wrong."""
-        was_away = False
+        """Asks how the model is; returns what is wrong.
+
+        A model that someone has unloaded stays so: it is theirs to load it again. That is only said.
+        """
+        was_away, told = False, ""
         while True:
             try:
                 yield from self._ask_how_it_is(PROBE_PATIENCE)
                 if was_away:
                     self._stub, was_away = self._server.stub(self._model), False
+                if told:
+                    self._say(f"{self._model} is loaded again")
+                    told = ""
             except DeadStubError:
                 return DIED
             except NoAnswerError:
@@ -142,10 +149,20 @@ class ModelWatch:
                     raise DrainingError(DRAINING) from None
                 if str(error).startswith(STUCK):
                     return f"is {error}"
-                was_away = True  # perhaps somebody else unloads it, and loads it again
+                was_away = True
+                if is_away(error) and (why := (yield from self._why_away())) and why != told:
+                    self._say(f"{why}; until then it takes no requests")
+                    told = why
             except UnreachableError:  # Triton is about to end
                 pass
             yield from pause(PROBE_INTERVAL)
+
+    def _why_away(self) -> Waiting[str]:
+        try:
+            index = yield from ask(f"{self._server.http_url}{INDEX}", {}, LOOK_PATIENCE)
+        except LaunchError:
+            return ""
+        return why_away(index, self._server.http_url, self._model)
 
     def _ask_how_it_is(self, patience: float) -> Waiting[bytes]:
         if self._model == "tokenizer":

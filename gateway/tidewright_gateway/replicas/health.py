@@ -25,6 +25,9 @@ from tidewright_gateway.replicas.triton import CallRequest
 log = logging.getLogger(__name__)
 
 STATUS_TIMEOUT = 2.0  # seconds; longer than Triton takes to say that a stub is dead
+NOT_LOADED = (
+    "its model decoder is not loaded; `tidewright health` at that Triton's HTTP port says why, and how to load it again"
+)
 JITTER = 0.25  # of the interval between two generation probes, so that several gateways do not probe in step
 # It runs before everything queued: the probe is not about the queue.
 _ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, priority=-(2**31))
@@ -66,7 +69,7 @@ async def ask_status(replica: Replica, patience: float, expected: Expected) -> N
     except msgspec.MsgspecError as error:
         replica.lost(ModelError(f"is it a Tidewright server? {error}", Outcome.UNAVAILABLE))
     except ModelError as error:
-        replica.lost(error)
+        replica.lost(ModelError(NOT_LOADED, error.outcome) if "unknown model" in str(error) else error)
     finally:
         replica.asked_at = None
 

@@ -1,0 +1,44 @@
+"""What Triton's model repository says of a model that takes no requests: who unloaded it, or why it can't be loaded."""
+
+from __future__ import annotations
+
+import json
+
+from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, post
+from tidewright.launch.errors import LaunchError
+
+INDEX = "/v2/repository/index"
+_UNLOADED = "unloaded"  # Triton's reason
+
+
+def is_away(error: TroubleError) -> bool:
+    """Triton knows no loaded model of that name."""
+    return "unknown model" in str(error)
+
+
+def why_away(index: bytes, url: str, model: str) -> str:
+    """Of Triton's answer to INDEX; empty if it does not say. `url`: Triton's, for what to do."""
+    try:
+        entry = next(one for one in json.loads(index) if one.get("name") == model)
+        state, reason = entry.get("state", ""), entry.get("reason", "")
+    except (ValueError, TypeError, AttributeError, StopIteration):
+        return ""
+    again = f"load it again with: curl -X POST {url}/v2/repository/models/{model}/load"
+    if state == "UNLOADING":
+        return f"{model} is being unloaded, by request"
+    if state != "UNAVAILABLE":
+        return ""
+    if reason == _UNLOADED:
+        return f"{model} was unloaded by request; {again}"
+    return f"{model} could not be loaded: {reason}"
+
+
+def explained(error: TroubleError, url: str, model: str) -> LaunchError:
+    """The error, with what the repository says if it is that the model is away."""
+    if is_away(error):
+        try:
+            if why := why_away(post(url + INDEX, {}, CONNECT_TIMEOUT), url, model):
+                return TroubleError(why)
+        except LaunchError:
+            pass
+    return error
