@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from helpers.metric_family import Family
-from tidewright.bridge.metrics import METRICS, figures
+from tidewright.bridge.metrics import METRICS, UNHEALTHY, figures
 from tidewright.bridge.statistics import EngineFigures, RequestStatistics
 from tidewright.engine.messages import EngineStats
 from tidewright.metrics import PREFIX, MetricsMirror
+from tidewright.schema import DRAINING, STUCK
 
 
 @pytest.fixture
@@ -105,6 +106,26 @@ def test_every_figure_arrives_under_its_name(bridge: Any, family: type[Family]) 
     for name, value in expected.items():
         assert series[PREFIX + name] == pytest.approx(value), name
     assert set(stats.values()) <= set(series.values())  # no figure of the engine is forgotten
+
+
+@pytest.mark.parametrize(
+    ("trouble", "engine_up", "cause"),
+    [
+        ("", True, None),
+        ("the engine is not available (killed by SIGKILL)", False, "engine_down"),
+        ("the engine has said and computed nothing for 9 s", True, "engine_silent"),
+        (f"{STUCK}the sender thread has ended; see the log", True, "stuck"),
+        (DRAINING, False, "draining"),
+    ],
+)
+def test_what_is_wrong_has_a_cause(
+    bridge: Any, family: type[Family], trouble: str, engine_up: bool, cause: str | None
+) -> None:
+    bridge.trouble, bridge.engine_up = trouble, engine_up
+    mirror(bridge, family).refresh()
+    found = {one for one in UNHEALTHY if family.series[f"{PREFIX}unhealthy{{cause={one}}}"]}
+    assert found == ({cause} if cause else set())
+    assert family.series[f"{PREFIX}healthy"] == (not trouble)
 
 
 def test_only_changes_cost_a_call_and_counters_never_fall(bridge: Any, family: type[Family]) -> None:

@@ -95,7 +95,8 @@ SCENARIOS = {
             "49s",
             ("15s", "35s", "43s", "70s"),
             {
-                engine("healthy"): "0x20 1x20 0x20 1x20",
+                engine("unhealthy", 'cause="engine_silent"'): "1x20 0x20 1x20 0x20",
+                engine("unhealthy", 'cause="engine_down"'): "1x80",  # another alert's
                 engine("engine_up"): "0x20 1x80",
                 engine("engine_steps_total"): "0x20 0+50x80",
             },

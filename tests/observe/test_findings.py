@@ -87,7 +87,14 @@ def test_what_is_well_has_no_finding() -> None:
         ),
         ({"failsafe_heartbeat_timestamp_seconds": NOW - 9}, Severity.CRITICAL, "model failsafe has been silent"),
         ({"engine_up": 0}, Severity.CRITICAL, "the engine of decoder is down"),
-        ({"healthy": 0}, Severity.CRITICAL, "decoder is not healthy"),
+        ({"healthy": 0}, Severity.CRITICAL, "decoder is not healthy: `tidewright health` says why"),
+        (
+            {"healthy": 0, 'unhealthy{cause="engine_silent"}': 1, 'unhealthy{cause="stuck"}': 0},
+            Severity.CRITICAL,
+            "its engine has said and computed nothing",
+        ),
+        ({"healthy": 0, 'unhealthy{cause="stuck"}': 1}, Severity.CRITICAL, "a thread of its bridge has ended"),
+        ({"healthy": 0, 'unhealthy{cause="draining"}': 1}, Severity.WARNING, "it was asked to end"),
         (
             {"engine_restart_timestamp_seconds": NOW - 30, "engine_restarts_total": 2},
             Severity.INFO,
@@ -103,7 +110,21 @@ def test_what_is_well_has_no_finding() -> None:
         ({"requests_waiting": 4}, Severity.WARNING, "KV cache is short: 50% used"),
         ({"requests_waiting": 4, "requests_running": 64}, Severity.INFO, "batch is full: 64 run, 4 wait"),
     ],
-    ids=["stub", "failsafe", "engine", "unhealthy", "restarted", "often", "unloaded", "preempted", "blocks", "full"],
+    ids=[
+        "stub",
+        "failsafe",
+        "engine",
+        "unhealthy",
+        "silent",
+        "stuck",
+        "draining",
+        "restarted",
+        "often",
+        "unloaded",
+        "preempted",
+        "blocks",
+        "full",
+    ],
 )
 def test_of_a_triton(changed: dict[str, float], severity: Severity, cause: str) -> None:
     (found,) = triton(**changed)

@@ -8,17 +8,25 @@ from typing import TYPE_CHECKING
 from tidewright.bridge.statistics import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
 from tidewright.engine.messages import STEP_PHASES
 from tidewright.metrics import HEARTBEAT, PREFIX, Figures, Label, MetricSpec, heartbeat
-from tidewright.schema import FINISH_REASONS
+from tidewright.schema import DRAINING, FINISH_REASONS, STUCK
 
 if TYPE_CHECKING:
     from tidewright.bridge.bridge import Bridge
 
+UNHEALTHY = ("engine_down", "engine_silent", "stuck", "draining")
 FALLBACK_PREFIX = f"{PREFIX}fallback_"
 
 METRICS = (
     HEARTBEAT,
     MetricSpec("engine_up", "gauge", "1 while an engine process takes requests"),
     MetricSpec("healthy", "gauge", "1 while `tidewright health` finds nothing wrong with the model"),
+    MetricSpec(
+        "unhealthy",
+        "gauge",
+        "1 for what is wrong, if `healthy` is 0. engine_down: no engine is up; engine_silent: it says and computes "
+        "nothing; stuck: a thread of the bridge has ended, or Triton takes no response; draining: it is asked to end",
+        (Label("cause", UNHEALTHY),),
+    ),
     MetricSpec("engine_restarts_total", "counter", "Times that the engine process was started again"),
     MetricSpec("engine_restart_timestamp_seconds", "gauge", "When that was last, in Unix time; 0 if it never was"),
     MetricSpec("requests_active", "gauge", "Requests in flight in the bridge"),
@@ -81,10 +89,10 @@ METRICS = (
 
 def figures(bridge: Bridge) -> Figures:
     yield from heartbeat()
-    stats = bridge.engine_stats
+    stats, trouble, is_up = bridge.engine_stats, bridge.trouble, bridge.engine_up
     single: dict[str, float] = {
-        "engine_up": int(bridge.engine_up),
-        "healthy": int(not bridge.trouble),
+        "engine_up": int(is_up),
+        "healthy": int(not trouble),
         "engine_restarts_total": bridge.engine_restarts,
         "engine_restart_timestamp_seconds": bridge.engine_restarted_at,
         "requests_active": bridge.active,
@@ -108,12 +116,26 @@ def figures(bridge: Bridge) -> Figures:
     }
     for name, value in single.items():
         yield name, "", value
+    found = _cause(trouble, is_up)
+    for cause in UNHEALTHY:
+        yield "unhealthy", cause, int(cause == found)
     for reason, count in bridge.statistics.read_finished().items():
         yield "requests_finished_total", reason, count
     for phase in STEP_PHASES:
         yield "step_seconds_total", phase, getattr(stats, f"{phase}_seconds")
     for name, histogram in bridge.statistics.read_histograms().items():
         yield from _series(name, histogram)
+
+
+def _cause(trouble: str, is_up: bool) -> str:
+    """One of UNHEALTHY; empty if there is no trouble."""
+    if not trouble:
+        return ""
+    if trouble == DRAINING:
+        return "draining"
+    if trouble.startswith(STUCK):
+        return "stuck"
+    return "engine_silent" if is_up else "engine_down"
 
 
 def _series(name: str, histogram: Histogram) -> Figures:

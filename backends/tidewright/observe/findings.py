@@ -10,13 +10,25 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from tidewright.observe.look import ENGINE, GATEWAY, STALE, Look, last_heartbeat
-from tidewright.observe.scrape import Change
+from tidewright.observe.scrape import Change, Scrape
 
+UNHEALTHY = {
+    "engine_silent": "its engine has said and computed nothing for seconds; after heartbeat_timeout another takes its "
+    "place",
+    "stuck": "a thread of its bridge has ended, or Triton takes none of its responses; only loading it again helps, "
+    "which `tidewright serve` does",
+    "draining": "it was asked to end, and takes no new requests",
+}
+OTHERWISE = "`tidewright health` says why"
 OFTEN = 3  # restarts, the last of them recent
 RECENT = 900.0  # seconds for which a restart is news
 EXPIRY_SOON = 14 * 86400.0
 QUICK = 0.1  # seconds; an event loop that is later than that delays everyone
 NO_KEYS = "the key store is empty, so every API key is refused"
+NO_DECODER = (
+    "Triton has no model decoder: it was unloaded by request, or could not be loaded; `tidewright health` at its HTTP "
+    "port says which, and how to load it again"
+)
 MODELS = {"": "decoder", "failsafe_": "failsafe", "fallback_": "fallback"}
 
 
@@ -227,7 +239,7 @@ def _models(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]:
         seen = last_heartbeat(change.now, ENGINE + prefix)
         if not seen:
             if model == "decoder":
-                yield CRITICAL, "Triton has no model decoder: it is not loaded, or was unloaded", "decodermissing"
+                yield CRITICAL, NO_DECODER, "decodermissing"
             continue
         if (silent := change.now.unix - seen) > STALE:
             cause = f"the process of model {model} has been silent for {silent:.0f} s: it is dead, stopped or unloaded"
@@ -241,7 +253,7 @@ def _engine(look: Look, change: Change, prefix: str, model: str) -> Iterator[tup
     if not now.total(f"{prefix}engine_up"):
         yield CRITICAL, f"the engine of {model} is down and being started again", "engine-down"
     elif not now.total(f"{prefix}healthy"):
-        yield CRITICAL, f"model {model} is not healthy: `tidewright health` says why", "decoder-unready"
+        yield from _unhealthy(now, prefix, model)
     restarted = now.unix - now.total(f"{prefix}engine_restart_timestamp_seconds")
     if restarted < RECENT:
         times = now.total(f"{prefix}engine_restarts_total")
@@ -253,6 +265,13 @@ def _engine(look: Look, change: Change, prefix: str, model: str) -> Iterator[tup
     for reason, rate in _grown(change, f"{prefix}requests_finished_total", "reason"):
         if reason in ("engine_failed", "overloaded"):
             yield WARNING, f"{model} ends requests with {reason}, {rate:.1f}/s", "engine-errors"
+
+
+def _unhealthy(now: Scrape, prefix: str, model: str) -> Iterator[tuple[Severity, str, str]]:
+    causes = [cause for cause, is_it in now.by(f"{prefix}unhealthy", "cause").items() if is_it] or [""]
+    for cause in causes:
+        severity = WARNING if cause == "draining" else CRITICAL
+        yield severity, f"model {model} is not healthy: {UNHEALTHY.get(cause, OTHERWISE)}", "decoder-unready"
 
 
 @_triton
