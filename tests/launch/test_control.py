@@ -11,8 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 
+from tidewright import schema
+from tidewright.launch import control as control_module
 from tidewright.launch.control import (
     DeadStubError,
     NoAnswerError,
@@ -21,9 +24,11 @@ from tidewright.launch.control import (
     UnreachableError,
     Waiting,
     ask,
+    check_alive,
     control,
     post,
 )
+from tidewright.schema import DRAINING, DecoderStatus
 
 PATIENCE = 20.0  # seconds
 
@@ -111,13 +116,46 @@ def test_a_question_blocks_nobody() -> None:
         assert finish(ask(url, {}, PATIENCE)) == b"{}"
 
 
+def status(trouble: str) -> bytes:
+    answered = msgspec.json.encode(DecoderStatus(trouble, trouble == DRAINING, 0, 0, 0, 0)).decode()
+    return response(200, json.dumps({"text_output": answered}).encode())
+
+
+@pytest.mark.parametrize("trouble", ["", DRAINING, "the engine is not available (killed by SIGKILL)"])
+def test_who_answers_is_alive_whatever_it_says_of_its_engine(trouble: str) -> None:
+    with listener(status(trouble)) as url:
+        check_alive(url, PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (status(f"{schema.STUCK}Triton has not taken a response"), TroubleError, "^stuck: Triton has not taken"),
+        (response(400, b'{"error": "unknown model \'decoder\'"}'), TroubleError, "unknown model"),
+        (response(400, b'{"error": "Stub process \'a\' is not healthy."}'), DeadStubError, "Stub process"),
+        (response(200, b'{"text_output": "ok"}'), TroubleError, "did not answer as the decoder does"),
+        (response(200, b'{"text_output": "{}"}'), TroubleError, "did not answer as the decoder does"),
+        (None, NoAnswerError, "did not answer within"),
+    ],
+)
+def test_what_only_a_restart_mends_is_not_alive(answer: bytes | None, error: type[Exception], message: str) -> None:
+    with listener(answer) as url, pytest.raises(error, match=message):
+        check_alive(url, PATIENCE if answer else 0.2)
+
+
+def test_stuck_is_one_word() -> None:
+    assert control_module.STUCK == schema.STUCK
+
+
+@pytest.mark.parametrize("flags", [[], ["--live"]], ids=["ready", "live"])
 @pytest.mark.parametrize("answer", [b"{}", b'{"status": "ready"}'], ids=["triton", "gateway"])
-def test_the_health_command_imports_nothing_heavy(answer: bytes) -> None:
+def test_the_health_command_imports_nothing_heavy(answer: bytes, flags: list[str]) -> None:
     """It is a probe, run every few seconds beside the model."""
+    answer = b'{"text_output": "{\\"trouble\\": \\"\\"}"}' if (answer, flags) == (b"{}", ["--live"]) else answer
     with listener(response(200, answer)) as url:
         code = (
             "import sys\n"
-            f"sys.argv = ['tidewright', 'health', '--url', {url.removeprefix('http://')!r}]\n"
+            f"sys.argv = ['tidewright', 'health', '--url', {url.removeprefix('http://')!r}, *{flags}]\n"
             "from tidewright.launch.cli import main\n"
             "try: main()\n"
             "except SystemExit as end: assert end.code == 0\n"
@@ -125,4 +163,4 @@ def test_the_health_command_imports_nothing_heavy(answer: bytes) -> None:
             "assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()\n"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "healthy\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n" if flags else "healthy\n", "")

@@ -143,6 +143,46 @@ def test_a_second_run_does_nothing_and_force_does_it_again(cache: Path, hugging_
     assert (folder / MANIFEST).stat().st_mtime_ns > before
 
 
+def test_a_gateway_needs_no_weights_and_a_server_then_gets_them(
+    cache: Path, converted: Path, gguf_file: Path, hugging_face_folder: Path
+) -> None:
+    for source in (gguf_file, hugging_face_folder):
+        folder = prepare(str(source), QUIET, weights=False)
+        assert find_prepared(str(source)) == folder
+        assert not list(folder.glob("*.safetensors"))
+        made = (folder / MANIFEST).stat().st_ino
+        assert prepare(str(source), QUIET, weights=False) == folder
+        assert (folder / MANIFEST).stat().st_ino == made
+        assert Tokenizer(folder).encode("Ahoy") == Tokenizer(converted).encode("Ahoy")
+        (prepared,) = {prepare(str(source), QUIET), prepare(str(source), QUIET, weights=False)}
+        assert list(prepared.glob("*.safetensors"))
+
+
+def test_a_folder_without_weights_is_enough_for_a_gateway(cache: Path, hugging_face_folder: Path) -> None:
+    (hugging_face_folder / "model.safetensors").unlink()
+    prepare(str(hugging_face_folder), QUIET, weights=False)
+    with pytest.raises(PrepareError, match=r"has no \.safetensors files"):
+        prepare(str(hugging_face_folder), QUIET)
+    assert find_prepared(str(hugging_face_folder))  # what was there stays
+
+
+def test_of_the_hub_a_gateway_fetches_no_weights(
+    cache: Path, hugging_face_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[list[str]] = []
+
+    def snapshot(repo_id: str, allow_patterns: list[str]) -> str:
+        asked.append(allow_patterns)
+        return str(hugging_face_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    prepare("org/name", QUIET, weights=False)
+    prepare("org/name", QUIET)
+    assert [set(patterns) for patterns in asked] == [{"*.json", "*.jinja"}, {"*.json", "*.jinja", "*.safetensors"}]
+
+
 def test_a_changed_source_file_is_prepared_anew(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     converted = []
     monkeypatch.setattr(prepare_module, "_convert", lambda *arguments: converted.append(arguments) or "hash")

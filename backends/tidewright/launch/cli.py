@@ -59,7 +59,10 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Make it anew even if it is ready.")
 @click.option("--fallback/--no-fallback", default=True, show_default=True, help="Also make its ONNX fallback.")
 @click.option("--fallback-model", metavar="MODEL", help="Make the fallback from another, smaller model.")
-def prepare(model: str, force: bool, fallback: bool, fallback_model: str | None) -> None:
+@click.option(
+    "--tokenizer-only", is_flag=True, help="For a machine that runs only a gateway: fetch and keep no weights."
+)
+def prepare(model: str, force: bool, fallback: bool, fallback_model: str | None, tokenizer_only: bool) -> None:
     """Make MODEL ready to serve, and print its folder.
 
     MODEL is the embedded model's name (smollm2-135m, the default), a .gguf file of the Llama family,
@@ -70,6 +73,7 @@ def prepare(model: str, force: bool, fallback: bool, fallback_model: str | None)
     \b
     Examples:
       tidewright prepare
+      tidewright prepare --tokenizer-only
       tidewright prepare ./model.gguf --no-fallback
       tidewright prepare HuggingFaceTB/SmolLM2-1.7B-Instruct --fallback-model smollm2-135m
     """
@@ -80,8 +84,8 @@ def prepare(model: str, force: bool, fallback: bool, fallback_model: str | None)
 
     console = Console(stderr=True)
     try:
-        click.echo(make_ready(model, console, force))
-        if fallback:
+        click.echo(make_ready(model, console, force, weights=not tokenizer_only))
+        if fallback and not tokenizer_only:
             from tidewright.launch.export_command import prepare_fallback
 
             prepare_fallback(model, fallback_model or model, console, force)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 CONNECT_TIMEOUT = 5.0  # seconds
 MAX_ANSWER = 2**20  # bytes
+STUCK = "stuck: "  # as schema.STUCK, which costs an import of msgspec
 WHICH_PORT = "give Triton's HTTP port (8000 by default), or the gateway's (8080)"
 
 T = TypeVar("T")
@@ -173,3 +174,17 @@ def post(url: str, body: dict[str, Any], timeout: float) -> bytes:
 def control(url: str, word: ControlWord, timeout: float, model: str = "decoder") -> None:
     """Returns if the answer is yes; raises one of the errors above. `timeout` is in seconds."""
     post(f"{url}/v2/models/{model}/generate", {"control": word}, timeout)
+
+
+def check_alive(url: str, timeout: float) -> None:
+    """Returns if the stub of the decoder answers, whatever it says of its engine; raises one of the errors above.
+
+    Raises also TroubleError: the stub is stuck, or the decoder is not loaded.
+    """
+    answer = post(f"{url}/v2/models/decoder/generate", {"control": "status"}, timeout)
+    try:
+        trouble = str(json.loads(json.loads(answer)["text_output"])["trouble"])
+    except (ValueError, KeyError, TypeError):
+        raise TroubleError(f"{url} did not answer as the decoder does") from None
+    if trouble.startswith(STUCK):
+        raise TroubleError(trouble)

@@ -81,10 +81,14 @@ class GgufSource:
         Raises:
             UnsupportedModelError: a tokenizer that isn't known.
         """
+        self.write_tokenizer(folder)
+        _write_safetensors(folder / "model.safetensors", self._tensors, on_progress)
+
+    def write_tokenizer(self, folder: Path) -> None:
+        """Write all but the weights. Raises UnsupportedModelError: a tokenizer that isn't known."""
         write_tokenizer(self._metadata, folder)
         _write_json(folder / "config.json", self._config)
         _write_json(folder / "generation_config.json", _generation_config(self._metadata))
-        _write_safetensors(folder / "model.safetensors", self._tensors, on_progress)
 
 
 def _model_config(metadata: dict[str, Any], tensor_names: set[str]) -> dict[str, Any]:

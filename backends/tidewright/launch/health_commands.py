@@ -7,7 +7,7 @@ import time
 import click
 
 from tidewright.launch import gateway_control, repository
-from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, UnreachableError, control
+from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, UnreachableError, check_alive, control
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.key_option import key_options
 
@@ -23,7 +23,8 @@ _URL = click.option(
 @_URL
 @key_options
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, help="Seconds.")
-def health(url: str, key: str | None, timeout: float) -> None:
+@click.option("--live", is_flag=True, help="Only whether it answers, and so needs no restart: for liveness probes.")
+def health(url: str, key: str | None, timeout: float, live: bool) -> None:
     """Say whether a server can take requests; ends with 0 if it can, else with 1 and the reason.
 
     Triton is healthy if it and its Python stub answer, and the engine, with all of its ranks, has computed a step or
@@ -33,9 +34,14 @@ def health(url: str, key: str | None, timeout: float) -> None:
     A gateway is healthy if one of its replicas can take requests. It names those that can't to admins, or to anyone if
     it requires no keys.
 
+    With --live, a Triton is alive if it and the Python stub of the decoder answer: also while it drains, while it is
+    full, and while its engine is started again. `tidewright serve` mends what is found here by itself, within minutes;
+    only if it did not, a restart of the whole helps.
+
     \b
     Examples:
       tidewright health && echo ready
+      tidewright health --live && echo alive
       tidewright health --url http://10.0.0.1:8000 --timeout 1
       tidewright health --url https://gateway.example:8080 --key-file ops.key
     """
@@ -44,17 +50,20 @@ def health(url: str, key: str | None, timeout: float) -> None:
         url = gateway_control.base_url(url)
         gateway = gateway_control.find(url, key, timeout)
         left = max(deadline - time.monotonic(), 0.001)
-        if gateway:
+        troubles: list[str] = []
+        if live:
+            if not gateway:  # which has just answered
+                check_alive(url, left)
+        elif gateway:
             troubles = gateway.check(left)
         else:
             try:
                 control(url, "health", left)
             except TroubleError as error:
                 raise repository.explained(error, url, "decoder") from None
-            troubles = []
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
-    click.echo("healthy")
+    click.echo("alive" if live else "healthy")
     for trouble in troubles:
         click.echo(trouble, err=True)
 

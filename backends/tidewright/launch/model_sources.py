@@ -63,8 +63,9 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def download_from_hub(repo_id: str) -> Path:
+def download_from_hub(repo_id: str, weights: bool = True) -> Path:
     """The local snapshot of a hub repository, fetched where it isn't complete yet."""
+    patterns = ["*.json", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -72,7 +73,7 @@ def download_from_hub(repo_id: str) -> Path:
             f"fetching {repo_id} needs the package huggingface-hub; run: pip install 'tidewright[server]'"
         ) from None
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except Exception as error:  # the hub raises some twenty types, of three libraries
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PrepareError(
@@ -81,8 +82,8 @@ def download_from_hub(repo_id: str) -> Path:
         ) from error
 
 
-def link_hugging_face_folder(source: Path, folder: Path) -> None:
-    """Fill `folder` from a Hugging Face folder: weights are linked, small files copied and completed.
+def link_hugging_face_folder(source: Path, folder: Path, weights: bool = True) -> None:
+    """Fill `folder` from a Hugging Face folder: weights are linked if wanted, small files copied and completed.
 
     Raises:
         PrepareError: names the file that is missing or broken.
@@ -90,19 +91,8 @@ def link_hugging_face_folder(source: Path, folder: Path) -> None:
     for name in _REQUIRED_FILES:
         if not (source / name).is_file():
             raise PrepareError(f"{source} is not a Hugging Face model folder: it has no {name}")
-    weights = sorted(source.glob("*.safetensors"))
-    if not weights:
-        raise PrepareError(f"{source} has no .safetensors files; convert the weights to safetensors first")
     config = _read_json(source / "config.json")
-    index = source / "model.safetensors.index.json"
-    if index.is_file():
-        present = {path.name for path in weights}
-        missing = sorted(set(_read_json(index).get("weight_map", {}).values()) - present)
-        if missing:
-            raise PrepareError(f"{source} lacks {', '.join(missing)}, named in {index.name}; download them again")
-    elif not (source / "model.safetensors").is_file():
-        raise PrepareError(f"{source} has neither model.safetensors nor {index.name}")
-    for path in weights:
+    for path in _weights_of(source) if weights else ():
         _link(path.resolve(), folder / path.name)
     for name in (*_REQUIRED_FILES, *_OPTIONAL_FILES):
         if (source / name).is_file():
@@ -113,6 +103,22 @@ def link_hugging_face_folder(source: Path, folder: Path) -> None:
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         generation = {key: config[key] for key in ids if config.get(key) is not None}
         (folder / "generation_config.json").write_text(json.dumps(generation) + "\n", encoding="utf-8")
+
+
+def _weights_of(source: Path) -> list[Path]:
+    """Raises PrepareError: names what is missing."""
+    found = sorted(source.glob("*.safetensors"))
+    if not found:
+        raise PrepareError(f"{source} has no .safetensors files; convert the weights to safetensors first")
+    index = source / "model.safetensors.index.json"
+    if index.is_file():
+        present = {path.name for path in found}
+        missing = sorted(set(_read_json(index).get("weight_map", {}).values()) - present)
+        if missing:
+            raise PrepareError(f"{source} lacks {', '.join(missing)}, named in {index.name}; download them again")
+    elif not (source / "model.safetensors").is_file():
+        raise PrepareError(f"{source} has neither model.safetensors nor {index.name}")
+    return found
 
 
 def folder_stamp(source: Path) -> str:

