@@ -1,24 +1,21 @@
 """Clients that people use, run unchanged as scripts, in environments of their own with pinned versions.
 
 An environment is made on first use in the cache folder, from tests/clients/environments/NAME.txt (pip) or NAME.json
-(npm). Its folder is named by a hash of that file: a changed file makes a new one.
+(npm), as helpers/environments.py says.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from helpers.environments import Install, install_with_pip, made, python_of, run
 from helpers.needs import needs
 from tidewright.cache import cache_dir
 
@@ -49,11 +46,11 @@ def run_client(client: Client, check: str, **variables: str) -> None:
     script = FOLDER / "scripts" / client.script
     environment = {**os.environ, "NO_PROXY": "127.0.0.1", **variables}
     if script.suffix == ".mjs":
-        folder = made(str(client.environment), ".json", _install_with_npm)
+        folder = _made(str(client.environment), ".json", _install_with_npm)
         command = ["node", str(script), check]
         environment["NODE_ENVIRONMENT"] = str(folder)
     elif client.environment:
-        command = [str(_python_of(made(client.environment, ".txt", _install_with_pip))), str(script), check]
+        command = [str(python_of(_made(client.environment, ".txt", install_with_pip))), str(script), check]
     else:
         command = [sys.executable, str(script), check]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
@@ -61,36 +58,8 @@ def run_client(client: Client, check: str, **variables: str) -> None:
         pytest.fail(f"{client.script} {check}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}", pytrace=False)
 
 
-def made(name: str, suffix: str, install: Callable[[Path, Path], None]) -> Path:
-    """The folder of an environment; only one process makes it, others wait."""
-    pins = FOLDER / "environments" / f"{name}{suffix}"
-    version = ".".join(map(str, sys.version_info[:2]))
-    key = hashlib.sha256(version.encode() + pins.read_bytes()).hexdigest()[:12]
-    folder = cache_dir() / "clients" / f"{name}-{key}"
-    with _lock(folder):
-        if not (folder / "complete").exists():
-            shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run left
-            install(folder, pins)
-            (folder / "complete").touch()
-    return folder
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _python_of(folder: Path) -> Path:
-    return folder / "bin" / "python"
-
-
-def _install_with_pip(folder: Path, pins: Path) -> None:
-    _run([sys.executable, "-m", "venv", str(folder)])
-    pip = [str(_python_of(folder)), "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    _run([*pip, "install", "--requirement", str(pins)])
+def _made(name: str, suffix: str, install: Install) -> Path:
+    return made(FOLDER / "environments" / f"{name}{suffix}", cache_dir() / "clients", install)
 
 
 def _install_with_npm(folder: Path, pins: Path) -> None:
@@ -99,12 +68,4 @@ def _install_with_npm(folder: Path, pins: Path) -> None:
     folder.mkdir()
     shutil.copy(pins, folder / "package.json")
     # It also warns of a Node.js older than a package names.
-    _run(
-        ["npm", "install", "--prefix", str(folder), "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error"]
-    )
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    run(["npm", "install", "--prefix", str(folder), "--no-package-lock", "--no-audit", "--no-fund", "--loglevel=error"])
