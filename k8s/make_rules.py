@@ -1,4 +1,4 @@
-"""Writes k8s/components/monitoring/rules.yaml, PrometheusRules with the rules of monitoring/rules: python k8s/make_rules.py"""
+"""Makes the PrometheusRules of k8s/components/monitoring from monitoring/rules: `python k8s/make_rules.py`."""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ FOLDERS = (
     "ensemble",
     "monitoring",
     "docker",
+    "k8s",
     ".ci",
 )
 FILES = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*")} | {

@@ -31,6 +31,9 @@ POD = {
     "__meta_kubernetes_pod_phase": "Running",
 }
 NAME = "__meta_kubernetes_pod_label_app_kubernetes_io_name"
+COMPONENT = "__meta_kubernetes_pod_label_app_kubernetes_io_component"
+GATEWAY = {NAME: "tidewright", COMPONENT: "gateway"}
+REPLICA = {NAME: "tidewright", COMPONENT: "replica"}
 PORT = "__meta_kubernetes_pod_annotation_prometheus_io_port"
 
 
@@ -77,16 +80,17 @@ def test_prometheus_accepts_the_configuration_for_kubernetes(copy: Path) -> None
 @pytest.mark.parametrize(
     ("job", "labels", "address"),
     [
-        ("gateway", {NAME: "tidewright-gateway"}, "10.0.0.7:8080"),
-        ("gateway", {NAME: "tidewright-gateway", PORT: "9443"}, "10.0.0.7:9443"),
-        ("triton", {NAME: "tidewright-triton"}, "10.0.0.7:8002"),
-        ("triton", {NAME: "tidewright-triton", PORT: "9002"}, "10.0.0.7:9002"),
+        ("gateway", GATEWAY, "10.0.0.7:8080"),
+        ("gateway", GATEWAY | {PORT: "9443"}, "10.0.0.7:9443"),
+        ("triton", REPLICA, "10.0.0.7:8002"),
+        ("triton", REPLICA | {PORT: "9002"}, "10.0.0.7:9002"),
         ("node", {NAME: "prometheus-node-exporter"}, "10.0.0.7:9100"),
         ("dcgm", {NAME: "dcgm-exporter"}, "10.0.0.7:9400"),
-        ("gateway", {NAME: "tidewright-triton"}, None),
+        ("gateway", REPLICA, None),
         ("triton", {NAME: "other"}, None),
         ("gateway", {}, None),
-        ("gateway", {NAME: "tidewright-gateway", "__meta_kubernetes_pod_phase": "Succeeded"}, None),
+        ("gateway", GATEWAY | {NAME: "other"}, None),
+        ("gateway", GATEWAY | {"__meta_kubernetes_pod_phase": "Succeeded"}, None),
     ],
 )
 def test_a_pod_becomes_the_right_target(job: str, labels: dict[str, str], address: str | None, copy: Path) -> None:
