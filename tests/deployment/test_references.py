@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -368,6 +370,30 @@ def test_the_secrets_are_in_the_guide() -> None:
     for name, keys in SECRETS.items():
         assert f"`{name}`" in text, name
         assert all(key in text for key in keys), name
+
+
+def test_the_guides_commands_make_the_secrets(tmp_path: Path) -> None:
+    """Run as they stand there, but for what a cluster would do with them."""
+    for name in ("keys.yaml", "prometheus.key", "tls.crt", "tls.key", "ca.crt"):
+        (tmp_path / name).write_text("a")
+    guide = (ROOT / "docs" / "deployment.md").read_text()
+    made = {}
+    for command in re.findall(r"^kubectl -n tidewright create secret .*$", guide, re.MULTILINE):
+        done = subprocess.run(
+            ["bash", "-c", f"{command} --dry-run=client -o yaml"],
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_TOKEN": "hf_a"},
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, (command, done.stderr)
+        secret = yaml.safe_load(done.stdout)
+        assert secret["metadata"]["namespace"] == "tidewright"
+        assert all(secret["data"].values()), command
+        made[secret["metadata"]["name"]] = set(secret["data"])
+    assert made == SECRETS
 
 
 def test_pods_are_restricted(every: dict[str, Sequence[Object]]) -> None:

@@ -34,9 +34,10 @@ def health(url: str, key: str | None, timeout: float, live: bool) -> None:
     A gateway is healthy if one of its replicas can take requests. It names those that can't to admins, or to anyone if
     it requires no keys.
 
-    With --live, a Triton is alive if it and the Python stub of the decoder answer: also while it drains, while it is
-    full, and while its engine is started again. `tidewright serve` mends what is found here by itself, within minutes;
-    only if it did not, a restart of the whole helps.
+    With --live, a Triton is alive if it and the Python stub of the decoder answer: also while it is full, and while its
+    engine is started again. `tidewright serve` mends what is found here by itself, within minutes; only if it did not,
+    a restart of the whole helps. A Triton that ends takes no connections while its last requests run: let a probe fail
+    for longer than shutdown_grace before it counts.
 
     \b
     Examples:
