@@ -21,9 +21,12 @@ _CACHED = 4096  # attributes: most come again with each request
 
 # A field's number and wire type, of opentelemetry/proto/trace/v1/trace.proto and common/v1/common.proto.
 _TIMES = struct.Struct("<BQBQ").pack  # 7 and 8, fixed64
-_EVENT_TIME = struct.Struct("<BQ").pack  # 1, fixed64
+_TIME = struct.Struct("<Q").pack  # fixed64
+_TIME_SIZE = 8
 _DOUBLE = struct.Struct("<d").pack
+_PARENT = "2208"  # 4, with a length of 8; hexadecimal
 _FLAGS = b"\x85\x01" + struct.pack("<I", 1)  # 16, fixed32: sampled
+_SIZE_AFTER_NAME = 2 * (1 + _TIME_SIZE) + len(_FLAGS)
 
 
 Encoded = tuple[tuple[str, bytes], ...]
@@ -39,8 +42,11 @@ def encode(trace: Trace) -> Encoded:
     services: dict[str, list[bytes]] = {}
     head = b"\x0a\x10" + bytes.fromhex(trace.trace_id) + b"\x12\x08"
     for span in trace.spans:
-        services.setdefault(span.service, []).append(_field(b"\x12", _span(span, head)))
-    return tuple((service, b"".join(spans)) for service, spans in services.items())
+        parts = services.get(span.service)
+        if parts is None:
+            parts = services[span.service] = []
+        _add_span(parts, span, head)
+    return tuple((service, b"".join(parts)) for service, parts in services.items())
 
 
 def request_of(encoded: Iterable[Encoded], resource: Mapping[str, str]) -> bytes:
@@ -58,21 +64,26 @@ def request_of(encoded: Iterable[Encoded], resource: Mapping[str, str]) -> bytes
     return b"".join(made)
 
 
-def _span(span: Span, head: bytes) -> bytes:
-    """`head`: the trace's id, and what comes before the span's."""
-    parts = [head, bytes.fromhex(span.span_id)]
-    if span.parent_id:
-        parts.append(b"\x22\x08" + bytes.fromhex(span.parent_id))
-    parts.append(_name_and_kind(span.name, span.kind))
-    parts.append(_TIMES(0x39, int(span.began * 1e9), 0x41, int(span.ended * 1e9)))
-    if span.attributes:
-        parts += _attributes(b"\x4a", span.attributes)
+def _add_span(parts: list[bytes], span: Span, head: bytes) -> None:
+    """`parts`: of the spans before. `head`: the trace's id, and what comes before the span's."""
+    name = _name_and_kind(span.name, span.kind)
+    ids = bytes.fromhex(span.span_id + _PARENT + span.parent_id if span.parent_id else span.span_id)
+    times = _TIMES(0x39, int(span.began * 1e9), 0x41, int(span.ended * 1e9))
+    size = len(head) + len(ids) + len(name) + _SIZE_AFTER_NAME
+    if not (span.attributes or span.events) and span.error is None:  # most of them
+        parts += (b"\x12", _varint(size), head, ids, name, times, _FLAGS)
+        return
+    more = _attributes(b"\x4a", span.attributes) if span.attributes else []
     for event in span.events:
-        parts.append(_field(b"\x5a", _event(event)))
+        if event.attributes:
+            more.append(_field(b"\x5a", _event(event)))
+        else:
+            before, after = _plain_event(event.name)
+            more += (before, _TIME(int(event.at * 1e9)), after)
     if span.error is not None:
-        parts.append(_field(b"\x7a", _field(b"\x12", _text(span.error)) + bytes((0x18, _ERROR))))
-    parts.append(_FLAGS)
-    return b"".join(parts)
+        more.append(_field(b"\x7a", _field(b"\x12", _text(span.error)) + bytes((0x18, _ERROR))))
+    content = b"".join(more)
+    parts += (b"\x12", _varint(size + len(content)), head, ids, name, times, content, _FLAGS)
 
 
 @lru_cache(_CACHED)
@@ -85,9 +96,16 @@ def _event_name(name: str) -> bytes:
     return _field(b"\x12", _text(name))
 
 
+@lru_cache(_CACHED)
+def _plain_event(name: str) -> tuple[bytes, bytes]:
+    """What comes before and after the time of an event without attributes."""
+    after = _event_name(name)
+    return b"\x5a" + _varint(1 + _TIME_SIZE + len(after)) + b"\x09", after
+
+
 def _event(event: Event) -> bytes:
-    made = _EVENT_TIME(0x09, int(event.at * 1e9)) + _event_name(event.name)
-    return made + b"".join(_attributes(b"\x1a", event.attributes)) if event.attributes else made
+    made = b"\x09" + _TIME(int(event.at * 1e9)) + _event_name(event.name)
+    return made + b"".join(_attributes(b"\x1a", event.attributes))
 
 
 def _attributes(tag: bytes, attributes: Attributes) -> list[bytes]:
@@ -118,11 +136,14 @@ def _any_value(value: Value) -> bytes:
 
 def _field(tag: bytes, content: bytes) -> bytes:
     """One with a length."""
-    size = len(content)
-    return tag + (bytes((size,)) if size < 0x80 else _varint(size)) + content
+    return tag + _varint(len(content)) + content
 
 
 def _varint(number: int) -> bytes:
+    return _SHORT[number] if number < _MAX_SHORT else _long_varint(number)
+
+
+def _long_varint(number: int) -> bytes:
     made = bytearray()
     while number > 0x7F:
         made.append(number & 0x7F | 0x80)
@@ -133,6 +154,10 @@ def _varint(number: int) -> bytes:
 
 def _text(text: str) -> bytes:
     return text.encode(errors="replace")
+
+
+_MAX_SHORT = 2048
+_SHORT = tuple(map(_long_varint, range(_MAX_SHORT)))
 
 
 def to_json_lines(traces: Iterable[Trace], resource: Mapping[str, str]) -> bytes:
