@@ -42,7 +42,13 @@ def two(model_dir: Path, receiver: OtlpReceiver) -> Iterator[list[RunningServer]
 
 @pytest.fixture(scope="module")
 def gateway(model_dir: Path, two: list[RunningServer], receiver: OtlpReceiver) -> Iterator[RunningGateway]:
-    options = {"otlp_endpoint": receiver.url, "trace_callers": True, "routing": "round_robin", "wait_for_replica": 10}
+    options = {
+        "otlp_endpoint": receiver.url,
+        "trace_callers": True,
+        "trace_slow": 3600,
+        "routing": "round_robin",
+        "wait_for_replica": 10,
+    }
     options |= {
         "patience": 30,
         "stall_timeout": 60,
