@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from helpers.manifests import (
+    BASE,
     COMPONENTS,
     K8S,
     OVERLAYS,
@@ -52,8 +53,8 @@ END_MARGIN = server.ANSWER_TIME + server.KILL_AFTER + server.END_TIMEOUT
 
 @pytest.fixture(scope="module")
 def every(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sequence[Object]]:
-    """All overlays, and the base with each component."""
-    found: dict[str, Sequence[Object]] = {name: overlay(name) for name in OVERLAYS}
+    """The base, all overlays, and the base with each component."""
+    found: dict[str, Sequence[Object]] = {name: overlay(name) for name in (BASE, *OVERLAYS)}
     for name in COMPONENTS:
         found[f"base and {name}"] = with_components([name], tmp_path_factory.mktemp(name))
     return found
@@ -160,7 +161,7 @@ def test_every_variable_is_an_option(every: dict[str, Sequence[Object]]) -> None
                 assert name in known or not name.startswith("TIDEWRIGHT_"), (where, name)
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [BASE, *OVERLAYS])
 def test_every_option_is_valid(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     objects, found = overlay(name), {}
     for pod in pods(objects):
@@ -206,7 +207,7 @@ def test_as_many_gpus_as_ranks(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         assert parsed(next(commands(worker.containers[0]))).params["ranks"] == ranks
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [BASE, *OVERLAYS])
 def test_times_fit_together(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A drain ends before SIGKILL; a probe is no shorter than what it waits for."""
     objects = overlay(name)

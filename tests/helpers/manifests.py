@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 K8S = ROOT / "k8s"
 OVERLAYS = sorted(path.parent.name for path in (K8S / "overlays").glob("*/kustomization.yaml"))
 COMPONENTS = sorted(path.parent.name for path in (K8S / "components").glob("*/kustomization.yaml"))
+BASE = "base"
 Object = dict[str, Any]
 
 
@@ -53,7 +54,8 @@ def rendered(folder: Path) -> list[Object]:
 
 @functools.cache
 def overlay(name: str) -> tuple[Object, ...]:
-    return tuple(rendered(K8S / "overlays" / name))
+    """Or the base, which is none."""
+    return tuple(rendered(K8S / name if name == BASE else K8S / "overlays" / name))
 
 
 def with_components(names: Sequence[str], folder: Path) -> list[Object]:
