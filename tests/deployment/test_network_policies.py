@@ -33,8 +33,10 @@ TABLE = [
     *[(one, DNS, 53, protocol, True) for one in (GATEWAY, REPLICA, REDIS, WORKER) for protocol in ("UDP", "TCP")],
     (STRANGER_HERE, DNS, 53, "UDP", False),
     (GATEWAY, DNS, 443, "TCP", False),
+    (GATEWAY, STRANGER, 53, "UDP", False),
     # The API.
     (CLIENT, GATEWAY, 8080, "TCP", True),
+    (CLIENT, GATEWAY, 9000, "TCP", False),
     (STRANGER, GATEWAY, 8080, "TCP", False),
     (STRANGER_HERE, GATEWAY, 8080, "TCP", False),
     (REPLICA, GATEWAY, 8080, "TCP", False),
@@ -43,6 +45,7 @@ TABLE = [
     (GATEWAY, LEADER, 8001, "TCP", True),
     (GATEWAY, REPLICA, 8000, "TCP", False),
     (CLIENT, REPLICA, 8001, "TCP", False),
+    (GATEWAY, STRANGER, 8001, "TCP", False),
     (CLIENT, REPLICA, 8000, "TCP", False),
     (PRETENDER, REPLICA, 8001, "TCP", False),
     (REPLICA, REPLICA, 8001, "TCP", False),
@@ -51,6 +54,7 @@ TABLE = [
     (PROMETHEUS, REPLICA, 8002, "TCP", True),
     (PROMETHEUS, LEADER, 8002, "TCP", True),
     (PROMETHEUS, GATEWAY, 8080, "TCP", True),
+    (PROMETHEUS, GATEWAY, 9000, "TCP", False),
     (PROMETHEUS, REPLICA, 8001, "TCP", False),
     (GRAFANA, REPLICA, 8002, "TCP", False),
     (CLIENT, REPLICA, 8002, "TCP", False),
@@ -58,6 +62,7 @@ TABLE = [
     (GATEWAY, REDIS, 6379, "TCP", True),
     (REPLICA, REDIS, 6379, "TCP", False),
     (CLIENT, REDIS, 6379, "TCP", False),
+    (GATEWAY, STRANGER, 6379, "TCP", False),
     (PRETENDER, REDIS, 6379, "TCP", False),
     # Ranks on several hosts, on any port.
     (WORKER, LEADER, 29400, "TCP", True),
@@ -65,11 +70,13 @@ TABLE = [
     (WORKER, WORKER, 40123, "TCP", True),
     (REPLICA, WORKER, 40123, "TCP", False),
     (GATEWAY, WORKER, 29400, "TCP", False),
+    (WORKER, STRANGER, 40123, "TCP", False),
     (CLIENT, LEADER, 29400, "TCP", False),
     # Spans.
     (GATEWAY, COLLECTOR, 4318, "TCP", True),
     (REPLICA, COLLECTOR, 4318, "TCP", True),
     (REPLICA, STRANGER, 4318, "TCP", False),
+    (GATEWAY, COLLECTOR, 80, "TCP", False),
     # Models, and keys of an OpenID provider.
     (REPLICA, INTERNET, 443, "TCP", True),
     (GATEWAY, INTERNET, 443, "TCP", True),
