@@ -5,14 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from tidewright.config import Settings, options_in_order
 from tidewright.kv_cache.budget import parse_memory
+from tidewright.launch.cli import main
 from tidewright.resilience.config import ResilienceSettings
 from tidewright_gateway.config import GROUPS, GatewaySettings
 
@@ -157,3 +160,47 @@ def test_what_is_wrong_with_the_gateway_s_file_is_one_line(
     with pytest.raises(ValueError, match=re.escape(said)) as caught:
         GatewaySettings()
     assert "\n" not in str(caught.value)
+
+
+# The version of the files.
+
+
+@pytest.mark.parametrize(
+    ("settings", "variable"), [(Settings, "TIDEWRIGHT_CONFIG"), (GatewaySettings, "TIDEWRIGHT_GATEWAY_CONFIG")]
+)
+@pytest.mark.parametrize(
+    ("version", "said"),
+    [
+        ("1", ""),
+        ("2", "reads version 1 only: start the newer Tidewright that the file is for, or use the file from before"),
+        ("0", "version is 0, but must be 1"),
+        ("true", "version is True, but must be 1"),
+        ("1.0", "version is 1.0, but must be 1"),
+        ("'1'", "version is '1', but must be 1"),
+        ("", "version is None, but must be 1"),
+        ("[1]", r"version is [1], but must be 1"),
+    ],
+)
+def test_a_file_may_say_its_version(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: type[Any], variable: str, version: str, said: str
+) -> None:
+    """What a later one has besides is not looked at: its options are not known here."""
+    file = tmp_path / "options.yaml"
+    file.write_text(f"version: {version}\n" + ("an_option_of_the_future: 1\n" if version == "2" else ""))
+    monkeypatch.setenv(variable, str(file))
+    if not said:
+        settings()
+        return
+    with pytest.raises(ValueError, match=re.escape(said)) as caught:
+        settings()
+    assert str(file) in str(caught.value)
+
+
+def test_serve_prints_its_options_and_reads_them(tmp_path: Path) -> None:
+    printed = CliRunner().invoke(main, ["serve", "--print-config", "--max-running", "7"])
+    assert printed.exit_code == 0
+    assert printed.stdout.startswith("version: 1\nmodel: smollm2-135m\n")
+    (tmp_path / "serving.yaml").write_text(printed.stdout)
+    again = CliRunner().invoke(main, ["serve", "--print-config", "--config", str(tmp_path / "serving.yaml")])
+    assert again.stdout == printed.stdout
+    assert "max_running: 7\n" in again.stdout

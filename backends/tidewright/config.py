@@ -66,6 +66,10 @@ class Settings(ResilienceSettings, BaseSettings):
     rendezvous: str = Field(
         "", description="HOST:PORT where the ranks of other hosts come to: an address of this host that they reach."
     )
+    rendezvous_secret_file: str = Field(
+        "",
+        description="File with a secret, of 16 bytes or more, that ranks of other hosts must know. Empty: none.",
+    )
     attention: Literal["auto", "native", "reference"] = Field(
         "auto", description="Attention implementation; auto takes the fastest that the device has."
     )
@@ -175,6 +179,11 @@ class Settings(ResilienceSettings, BaseSettings):
             parse_memory(value, 1)
         return value
 
+    @field_validator("rendezvous_secret_file")
+    @classmethod
+    def _is_the_same_in_other_folders(cls, value: str) -> str:
+        return str(Path(value).absolute()) if value else ""
+
     @model_validator(mode="after")
     def _values_agree(self) -> Settings:
         ports = [self.http_port, self.grpc_port, self.metrics_port, self.gateway_port]
@@ -214,6 +223,11 @@ class Settings(ResilienceSettings, BaseSettings):
             return (*sources, InitSettingsSource(settings_cls, options))
         return sources
 
+    def in_order(self) -> dict[str, Any]:
+        """As the YAML file has them, in the order of help and docs."""
+        values = self.model_dump()
+        return {name: values[name] for name, _ in options_in_order(type(self))}
+
     def as_environment(self) -> dict[str, str]:
         """The variables from which the same settings are read again, in Triton's stub processes."""
         values: dict[str, Any] = self.model_dump()
@@ -238,6 +252,7 @@ class Settings(ResilienceSettings, BaseSettings):
             tensor_parallel_size=1,
             nodes=1,
             rendezvous="",
+            rendezvous_secret_file="",
         )
 
     def engine_config(self, model_dir: Path) -> EngineConfig:
@@ -266,6 +281,7 @@ class Settings(ResilienceSettings, BaseSettings):
             tensor_parallel_size=self.tensor_parallel_size,
             nodes=self.nodes,
             rendezvous=self.rendezvous,
+            rendezvous_secret_file=self.rendezvous_secret_file,
         )
 
 

@@ -9,9 +9,15 @@ from typing import Any
 
 import yaml
 
+from tidewright import __version__
+
+VERSION = 1
+"""Of both files, serving.yaml and gateway.yaml: goes up when an option is renamed, removed or means something else."""
+VERSION_KEY = "version"
+
 
 def read_options(path: Path, groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The options that the file sets, by name; their values are not looked at.
+    """The options that the file sets, by name; their values are not looked at, except for that of `version`.
 
     Args:
         groups: the options that there are, by the group that they stand in; those of the group "" stand by themselves.
@@ -37,6 +43,8 @@ def read_options(path: Path, groups: Mapping[str, Sequence[str]]) -> dict[str, A
         if "" not in groups:
             how = "in groups, such as `server: {port: 8080}`"
         raise ValueError(f"{path}: must have options, {how}")
+    found = dict(found)
+    _check_version(found.pop(VERSION_KEY, VERSION), path)
     top = [*groups.get("", ()), *(name for name in groups if name)]
     options: dict[str, Any] = {}
     for name, value in found.items():
@@ -52,6 +60,18 @@ def read_options(path: Path, groups: Mapping[str, Sequence[str]]) -> dict[str, A
         elif value is not None:
             raise ValueError(f"{path}: {name} must have options of its own, a line each, indented")
     return options
+
+
+def _check_version(given: Any, path: Path) -> None:
+    """A file without one is of the first."""
+    if type(given) is int and given == VERSION:
+        return
+    if type(given) is int and given > VERSION:
+        raise ValueError(
+            f"{path}: is of version {given}, and this Tidewright ({__version__}) reads version {VERSION} only: start "
+            "the newer Tidewright that the file is for, or use the file from before the upgrade"
+        )
+    raise ValueError(f"{path}: {VERSION_KEY} is {given!r}, but must be {VERSION}")
 
 
 def _unknown(name: Any, group: str, groups: Mapping[str, Sequence[str]]) -> str:

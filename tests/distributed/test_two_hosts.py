@@ -273,7 +273,7 @@ def test_a_worker_that_can_t_be_of_the_group_says_why_and_ends(
             wait_for(lambda: other.process.poll() is not None)
             assert other.process.returncode == 1
         _, reason, error = other.said.splitlines()
-        assert error == "Error: rank 0 refused a rank of this host; the line above says why"
+        assert error == "Error: a rank of this host can't join rank 0; the line above says why"
         return reason
 
     with rank_0(hosts[0], model[0], tensor_parallel_size=6) as started:
@@ -281,6 +281,76 @@ def test_a_worker_that_can_t_be_of_the_group_says_why_and_ends(
         assert "start the others with --ranks 3" in refusal("b", model[0], "--node-rank", "1")
         assert "rank 3 has another model than rank 0" in refusal("c", model_dir, "--node-rank", "3")
         started.process.kill()
+
+
+SECRET = "a secret of some length"
+
+
+@pytest.mark.parametrize(
+    ("of_rank_0", "of_worker", "told", "logged"),
+    [
+        (
+            SECRET,
+            "another secret of it",
+            "its rendezvous secret is not rank 0's; give both the same",
+            "is not rank 0's",
+        ),
+        (SECRET, "", "this rank has none; give it rank 0's by --rendezvous-secret-file", "this rank has none"),
+        ("", SECRET, "rank 0 has none; give rank 0 the same --rendezvous-secret-file", "rank 0 has none"),
+    ],
+)
+def test_a_worker_without_rank_0_s_secret_says_why_and_ends_and_the_next_one_joins(
+    hosts: tuple[Host, Host], model: Model, tmp_path: Path, of_rank_0: str, of_worker: str, told: str, logged: str
+) -> None:
+    def options(name: str, secret: str) -> list[str]:
+        (tmp_path / name).write_text(secret + "\n")
+        return ["--rendezvous-secret-file", str(tmp_path / name)] if secret else []
+
+    file = (*options("of rank 0", of_rank_0), "")[1:2]
+    with rank_0(hosts[0], model[0], rendezvous_secret_file="".join(file)) as started:
+        wrong = ("--node-rank", "1", *options("of worker", of_worker))
+        with worker(hosts[1], tmp_path / "wrong", RENDEZVOUS, model[0], *wrong) as other:
+            wait_for(lambda: other.process.poll() is not None)
+            assert other.process.returncode == 1
+        _, reason, error = other.said.splitlines()
+        assert told in reason
+        assert error == "Error: a rank of this host can't join rank 0; the line above says why"
+        right = ("--node-rank", "1", *options("of worker", of_rank_0))
+        with worker(hosts[1], tmp_path / "right", RENDEZVOUS, model[0], *right):
+            hear_ready(started)
+            assert len(tokens_of(started, [submit(1)])[1]) == 4
+        started.process.kill()
+        assert started.process.stderr is not None
+        said = started.process.stderr.read().decode()
+    assert SECRET not in said + other.said
+    assert "a connection from 10.77.0.2 was refused: " in said
+    assert logged in said
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "can't read the rendezvous secret {}: No such file or directory"),
+        ("", "the rendezvous secret {} has 0 bytes; at least 16 are needed"),
+        ("  short \n", "the rendezvous secret {} has 5 bytes"),
+        ("x" * 4097, "the rendezvous secret {} is longer than 4096 bytes"),
+    ],
+)
+@pytest.mark.parametrize("command", ["worker", "serve"])
+def test_a_secret_that_is_none_is_explained(tmp_path: Path, content: str | None, problem: str, command: str) -> None:
+    file = tmp_path / "secret"
+    if content is not None:
+        file.write_text(content)
+    own = ["--node-rank", "1"] if command == "worker" else ["--nodes", "2", "--tensor-parallel-size", "2"]
+    environment = {"TIDEWRIGHT_RENDEZVOUS_SECRET_FILE": str(file)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        result = CliRunner().invoke(main, [command, "--rendezvous", "127.0.0.1:29400", *own], env=environment)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert result.exit_code == 1
+    assert problem.format(file) in result.stderr.replace("\n", "")
 
 
 @pytest.mark.parametrize("text", ["somewhere", "10.77.0.1:", "10.77.0.1:70000", "0.0.0.0:29400", "a..b:1"])

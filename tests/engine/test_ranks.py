@@ -24,6 +24,7 @@ from helpers.engine_process import PATIENCE, Bridge, bridge, config, hear_failed
 from helpers.oracle import PROMPTS, Oracle
 from tidewright.bench.machine import free_ports
 from tidewright.distributed.fingerprint import model_fingerprint
+from tidewright.engine.handshake import Frames, SecretMismatchError, introduce
 from tidewright.engine.messages import Heartbeat, StepOutputs, Submit, encode
 from tidewright.engine.rank_messages import Hello, Refused, decode_from_leader
 from tidewright.engine.ranks import Ranks
@@ -184,7 +185,13 @@ def two_hosts(model: Path, **changes: Any) -> Iterator[tuple[Bridge, str]]:
 
 
 @contextmanager
-def rank(address: str, number: int, model: Path, program: tuple[str, ...] = ("-m", "tidewright.engine.rank")) -> Any:
+def rank(
+    address: str,
+    number: int,
+    model: Path,
+    program: tuple[str, ...] = ("-m", "tidewright.engine.rank"),
+    secret_file: str = "",
+) -> Any:
     host, port = address.split(":")
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
@@ -192,7 +199,7 @@ def rank(address: str, number: int, model: Path, program: tuple[str, ...] = ("-m
             if probe.connect_ex((host, int(port))) == 0:
                 break
         time.sleep(0.05)
-    command = [sys.executable, *program, address, str(number), "0", str(model)]
+    command = [sys.executable, *program, address, str(number), "0", str(model), secret_file]
     process = subprocess.Popen(command, stderr=subprocess.PIPE)
     try:
         yield process
@@ -201,17 +208,21 @@ def rank(address: str, number: int, model: Path, program: tuple[str, ...] = ("-m
         process.communicate()
 
 
-def ask_to_join(address: str, hello: Hello | bytes) -> str | None:
+def ask_to_join(address: str, hello: Hello | bytes, secret: bytes | None = None) -> str | None:
     """What a rank is told; None if it is hung up on."""
     host, port = address.split(":")
     deadline = time.monotonic() + PATIENCE
     while True:
         try:
-            connection = Connection(socket.create_connection((host, int(port))).detach())
+            connected = socket.create_connection((host, int(port)))
             break
         except ConnectionRefusedError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+    if isinstance(hello, Hello):
+        introduce(Frames(connected, deadline), secret)
+        connected.settimeout(None)
+    connection = Connection(connected.detach())
     connection.send_bytes(hello if isinstance(hello, bytes) else encode(hello))
     try:
         answer = decode_from_leader(connection.recv_bytes())
@@ -224,8 +235,14 @@ def ask_to_join(address: str, hello: Hello | bytes) -> str | None:
 def test_who_does_not_belong_is_refused_and_the_group_still_comes_together(checkpoint: tuple[Path, Any]) -> None:
     model, version = model_fingerprint(checkpoint[0]), "0.1.0"
     with two_hosts(checkpoint[0]) as (started, address):
-        assert ask_to_join(address, b"\x00GET / HTTP/1.1") is None
-        assert ask_to_join(address, b"x" * 100_000) is None
+        assert "of another version than rank 0" in str(ask_to_join(address, b"\x00GET / HTTP/1.1"))
+        # As a rank began before there was a handshake.
+        assert "of another version than rank 0" in str(ask_to_join(address, encode(Hello(1, version, model))))
+        # Hung up on without being read, so the reason may be lost.
+        assert ask_to_join(address, b"x" * 100_000) in (
+            None,
+            "it is of another version than rank 0; install the same on all hosts",
+        )
         assert "there is no rank 2: tensor_parallel_size is 2" in str(ask_to_join(address, Hello(2, version, model)))
         assert "there is no rank 0" in str(ask_to_join(address, Hello(0, version, model)))
         assert "rank 1 runs Tidewright 9.9" in str(ask_to_join(address, Hello(1, "9.9", model)))
@@ -233,6 +250,40 @@ def test_who_does_not_belong_is_refused_and_the_group_still_comes_together(check
         with rank(address, 1, checkpoint[0]):
             hear_ready(started)
             assert len(tokens_of(started, [submit(1)])[1]) == 4
+
+
+def test_only_ranks_that_know_the_secret_are_heard(checkpoint: tuple[Path, Any], tmp_path: Path) -> None:
+    """And rank 0 goes on waiting, and logs each that was refused."""
+    file = tmp_path / "secret"
+    file.write_text("0123456789abcdef\n")
+    hello = Hello(1, "0.1.0", model_fingerprint(checkpoint[0]))
+    with two_hosts(checkpoint[0], rendezvous_secret_file=str(file)) as (started, address):
+        with pytest.raises(SecretMismatchError, match="is not rank 0's"):
+            ask_to_join(address, hello, b"0123456789abcdeX")
+        with pytest.raises(SecretMismatchError, match="rank 0 asks for a rendezvous secret, and this rank has none"):
+            ask_to_join(address, hello)
+        assert "there is no rank 9" in str(ask_to_join(address, Hello(9, "0.1.0", ""), b"0123456789abcdef"))
+        with rank(address, 1, checkpoint[0], secret_file=str(file)):
+            hear_ready(started)
+            assert len(tokens_of(started, [submit(1)])[1]) == 4
+        started.process.kill()
+        assert started.process.stderr is not None
+        said = started.process.stderr.read().decode()
+    assert said.count("a connection from 127.0.0.1 was refused: ") == 3
+
+
+def test_ranks_of_one_host_prove_it_too(checkpoint: tuple[Path, Any], tmp_path: Path) -> None:
+    file = tmp_path / "secret"
+    file.write_text("0123456789abcdef")
+    with group(checkpoint[0], 2, rendezvous_secret_file=str(file)) as started:
+        assert len(tokens_of(started, [submit(1)])[1]) == 4
+
+
+def test_a_secret_that_can_t_be_read_ends_the_start_with_the_reason(checkpoint: tuple[Path, Any]) -> None:
+    with bridge() as started:
+        started.begin(config(checkpoint[0], tensor_parallel_size=2, rendezvous_secret_file="/nowhere/secret"))
+        assert hear_failed(started) == "can't read the rendezvous secret /nowhere/secret: No such file or directory"
+        assert started.exit_code() == 1
 
 
 def test_a_rank_that_does_not_come_is_named_with_the_command_that_starts_it(checkpoint: tuple[Path, Any]) -> None:

@@ -255,6 +255,7 @@ def test_it_prints_its_options_and_reads_them(model_dir: Path, tmp_path: Path) -
     done = command(model_dir, "--print-config", "--max-queue", "7")
     assert done.returncode == 0
     assert "  max_queue: 7\n" in done.stdout
+    assert done.stdout.startswith("version: 1\nserver:\n")
     (tmp_path / "gateway.yaml").write_text(done.stdout)
     again = command(model_dir, "--print-config", "--config", str(tmp_path / "gateway.yaml"))
     assert again.stdout == done.stdout

@@ -38,6 +38,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     tensor_parallel_size: int = 1  # ranks, this engine being rank 0
     nodes: int = 1  # hosts, with equally many ranks each; rank 0 is on the first
     rendezvous: str = ""  # HOST:PORT where ranks come to; empty: a free port of the loopback
+    rendezvous_secret_file: str = ""  # of a secret that ranks must know; empty: none
     standby: bool = True  # a next engine gets ready as soon as one is up
     is_onnx: bool = False  # model_dir holds an exported model
     max_output_tokens: int = 0  # the bridge asks for no more, see `Ready`

@@ -1,7 +1,7 @@
-"""`python -m tidewright.engine.rank HOST:PORT RANK LOCAL_RANK MODEL_DIR [SHARED_FD]`: one of the ranks 1 … N-1.
+"""`python -m tidewright.engine.rank HOST:PORT RANK LOCAL_RANK MODEL_DIR SECRET_FILE [SHARED_FD]`: a rank 1 … N-1.
 
 Started by rank 0 on its own host, and by `tidewright worker` on others. It lives as long as its connection to rank 0.
-SHARED_FD is memory that all ranks share, if they are on one host.
+SECRET_FILE has the rendezvous secret; empty: none. SHARED_FD is memory that all ranks share, if they are on one host.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import msgspec
 from tidewright import __version__, logs
 from tidewright.address import host_and_port
 from tidewright.distributed.fingerprint import model_fingerprint
+from tidewright.distributed.secret import SecretFileError, read_secret
+from tidewright.engine.handshake import Frames, HandshakeError, SecretMismatchError, introduce
 from tidewright.engine.messages import encode
 from tidewright.engine.rank_messages import (
     Failed,
@@ -48,6 +50,7 @@ REFUSED = 3  # exit status: trying again is of no use
 UNREACHABLE = 4  # exit status: nobody listens there (yet)
 # Seconds of silence until `Join`. More than rank 0's: it must know that this rank is gone when it comes back.
 LOST_PATIENCE = 6.0
+HANDSHAKE_TIMEOUT = 10.0  # seconds; rank 0's processor may be busy with importing
 GRACE = 0.5  # seconds from an error to saying so
 
 
@@ -124,18 +127,33 @@ def main() -> NoReturn:
 
 
 def _run() -> int:
-    address, rank, local_rank, model_dir, *shared = sys.argv[1:]
+    address, rank, local_rank, model_dir, secret_file, *shared = sys.argv[1:]
     logs.set_up_child(f"rank{rank}")
     signal_on_parent_death(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # when the ranks end is for rank 0 to say
     host, port = host_and_port(address)
     try:
+        secret = read_secret(secret_file) if secret_file else None
+    except SecretFileError as error:
+        log.error("%s", error)
+        return REFUSED
+    try:
         connected = socket.create_connection((host, port), timeout=5)
     except OSError as error:
         log.warning("can't reach rank 0 at %s: %s", address, error)
         return UNREACHABLE
-    connected.settimeout(None)
     connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    try:
+        introduce(Frames(connected, time.monotonic() + HANDSHAKE_TIMEOUT), secret)
+    except SecretMismatchError as error:
+        log.error(
+            "rank 0 at %s and this rank do not trust each other: %s", address, error, extra=logs.event("rank_lost")
+        )
+        return REFUSED
+    except (HandshakeError, OSError) as error:
+        log.warning("rank 0 at %s did not take this rank in: %s", address, error)
+        return 1
+    connected.settimeout(None)
     own_address, shared_file = connected.getsockname()[0], int(shared[0]) if shared else None
     started = Rank(Connection(connected.detach()), host, own_address, shared_file)
     return started.run(int(rank), int(local_rank), Path(model_dir))

@@ -18,10 +18,9 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
-import msgspec
-
 from tidewright import __version__
 from tidewright.distributed.fingerprint import model_fingerprint
+from tidewright.distributed.secret import SecretFileError, read_secret
 from tidewright.engine.messages import EngineConfig, encode
 from tidewright.engine.plan import SequenceResult, StepPlan
 from tidewright.engine.rank_messages import (
@@ -38,12 +37,11 @@ from tidewright.engine.rank_messages import (
     lost_patience,
     plan_checksum,
 )
+from tidewright.engine.reception import Arrival, Reception
 from tidewright.engine.vital_thread import start_vital_thread
 
 log = logging.getLogger(__name__)
 
-HELLO_TIMEOUT = 5.0  # seconds from connecting to `Hello`
-LONGEST_HELLO = 4096  # bytes; who connects is not known yet
 LOST_PATIENCE = 3.0  # seconds of silence until a rank that waits for the others is taken for gone
 STOP_TIMEOUT = 2.0  # seconds until ranks that do not end by themselves are killed
 
@@ -59,7 +57,7 @@ class Ranks:
         """Starts the ranks of this host; they come up while rank 0 does.
 
         Raises:
-            RankError: the address of the rendezvous can't be had.
+            RankError: the address of the rendezvous can't be had, or the secret not be read.
         """
         self._config = config
         self._children: dict[int, subprocess.Popen[bytes]] = {}
@@ -73,14 +71,19 @@ class Ranks:
         self._closing = False
         name, port = config.rendezvous_address
         try:
-            self._listener = socket.create_server((name, port), backlog=64)
+            secret = read_secret(config.rendezvous_secret_file) if config.rendezvous_secret_file else None
+        except SecretFileError as error:
+            raise RankError(str(error)) from None
+        try:
+            listener = socket.create_server((name, port), backlog=64)
         except OSError as error:
             raise RankError(
                 f"can't listen on rendezvous {name}:{port} ({error.strerror or error}); it must be an address of "
                 "this host that the other hosts reach, and a free port"
             ) from None
-        self.host, port = self._listener.getsockname()
+        self.host, port = listener.getsockname()
         self.address = f"{self.host}:{port}"
+        self._reception = Reception(listener, secret)
         self._start()
 
     def _start(self) -> None:
@@ -89,7 +92,7 @@ class Ranks:
             self.shared_file = os.memfd_create("tidewright ranks", 0)
         for rank in range(1, self._config.local_ranks):
             command = [sys.executable, "-m", "tidewright.engine.rank", self.address, str(rank), str(rank)]
-            command.append(self._config.model_dir)
+            command += [self._config.model_dir, self._config.rendezvous_secret_file]
             inherited = [] if self.shared_file is None else [self.shared_file]
             command += map(str, inherited)
             self._children[rank] = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)
@@ -105,7 +108,6 @@ class Ranks:
         model = model_fingerprint(self._config.model_dir)
         # Before the bridge runs out of patience, whose message could not say which rank it was.
         deadline = time.monotonic() + 0.8 * self._config.start_timeout
-        self._listener.settimeout(0.1)
         others = range(1, self._config.tensor_parallel_size)
         while missing := [rank for rank in others if rank not in self._connections]:
             self._forget_lost()
@@ -116,9 +118,9 @@ class Ranks:
                     )
             if time.monotonic() > deadline:
                 raise RankError(self._who_is_missing(missing))
-            with contextlib.suppress(TimeoutError):
-                self._greet(*self._listener.accept(), model)
-        self._listener.close()
+            if arrival := self._reception.next(timeout=0.1):
+                self._greet(arrival, model)
+        self._reception.close()
         for rank, connection in self._connections.items():
             end_when_silent(connection, lost_patience(self._config))
             self._send_to(rank, encode(Join(self._config, store_port)))
@@ -154,7 +156,7 @@ class Ranks:
     def close(self) -> None:
         """Ends the ranks: they do so themselves when their connection ends."""
         self._closing = True
-        self._listener.close()
+        self._reception.close()
         for connection in self._connections.values():
             connection.close()
         deadline = time.monotonic() + STOP_TIMEOUT
@@ -180,28 +182,13 @@ class Ranks:
             f"--node-rank {node} --ranks {self._config.local_ranks}"
         )
 
-    def _greet(self, connected: socket.socket, peer: tuple[str, int], model: str) -> None:
+    def _greet(self, arrival: Arrival, model: str) -> None:
         """Takes a rank in, or says why not and lets it go."""
-        connected.setblocking(True)
-        connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        is_here = connected.getsockname()[0] == peer[0]
-        connection = Connection(connected.detach())
-        try:
-            if not connection.poll(HELLO_TIMEOUT):
-                raise RankError("it said nothing")
-            try:
-                message = connection.recv_bytes(LONGEST_HELLO)
-            except EOFError:
-                connection.close()  # a worker that only looked whether somebody is here
-                return
-            hello = decode_from_rank(message)
-            if not isinstance(hello, Hello):
-                raise RankError(f"it began with {type(hello).__name__}, not with Hello")
-            if problem := self._problem(hello, model, is_here):
+        hello, connection = arrival.hello, arrival.connection
+        if problem := self._problem(hello, model, arrival.is_here):
+            log.error("a connection from %s was refused: %s", arrival.address, problem)
+            with contextlib.suppress(OSError):
                 connection.send_bytes(encode(Refused(problem)))
-                raise RankError(problem)
-        except (RankError, OSError, msgspec.MsgspecError) as error:
-            log.error("a connection from %s was refused: %s", peer[0], error)
             connection.close()
             return
         end_when_silent(connection, LOST_PATIENCE)

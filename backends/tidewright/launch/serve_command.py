@@ -11,9 +11,12 @@ import types
 from pathlib import Path
 
 import click
+import yaml
 from rich.markup import escape
 
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
+from tidewright.config_file import VERSION, VERSION_KEY
+from tidewright.distributed.secret import SecretFileError, read_secret
 from tidewright.launch.client_commands import DEFAULT_URL
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.export_command import is_export, prepare_fallback
@@ -49,8 +52,9 @@ class _StopSignals:
 
 @click.command()
 @click.option("--config", type=click.Path(), help="YAML file with any of these options.")
+@click.option("--print-config", is_flag=True, help="Print all options as such a file, and end.")
 @settings_options(Settings)
-def serve(config: str | None, **flags: str | None) -> None:
+def serve(config: str | None, print_config: bool, **flags: str | None) -> None:
     """Serve a model through Triton until Ctrl-C.
 
     Prepares the model if needed, starts tritonserver, and reports ready only after a first token has been
@@ -66,6 +70,9 @@ def serve(config: str | None, **flags: str | None) -> None:
     if config:
         os.environ[CONFIG_FILE_VARIABLE] = config
     settings = settings_from(Settings, flags)
+    if print_config:
+        click.echo(yaml.safe_dump({VERSION_KEY: VERSION, **settings.in_order()}, sort_keys=False), nl=False)
+        return
     try:
         terminal = Terminal("serve", settings.log_format, settings.log_level, settings.log_file)
     except LaunchError as error:
@@ -81,6 +88,8 @@ def _run(settings: Settings, terminal: Terminal) -> int:
     console = terminal.console
     try:
         started = time.monotonic()
+        if settings.rendezvous_secret_file:
+            read_secret(settings.rendezvous_secret_file)  # the engine does so again; a mistake shows at once
         model_dir = prepare(settings.model, console)
         if settings.fallback and not is_export(Path(settings.fallback)):
             source = settings.model if settings.fallback == "auto" else settings.fallback
@@ -101,7 +110,7 @@ def _run(settings: Settings, terminal: Terminal) -> int:
         text = "tritonserver does not stay well; see its log above"
         terminal.fail(text, "gave_up", markup="[red]tritonserver does not stay well[/]; see its log above")
         return server.exit_code or 1
-    except LaunchError as error:
+    except (LaunchError, SecretFileError) as error:
         terminal.fail(str(error), "start_failed")
         return 1
     except _Stopped:

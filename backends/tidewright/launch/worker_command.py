@@ -16,6 +16,7 @@ from rich.markup import escape
 
 from tidewright import logs
 from tidewright.cache import EMBEDDED_MODEL
+from tidewright.distributed.secret import SecretFileError, read_secret
 from tidewright.engine.messages import parse_rendezvous
 from tidewright.engine.rank import REFUSED, UNREACHABLE
 from tidewright.launch.errors import LaunchError
@@ -37,6 +38,13 @@ class _Stopped(BaseException):
     "--node-rank", required=True, type=click.IntRange(1), help="Number of this host; the one that serves is host 0."
 )
 @click.option("--ranks", type=click.IntRange(1), default=1, show_default=True, help="Ranks of this host: its GPUs.")
+@click.option(
+    "--rendezvous-secret-file",
+    default="",
+    metavar="FILE",
+    envvar="TIDEWRIGHT_RENDEZVOUS_SECRET_FILE",
+    help="File with the secret that rank 0 was given. Empty: none.",
+)
 @click.option("--model", default=EMBEDDED_MODEL, show_default=True, help="As given to `tidewright serve`.")
 @click.option(
     "--log-format",
@@ -55,12 +63,19 @@ class _Stopped(BaseException):
     help="Minimum log level.",
 )
 def worker(
-    rendezvous: str, node_rank: int, ranks: int, model: str, log_format: logs.LogFormat, log_level: logs.LogLevel
+    rendezvous: str,
+    node_rank: int,
+    ranks: int,
+    rendezvous_secret_file: str,
+    model: str,
+    log_format: logs.LogFormat,
+    log_level: logs.LogLevel,
 ) -> None:
     """Compute a share of a model that another host serves, until Ctrl-C.
 
     Waits for the serving host, joins it, and does so again whenever it was lost. All hosts need the same version of
-    Tidewright and the same model, and reach each other on all ports: the ranks' traffic is neither encrypted nor
+    Tidewright and the same model, and reach each other on all ports. With --rendezvous-secret-file, rank 0 and the
+    ranks prove to each other that they know the same secret; what they say then is neither encrypted nor
     authenticated, so it belongs on a private network.
 
     \b
@@ -77,10 +92,13 @@ def worker(
     terminal = Terminal("worker", log_format, log_level)
     os.environ.update({logs.FORMAT_VARIABLE: log_format, logs.LEVEL_VARIABLE: log_level})
     try:
+        if rendezvous_secret_file:
+            read_secret(rendezvous_secret_file)  # each rank does so again; a mistake shows before the model is prepared
         folder = prepare(model, terminal.console)
         terminal.say(f"Waiting for rank 0 at {rendezvous}. Ctrl-C stops.", "note")
-        _run(rendezvous, range(node_rank * ranks, (node_rank + 1) * ranks), str(folder), terminal)
-    except LaunchError as error:
+        numbers = range(node_rank * ranks, (node_rank + 1) * ranks)
+        _run(rendezvous, numbers, [str(folder), rendezvous_secret_file], terminal)
+    except (LaunchError, SecretFileError) as error:
         terminal.fail(str(error), "start_failed", markup=f"Error: {escape(str(error))}")
         sys.exit(1)
     except _Stopped:
@@ -91,15 +109,18 @@ def _stop(number: int, frame: types.FrameType | None) -> None:
     raise _Stopped
 
 
-def _run(rendezvous: str, ranks: range, folder: str, terminal: Terminal) -> None:
-    """Starts the ranks again and again, together: one alone can't go on."""
+def _run(rendezvous: str, ranks: range, files: list[str], terminal: Terminal) -> None:
+    """Starts the ranks again and again, together: one alone can't go on.
+
+    `files`: the model's folder, and the file of the secret or "".
+    """
     wait = FIRST_WAIT
     while True:
         _await_rank_0(rendezvous, terminal)
         started = time.monotonic()
-        code = _run_once(rendezvous, ranks, folder)
+        code = _run_once(rendezvous, ranks, files)
         if code == REFUSED:
-            raise LaunchError("rank 0 refused a rank of this host; the line above says why")
+            raise LaunchError("a rank of this host can't join rank 0; the line above says why")
         if code != UNREACHABLE:
             terminal.say("The group has ended; waiting for the next one.", "rank_lost")
         if time.monotonic() - started > 10 * LONGEST_WAIT:
@@ -125,14 +146,14 @@ def _await_rank_0(rendezvous: str, terminal: Terminal) -> None:
         time.sleep(KNOCK_INTERVAL)
 
 
-def _run_once(rendezvous: str, ranks: range, folder: str) -> int:
+def _run_once(rendezvous: str, ranks: range, files: list[str]) -> int:
     """Runs the ranks until the first of them ends; returns its exit code."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for local_rank, rank in enumerate(ranks):
-            command = [sys.executable, "-m", "tidewright.engine.rank", rendezvous, str(rank), str(local_rank), folder]
+            command = [sys.executable, "-m", "tidewright.engine.rank", rendezvous, str(rank), str(local_rank)]
             # A session of its own: Ctrl-C is for this process to pass on.
-            processes.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True))
+            processes.append(subprocess.Popen(command + files, stdin=subprocess.DEVNULL, start_new_session=True))
         while True:
             for process in processes:
                 if (code := process.poll()) is not None:
