@@ -141,8 +141,9 @@ WRONG = {
     "alg None": raw_token('{"alg":"None","kid":"rsa"}', json.dumps(claims()), b""),
     "an algorithm of another kind of key": token(EC, "ES256", "rsa"),
     "not the algorithm that the key is for": token(ED, "EdDSA", "ec"),
-    "expired": token(exp=time.time() - 60),
+    "expired": token(exp=time.time() - 120),
     "not yet": token(nbf=time.time() + 600),
+    "from the future": token(iat=time.time() + 600),
     "no exp": token(exp=None),
     "no sub": token(sub=None),
     "empty sub": token(sub=""),
@@ -167,8 +168,24 @@ def test_bad_tokens_are_a_401(authenticator: Authenticator, kind: str) -> None:
     with pytest.raises(ApiError) as refused:
         asyncio.run(ask(authenticator, WRONG[kind]))
     assert (refused.value.status, refused.value.code) == (401, "invalid_api_key")
-    expected = {"expired": "expired", "no exp": "no exp", "wrong aud": "audience", "wrong iss": "issuer"}
+    early = "not valid yet; do the clocks of its issuer and this server agree?"
+    expected = {
+        "not yet": early,
+        "from the future": early,
+        "expired": "expired",
+        "no exp": "no exp",
+        "wrong aud": "audience",
+        "wrong iss": "issuer",
+    }
     assert expected.get(kind, "") in str(refused.value)
+
+
+@pytest.mark.parametrize(("claim", "shift"), [("nbf", 30), ("iat", 30), ("exp", -30)])
+def test_clocks_may_differ_by_half_a_minute(authenticator: Authenticator, claim: str, shift: float) -> None:
+    """The issuer's is ahead of ours, or behind it."""
+    given = token(**{claim: time.time() + shift})
+    for _ in range(2):  # also when it is known already
+        assert asyncio.run(ask(authenticator, given)).key_id == "jwt:alice"
 
 
 @settings(max_examples=50, deadline=None)

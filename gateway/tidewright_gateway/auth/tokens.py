@@ -31,7 +31,7 @@ _ALGORITHMS = {
 _FETCH_TIMEOUT = 5.0  # seconds
 _REFRESH_INTERVAL = 300.0  # seconds; a key that the provider withdraws is good for no longer
 UNKNOWN_INTERVAL = 10.0  # seconds between fetches that unknown keys cause: anyone can name one
-_LEEWAY = 10.0  # seconds that clocks may differ
+LEEWAY = 60.0  # seconds that clocks may differ, of exp, nbf and iat
 MOST_KNOWN = 10_000  # tokens that are remembered
 _LONGEST_SUBJECT = 255  # characters, as OpenID Connect has it
 
@@ -91,11 +91,15 @@ class TokenChecker:
                 algorithms=list(key.algorithms),
                 issuer=self._issuer,
                 audience=self._audience,
-                leeway=_LEEWAY,
+                leeway=LEEWAY,
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )
         except jwt.ExpiredSignatureError:
             raise unauthorized("this token has expired") from None
+        except jwt.ImmatureSignatureError:
+            raise unauthorized(
+                "this token is not valid yet; do the clocks of its issuer and this server agree?"
+            ) from None
         except (jwt.InvalidAudienceError, jwt.InvalidIssuerError):
             raise unauthorized("this token has the wrong issuer or audience") from None
         except jwt.MissingRequiredClaimError as error:
@@ -106,7 +110,7 @@ class TokenChecker:
         if not 0 < len(subject) <= _LONGEST_SUBJECT:
             raise unauthorized(f"this token's sub must have 1 to {_LONGEST_SUBJECT} characters")
         caller = Caller(f"jwt:{subject}", self._role(claims))
-        self._known[digest] = caller, claims["exp"] + _LEEWAY
+        self._known[digest] = caller, claims["exp"] + LEEWAY
         return caller
 
     def _role(self, claims: Mapping[str, Any]) -> Role:
