@@ -74,6 +74,23 @@ FAILED = "failed"
 KILLS_ENGINES = "the engine died again and again over this request"
 
 
+# The version of what gateway and replica say to each other: status, tensors of requests and responses, sampling
+# parameters. It goes up by one when a gateway begins to need what older replicas lack, or a replica's answers get
+# another meaning. What is only added, and asked for where the status says that it is known, does not change it
+# (docs/upgrades.md).
+PROTOCOL = 2
+OLDEST_PROTOCOL = PROTOCOL - 1  # of a replica that this version's gateway works with
+
+Protocol = Annotated[int, msgspec.Meta(ge=1)]
+
+
+class StatusVersion(msgspec.Struct, frozen=True):
+    """What can be read of every status, whatever else changes."""
+
+    protocol: Protocol = 1
+    """Versions before 2 did not say theirs."""
+
+
 class DecoderStatus(msgspec.Struct, frozen=True):
     """The answer to "status", in JSON: can it work, and how much of it is there."""
 
@@ -106,6 +123,8 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     """It knows return_stop_reason and return_num_cached_tokens; older servers refuse them."""
     tells_timings: bool = False
     """It knows return_timings."""
+    protocol: Protocol = 1
+    """As in StatusVersion."""
 
 
 class SequenceTimings(msgspec.Struct, frozen=True, omit_defaults=True):

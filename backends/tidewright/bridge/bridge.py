@@ -39,7 +39,7 @@ from tidewright.errors import (
     TimedOutError,
 )
 from tidewright.logs import event
-from tidewright.schema import DRAINING, STUCK, DecoderStatus, attempt_of
+from tidewright.schema import DRAINING, PROTOCOL, STUCK, DecoderStatus, attempt_of
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,7 @@ class Bridge:
             embedding_size=self.engine.embedding_size if self.engine else 0,
             tells_details=True,
             tells_timings=True,
+            protocol=PROTOCOL,
         )
 
     @property

@@ -13,6 +13,7 @@ from rich.console import Console
 from tidewright.launch.errors import ExportError
 from tidewright.launch.folders import locked, new_folder, write_json
 from tidewright.launch.progress import progress_bar, waiting
+from tidewright.launch.space import check_space, full, is_full
 from tidewright.models.config import ModelConfigError
 from tidewright.onnx_export.manifest import (
     FORMAT_VERSION,
@@ -26,6 +27,7 @@ from tidewright.onnx_export.manifest import (
     read_source,
 )
 
+_ELSEWHERE = "choose another folder with --output"
 _PACKAGES = ("onnx", "onnxruntime", "torch")
 
 
@@ -50,6 +52,8 @@ def export(folder: Path, target: Path, precisions: Sequence[str], console: Conso
     except ModelConfigError as error:
         raise ExportError(f"can't export {folder}: {error}") from error
     except OSError as error:
+        if is_full(error):
+            raise ExportError(full(f"can't export {folder}", target.parent, _ELSEWHERE)) from error
         raise ExportError(
             f"can't export {folder} to {target}: {error}. Free some space, or choose another folder with --output."
         ) from error
@@ -86,7 +90,8 @@ def _fill(folder: Path, source: Source, precisions: Sequence[str], console: Cons
         raise ExportError(f"can't read the weights: {error}; prepare the model anew") from error
     graphs = {name: decoder_graph(model.architecture, model.config, int8=name == "int8") for name in precisions}
     tensors = model_tensors(model.decoder)
-    _check_space(folder, sum(bytes_needed(tensors, graph) for graph in graphs.values()))
+    needed = sum(bytes_needed(tensors, graph) for graph in graphs.values())
+    check_space(folder, needed, "the export", _ELSEWHERE, ExportError)
     files: dict[str, dict[str, int]] = {}
     for precision, graph in graphs.items():
         with progress_bar(console, f"Exporting to ONNX, {precision}") as progress:
@@ -115,12 +120,3 @@ def _fill(folder: Path, source: Source, precisions: Sequence[str], console: Cons
         created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
     write_json(folder / MANIFEST, manifest)
-
-
-def _check_space(folder: Path, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ExportError(
-            f"the export needs {needed / 1e6:,.0f} MB in {folder.parent}, but {free / 1e6:,.0f} MB are free; "
-            "free some space, or choose another folder with --output"
-        )

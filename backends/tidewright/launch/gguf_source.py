@@ -6,6 +6,7 @@ Weights are streamed: one tensor is dequantized, rounded and written before the 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from tidewright.launch.errors import PrepareError, UnsupportedModelError
 from tidewright.launch.gguf_tokenizer import write_tokenizer
 
 SUPPORTED_ARCHITECTURES = ("llama",)
+_TOKENIZER_BYTES = 16_000_000  # of the other files, at most about
 
 _GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -72,6 +74,11 @@ class GgufSource:
         self._config = _model_config(self._metadata, {tensor.name for tensor in reader.tensors})
         heads = self._config["num_attention_heads"], self._config["num_key_value_heads"]
         self._tensors = [_describe(tensor, *heads) for tensor in reader.tensors]
+
+    @property
+    def prepared_bytes(self) -> int:
+        """About how much `convert` writes: the weights in bf16, and a few MB of tokenizer."""
+        return 2 * sum(math.prod(tensor.shape) for tensor in self._tensors) + _TOKENIZER_BYTES
 
     def convert(self, folder: Path, on_progress: Callable[[int, int], None]) -> None:
         """Write config, weights and tokenizer into `folder`.

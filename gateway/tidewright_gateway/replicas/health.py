@@ -16,7 +16,7 @@ import msgspec
 from tidewright.logs import event
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome, Verdict
-from tidewright.schema import DecoderStatus, SamplingParams
+from tidewright.schema import OLDEST_PROTOCOL, PROTOCOL, DecoderStatus, SamplingParams, StatusVersion
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas.replica import Replica
@@ -53,6 +53,24 @@ class Expected:
         return ""
 
 
+def read_status(answer: str) -> DecoderStatus:
+    """A replica's answer to the word "status".
+
+    Raises:
+        ModelError: it is of a version of Tidewright that this gateway does not work with.
+        MsgspecError: it is no status.
+    """
+    version = msgspec.json.decode(answer, type=StatusVersion).protocol
+    if not OLDEST_PROTOCOL <= version <= PROTOCOL:
+        older, change = ("replica", "replica") if version < OLDEST_PROTOCOL else ("gateway", "gateway first")
+        raise ModelError(
+            f"speaks protocol {version}, this gateway {OLDEST_PROTOCOL} to {PROTOCOL}: the {older} is too old; "
+            f"upgrade the {change}",
+            Outcome.UNAVAILABLE,
+        )
+    return msgspec.json.decode(answer, type=DecoderStatus)
+
+
 async def ask_status(replica: Replica, patience: float, expected: Expected) -> None:
     """One status check, recorded in the replica. `patience`: maximum silence of its engine, in seconds."""
     began = replica.asked_at = time.monotonic()
@@ -60,12 +78,10 @@ async def ask_status(replica: Replica, patience: float, expected: Expected) -> N
     replica.in_flight_when_asked = len(replica.attempts)
     try:
         answer = await replica.client.control("status", STATUS_TIMEOUT)
-        status = msgspec.json.decode(answer, type=DecoderStatus)
+        status = read_status(answer)
         now = time.monotonic()
         replica.status_took = now - began
-        replica.heard(status, patience, now)
-        if misfit := expected.misfit(status):
-            replica.misfits(misfit)
+        replica.heard(status, patience, now, expected.misfit(status))
     except msgspec.MsgspecError as error:
         replica.lost(ModelError(f"is it a Tidewright server? {error}", Outcome.UNAVAILABLE))
     except ModelError as error:
@@ -79,8 +95,8 @@ async def ask_fallback(replica: Replica, expected: Expected) -> None:
     found: DecoderStatus | None = None
     with suppress(ModelError, msgspec.MsgspecError):
         answer = await replica.client.control("status", STATUS_TIMEOUT, "fallback")
-        status = msgspec.json.decode(answer, type=DecoderStatus)
-        if not status.trouble and status.tokenizer in ("", expected.tokenizer):
+        status = read_status(answer)
+        if not (status.trouble or replica.misfit) and status.tokenizer in ("", expected.tokenizer):
             found = status
     replica.fallback = found
 

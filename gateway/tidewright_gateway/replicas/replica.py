@@ -114,6 +114,8 @@ class Replica:
     """The last status of its fallback; None if it has none that can be used."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not checked yet", Outcome.UNAVAILABLE))
     """Why it can't take requests, by its status."""
+    misfit: str = ""
+    """By its last status: what it serves instead of this gateway's model; nothing of it says anything of that model."""
     suspicion: ModelError | None = None
     """A request failed as if the replica were gone: it gets nothing until it proves healthy."""
     leaving: bool = False
@@ -177,23 +179,27 @@ class Replica:
         """A copy, since attempts may end while it is iterated."""
         return itertools.chain(tuple(self.attempts), tuple(self.fallbacks))
 
-    def heard(self, status: DecoderStatus, patience: float, now: float) -> None:
-        """Takes a status. `patience`: maximum silence of its engine, in seconds."""
+    def heard(self, status: DecoderStatus, patience: float, now: float, misfit: str = "") -> None:
+        """Takes a status.
+
+        Args:
+            patience: maximum silence of its engine, in seconds.
+            misfit: what it serves, if that is not what this gateway is for.
+        """
         self.status, self.heard_at, self.trouble, self.suspicion = status, now, None, None
+        self.misfit = misfit
         self.embedding_size, self.tells_details = status.embedding_size, status.tells_details
         self.tells_timings = status.tells_timings
         self.lived_at = max(self.lived_at, now - status.silence)
         # The figure may or may not include what began or ended since the status request.
         self.others = max(status.active - max(len(self.attempts), self.in_flight_when_asked), 0)
-        if status.silence > patience:
+        if misfit:
+            self.trouble = ModelError(misfit, Outcome.UNAVAILABLE)
+        elif status.silence > patience:
             self.trouble = ModelError(f"no sign of life from the engine for {status.silence:.1f} s", Outcome.STALLED)
         elif status.trouble and not status.draining:
             # Its bridge keeps all requests and replays them to the next engine, so streams stay.
             self.trouble = ModelError(status.trouble, Outcome.UNAVAILABLE)
-
-    def misfits(self, why: str) -> None:
-        """It serves something else than this gateway expects."""
-        self.trouble = ModelError(why, Outcome.UNAVAILABLE)
 
     def lost(self, error: ModelError) -> None:
         """It did not answer, or with an error.

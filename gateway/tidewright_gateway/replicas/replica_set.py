@@ -11,6 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
+
 from tidewright.logs import event
 from tidewright.resilience.breaker import Permit, Refusal, State
 from tidewright.resilience.errors import ModelError
@@ -18,11 +20,11 @@ from tidewright.resilience.outcome import Outcome
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas import replica as replicas
+from tidewright_gateway.replicas.credentials import ReplicaCredentials
 from tidewright_gateway.replicas.discovery import Discovery, Endpoint, make_source
 from tidewright_gateway.replicas.health import STATUS_TIMEOUT, Expected, GenerationProbes, ask_fallback, ask_status
 from tidewright_gateway.replicas.replica import Attempt, Replica
 from tidewright_gateway.replicas.routing import Candidate, LeastLoad, make_router
-from tidewright_gateway.replicas.triton import read_credentials
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,7 @@ class ReplicaSet:
         self._settings, self._metrics, self._expected = settings, metrics, expected
         self._router, self._fallback_router = make_router(settings.routing), LeastLoad()
         self._credentials = (
-            read_credentials(settings.replica_ca, settings.replica_cert, settings.replica_key)
+            ReplicaCredentials(settings.replica_ca, settings.replica_cert, settings.replica_key)
             if settings.replica_tls
             else None
         )
@@ -78,6 +80,12 @@ class ReplicaSet:
         self._jobs += map(asyncio.create_task, (self._probes.run_for_ever(), self._watch_for_ever()))
         if self._settings.fallback:
             self._jobs.append(asyncio.create_task(self._look_after_fallbacks()))
+        if self._credentials:
+            self._jobs.append(asyncio.create_task(self._credentials.watch(self._renew)))
+
+    def _renew(self, credentials: grpc.ChannelCredentials) -> None:
+        for replica in self.replicas:
+            replica.client.renew(credentials)
 
     async def stop(self) -> None:
         jobs = [*self._jobs, *self._lives.values()]
@@ -109,13 +117,18 @@ class ReplicaSet:
 
     def max_model_len(self, limit: int) -> int:
         """The smallest context of all replicas in tokens, at most `limit`."""
-        lengths = [replica.status.max_model_len for replica in self.replicas if replica.status and not replica.leaving]
+        lengths = [replica.status.max_model_len for replica in self._own if replica.status]
         return min(lengths, default=limit)
+
+    @property
+    def _own(self) -> list[Replica]:
+        """Those of this gateway's model, as far as they have said so: others may share its DNS name."""
+        return [replica for replica in self.replicas if not (replica.leaving or replica.misfit)]
 
     @property
     def embedding_sizes(self) -> set[int]:
         """Of all replicas that have ever answered; 0 is one that generates text."""
-        sizes = (replica.embedding_size for replica in self.replicas if not replica.leaving)
+        sizes = (replica.embedding_size for replica in self._own)
         return {size for size in sizes if size is not None}
 
     def snapshot(self) -> list[dict[str, Any]]:
@@ -158,7 +171,7 @@ class ReplicaSet:
     def choose_fallback(self, length: int, avoid: Sequence[str] = ()) -> Replica | None:
         """Selects a replica by its fallback, which can be healthy where the decoder is not. `length`: tokens of prompt
         and output so far. None: there is none but those in `avoid`."""
-        able = [one for one in self.replicas if not one.leaving and one.address not in avoid and _takes(one, length)]
+        able = [one for one in self._own if one.address not in avoid and _takes(one, length)]
         if not able:
             return None
         candidates = [Candidate(one.address, len(one.fallbacks), None, one.weight) for one in able]
@@ -166,7 +179,7 @@ class ReplicaSet:
 
     @property
     def _has_fallback(self) -> bool:
-        return any(_takes(replica, 0) for replica in self.replicas if not replica.leaving)
+        return any(_takes(replica, 0) for replica in self._own)
 
     def _elsewhere(self, replica: Replica) -> bool:
         """Whether another replica can take over."""
@@ -224,8 +237,8 @@ class ReplicaSet:
         known = {replica.address for replica in self.replicas}
         for endpoint in endpoints:
             if endpoint.address not in known:
-                settings = self._settings
-                replica = Replica.at(endpoint, settings.channels, settings.breaker_config(), self._credentials)
+                settings, credentials = self._settings, self._credentials and self._credentials.current
+                replica = Replica.at(endpoint, settings.channels, settings.breaker_config(), credentials)
                 self.replicas.append(replica)
                 self._metrics.replica_added(replica.address)
                 self._metrics.replica_is(replica.address, False)

@@ -10,9 +10,9 @@ import asyncio
 import itertools
 import logging
 import struct
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -87,24 +87,61 @@ class Reply:
     """In the last reply: JSON of schema.Timings, if asked for."""
 
 
-class TritonClient:
-    """Connections to one Triton, made on demand and re-established when broken."""
+class _Connections:
+    """Channels to one Triton; once retired, they are closed when the calls over them have ended."""
 
-    def __init__(self, address: str, channels: int, credentials: grpc.ChannelCredentials | None = None) -> None:
-        """`credentials`: None for plaintext connections."""
+    def __init__(self, address: str, channels: int, credentials: grpc.ChannelCredentials | None) -> None:
         self._channels = [_channel(address, credentials) for _ in range(channels)]
         # Control words have a connection of their own, so that they do not queue behind streams.
         self._control_channel = _channel(address, credentials)
-        self._control = _one_request(self._control_channel)
-        self._next_method = itertools.cycle([_one_request(channel) for channel in self._channels]).__next__
+        self.control = _one_request(self._control_channel)
+        self.next_method = itertools.cycle([_one_request(channel) for channel in self._channels]).__next__
+        self._calls, self._retired = 0, False
 
     async def close(self) -> None:
         for channel in (*self._channels, self._control_channel):
             await channel.close()
 
+    def retire(self) -> None:
+        self._retired = True
+        self._close_if_unused()
+
+    def joined(self) -> None:
+        """A call began."""
+        self._calls += 1
+
+    def left(self) -> None:
+        """A call ended, but for what Triton has to say after its last response."""
+        self._calls -= 1
+        self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if self._retired and not self._calls:
+            _keep(_after(END_TIMEOUT, self.close))
+
+
+class TritonClient:
+    """Connections to one Triton, made on demand and re-established when broken."""
+
+    def __init__(self, address: str, channels: int, credentials: grpc.ChannelCredentials | None = None) -> None:
+        """`credentials`: None for plaintext connections."""
+        self._address, self._channels = address, channels
+        self._connections = _Connections(address, channels, credentials)
+
+    async def close(self) -> None:
+        await self._connections.close()
+
+    def renew(self, credentials: grpc.ChannelCredentials) -> None:
+        """Later calls use these; those that run are not disturbed."""
+        self._connections.retire()
+        self._connections = _Connections(self._address, self._channels, credentials)
+
     def generate(self, model: str, request: CallRequest) -> TritonCall:
-        """A call of `decoder` or `fallback`; it is sent with the first read."""
-        return TritonCall(self._next_method(), make_request(model, request), request.metadata)
+        """A call of `decoder` or `fallback`; it is sent with the first read. Close it in any case."""
+        connections = self._connections
+        connections.joined()
+        message = make_request(model, request)
+        return TritonCall(connections.next_method(), message, request.metadata, connections.left)
 
     async def control(self, word: str, timeout: float, model: str = "decoder") -> str:
         """A model's answer to a word (schema.CONTROL).
@@ -114,7 +151,9 @@ class TritonClient:
         """
         request = service_pb2.ModelInferRequest(model_name=model)
         _add(request, CONTROL.name, "BYTES", 1, _bytes_element(word.encode()))
-        call = self._control(request, timeout=timeout)
+        connections = self._connections
+        connections.joined()
+        call = connections.control(request, timeout=timeout)
         answered = False
         try:
             response = await call.read()
@@ -124,6 +163,7 @@ class TritonClient:
         except asyncio.InvalidStateError as error:
             raise ModelError(str(error), Outcome.UNAVAILABLE) from None
         finally:
+            connections.left()
             if answered:
                 let_end(call)
             else:
@@ -143,7 +183,10 @@ class TritonCall:
         method: grpc.aio.UnaryStreamMultiCallable,
         request: service_pb2.ModelInferRequest,
         metadata: tuple[tuple[str, str], ...] = (),
+        closed: Callable[[], None] | None = None,
     ) -> None:
+        """`closed` is called once, by `close`."""
+        self._closed = closed
         self._method, self._request, self._metadata = method, request, metadata
         self._call: grpc.aio.UnaryStreamCall | None = None
         self._abandoned: ModelError | None = None
@@ -188,6 +231,9 @@ class TritonCall:
 
     def close(self) -> None:
         """Call it in any case. Cancels the call unless it has ended."""
+        closed, self._closed = self._closed, None
+        if closed:
+            closed()
         if self._call is None:
             return
         if self._ended:
@@ -200,12 +246,6 @@ def _channel(address: str, credentials: grpc.ChannelCredentials | None) -> grpc.
     if credentials is None:
         return grpc.aio.insecure_channel(address, _OPTIONS)
     return grpc.aio.secure_channel(address, credentials, _OPTIONS)
-
-
-def read_credentials(authorities: str, certificate: str, key: str) -> grpc.ChannelCredentials:
-    """Reads PEM files; an empty name means none. Raises OSError."""
-    root, chain, private = (Path(name).read_bytes() if name else None for name in (authorities, certificate, key))
-    return grpc.ssl_channel_credentials(root, private, chain)
 
 
 def _one_request(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable:
@@ -223,15 +263,24 @@ def _one_request(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamMultiCallable
 _ending: set[asyncio.Task[None]] = set()  # the event loop alone does not keep a task alive
 
 
+def _keep(job: Coroutine[Any, Any, None]) -> None:
+    task = asyncio.get_running_loop().create_task(job)
+    _ending.add(task)
+    task.add_done_callback(_ending.discard)
+
+
+async def _after(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
+    await asyncio.sleep(seconds)
+    await job()
+
+
 def let_end(call: grpc.aio.UnaryStreamCall) -> None:
     """Reads a call to its end after its last response, without waiting for that.
 
     Triton (2.51) leaks about 20 kB for a call that is cancelled between its last response and its end, can't unload the
     call's model any more, and sometimes corrupts its memory.
     """
-    task = asyncio.get_running_loop().create_task(_read_to_end(call))
-    _ending.add(task)
-    task.add_done_callback(_ending.discard)
+    _keep(_read_to_end(call))
 
 
 async def _read_to_end(call: grpc.aio.UnaryStreamCall) -> None:
