@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from tidewright_gateway.auth import Authenticator, AuthSetupError, tokens
 from tidewright_gateway.auth.callers import Caller, Role
@@ -306,6 +307,8 @@ def test_a_broken_jwks_is_refused_at_start(tmp_path: Path, content: str, message
 
 
 def test_a_jwks_that_is_not_there_is_refused_at_start(tmp_path: Path) -> None:
-    for jwks in (str(tmp_path / "none.json"), "http://127.0.0.1:1/jwks", "http://127.0.0.1:x/jwks"):
+    for jwks in (str(tmp_path / "none.json"), "http://127.0.0.1:1/jwks"):
         with pytest.raises(AuthSetupError, match=f"jwt_jwks {jwks}: "):
             make(jwks)
+    with pytest.raises(ValidationError, match=r"jwt_jwks must be .*: its port must be a number from 1 to 65535"):
+        make("http://127.0.0.1:x/jwks")
