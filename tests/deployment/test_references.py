@@ -151,7 +151,6 @@ def test_every_variable_is_an_option(every: dict[str, Sequence[Object]]) -> None
         *(f"TIDEWRIGHT_{name.upper()}" for name in Settings.model_fields),
         *(f"TIDEWRIGHT_GATEWAY_{name.upper()}" for name in GatewaySettings.model_fields),
         "TIDEWRIGHT_CACHE",
-        "TIDEWRIGHT_RENDEZVOUS_SECRET_FILE",
     }
     for where, _, pod in all_pods(every):
         for container in pod.all_containers:
