@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tidewright.distributed.group import ALONE, ShardingError, TensorParallelGroup, tensor_parallel_sizes
+from tidewright.distributed.group import ALONE, TensorParallelGroup
+from tidewright.distributed.sharding import ShardingError, tensor_parallel_sizes
 from tidewright.distributed.tensor_parallel import (
     ColumnParallelLinear,
     Loader,

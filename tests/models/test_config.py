@@ -8,6 +8,7 @@ import pytest
 
 from helpers.checkpoints import SIZES
 from tidewright.models.config import DecoderConfig, LayerConfig, LinearScaling, Llama3Scaling, ModelConfigError, Rope
+from tidewright.models.families import read_config
 from tidewright.models.registry import model_class
 
 GEMMA = SIZES | {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "num_hidden_layers": 7}
@@ -21,7 +22,7 @@ SCALING = {
 
 
 def read(architecture: str, config: dict[str, Any]) -> DecoderConfig:
-    return model_class({"architectures": [architecture]}).read_config(config)
+    return read_config({"architectures": [architecture], **config})
 
 
 def windows(config: DecoderConfig) -> list[int | None]:

@@ -13,7 +13,7 @@ import transformers as hf
 from helpers.checkpoints import SIZES, expected, prompt, save
 from helpers.exports import exported
 from helpers.families import FAMILIES, WINDOW
-from tidewright.models import registry
+from tidewright.models.families import READERS
 from tidewright.onnx_export.symbols import Graph, Symbol, UntranslatableError
 
 PROMPTS = [prompt(length, seed=length) for length in (5, 40, 23)]  # shorter and longer than any window
@@ -37,7 +37,7 @@ def test_float32_is_what_transformers_computes_in_a_padded_batch(tmp_path: Path,
 
 def test_every_architecture_is_exported_here() -> None:
     tested = {f"{type(config).__name__.removesuffix('Config').removesuffix('Text')}" for config in FAMILIES.values()}
-    assert tested == {name.removesuffix("ForCausalLM") for name in registry._ARCHITECTURES}
+    assert tested == {name.removesuffix("ForCausalLM") for name in READERS}
 
 
 @pytest.mark.parametrize("name", ["llama, tied", "mistral", "gemma 3"])

@@ -6,27 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from tidewright.distributed import sharding
+from tidewright.distributed.sharding import Cut
 from tidewright.distributed.shared_memory import SharedMemory
-
-# Parts of a hidden dimension are multiples of this where the whole is one: short rows are slow to read.
-_UNIT = 32
-
-
-class ShardingError(ValueError):
-    """The model can't be cut into so many ranks."""
-
-
-@dataclass(frozen=True)
-class Cut:
-    """Of a dimension of `total` entries: those from `first` on, `count` of them."""
-
-    total: int
-    first: int
-    count: int
-
-    def of(self, entries: int) -> Cut:
-        """The same cut where each entry is several: heads, then rows of heads."""
-        return Cut(self.total * entries, self.first * entries, self.count * entries)
 
 
 @dataclass(frozen=True)
@@ -74,51 +56,12 @@ class TensorParallelGroup:
         self.smallest(0)
 
     def cut(self, total: int) -> Cut:
-        """This rank's part of `total` features; parts differ by little where they can't be equal.
-
-        Raises:
-            ShardingError: there are more ranks than parts.
-        """
-        unit = _UNIT if total % _UNIT == 0 and total >= _UNIT * self.size else 1
-        parts = total // unit
-        if parts < self.size:
-            raise ShardingError(f"{total} features can't be cut into {self.size} parts")
-        return self._share(parts).of(unit)
+        """As sharding.py says, for this rank. Raises ShardingError."""
+        return sharding.cut(total, self.rank, self.size)
 
     def cut_heads(self, num_heads: int, num_kv_heads: int) -> tuple[Cut, Cut]:
-        """This rank's query heads, and the KV heads that they read.
-
-        Up to one rank a KV head, each KV head is on one rank, with all its query heads; some ranks may have one more
-        than others. Of more ranks, several hold a copy of each KV head and share out its query heads.
-
-        Raises:
-            ShardingError: names the sizes that work.
-        """
-        group = num_heads // num_kv_heads
-        if self.size not in tensor_parallel_sizes(num_heads, num_kv_heads):
-            sizes = ", ".join(map(str, tensor_parallel_sizes(num_heads, num_kv_heads)))
-            raise ShardingError(
-                f"tensor_parallel_size is {self.size}, but {num_heads} query heads and {num_kv_heads} KV heads can "
-                f"only be shared by {sizes} ranks"
-            )
-        if self.size <= num_kv_heads:
-            kv = self._share(num_kv_heads)
-            return kv.of(group), kv
-        copies = self.size // num_kv_heads
-        share = group // copies
-        return Cut(num_heads, self.rank * share, share), Cut(num_kv_heads, self.rank // copies, 1)
-
-    def _share(self, parts: int) -> Cut:
-        """Of so many parts this rank's, all of the same number or one more."""
-        first, end = (parts * rank // self.size for rank in (self.rank, self.rank + 1))
-        return Cut(parts, first, end - first)
+        """Likewise: its query heads, and the KV heads that they read."""
+        return sharding.cut_heads(num_heads, num_kv_heads, self.rank, self.size)
 
 
 ALONE = TensorParallelGroup()
-
-
-def tensor_parallel_sizes(num_heads: int, num_kv_heads: int) -> list[int]:
-    """Numbers of ranks that the heads can be shared by."""
-    group = num_heads // num_kv_heads
-    copies = [count for count in range(2, group + 1) if group % count == 0]
-    return [*range(1, num_kv_heads + 1), *(num_kv_heads * count for count in copies)]

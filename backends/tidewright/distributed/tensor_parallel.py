@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from tidewright.distributed.cpu_linear import CpuLinear
-from tidewright.distributed.group import Cut, TensorParallelGroup
+from tidewright.distributed.group import TensorParallelGroup
+from tidewright.distributed.sharding import Cut, vocabulary_rows
 from tidewright.kernels.cpu import PackedWeight
 
 
@@ -29,9 +30,6 @@ class WeightSlice(Protocol):
 
 
 Loader = Callable[[WeightSlice], None]
-
-_ROWS = 64
-"""The vocabulary is padded to a multiple: the kernels then need no copy of its weight, see CpuKernels.pack."""
 
 
 def _weight(*shape: int) -> nn.Parameter:
@@ -200,7 +198,7 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int, group: TensorParallelGroup) -> None:
         super().__init__()
         self.vocab_size, self.hidden_size, self.group = vocab_size, hidden_size, group
-        rows = -(-vocab_size // group.size // _ROWS) * _ROWS
+        rows = vocabulary_rows(vocab_size, group.size)
         self.first = min(group.rank * rows, vocab_size)
         self.end = min(self.first + rows, vocab_size)
         self.weight = _weight(rows, hidden_size)

@@ -23,6 +23,7 @@ from tidewright.engine.sampler import prompt_logprobs, sample
 from tidewright.huge_pages import move_to_huge_pages
 from tidewright.kv_cache.prefault import Prefaulter
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
+from tidewright.models.families import read_config
 from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.registry import model_class
 
@@ -44,7 +45,7 @@ class ModelRunner:
         self.dtype = _dtype(config.dtype)
         model_json = read_json(folder / "config.json")
         architecture = model_class(model_json)
-        model_config = architecture.read_config(model_json)
+        model_config = read_config(model_json)
         limit = model_config.max_positions
         if config.max_model_len > limit:
             raise EngineConfigError(f"max_model_len is {config.max_model_len}, but the model's limit is {limit}")

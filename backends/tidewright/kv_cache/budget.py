@@ -1,9 +1,11 @@
-"""How much memory the KV cache may take, as people write it. Pure, so that settings can be checked without torch."""
+"""How much memory the KV cache may take, and what that holds. Pure: settings and `tidewright plan` need no torch."""
 
 from __future__ import annotations
 
 import re
 
+# What "auto" stands for: without a GPU others want the memory as well, and on one what is left is for the steps.
+AUTO_CPU, AUTO_GPU = "1GiB", "80%"
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -20,3 +22,13 @@ def parse_memory(text: str, free: int) -> int:
     if not match or unit not in _UNITS:
         raise ValueError(f"{text!r} is not an amount of memory; write e.g. 1GiB, 512MiB or 80%")
     return int(float(match[1]) * _UNITS[unit])
+
+
+def bytes_per_block(num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, value_bytes: int) -> int:
+    """Keys and values of `block_size` tokens, in all layers, of one rank's KV heads."""
+    return 2 * num_layers * num_kv_heads * head_dim * block_size * value_bytes
+
+
+def blocks_of(tokens: int, block_size: int) -> int:
+    """A sequence of so many tokens takes whole blocks."""
+    return -(-tokens // block_size)

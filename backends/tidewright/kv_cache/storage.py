@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from tidewright.huge_pages import huge_empty
-from tidewright.kv_cache.budget import parse_memory
+from tidewright.kv_cache.budget import AUTO_CPU, AUTO_GPU, blocks_of, bytes_per_block, parse_memory
 
 
 class KVCacheMemoryError(ValueError):
@@ -30,8 +30,8 @@ class KVCacheShape:
 
     @property
     def bytes_per_block(self) -> int:
-        values = self.num_layers * self.block_size * self.num_kv_heads * self.head_dim
-        return 2 * values * self.dtype.itemsize
+        sizes = self.num_layers, self.num_kv_heads, self.head_dim, self.block_size
+        return bytes_per_block(*sizes, self.dtype.itemsize)
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ def count_blocks(shape: KVCacheShape, budget: str, needed_tokens: int, device: t
     """
     available = _available_bytes(device)
     if budget == "auto":
-        budget = "1GiB" if device.type == "cpu" else "80%"
+        budget = AUTO_CPU if device.type == "cpu" else AUTO_GPU
     budget_bytes = parse_memory(budget, available)
     num_blocks = budget_bytes // shape.bytes_per_block
-    needed_bytes = -(-needed_tokens // shape.block_size) * shape.bytes_per_block
+    needed_bytes = blocks_of(needed_tokens, shape.block_size) * shape.bytes_per_block
     if budget_bytes < needed_bytes:
         raise KVCacheMemoryError(
             f"the KV cache of {_mib(budget_bytes)} holds {num_blocks * shape.block_size} tokens, but one "

@@ -24,6 +24,7 @@ class _LazyGroup(click.Group):
         "gateway": "tidewright.launch.gateway_command",
         "health": "tidewright.launch.health_commands",
         "keys": "tidewright.launch.keys_command",
+        "plan": "tidewright.launch.plan_command",
         "serve": "tidewright.launch.serve_command",
         "top": "tidewright.launch.top_command",
         "trace": "tidewright.launch.trace_command",

@@ -75,6 +75,8 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     norm_adds_one: bool = False
+    norms_after: bool = False
+    """Attention and MLP are followed by a norm each, beside those before them."""
     attention_softcap: float | None = None
     logit_softcap: float | None = None
 

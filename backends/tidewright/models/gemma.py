@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,17 +9,8 @@ import torch
 from tidewright.attention.base import Attention
 from tidewright.distributed.group import TensorParallelGroup
 from tidewright.distributed.tensor_parallel import Loader
-from tidewright.models.config import FULL, SLIDING, DecoderConfig, LayerConfig
+from tidewright.models.config import DecoderConfig, LayerConfig
 from tidewright.models.llama import LlamaForCausalLM, LlamaLayer, RMSNorm
-
-# What transformers takes where config.json leaves it out.
-_DEFAULTS = {
-    "head_dim": 256,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-    "tie_word_embeddings": True,
-}
 
 
 class GemmaLayer(LlamaLayer):
@@ -51,13 +40,8 @@ class GemmaLayer(LlamaLayer):
         return self.after_mlp_norm(self.mlp(x_TE)), residual_TE
 
 
-class Gemma2ForCausalLM(LlamaForCausalLM):
+class GemmaForCausalLM(LlamaForCausalLM):
     layer_class = GemmaLayer
-
-    @staticmethod
-    def read_config(config: Mapping[str, Any]) -> DecoderConfig:
-        caps = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
-        return _read({**_DEFAULTS, **caps, **config}, pattern=2)
 
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         x_TE = self.embedding(token_ids_T)
@@ -67,27 +51,3 @@ class Gemma2ForCausalLM(LlamaForCausalLM):
     def logits(self, x_BE: torch.Tensor) -> torch.Tensor | None:
         logits_BV, cap = super().logits(x_BE), self.config.logit_softcap
         return logits_BV if logits_BV is None or cap is None else cap * torch.tanh(logits_BV / cap)
-
-
-class Gemma3ForCausalLM(Gemma2ForCausalLM):
-    @staticmethod
-    def read_config(config: Mapping[str, Any]) -> DecoderConfig:
-        ropes = config.get("rope_parameters") or {}
-        if FULL not in ropes:  # as transformers 4 wrote it
-            ropes = {
-                FULL: {"rope_theta": config.get("rope_theta", 1e6), **(config.get("rope_scaling") or {})},
-                SLIDING: {"rope_theta": config.get("rope_local_base_freq", 1e4)},
-            }
-        config = {**_DEFAULTS, **config, "rope_parameters": ropes, "rope_scaling": None}
-        return replace(_read(config, config.get("sliding_window_pattern", 6)), qk_norm=True)
-
-
-def _read(config: Mapping[str, Any], pattern: int) -> DecoderConfig:
-    """One layer in `pattern` sees everything, the others have the window."""
-    return replace(
-        DecoderConfig.from_json(config, slides=lambda layer: (layer + 1) % pattern != 0),
-        attention_scale=config["query_pre_attn_scalar"] ** -0.5,
-        attention_softcap=config.get("attn_logit_softcapping"),
-        logit_softcap=config.get("final_logit_softcapping"),
-        norm_adds_one=True,
-    )

@@ -5,7 +5,6 @@ It runs on tensor-parallel layers and paged attention. mistral.py, qwen.py and g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -213,11 +212,6 @@ class LlamaForCausalLM(nn.Module):
         self.head = ParallelLMHead(config.vocab_size, config.hidden_size, group)
         if config.tied_embeddings:
             self.head.tie(self.embedding)
-
-    @staticmethod
-    def read_config(config: Mapping[str, Any]) -> DecoderConfig:
-        """Raises ModelConfigError."""
-        return DecoderConfig.from_json(config)
 
     def loaders(self) -> dict[str, Loader]:
         loaders = {

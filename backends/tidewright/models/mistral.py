@@ -6,11 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from tidewright.models.config import DecoderConfig
-from tidewright.models.llama import LlamaForCausalLM
 
 
-class MistralForCausalLM(LlamaForCausalLM):
-    @staticmethod
-    def read_config(config: Mapping[str, Any]) -> DecoderConfig:
-        config = {"sliding_window": 4096, **config}  # later models set it to null
-        return DecoderConfig.from_json(config, slides=lambda layer: config["sliding_window"] is not None)
+def read_mistral(config: Mapping[str, Any]) -> DecoderConfig:
+    config = {"sliding_window": 4096, **config}  # later models set it to null
+    return DecoderConfig.from_json(config, slides=lambda layer: config["sliding_window"] is not None)

@@ -7,19 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 from tidewright.models.config import DecoderConfig
-from tidewright.models.llama import LlamaForCausalLM
 
 
-class Qwen2ForCausalLM(LlamaForCausalLM):
-    @staticmethod
-    def read_config(config: Mapping[str, Any]) -> DecoderConfig:
-        return replace(_read(config), qkv_bias=True, output_bias=False)
+def read_qwen2(config: Mapping[str, Any]) -> DecoderConfig:
+    return replace(_read(config), qkv_bias=True, output_bias=False)
 
 
-class Qwen3ForCausalLM(LlamaForCausalLM):
-    @staticmethod
-    def read_config(config: Mapping[str, Any]) -> DecoderConfig:
-        return replace(_read({"head_dim": 128, **config}), qk_norm=True)
+def read_qwen3(config: Mapping[str, Any]) -> DecoderConfig:
+    return replace(_read({"head_dim": 128, **config}), qk_norm=True)
 
 
 def _read(config: Mapping[str, Any]) -> DecoderConfig:

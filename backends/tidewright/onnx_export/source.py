@@ -12,6 +12,7 @@ from tidewright.distributed.group import ALONE
 from tidewright.distributed.loading import load_weights
 from tidewright.distributed.tensor_parallel import PackableLinear
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
+from tidewright.models.families import read_config
 from tidewright.models.folder import read_json
 from tidewright.models.registry import model_class
 
@@ -35,7 +36,7 @@ class SourceModel:
     def __init__(self, folder: Path) -> None:
         config = read_json(folder / "config.json")
         self.architecture = model_class(config)
-        self.config = self.architecture.read_config(config)
+        self.config = read_config(config)
         longest = min(self.config.max_positions, LONGEST)
         self._attention = ReferenceAttention(longest, _CPU)
         self.decoder = self.architecture(self.config, self.config.max_positions, ALONE, self._attention).eval()

@@ -1,0 +1,141 @@
+"""planning/footprint.py against what the engine's own modules and pool allocate, and what transformers counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from helpers.checkpoints import engine_config, save
+from helpers.families import FAMILIES
+from tidewright.attention.reference import ReferenceAttention
+from tidewright.distributed.group import ALONE, TensorParallelGroup
+from tidewright.distributed.tensor_parallel import PackableLinear
+from tidewright.engine.messages import EngineConfig
+from tidewright.engine.model_runner import ModelRunner
+from tidewright.models.config import DecoderConfig
+from tidewright.models.families import READERS, read_config
+from tidewright.models.folder import read_json
+from tidewright.models.registry import model_class
+from tidewright.planning import footprint
+from tidewright.planning.plan import possible_sizes
+
+POSITIONS = 64
+# Shapes as they are published, with the number of parameters that their own pages name.
+PUBLISHED = {
+    "Llama 3.1 8B": (
+        hf.LlamaConfig(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+        ),
+        8_030_261_248,
+    ),
+    "Qwen 2.5 0.5B": (
+        hf.Qwen2Config(
+            vocab_size=151936,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+        494_032_768,
+    ),
+}
+
+
+def shapes(config: hf.PreTrainedConfig) -> tuple[dict[str, object], DecoderConfig]:
+    words = {**config.to_dict(), "architectures": [_architecture(config)]}
+    return words, read_config(words)
+
+
+def _architecture(config: hf.PreTrainedConfig) -> str:
+    return type(config).__name__.removesuffix("Config").removesuffix("Text") + "ForCausalLM"
+
+
+def tensors(module: nn.Module, parameters: bool) -> int:
+    """Bytes of all parameters, or of all buffers; one that two layers share counts once."""
+    found = module.parameters() if parameters else module.buffers()
+    return sum(tensor.numel() * tensor.element_size() for tensor in found)
+
+
+def rank_of(config: hf.PreTrainedConfig, group: TensorParallelGroup, dtype: torch.dtype) -> nn.Module:
+    """The engine's own model, without memory behind its tensors."""
+    words, model = shapes(config)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return model_class(words)(model, POSITIONS, group, ReferenceAttention(4, torch.device("cpu")))
+    finally:
+        torch.set_default_dtype(before)
+
+
+def test_every_architecture_is_planned_here() -> None:
+    assert {_architecture(config) for config in FAMILIES.values()} == set(READERS)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_and_tables_of_every_rank_are_those_of_its_layers(name: str, dtype: torch.dtype) -> None:
+    _, model = shapes(FAMILIES[name])
+    for size in possible_sizes(model):
+        ranks = [rank_of(FAMILIES[name], TensorParallelGroup(rank, size), dtype) for rank in range(size)]
+        wanted = [tensors(rank, parameters=True) for rank in ranks]
+        assert [footprint.weight_bytes(model, dtype.itemsize, rank, size) for rank in range(size)] == wanted
+        assert wanted[footprint.largest_rank(model, dtype.itemsize, size)] == max(wanted)
+        assert footprint.table_bytes(model, POSITIONS) == tensors(ranks[0], parameters=False)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_loaded_engine_has_allocated_so_much(tmp_path: Path, name: str) -> None:
+    save(tmp_path, FAMILIES[name])
+    runner = ModelRunner(engine_config(tmp_path, dtype="float16"))  # which no kernel rearranges
+    model = read_config(read_json(tmp_path / "config.json"))
+    assert footprint.weight_bytes(model, 2) == tensors(runner.model, parameters=True)
+    assert footprint.table_bytes(model, runner.max_model_len) == tensors(runner.model, parameters=False)
+    cache = runner.kv_cache
+    allocated = cache.k_cache_LNSKD.nbytes + cache.v_cache_LNSKD.nbytes
+    assert footprint.kv_block_bytes(model, 2, 4) * runner.num_blocks == allocated
+    assert footprint.parameters(model) == hf.AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()
+
+
+def test_the_embedded_model_in_a_real_engine_has_so_much(model_dir: Path) -> None:
+    """Weights that the kernels rearranged are counted where they are now, padding of theirs included."""
+    runner = ModelRunner(EngineConfig(model_dir=str(model_dir), kv_cache_memory="64MiB"))
+    model = read_config(read_json(model_dir / "config.json"))
+    packed = {}
+    for module in runner.model.modules():
+        if isinstance(module, PackableLinear) and module.packed:
+            packed[module.packed.values.data_ptr()] = module.packed.values.nbytes
+    allocated = sum(packed.values()) + tensors(runner.model, parameters=True)
+    assert footprint.weight_bytes(model, 2) == pytest.approx(allocated, rel=0.05)
+    assert allocated > 250e6
+    cache = runner.kv_cache
+    assert footprint.kv_block_bytes(model, 2, 16) * runner.num_blocks == (
+        cache.k_cache_LNSKD.nbytes + cache.v_cache_LNSKD.nbytes
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_are_those_that_are_published(name: str) -> None:
+    config, wanted = PUBLISHED[name]
+    assert footprint.parameters(shapes(config)[1]) == wanted
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_matrices_are_all_weights_with_two_dimensions_but_the_embedding(name: str) -> None:
+    _, model = shapes(FAMILIES[name])
+    made = rank_of(FAMILIES[name], ALONE, torch.bfloat16)
+    head = {id(made.head.weight)}  # type: ignore[union-attr]
+    matrices = [one for one in made.parameters() if one.dim() == 2]
+    counted = [one for one in matrices if id(one) in head or one is not made.embedding.weight]  # type: ignore[union-attr]
+    assert footprint.layer_values(model) + footprint.head_values(model) == sum(one.numel() for one in counted)
