@@ -74,6 +74,8 @@ $(VENV)/.dev: $(VENV)/.server
 $(VENV)/.programs: $(BIN)/python
 	@command -v kubectl >/dev/null || { echo "The tests need kubectl 1.30 or later (kubectl kustomize), which Debian does \
 	not have: https://kubernetes.io/docs/tasks/tools/"; exit 1; }
+	@command -v terraform >/dev/null || { echo "The tests need terraform 1.11 or later, which Debian does not have: \
+	https://developer.hashicorp.com/terraform/install"; exit 1; }
 	@missing=; for one in redis-server chromium prometheus prometheus-alertmanager docker-compose; do \
 	  command -v $$one >/dev/null || missing="$$missing $$one"; done; \
 	ls /usr/lib/*/rsyslog/omelasticsearch.so >/dev/null 2>&1 || missing="$$missing rsyslog rsyslog-elasticsearch"; \

@@ -16,7 +16,9 @@ from tidewright.launch.cli import main
 from tidewright.resilience.outcome import Outcome, Verdict
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "terraform").rglob("*.md")]
+)
 FOLDERS = (
     "backends",
     "gateway",
@@ -28,6 +30,7 @@ FOLDERS = (
     "monitoring",
     "docker",
     "k8s",
+    "terraform",
     ".ci",
 )
 FILES = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*")} | {
@@ -111,7 +114,7 @@ def is_file(path: str) -> bool:
     return any(map(pattern.fullmatch, FILES)) or path.rstrip("/") in IGNORED
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_it_names_exists(document: Path) -> None:
     text = document.read_text()
     wrong = [(" ".join(words), bad) for words in commands(text) if (bad := wrong_in_command(words))]
@@ -123,7 +126,7 @@ def test_what_it_names_exists(document: Path) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_its_links_lead_somewhere(document: Path) -> None:
     wrong = []
     for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):

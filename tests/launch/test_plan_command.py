@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from click.testing import CliRunner
 from helpers.checkpoints import SIZES
 from tidewright.config import Settings
 from tidewright.launch.cli import main
-from tidewright.planning.gpus import GPUS
+from tidewright.planning.gpus import GB, GPUS, TFLOPS
+
+DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "sizing.md"
 
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -231,3 +234,29 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
     assert "larger than 1 MiB" in refusal("--model", tmp_path / "large.json", "--gpu", "H200")
     (tmp_path / "model.gguf").write_text("")
     assert "is not prepared; run: tidewright prepare" in refusal("--model", tmp_path / "model.gguf", "--gpu", "H200")
+
+
+def test_the_document_shows_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = DOCUMENT.read_text()
+    command, shown = re.findall(r"```(?:bash)?\n(.*?)\n```", text, re.DOTALL)[:2]
+    written(tmp_path / "llama-3.1-8b", LLAMA_8B)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    words = shlex.split(command)
+    assert words[:2] == ["tidewright", "plan"]
+    assert run(*words[2:]).rstrip() == shown
+
+
+def test_the_document_has_the_table_of_gpus_and_all_fields(folder: Path) -> None:
+    text = DOCUMENT.read_text()
+    row = r"^\| ([A-Z][\w-]+) \| (\d+) \| (\d+) \| ([\d.]+)( \(float16 only\))? \| ([\d.]+) \| (.+) \|$"
+    rows = re.findall(row, text, re.M)
+    assert rows == [
+        (
+            *(gpu.name, str(gpu.memory // GB), f"{(gpu.bandwidth or 0) / GB:g}", f"{(gpu.flops_16 or 0) / TFLOPS:g}"),
+            *("" if gpu.has_bfloat16 else " (float16 only)", f"{(gpu.flops_32 or 0) / TFLOPS:g}", gpu.source),
+        )
+        for gpu in GPUS.values()
+    ]
+    fields = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.+?) \|", text, re.M)))
+    assert set(planned("--model", folder, "--gpu", "H200")) == set(fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import click
@@ -59,15 +60,19 @@ _TOKENS = click.IntRange(1, MAX_TOKENS)
 @click.option("--bandwidth", type=_Finite(1, 1e6), metavar="GB/S", help="Of the GPU's memory, for the estimate.")
 @click.option("--tflops", type=_Finite(0.1, 1e6), help="Of the GPU in the chosen dtype, without sparsity.")
 @click.option("--context", type=_TOKENS, help="Longest prompt plus output.  [default: the model's limit]")
-@click.option("--concurrent", type=click.IntRange(1, MAX_CONCURRENT), default=1, show_default=True, help="Sequences.")
+@click.option(
+    "--concurrent", type=click.IntRange(1, MAX_CONCURRENT), default=1, show_default=True, help="Sequences at a time."
+)
 @click.option("--prompt-tokens", type=_TOKENS, help="Mean length of prompts, with --output-tokens.")
 @click.option("--output-tokens", type=_TOKENS, help="Mean length of answers.")
-@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True)
+@click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="As of serve.")
 @click.option("--tensor-parallel-size", type=click.IntRange(1, 1024), help="GPUs per replica.  [default: the cheapest]")
 @click.option("--gpus-per-node", type=click.IntRange(1, 128), default=8, show_default=True, help="GPUs of each host.")
 @click.option("--headroom", type=click.IntRange(0, 90), default=5, show_default=True, help="Percent kept free.")
-@click.option("--max-batched-tokens", type=click.IntRange(1, 1 << 20), default=2048, show_default=True)
-@click.option("--block-size", type=click.IntRange(1, 256), default=16, show_default=True)
+@click.option(
+    "--max-batched-tokens", type=click.IntRange(1, 1 << 20), default=2048, show_default=True, help="As of serve."
+)
+@click.option("--block-size", type=click.IntRange(1, 256), default=16, show_default=True, help="As of serve.")
 @click.option("--json", "as_machine", is_flag=True, help="Print one JSON object: bytes, seconds, plain numbers.")
 def plan(
     model: str,
@@ -124,7 +129,7 @@ def plan(
     # While it decodes, a sequence has its prompt and on average half of its output; without lengths, half of all.
     mean_context = lengths[0] + lengths[1] // 2 if lengths else longest // 2
     report = Report(
-        name=model,
+        name=str(Path(model).parent) if Path(model).is_file() else model,  # as serve takes it
         file=file,
         architecture=architecture(config),
         model=shapes,
@@ -138,7 +143,11 @@ def plan(
     if as_machine:
         click.echo(json.dumps(as_json(report), indent=2))
     else:
-        print_report(report, output_console(PIPE_WIDTH))
+        console = output_console(PIPE_WIDTH)
+        with console.capture() as printed:
+            print_report(report, console)
+        # Without the spaces that fill up a table's cells.
+        click.echo("\n".join(line.rstrip() for line in printed.get().splitlines()))
 
 
 def _gpu(name: str | None, memory: int | None, bandwidth: float | None, tflops: float | None) -> Gpu:

@@ -35,8 +35,12 @@ def largest_rank(model: DecoderConfig, value_bytes: int, size: int) -> int:
 
 def table_bytes(model: DecoderConfig, max_positions: int) -> int:
     """Cosines and sines of the rotary embedding, which every rank has whole."""
-    ropes = len({layer.rope for layer in model.layers})
-    return ropes * 2 * max_positions * model.head_dim * FLOAT32
+    return rotary_tables(model) * 2 * max_positions * model.head_dim * FLOAT32
+
+
+def rotary_tables(model: DecoderConfig) -> int:
+    """In some models layers with a window turn differently."""
+    return len({layer.rope for layer in model.layers})
 
 
 def kv_block_bytes(model: DecoderConfig, value_bytes: int, block_size: int, size: int = 1) -> int:

@@ -102,6 +102,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "gpus": plan.gpus,
         "nodes": plan.nodes,
         "nodes_per_replica": plan.nodes_per_replica,
+        "sizing_model": sizing_model(model),
         "serve": {"command": report.command, "flags": report.flags},
         "roofline_estimate": throughput
         and {
@@ -114,6 +115,29 @@ def as_json(report: Report) -> dict[str, Any]:
             "prompt_seconds": throughput.prompt_seconds,
             "requests_per_second": throughput.all_requests_per_second,
         },
+    }
+
+
+def sizing_model(model: DecoderConfig) -> dict[str, Any]:
+    """The variable `model` of terraform/modules/sizing."""
+    return {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        "layers": model.num_layers,
+        "query_heads": model.num_heads,
+        "kv_heads": model.num_kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab_size,
+        "max_positions": model.max_positions,
+        "parameters": footprint.parameters(model),
+        "tied_embeddings": model.tied_embeddings,
+        "qkv_bias": model.qkv_bias,
+        "output_bias": model.output_bias,
+        "mlp_bias": model.mlp_bias,
+        "qk_norm": model.qk_norm,
+        "norms_after": model.norms_after,
+        "float32_norms": model.norm_adds_one,
+        "rotary_tables": footprint.rotary_tables(model),
     }
 
 
