@@ -79,6 +79,7 @@ TABLE: list[tuple[Any, ...]] = [
     (LLAMA_8B, 4096, 10, 17, "H100", 8, 5, "bfloat16", 16, 32),
     (LLAMA_70B, 8192, 100, 8192, "H200", 8, 5, "bfloat16", 16, None),
     (LLAMA_70B, 2048, 4, 1000, "L4", 4, 5, "bfloat16", 16, None),
+    (LLAMA_70B, 2048, 4, 1000, "A40", 3, 5, "bfloat16", 16, None),
     (LLAMA_70B, 2048, 4, 1000, "L40S", 8, 5, "bfloat16", 1, 7),
     (SMOLLM, 8192, 1, 8192, "T4", 1, 5, "float16", 16, None),
     (SMOLLM, 2048, 999, 700, "A30", 8, 5, "bfloat16", 256, 2),

@@ -85,9 +85,12 @@ def test_a_replica_over_several_hosts_takes_them_whole() -> None:
 
 
 def test_ranks_stay_on_one_host_if_that_will_do() -> None:
-    """Sixteen ranks would need fewer GPUs in all."""
-    wanted = load(131072, 40)
-    assert plan(LLAMA_70B, "H100", wanted, gpus_per_node=8).replica.tensor_parallel_size <= 8
+    """Eight ranks on two hosts would hold all in one replica, with fewer GPUs."""
+    wanted = load(32768, 40)
+    near, far = (plan(LLAMA_70B, "H100", wanted, size, gpus_per_node=4) for size in (None, 8))
+    assert near.replica.tensor_parallel_size == 4
+    assert (far.gpus, far.nodes_per_replica) == (8, 2)
+    assert near.gpus > far.gpus
 
 
 def test_shorter_sequences_need_fewer_gpus() -> None:
