@@ -291,7 +291,9 @@ def splitter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overlays() -> list[Path]:
-    return sorted(path.parent for path in (ROOT / "k8s" / "overlays").glob("*/kustomization.yaml"))
+    found = sorted(path.parent for path in (ROOT / "k8s" / "overlays").glob("*/kustomization.yaml"))
+    assert found
+    return found
 
 
 @pytest.mark.parametrize("overlay", overlays(), ids=lambda path: path.name)
