@@ -18,7 +18,7 @@ from pathlib import Path
 from helpers.needs import needs
 
 _CLONE_NEWNET = 0x40000000
-_CABLE = "cable"  # the name of both its ends
+CABLE = "cable"  # the name of both its ends; of a host on a bridge, its own end
 _ESTABLISHED, _LISTENING = "01", "0A"  # in /proc/net/tcp
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -44,12 +44,12 @@ class Host:
 
     def plug(self, *, is_in: bool) -> None:
         """The cable, at this host's end."""
-        _ip("-n", self.name, "link", "set", _CABLE, "up" if is_in else "down")
+        ip("-n", self.name, "link", "set", CABLE, "up" if is_in else "down")
 
     def processes(self) -> list[tuple[int, str]]:
         """Id and command line of each."""
         found = []
-        for number in map(int, _ip("netns", "pids", self.name).split()):
+        for number in map(int, ip("netns", "pids", self.name).split()):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
                 found.append((number, Path(f"/proc/{number}/cmdline").read_bytes().replace(b"\0", b" ").decode()))
         return found
@@ -83,12 +83,12 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     try:
         try:
             for host in hosts:
-                _ip("netns", "add", host.name)
-            ends = [("name", _CABLE, "netns", host.name) for host in hosts]
-            _ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
+                ip("netns", "add", host.name)
+            ends = [("name", CABLE, "netns", host.name) for host in hosts]
+            ip("link", "add", *ends[0], "type", "veth", "peer", *ends[1])
             for host in hosts:
-                _ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", _CABLE)
-                _ip("-n", host.name, "link", "set", "lo", "up")
+                ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", CABLE)
+                ip("-n", host.name, "link", "set", "lo", "up")
                 host.plug(is_in=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise NoNamespacesError(str(getattr(error, "stderr", "") or error).strip()) from None
@@ -99,12 +99,12 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
             time.sleep(0.05)
     finally:
         for host in hosts:
-            if host.name in _namespaces():
+            if host.name in namespaces():
                 for number, _ in host.processes():
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(number, signal.SIGKILL)
-                _ip("netns", "delete", host.name)
-    assert not {host.name for host in hosts} & _namespaces()
+                ip("netns", "delete", host.name)
+    assert not {host.name for host in hosts} & namespaces()
 
 
 class Worker:
@@ -151,10 +151,10 @@ def _enter(namespace: int) -> None:
         raise OSError(ctypes.get_errno(), "setns")
 
 
-def _ip(*arguments: str) -> str:
+def ip(*arguments: str) -> str:
     return subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def _namespaces() -> set[str]:
+def namespaces() -> set[str]:
     folder = Path("/run/netns")
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()

@@ -76,7 +76,7 @@ def _marks_of(what: Any) -> frozenset[str]:
     left = [what]
     while left:
         one = left.pop()
-        if id(one) in seen:
+        if id(one) in seen or not callable(one):  # other objects may do anything when asked for an attribute
             continue
         seen.add(id(one))
         if isinstance(getattr(one, "needs", None), str):
