@@ -51,6 +51,13 @@ class ServerSettings(BaseModel):
         le=3600,
         description="Seconds that a client may leave sent data unread before its connection is closed.",
     )
+    keep_alive: float = Field(
+        75.0,
+        ge=1,
+        le=3600,
+        description="Seconds that a connection without a request stays open. Longer than clients and proxies in front "
+        "keep theirs: one that is closed here at the moment in which they use it loses its request.",
+    )
     sse_keep_alive: float = Field(
         15.0,
         ge=0,

@@ -124,6 +124,7 @@ def _options(settings: GatewaySettings) -> dict[str, Any]:
         "ssl_certfile": settings.tls_cert or None,
         "ssl_keyfile": settings.tls_key or None,
         "ssl_context_factory": certificates.make_context if settings.tls_cert else None,
+        "timeout_keep_alive": settings.keep_alive,
         "timeout_graceful_shutdown": max(1, round(settings.shutdown_grace)),
         "timeout_worker_healthcheck": _WORKER_SILENCE,
     }
