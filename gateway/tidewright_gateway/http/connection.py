@@ -1,5 +1,6 @@
 """What a client may do to its connection: how long its request may take, how long its headers may be, how long it may
-leave unread what it is sent. uvicorn itself would wait for ever. And what HTTP/1.0 lacks.
+leave unread what it is sent. uvicorn itself would wait for ever. What HTTP/1.0 lacks, and how connections end with the
+process.
 
 In the protocol, where it costs a request two timers, and where a request is seen before it is one.
 """
@@ -19,6 +20,7 @@ from tidewright_gateway.http.middleware import REFUSAL
 from tidewright_gateway.openai.errors import ApiError
 
 MAX_HEADERS = 64 * 1024  # bytes, of the address and all headers
+LAST_REQUEST_WAIT = 1.0  # seconds; longer than a request takes from any client
 
 
 class PatientProtocol(HttpToolsProtocol):
@@ -39,6 +41,7 @@ class PatientProtocol(HttpToolsProtocol):
         self._in_headers = False
         self._unparsed = self._header_bytes = 0
         self._why = ""  # a request that can be parsed is refused
+        self._going_away = False
         self._began_at = 0.0  # when the request began, or the connection (the loop's clock)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn has it
@@ -95,7 +98,36 @@ class PatientProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGIApp) -> None:  # type: ignore[override]
         """Each request passes here, a pipelined one once its turn comes."""
+        if self._going_away:
+            cycle.keep_alive = False  # and its response says so
         super()._start_asgi_task(cycle, _Http10(cycle, app) if cycle.scope["http_version"] == "1.0" else app)  # type: ignore[arg-type]
+
+    def shutdown(self) -> None:
+        """The next response says that its connection ends. Without a next request, it ends after a while.
+
+        uvicorn closes connections between two requests at once, and a request that is on its way then is lost.
+        """
+        self._going_away = True
+        if self._is_idle:
+            self._await_last_request()
+        elif not self.cycle.response_started:
+            self.cycle.keep_alive = False
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._going_away:
+            self._await_last_request()
+
+    @property
+    def _is_idle(self) -> bool:
+        return (self.cycle is None or self.cycle.response_complete) and not self._in_headers
+
+    def _await_last_request(self) -> None:
+        self.loop.call_later(LAST_REQUEST_WAIT, self._close_if_idle)
+
+    def _close_if_idle(self) -> None:
+        if self._is_idle:
+            self.transport.close()
 
     def handle_websocket_upgrade(self) -> None:
         self._stop_reading()
