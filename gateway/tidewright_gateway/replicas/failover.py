@@ -285,6 +285,7 @@ class Failover:
             generation.record.took("place", began, generation.index)
         replica, permit = chosen
         attempt = self._ask(generation, replica, DECODER, permit, now)
+        attempt.is_last = course.failures + 1 >= self._retries.max_attempts
         replica.attempts.add(attempt)
         return attempt
 

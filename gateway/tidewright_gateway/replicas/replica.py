@@ -36,6 +36,8 @@ class Attempt:
     """Of the replica's breaker, for the decoder; given back with the outcome."""
     deadline: Deadline
     """Of its generation. The replica is told, and should keep it by itself."""
+    is_last: bool = False
+    """No further one follows if it brings no token."""
     num_tokens: int = 0
     outlived: bool = False
     """Its replica said meanwhile that it has no such model: it may be of a model that is gone, and never end."""

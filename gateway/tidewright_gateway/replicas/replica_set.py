@@ -330,7 +330,9 @@ class ReplicaSet:
         if attempt.model == FALLBACK:
             return attempt.overdue(settings.first_token_timeout, settings.stall_timeout, now)
         if replica.is_silent:
-            silence = settings.patience if elsewhere else settings.stall_timeout
+            # Replicas short of CPU are silent by turns: a generation that was moved from one to the next would fail.
+            gives_up = elsewhere and not (attempt.is_last and not attempt.num_tokens)
+            silence = settings.patience if gives_up else settings.stall_timeout
             if replica.is_stopping and not has_other:
                 silence = max(silence, settings.first_token_timeout)  # it should end by itself, and nobody else can
             return replica.gone if attempt.waited(now) > silence else None
