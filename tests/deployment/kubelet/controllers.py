@@ -81,16 +81,17 @@ def stateful_set(manifest: Manifest, pods: Sequence[Pod], create: Create) -> Non
 
 
 def leader_worker_set(manifest: Manifest, pods: Sequence[Pod], create: Create) -> None:
-    """Groups of a leader and its workers. One whose pod ended or restarted is made again as a whole."""
+    """Groups of a leader and its workers. An update, and by the default policy a restart, makes a whole group again."""
     spec = manifest["spec"]
     name, template = manifest["metadata"]["name"], spec["leaderWorkerTemplate"]
     size, revision = template.get("size", 1), revision_of(template)
-    assert template.get("restartPolicy", "RecreateGroupOnPodRestart") == "RecreateGroupOnPodRestart"
+    stay_together = template.get("restartPolicy", "RecreateGroupOnPodRestart") == "RecreateGroupOnPodRestart"
     after_leader = spec.get("startupPolicy", "LeaderCreated") == "LeaderReady"
     for group in range(spec.get("replicas", 1)):
         leader = f"{name}-{group}"
         members = {pod.name: pod for pod in pods if pod.name == leader or pod.name.startswith(f"{leader}-")}
-        if any(pod.restarts or pod.deleting.is_set() or pod.revision != revision for pod in members.values()):
+        broken = stay_together and any(pod.restarts or pod.deleting.is_set() for pod in members.values())
+        if broken or any(pod.revision != revision for pod in members.values()):
             for pod in members.values():
                 pod.delete()
             continue

@@ -1,0 +1,78 @@
+"""One model over two pods, as the overlay multi-node-cpu has them: two ranks that know one secret, and a gateway."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deployment.load import Load
+from deployment.stack import GATEWAYS, GROUPS, Stack, group_manifests, secret
+from deployment.test_rollout import PATIENCE, kill, while_loaded
+from helpers.hosts import NoNamespacesError
+from helpers.oracle import Oracle
+
+pytestmark = pytest.mark.timeout(900)
+PROMPTS = ("The sea is", "Once upon a time", "The oldest tree", "A letter to my friend")
+LENGTH = 32
+
+
+@pytest.fixture(scope="module")
+def stack(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    try:
+        with Stack() as running:
+            rendezvous = secret("tidewright-rendezvous", secret=secrets.token_hex(32))
+            objects = group_manifests(tmp_path_factory.mktemp("overlay") / "group", "multi-node-cpu")
+            running.apply([*objects, running.secret, rendezvous])
+            running.wait_until(lambda: running.is_rolled_out(*GROUPS) and running.is_rolled_out(*GATEWAYS), PATIENCE)
+            yield running
+    except NoNamespacesError as error:
+        pytest.skip(f"this machine allows no network namespaces: {error}")
+
+
+@pytest.fixture(scope="module")
+def texts(oracle: Oracle) -> dict[str, str]:
+    found = {}
+    for prompt in PROMPTS:
+        ids = oracle.ids(prompt)
+        found[prompt] = oracle.tokenizer.decode(oracle.greedy(ids, LENGTH))
+    return found
+
+
+def load(stack: Stack) -> Load:
+    return Load(stack, stack.key, PROMPTS, LENGTH)
+
+
+def test_two_pods_compute_what_one_would(stack: Stack, texts: dict[str, str]) -> None:
+    assert [pod.name for pod in stack.pods(*GROUPS)] == ["tidewright-replica-0", "tidewright-replica-0-1"]
+    for stream in load(stack).once():
+        assert (stream.error, stream.text) == ("", texts[stream.prompt])
+
+
+@pytest.mark.parametrize(
+    ("pod", "what"), [("tidewright-replica-0-1", ""), ("tidewright-replica-0", "tidewright.engine")]
+)
+def test_a_rank_dies_under_load(stack: Stack, texts: dict[str, str], pod: str, what: str) -> None:
+    """The other pod waits for the next group of ranks, and the streams go on."""
+    restarts = {one.name: one.restarts for one in stack.pods(*GROUPS)}
+    streams = load(stack)
+    while_loaded(stack, texts, lambda: kill(stack.pod(pod), what), lambda: stack.is_rolled_out(*GROUPS), streams)
+    after = {one.name: one.restarts for one in stack.pods(*GROUPS)}
+    assert after == {**restarts, pod: restarts[pod] + (not what)}
+
+
+def test_a_worker_with_another_secret_is_refused(stack: Stack, texts: dict[str, str]) -> None:
+    """The ranks that are there compute on."""
+    ours = stack.objects["Secret", "tidewright-rendezvous"]
+    worker = stack.pod("tidewright-replica-0-1")
+    try:
+        stack.apply([secret("tidewright-rendezvous", secret=secrets.token_hex(32))])
+        kill(worker)
+        stack.wait_until(lambda: "secret" in worker.log.lower(), PATIENCE)
+    finally:
+        stack.apply([ours])
+    stack.wait_until(lambda: stack.is_rolled_out(*GROUPS), PATIENCE)
+    for stream in load(stack).once():
+        assert (stream.error, stream.text) == ("", texts[stream.prompt])
