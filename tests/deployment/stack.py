@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,17 @@ class Stack(Cluster):
         return self.is_rolled_out(*REPLICAS) and self.is_rolled_out(*GATEWAYS)
 
 
-def manifests(folder: Path, base: str, replicas: int, gateways: int, *patches: Manifest) -> list[Manifest]:
+def manifests(
+    folder: Path, base: str, replicas: int, gateways: int, *patches: Manifest, components: Sequence[Path] = ()
+) -> list[Manifest]:
     """An overlay in float32, in which texts are the same to the byte on any replica, with shorter waits."""
     exact = {"op": "add", "path": _ENV, "value": {"name": "TIDEWRIGHT_DTYPE", "value": "float32"}}
     one_thread = {"op": "add", "path": _ENV, "value": {"name": "TIDEWRIGHT_THREADS", "value": "1"}}
     path = overlay(
         folder,
         K8S / "overlays" / base,
+        namespace="tidewright",
+        components=[os.path.relpath(component.resolve(), folder.resolve()) for component in components],
         replicas=[{"name": REPLICAS[1], "count": replicas}, {"name": GATEWAYS[1], "count": gateways}],
         patches=[
             patch(*REPLICAS, exact, one_thread, soon(2), hook(1)),

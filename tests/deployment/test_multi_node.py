@@ -14,7 +14,7 @@ from deployment.test_rollout import PATIENCE, kill, while_loaded
 from helpers.hosts import NoNamespacesError
 from helpers.oracle import Oracle
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = pytest.mark.timeout(1800)
 PROMPTS = ("The sea is", "Once upon a time", "The oldest tree", "A letter to my friend")
 LENGTH = 32
 
@@ -63,16 +63,14 @@ def test_a_rank_dies_under_load(stack: Stack, texts: dict[str, str], pod: str, w
     assert after == {**restarts, pod: restarts[pod] + (not what)}
 
 
-def test_a_worker_with_another_secret_is_refused(stack: Stack, texts: dict[str, str]) -> None:
-    """The ranks that are there compute on."""
-    ours = stack.objects["Secret", "tidewright-rendezvous"]
-    worker = stack.pod("tidewright-replica-0-1")
-    try:
-        stack.apply([secret("tidewright-rendezvous", secret=secrets.token_hex(32))])
-        kill(worker)
-        stack.wait_until(lambda: "secret" in worker.log.lower(), PATIENCE)
-    finally:
-        stack.apply([ours])
-    stack.wait_until(lambda: stack.is_rolled_out(*GROUPS), PATIENCE)
-    for stream in load(stack).once():
-        assert (stream.error, stream.text) == ("", texts[stream.prompt])
+def test_another_secret_counts_from_the_next_group_on(stack: Stack, texts: dict[str, str]) -> None:
+    """Neither pod is restarted for it; ranks that are there compute on."""
+    worker, leader = stack.pod("tidewright-replica-0-1"), stack.pod("tidewright-replica-0")
+    restarts = [leader.restarts, worker.restarts]
+    stack.apply([secret("tidewright-rendezvous", secret=secrets.token_hex(32))])
+
+    def act() -> None:
+        kill(worker, "tidewright.engine.rank")
+
+    while_loaded(stack, texts, act, lambda: leader.container().log.count("engine_restarted"), load(stack))
+    assert [leader.restarts, worker.restarts] == restarts

@@ -19,8 +19,8 @@ from helpers.hosts import NoNamespacesError
 from helpers.needs import needs
 from tidewright.launch.control import control
 
-pytestmark = pytest.mark.timeout(900)
-PATIENCE = 240.0  # seconds; a machine that does much else as well
+pytestmark = pytest.mark.timeout(1800)
+PATIENCE = 600.0  # seconds; a machine that does much else as well
 Texts = dict[str, str]
 
 

@@ -22,6 +22,7 @@ from deployment.kubelet.pod import Pod, World, force_remove
 log = logging.getLogger(__name__)
 
 _ROUND = 0.05  # seconds between two rounds of the controllers
+_RESTART = "kubectl.kubernetes.io/restartedAt"
 _ZONE = "svc.cluster.local"
 
 
@@ -72,9 +73,14 @@ class Cluster:
         rmtree(self._folder, ignore_errors=True)
 
     def apply(self, manifests: Iterable[Manifest]) -> None:
-        """As `kubectl apply`: objects that are not named stay."""
+        """As `kubectl apply`: objects that are not named stay, and so do restarts that somebody asked for."""
         with self._lock:
-            self.objects |= {key(manifest): copy.deepcopy(manifest) for manifest in manifests}
+            for manifest in manifests:
+                new, old = copy.deepcopy(manifest), self.objects.get(key(manifest), {})
+                asked = old.get("spec", {}).get("template", {}).get("metadata", {}).get("annotations", {}).get(_RESTART)
+                if asked and "template" in new["spec"]:
+                    new["spec"]["template"].setdefault("metadata", {}).setdefault("annotations", {})[_RESTART] = asked
+                self.objects[key(manifest)] = new
             for pod in self._pods:
                 if pod.volumes is not None:
                     pod.volumes.refresh()
@@ -97,7 +103,7 @@ class Cluster:
 
         def annotate(manifest: Manifest) -> None:
             metadata = manifest["spec"]["template"].setdefault("metadata", {})
-            metadata.setdefault("annotations", {})["kubectl.kubernetes.io/restartedAt"] = str(time.time())
+            metadata.setdefault("annotations", {})[_RESTART] = str(time.time())
 
         self.change(kind, name, annotate)
 
