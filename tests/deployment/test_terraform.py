@@ -74,6 +74,7 @@ TABLE: list[tuple[Any, ...]] = [
     (LLAMA_8B, 8192, 200, 1300, "L4", 4, 5, "bfloat16", 16, None),
     (LLAMA_8B, 131072, 3, 131072, "H100", 8, 0, "float16", 32, None),
     (LLAMA_8B, 100, 200_000, 100, "B200", 8, 5, "bfloat16", 16, None),
+    (LLAMA_8B, 131072, 200_000, 1, "H100", 8, 5, "bfloat16", 1, None),
     (LLAMA_8B, 4096, 64, 4096, "A100-40GB", 2, 10, "float32", 16, None),
     (LLAMA_8B, 4096, 10, 1, "H100", 8, 5, "bfloat16", 16, 3),
     (LLAMA_8B, 4096, 10, 17, "H100", 8, 5, "bfloat16", 16, 32),
