@@ -67,6 +67,8 @@ SMOLLM = replace(
     head_dim=64,
     tied_embeddings=True,
 )
+# Of two ranks the second has more heads, the first the biases of what is summed.
+BIASED = replace(SMOLLM, qkv_bias=True, output_bias=True, mlp_bias=True)
 WORDS = ("context", "concurrent", "mean_tokens", "gpu", "gpus_per_node", "headroom", "dtype", "block_size", "size")
 # Models, then what stands in WORDS.
 TABLE: list[tuple[Any, ...]] = [
@@ -84,6 +86,7 @@ TABLE: list[tuple[Any, ...]] = [
     (LLAMA_70B, 2048, 4, 1000, "L40S", 8, 5, "bfloat16", 1, 7),
     (SMOLLM, 8192, 1, 8192, "T4", 1, 5, "float16", 16, None),
     (SMOLLM, 2048, 999, 700, "A30", 8, 5, "bfloat16", 256, 2),
+    (BIASED, 2048, 999, 700, "A30", 8, 5, "bfloat16", 16, 2),
     (SMOLLM, 2048, 999, 700, "A30", 9, 33, "bfloat16", 7, 9),
 ]
 
