@@ -34,6 +34,7 @@ PATIENCE = 900.0  # seconds
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--starts", type=int, default=5, help="Starts of a pod to time.")
+    parser.add_argument("--only-starts", action="store_true", help="No updates.")
     parser.add_argument("--replicas", type=int, default=3)
     parser.add_argument("--streams", type=int, default=len(PROMPTS), choices=range(1, len(PROMPTS) + 1))
     parser.add_argument(
@@ -50,6 +51,8 @@ def main() -> None:
         stack.apply([stack.secret])
         stack.wait_until(stack.is_up, PATIENCE)
         cold_starts(stack, options.starts)
+        if options.only_starts:
+            return
         stack.scale(*REPLICAS, options.replicas)
         stack.wait_until(stack.is_up, PATIENCE)
         prompts = PROMPTS[: options.streams]

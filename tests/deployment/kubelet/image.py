@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,8 +28,9 @@ class Image:
 
 
 # As docker/Dockerfile has them.
+_ENTRYPOINT = re.findall(r"^ENTRYPOINT (\[.*\])$", (REPOSITORY / "docker" / "Dockerfile").read_text(), re.MULTILINE)[-1]
 _TIDEWRIGHT = Image(
-    ("tidewright",),
+    tuple(json.loads(_ENTRYPOINT)),
     ("serve", "--host", "0.0.0.0", "--gateway-port", "0"),
     10001,
     {
