@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check test test-clients coverage lint format bench bench-sweep bench-peers doctor clean
+.PHONY: help serve check test test-clients test-image coverage lint format bench bench-sweep bench-peers doctor clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -28,6 +28,10 @@ test: $(VENV)/.dev $(VENV)/.programs  ## Set up and run all tests, against the r
 test-clients: $(VENV)/.dev  ## Test the clients that people use, in environments of their own (some minutes)
 	@$(BIN)/tidewright prepare
 	$(BIN)/python tests/suite.py --clients tests/clients $(ARGS)
+
+test-image: $(VENV)/.dev $(VENV)/.programs  ## Build the images gateway and cpu as the Dockerfile says, and test them (many minutes)
+	@$(BIN)/tidewright prepare
+	$(BIN)/python -m pytest -n 0 -m image tests/deployment $(ARGS)
 
 coverage: $(VENV)/.dev $(VENV)/.programs  ## All tests, with what of the code they ran (takes longer)
 	@$(BIN)/tidewright prepare
@@ -76,7 +80,7 @@ $(VENV)/.programs: $(BIN)/python
 	not have: https://kubernetes.io/docs/tasks/tools/"; exit 1; }
 	@command -v terraform >/dev/null || { echo "The tests need terraform 1.11 or later, which Debian does not have: \
 	https://developer.hashicorp.com/terraform/install"; exit 1; }
-	@missing=; for one in redis-server chromium prometheus prometheus-alertmanager docker-compose; do \
+	@missing=; for one in redis-server chromium prometheus prometheus-alertmanager docker-compose tini mmdebstrap; do \
 	  command -v $$one >/dev/null || missing="$$missing $$one"; done; \
 	ls /usr/lib/*/rsyslog/omelasticsearch.so >/dev/null 2>&1 || missing="$$missing rsyslog rsyslog-elasticsearch"; \
 	if [ -n "$$missing" ]; then \

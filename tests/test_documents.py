@@ -40,7 +40,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 IGNORED = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
 # Of the programs that stand in the documents beside ours.
-OTHERS_OPTIONS = {"--grpc-use-ssl", "--trace-config"}
+OTHERS_OPTIONS = {"--grpc-use-ssl", "--trace-config", "--exit-timeout-secs", "--build-arg"}
 PATH = re.compile(rf"[\w./*-]+\.(py|md|cpp|h|sh|pbtxt)|[\w.-]+(/[\w.*-]+)*/|({'|'.join(FOLDERS)})/[\w./*-]+")
 
 

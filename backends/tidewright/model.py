@@ -37,6 +37,10 @@ log = logging.getLogger("tidewright")
 _INPUT_NAMES = tuple(spec.name for spec in DECODER_INPUTS)
 
 
+class NoFallbackError(ValueError):
+    """The model `fallback` is loaded, and nothing says which model that is."""
+
+
 class TritonPythonModel:
     """What Triton calls. Responses go out later, from the bridge's sender thread."""
 
@@ -47,6 +51,10 @@ class TritonPythonModel:
             parameters = json.loads(args["model_config"]).get("parameters", {})
             is_fallback = parameters.get("engine", {}).get("string_value") == "onnx"
             if is_fallback:
+                if not settings.fallback:  # its server was told to load all models
+                    raise NoFallbackError(
+                        "no fallback is configured; load the other models only, or set TIDEWRIGHT_FALLBACK"
+                    )
                 model_dir, config = Path(settings.fallback), settings.fallback_engine_config
                 load_manifest(model_dir)
             else:

@@ -25,7 +25,8 @@ MARKS = {
     "rsyslog": "starts an rsyslogd",
     "hosts": "makes network namespaces",
     "clients": "runs a client of other people",
-    "slow": "makes an environment that takes minutes; only `make test-clients` runs it",
+    "image": "runs the steps of docker/Dockerfile in namespaces",
+    "slow": "makes an environment that takes minutes; only `make test-clients` and `make test-image` run it",
 }
 _TESTS = str(Path(__file__).parent.parent)
 _running: pytest.Item | None = None

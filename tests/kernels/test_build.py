@@ -7,10 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tidewright.kernels import build
-
 OPENMP = """
 import re
 from pathlib import Path
@@ -89,21 +85,3 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path) -> None:
     _, err = output(start(LOAD, CXX=str(compiler), TIDEWRIGHT_CACHE=str(tmp_path)))
     assert f"{compiler} failed: cpu.cpp:1: error: I am tired" in err
     assert list((tmp_path / "kernels").iterdir()) == []
-
-
-def test_the_products_of_bfloat16_that_are_slower_here() -> None:
-    """Where the processor has a dot product of bfloat16, both ways work; the vendor decides which one is compiled."""
-    if "avx512_bf16" not in build._processor("flags"):
-        pytest.skip("this processor has no AVX512-BF16")
-    other = "-mno-avx512bf16" if "-DFAST_BF16_DOT" in build._flags() else "-DFAST_BF16_DOT"
-    compiler = os.environ.get("CXX") or "g++"
-    tests = Path(__file__).parents[1]
-    chosen = [str(tests / "kernels/test_cpu.py"), str(tests / "attention/test_native.py")]
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**os.environ, "CXX": f"{compiler} {other}"},
-    )
-    assert run.returncode == 0, run.stdout

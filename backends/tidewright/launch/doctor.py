@@ -18,7 +18,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from tidewright.cache import EMBEDDED_MODEL, ModelNotPreparedError, cache_dir, find_prepared
+from tidewright.cache import EMBEDDED_MODEL, MANIFEST, ModelNotPreparedError, cache_dir, find_prepared
 from tidewright.launch.errors import TritonNotFoundError
 from tidewright.launch.triton_install import find_triton, libpython_dirs
 
@@ -143,11 +143,24 @@ def _torch() -> Iterator[Check]:
 
 def _compiler() -> Iterator[Check]:
     compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
-    if found := shutil.which(compiler):
+    if library := _kernels_built_ahead():
+        yield Check("CPU kernels", "ok", f"built ahead: {library}")
+    elif found := shutil.which(compiler):
         yield Check("C++ compiler", "ok", found)
     else:
         fix = "apt-get install g++, or set CXX: a model on a CPU is half as fast without it"
         yield Check("C++ compiler", "warn", f"no {compiler}", fix)
+
+
+def _kernels_built_ahead() -> Path | None:
+    """As in an image."""
+    try:
+        from tidewright.kernels import build
+        from tidewright.kernels.baselines import fitting
+
+        return next(filter(None, map(build.prebuilt, fitting(build.processor()))), None)
+    except (ImportError, OSError, RuntimeError):  # without torch, of which another check tells
+        return None
 
 
 def _ports() -> Iterator[Check]:
@@ -178,7 +191,11 @@ def _cache() -> Iterator[Check]:
     folder = cache_dir()
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        yield Check("cache", "fail", f"{folder} can't be written", "set TIDEWRIGHT_CACHE to a folder that can")
+        # What it holds can be served, as from a read-only volume.
+        status: Literal["warn", "fail"] = "warn" if any(folder.glob(f"models/*/{MANIFEST}")) else "fail"
+        yield Check(
+            "cache", status, f"{folder} can't be written", "to prepare models, set TIDEWRIGHT_CACHE to one that can"
+        )
         return
     free = shutil.disk_usage(existing).free
     text = f"{folder}, {free / 2**30:.1f} GiB free"
