@@ -21,6 +21,7 @@ from helpers.processes import child
 from helpers.triton import Stream
 from tidewright.bench.machine import free_ports
 from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
+from tidewright.schema import DRAINING
 
 ROOT = Path(__file__).resolve().parents[2]
 (COMMAND,) = re.findall(r"^tritonserver (?:.*\\\n)*.*$", (ROOT / "docs/configuration.md").read_text(), re.MULTILINE)
@@ -145,6 +146,7 @@ def test_a_dead_stub_is_seen_by_our_probe_alone_and_stays_dead_until_it_is_loade
     eventually(lambda: not stock.is_healthy())
     status, words = stock.command("health")
     assert (status, "Stub process" in words) == (1, True)
+    assert stock.command("health", "--live")[0] == 1
     assert [stock.status(path) for path in ("health/live", "health/ready", "models/decoder/ready")] == [200, 200, 200]
     for verb in ("unload", "load"):
         assert stock.post(f"repository/models/decoder/{verb}").status_code == 200
@@ -163,7 +165,8 @@ def test_a_drain_and_then_sigterm_lose_nothing(model_dir: Path, tmp_path: Path) 
                 stream.next()
             assert server.command("drain", "--no-wait") == (0, "Draining.\n")
             status, words = server.command("health")
-            assert (status, "shutting down" in words) == (1, True)
+            assert (status, DRAINING in words) == (1, True)
+            assert server.command("health", "--live") == (0, "alive\n")
             assert server.status("health/ready") == 200
             refused = server.post("models/decoder/generate", text_input="a", max_tokens=1)
             assert "send the request to another" in refused.text
