@@ -151,5 +151,21 @@ def test_an_update_goes_on_only_while_new_pods_become_ready(cluster: Cluster, ki
     assert left <= {pod.host.address for pod in cluster.pods(kind, name)}
 
 
+def test_a_restart_makes_new_pods_each_time_and_outlives_what_is_applied(cluster: Cluster) -> None:
+    objects = _workload("StatefulSet", "again", _OBEDIENT)
+    cluster.apply(objects)
+    seen = set()
+    for _ in range(3):
+        cluster.wait_until(lambda: cluster.is_rolled_out("StatefulSet", "again"))
+        seen.add(cluster.pod("again-0").host.address)
+        cluster.restart("StatefulSet", "again")
+    cluster.wait_until(lambda: cluster.is_rolled_out("StatefulSet", "again"))
+    revision = cluster.pod("again-0").revision
+    cluster.apply(objects)
+    assert cluster.is_rolled_out("StatefulSet", "again")
+    assert cluster.pod("again-0").revision == revision
+    assert len(seen) == 3
+
+
 def test_expand() -> None:
     assert expand("$(A)$$(A)$(B)$", {"A": "x"}) == "x$(A)$(B)$"

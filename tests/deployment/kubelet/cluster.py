@@ -79,7 +79,8 @@ class Cluster:
                 new, old = copy.deepcopy(manifest), self.objects.get(key(manifest), {})
                 asked = old.get("spec", {}).get("template", {}).get("metadata", {}).get("annotations", {}).get(_RESTART)
                 if asked and "template" in new["spec"]:
-                    new["spec"]["template"].setdefault("metadata", {}).setdefault("annotations", {})[_RESTART] = asked
+                    metadata = new["spec"]["template"].setdefault("metadata", {})
+                    metadata.setdefault("annotations", {}).setdefault(_RESTART, asked)
                 self.objects[key(manifest)] = new
             for pod in self._pods:
                 if pod.volumes is not None:
