@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
+import re
+import subprocess
 import tempfile
 import threading
 import time
@@ -23,6 +26,7 @@ log = logging.getLogger(__name__)
 
 _ROUND = 0.05  # seconds between two rounds of the controllers
 _RESTART = "kubectl.kubernetes.io/restartedAt"
+_FOLDER = "tidewright-node-"
 _ZONE = "svc.cluster.local"
 
 
@@ -48,7 +52,8 @@ class Cluster:
 
     def __enter__(self) -> Cluster:
         self.network = Network()
-        self._folder = Path(tempfile.mkdtemp(prefix="tidewright-node-"))
+        remove_folders_of_the_dead()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-"))
         self._folder.chmod(0o755)
         self.names = NameServer(self.network.node, self._addresses)
         self._world = World(
@@ -229,3 +234,14 @@ class Cluster:
             return None
         selector = {"leaderworkerset.sigs.k8s.io/name": name}
         return {"metadata": manifest["metadata"], "spec": {"selector": selector, "publishNotReadyAddresses": True}}
+
+
+def remove_folders_of_the_dead() -> None:
+    """What runs that were killed left in the temporary folder, and what is mounted there."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER}*-*"):
+        found = re.match(rf"{_FOLDER}(\d+)-", folder.name)
+        if found and not Path("/proc", found[1]).exists():
+            mounted = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+            for path in (one for one in mounted if Path(one).is_relative_to(folder)):
+                subprocess.run(["umount", "--lazy", path], check=False, capture_output=True)
+            rmtree(folder, ignore_errors=True)
