@@ -299,7 +299,9 @@ struct Attention {
         for (int64_t row = 0; row < num_rows(unit); row++) {
             int32_t position = spans[unit.span].start + unit.token + row / group;
             int32_t end = std::min(position - key + 1, count);
-            weigh(first + row, window ? position - window + 1 - key : 0, end, scratch);
+            // The window of a later token may begin behind this tile.
+            int32_t begin = window ? std::min(position - int32_t(window) + 1 - key, KEYS) : 0;
+            weigh(first + row, begin, end, scratch);
         }
     }
 
