@@ -25,7 +25,7 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import ATTEMPT, DRAINING, DecoderStatus
+from tidewright.schema import ATTEMPT, DRAINING, PROTOCOL, DecoderStatus
 
 EOS = 2
 
@@ -438,6 +438,7 @@ def test_status_tells_what_is_wrong_and_how_full_it_is(world: World) -> None:
         3,
         tells_details=True,
         tells_timings=True,
+        protocol=PROTOCOL,
     )
     assert len(well.tokenizer) == 64
     world.engine.silent_for = 0.75

@@ -55,7 +55,8 @@ def written(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def run(*words: object) -> str:
-    result = CliRunner().invoke(main, ["plan", *map(str, words)])
+    # Else as wide as pytest-xdist says that the terminal is.
+    result = CliRunner().invoke(main, ["plan", *map(str, words)], env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     return result.output
 
