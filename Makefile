@@ -29,7 +29,7 @@ test-clients: $(VENV)/.dev  ## Test the clients that people use, in environments
 	@$(BIN)/tidewright prepare
 	$(BIN)/python tests/suite.py --clients tests/clients $(ARGS)
 
-test-image: $(VENV)/.dev $(VENV)/.programs  ## Build the images gateway and cpu as the Dockerfile says, and test them (many minutes)
+test-image: $(VENV)/.dev $(VENV)/.programs  ## Build the images gateway and cpu as the Dockerfile says, and test them (some minutes)
 	@$(BIN)/tidewright prepare
 	$(BIN)/python -m pytest -n 0 -m image tests/deployment $(ARGS)
 

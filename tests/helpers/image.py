@@ -155,7 +155,7 @@ class Builder:
         """Runs it in a folder with the stage at `root`."""
         place = self._folder / "mounts"
         place.mkdir(exist_ok=True)
-        script = self.mounted(layer, "root") + self.mounts() + script
+        script = self.mounted(layer, "root") + self.mounts() + self._of_a_build() + script
         done = subprocess.run(
             ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", script],
             cwd=place,
@@ -179,13 +179,20 @@ class Builder:
             hidden = {"/root", "/home", "/tmp", f"/{ROOT.parts[1]}"}
             lines += [f"mount --bind {sysconfig.get_path('purelib')} root{_BORROWED}"]
             lines += [f"mount -t tmpfs tmpfs root{folder}" for folder in sorted(hidden) if Path(folder).is_dir()]
-        else:
-            lines += ["cp /etc/resolv.conf root/etc/resolv.conf"]
-            for path in re.findall(r"(?:^|[ /])(/[^ /][^ ]*)", " ".join(self._of_pip().values())):
-                if Path(path).is_dir():
-                    lines += [f"mkdir -p root{path}; mount --bind {path} root{path}"]
-                elif Path(path).is_file():
-                    lines += [f"mkdir -p root{Path(path).parent}; touch root{path}; mount --bind {path} root{path}"]
+        return "".join(f"{line}\n" for line in lines)
+
+    def _of_a_build(self) -> str:
+        """What a step may reach of this machine: its name servers, and the packages that its pip is pointed to."""
+        if self.is_this_machine:
+            return ""  # has them
+        lines = ["cp /etc/resolv.conf root/etc/resolv.conf"]
+        for found in re.findall(r"(?:^|[ /])(/[^ /][^ ]*)", " ".join(self._of_pip().values())):
+            # An index of packages names files that stand beside it.
+            path = Path(found).parent if Path(found).name == "simple" else Path(found)
+            if path.is_dir():
+                lines += [f"mkdir -p root{path}; mount --bind {path} root{path}"]
+            elif path.is_file():
+                lines += [f"mkdir -p root{path.parent}; touch root{path}; mount --bind {path} root{path}"]
         return "".join(f"{line}\n" for line in lines)
 
 
