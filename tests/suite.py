@@ -35,9 +35,8 @@ class Stage:
 # half of what another has.
 _SHARED = ("--dist", "worksteal", "--max-worker-restart", "0")
 WITHOUT_TRITON = Stage("without Triton", "not server", ("-n", "3", *_SHARED))
-WITHOUT_SERVERS = Stage(
-    "without servers", "not (server or gateway or redis or rsyslog or browser or hosts)", WITHOUT_TRITON.options
-)
+_SERVERS = "server or gateway or redis or rsyslog or browser or hosts or image"
+WITHOUT_SERVERS = Stage("without servers", f"not ({_SERVERS})", WITHOUT_TRITON.options)
 WITH_TRITON = Stage("with Triton", "server and not slow", ("-n", "2", *_SHARED))
 CLIENTS = Stage("of clients", "clients", ("-n", "0"))  # one server for all, and all cores for it and its client
 
