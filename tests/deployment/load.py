@@ -48,11 +48,13 @@ class Load:
     """As many clients as there are prompts, each with one connection, which it keeps as long as its gateway does.
 
     A new connection goes to any gateway that is ready at that moment, as through a Service's address; an open one stays
-    where it is. Nothing is retried: each failure is seen.
+    where it is. Nothing is retried: each failure is seen. `pause`: seconds of each client between two streams.
     """
 
-    def __init__(self, cluster: Cluster, key: str, prompts: Iterable[str] = PROMPTS, max_tokens: int = 48) -> None:
-        self._cluster, self._prompts, self._max_tokens = cluster, list(prompts), max_tokens
+    def __init__(
+        self, cluster: Cluster, key: str, prompts: Iterable[str] = PROMPTS, max_tokens: int = 48, pause: float = 0.0
+    ) -> None:
+        self._cluster, self._prompts, self._max_tokens, self._pause = cluster, list(prompts), max_tokens, pause
         self._headers = {"Authorization": f"Bearer {key}", "Cache-Control": "no-store"}
         self.done: list[Stream] = []
         self._over = False
@@ -99,8 +101,7 @@ class Load:
                 except (httpx.HTTPError, OSError, ValueError) as error:
                     stream.error = f"{type(error).__name__}: {error}"
                 self.done.append(stream)
-                if stream.error:
-                    await asyncio.sleep(0.2)
+                await asyncio.sleep(max(self._pause, 0.2 if stream.error else 0.0))
 
     async def _generate(self, client: httpx.AsyncClient, stream: Stream) -> None:
         body: dict[str, Any] = {"model": "smollm2-135m", "prompt": stream.prompt, "max_tokens": self._max_tokens}

@@ -46,13 +46,12 @@ def test_a_full_cache_is_said_and_left_clean(gguf: Path, tmp_path: Path) -> None
     try:
         with Stack(seed=seed) as stack:
             stack.apply(render(path))
-            stack.wait_until(lambda: stack.said("tidewright-replica-0", "BackOff"), 120)
+            stack.wait_until(lambda: stack.said("tidewright-replica-0", "BackOff"), 600)
             pod = stack.pod("tidewright-replica-0")
             assert not pod.ready
             assert pod.container("prepare").restarts >= 1
             assert pod.container("replica").log == ""
-            assert "No space left" in pod.container("prepare").log
-            assert "TIDEWRIGHT_CACHE" in pod.container("prepare").log  # what to change
+            assert "are free; free some space, or set TIDEWRIGHT_CACHE" in pod.container("prepare").log
             assert pod.volumes is not None
             left = {file for file in pod.volumes.path("cache").rglob("*") if file.is_file() and file.stat().st_size}
             assert {file.name for file in left} == {Path(MODEL).name}
