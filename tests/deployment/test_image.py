@@ -23,6 +23,10 @@ CHAT = (
     "request = r.Request('http://127.0.0.1:8080/v1/chat/completions', body.encode(), headers);"
     "print(r.urlopen(request, timeout=60).read().decode())"
 )
+PIP = (
+    "import subprocess; from tidewright.launch.model_sources import pip_command; "
+    "subprocess.check_call([*pip_command(), '--version'])"
+)
 pytestmark = [pytest.mark.image, pytest.mark.timeout(900)]
 
 
@@ -72,6 +76,8 @@ def assert_is_contained(container: Container) -> None:
     assert container.exec("touch", "/tmp/x", "/dev/shm/x").returncode == 0
     for program in ("g++", "gcc", "c++", "cc", "as", "ld", "clang", "/opt/tidewright/bin/pip"):
         assert "No such file" in fails(container, program, "--version")
+    # The base's own pip, with which `prepare` fetches the embedded model.
+    assert container.exec("python", "-c", PIP).returncode == 0
 
 
 def test_the_gateway_needs_neither_torch_nor_triton(

