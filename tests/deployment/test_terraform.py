@@ -40,7 +40,6 @@ UNVALIDATED = {
     ("gke", "authorized_cidr"),
     ("tidewright", "kubeconfig"),
     ("tidewright", "context"),
-    ("tidewright", "redis_password"),
     ("tidewright", "secrets_revision"),
 }
 LLAMA_8B = read_config(
@@ -307,6 +306,17 @@ def test_every_object_of_an_overlay_is_applied(splitter: Path, overlay: Path) ->
     found = split(splitter, text)
     assert len(found["objects"]) == len(kinds) - kinds.count("Namespace") - kinds.count("Secret")
     assert found["namespace"]["metadata"]["name"] == "tidewright"
+
+
+def test_the_example_makes_all_secrets_that_production_asks_for() -> None:
+    """One that is missing keeps pods from starting; a Redis without a password would take anyone."""
+    ((_, _, module),) = blocks("module", FOLDER / "examples" / "tidewright")
+    text = rendered(ROOT / "k8s" / "overlays" / "production")
+    asked = set(re.findall(r"secretName: (\S+)", text))
+    references = re.findall(r"(?:secretKeyRef|credentials):\n +key: \S+\n +name: (\S+)(\n +optional: true)?", text)
+    asked |= {name for name, optional in references if not optional}
+    assert {name.strip('"') for name in module["secret_names"]} == asked
+    assert {name.strip('"') for name in module["secrets"] if not name.startswith("__")} == asked
 
 
 def test_texts_that_are_no_manifests_are_refused(splitter: Path) -> None:

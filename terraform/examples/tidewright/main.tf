@@ -1,6 +1,5 @@
-# An overlay on a cluster that is there already, with its own state: a provider can't plan against a cluster to be made.
-#   kubectl kustomize k8s/overlays/production > manifests.yaml
-#   terraform apply -var manifests=manifests.yaml -var keys=keys.yaml
+# The overlay production on a cluster that is there already, with its own state: a provider can't plan against a cluster to be made.
+# Its Secrets are made here; another overlay may need fewer. ../../README.md says how to apply it.
 
 terraform {
   required_version = ">= 1.11"
@@ -42,11 +41,25 @@ variable "keys" {
   }
 }
 
+variable "metrics_key" {
+  description = "File with an API key of the role admin, as `tidewright keys create prometheus --role admin` prints it: Prometheus' own."
+  type        = string
+
+  validation {
+    condition     = fileexists(var.metrics_key)
+    error_message = "metrics_key must name a file."
+  }
+}
+
 variable "redis_password" {
-  description = "Password of Redis, if the overlay has it."
+  description = "Password of Redis, such as `openssl rand -hex 32` makes: TF_VAR_redis_password keeps it out of the shell's history."
   type        = string
   ephemeral   = true
-  default     = ""
+
+  validation {
+    condition     = can(regex("^[A-Za-z0-9._~-]{16,}$", var.redis_password))
+    error_message = "redis_password must be at least 16 letters, digits and . _ ~ -: it stands in a URL."
+  }
 }
 
 variable "secrets_revision" {
@@ -59,11 +72,12 @@ module "tidewright" {
   source = "../../modules/tidewright"
 
   manifests        = file(var.manifests)
-  secret_names     = ["tidewright-keys", "tidewright-redis"]
+  secret_names     = ["tidewright-keys", "tidewright-metrics", "tidewright-redis"]
   secrets_revision = var.secrets_revision
   secrets = {
-    tidewright-keys  = { "keys.yaml" = file(var.keys) }
-    tidewright-redis = { password = var.redis_password }
+    tidewright-keys    = { "keys.yaml" = file(var.keys) }
+    tidewright-metrics = { key = trimspace(file(var.metrics_key)) }
+    tidewright-redis   = { password = var.redis_password }
   }
 }
 

@@ -23,7 +23,7 @@ variable "model" {
   validation {
     condition = alltrue([
       for name in ["hidden_size", "intermediate_size", "layers", "query_heads", "kv_heads", "head_dim", "vocab_size", "max_positions", "rotary_tables"] :
-      var.model[name] >= 1 && floor(var.model[name]) == var.model[name]
+      try(var.model[name] >= 1 && floor(var.model[name]) == var.model[name], false)
     ])
     error_message = "Each size of the model must be a positive whole number."
   }
