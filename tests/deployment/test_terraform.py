@@ -273,6 +273,24 @@ def test_modules_pin_what_they_need(folder: Path) -> None:
         assert {name for name, has_default in known.items() if not has_default} <= given
 
 
+def test_clusters_have_what_the_manifests_need() -> None:
+    """Volumes and policies that are enforced, which EKS comes without; and nodes that take a replica."""
+    folder = FOLDER / "modules" / "eks"
+    addons = {
+        content["addon_name"].strip('"'): str(content.get("configuration_values"))
+        for _, kind, named in blocks("resource", folder)
+        if kind == "aws_eks_addon"
+        for content in named.values()
+    }
+    assert "enableNetworkPolicy" in addons["vpc-cni"]
+    assert "defaultStorageClass" in addons["aws-ebs-csi-driver"]
+    (gpu,) = [content for _, name, content in blocks("variable", folder) if name == "gpu_instance_type"]
+    assert gpu["default"].strip('"') == "g6.2xlarge"  # 8 cores, 32 GiB, of which the node itself takes some
+    for asked, most in (('cpu: "4"', 7), ("memory: 16Gi", 28)):
+        assert f"{asked}\n" in rendered(ROOT / "k8s" / "overlays" / "single-gpu")
+        assert int(re.findall(r"\d+", asked)[0]) <= most
+
+
 def test_policies() -> None:
     check_policies(FOLDER, "terraform", EXCEPTIONS)
 

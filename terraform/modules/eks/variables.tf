@@ -40,13 +40,13 @@ variable "kms_key_arn" {
 }
 
 variable "gpu_instance_type" {
-  description = "Instance type of the GPU nodes: g6.xlarge has one L4, p5.48xlarge eight H100, p5en.48xlarge eight H200."
+  description = "Instance type of the GPU nodes: g6.2xlarge has one L4, p5.48xlarge eight H100, p5en.48xlarge eight H200. g6.xlarge is too small for the overlays."
   type        = string
-  default     = "g6.xlarge"
+  default     = "g6.2xlarge"
 
   validation {
     condition     = can(regex("^(g4dn|g5|g6|g6e|p4d|p4de|p5|p5e|p5en|p6-b200)\\.[0-9]*x?large$", var.gpu_instance_type))
-    error_message = "gpu_instance_type must be an instance type with NVIDIA GPUs, such as g6.xlarge or p5.48xlarge."
+    error_message = "gpu_instance_type must be an instance type with NVIDIA GPUs, such as g6.2xlarge or p5.48xlarge."
   }
 }
 
