@@ -149,12 +149,12 @@ def test_the_requirements_are_those_of_the_extras(extras: tuple[str, ...]) -> No
 def test_the_gpu_images_pins_are_whole() -> None:
     """They are of an older Python; torch is the same, and numpy what Triton 2.51 takes."""
     ours, other = pins("constraints.txt"), pins("docker/constraints-gpu.txt")
-    required = {
-        Requirement(line).name for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["server"]]
-    }
-    assert required <= other.keys()
+    (step,) = [value for name, value in STAGES["requirements-gpu"].steps if name == "RUN"]
+    extras = step.partition("requirements.py")[2].partition(">")[0].split()
+    required = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
+    assert {Requirement(line).name for line in [*PROJECT["dependencies"], *required]} <= other.keys()
     assert (other["torch"], other["numpy"]) == (ours["torch"], ours["numpy"])
-    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["server"]]:
+    for line in [*PROJECT["dependencies"], *required]:
         requirement = Requirement(line)
         assert requirement.specifier.contains(other[requirement.name]), line
 
