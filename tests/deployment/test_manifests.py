@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -87,6 +88,28 @@ def test_all_components_go_together(tmp_path: Path) -> None:
     check_schemas(objects, VERSIONS[-1])
     (monitor,) = of_kind(objects, "ServiceMonitor")
     assert monitor["spec"]["endpoints"][0]["scheme"] == "https"
+
+
+def test_the_guides_overlay_on_top_of_another_works(tmp_path: Path) -> None:
+    (text,) = re.findall(
+        r"```yaml\n(.*?kind: Kustomization\n.*?)```", (ROOT / "docs/deployment.md").read_text(), re.DOTALL
+    )
+    shutil.copytree(K8S, tmp_path / "tidewright" / "k8s")
+    (tmp_path / "kustomization.yaml").write_text(text)
+    objects = rendered(tmp_path)
+    check_schemas(objects, VERSIONS[-1])
+    assert of_kind(objects, "ScaledObject")
+    for one in objects:
+        assert (one["metadata"].get("namespace") == "tidewright") == (one["kind"] not in CLUSTER_SCOPED), one[
+            "metadata"
+        ]
+        if one["metadata"]["name"] in ("tidewright-replica", "tidewright-gateway") and "template" in one.get(
+            "spec", {}
+        ):
+            assert "replicas" not in one["spec"]
+            assert all(
+                c["image"].startswith("registry.internal/") for c in one["spec"]["template"]["spec"]["containers"]
+            )
 
 
 def test_a_misspelt_field_is_found() -> None:
