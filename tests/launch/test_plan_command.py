@@ -214,8 +214,8 @@ def test_bad_options(folder: Path, words: tuple[str, ...], message: str) -> None
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported; there is: Gemma2"),
         ({"architectures": 7}, "architecture 7 is not supported"),
         ({"quantization_config": {"bits": 4}}, "config.json sets quantization_config, which is not supported"),
-        ({"num_hidden_layers": 0}, "needs num_hidden_layers as a positive whole number"),
-        ({"hidden_size": "large"}, "needs hidden_size as a positive whole number"),
+        ({"num_hidden_layers": 0}, "needs num_hidden_layers as a whole number from 1"),
+        ({"hidden_size": "large"}, "needs hidden_size as a whole number from 1"),
     ],
 )
 def test_models_that_are_not_served(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

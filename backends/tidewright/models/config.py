@@ -11,6 +11,8 @@ from typing import Any
 
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 FULL, SLIDING = "full_attention", "sliding_attention"  # the layer types as config.json calls them
+MOST = 2**31 - 1
+MOST_PARTS = 10_000  # layers and heads: there is a loop over them
 _NOT_COMPUTED = (
     "quantization_config",
     "vision_config",
@@ -98,8 +100,8 @@ class DecoderConfig:
         if activation not in ACTIVATIONS:
             known = " and ".join(ACTIVATIONS)
             raise ModelConfigError(f"hidden_act {activation!r} is not supported; there is {known}")
-        hidden_size, num_heads = _number(config, "hidden_size"), _number(config, "num_attention_heads")
-        num_kv_heads = _number(config, "num_key_value_heads", num_heads)
+        hidden_size, num_heads = _number(config, "hidden_size"), _number(config, "num_attention_heads", most=MOST_PARTS)
+        num_kv_heads = _number(config, "num_key_value_heads", num_heads, MOST_PARTS)
         if num_heads % num_kv_heads:
             raise ModelConfigError(
                 f"num_attention_heads ({num_heads}) is not a multiple of num_key_value_heads ({num_kv_heads})"
@@ -124,17 +126,17 @@ class DecoderConfig:
         )
 
 
-def _number(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+def _number(config: Mapping[str, Any], name: str, default: int | None = None, most: int = MOST) -> int:
     value = config.get(name)
     if value is None:
         value = default
-    if not isinstance(value, int) or value < 1:
-        raise ModelConfigError(f"config.json needs {name} as a positive whole number, not {value!r}")
+    if not isinstance(value, int) or not 1 <= value <= most:
+        raise ModelConfigError(f"config.json needs {name} as a whole number from 1 to {most}, not {value!r:.99}")
     return value
 
 
 def _layers(config: Mapping[str, Any], slides: Callable[[int], bool]) -> tuple[LayerConfig, ...]:
-    count = _number(config, "num_hidden_layers")
+    count = _number(config, "num_hidden_layers", most=MOST_PARTS)
     kinds = config.get("layer_types") or [SLIDING if slides(layer) else FULL for layer in range(count)]
     if len(kinds) != count:
         raise ModelConfigError(f"layer_types has {len(kinds)} entries for {count} layers (num_hidden_layers)")
