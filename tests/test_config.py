@@ -147,6 +147,8 @@ def test_no_password_is_printed() -> None:
         ("sever: {port: 1}", "gateway.yaml: there is no option sever; did you mean server?"),
         ("server: 5", "gateway.yaml: server must have options of its own"),
         ("server:\n  port: [1\n", "gateway.yaml:3: not YAML"),
+        ("server: {port: 1}\nauth: {keys: a}\nserver:\n  host: b\n", "gateway.yaml:3: not YAML: server a second time"),
+        ("server:\n  port: 1\n  port: 2\n", "gateway.yaml:3: not YAML: port a second time"),
         ("- a", "gateway.yaml: must have options, in groups, such as `server: {port: 8080}`"),
         ("\x00", "gateway.yaml: not YAML"),
     ],

@@ -16,6 +16,19 @@ VERSION = 1
 VERSION_KEY = "version"
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML takes the last of two equal names and drops the other, with all that stands below it."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in names:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} a second time", key.start_mark)
+                names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_options(path: Path, groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The options that the file sets, by name; their values are not looked at, except for that of `version`.
 
@@ -26,7 +39,7 @@ def read_options(path: Path, groups: Mapping[str, Sequence[str]]) -> dict[str, A
         ValueError: it can't be read or understood; the message names the file, and what to change.
     """
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        found = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except UnicodeError:
