@@ -1,9 +1,10 @@
 """Runs the test suite and judges it: `python tests/suite.py [--without-servers | --clients] [pytest's arguments]`.
 
 The tests that start no tritonserver run first, on three workers; then the others on two, with servers of their own that
-compute in one thread each. --without-servers leaves out those that start a server of any kind, a gateway or Redis too.
-A test that failed runs once more, alone in a fresh process. If it passes there, it is flaky: the run is green and says
-so. More than three flaky tests are red. A run that crashes, is killed or finds no tests is red.
+compute in one thread each; at last, one by one, those that run whole deployments. --without-servers leaves out those
+that start a server of any kind, a gateway or Redis too. A test that failed runs once more, alone in a fresh process. If
+it passes there, it is flaky: the run is green and says so. More than three flaky tests are red. A run that crashes, is
+killed or finds no tests is red.
 """
 
 from __future__ import annotations
@@ -34,10 +35,11 @@ class Stage:
 # More than one worker though a server takes both cores: most tests wait for processes. One that has nothing left takes
 # half of what another has.
 _SHARED = ("--dist", "worksteal", "--max-worker-restart", "0")
-WITHOUT_TRITON = Stage("without Triton", "not server", ("-n", "3", *_SHARED))
-_SERVERS = "server or gateway or redis or rsyslog or browser or hosts or image"
+WITHOUT_TRITON = Stage("without Triton", "not server and not cluster", ("-n", "3", *_SHARED))
+_SERVERS = "server or cluster or gateway or redis or rsyslog or browser or hosts or image"
 WITHOUT_SERVERS = Stage("without servers", f"not ({_SERVERS})", WITHOUT_TRITON.options)
-WITH_TRITON = Stage("with Triton", "server and not slow", ("-n", "2", *_SHARED))
+WITH_TRITON = Stage("with Triton", "server and not slow and not cluster", ("-n", "2", *_SHARED))
+CLUSTER = Stage("on the small kubelet", "cluster", ("-n", "0"))  # several Tritons and gateways need all cores
 CLIENTS = Stage("of clients", "clients", ("-n", "0"))  # one server for all, and all cores for it and its client
 
 
@@ -62,7 +64,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--clients", action="store_true", help="only other people's clients, including slow ones")
     parser.add_argument("-m", dest="mark", default="", help="only tests with such marks, as for pytest")
     known, arguments = parser.parse_known_args(words)
-    stages = [WITHOUT_TRITON, WITH_TRITON]
+    stages = [WITHOUT_TRITON, WITH_TRITON, CLUSTER]
     if known.without_servers or known.clients:
         stages = [CLIENTS if known.clients else WITHOUT_SERVERS]
     # A shell starts what it runs in the background with SIGINT ignored, and so would be all that the tests start.

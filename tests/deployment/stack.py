@@ -22,7 +22,7 @@ GROUPS = ("LeaderWorkerSet", "tidewright-replica")
 _ENV = "/spec/template/spec/containers/0/env/-"
 
 
-@needs("server")
+@needs("cluster")
 class Stack(Cluster):
     """Applies nothing by itself. Failed containers start again ten times as soon as in Kubernetes."""
 

@@ -75,7 +75,7 @@ def while_loaded(
     stack: Stack, texts: Texts, act: Callable[[], None], until: Callable[[], object], load: Load | None = None
 ) -> Load:
     """From some streams before, to some after."""
-    load = load or Load(stack, stack.key, pause=1.0)  # pods that start need a part of the CPU
+    load = load or Load(stack, stack.key, pause=3.0)  # pods that start need a part of the CPU
     with load:
         stack.wait_until(lambda: load.done, PATIENCE)
         act()

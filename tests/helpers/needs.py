@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 MARKS = {
     "server": "starts a tritonserver",
+    "cluster": "runs pods on the small kubelet of tests/deployment",
     "chaos": "kills or stops processes of a server, or looks for them to do so",
     "gateway": "starts a gateway process",
     "redis": "starts a redis-server",
