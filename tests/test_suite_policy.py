@@ -12,7 +12,17 @@ import pytest
 SUITE = Path(__file__).with_name("suite.py")
 PASSES = "def test_passes(): pass\n"
 FAILS = "def test_fails(): assert 1 == 2\n"
-SERVER = "import pytest\n@pytest.mark.server\ndef test_with_server():\n    pass\n"
+SERVER = """
+import pytest
+
+@pytest.mark.server
+def test_with_server():
+    pass
+
+@pytest.mark.cluster
+def test_with_pods():
+    pass
+"""
 # What fails the first time leaves a mark, and does something else the second time.
 FLAKY = """
 import os, pathlib, pytest, signal
@@ -37,7 +47,7 @@ def flaky(number: int, first: str = FAIL, then: str = "pass") -> str:
 def judge(folder: Path, code: str, *arguments: str) -> tuple[int, list[str]]:
     """The exit status, and the last lines of what it said."""
     (folder / "test_it.py").write_text(code)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers = server\n")
+    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    server\n    cluster\n")
     # Of this environment's plugins only what the script uses; the others take a second to load.
     plugins = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": "-p xdist -p pytest_reportlog.plugin"}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | plugins
@@ -109,7 +119,7 @@ def test_one_that_is_skipped_when_run_again_has_not_passed(tmp_path: Path) -> No
         (PASSES + flaky(1, "os._exit(0)"), ONE_STAGE, "pytest ended with status 0"),
         ("nonsense", ONE_STAGE, "pytest ended with status 2"),
         (PASSES, ["-n", "0", "-k", "nowhere"], "no tests were found"),
-        # Without arguments, both stages have tests.
+        # Without arguments, all stages have tests.
         (PASSES, [], "the tests with Triton did not run to the end: pytest ended with status 5"),
         # The second time.
         (flaky(1, then=CRASH), ONE_STAGE, "test_it.py::test_flaky[0] did not run to the end: pytest was killed by"),
