@@ -44,6 +44,11 @@ def check_url(text: str, *schemes: str) -> SplitResult:
     return parts
 
 
+def check_redis_url(text: str) -> SplitResult:
+    """As `check_url`; rediss:// is Redis over TLS."""
+    return check_url(text, "redis", "rediss")
+
+
 def without_user(url: str) -> str:
     """For messages: a URL may have a name and a password."""
     return _USER.sub("", url)

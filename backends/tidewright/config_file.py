@@ -75,6 +75,11 @@ def read_options(path: Path, groups: Mapping[str, Sequence[str]]) -> dict[str, A
     return options
 
 
+def as_file(options: Mapping[str, Any]) -> str:
+    """The text of a file that sets these options, groups among them."""
+    return yaml.safe_dump({VERSION_KEY: VERSION, **options}, sort_keys=False)
+
+
 def _check_version(given: Any, path: Path) -> None:
     """A file without one is of the first."""
     if type(given) is int and given == VERSION:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 Stamp = tuple[tuple[int, int], ...]
@@ -17,3 +19,13 @@ def stamp(*files: str) -> Stamp:
         except OSError:
             found.append((0, 0))
     return tuple(found)
+
+
+async def changes(seen: Stamp, interval: float, *files: str) -> AsyncIterator[None]:
+    """For ever: an item after each change since `seen`, looked for every `interval` seconds."""
+    while True:
+        await asyncio.sleep(interval)
+        now = stamp(*files)
+        if now != seen:
+            seen = now
+            yield

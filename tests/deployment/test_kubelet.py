@@ -10,7 +10,7 @@ import pytest
 from deployment.kubelet.cluster import Cluster
 from deployment.kubelet.environment import expand
 from deployment.kubelet.manifests import Manifest
-from helpers.hosts import NoNamespacesError
+from helpers.hosts import or_skip
 
 _OBEDIENT = "trap 'echo TERM; exit 0' TERM; while :; do sleep 0.05; done"
 _FILE = {"exec": {"command": ["test", "-e", "/tmp/ready"]}, "periodSeconds": 0.1, "failureThreshold": 1}
@@ -18,11 +18,8 @@ _FILE = {"exec": {"command": ["test", "-e", "/tmp/ready"]}, "periodSeconds": 0.1
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    try:
-        with Cluster(pace=0.02) as running:
-            yield running
-    except NoNamespacesError as error:
-        pytest.skip(f"this machine allows no network namespaces: {error}")
+    with or_skip(), Cluster(pace=0.02) as running:
+        yield running
 
 
 def _workload(kind: str, name: str, script: str, replicas: int = 1, pod: Any = (), **container: Any) -> list[Manifest]:

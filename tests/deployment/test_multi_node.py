@@ -11,7 +11,7 @@ import pytest
 from deployment.load import Load
 from deployment.stack import GATEWAYS, GROUPS, Stack, group_manifests, secret
 from deployment.test_rollout import PATIENCE, kill, while_loaded
-from helpers.hosts import NoNamespacesError
+from helpers.hosts import or_skip
 from helpers.oracle import Oracle
 
 pytestmark = pytest.mark.timeout(1800)
@@ -21,15 +21,12 @@ LENGTH = 32
 
 @pytest.fixture(scope="module")
 def stack(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    try:
-        with Stack() as running:
-            rendezvous = secret("tidewright-rendezvous", secret=secrets.token_hex(32))
-            objects = group_manifests(tmp_path_factory.mktemp("overlay") / "group", "multi-node-cpu")
-            running.apply([*objects, running.secret, rendezvous])
-            running.wait_until(lambda: running.is_rolled_out(*GROUPS) and running.is_rolled_out(*GATEWAYS), PATIENCE)
-            yield running
-    except NoNamespacesError as error:
-        pytest.skip(f"this machine allows no network namespaces: {error}")
+    with or_skip(), Stack() as running:
+        rendezvous = secret("tidewright-rendezvous", secret=secrets.token_hex(32))
+        objects = group_manifests(tmp_path_factory.mktemp("overlay") / "group", "multi-node-cpu")
+        running.apply([*objects, running.secret, rendezvous])
+        running.wait_until(lambda: running.is_rolled_out(*GROUPS) and running.is_rolled_out(*GATEWAYS), PATIENCE)
+        yield running
 
 
 @pytest.fixture(scope="module")

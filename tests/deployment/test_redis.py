@@ -12,7 +12,7 @@ from deployment.kubelet.manifests import K8S
 from deployment.load import PORT, Load
 from deployment.stack import GATEWAYS, Stack, manifests, secret
 from deployment.test_rollout import PATIENCE, kill
-from helpers.hosts import NoNamespacesError
+from helpers.hosts import or_skip
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.redis]
 REDIS = ("StatefulSet", "tidewright-redis")
@@ -21,15 +21,12 @@ PROMPTS = ("The sea is", "Once upon a time")
 
 @pytest.fixture(scope="module")
 def stack(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    try:
-        with Stack() as running:
-            folder = tmp_path_factory.mktemp("overlay") / "demo"
-            objects = manifests(folder, "cpu-demo", 1, 2, components=[K8S / "components" / "redis"])
-            running.apply([*objects, running.secret, secret("tidewright-redis", password="hush")])
-            running.wait_until(lambda: running.is_up() and running.is_rolled_out(*REDIS), PATIENCE)
-            yield running
-    except NoNamespacesError as error:
-        pytest.skip(f"this machine allows no network namespaces: {error}")
+    with or_skip(), Stack() as running:
+        folder = tmp_path_factory.mktemp("overlay") / "demo"
+        objects = manifests(folder, "cpu-demo", 1, 2, components=[K8S / "components" / "redis"])
+        running.apply([*objects, running.secret, secret("tidewright-redis", password="hush")])
+        running.wait_until(lambda: running.is_up() and running.is_rolled_out(*REDIS), PATIENCE)
+        yield running
 
 
 def test_a_response_outlives_redis_and_requests_do_without_it(stack: Stack) -> None:

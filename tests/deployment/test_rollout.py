@@ -15,7 +15,7 @@ from deployment.kubelet.manifests import Manifest, patch
 from deployment.kubelet.pod import Pod
 from deployment.load import PORT, Load
 from deployment.stack import GATEWAYS, REPLICAS, Stack, manifests, secret, variable
-from helpers.hosts import NoNamespacesError
+from helpers.hosts import or_skip
 from helpers.needs import needs
 from tidewright.launch.control import control
 
@@ -32,13 +32,10 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
 @pytest.fixture(scope="module")
 def stack(objects: list[Manifest], model_dir: Path) -> Iterator[Stack]:
     """Without its Secret at first."""
-    try:
-        with Stack() as running:
-            running.apply(objects)
-            running.wait_until(lambda: running.said("tidewright-gateway", "FailedMount"))
-            yield running
-    except NoNamespacesError as error:
-        pytest.skip(f"this machine allows no network namespaces: {error}")
+    with or_skip(), Stack() as running:
+        running.apply(objects)
+        running.wait_until(lambda: running.said("tidewright-gateway", "FailedMount"))
+        yield running
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from helpers.checkpoints import SIZES, expected, prompt, save
 from helpers.engine_process import PATIENCE, config, hear_failed, hear_ready, submit, tokens_of
 from helpers.engine_process import Bridge as EngineBridge
 from helpers.engine_process import bridge as engine_bridge
-from helpers.hosts import Host, NoNamespacesError, Worker, two_hosts, worker
+from helpers.hosts import Host, Worker, or_skip, two_hosts, worker
 from helpers.oracle import PROMPTS, Oracle
 from helpers.scripted import Caller
 from tidewright.bridge.bridge import Bridge
@@ -41,11 +41,8 @@ Model = tuple[Path, transformers.PreTrainedModel]
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
-    try:
-        with two_hosts() as made:
-            yield made
-    except NoNamespacesError as error:
-        pytest.skip(f"this machine allows no network namespaces: {error}")
+    with or_skip(), two_hosts() as made:
+        yield made
 
 
 @pytest.fixture(scope="module")

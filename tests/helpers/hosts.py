@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from helpers.needs import needs
 
 _CLONE_NEWNET = 0x40000000
@@ -25,6 +27,15 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 class NoNamespacesError(RuntimeError):
     """This machine does not allow to make them; the message is its own."""
+
+
+@contextmanager
+def or_skip() -> Iterator[None]:
+    """Skips the test if what is made within needs network namespaces, and there can be none."""
+    try:
+        yield
+    except NoNamespacesError as error:
+        pytest.skip(f"this machine allows no network namespaces: {error}")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from tidewright.cache import EMBEDDED_MODEL, MANIFEST, ModelNotPreparedError, cache_dir, find_prepared
 from tidewright.launch.errors import TritonNotFoundError
+from tidewright.launch.space import nearest_existing
 from tidewright.launch.triton_install import find_triton, libpython_dirs
 
 _PYTHONS = ((3, 10), (3, 13))
@@ -189,7 +190,7 @@ def _shared_memory() -> Iterator[Check]:
 
 def _cache() -> Iterator[Check]:
     folder = cache_dir()
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = nearest_existing(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         # What it holds can be served, as from a read-only volume.
         status: Literal["warn", "fail"] = "warn" if any(folder.glob(f"models/*/{MANIFEST}")) else "fail"

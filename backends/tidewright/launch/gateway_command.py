@@ -6,10 +6,9 @@ import os
 import sys
 
 import click
-import yaml
 from rich.markup import escape
 
-from tidewright.config_file import VERSION, VERSION_KEY
+from tidewright.config_file import as_file
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.options import grouped, settings_from, settings_options
 from tidewright.launch.terminal import Terminal
@@ -39,7 +38,7 @@ def gateway(config: str | None, print_config: bool, **flags: str | None) -> None
         os.environ[CONFIG_FILE_VARIABLE] = config
     settings = settings_from(GatewaySettings, flags)
     if print_config:
-        click.echo(yaml.safe_dump({VERSION_KEY: VERSION, **settings.in_groups()}, sort_keys=False), nl=False)
+        click.echo(as_file(settings.in_groups()), nl=False)
         return
     try:
         terminal = Terminal("gateway", settings.log_format, settings.log_level, settings.log_file)

@@ -11,11 +11,10 @@ import types
 from pathlib import Path
 
 import click
-import yaml
 from rich.markup import escape
 
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
-from tidewright.config_file import VERSION, VERSION_KEY
+from tidewright.config_file import as_file
 from tidewright.distributed.secret import SecretFileError, read_secret
 from tidewright.launch.client_commands import DEFAULT_URL
 from tidewright.launch.errors import LaunchError
@@ -71,7 +70,7 @@ def serve(config: str | None, print_config: bool, **flags: str | None) -> None:
         os.environ[CONFIG_FILE_VARIABLE] = config
     settings = settings_from(Settings, flags)
     if print_config:
-        click.echo(yaml.safe_dump({VERSION_KEY: VERSION, **settings.in_order()}, sort_keys=False), nl=False)
+        click.echo(as_file(settings.in_order()), nl=False)
         return
     try:
         terminal = Terminal("serve", settings.log_format, settings.log_level, settings.log_file)

@@ -11,10 +11,14 @@ from tidewright.launch.errors import LaunchError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def nearest_existing(folder: Path) -> Path:
+    """`folder`, or what is to hold it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
 def free_bytes(folder: Path) -> int:
     """Of the file system that has `folder`, which need not exist yet."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return shutil.disk_usage(existing).free
+    return shutil.disk_usage(nearest_existing(folder)).free
 
 
 def check_space(folder: Path, needed: int, what: str, hint: str, error: type[LaunchError]) -> None:

@@ -9,12 +9,11 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from tidewright.address import check_url
+from tidewright.address import check_redis_url
 from tidewright_gateway.auth.errors import AuthSetupError
 from tidewright_gateway.auth.keys import KeyEntry
 from tidewright_gateway.auth.stores import Change, Entries, KeyStore
 
-SCHEMES = ("redis", "rediss")
 REDIS_HASH = "tidewright:keys"
 _REDIS_TIMEOUT = 2.0  # seconds
 
@@ -24,7 +23,7 @@ class RedisStore(KeyStore):
 
     def __init__(self, url: str) -> None:
         try:
-            parts = check_url(url, *SCHEMES)
+            parts = check_redis_url(url)
             port = f":{parts.port}" if parts.port else ""
             self._redis = redis.Redis.from_url(
                 url,

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
-from tidewright.address import check_url
+from tidewright.address import check_redis_url, check_url
 from tidewright.config_file import read_options
 from tidewright.resilience.config import ResilienceSettings
 from tidewright_gateway.config.api import ApiSettings
@@ -104,7 +104,7 @@ class GatewaySettings(
     def _keys_can_be_found(self) -> GatewaySettings:
         if "://" in self.keys:
             try:
-                check_url(self.keys, "redis", "rediss")
+                check_redis_url(self.keys)
             except ValueError as error:
                 raise ValueError(
                     f"keys is neither the path of a file nor redis://HOST:PORT/DB nor rediss://HOST:PORT/DB: {error}"
@@ -142,11 +142,8 @@ class GatewaySettings(
         if bool(self.replica_cert) != bool(self.replica_key):
             raise ValueError("replica_cert and replica_key go together: set both or none")
         for name in ("replica_ca", "replica_cert", "replica_key"):
-            path = getattr(self, name)
-            if path and not self.replica_tls:
+            if getattr(self, name) and not self.replica_tls:
                 raise ValueError(f"{name} needs replica_tls: true")
-            if path and not Path(path).is_file():
-                raise ValueError(f"{name}: no such file: {path}")
         check_pem(self.replica_ca, self.replica_cert, self.replica_key)
         return self
 
@@ -155,7 +152,7 @@ class GatewaySettings(
     def _store_is_redis(cls, value: str) -> str:
         try:
             if value:
-                check_url(value, "redis", "rediss")
+                check_redis_url(value)
         except ValueError as error:
             raise ValueError(f"must be redis://HOST:PORT/DB, rediss:// for TLS, or empty: {error}") from None
         return value

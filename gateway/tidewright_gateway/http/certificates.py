@@ -5,7 +5,6 @@ Global state of the process: uvicorn creates the SSL context in each worker thro
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import ssl
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any
 from cryptography import x509
 
 from tidewright.logs import event
-from tidewright_gateway.stamps import Stamp, stamp
+from tidewright_gateway.stamps import Stamp, changes, stamp
 
 log = logging.getLogger(__name__)
 
@@ -45,14 +44,10 @@ def make_context(config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLC
 
 
 async def watch(certificate: str, key: str) -> None:
-    """Runs for ever. Unusable files are logged once, and the previous certificate stays."""
-    seen = stamp(certificate, key)
-    while certificate:
-        await asyncio.sleep(INTERVAL)
-        now = stamp(certificate, key)
-        if now == seen:
-            continue
-        seen = now
+    """Runs for ever, if there is one. Unusable files are logged once, and the previous certificate stays."""
+    if not certificate:
+        return
+    async for _ in changes(stamp(certificate, key), INTERVAL, certificate, key):
         try:
             # In a scratch context first: a half-finished renewal must not mix old and new files.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")

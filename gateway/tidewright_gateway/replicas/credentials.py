@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import ssl
 from collections.abc import Callable
@@ -11,7 +10,7 @@ from pathlib import Path
 import grpc
 
 from tidewright.logs import event
-from tidewright_gateway.stamps import stamp
+from tidewright_gateway.stamps import changes, stamp
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +19,9 @@ INTERVAL = 5.0  # seconds between two looks at the files
 
 def check_pem(authorities: str, certificate: str, key: str) -> None:
     """Raises ValueError: these files can't be used; gRPC itself would only say that it can't connect."""
-    for file in filter(None, (authorities, certificate, key)):
-        if not Path(file).is_file():
-            raise ValueError(f"no such file: {file}")
+    for name, file in (("replica_ca", authorities), ("replica_cert", certificate), ("replica_key", key)):
+        if file and not Path(file).is_file():
+            raise ValueError(f"{name}: no such file: {file}")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         if authorities:
@@ -52,12 +51,9 @@ class ReplicaCredentials:
 
     async def watch(self, renewed: Callable[[grpc.ChannelCredentials], None]) -> None:
         """Runs for ever, if there are files. Unusable ones are logged once, and the previous credentials stay."""
-        while any(self._files):
-            await asyncio.sleep(INTERVAL)
-            now = stamp(*self._files)
-            if now == self._seen:
-                continue
-            self._seen = now
+        if not any(self._files):
+            return
+        async for _ in changes(self._seen, INTERVAL, *self._files):
             try:
                 self.current = self._read()
             except (OSError, ValueError) as error:
