@@ -1,7 +1,7 @@
 """A gateway that plays what the vectors say, and judges what it saw: `python clients/conformance/scripted.py`.
 
-It prints its address as JSON and plays until its standard input ends. The README beside it describes both sides. It writes
-HTTP itself, for it must do what no server's library does: end in the middle, say nothing, cut a character in two.
+It prints its address as JSON and plays until its standard input ends. The README beside it describes both sides. It
+writes HTTP itself, for it must do what no server's library does: end in the middle, say nothing, cut a character.
 """
 
 from __future__ import annotations
