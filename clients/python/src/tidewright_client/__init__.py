@@ -1,0 +1,1 @@
+"""Client of Tidewright's gateway."""
