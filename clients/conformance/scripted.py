@@ -14,12 +14,14 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import plays
 
+T = TypeVar("T")
 VECTORS = Path(__file__).with_name("vectors")
 PATIENCE = 5.0  # seconds that a verdict waits for an exchange to end
 STALL = 0.3  # seconds without a byte taken are a stall
@@ -144,7 +146,7 @@ class Scripted:
         if whole is not None:
             return True
         script = asyncio.ensure_future(_stream(run, exchange, api, writer))
-        gone = asyncio.ensure_future(reader.read(1))  # nobody sends a second request before the first one's answer
+        gone = _quietly(reader.read(1))  # nobody sends a second request before the first one's answer
         await asyncio.wait([script, gone], return_when=asyncio.FIRST_COMPLETED)
         if not script.done():
             run.cancelled = True
@@ -164,7 +166,7 @@ async def _stream(run: Run, exchange: dict[str, Any], api: str, writer: asyncio.
     for step in plays.steps_of(exchange, api):
         if isinstance(step, bytes):
             writer.write(f"{len(step):x}\r\n".encode() + step + b"\r\n")
-            sending = asyncio.ensure_future(writer.drain())
+            sending = _quietly(writer.drain())
             if (await asyncio.wait([sending], timeout=STALL))[1] and run.stalled_at is None:
                 run.stalled_at = run.text
             await sending
@@ -182,6 +184,13 @@ async def _stream(run: Run, exchange: dict[str, Any], api: str, writer: asyncio.
     writer.write(b"0\r\n\r\n")
     await writer.drain()
     return True
+
+
+def _quietly(work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
+    """As a task whose error nobody has to look at."""
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return task
 
 
 async def _verdict(run: Run) -> list[str]:
