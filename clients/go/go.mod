@@ -1,0 +1,3 @@
+module github.com/tidewright/tidewright/clients/go
+
+go 1.23
