@@ -8,7 +8,8 @@ import shlex
 from pathlib import Path
 
 EMBEDDED_MODEL = "smollm2-135m"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]{1,100}))?")
+"""A branch, a tag or a commit may follow: only a commit is always the same model."""
 MANIFEST = "tidewright.json"  # written last into a prepared folder: its presence means "complete"
 
 
@@ -34,7 +35,7 @@ def fallback_path(model: str) -> Path:
 def _slug(model: str) -> str:
     if Path(model).exists():
         model = Path(model).resolve().as_posix()
-    return re.sub(r"[^A-Za-z0-9._-]+", "--", model).strip("-")
+    return re.sub(r"[^A-Za-z0-9._@-]+", "--", model).strip("-")
 
 
 def find_prepared(model: str) -> Path:
@@ -58,4 +59,5 @@ def prepared_at(folder: Path) -> int:
 
 def no_such_model(model: str) -> str:
     """What to say of a name that nothing can be made of."""
-    return f"there is no file or folder {model!r}, and it is neither {EMBEDDED_MODEL!r} nor a hub id (org/name)"
+    what = f"neither {EMBEDDED_MODEL!r} nor a hub id (org/name, or org/name@revision)"
+    return f"there is no file or folder {model!r}, and it is {what}"

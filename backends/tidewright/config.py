@@ -37,7 +37,11 @@ class Settings(ResilienceSettings, BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="TIDEWRIGHT_", extra="forbid", frozen=True)
 
-    model: str = Field(EMBEDDED_MODEL, description="Prepared name, model folder, GGUF file or hub id to serve.")
+    model: str = Field(
+        EMBEDDED_MODEL,
+        min_length=1,
+        description="Prepared name, model folder, GGUF file or hub id (`org/name`, `org/name@revision`) to serve.",
+    )
     host: str = Field("127.0.0.1", description="Address that Triton listens on; 0.0.0.0 for all.")
     http_port: int = Field(8000, ge=1, le=65535, description="Triton's HTTP port.")
     grpc_port: int = Field(8001, ge=1, le=65535, description="Triton's gRPC port.")

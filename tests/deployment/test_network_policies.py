@@ -27,6 +27,8 @@ GRAFANA = Place({"app.kubernetes.io/name": "grafana"}, "monitoring")
 COLLECTOR = Place({"app": "collector"}, "tracing", {"tidewright-access": "traces"})
 DNS = Place({"k8s-app": "kube-dns"}, "kube-system")
 INTERNET, METADATA, INSIDE = (Place(address=one) for one in ("151.101.0.223", "169.254.169.254", "10.1.2.3"))
+INTERNET_6, METADATA_6 = Place(address="2a04:4e42::223"), Place(address="fd00:ec2::254")
+INSIDE_6 = Place(address="64:ff9b::a01:203")
 
 TABLE = [
     # from, to, port, protocol, allowed
@@ -86,6 +88,9 @@ TABLE = [
     (REPLICA, METADATA, 443, "TCP", False),
     (REPLICA, METADATA, 80, "TCP", False),
     (GATEWAY, INSIDE, 443, "TCP", False),
+    (REPLICA, INTERNET_6, 443, "TCP", True),
+    (REPLICA, METADATA_6, 443, "TCP", False),
+    (REPLICA, INSIDE_6, 443, "TCP", False),
     (GATEWAY, STRANGER, 8080, "TCP", False),
 ]
 

@@ -189,7 +189,7 @@ def test_of_the_hub_a_gateway_fetches_no_weights(
 
     asked: list[list[str]] = []
 
-    def snapshot(repo_id: str, allow_patterns: list[str]) -> str:
+    def snapshot(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append(allow_patterns)
         return str(hugging_face_folder)
 
@@ -197,6 +197,30 @@ def test_of_the_hub_a_gateway_fetches_no_weights(
     prepare("org/name", QUIET, weights=False)
     prepare("org/name", QUIET)
     assert [set(patterns) for patterns in asked] == [{"*.json", "*.jinja"}, {"*.json", "*.jinja", "*.safetensors"}]
+
+
+def test_a_revision_of_the_hub_is_a_model_of_its_own(
+    cache: Path, hugging_face_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[tuple[str, str | None]] = []
+
+    def snapshot(repo_id: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo_id, revision))
+        return str(hugging_face_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    folders = {prepare(model, QUIET) for model in ("org/name@4f2c1d9", "org/name@v1.0", "org/name", "org/name@v1.0")}
+    assert asked == [("org/name", "4f2c1d9"), ("org/name", "v1.0"), ("org/name", None)]
+    assert len(folders) == 3
+    assert all(find_prepared(model) in folders for model in ("org/name@4f2c1d9", "org/name@v1.0", "org/name"))
+
+
+@pytest.mark.parametrize("model", ["org/name@", "org/name@a@b", "org/name@../x", "org/name@" + "a" * 101, ""])
+def test_what_is_no_revision_or_no_name_is_refused(cache: Path, model: str) -> None:
+    with pytest.raises(PrepareError, match=r"neither|empty"):
+        prepare(model, QUIET)
 
 
 def test_a_changed_source_file_is_prepared_anew(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

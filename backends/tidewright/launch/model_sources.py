@@ -85,8 +85,8 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def download_from_hub(repo_id: str, weights: bool = True) -> Path:
-    """The local snapshot of a hub repository, fetched where it isn't complete yet."""
+def download_from_hub(repo_id: str, weights: bool = True, revision: str | None = None) -> Path:
+    """The local snapshot of a hub repository, fetched where it isn't complete yet. No revision: its branch main."""
     patterns = ["*.json", "*.jinja", *(["*.safetensors"] if weights else [])]
     try:
         from huggingface_hub import snapshot_download
@@ -95,7 +95,7 @@ def download_from_hub(repo_id: str, weights: bool = True) -> Path:
             f"fetching {repo_id} needs the package huggingface-hub; run: pip install 'tidewright[server]'"
         ) from None
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub raises some twenty types, of three libraries
         if is_full(error):
             raise PrepareError(
@@ -104,8 +104,9 @@ def download_from_hub(repo_id: str, weights: bool = True) -> Path:
             ) from error
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise PrepareError(
-            f"can't fetch {repo_id} from the Hugging Face hub: {reason[0].rstrip('.')}. Check the name, the network "
-            "and, for a gated model, HF_TOKEN; or give a local folder or .gguf file."
+            f"can't fetch {repo_id}{f'@{revision}' if revision else ''} from the Hugging Face hub: "
+            f"{reason[0].rstrip('.')}. Check the name{', the revision' if revision else ''}, the network and, for a "
+            "gated model, HF_TOKEN; or give a local folder or .gguf file."
         ) from error
 
 

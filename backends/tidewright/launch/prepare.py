@@ -53,6 +53,8 @@ def prepare(model: str, console: Console | None = None, force: bool = False, *, 
         PrepareError: says what to change.
     """
     console = console or Console(stderr=True)
+    if not model:  # which would be the current folder
+        raise PrepareError("the model's name is empty")
     source = Path(model)
     if (source / MANIFEST).is_file():
         return source.resolve()
@@ -107,9 +109,9 @@ def _fill(model: str, folder: Path, console: Console, weights: bool) -> str | No
         sha256 = _convert(gguf, folder, console, weights)
         shutil.rmtree(scratch)
         return sha256
-    if HUB_ID.fullmatch(model):
+    if found := HUB_ID.fullmatch(model):
         with waiting(console, f"Fetching {model} from the Hugging Face hub"):
-            snapshot = download_from_hub(model, weights)
+            snapshot = download_from_hub(found["repository"], weights, found["revision"])
         link_hugging_face_folder(snapshot, folder, weights)
         return None
     raise PrepareError(no_such_model(model))

@@ -32,6 +32,8 @@ def read_model_config(model: str) -> tuple[str, dict[str, Any]]:
 
 
 def _find(model: str) -> Path:
+    if not model:  # which would be the current folder
+        raise ModelConfigError("the model's name is empty")
     path = Path(model)
     if path.is_file() and path.suffix == ".json":
         return path
@@ -42,17 +44,17 @@ def _find(model: str) -> Path:
     except ModelNotPreparedError as error:
         if path.is_dir():
             raise ModelConfigError(f"{path} holds no config.json") from None
-        if HUB_ID.fullmatch(model) and not path.exists():
-            return _in_hub_cache(model)
+        if (found := HUB_ID.fullmatch(model)) and not path.exists():
+            return _in_hub_cache(model, found["repository"], found["revision"])
         raise ModelConfigError(str(error)) from None
 
 
-def _in_hub_cache(model: str) -> Path:
+def _in_hub_cache(model: str, repository: str, revision: str | None) -> Path:
     """What huggingface_hub has on disk."""
     try:
         from huggingface_hub import try_to_load_from_cache
 
-        if isinstance(file := try_to_load_from_cache(model, "config.json"), str):
+        if isinstance(file := try_to_load_from_cache(repository, "config.json", revision=revision), str):
             return Path(file)
     except (ImportError, ValueError):
         pass

@@ -16,6 +16,7 @@ from pydantic import BaseModel, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tidewright.address import check_redis_url, check_url
+from tidewright.cache import HUB_ID
 from tidewright.config_file import read_options
 from tidewright.resilience.config import ResilienceSettings
 from tidewright_gateway.config.api import ApiSettings
@@ -168,7 +169,8 @@ class GatewaySettings(
 
     @property
     def model_name(self) -> str:
-        return self.served_model_name or Path(self.model).name
+        hub_id = None if Path(self.model).exists() else HUB_ID.fullmatch(self.model)
+        return self.served_model_name or Path(hub_id["repository"] if hub_id else self.model).name
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,9 +9,13 @@ from tidewright.cache import EMBEDDED_MODEL
 
 class ServerSettings(BaseModel):
     model: str = Field(
-        EMBEDDED_MODEL, description="Model that the replicas serve; the gateway needs its tokenizer. As in `serve`."
+        EMBEDDED_MODEL,
+        min_length=1,
+        description="Model that the replicas serve; the gateway needs its tokenizer. As in `serve`.",
     )
-    served_model_name: str = Field("", description="Model name in the API. Empty: the last part of `model`.")
+    served_model_name: str = Field(
+        "", description="Model name in the API. Empty: the last part of `model`, without a revision."
+    )
     host: str = Field(
         "127.0.0.1",
         description="Address to listen on. One that other machines can reach requires `keys` or `jwt_jwks`.",

@@ -9,9 +9,9 @@ variable "name" {
 }
 
 variable "kubernetes_version" {
-  description = "Kubernetes minor version, such as 1.32."
+  description = "Kubernetes minor version, such as 1.35."
   type        = string
-  default     = "1.32"
+  default     = "1.35"
 
   validation {
     condition     = can(regex("^1\\.(29|[3-9][0-9])$", var.kubernetes_version))
