@@ -484,7 +484,12 @@ func (v vector) check(t *testing.T, client *tidewright.Client, url string) {
 
 // inFlight is what the gateway's metrics say of its replicas.
 func inFlight(t *testing.T, url string) float64 {
-	response, err := http.Get(strings.TrimSuffix(url, "/v1") + "/metrics")
+	request, err := http.NewRequest(http.MethodGet, strings.TrimSuffix(url, "/v1")+"/metrics", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Header.Set("Authorization", "Bearer "+os.Getenv("TIDEWRIGHT_KEY"))
+	response, err := http.DefaultClient.Do(request)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -493,15 +498,18 @@ func inFlight(t *testing.T, url string) float64 {
 	if err != nil {
 		t.Fatal(err)
 	}
-	found := 0.0
+	found, isThere := 0.0, false
 	for _, line := range strings.Split(string(text), "\n") {
 		if strings.HasPrefix(line, "tidewright_gateway_replica_in_flight{") {
 			value, err := strconv.ParseFloat(line[strings.LastIndex(line, " ")+1:], 64)
 			if err != nil {
 				t.Fatal(err)
 			}
-			found += value
+			found, isThere = found+value, true
 		}
+	}
+	if !isThere {
+		t.Fatalf("no metric of replicas: %s", response.Status)
 	}
 	return found
 }

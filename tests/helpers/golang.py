@@ -23,7 +23,7 @@ _TIMEOUT = 280  # seconds; the first run on a machine compiles Go's own library
 
 def environment(**variables: str) -> dict[str, str]:
     """For Go's programs. Nothing of the caller's own Go settings counts."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith(("GO", "TIDEWRIGHT_URL"))}
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("GO", "TIDEWRIGHT_"))}
     folder = cache_dir() / "go"
     settings = {
         "GOROOT": str(root()),
