@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check test test-clients test-image coverage lint format bench bench-sweep bench-peers doctor clean
+.PHONY: help serve check test test-clients test-go test-image coverage lint format bench bench-sweep bench-peers doctor clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -28,6 +28,9 @@ test: $(VENV)/.dev $(VENV)/.programs  ## Set up and run all tests, against the r
 test-clients: $(VENV)/.dev  ## Test the clients that people use, in environments of their own (some minutes)
 	@$(BIN)/tidewright prepare
 	$(BIN)/python tests/suite.py --clients tests/clients $(ARGS)
+
+test-go: $(VENV)/.dev  ## Test the Go client, without Triton
+	$(BIN)/python -m pytest -n 0 -m 'not server' tests/clients/test_go.py $(ARGS)
 
 test-image: $(VENV)/.dev $(VENV)/.programs  ## Build the images gateway and cpu as the Dockerfile says, and test them (some minutes)
 	@$(BIN)/tidewright prepare

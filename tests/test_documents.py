@@ -17,13 +17,18 @@ from tidewright.resilience.outcome import Outcome, Verdict
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted(
-    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "terraform").rglob("*.md")]
+    [
+        *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+        *(ROOT / "docs").glob("*.md"),
+        *(path for folder in ("terraform", "clients") for path in (ROOT / folder).rglob("*.md")),
+    ]
 )
 FOLDERS = (
     "backends",
     "gateway",
     "tests",
     "benchmarks",
+    "clients",
     "docs",
     "model_repository",
     "ensemble",
