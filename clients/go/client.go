@@ -212,10 +212,16 @@ func (c *Client) stream(ctx context.Context, path string, fields map[string]any,
 	return stream, nil
 }
 
-// clean keeps the key out of what a server says.
+// mostOfMessage bounds what an error keeps of a server's words, in bytes.
+const mostOfMessage = 4 << 10
+
+// clean keeps the key out of what a server says, and long tales.
 func (c *Client) clean(text string) string {
 	if key := c.options.Key; len(key) >= 8 { // shorter ones are words, such as "none"
-		return strings.ReplaceAll(text, key, "[key]")
+		text = strings.ReplaceAll(text, key, "[key]")
+	}
+	if len(text) > mostOfMessage {
+		text = strings.ToValidUTF8(text[:mostOfMessage], "") + "…"
 	}
 	return text
 }

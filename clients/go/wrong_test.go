@@ -15,6 +15,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	tidewright "github.com/tidewright/tidewright/clients/go"
 )
@@ -113,6 +114,14 @@ func TestKeys(t *testing.T) {
 		if err == nil || strings.Contains(err.Error(), "tw-secret-1") {
 			t.Error(err)
 		}
+	}
+}
+
+func TestLongMessagesAreCut(t *testing.T) {
+	at := serve(t, answered(400, `{"error": {"message": "`+strings.Repeat("é", 100_000)+`", "code": "c"}}`))
+	_, err := newClient(t, tidewright.Options{URL: at}).Chat(context.Background(), hi)
+	if !errors.Is(err, tidewright.ErrInvalidRequest) || len(err.Error()) > 5000 || !utf8.ValidString(err.Error()) {
+		t.Errorf("%d bytes: %.100s", len(err.Error()), err)
 	}
 }
 
