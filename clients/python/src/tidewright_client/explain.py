@@ -1,0 +1,174 @@
+"""What failures mean: exceptions of a connection and answers that are errors, as errors that say what to change."""
+
+from __future__ import annotations
+
+import json
+import socket
+import ssl
+import time
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from tidewright_client.errors import (
+    ConnectionFailed,
+    Forbidden,
+    InvalidRequest,
+    NotFound,
+    RateLimited,
+    TidewrightError,
+    TimedOut,
+    Unauthenticated,
+    Unavailable,
+    UnexpectedAnswer,
+)
+from tidewright_client.retries import seconds_of
+from tidewright_client.settings import CONNECT_TIMEOUT, Settings
+
+WHICH_PORT = "give the gateway's port (8080 by default), not one of Triton's (8000 to 8002)"
+_SHOWN = 200  # characters of a body that is no answer
+_OF_STATUS: dict[int, type[TidewrightError]] = {
+    401: Unauthenticated,
+    403: Forbidden,
+    404: NotFound,
+    408: TimedOut,
+    421: Forbidden,
+    429: RateLimited,
+}
+_OF_TYPE: dict[str, type[TidewrightError]] = {
+    "authentication_error": Unauthenticated,
+    "invalid_request_error": InvalidRequest,
+    "rate_limit_error": RateLimited,
+}
+
+
+def type_of(status: int) -> type[TidewrightError]:
+    return _OF_STATUS.get(status, Unavailable if status >= 500 else InvalidRequest)
+
+
+def refusal(settings: Settings, status: int, headers: Mapping[str, str], body: bytes) -> TidewrightError:
+    """Of an answer with a status of 300 or more."""
+    request_id = headers.get("x-request-id")
+    if status < 400:
+        target = urlsplit(headers.get("location", "")).netloc or "another path"
+        return UnexpectedAnswer(
+            f"{settings.url} redirects to {target}, and redirects are not followed; give the gateway's own address",
+            status=status,
+            request_id=request_id,
+        )
+    retry_after = seconds_of(headers.get("retry-after"), time.time())
+    error = error_in(_json(body))
+    if error is None:
+        message, code, param = _of_another_server(settings, status, headers, body), None, None
+    else:
+        message, code, param = str(error["message"]), _text(error.get("code")), _text(error.get("param"))
+    message += _advice(settings, status, code, message, retry_after)
+    return type_of(status)(
+        settings.without_key(message),
+        status=status,
+        code=code,
+        param=param,
+        request_id=request_id,
+        retry_after=retry_after,
+    )
+
+
+def error_in(told: Any) -> dict[str, Any] | None:
+    """The API's error; None if this is none."""
+    error = told.get("error") if isinstance(told, dict) else None
+    return error if isinstance(error, dict) and isinstance(error.get("message"), str) else None
+
+
+def of_event(settings: Settings, error: dict[str, Any], request_id: str | None) -> TidewrightError:
+    """Of an error in a stream."""
+    code = _text(error.get("code"))
+    made = TimedOut if code == "timeout" else _OF_TYPE.get(str(error.get("type")), Unavailable)
+    message = settings.without_key(error["message"])
+    return made(message, code=code, param=_text(error.get("param")), request_id=request_id)
+
+
+def unexpected(
+    settings: Settings, what: str, status: int | None = None, request_id: str | None = None
+) -> UnexpectedAnswer:
+    """`what`: goes on behind the address, such as "answered ..."."""
+    advice = f"is it a Tidewright gateway, and of this client's version? {settings.url}/version tells; {WHICH_PORT}"
+    message = settings.without_key(f"{settings.url} {what}: {advice}")
+    return UnexpectedAnswer(message, status=status, request_id=request_id)
+
+
+def no_connection(settings: Settings, error: Exception) -> ConnectionFailed:
+    """Of an exception before the answer."""
+    url, text = settings.url, str(error) or type(error).__name__
+    for cause in _causes(error):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            why = cause.verify_message or str(cause)
+            return ConnectionFailed(
+                f"can't trust the certificate of {url}: {why}; if a CA of your own signed it, name its PEM file in "
+                "SSL_CERT_FILE or give tls=ssl.create_default_context(cafile=...)"
+            )
+        if isinstance(cause, ssl.SSLError):
+            return ConnectionFailed(
+                f"no TLS with {url}: {text}; if it does not speak TLS, write http:// before its address"
+            )
+        if isinstance(cause, socket.gaierror):
+            return ConnectionFailed(f"can't resolve the host of {url}: {cause.strerror}; check its name")
+    if isinstance(error, httpx.ConnectTimeout):
+        return ConnectionFailed(
+            f"{url} took no connection within {CONNECT_TIMEOUT:g} s; check host, port and firewalls"
+        )
+    if isinstance(error, httpx.ConnectError):
+        return ConnectionFailed(
+            f"no server at {url} ({text}); check host and port, or start one with `tidewright serve`"
+        )
+    hint = "see the server's log"
+    if isinstance(error, httpx.RemoteProtocolError) and "illegal" in text:  # h11's, of bytes that are not HTTP/1.1
+        hint = f"it does not speak HTTP/1.1; if it is Triton's gRPC port, {WHICH_PORT}"
+    if url.startswith("http:"):
+        hint += "; if it speaks TLS, write https:// before its address"
+    return ConnectionFailed(f"the connection to {url} broke before an answer: {text}; {hint}")
+
+
+def is_hopeless(error: Exception) -> bool:
+    """A second attempt can't go better."""
+    return any(isinstance(cause, ssl.SSLError) for cause in _causes(error))
+
+
+def _of_another_server(settings: Settings, status: int, headers: Mapping[str, str], body: bytes) -> str:
+    kind = headers.get("content-type", "no content type").partition(";")[0]
+    shown = " ".join(body[:_SHOWN].decode(errors="replace").split())
+    said = f" ({kind}: {shown})" if shown else ""
+    advice = f"; {WHICH_PORT}" if status in (400, 404, 405) else ""
+    return f"{settings.url} answered with status {status}, and not as a gateway does{said}{advice}"
+
+
+def _advice(settings: Settings, status: int, code: str | None, message: str, retry_after: float | None) -> str:
+    if status == 401:
+        if settings.key is None:
+            return "; give a key as key= or in TIDEWRIGHT_KEY"
+        return "; the key that was sent is unknown, expired or revoked: give another as key= or in TIDEWRIGHT_KEY"
+    if code == "no_such_path":
+        return "; give the gateway's URL without a path, and check its version"
+    if retry_after is not None and "try again" not in message:
+        return f"; try again in {retry_after:g} s"
+    return ""
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
