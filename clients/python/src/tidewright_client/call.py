@@ -170,7 +170,10 @@ class _Bytes:
         self.size += len(chunk)
         if self.size <= (most := self.call.settings.max_answer_bytes):
             return None
-        return explain.unexpected(self.call.settings, f"answered more than {most} bytes (max_answer_bytes)")
+        url = self.call.settings.url
+        return UnexpectedAnswer(
+            f"{url} answered more than {most} bytes; ask for fewer tokens, or allow more: max_answer_bytes"
+        )
 
 
 class Whole:
@@ -251,7 +254,8 @@ class Reader:
                     if data == "[DONE]":
                         self.is_done = True
                         break
-                    events += self._events_of(data)
+                    if data:
+                        events += self._events_of(data)
             else:
                 self._fail(error)
         except sse.TooLongError as error:
