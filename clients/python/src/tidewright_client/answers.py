@@ -114,6 +114,13 @@ class Accumulator:
             self.add(event)
         return events
 
+    @property
+    def is_begun(self) -> bool:
+        return bool(self._texts or self._calls or self._finish or self._usage)
+
+    def served_by(self, name: str | None) -> None:
+        self._served_by = name or self._served_by
+
     def add(self, event: Event) -> None:
         if isinstance(event, Text):
             self._texts.append(event.text)

@@ -19,6 +19,8 @@ from tidewright_client.requests import ChatOptions, CompletionOptions, Messages,
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
 
+    from tidewright_client.sessions.async_session import AsyncSession
+
 
 class AsyncClient:
     """As Client, for an event loop."""
@@ -38,8 +40,8 @@ class AsyncClient:
     ) -> None:
         """As Client's."""
         self._settings = settings.make(url, key, max_retries, timeout, idle_timeout, max_answer_bytes, hooks)
-        self._model = model
-        self._http = httpx.AsyncClient(verify=tls or ssl.create_default_context(), limits=LIMITS)
+        self._model, self._tls = model, tls or ssl.create_default_context()
+        self._http = httpx.AsyncClient(verify=self._tls, limits=LIMITS)
 
     async def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Answer:
         """The next message of a chat. Raises TidewrightError."""
@@ -69,6 +71,12 @@ class AsyncClient:
             TidewrightError: as the other calls.
         """
         return (await self._whole(requests.HEALTH)).health()
+
+    def session(self) -> AsyncSession:
+        """A WebSocket for several generations, which survive its breaking; needs the extra `websocket`."""
+        from tidewright_client.sessions.async_session import AsyncSession
+
+        return AsyncSession(self._settings, self._model, self._tls)
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -169,4 +177,6 @@ class AsyncStream(AsyncIterator[Event]):
     def __del__(self) -> None:
         # Without attributes if __init__ was not run to its end.
         if not getattr(self, "_is_closed", True) and self._exchange:
+            self._is_closed = True
             self._exchange.drop()
+            self._call.over(self.answer())

@@ -134,11 +134,10 @@ class Call:
         return left is not None and left < _NEARLY
 
     def _timed_out(self, partial: Answer | None = None) -> TimedOut:
-        url = self.settings.url
-        if self.deadline.timeout is None or not self._is_late():
-            return TimedOut(f"{url} sent nothing for {self.patience or 0:g} s; see the server's log", partial=partial)
+        if self.deadline.timeout is not None and self._is_late():
+            return explain.timed_out(self.settings, self.deadline, partial)
         return TimedOut(
-            f"{url} did not answer within the request's timeout of {self.deadline.timeout:g} s", partial=partial
+            f"{self.settings.url} sent nothing for {self.patience or 0:g} s; see the server's log", partial=partial
         )
 
     def late(self) -> TimedOut | None:
@@ -170,10 +169,7 @@ class _Bytes:
         self.size += len(chunk)
         if self.size <= (most := self.call.settings.max_answer_bytes):
             return None
-        url = self.call.settings.url
-        return UnexpectedAnswer(
-            f"{url} answered more than {most} bytes; ask for fewer tokens, or allow more: max_answer_bytes"
-        )
+        return explain.too_long(self.call.settings, most)
 
 
 class Whole:

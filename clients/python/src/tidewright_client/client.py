@@ -11,6 +11,7 @@ import httpx
 
 from tidewright_client import requests, settings
 from tidewright_client.answers import Answer, Event
+from tidewright_client.background import soon
 from tidewright_client.call import Call, Reader, Whole
 from tidewright_client.exchange import FAILURES, LIMITS, Exchange
 from tidewright_client.hooks import Hooks
@@ -18,6 +19,8 @@ from tidewright_client.requests import ChatOptions, CompletionOptions, Messages,
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
+
+    from tidewright_client.sessions.session import Session
 
 
 class Client:
@@ -50,8 +53,8 @@ class Client:
             Unauthenticated: the key can't be one.
         """
         self._settings = settings.make(url, key, max_retries, timeout, idle_timeout, max_answer_bytes, hooks)
-        self._model = model
-        self._http = httpx.Client(verify=tls or ssl.create_default_context(), limits=LIMITS)
+        self._model, self._tls = model, tls or ssl.create_default_context()
+        self._http = httpx.Client(verify=self._tls, limits=LIMITS)
 
     def chat(self, messages: Messages, **options: Unpack[ChatOptions]) -> Answer:
         """The next message of a chat. Raises TidewrightError."""
@@ -81,6 +84,12 @@ class Client:
             TidewrightError: as the other calls.
         """
         return self._whole(requests.HEALTH).health()
+
+    def session(self) -> Session:
+        """A WebSocket for several generations, which survive its breaking; needs the extra `websocket`."""
+        from tidewright_client.sessions.session import Session
+
+        return Session(self._settings, self._model, self._tls)
 
     def close(self) -> None:
         self._http.close()
@@ -181,4 +190,7 @@ class Stream(Iterator[Event]):
     def __del__(self) -> None:
         # Without attributes if __init__ was not run to its end.
         if not getattr(self, "_is_closed", True):
-            self.close()
+            self._is_closed = True
+            if exchange := self._exchange:
+                soon(exchange.close)
+            self._call.over(self.answer())

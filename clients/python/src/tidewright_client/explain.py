@@ -12,6 +12,8 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from tidewright_client.answers import Answer
+from tidewright_client.deadline import Deadline
 from tidewright_client.errors import (
     ConnectionFailed,
     Forbidden,
@@ -96,6 +98,17 @@ def unexpected(
     advice = f"is it a Tidewright gateway, and of this client's version? {settings.url}/version tells; {WHICH_PORT}"
     message = settings.without_key(f"{settings.url} {what}: {advice}")
     return UnexpectedAnswer(message, status=status, request_id=request_id)
+
+
+def too_long(settings: Settings, most: int) -> UnexpectedAnswer:
+    return UnexpectedAnswer(
+        f"{settings.url} answered more than {most} bytes; ask for fewer tokens, or allow more: max_answer_bytes"
+    )
+
+
+def timed_out(settings: Settings, deadline: Deadline, partial: Answer | None = None) -> TimedOut:
+    message = f"{settings.url} did not answer within the request's timeout of {deadline.timeout or 0:g} s"
+    return TimedOut(message, partial=partial)
 
 
 def no_connection(settings: Settings, error: Exception) -> ConnectionFailed:

@@ -1,0 +1,199 @@
+"""A session for asyncio: a task reads the connection, and makes the next when it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from tidewright_client import requests, sse
+from tidewright_client.answers import Answer, Event
+from tidewright_client.errors import ConnectionFailed, TidewrightError
+from tidewright_client.requests import CompletionOptions, Messages, Request
+from tidewright_client.sessions.connecting import FAILURES, refused
+from tidewright_client.sessions.core import CREDITS, GenerationState, SessionCore
+from tidewright_client.settings import CONNECT_TIMEOUT, Settings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
+    from websockets.asyncio.client import ClientConnection
+
+
+class AsyncSession:
+    """As Session, by `AsyncClient.session()`. Use it with `async with`."""
+
+    def __init__(self, settings: Settings, model: str | None, tls: ssl.SSLContext | None) -> None:
+        self._core, self._model, self._tls = SessionCore(settings), model, tls
+        self._changed = asyncio.Condition()
+        """Notified whenever a generation may have something."""
+        self._connection: ClientConnection | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
+        self._sending: set[asyncio.Task[None]] = set()
+
+    async def stream_chat(
+        self, messages: Messages, *, credits: int = CREDITS, **options: Unpack[CompletionOptions]
+    ) -> AsyncGeneration:
+        """As Session's."""
+        return await self._begin(requests.chat(messages, options, self._model, False), credits)  # type: ignore[arg-type]
+
+    async def stream_complete(
+        self, prompt: str, *, credits: int = CREDITS, **options: Unpack[CompletionOptions]
+    ) -> AsyncGeneration:
+        """As Session's."""
+        return await self._begin(requests.completion(prompt, options, self._model, False), credits)
+
+    async def aclose(self) -> None:
+        """Cancels what runs."""
+        self._is_closed = True
+        await self._send(*[self._core.cancel(one) for one in list(self._core.live.values())])
+        self._core.give_up(ConnectionFailed("the session was closed"))
+        if self._task:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        await self._notify()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    async def _begin(self, request: Request, credits: int) -> AsyncGeneration:
+        if self._is_closed:
+            raise ConnectionFailed("the session was closed")
+        state = self._core.begin(request, credits)
+        generation = AsyncGeneration(self, state)
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        message = state.generate() if self._core.is_open else None
+        await self._notify()
+        await self._send(message)
+        return generation
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _send(self, *messages: str | None) -> None:
+        """If the connection breaks, the core knows what the next one needs."""
+        connection = self._connection
+        if connection:
+            with contextlib.suppress(*FAILURES):
+                for message in messages:
+                    if message:
+                        await connection.send(message)
+
+    async def _next(self, state: GenerationState) -> Event | None:
+        """None at the end. Raises TidewrightError."""
+        async with self._changed:
+            while not state.events and not state.is_over and not state.deadline.is_over:
+                with anyio.move_on_after(state.deadline.at_most(None)):
+                    await self._changed.wait()
+        message, event = None, None
+        if state.events:
+            event = state.take()
+            message = state.grant()
+        elif not state.is_over:
+            message = self._core.late(state)
+        await self._send(message)
+        if event is None and state.error:
+            raise state.error
+        return event
+
+    async def _cancel(self, state: GenerationState) -> None:
+        await self._send(self._core.cancel(state))
+
+    async def _run(self) -> None:
+        wait: float | None = None
+        while True:
+            if wait is None:
+                async with self._changed:
+                    await self._changed.wait_for(lambda: bool(self._core.live))
+            else:
+                await asyncio.sleep(wait)
+            failure = await self._connected()
+            if isinstance(failure, TidewrightError):
+                self._core.give_up(failure)
+            wait = self._core.lost(failure)
+            await self._notify()
+
+    async def _connected(self) -> Exception | None:
+        """Reads a connection to its end, of which it tells the reason."""
+        from websockets.asyncio.client import connect
+
+        core = self._core
+        options: dict[str, Any] = {"ssl": self._tls} if core.address.startswith("wss:") and self._tls else {}
+        try:
+            # Credits bound what waits; with a bound of its own the library would not notice the end behind it.
+            async with connect(
+                core.address,
+                additional_headers=core.headers,
+                open_timeout=CONNECT_TIMEOUT,
+                close_timeout=1,
+                max_size=sse.MAX_LINE,
+                max_queue=None,
+                compression=None,
+                **options,
+            ) as connection:
+                await connection.send(core.hello())
+                self._connection = connection
+                async for text in connection:
+                    messages = core.receive(text)
+                    await self._notify()
+                    await self._send(*messages)
+        except TidewrightError as error:
+            return error
+        except Exception as error:  # whatever it is, nobody may wait for ever
+            return refused(core.settings, error) or error
+        finally:
+            self._connection = None
+        return None
+
+    def _drop(self, state: GenerationState) -> None:
+        with contextlib.suppress(RuntimeError):  # no loop runs any more
+            task = asyncio.get_running_loop().create_task(self._cancel(state))
+            self._sending.add(task)
+            task.add_done_callback(self._sending.discard)
+
+
+class AsyncGeneration(AsyncIterator[Event]):
+    """The events of a generation of a session. Closing or dropping it early cancels it."""
+
+    def __init__(self, session: AsyncSession, state: GenerationState) -> None:
+        self._session, self._state = session, state
+
+    async def __anext__(self) -> Event:
+        """Raises TidewrightError."""
+        event = await self._session._next(self._state)
+        if event is None:
+            raise StopAsyncIteration
+        return event
+
+    def answer(self) -> Answer:
+        """What has come so far; after the end, all of it."""
+        return self._state.answer()
+
+    async def cancel(self) -> None:
+        """The gateway stops it. What had come can still be read; the end is `cancelled`."""
+        await self._session._cancel(self._state)
+
+    async def aclose(self) -> None:
+        """Cancels it, and drops what was not read."""
+        await self.cancel()
+        self._state.events.clear()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        if not self._state.is_over:
+            self._session._drop(self._state)
