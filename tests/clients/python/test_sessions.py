@@ -216,8 +216,8 @@ def test_errors_are_those_of_http(gateway: ScriptedGateway) -> None:
         assert failed.value.partial is not None
         assert failed.value.partial.text == text(5)
         with pytest.raises(InvalidRequest) as invalid:
-            list(session.stream_complete("x", max_tokens=-5))
-        assert invalid.value.param == "max_tokens"
+            list(session.stream_complete("x", extra={"temperature": "hot"}))
+        assert invalid.value.param == "temperature"
         with pytest.raises(InvalidRequest, match="tools"):
             session.stream_chat([], extra={"tools": []})
         assert len(list(session.stream_complete("x", max_tokens=5))) >= 3  # it goes on after all of them
