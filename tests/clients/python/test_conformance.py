@@ -11,7 +11,8 @@ import jsonschema
 import pytest
 
 from helpers.conformance import AGAINST_GATEWAY, FOLDER, SCRIPTED, VECTORS, Played, ScriptedVectors, check
-from helpers.gateway import MODEL, RunningGateway
+from helpers.gateway import MODEL
+from helpers.keyed_gateway import Keyed
 from helpers.python_client import CALLERS
 
 LEFT_OUT: set[str] = set()
@@ -48,12 +49,10 @@ def test_a_scripted_vector(scripted: ScriptedVectors, caller: Any, vector: dict[
 
 
 @named(AGAINST_GATEWAY)
-def test_a_vector_against_the_real_gateway(
-    keyed_gateway: tuple[RunningGateway, str], caller: Any, vector: dict[str, Any]
-) -> None:
-    gateway, key = keyed_gateway
+def test_a_vector_against_the_real_gateway(keyed: Keyed, caller: Any, vector: dict[str, Any]) -> None:
+    gateway = keyed.gateway
     request = {"model": MODEL, **vector["request"]}
-    vector = {**vector, "request": request, "client": {"key": key, **vector.get("client", {})}}
+    vector = {**vector, "request": request, "client": {"key": keyed.key, **vector.get("client", {})}}
     played: Played = caller(gateway.url, vector)
     check(vector["expect"], played)
     checks = vector["expect"].get("checks", {})
