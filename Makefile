@@ -83,9 +83,13 @@ $(VENV)/.programs: $(BIN)/python
 	not have: https://kubernetes.io/docs/tasks/tools/"; exit 1; }
 	@command -v terraform >/dev/null || { echo "The tests need terraform 1.11 or later, which Debian does not have: \
 	https://developer.hashicorp.com/terraform/install"; exit 1; }
+	@cargo clippy --version >/dev/null 2>&1 && cargo fmt --version >/dev/null 2>&1 || { echo "The tests need cargo 1.75 or \
+	later with clippy and rustfmt, where Debian's is older: https://rustup.rs"; exit 1; }
 	@missing=; for one in redis-server chromium prometheus prometheus-alertmanager docker-compose tini mmdebstrap; do \
 	  command -v $$one >/dev/null || missing="$$missing $$one"; done; \
 	ls /usr/lib/*/rsyslog/omelasticsearch.so >/dev/null 2>&1 || missing="$$missing rsyslog rsyslog-elasticsearch"; \
+	for one in reqwest thiserror; do ls -d /usr/share/cargo/registry/$$one-* >/dev/null 2>&1 || \
+	  missing="$$missing librust-$$one-dev"; done; \
 	if [ -n "$$missing" ]; then \
 	  as_root=$$([ "$$(id -u)" = 0 ] || echo sudo); \
 	  install="$$as_root apt-get install -y --no-install-recommends$$missing"; \

@@ -54,7 +54,7 @@ pub enum Error {
 }
 
 /// What is known of an error.
-#[derive(Debug, Clone, Default, PartialEq)]
+#[derive(Clone, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Details {
     /// For people. It never holds the key.
@@ -76,6 +76,28 @@ pub struct Details {
 impl Details {
     pub(crate) fn new(message: impl Into<String>) -> Self {
         Self { message: message.into(), ..Self::default() }
+    }
+}
+
+/// Without what is absent: it is what a `main` that returns the error shows.
+impl fmt::Debug for Details {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut shown = out.debug_struct("Details");
+        shown.field("message", &self.message);
+        let known: [(&str, Option<&dyn fmt::Debug>); 6] = [
+            ("status", self.status.as_ref().map(|status| status as _)),
+            ("code", self.code.as_ref().map(|code| code as _)),
+            ("param", self.param.as_ref().map(|param| param as _)),
+            ("request_id", self.request_id.as_ref().map(|id| id as _)),
+            ("retry_after", self.retry_after.as_ref().map(|wait| wait as _)),
+            ("partial", self.partial.as_ref().map(|partial| partial as _)),
+        ];
+        for (name, value) in known {
+            if let Some(value) = value {
+                shown.field(name, value);
+            }
+        }
+        shown.finish()
     }
 }
 

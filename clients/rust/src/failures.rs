@@ -98,7 +98,7 @@ pub(crate) fn of_status(url: &str, status: u16, headers: &HeaderMap, body: &[u8]
                     "is it the gateway's address? Triton's own ports (8000 to 8002) are not the gateway's (8080)"
                 }
                 400 => "does the gateway serve TLS there? Then the URL begins with https://",
-                _ => "a proxy in front of the gateway?",
+                _ => "a proxy before the gateway, or another server?",
             };
             Details::new(format!("{url} answered {status} with {kind}, not an error of the gateway: {advice}"))
         }
@@ -140,7 +140,7 @@ fn causes(error: &reqwest::Error) -> String {
     let mut found = Vec::new();
     let mut cause = error.source();
     while let Some(error) = cause {
-        let text = error.to_string();
+        let text = error.to_string().replace("error trying to connect: ", "");
         if !found.iter().any(|other: &String| other.contains(&text)) {
             found.push(text);
         }

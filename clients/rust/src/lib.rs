@@ -35,10 +35,17 @@
 //! - **Backpressure**: a stream that is not polled is not read. The gateway then waits, and no queue grows.
 //! - **Redirects** are refused: the key goes to the host that was named, and to no other.
 //!
+//! # Features
+//!
+//! `native-tls` (the default) or `rustls`: which TLS `https://` uses. One of them is needed.
+//!
 //! It runs on tokio. The gateway's WebSocket sessions are left out: they would bring a second HTTP stack into the crate.
 //! A stream that breaks is [`Error::Interrupted`], with what came; it is not resumed.
 
 #![warn(unreachable_pub)]
+
+#[cfg(not(any(feature = "native-tls", feature = "rustls")))]
+compile_error!("tidewright-client needs one of its features `native-tls` (the default) and `rustls`");
 
 mod answer;
 mod builder;

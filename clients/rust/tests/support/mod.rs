@@ -35,12 +35,13 @@ pub struct Scripted {
 impl Scripted {
     pub fn start() -> Self {
         let script = conformance().join("scripted.py");
-        let mut process = Command::new("python3")
+        let python = std::env::var("PYTHON").unwrap_or_else(|_| "python3".into());
+        let mut process = Command::new(python)
             .arg(script)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
-            .expect("the scripted gateway needs python3 (3.10 or later)");
+            .expect("the scripted gateway needs Python 3.10 or later: python3, or the one that PYTHON names");
         let mut line = String::new();
         BufReader::new(process.stdout.take().unwrap()).read_line(&mut line).unwrap();
         let said: Value = serde_json::from_str(&line).expect("its address");

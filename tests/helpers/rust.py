@@ -1,0 +1,85 @@
+"""cargo for clients/rust, with the crates of Debian's packages in place of crates.io.
+
+What it compiles stays in the cache folder, so that only the first run on a machine compiles the dependencies. cargo
+sees the crate there through links: a Cargo.lock that the user has made from crates.io stays as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers.needs import needs
+from tidewright.cache import cache_dir
+
+FOLDER = Path(__file__).parent.parent.parent / "clients" / "rust"
+REGISTRY = Path("/usr/share/cargo/registry")
+_SOURCE = ("--offline", "--config", 'source.crates-io.replace-with="debian"')
+_PLACE = ("--config", f'source.debian.directory="{REGISTRY}"')
+_TIMEOUT = 280  # seconds; the first run on a machine compiles all dependencies
+
+
+def run_cargo(command: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`cargo COMMAND` with crates from Debian; the test fails with all that it said if it does."""
+    done = try_cargo(command, *words, **variables)
+    if done.returncode:
+        said = f"{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
+        pytest.fail(f"cargo {command} {' '.join(words)}\n{said}", pytrace=False)
+    return done
+
+
+def try_cargo(command: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return _run(["cargo", command, *_SOURCE, *_PLACE, *words], _linked(), **variables)
+
+
+@needs("gateway")
+def run_cargo_tests(*words: str, **variables: str) -> str:
+    """`cargo test`, which starts the scripted gateway."""
+    return run_cargo("test", *words, **variables).stdout
+
+
+def format_check() -> str:
+    """What `cargo fmt` would change."""
+    return _run(["cargo", "fmt", "--check"], FOLDER).stdout
+
+
+def _run(command: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    # No settings of the caller's own that would compile all anew.
+    ours = {name: value for name, value in os.environ.items() if not name.startswith(("RUSTFLAGS", "TIDEWRIGHT_"))}
+    settings = {
+        "CARGO_TARGET_DIR": str(cache_dir() / "rust" / "target"),
+        "CARGO_PROFILE_DEV_DEBUG": "0",
+        "RUST_BACKTRACE": "0",
+        "PYTHON": sys.executable,
+        "NO_PROXY": "127.0.0.1,localhost",
+    }
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**ours, **settings, **variables},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=_TIMEOUT,
+        check=False,
+    )
+
+
+def _linked() -> Path:
+    """A folder of its own for each checkout: links to the crate's files, and a Cargo.lock of Debian's versions."""
+    name = hashlib.sha256(str(FOLDER.resolve()).encode()).hexdigest()[:12]
+    folder = cache_dir() / "rust" / name / FOLDER.name
+    folder.mkdir(parents=True, exist_ok=True)
+    targets = [FOLDER / one for one in ("Cargo.toml", "README.md", "src", "tests", "examples")]
+    links = {folder / target.name: target for target in targets}
+    links[folder.parent / "conformance"] = FOLDER.parent / "conformance"
+    for link, target in links.items():
+        with contextlib.suppress(FileExistsError):  # of an earlier run, or a worker beside this one
+            link.symlink_to(target.resolve())
+    return folder
