@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check test test-clients test-go test-image coverage lint format bench bench-sweep bench-peers doctor clean
+.PHONY: help serve check test test-clients test-go test-image coverage lint format bench bench-sweep bench-peers doctor clean scorecard
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -57,6 +57,9 @@ bench-sweep: $(VENV)/.dev  ## Measure latency over the rate of requests, with a 
 
 bench-peers: $(VENV)/.server  ## Install vLLM and llama.cpp for `make bench` (a while, and 4 GB)
 	PYTHON=$(PYTHON) benchmarks/setup_peers.sh "$$($(BIN)/tidewright prepare $(ARGS))"
+
+scorecard: $(VENV)/.dev  ## Write docs/scorecard.md: which promises hold; ARGS="--run NAME" measures first
+	$(BIN)/python -m benchmarks.scorecard $(ARGS)
 
 clean:  ## Remove the virtual environment and what tests and tools left (prepared models stay in the cache)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* dist build
