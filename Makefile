@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check test test-clients test-go test-image coverage lint format bench bench-sweep bench-peers doctor clean scorecard
+.PHONY: help serve check test test-clients test-go test-rust test-image coverage lint format bench bench-sweep bench-peers doctor clean scorecard
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -31,6 +31,9 @@ test-clients: $(VENV)/.dev  ## Test the clients that people use, in environments
 
 test-go: $(VENV)/.dev  ## Test the Go client, without Triton
 	$(BIN)/python -m pytest -n 0 -m 'not server' tests/clients/test_go.py $(ARGS)
+
+test-rust: $(VENV)/.dev $(VENV)/.programs  ## Test the Rust client, without Triton
+	$(BIN)/python -m pytest -n 0 -m 'not server' tests/clients/test_rust.py $(ARGS)
 
 test-image: $(VENV)/.dev $(VENV)/.programs  ## Build the images gateway and cpu as the Dockerfile says, and test them (some minutes)
 	@$(BIN)/tidewright prepare

@@ -139,4 +139,5 @@ def test_a_certificate_of_ones_own_is_trusted_where_it_is_given(certificate: tup
     url = f"https://localhost:{tls_port}"
     run_cargo_tests("--test", "trust", TIDEWRIGHT_TLS_URL=url, TIDEWRIGHT_CA=certificate[0])
     assert "trust_certificate" in failure(url)
+    assert "answered 501" in failure(url, SSL_CERT_FILE=certificate[0])  # it is no gateway, but trusted
     assert "begins with https://" in failure(f"http://localhost:{tls_port}")

@@ -6,7 +6,8 @@ use tidewright_client::{ChatRequest, Client, Message, Result, Tool};
 #[tokio::main]
 async fn main() -> Result<()> {
     let client = Client::builder().build()?;
-    let parameters = json!({"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]});
+    let parameters =
+        json!({"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]});
     let weather = Tool::function("get_weather", "The weather in a city", parameters);
     let mut messages = vec![Message::user("What is the weather in Paris?")];
 

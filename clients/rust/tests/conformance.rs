@@ -4,16 +4,31 @@
 mod play;
 mod support;
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
-use support::{vectors, Scripted};
+use support::{conformance, Scripted};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 /// So many vectors at a time: most of them wait.
 const AT_A_TIME: usize = 4;
+
+/// All vectors, sorted by file.
+fn vectors() -> Vec<Value> {
+    let folder = conformance().join("vectors");
+    let entries = std::fs::read_dir(&folder).expect("clients/conformance/vectors beside this crate");
+    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    let lists = files.iter().map(|file| {
+        let text = std::fs::read_to_string(file).unwrap();
+        let list: Vec<Value> = serde_json::from_str(&text).unwrap();
+        list
+    });
+    lists.flatten().collect()
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn vectors_of_the_scripted_gateway() {

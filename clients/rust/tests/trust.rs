@@ -1,4 +1,4 @@
-//! A gateway whose certificate nobody but its owner trusts, at `TIDEWRIGHT_TLS_URL`; `TIDEWRIGHT_CA` is a file with it.
+//! A server whose certificate nobody but its owner trusts, at `TIDEWRIGHT_TLS_URL`; `TIDEWRIGHT_CA` is a file with it.
 
 use tidewright_client::{Client, Error};
 

@@ -1,4 +1,4 @@
-//! The scripted gateway, and the vectors that it plays.
+//! The scripted gateway.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -10,20 +10,6 @@ use serde_json::{json, Value};
 /// `clients/conformance`.
 pub fn conformance() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../conformance")
-}
-
-/// All vectors, sorted by file.
-pub fn vectors() -> Vec<Value> {
-    let folder = conformance().join("vectors");
-    let entries = std::fs::read_dir(&folder).expect("clients/conformance/vectors beside this crate");
-    let mut files: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
-    files.sort();
-    let lists = files.iter().map(|file| {
-        let text = std::fs::read_to_string(file).unwrap();
-        let list: Vec<Value> = serde_json::from_str(&text).unwrap();
-        list
-    });
-    lists.flatten().collect()
 }
 
 /// A process of `scripted.py`. It ends with its standard input: with this process, whatever happens.
