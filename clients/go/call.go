@@ -116,7 +116,7 @@ func (c *call) attempt(asked asked) (*reply, *Error, time.Duration) {
 		return nil, failed, retriedIf(failed.Kind == ErrConnectionFailed)
 	}
 	if response.StatusCode < 200 || response.StatusCode > 299 {
-		failed, wait := c.refusal(response)
+		failed, wait := c.refusal(asked, response)
 		return nil, failed, wait
 	}
 	reply := &reply{Response: response}
@@ -186,7 +186,7 @@ func (c *call) encode(fields map[string]any) ([]byte, *Error) {
 }
 
 // refusal is what an answer says that is no success.
-func (c *call) refusal(response *http.Response) (*Error, time.Duration) {
+func (c *call) refusal(asked asked, response *http.Response) (*Error, time.Duration) {
 	defer response.Body.Close()
 	body, err := io.ReadAll(io.LimitReader(response.Body, mostOfError))
 	status := response.StatusCode
@@ -210,6 +210,10 @@ func (c *call) refusal(response *http.Response) (*Error, time.Duration) {
 		failed.Message += "; no key was sent: set Options.Key or the environment variable TIDEWRIGHT_KEY"
 	} else if status == 401 {
 		failed.Message += "; the key is that of Options.Key or of the environment variable TIDEWRIGHT_KEY"
+	}
+	if _, isCallers := asked.fields["timeout"]; failed.Param == "timeout" && !isCallers {
+		failed.Message += "; the client sends this field itself, from Options.Timeout: a server that does not know it is no " +
+			"Tidewright gateway, or one of another version"
 	}
 	failed = c.about(&reply{Response: response}, failed)
 	wait, isTold := retryAfter(response.Header, time.Now())
@@ -270,9 +274,6 @@ func (c *call) read(reply *reply, into any) *Error {
 	defer reply.Body.Close()
 	most := c.client.options.MaxAnswerBytes
 	tooLong := unexpected("the answer is longer than MaxAnswerBytes, %d", most)
-	if reply.ContentLength > most {
-		return c.about(reply, tooLong)
-	}
 	text, err := io.ReadAll(io.LimitReader(reply.body, most))
 	if err == nil && int64(len(text)) == most {
 		if more, _ := reply.body.Read(make([]byte, 1)); more > 0 {

@@ -326,7 +326,7 @@ func TestAnswersOfJustTheLimit(t *testing.T) {
 			t.Error(err)
 		}
 		_, err := newClient(t, tidewright.Options{URL: url, MaxAnswerBytes: size - 1}).Chat(context.Background(), hi)
-		if !errors.Is(err, tidewright.ErrUnexpectedAnswer) {
+		if !errors.Is(err, tidewright.ErrUnexpectedAnswer) || !strings.Contains(err.Error(), "longer than MaxAnswerBytes") {
 			t.Error(err)
 		}
 	}

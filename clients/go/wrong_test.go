@@ -117,6 +117,11 @@ func TestKeys(t *testing.T) {
 	}
 }
 
+func TestAServerThatDoesNotKnowWhatTheClientSends(t *testing.T) {
+	says := `{"error": {"message": "unknown field", "type": "invalid_request_error", "param": "timeout"}}`
+	wrong(t, tidewright.Options{URL: serve(t, answered(400, says))}, tidewright.ErrInvalidRequest, "Options.Timeout", "another version")
+}
+
 func TestLongMessagesAreCut(t *testing.T) {
 	at := serve(t, answered(400, `{"error": {"message": "`+strings.Repeat("é", 100_000)+`", "code": "c"}}`))
 	_, err := newClient(t, tidewright.Options{URL: at}).Chat(context.Background(), hi)
