@@ -124,6 +124,28 @@ func TestLeavingTheLoopEndsTheRequest(t *testing.T) {
 	}
 }
 
+func TestAServerThatGoesOnAfterTheEndIsLeft(t *testing.T) {
+	gone := make(chan struct{})
+	url := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		streamed(eventHi, eventEnd)(w, r)
+		<-r.Context().Done()
+		close(gone)
+	})
+	stream, err := newClient(t, tidewright.Options{URL: url}).StreamChat(context.Background(), hi)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, err := range stream.Events() {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	await(t, gone)
+	if answer := stream.Answer(); answer.Text != "Hi" || answer.FinishReason != "stop" {
+		t.Errorf("%+v", answer)
+	}
+}
+
 func TestAStreamMayBeClosedFromAnotherGoroutine(t *testing.T) {
 	url, gone := endless(t)
 	stream, err := newClient(t, tidewright.Options{URL: url}).StreamChat(context.Background(), hi)
@@ -143,6 +165,23 @@ func TestAStreamMayBeClosedFromAnotherGoroutine(t *testing.T) {
 	await(t, gone)
 }
 
+// deadline is a context whose deadline passes when the test wants it.
+type deadline struct {
+	context.Context
+	passed chan struct{}
+}
+
+func (d *deadline) Done() <-chan struct{} { return d.passed }
+
+func (d *deadline) Err() error {
+	select {
+	case <-d.passed:
+		return context.DeadlineExceeded
+	default:
+		return nil
+	}
+}
+
 func TestAContextEndsAStream(t *testing.T) {
 	cause := errors.New("the user left")
 	for name, one := range map[string]struct {
@@ -154,9 +193,8 @@ func TestAContextEndsAStream(t *testing.T) {
 			return ctx, func() { cancel(cause) }
 		}, []error{context.Canceled, cause}},
 		"deadline": {func() (context.Context, func()) {
-			ctx, cancel := context.WithTimeout(context.Background(), 300*time.Millisecond)
-			t.Cleanup(cancel)
-			return ctx, func() {}
+			ctx := &deadline{context.Background(), make(chan struct{})}
+			return ctx, sync.OnceFunc(func() { close(ctx.passed) })
 		}, []error{tidewright.ErrTimedOut, context.DeadlineExceeded}},
 	} {
 		t.Run(name, func(t *testing.T) {

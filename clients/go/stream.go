@@ -9,7 +9,7 @@ import (
 
 // After its end, a stream's connection is used again if the server ends the answer soon, with little more.
 const (
-	endsWithin  = 250 * time.Millisecond
+	endsWithin  = time.Second
 	mostIgnored = 64 << 10
 )
 
