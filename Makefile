@@ -73,14 +73,16 @@ $(BIN)/python:
 	@echo "Creating the virtual environment $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "On Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 
-$(VENV)/.server: $(BIN)/python pyproject.toml constraints.txt
+$(VENV)/.server: $(BIN)/python pyproject.toml clients/python/pyproject.toml constraints.txt
 	@echo "Installing the server (torch and Triton: several hundred MB the first time)"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,gateway,triton-wheel]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e clients/python \
+	  -e '.[server,fallback,gateway,triton-wheel]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.server
 	@echo "Installing what tests and benchmarks need"
-	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[server,fallback,gateway,triton-wheel,dev]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e clients/python \
+	  -e '.[server,fallback,gateway,triton-wheel,dev]'
 	@touch $@
 
 # What tests start: from Debian's packages when it is missing.

@@ -13,8 +13,7 @@ except ImportError:  # before Python 3.11, where only tests run this
     import tomli as tomllib
 
 project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
-print("\n".join(project["dependencies"]))
-for extra in sys.argv[1:]:
-    for requirement in project["optional-dependencies"][extra]:
-        if not re.match(r"tidewright\[", requirement):
-            print(requirement)
+extras = [project["optional-dependencies"][extra] for extra in sys.argv[1:]]
+for requirement in sum(extras, project["dependencies"]):
+    if not re.match(r"tidewright[-\[]", requirement):  # ours: tidewright-client needs nothing that we do not
+        print(requirement)

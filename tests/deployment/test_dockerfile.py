@@ -26,6 +26,8 @@ else:
 STAGES = stages()
 TARGETS = ("gateway", "cpu", "gpu")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+DEPENDENCIES = [line for line in PROJECT["dependencies"] if Requirement(line).name != "tidewright-client"]
+"""Those of others; the client is built beside the package."""
 targets = pytest.mark.parametrize("target", TARGETS)
 
 
@@ -140,10 +142,19 @@ def test_the_requirements_are_those_of_the_extras(extras: tuple[str, ...]) -> No
     command = [sys.executable, ROOT / "docker" / "requirements.py", *extras]
     done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
     expected = [
-        *PROJECT["dependencies"],
+        *DEPENDENCIES,
         *(line for extra in extras for line in PROJECT["optional-dependencies"][extra]),
     ]
     assert done.stdout.splitlines() == expected
+
+
+def test_the_client_that_the_images_get_needs_nothing_of_its_own() -> None:
+    client = tomllib.loads((ROOT / "clients" / "python" / "pyproject.toml").read_text())["project"]
+    assert {Requirement(line).name for line in client["dependencies"]} <= {
+        Requirement(one).name for one in DEPENDENCIES
+    }
+    (needed,) = set(PROJECT["dependencies"]) - set(DEPENDENCIES)
+    assert Requirement(needed).specifier.contains(client["version"])
 
 
 def test_the_gpu_images_pins_are_whole() -> None:
@@ -152,9 +163,9 @@ def test_the_gpu_images_pins_are_whole() -> None:
     (step,) = [value for name, value in STAGES["requirements-gpu"].steps if name == "RUN"]
     extras = step.partition("requirements.py")[2].partition(">")[0].split()
     required = [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
-    assert {Requirement(line).name for line in [*PROJECT["dependencies"], *required]} <= other.keys()
+    assert {Requirement(line).name for line in [*DEPENDENCIES, *required]} <= other.keys()
     assert (other["torch"], other["numpy"]) == (ours["torch"], ours["numpy"])
-    for line in [*PROJECT["dependencies"], *required]:
+    for line in [*DEPENDENCIES, *required]:
         requirement = Requirement(line)
         assert requirement.specifier.contains(other[requirement.name]), line
 

@@ -1,4 +1,7 @@
-"""A small client of a running server, Triton or a gateway: streams the answer to a chat or a text. No terminal."""
+"""A running server, Triton or a gateway, for the commands: streams the answer to a chat or a text. No terminal.
+
+A gateway is called by Tidewright's own client (clients/python); Triton's HTTP port here.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,15 @@ import httpx
 
 from tidewright.launch.control import WHICH_PORT, Answer, explained, triton_error
 from tidewright.launch.errors import LaunchError
-from tidewright.launch.gateway_control import base_url, error_of, is_strange, refusal, strange
+from tidewright.launch.gateway_control import base_url, error_of, is_strange, meaning, refusal, strange
+from tidewright_client import Client as GatewayClient
+from tidewright_client import Finish, Stream, Text, TidewrightError
 
 _JSON = {"Content-Type": "application/json"}
 
 # Nothing may come for a while before the first token (a long queue, a long prompt).
-_TIMEOUT = httpx.Timeout(10, read=300)
+_SILENCE = 300.0  # seconds
+_TIMEOUT = httpx.Timeout(10, read=_SILENCE)
 
 Messages = list[dict[str, str]]
 """A chat so far, as OpenAI's API has it."""
@@ -54,6 +60,8 @@ class Client:
 
     def close(self) -> None:
         self._connection.close()
+        if self._server:
+            self._server.close()
 
     def chat(self, messages: Messages, sampling: Sampling) -> Pieces:
         """The next answer of a chat. Raises RequestFailedError."""
@@ -81,7 +89,7 @@ def _find(connection: _Connection, key: str | None) -> _Server:
         if is_strange(answer):
             raise RequestFailedError(strange(connection.url)) from None
         return _Triton(connection)
-    return _Gateway(connection, headers, key, str(model))
+    return _Gateway(connection.url, key, str(model))
 
 
 class _Connection:
@@ -101,11 +109,9 @@ class _Connection:
         with self._open(method, path, body, headers) as response:
             return _whole(response)
 
-    def events(
-        self, path: str, body: Any, headers: dict[str, str], refused: Callable[[Answer], str]
-    ) -> Iterator[dict[str, Any]]:
+    def events(self, path: str, body: Any, refused: Callable[[Answer], str]) -> Iterator[dict[str, Any]]:
         """Server-sent events. `refused`: the message of an answer that is an error."""
-        with self._open("POST", path, body, headers) as response:
+        with self._open("POST", path, body) as response:
             if not response.is_success:
                 raise RequestFailedError(refused(_whole(response)))
             yield from _events(response.iter_bytes())
@@ -151,6 +157,9 @@ class _Server(ABC):
     @abstractmethod
     def complete(self, prompt: str, sampling: Sampling) -> Pieces: ...
 
+    def close(self) -> None:  # noqa: B027 - only some have something to close
+        """Of what is its own."""
+
 
 class _Triton(_Server):
     def __init__(self, connection: _Connection) -> None:
@@ -185,7 +194,7 @@ class _Triton(_Server):
             "return_finish_reason": True,
             "sampling_parameters": json.dumps(sampling),
         }
-        for event in self._connection.events("/v2/models/decoder/generate_stream", body, {}, self._refused):
+        for event in self._connection.events("/v2/models/decoder/generate_stream", body, self._refused):
             if "error" in event:  # status 200 was sent before it went wrong
                 raise RequestFailedError(str(event["error"]))
             reason = event.get("finish_reason")
@@ -197,29 +206,37 @@ class _Triton(_Server):
 
 
 class _Gateway(_Server):
-    def __init__(self, connection: _Connection, headers: dict[str, str], key: str | None, model: str) -> None:
-        self._connection, self._headers, self._key, self._model = connection, headers, key, model
+    def __init__(self, url: str, key: str | None, model: str) -> None:
+        self._url, self._key = url, key
+        # No end: somebody watches the answer.
+        self._client = GatewayClient(url, key=key or "", model=model, timeout=None, idle_timeout=_SILENCE)
 
     def chat(self, messages: Messages, sampling: Sampling) -> Pieces:
-        body = {"messages": messages, **sampling}
-        return self._generate("/v1/chat/completions", body, lambda choice: choice["delta"].get("content"))
+        return self._pieces(self._client.stream_chat(messages, extra=sampling))
 
     def complete(self, prompt: str, sampling: Sampling) -> Pieces:
-        return self._generate("/v1/completions", {"prompt": prompt, **sampling}, lambda choice: choice["text"])
+        return self._pieces(self._client.stream_complete(prompt, extra=sampling))
 
-    def _generate(self, path: str, body: dict[str, Any], text_of: Callable[[dict[str, Any]], str | None]) -> Pieces:
-        body = {"model": self._model, "stream": True, **body}
-        for event in self._connection.events(path, body, self._headers, self._refused):
-            if "error" in event:  # status 200 was sent before it went wrong
-                raise RequestFailedError(str(event["error"]["message"]))
-            for choice in event["choices"]:
-                reason = choice.get("finish_reason")
-                if limit := event.get("limited_by"):
-                    reason = f"the limit {limit} of the API key is used up"
-                yield Piece(text_of(choice) or "", reason)
+    def close(self) -> None:
+        self._client.close()
 
-    def _refused(self, answer: Answer) -> str:
-        return _generates(self._connection.url, refusal(self._connection.url, answer, self._key))
+    def _pieces(self, stream: Stream) -> Pieces:
+        try:
+            with stream:
+                for event in stream:
+                    if isinstance(event, Text):
+                        yield Piece(event.text, None)
+                    elif isinstance(event, Finish):
+                        limit = event.limited_by
+                        yield Piece("", f"the limit {limit} of the API key is used up" if limit else event.reason)
+        except TidewrightError as error:
+            raise RequestFailedError(_generates(self._url, self._meaning(error))) from None
+
+    def _meaning(self, error: TidewrightError) -> str:
+        if error.said is None:
+            return error.message
+        after = "" if error.retry_after is None else f"{error.retry_after:g}"
+        return meaning(self._url, error.status, error.code, error.said, after, self._key)
 
 
 def _generates(url: str, message: str) -> str:

@@ -197,13 +197,18 @@ def refusal(url: str, answer: Answer, key: str | None) -> str:
     error = error_of(answer)
     if error is None:
         return f"{url} answered with status {answer.status}"
-    message = str(error["message"])
-    if error["code"] == "no_such_path":
+    after = answer.retry_after or ""
+    return meaning(url, answer.status, error["code"], str(error["message"]), after if after.isdecimal() else "", key)
+
+
+def meaning(url: str, status: int | None, code: str | None, message: str, retry_after: str, key: str | None) -> str:
+    """The same of an error's fields. `retry_after`: seconds, or empty."""
+    if code == "no_such_path":
         return f"{url} is no address of a gateway ({message}); give http://HOST:PORT, without a path"
-    if answer.status == 401:
+    if status == 401:
         if key is None:
             return f"{url} requires an API key; give one with --key-file, or in TIDEWRIGHT_KEY"
         return f"{url} refuses the API key: {message}"
-    if "try again" not in message and (answer.retry_after or "").isdecimal():
-        message += f"; try again in {answer.retry_after} s"
+    if "try again" not in message and retry_after:
+        message += f"; try again in {retry_after} s"
     return message

@@ -50,6 +50,8 @@ class Finish:
     """`stop`, `length`, `tool_calls`, or whatever a newer server says."""
     ended_by: str | None = None
     """What ended it if its tokens did not, such as `timeout`."""
+    limited_by: str | None = None
+    """The limit of the API key that ended it."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Answer:
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: str | None = None
     ended_by: str | None = None
+    limited_by: str | None = None
     usage: Usage | None = None
     request_id: str | None = None
     """The answer's name in the server's logs."""
@@ -107,7 +110,8 @@ class Accumulator:
         choices = told.get("choices", [])
         if not isinstance(choices, list):
             raise ShapeError("choices is not a list")
-        events = [event for choice in choices for event in _events_of(choice)]
+        limited_by = _text(told, "limited_by")
+        events = [event for choice in choices for event in _events_of(choice, limited_by)]
         if usage := _usage(told):
             events.append(UsageReport(usage))
         for event in events:
@@ -144,6 +148,7 @@ class Accumulator:
             ),
             finish_reason=self._finish.reason if self._finish else None,
             ended_by=self._finish.ended_by if self._finish else None,
+            limited_by=self._finish.limited_by if self._finish else None,
             usage=self._usage,
             request_id=self.request_id,
             served_by=self._served_by,
@@ -162,7 +167,7 @@ def whole(told: Any, request_id: str | None) -> Answer:
     return accumulator.answer()
 
 
-def _events_of(choice: Any) -> Iterator[Event]:
+def _events_of(choice: Any, limited_by: str | None) -> Iterator[Event]:
     """Of a choice of a chunk or of a whole answer, of a chat or of a completion."""
     if not isinstance(choice, dict):
         raise ShapeError("a choice is not an object")
@@ -177,7 +182,7 @@ def _events_of(choice: Any) -> Iterator[Event]:
     for position, call in enumerate(calls):
         yield _call(call, position)
     if reason := _text(choice, "finish_reason"):
-        yield Finish(reason, _text(choice, "ended_by"))
+        yield Finish(reason, _text(choice, "ended_by"), limited_by)
 
 
 def _call(call: Any, position: int) -> ToolCall:

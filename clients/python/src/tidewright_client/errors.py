@@ -20,6 +20,7 @@ class TidewrightError(Exception):
         param: str | None = None,
         request_id: str | None = None,
         retry_after: float | None = None,
+        said: str | None = None,
         partial: Answer | None = None,
     ) -> None:
         super().__init__(message)
@@ -30,6 +31,8 @@ class TidewrightError(Exception):
         self.request_id = request_id
         self.retry_after = retry_after
         """Seconds."""
+        self.said = said
+        """The server's own words; `message` has them too, with what to do about it."""
         self.partial = partial
         """What had arrived of a stream that had begun."""
 

@@ -66,6 +66,7 @@ def refusal(settings: Settings, status: int, headers: Mapping[str, str], body: b
         message, code, param = _of_another_server(settings, status, headers, body), None, None
     else:
         message, code, param = str(error["message"]), _text(error.get("code")), _text(error.get("param"))
+    said = settings.without_key(message) if error else None
     message += _advice(settings, status, code, message, retry_after)
     return type_of(status)(
         settings.without_key(message),
@@ -74,6 +75,7 @@ def refusal(settings: Settings, status: int, headers: Mapping[str, str], body: b
         param=param,
         request_id=request_id,
         retry_after=retry_after,
+        said=said,
     )
 
 
@@ -88,7 +90,7 @@ def of_event(settings: Settings, error: dict[str, Any], request_id: str | None) 
     code = _text(error.get("code"))
     made = TimedOut if code == "timeout" else _OF_TYPE.get(str(error.get("type")), Unavailable)
     message = settings.without_key(error["message"])
-    return made(message, code=code, param=_text(error.get("param")), request_id=request_id)
+    return made(message, code=code, param=_text(error.get("param")), request_id=request_id, said=message)
 
 
 def unexpected(

@@ -80,8 +80,10 @@ def _base(url: str) -> str:
         fault = ""
         if parts.scheme not in ("http", "https"):
             fault = "it must begin with http:// or https://"
-        elif not parts.hostname or parts.port == 0:
+        elif not parts.hostname:
             fault = "it names no host"
+        elif parts.port == 0:
+            fault = "its port must be a number from 1 to 65535"
         elif parts.username is not None or parts.password is not None:
             # Not shown: what stands before the @ is a secret.
             raise ConnectionFailed(
