@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 # Of each language, the examples.
-EXAMPLES = {"go": "examples/*/main.go", "rust": "examples/*.rs"}
+EXAMPLES = {"python": "examples/*.py", "go": "examples/*/main.go", "rust": "examples/*.rs"}
 # A line that ends with a link to a file and a colon, and the block below it.
 _SHOWN = re.compile(r"\]\((?P<file>[^)\s]+)\):\n\n```\w+\n(?P<code>.*?)^```", re.MULTILINE | re.DOTALL)
 

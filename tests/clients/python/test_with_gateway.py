@@ -32,21 +32,27 @@ PROMPTS = ["The sea is", "Once upon a time", "Three fruits:"]
 OPTIONS: dict[str, Any] = {"max_tokens": 48, "temperature": 0.9, "seed": 7}
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_an_example_works(keyed: Keyed, example: str) -> None:
+def said_by(code: str, keyed: Keyed) -> str:
+    """What a program prints."""
     environment = {**os.environ, "TIDEWRIGHT_URL": keyed.gateway.url, "TIDEWRIGHT_KEY": keyed.key}
     environment["PYTHONPATH"] = str(FOLDER / "src")
-    done = subprocess.run(
-        [sys.executable, FOLDER / "examples" / f"{example}.py"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert [words for words in EXAMPLES[example] if words not in done.stdout] == [], done.stdout
+    return done.stdout
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_works(keyed: Keyed, example: str) -> None:
+    said = said_by((FOLDER / "examples" / f"{example}.py").read_text(), keyed)
+    assert [words for words in EXAMPLES[example] if words not in said] == [], said
+
+
+def test_the_readme_s_first_python_works(keyed: Keyed) -> None:
+    code = (FOLDER.parent.parent / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert "tidewright_client" in code
+    said_by(code.replace("http://127.0.0.1:8080", keyed.gateway.url), keyed)
 
 
 def test_every_example_is_run() -> None:
