@@ -153,3 +153,17 @@ def test_both_targets_from_a_root_of_debians_with_nothing_left_out(
         size = subprocess.check_output(["du", "-sm", image.layer / "opt/tidewright"], text=True).split()[0]
         print(f"{size:>7} MB in /opt/tidewright of {image.stage.name}")
     check_that_it_serves(*images, models, containers)
+    for image, option in zip(images, ("--no-fallback", "--tokenizer-only"), strict=True):
+        check_that_it_prepares(image, option, tmp_path / image.stage.name, containers)
+
+
+def check_that_it_prepares(image: Image, option: str, cache: Path, containers: list[Container]) -> None:
+    """As the init container does it for a new volume."""
+    cache.mkdir(mode=0o777)
+    cache.chmod(0o777)
+    preparing = image.run("prepare", option, volumes={CACHE: cache}, online=True)
+    containers.append(preparing)
+    assert preparing.process.wait(600) == 0, preparing.output()
+    made = cache / "models" / "smollm2-135m"
+    assert (made / "tidewright.json").is_file()
+    assert bool(list(made.glob("*.safetensors"))) == (option != "--tokenizer-only")

@@ -138,14 +138,14 @@ class Builder:
         if self.is_this_machine and "requirements.py server" in command:
             packages = "$(echo /opt/tidewright/lib/*/site-packages)"
             command = f"{command.partition('&&')[0]} && echo {_BORROWED} > {packages}/borrowed.pth"
-        values = {**environment, **self._of_pip()}
+        values = {**environment, **self.of_pip()}
         began = time.monotonic()
         command = f"set -e; cd {folder}; {command}"
         self._enter(layer, f"{script}exec {_in_root(values)} /bin/sh -c {shlex.quote(command)}")
         self.seconds[value] = time.monotonic() - began
 
     @staticmethod
-    def _of_pip() -> dict[str, str]:
+    def of_pip() -> dict[str, str]:
         """Where packages come from is this machine's configuration, not the image's."""
         listed = subprocess.check_output([sys.executable, "-m", "pip", "config", "list"], text=True)
         found = re.findall(r"^(?:global|install|:env:)\.([a-z-]+)='(.*)'$", listed, re.MULTILINE)
@@ -155,7 +155,7 @@ class Builder:
         """Runs it in a folder with the stage at `root`."""
         place = self._folder / "mounts"
         place.mkdir(exist_ok=True)
-        script = self.mounted(layer, "root") + self.mounts() + self._of_a_build() + script
+        script = self.mounted(layer, "root") + self.mounts() + self.of_a_build() + script
         done = subprocess.run(
             ["unshare", "--mount", "--pid", "--fork", "--kill-child", "sh", "-ec", script],
             cwd=place,
@@ -181,12 +181,12 @@ class Builder:
             lines += [f"mount -t tmpfs tmpfs root{folder}" for folder in sorted(hidden) if Path(folder).is_dir()]
         return "".join(f"{line}\n" for line in lines)
 
-    def _of_a_build(self) -> str:
+    def of_a_build(self) -> str:
         """What a step may reach of this machine: its name servers, and the packages that its pip is pointed to."""
         if self.is_this_machine:
             return ""  # has them
         lines = ["cp /etc/resolv.conf root/etc/resolv.conf"]
-        for found in re.findall(r"(?:^|[ /])(/[^ /][^ ]*)", " ".join(self._of_pip().values())):
+        for found in re.findall(r"(?:^|[ /])(/[^ /][^ ]*)", " ".join(self.of_pip().values())):
             # An index of packages names files that stand beside it.
             path = Path(found).parent if Path(found).name == "simple" else Path(found)
             if path.is_dir():
@@ -209,7 +209,7 @@ class Image:
 
 
 class Container:
-    """`volumes`: folders of this machine by where they are mounted."""
+    """`volumes`: folders of this machine by where they are mounted. `online`: with its network and packages."""
 
     def __init__(
         self,
@@ -221,22 +221,26 @@ class Container:
         volumes: Mapping[str, Path] | None = None,
         environment: Mapping[str, str] | None = None,
         log: Path | None = None,
+        online: bool = False,
     ) -> None:
         self.image = image
         self._folder = builder._folder / "containers" / os.urandom(4).hex()
         (self._folder / "root").mkdir(parents=True)
         self.log = log or self._folder / "log"
         self._environment = {**image.environment, "HOME": "/var/cache/tidewright", **(environment or {})}
+        self._environment |= builder.of_pip() if online else {}
         self._user = image.stage.last("USER")
-        script = builder.mounted(image.layer, "root") + "mount -o remount,ro root\n"
+        script = builder.mounted(image.layer, "root") + (builder.of_a_build() if online else "")
+        script += "mount -o remount,ro root\n"
         script += builder.mounts() + "umount -l root/tmp 2>/dev/null || true\n"
         script += "mount -t tmpfs -o mode=1777 tmpfs root/tmp; mount -t tmpfs -o mode=1777,size=1g tmpfs root/dev/shm\n"
         for target, source in (volumes or {}).items():
             script += f"mount --bind {source} root{target}\n"
-        if beside is None:
+        offline = beside is None and not online
+        if offline:
             script += "ip link set lo up\n"
         script += f"cd root; exec {self._inside('.', command)}\n"
-        namespaces = ["--mount", "--pid", "--fork", "--kill-child"] + ([] if beside else ["--net"])
+        namespaces = ["--mount", "--pid", "--fork", "--kill-child"] + (["--net"] if offline else [])
         enter = ["nsenter", "--net", "--target", str(beside.pid), "--"] if beside else []
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
