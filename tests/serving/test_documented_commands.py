@@ -16,12 +16,13 @@ from helpers import upstream
 from helpers.gateway import RunningGateway
 from helpers.triton import RunningServer
 
-README = (Path(__file__).parent.parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent.parent
+README = (ROOT / "README.md").read_text()
 COMMAND = Path(sys.executable).with_name("tidewright")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 def on_ports(text: str, server: RunningServer) -> str:
@@ -42,14 +43,26 @@ def test_curl(bf16_server: RunningServer, script: str) -> None:
     assert len("".join(texts)) > 10
 
 
+def the_sea_is(server: RunningServer) -> str:
+    options = {"max_tokens": 32, "temperature": 0}
+    return server.generate(text_input="The sea is", stream=True, sampling_parameters=options).text
+
+
 def test_python_grpc_streaming(bf16_server: RunningServer) -> None:
     _, script = blocks("python")
+    command = [sys.executable, "-c", on_ports(script, bf16_server)]
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert run.stdout == the_sea_is(bf16_server)
+
+
+def test_tritonclient_streaming(bf16_server: RunningServer) -> None:
+    (script,) = blocks("python", (ROOT / "docs/api.md").read_text())
     # Should it hang, its stack shows where.
     script = "import faulthandler; faulthandler.dump_traceback_later(90, exit=True)\n" + on_ports(script, bf16_server)
     run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "") or run.stderr.startswith(upstream.CLIENT_HANGS), run.stderr
-    options = {"max_tokens": 32, "temperature": 0}
-    assert run.stdout == bf16_server.generate(text_input="The sea is", stream=True, sampling_parameters=options).text
+    assert run.stdout == the_sea_is(bf16_server)
 
 
 def test_python_through_the_gateway(model_dir: Path, bf16_server: RunningServer) -> None:

@@ -13,10 +13,12 @@ import numpy as np
 import openai
 import pytest
 
+from helpers.both_clients import Clients
 from helpers.gateway import MODEL, RunningGateway
 from helpers.oracle import PROMPTS, Oracle
 from helpers.processes import Serve
 from helpers.triton import RunningServer
+from tidewright_client.errors import InvalidRequest
 
 # Short ones, and one longer than a step.
 TEXTS = [PROMPTS[name] for name in ("english", "chinese", "emoji", "one token", "long", "code", "special tokens")]
@@ -65,6 +67,25 @@ def test_openai_s_client_gets_the_vectors_of_transformers(
     cut = wanted[0][:64]
     np.testing.assert_allclose(short.embedding, cut / np.linalg.norm(cut), atol=1e-5)
     embedder.wait_idle()
+
+
+def test_the_clients_of_triton_get_them_without_a_gateway(
+    embedder: RunningServer, oracle: Oracle, wanted: list[np.ndarray]
+) -> None:
+    for kind in ("sync", "async"):
+        made = Clients(kind)
+        with made(embedder.grpc_url) as client:
+            for text, vector in list(zip(TEXTS, wanted, strict=True))[:4]:
+                for given in ({"prompt": text}, {"input_ids": oracle.ids(text)}):
+                    got = client.embed(**given)
+                    np.testing.assert_allclose(got.vector, vector, atol=1e-5)
+                    assert got.num_prompt_tokens == len(oracle.ids(text))
+            assert client.status().embedding_size == len(wanted[0])
+            with pytest.raises(InvalidRequest, match=r"ask embed\(\) of this server"):
+                client.generate(TEXTS[0], model="decoder")
+            with pytest.raises(InvalidRequest, match="give one of"):
+                client.embed()
+        made.stop()
 
 
 def test_many_clients_at_once_get_their_own(
