@@ -40,6 +40,8 @@ func explain(err error, base *url.URL) string {
 			return fmt.Sprintf("%s speaks TLS: write https:// in the URL in place of http://", host)
 		}
 		return fmt.Sprintf("%s does not speak HTTP (%v): check the URL's port", host, err)
+	case strings.Contains(text, "readLoopPeekFailLocked"): // net/http's word for bytes that come before a request
+		return fmt.Sprintf("%s speaks before it is asked, as gRPC does: if this is Triton's port, the gateway's is 8080 by default", host)
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return fmt.Sprintf("nothing listens at %s: check that the gateway runs, and the URL's port, which is 8080 by default", host)
 	case errors.As(err, &timeout) && timeout.Timeout():

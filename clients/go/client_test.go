@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -121,6 +122,25 @@ func TestLeavingTheLoopEndsTheRequest(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestTheCallersOwnPausesAreNoIdleTime(t *testing.T) {
+	// More than the client's buffers hold, so that it reads again after the pause.
+	url := serve(t, streamed(append(slices.Repeat([]string{eventHi}, 5000), eventEnd)...))
+	stream, err := newClient(t, tidewright.Options{URL: url, IdleTimeout: 500 * time.Millisecond}).StreamChat(context.Background(), hi)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pause := sync.OnceFunc(func() { time.Sleep(time.Second) })
+	for _, err := range stream.Events() {
+		if err != nil {
+			t.Error(err)
+		}
+		pause()
+	}
+	if text := stream.Answer().Text; len(text) != 5000*len("Hi") {
+		t.Errorf("%d bytes", len(text))
 	}
 }
 

@@ -20,6 +20,9 @@ import (
 	tidewright "github.com/tidewright/tidewright/clients/go"
 )
 
+// settings is the first frame of an HTTP/2 server.
+const settings = "\x00\x00\x06\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80"
+
 // wrong makes a chat that must fail, and tell these words.
 func wrong(t *testing.T, options tidewright.Options, kind error, words ...string) {
 	t.Helper()
@@ -171,13 +174,20 @@ func TestAddressesWhereNoGatewayIs(t *testing.T) {
 	wrong(t, tidewright.Options{URL: "http://10.9.9.9", Transport: noRoute}, tidewright.ErrConnectionFailed, "10.9.9.9 did not answer", "firewalls")
 
 	wrong(t, tidewright.Options{URL: raw(t, "SSH-2.0-OpenSSH_9.6\r\n")}, tidewright.ErrConnectionFailed, "does not speak HTTP")
-	wrong(t, tidewright.Options{URL: raw(t, "\x00\x00\x12\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80")}, tidewright.ErrConnectionFailed, "gRPC", "8080")
+	wrong(t, tidewright.Options{URL: raw(t, settings)}, tidewright.ErrConnectionFailed, "gRPC", "8080")
 	wrong(t, tidewright.Options{URL: raw(t, "")}, tidewright.ErrConnectionFailed, "write https://")
 	wrong(t, tidewright.Options{URL: serve(t, http.NotFound)}, tidewright.ErrNotFound, "8080", "8000 to 8002")
 }
 
 // raw answers each request with these bytes.
 func raw(t *testing.T, text string) string {
+	return listen(t, func(connection net.Conn) {
+		http.ReadRequest(bufio.NewReader(connection))
+		connection.Write([]byte(text))
+	})
+}
+
+func listen(t *testing.T, handle func(net.Conn)) string {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -189,12 +199,21 @@ func raw(t *testing.T, text string) string {
 			if err != nil {
 				return
 			}
-			http.ReadRequest(bufio.NewReader(connection))
-			connection.Write([]byte(text))
+			handle(connection)
 			connection.Close()
 		}
 	}()
 	return "http://" + listener.Addr().String()
+}
+
+func TestAServerThatSpeaksFirst(t *testing.T) {
+	at := listen(t, func(connection net.Conn) {
+		connection.Write([]byte(settings)) // as gRPC does, perhaps before the request
+		http.ReadRequest(bufio.NewReader(connection))
+	})
+	for range 50 { // which of them is first is chance
+		wrong(t, tidewright.Options{URL: at}, tidewright.ErrConnectionFailed, "gRPC", "8080 by default")
+	}
 }
 
 func TestTLS(t *testing.T) {
