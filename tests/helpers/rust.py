@@ -1,7 +1,8 @@
 """cargo for clients/rust, with the crates of Debian's packages in place of crates.io.
 
-What it compiles stays in the cache folder, so that only the first run on a machine compiles the dependencies. cargo
-sees the crate there through links: a Cargo.lock that the user has made from crates.io stays as it is.
+What it compiles stays in the cache folder, so that only the first run compiles the dependencies. cargo sees the crate
+there through links: a Cargo.lock that the user has made from crates.io stays as it is. Each checkout has its own
+folder: in a shared one cargo can't tell the crate of two checkouts apart, and would run the other's program.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,8 +23,8 @@ from tidewright.cache import cache_dir
 FOLDER = Path(__file__).parent.parent.parent / "clients" / "rust"
 REGISTRY = Path("/usr/share/cargo/registry")
 _SOURCE = ("--offline", "--config", 'source.crates-io.replace-with="debian"')
-_PLACE = ("--config", f'source.debian.directory="{REGISTRY}"')
-_TIMEOUT = 280  # seconds; the first run on a machine compiles all dependencies
+_DIRECTORY = ("--config", f'source.debian.directory="{REGISTRY}"')
+_TIMEOUT = 280  # seconds; the first run compiles all dependencies
 
 
 def run_cargo(command: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -35,7 +37,7 @@ def run_cargo(command: str, *words: str, **variables: str) -> subprocess.Complet
 
 
 def try_cargo(command: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return _run(["cargo", command, *_SOURCE, *_PLACE, *words], _linked(), **variables)
+    return _run(["cargo", command, *_SOURCE, *_DIRECTORY, *words], _linked(), **variables)
 
 
 @needs("gateway")
@@ -53,7 +55,7 @@ def _run(command: list[str], folder: Path, **variables: str) -> subprocess.Compl
     # No settings of the caller's own that would compile all anew.
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("RUSTFLAGS", "TIDEWRIGHT_"))}
     settings = {
-        "CARGO_TARGET_DIR": str(cache_dir() / "rust" / "target"),
+        "CARGO_TARGET_DIR": str(_place() / "target"),
         "CARGO_PROFILE_DEV_DEBUG": "0",
         "RUST_BACKTRACE": "0",
         "PYTHON": sys.executable,
@@ -71,10 +73,17 @@ def _run(command: list[str], folder: Path, **variables: str) -> subprocess.Compl
     )
 
 
+def _place() -> Path:
+    """Of this checkout."""
+    return cache_dir() / "rust" / hashlib.sha256(str(FOLDER.resolve()).encode()).hexdigest()[:12]
+
+
 def _linked() -> Path:
-    """A folder of its own for each checkout: links to the crate's files, and a Cargo.lock of Debian's versions."""
-    name = hashlib.sha256(str(FOLDER.resolve()).encode()).hexdigest()[:12]
-    folder = cache_dir() / "rust" / name / FOLDER.name
+    """Links to the crate's files, beside which cargo writes a Cargo.lock of Debian's versions."""
+    folder = _place() / FOLDER.name
+    for other in _place().parent.glob(f"*/{FOLDER.name}/Cargo.toml"):
+        if not other.exists():  # its checkout is gone
+            shutil.rmtree(other.parent.parent, ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     targets = [FOLDER / one for one in ("Cargo.toml", "README.md", "src", "tests", "examples")]
     links = {folder / target.name: target for target in targets}

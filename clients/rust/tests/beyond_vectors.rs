@@ -42,7 +42,7 @@ async fn a_call_that_is_dropped_closes_its_connection() {
     let scripted = Scripted::start();
     let (base_url, builder) = client_of(&scripted, "timeout_of_a_silent_server").await;
     let client = builder.build().unwrap();
-    assert!(timeout(Duration::from_millis(300), client.stream_chat(request())).await.is_err());
+    assert!(timeout(Duration::from_secs(1), client.stream_chat(request())).await.is_err());
     assert_eq!(scripted.verdict(&base_url).await, [""; 0]);
 }
 
@@ -50,14 +50,14 @@ async fn a_call_that_is_dropped_closes_its_connection() {
 async fn a_reader_that_rests_is_no_silence_of_the_gateway() {
     let scripted = Scripted::start();
     let (_, builder) = client_of(&scripted, "slow_reader_loses_nothing").await;
-    let client = builder.idle_timeout(Duration::from_millis(400)).build().unwrap();
+    let client = builder.idle_timeout(Duration::from_millis(1500)).build().unwrap();
     let mut stream = client.stream_chat(request()).await.unwrap();
     let mut count = 0;
     while let Some(event) = stream.next().await {
         event.unwrap();
         count += 1;
-        if count % 4000 == 0 {
-            sleep(Duration::from_millis(900)).await;
+        if count == 4000 {
+            sleep(Duration::from_millis(2500)).await;
         }
     }
     assert_eq!(stream.answer().text.len(), 12_000_000);
@@ -76,7 +76,7 @@ async fn a_silence_from_the_beginning_is_a_timeout() {
 async fn a_request_has_a_timeout_of_its_own() {
     let scripted = Scripted::start();
     let (_, builder) = client_of(&scripted, "timeout_in_the_middle").await;
-    let request = request().timeout(Duration::from_millis(500));
+    let request = request().timeout(Duration::from_millis(1500));
     let mut stream = builder.build().unwrap().stream_chat(request).await.unwrap();
     let error = loop {
         if let Err(error) = stream.next().await.unwrap() {
