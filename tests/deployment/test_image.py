@@ -90,6 +90,7 @@ def test_the_gateway_needs_neither_torch_nor_triton(
     for module in ("torch", "pytriton", "onnxruntime", "onnx"):
         assert "ModuleNotFoundError" in fails(gateway, "python", "-c", f"import {module}")
     assert "no replica can take requests" in fails(gateway, *gateway.image.stage.health)
+    assert "no server at" in fails(gateway, "tidewright", "chat", "Hi", "--url", "http://127.0.0.1:1")  # by the client
     assert gateway.stop(signal.SIGTERM) == 128 + signal.SIGTERM  # uvicorn ends by the signal that it got
 
 

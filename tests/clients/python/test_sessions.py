@@ -22,14 +22,12 @@ from tidewright_client import (
     InvalidRequest,
     RateLimited,
     Text,
-    TidewrightError,
     TimedOut,
     Unauthenticated,
     Unavailable,
     UnexpectedAnswer,
     UsageReport,
 )
-from tidewright_client.sessions import core
 
 TOKENS = 200
 
@@ -267,17 +265,3 @@ def test_a_session_connects_again_when_it_is_needed_again(gateway: ScriptedGatew
         list(generation)
         assert generation.answer().text == text(3)
         assert proxy.connections == 2
-
-
-def test_a_message_that_can_not_be_read_ends_what_runs() -> None:
-    from tidewright_client import settings
-
-    for message in ("{", "[]", '{"type": "done", "id": "1"}', '{"type": "token", "id": "1"}', '{"type": "opened"}'):
-        one = core.SessionCore(settings.make("http://h", None, 0, None, 1, 10**6, None))
-        one.receive('{"type": "opened", "resume_grace": 1}')
-        generation = one.begin(core.Request("complete", "", {"prompt": "x"}), 1)
-        with pytest.raises(UnexpectedAnswer) as caught:
-            one.receive(message)
-        one.give_up(caught.value)
-        assert isinstance(generation.error, TidewrightError)
-        assert not one.live

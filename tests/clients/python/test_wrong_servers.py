@@ -153,6 +153,17 @@ def test_http2_where_the_first_bytes_are_no_http() -> None:
     assert "https://" in error.message
 
 
+@pytest.mark.parametrize(
+    "body", [b'{"error": {"message": "the key tw-me-secret is bad", "code": "x"}}', b"You sent Bearer tw-me-secret"]
+)
+def test_a_server_that_tells_the_key_back(body: bytes) -> None:
+    head = b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with listener(head + body) as url:
+        error = failure(url)  # which looks for the key
+    assert "***" in error.message
+    assert KEY not in (error.said or "")
+
+
 def test_https_to_a_server_without_tls() -> None:
     with listener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as url:
         error = failure(url.replace("http", "https"))
