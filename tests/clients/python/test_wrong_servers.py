@@ -164,6 +164,17 @@ def test_a_server_that_tells_the_key_back(body: bytes) -> None:
     assert KEY not in (error.said or "")
 
 
+def test_a_server_that_does_not_know_what_the_client_sends() -> None:
+    body = b'{"error": {"message": "unknown field", "type": "invalid_request_error", "param": "timeout"}}'
+    with listener(b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n" % len(body) + body) as url:
+        error = failure(url)
+        assert isinstance(error, InvalidRequest)
+        assert "another version" in error.message
+        with Client(url, model=MODEL) as client, pytest.raises(InvalidRequest) as caught:
+            client.chat(CHAT, extra={"timeout": 1})
+        assert caught.value.message == "unknown field"
+
+
 def test_https_to_a_server_without_tls() -> None:
     with listener(b"HTTP/1.1 400 Bad Request\r\n\r\n") as url:
         error = failure(url.replace("http", "https"))

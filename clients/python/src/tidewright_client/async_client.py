@@ -176,7 +176,8 @@ class AsyncStream(AsyncIterator[Event]):
 
     def __del__(self) -> None:
         # Without attributes if __init__ was not run to its end.
-        if not getattr(self, "_is_closed", True) and self._exchange:
+        if not getattr(self, "_is_closed", True):
             self._is_closed = True
-            self._exchange.drop()
+            if self._exchange:
+                self._exchange.drop()
             self._call.over(self.answer())

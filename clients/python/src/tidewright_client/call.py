@@ -95,7 +95,10 @@ class Call:
 
     def refused(self, status: int, headers: Mapping[str, str], body: bytes) -> float:
         """Seconds before the next attempt. Raises the error of an answer with a status of 300 or more."""
-        error = explain.refusal(self.settings, status, headers, body)
+        own = {"timeout"} - (self._request.body or {}).keys() | (
+            {"stream_options"} if self._request.is_stream else set()
+        )
+        error = explain.refusal(self.settings, status, headers, body, own)
         may = status in retries.STATUSES and headers.get("x-should-retry", "").lower() != "false"
         return self._wait_after(error, may)
 

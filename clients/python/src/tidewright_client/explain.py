@@ -6,7 +6,7 @@ import json
 import socket
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -50,8 +50,10 @@ def type_of(status: int) -> type[TidewrightError]:
     return _OF_STATUS.get(status, Unavailable if status >= 500 else InvalidRequest)
 
 
-def refusal(settings: Settings, status: int, headers: Mapping[str, str], body: bytes) -> TidewrightError:
-    """Of an answer with a status of 300 or more."""
+def refusal(
+    settings: Settings, status: int, headers: Mapping[str, str], body: bytes, own: Container[str] = ()
+) -> TidewrightError:
+    """Of an answer with a status of 300 or more. `own`: fields of the request that its caller did not name."""
     request_id = headers.get("x-request-id")
     if status < 400:
         target = urlsplit(headers.get("location", "")).netloc or "another path"
@@ -68,6 +70,11 @@ def refusal(settings: Settings, status: int, headers: Mapping[str, str], body: b
         message, code, param = str(error["message"]), _text(error.get("code")), _text(error.get("param"))
     said = settings.without_key(message) if error else None
     message += _advice(settings, status, code, message, retry_after)
+    if param in own:
+        message += (
+            "; the client sends this field itself: a server that does not know it is no Tidewright gateway, or one of "
+            f"another version ({settings.url}/version tells)"
+        )
     return type_of(status)(
         settings.without_key(message),
         status=status,
