@@ -6,7 +6,8 @@ BIN    := $(VENV)/bin
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help serve check test test-clients test-go test-rust test-image coverage lint format bench bench-sweep bench-peers doctor clean scorecard
+.PHONY: help serve check test test-clients test-go test-rust test-image coverage lint format bench bench-sweep bench-peers loadtest soak \
+        aiperf doctor clean scorecard
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -63,6 +64,15 @@ bench-peers: $(VENV)/.server  ## Install vLLM and llama.cpp for `make bench` (a 
 
 scorecard: $(VENV)/.dev  ## Write docs/scorecard.md: which promises hold; ARGS="--run NAME" measures first
 	$(BIN)/python -m benchmarks.scorecard $(ARGS)
+
+loadtest: $(VENV)/.dev  ## Load a server (ours if ARGS name no --url) and report, with pictures
+	@exec $(BIN)/python -m loadtests run $(ARGS)
+
+soak: $(VENV)/.dev  ## An hour of mixed load over a gateway and two replicas, with kills
+	@exec $(BIN)/python -m loadtests soak $(ARGS)
+
+aiperf: $(VENV)/.dev  ## NVIDIA's aiperf beside our own load test, against the same server
+	@exec $(BIN)/python -m loadtests aiperf $(ARGS)
 
 clean:  ## Remove the virtual environment and what tests and tools left (prepared models stay in the cache)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage .coverage.* dist build

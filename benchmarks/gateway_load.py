@@ -18,9 +18,9 @@ from typing import Any
 
 import grpc
 import grpc.aio
-import psutil
 
 from benchmarks.echo_replica import METHOD, SERVICE
+from tidewright.bench.machine import family
 from tidewright.bench.sweep import percentile
 from tidewright_gateway.replicas.triton import let_end
 
@@ -241,11 +241,6 @@ async def at_once(send: Send, count: int) -> Load:
         load.take(due, answer)
     load.seconds = time.perf_counter() - due
     return load
-
-
-def family(pid: int) -> list[psutil.Process]:
-    root = psutil.Process(pid)
-    return [root, *root.children(recursive=True)]
 
 
 class Cpu:

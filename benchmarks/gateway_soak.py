@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from benchmarks.gateway_load import HttpClient, family, request
+from benchmarks.gateway_load import HttpClient, request
+from tidewright.bench.machine import family
 from tidewright_gateway.replicas.triton import TritonClient
 
 RATE = 100.0  # requests a second

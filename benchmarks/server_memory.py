@@ -27,9 +27,9 @@ import httpx
 import msgspec
 import psutil
 
-from benchmarks.gateway_load import HttpClient, family, request
+from benchmarks.gateway_load import HttpClient, request
 from benchmarks.gateway_soak import Soak
-from tidewright.bench.machine import free_ports
+from tidewright.bench.machine import family, free_ports, process_name
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.launch.prepare import prepare
 from tidewright.schema import SamplingParams
@@ -75,7 +75,7 @@ class Server:
         found: dict[str, float] = {}
         for process in family(self._process.pid):
             try:
-                name = _name(process)
+                name = process_name(process)
                 found[name] = found.get(name, 0.0) + process.memory_full_info().uss / 2**20
             except psutil.NoSuchProcess:
                 pass
@@ -84,16 +84,6 @@ class Server:
     @property
     def triton(self) -> psutil.Process:
         return next(each for each in family(self._process.pid) if each.name() == "tritonserver")
-
-
-def _name(process: psutil.Process) -> str:
-    command = " ".join(process.cmdline())
-    if "python_backend_stub" in command:
-        return f"stub of {command.split('/1/model.py')[0].rpartition('/')[2]}"
-    for part in ("tritonserver", "tidewright_gateway", "tidewright.engine"):
-        if part in command:
-            return part
-    return "serve" if "serve" in command else "others"
 
 
 @contextmanager

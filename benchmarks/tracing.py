@@ -23,9 +23,9 @@ import psutil
 import uvloop
 
 from benchmarks.gateway import CALLERS, SHORT, chat
-from benchmarks.gateway_load import HttpClient, closed_loop, family
+from benchmarks.gateway_load import HttpClient, closed_loop
 from benchmarks.gateway_parts import Row, echoes, gateway, process, show
-from tidewright.bench.machine import free_ports
+from tidewright.bench.machine import family, free_ports
 from tidewright.tracing.otlp import to_protobuf
 from tidewright.tracing.span import Attributes, Span, Trace
 from tidewright.tracing.trace_context import new_span_id

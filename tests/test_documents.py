@@ -36,12 +36,13 @@ FOLDERS = (
     "docker",
     "k8s",
     "terraform",
+    "loadtests",
     ".ci",
 )
 FILES = {str(path.relative_to(ROOT)) for folder in FOLDERS for path in (ROOT / folder).rglob("*")} | {
     path.name for path in ROOT.iterdir()
 }
-BENCHMARKS = sorted((ROOT / "benchmarks").rglob("*.py"))
+BENCHMARKS = sorted([*(ROOT / "benchmarks").rglob("*.py"), ROOT / "loadtests" / "cli.py"])
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 IGNORED = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
 # Of the programs that stand in the documents beside ours.
@@ -70,7 +71,7 @@ def commands(text: str) -> Iterator[list[str]]:
 
 
 def options_in(script: Path) -> set[str]:
-    """Of one that uses argparse."""
+    """Of one that uses argparse or click."""
     return set(re.findall(r'"(--[a-z-]+)"', script.read_text()))
 
 
@@ -105,7 +106,11 @@ def wrong_in_command(words: list[str]) -> list[str]:
         return [w for w in rest if w.startswith("--") and w.partition("=")[0] not in options_of(command)]
     if program == "make":
         return [word for word in rest if re.fullmatch(r"[a-z-]+", word) and word not in TARGETS]
-    if program == "python" and rest[:1] == ["-m"] and rest[1].partition(".")[0] in ("benchmarks", "tidewright"):
+    if (
+        program == "python"
+        and rest[:1] == ["-m"]
+        and rest[1].partition(".")[0] in ("benchmarks", "loadtests", "tidewright")
+    ):
         module = rest[1].replace(".", "/")
         return [] if {f"{module}.py", f"backends/{module}/__main__.py", f"{module}/__main__.py"} & FILES else [rest[1]]
     if program in ("python", "pytest"):

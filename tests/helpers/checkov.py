@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.environments import install_with_pip, made, python_of
+from loadtests.environments import install_with_pip, made, python_of
 from tidewright.cache import cache_dir
 
 PINS = Path(__file__).parent.parent / "deployment" / "checkov.txt"

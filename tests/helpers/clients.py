@@ -1,7 +1,7 @@
 """Clients that people use, run unchanged as scripts, in environments of their own with pinned versions.
 
 An environment is made on first use in the cache folder, from tests/clients/environments/NAME.txt (pip) or NAME.json
-(npm), as helpers/environments.py says.
+(npm), as loadtests/environments.py says.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.environments import Install, install_with_pip, made, python_of, run
 from helpers.needs import needs
+from loadtests.environments import Install, install_with_pip, made, python_of, run
 from tidewright.cache import cache_dir
 
 FOLDER = Path(__file__).parent.parent / "clients"

@@ -38,14 +38,8 @@ def _cpu_name() -> str:
 def server_memory(pid: int) -> dict[str, float]:
     """MiB of tritonserver and what it started (proportional set size), by what each process is."""
     sizes: dict[str, float] = {}
-    root = psutil.Process(pid)
-    for process in [root, *root.children(recursive=True)]:
-        command = " ".join(process.cmdline())
-        name = "tritonserver"
-        if "tidewright.engine" in command:
-            name = "engine"
-        elif "python_backend_stub" in command:
-            name = f"stub of {command.split('/1/model.py')[0].rpartition('/')[2]}"
+    for process in family(pid):
+        name = process_name(process)
         sizes[name] = sizes.get(name, 0) + process.memory_full_info().pss / 2**20
     return sizes
 
@@ -69,3 +63,31 @@ def free_ports(count: int) -> list[int]:
                 probe.bind(("127.0.0.1", port))
                 found.append(port)
     return found
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """A process and all below it."""
+    root = psutil.Process(pid)
+    return [root, *root.children(recursive=True)]
+
+
+def process_name(process: psutil.Process) -> str:
+    """Which part of Tidewright, or of what tests it, a process is."""
+    command = " ".join(process.cmdline())
+    if "python_backend_stub" in command:
+        return f"stub of {command.split('/1/model.py')[0].rpartition('/')[2]}"
+    for part, name in _PARTS.items():
+        if part in command:
+            return name
+    return "others"
+
+
+_PARTS = {
+    "tritonserver": "tritonserver",
+    "tidewright_gateway": "gateway",
+    "tidewright gateway": "gateway",
+    "tidewright.engine": "engine",
+    "locust": "locust",
+    "tidewright serve": "serve",
+    "loadtests": "loadtests",
+}

@@ -1,0 +1,179 @@
+"""Runs locust in a process of its own, says how far it is, and ends it so that no sample is lost."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from loadtests import samples
+from loadtests.options import STOP, Options
+from loadtests.samples import Sample
+from loadtests.shapes import users_at
+
+LOCUSTFILE = Path(__file__).with_name("locustfile.py")
+PROGRESS_EVERY = 5.0  # seconds
+DRAIN = 60  # seconds that running requests get at the end
+GRACE = 15.0  # beyond that, before locust is killed
+
+
+class LoadError(Exception):
+    """Locust did not run; the message says why."""
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Which processes make the load."""
+
+    workers: int = 0
+    """On this machine, besides the master; 0: one process does all."""
+    expect: int = 0
+    """Workers that come from other machines."""
+    bind_port: int = 5557
+    patience: int = 300
+    """Seconds that workers of other machines have to come."""
+
+    def arguments(self) -> list[str]:
+        if not self.workers and not self.expect:
+            return []
+        return [
+            f"--processes={self.workers}" if self.workers else "--master",
+            f"--expect-workers={self.expect + self.workers}",
+            f"--expect-workers-max-wait={self.patience}",
+            f"--master-bind-port={self.bind_port}",
+            f"--master-port={self.bind_port}",  # what the workers of --processes connect to
+        ]
+
+
+@dataclass
+class Result:
+    samples: list[Sample]
+    began: float
+    ended: float
+    interrupted: bool
+    status: int
+    words: str
+    """What locust said."""
+
+
+class Run:
+    """One test; `step` is to be called until it is over."""
+
+    def __init__(self, options: Options, fleet: Fleet, folder: Path) -> None:
+        self.options = msgspec.structs.replace(options, samples=str(folder / "samples.jsonl"))
+        Path(self.options.samples).write_bytes(b"")
+        self._file = Path(self.options.samples).open("rb")  # noqa: SIM115 - as long as the run
+        self._words = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
+        command += ["--loglevel=WARNING", f"--stop-timeout={DRAIN}", f"--host={options.url}", *fleet.arguments()]
+        self.began = time.time()
+        self.process = subprocess.Popen(
+            command,
+            env=self.options.environment(),
+            stdout=subprocess.DEVNULL,
+            stderr=self._words,
+            stdin=subprocess.DEVNULL,
+            cwd=LOCUSTFILE.parent.parent,
+            start_new_session=True,
+        )
+        self.samples: list[Sample] = []
+        self.interrupted = False
+
+    def poll(self) -> bool:
+        """Reads what is new. False: it is over."""
+        running = self.process.poll() is None
+        self.samples += samples.read_from(self._file)
+        return running
+
+    def interrupt(self) -> None:
+        """Lets running requests end; called again, it does not."""
+        if self.interrupted:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.interrupted = True
+        Path(self.options.samples).with_suffix(STOP).touch()
+
+    def result(self) -> Result:
+        try:
+            self.process.wait(DRAIN + GRACE)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        self.poll()
+        self._file.close()
+        self._words.seek(0)
+        words = self._words.read()
+        self._words.close()
+        began = min((one.at for one in self.samples), default=self.began)
+        ended = max((one.at + one.last for one in self.samples), default=began)
+        return Result(self.samples, began, ended, self.interrupted, self.process.returncode, words)
+
+
+def run(options: Options, fleet: Fleet, folder: Path, lines: Iterator[str] | None = None) -> Result:
+    """The whole of a test, with a line of progress every few seconds; Ctrl-C ends it early.
+
+    Raises:
+        LoadError: no request was made.
+    """
+    one = Run(options, fleet, folder)
+    due = time.monotonic() + PROGRESS_EVERY
+    while True:
+        try:
+            if not one.poll():
+                break
+            time.sleep(0.2)
+            if time.monotonic() >= due:
+                due += PROGRESS_EVERY
+                print(progress(one), file=sys.stderr)
+        except KeyboardInterrupt:
+            print("Stopping: running requests end first; Ctrl-C again does not wait for them.", file=sys.stderr)
+            one.interrupt()
+    result = one.result()
+    if not result.samples and not result.interrupted:
+        raise LoadError(f"locust made no request (status {result.status}):\n{last_lines(result.words)}")
+    return result
+
+
+def progress(one: Run) -> str:
+    now, began = time.time(), min((sample.at for sample in one.samples[:1000]), default=time.time())
+    recent = [sample for sample in one.samples[-2000:] if sample.at + sample.last > now - 10]
+    firsts = [1000 * sample.first for sample in recent if sample.served]
+    passed, options = now - began, one.options
+    users = users_at(options.shape, passed, options.duration, options.users)
+    text = (
+        f"{min(passed, options.duration):5.0f} of {options.duration:.0f} s  {users} users  {len(one.samples)} requests"
+    )
+    if firsts:
+        p50, p99 = np.percentile(firsts, (50, 99))
+        text += f"  {len(recent) / 10:.1f}/s  TTFT p50 {p50:.0f} ms, p99 {p99:.0f} ms"
+    if failed := [sample.error for sample in one.samples if sample.error]:
+        text += f"  {len(failed)} failed, the last: {failed[-1][:60]}"
+    return text
+
+
+def last_lines(words: str, count: int = 5) -> str:
+    return "\n".join(words.strip().splitlines()[-count:])
+
+
+def worker(master: str, port: int, processes: int) -> int:
+    """Works for a master on another machine until that ends; the status to exit with."""
+    command: Sequence[str] = [
+        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--worker", "--loglevel=WARNING"),
+        *(f"--master-host={master}", f"--master-port={port}", "--headless"),
+        *([f"--processes={processes}"] if processes > 1 else []),
+    ]
+    try:
+        return subprocess.run(command, stdin=subprocess.DEVNULL, cwd=LOCUSTFILE.parent.parent, check=False).returncode
+    except KeyboardInterrupt:
+        return 130
