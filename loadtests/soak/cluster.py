@@ -74,7 +74,7 @@ def running(more: Sequence[str] = ()) -> Iterator[Cluster]:
             replica.wait_ready()
         (port,) = free_ports(1)
         addresses = ",".join(replica.grpc_url for replica in replicas)
-        gateway = Command(["gateway", f"--port={port}", f"--replicas={addresses}", "--no-fallback"])
+        gateway = Command(["gateway", f"--port={port}", f"--replicas={addresses}", "--fallback=false"])
         commands.append(gateway)
         gateway.wait_for(f"http://127.0.0.1:{port}/health/ready")
         cluster = Cluster(replicas, gateway, port)
