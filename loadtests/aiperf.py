@@ -21,11 +21,8 @@ from tidewright.cache import cache_dir
 
 PINS = Path(__file__).resolve().parent.parent / "tests" / "clients" / "environments" / "aiperf.txt"
 TIMEOUT = 3600  # seconds
+TEMPLATE = "triton.json"  # a file, as aiperf cuts options at commas
 MS = 1000.0
-TEMPLATE = (
-    '{"text_input": {{ text|tojson }}, "max_tokens": {{ max_tokens }}, "min_tokens": {{ max_tokens }}, '
-    '"ignore_eos": true, "stream": true, "temperature": 0.7}'
-)
 
 
 class AiperfError(Exception):
@@ -49,11 +46,22 @@ class Plan:
     triton_model: str = ""
 
 
+def template(answer: int) -> str:
+    """The body of a request to Triton, with aiperf's text in it."""
+    options = {"max_tokens": answer, "ignore_eos": True, "stream": True, "temperature": 0.7}
+    return '{"text_input": {{ text|tojson }}, ' + json.dumps(options).removeprefix("{")
+
+
 def command(plan: Plan, program: Path, folder: Path) -> list[str]:
     words = [str(program.with_name("aiperf")), "profile", "--model", plan.model, "--url", plan.url, "--streaming"]
     if plan.triton_model:
         words += ["--endpoint-type", "template", "--endpoint", f"/v2/models/{plan.triton_model}/generate_stream"]
-        words += ["--extra-inputs", f"payload_template:{TEMPLATE}", "--extra-inputs", "response_field:text_output"]
+        words += [
+            "--extra-inputs",
+            f"payload_template:{folder / TEMPLATE}",
+            "--extra-inputs",
+            "response_field:text_output",
+        ]
     else:
         words += ["--endpoint-type", "chat", "--use-server-token-count"]
         words += ["--extra-inputs", f"min_tokens:{plan.answer}", "--extra-inputs", "ignore_eos:true"]
@@ -77,6 +85,7 @@ def run(plan: Plan) -> dict[str, Any]:
     print("Making aiperf's environment, if there is none yet (some minutes).", file=sys.stderr)
     program = python_of(made(PINS, cache_dir() / "clients", install_with_pip))
     with tempfile.TemporaryDirectory() as scratch:
+        (Path(scratch) / TEMPLATE).write_text(template(plan.answer), encoding="utf-8")
         # HF_HUB_OFFLINE would make it refuse a folder as tokenizer.
         environment = {**os.environ, "HF_HOME": scratch, "NO_PROXY": "127.0.0.1"}
         done = subprocess.run(

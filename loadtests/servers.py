@@ -26,8 +26,9 @@ class ServerError(Exception):
 class Command:
     """`tidewright ARGUMENTS`, in a session of its own: a Ctrl-C at the terminal is for the load test."""
 
-    def __init__(self, arguments: Sequence[str]) -> None:
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - for as long as it runs
+    def __init__(self, arguments: Sequence[str], log: Path | None = None) -> None:
+        """`log`: where its words go; nowhere else can they be read once it has ended."""
+        self._log = log.open("w+") if log else tempfile.TemporaryFile("w+")  # noqa: SIM115 - for as long as it runs
         program = str(Path(sys.executable).with_name("tidewright"))
         self.process = subprocess.Popen(
             [program, *arguments], stderr=self._log, stdin=subprocess.DEVNULL, start_new_session=True
@@ -64,11 +65,11 @@ class Command:
 class Server:
     """A replica, with or without a gateway beside it."""
 
-    def __init__(self, with_gateway: bool = True, more: Sequence[str] = ()) -> None:
+    def __init__(self, with_gateway: bool = True, more: Sequence[str] = (), log: Path | None = None) -> None:
         self.http, self.grpc, self.metrics, port = free_ports(4)
         self.gateway = port if with_gateway else 0
         ports = {"http": self.http, "grpc": self.grpc, "metrics": self.metrics, "gateway": self.gateway}
-        self.command = Command(["serve", *(f"--{name}-port={port}" for name, port in ports.items()), *more])
+        self.command = Command(["serve", *(f"--{name}-port={port}" for name, port in ports.items()), *more], log)
         self.url = f"http://127.0.0.1:{self.gateway}"
         self.grpc_url = f"127.0.0.1:{self.grpc}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,8 @@ def run(options: Options, fleet: Fleet, folder: Path, watched: Sequence[int] = (
     Raises:
         TargetError, ServerError, LoadError: it could not run; the message says why.
     """
-    with target(options) as (options, processes), tempfile.TemporaryDirectory() as scratch:
+    folder.mkdir(parents=True, exist_ok=True)
+    with target(options) as (options, processes):
         options = preflight.check(options)
         roots = [*processes, *((f"process {pid}", pid) for pid in watched), resources.own_family()]
         print(
@@ -47,7 +47,7 @@ def run(options: Options, fleet: Fleet, folder: Path, watched: Sequence[int] = (
             file=sys.stderr,
         )
         with Watch(lambda: roots) as watch:
-            result = driver.run(options, fleet, Path(scratch))
+            result = driver.run(options, fleet, folder)
     made = figures.report(
         result.samples,
         options,

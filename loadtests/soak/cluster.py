@@ -6,6 +6,7 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import httpx
 import psutil
@@ -58,8 +59,8 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def running(more: Sequence[str] = ()) -> Iterator[Cluster]:
-    """`more`: flags of `tidewright serve`.
+def running(folder: Path, more: Sequence[str] = ()) -> Iterator[Cluster]:
+    """`folder`: for their logs. `more`: flags of `tidewright serve`.
 
     Raises:
         ServerError: a part did not start.
@@ -67,14 +68,17 @@ def running(more: Sequence[str] = ()) -> Iterator[Cluster]:
     commands: list[Command] = []
     try:
         replicas = []
-        for _ in range(NUM_REPLICAS):
-            replicas.append(Server(with_gateway=False, more=[*_FLAGS, *more]))
+        for number in range(1, NUM_REPLICAS + 1):
+            log = folder / f"replica-{number}.log"
+            replicas.append(Server(with_gateway=False, more=[*_FLAGS, *more], log=log))
             commands.append(replicas[-1].command)
         for replica in replicas:
             replica.wait_ready()
         (port,) = free_ports(1)
         addresses = ",".join(replica.grpc_url for replica in replicas)
-        gateway = Command(["gateway", f"--port={port}", f"--replicas={addresses}", "--fallback=false"])
+        gateway = Command(
+            ["gateway", f"--port={port}", f"--replicas={addresses}", "--fallback=false"], folder / "gateway.log"
+        )
         commands.append(gateway)
         gateway.wait_for(f"http://127.0.0.1:{port}/health/ready")
         cluster = Cluster(replicas, gateway, port)

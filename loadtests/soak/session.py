@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +30,8 @@ def run(options: Options, pause: float, folder: Path, more: Sequence[str] = ()) 
         TargetError, ServerError, LoadError: it could not run; the message says why.
     """
     print(f"Starting a gateway and {NUM_REPLICAS} replicas.", file=sys.stderr)
-    with clusters.running(more) as cluster, tempfile.TemporaryDirectory() as scratch:
+    folder.mkdir(parents=True, exist_ok=True)
+    with clusters.running(folder, more) as cluster:
         options = preflight.check(msgspec.structs.replace(options, url=cluster.url))
         print(f"{options.users} users, {options.duration:.0f} s; Ctrl-C stops and reports.", file=sys.stderr)
         killer = Killer(cluster, Schedule(options.seed, pause, NUM_REPLICAS), lambda text: print(text, file=sys.stderr))
@@ -40,7 +40,7 @@ def run(options: Options, pause: float, folder: Path, more: Sequence[str] = ()) 
             if pause:
                 killer.start()
             try:
-                result = driver.run(options, Fleet(), Path(scratch))
+                result = driver.run(options, Fleet(), folder)
             finally:
                 if pause:
                     killer.stop()

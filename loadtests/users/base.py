@@ -107,6 +107,8 @@ class GenerationUser(User):
             cancelled = not self._caller.call(Wanted(rng, drawn, options.keys[tenant], leaves), tokens)
         except RequestError as problem:
             error = str(problem)[:MAX_ERROR] or "failed"
+        except Exception as problem:  # a fault of ours: it counts as a failure, and does not fill the terminal
+            error = f"{type(problem).__name__} in the load generator: {problem}"[:MAX_ERROR]
         except gevent.GreenletExit:  # locust waits no longer
             self._note(at, drawn, tenant, tokens, UNENDED, False)
             raise

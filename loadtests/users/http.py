@@ -34,34 +34,47 @@ def body(wanted: Wanted, model: str) -> dict[str, Any]:
 class HttpCaller:
     def __init__(self, options: Options) -> None:
         self._options = options
-        parts = urlsplit(options.url)
+        self._prefix = urlsplit(options.url).path.rstrip("/")
+        self._client = self._connected()
+
+    def _connected(self) -> HTTPClient:
+        parts = urlsplit(self._options.url)
         is_tls = parts.scheme == "https"
-        self._prefix = parts.path.rstrip("/")
-        self._client = HTTPClient(
+        return HTTPClient(
             parts.hostname or "",
             parts.port or (443 if is_tls else 80),
             ssl=is_tls,
             concurrency=1,
             connection_timeout=CONNECT,
-            network_timeout=options.silence,
+            network_timeout=self._options.silence,
         )
+
+    def _reconnect(self) -> None:
+        """After a stream that was not read to its end: a client that was closed can't be used again."""
+        self._client.close()
+        self._client = self._connected()
 
     def call(self, wanted: Wanted, tokens: Tokens) -> bool:
         content = {**body(wanted, self._options.model), "stream": True, "stream_options": {"include_usage": True}}
         headers = {"Content-Type": "application/json"}
         if wanted.key:
             headers["Authorization"] = f"Bearer {wanted.key}"
+        whole = False
         try:
             answer = self._client.request("POST", self._prefix + PATH, msgspec.json.encode(content), headers)
             if answer.status_code != 200:
                 raise RequestError(f"status {answer.status_code}: {_message(answer.read(MAX_BODY))}")
-            return self._read(answer, wanted, tokens)
+            whole = self._read(answer, wanted, tokens)
+            return whole
         except gevent.socket.timeout:
             raise RequestError(f"{SILENT}{self._options.silence:g} s") from None
         except OSError as error:
             raise RequestError(f"connection: {error.strerror or type(error).__name__}") from None
         except (ValueError, msgspec.DecodeError) as error:
             raise RequestError(f"not an answer of the API: {type(error).__name__}") from None
+        finally:
+            if not whole:
+                self._reconnect()
 
     def _read(self, answer: Any, wanted: Wanted, tokens: Tokens) -> bool:
         arrivals, finished = 0, False
@@ -75,7 +88,6 @@ class HttpCaller:
                 return True
             event = msgspec.json.decode(line[6:])
             if problem := event.get("error"):
-                answer.release()
                 raise RequestError(f"in the stream: {problem.get('message', problem)}")
             if usage := event.get("usage"):
                 tokens.prompt, tokens.output = usage["prompt_tokens"], usage["completion_tokens"]
@@ -86,7 +98,6 @@ class HttpCaller:
                     arrivals += 1
             if arrivals == wanted.leaves_after > 0 and not finished:
                 answer.release()
-                self._client.close()
                 return False
         raise RequestError("the stream ended without [DONE]")
 

@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from helpers.needs import needs
+
 PAUSE = 0.01  # seconds before each token of the echoing replica
-TIMEOUT = 150  # seconds
+TIMEOUT = 270  # seconds
 
 
 class Done(NamedTuple):
@@ -26,3 +28,14 @@ def load_test(folder: Path, *options: str, kind: str = "run") -> Done:
     data, page = folder / "report.json", folder / "report.html"
     report = json.loads(data.read_text()) if data.exists() else {}
     return Done(done.returncode, done.stdout + done.stderr, report, page.read_text() if page.exists() else "")
+
+
+@needs("server")
+def soak(folder: Path, *options: str) -> Done:
+    """`python -m loadtests soak`, which starts two replicas and kills parts of them."""
+    return _kill(folder, *options)
+
+
+@needs("chaos")
+def _kill(folder: Path, *options: str) -> Done:
+    return load_test(folder, *options, kind="soak")
