@@ -20,6 +20,7 @@ from helpers.echo_replica import EchoReplica
 from helpers.gateway import RunningGateway
 from helpers.load_tests import PAUSE, load_test
 from helpers.triton import RunningServer
+from tidewright.bench.machine import free_ports
 from tidewright_gateway.auth.stores import FileStore
 
 
@@ -93,14 +94,25 @@ def test_requests_tokens_and_pace_are_those_of_the_server(
     assert summary["e2e_ms"]["p50"] >= 1000 * PAUSE * 12
 
 
-def test_two_workers_share_the_load(paced_gateway: RunningGateway, paced: EchoReplica, tmp_path: Path) -> None:
+def test_workers_here_and_elsewhere_share_the_load(
+    paced_gateway: RunningGateway, paced: EchoReplica, tmp_path: Path
+) -> None:
+    """The one elsewhere gets all options from the master."""
     before = len(of_load_tests(paced))
-    options = ("--users", "4", "--workers", "2", "--minutes", "0.06", "--shape", "steady", "--fixed", "20:10")
-    done = load_test(tmp_path, "--url", paced_gateway.url, *options)
-    assert done.status == 0, done.words
+    (port,) = free_ports(1)
+    place = ("--bind-port", str(port))
+    command = [sys.executable, "-m", "loadtests", "run", "--master-host", "127.0.0.1", *place]
+    options = ("--users", "4", "--minutes", "0.07", "--shape", "steady", "--fixed", "20:10")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as elsewhere:
+        workers = ("--workers", "1", "--expect-workers", "1", *place)
+        done = load_test(tmp_path, "--url", paced_gateway.url, *options, *workers)
+        assert done.status == 0, done.words
+        _, words = elsewhere.communicate(timeout=60)
+    assert elsewhere.returncode == 0, words
     assert done.report["summary"]["failed"] == 0, done.report["errors"]
     assert done.report["summary"]["requests"] == len(of_load_tests(paced)) - before > 4
-    assert sum("locust" in one["name"] for one in done.report["processes"]) == 3  # a master and two workers
+    assert done.report["summary"]["output_tokens"] == 10 * done.report["summary"]["served"]
+    assert sum("locust" in one["name"] for one in done.report["processes"]) == 2  # a master and its worker
 
 
 def test_tenants_are_told_apart(model_dir: Path, paced: EchoReplica, tmp_path: Path) -> None:
