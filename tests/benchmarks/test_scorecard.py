@@ -89,6 +89,12 @@ PRINTED = {
         "| tritonserver | 310.0 | 313.1 | +0.055 |\n| gateway | 120.0 | 123.0 | -0.052 |\n",
         {"memory.triton": 0.055, "memory.gateway": -0.052},
     ),
+    "soak": (
+        "met    availability: one token, once a second: 0.9997 (>= 99.9%)\n"
+        "met    requests that failed: 5e-05 (< 0.1%)\n"
+        "MISSED streams without an end: 1 (0)\n",
+        {"soak.availability": 0.9997, "soak.failed": 5e-5, "soak.unended": 1},
+    ),
     "coverage": ("TOTAL     18000    540    97%", {"T1.lines": 97}),
 }
 
