@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +108,13 @@ def test_what_is_wrong_is_seen_before_anything_is_sent() -> None:
             Client("http://h", **options)  # type: ignore[arg-type]
 
 
-@contextmanager
+@contextlib.contextmanager
 def listener(answer: bytes) -> Iterator[str]:
     """Sends this to whoever connects, reads on, and closes when the other side does."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve(connection: socket.socket) -> None:
-            with connection:
+            with connection, contextlib.suppress(OSError):  # a client may reset it
                 connection.recv(65536)
                 connection.sendall(answer)
                 connection.shutdown(socket.SHUT_WR)
@@ -122,11 +122,9 @@ def listener(answer: bytes) -> Iterator[str]:
                     pass
 
         def accept() -> None:
-            try:
+            with contextlib.suppress(OSError):
                 while True:
                     threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
-            except OSError:
-                pass
 
         threading.Thread(target=accept, daemon=True).start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}"
