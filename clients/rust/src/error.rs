@@ -84,13 +84,14 @@ impl fmt::Debug for Details {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut shown = out.debug_struct("Details");
         shown.field("message", &self.message);
+        let partial = self.partial.as_ref().map(|partial| partial.text.len()); // it may be millions
         let known: [(&str, Option<&dyn fmt::Debug>); 6] = [
             ("status", self.status.as_ref().map(|status| status as _)),
             ("code", self.code.as_ref().map(|code| code as _)),
             ("param", self.param.as_ref().map(|param| param as _)),
             ("request_id", self.request_id.as_ref().map(|id| id as _)),
             ("retry_after", self.retry_after.as_ref().map(|wait| wait as _)),
-            ("partial", self.partial.as_ref().map(|partial| partial as _)),
+            ("bytes_of_partial", partial.as_ref().map(|bytes| bytes as _)),
         ];
         for (name, value) in known {
             if let Some(value) = value {
@@ -179,6 +180,14 @@ mod tests {
         details.status = Some(429);
         details.request_id = Some("r-1".into());
         assert_eq!(Error::of_status(429, details).to_string(), "slow down (status 429, request r-1)");
+    }
+
+    #[test]
+    fn what_a_main_shows_is_short() {
+        let partial = Answer { text: "a".repeat(1000), ..Answer::default() };
+        let details = Details { partial: Some(partial), ..Details::new("gone") };
+        let shown = format!("{:?}", Error::Interrupted(Box::new(details)));
+        assert_eq!(shown, r#"Interrupted(Details { message: "gone", bytes_of_partial: 1000 })"#);
     }
 
     #[test]
