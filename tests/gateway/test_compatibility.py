@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from tidewright_gateway.document.operations import OPERATIONS
 from tidewright_gateway.openai.fields import ApiObject
-from tidewright_gateway.openai.routes import BODIES
+from tidewright_gateway.openai.protocol import Body
 
+BODIES = {path: one.body for (_, path), one in OPERATIONS.items() if one.body and issubclass(one.body, Body)}
 PAGE = Path(__file__).parent.parent.parent / "docs" / "compatibility.md"
 
 

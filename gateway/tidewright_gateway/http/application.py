@@ -8,11 +8,9 @@ import math
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
@@ -44,7 +42,7 @@ from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.responses.routes import make_responses_router
 from tidewright_gateway.openai.responses.shelf import Shelf
 from tidewright_gateway.openai.responses.store import make_store
-from tidewright_gateway.openai.routes import describe_bodies, make_model_router, make_pipeline_router
+from tidewright_gateway.openai.routes import make_model_router, make_pipeline_router
 from tidewright_gateway.page import make_page_router
 from tidewright_gateway.parts import Parts
 from tidewright_gateway.pipeline import Pipeline
@@ -123,8 +121,7 @@ def make_app(
         title="Tidewright",
         version=__version__,
         lifespan=lifespan,
-        docs_url=None,  # FastAPI's page loads scripts from a CDN
-        redoc_url=None,
+        openapi_url=None,  # `page` has the document, and pages that load nothing from a CDN
         redirect_slashes=False,  # redirects would contain the caller's Host header
     )
     fast = make_pipeline_router(settings, failover, prompts, pipeline, shelf)
@@ -141,7 +138,6 @@ def make_app(
     for router in routers:
         app.include_router(router)
     _leave_errors_to_the_middleware(app)
-    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
 
     made: ASGIApp = FastPath(Authentication(app, authenticator), fast.routes, query)
     made = Middleware(made, hosts, tracer, traces, metrics, settings.max_body, *_paths(routers))
@@ -182,13 +178,6 @@ def _capacity(settings: GatewaySettings, failover: Failover) -> Callable[[], int
         return (settings.max_running or _UNKNOWN_CAPACITY) * max(usable, 1)
 
     return capacity
-
-
-def _document(app: FastAPI) -> dict[str, Any]:
-    if not app.openapi_schema:
-        app.openapi_schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-        describe_bodies(app.openapi_schema)
-    return app.openapi_schema
 
 
 def _leave_errors_to_the_middleware(app: FastAPI) -> None:

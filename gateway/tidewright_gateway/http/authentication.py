@@ -9,7 +9,7 @@ from tidewright_gateway.context import RequestContext
 from tidewright_gateway.websocket.backend import PATH as WEBSOCKET
 
 # Keys are required by default, also for paths added later.
-_FOR_ALL = frozenset(
+FOR_ALL = frozenset(
     (
         "/",
         "/docs",
@@ -33,7 +33,7 @@ class Authentication:
         if scope["type"] == "http":
             path, context = scope["path"], scope["state"]["context"]
             assert isinstance(context, RequestContext)
-            if path not in _FOR_ALL and not path.startswith(_FOR_ALL_BELOW):
+            if path not in FOR_ALL and not path.startswith(_FOR_ALL_BELOW):
                 context.caller = await self._authenticator.caller(context.credential)
                 if path.startswith(_FOR_ADMINS):
                     require_admin(context.caller)

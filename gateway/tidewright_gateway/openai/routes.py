@@ -5,44 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic.json_schema import models_json_schema
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
 from tidewright_gateway.anthropic.api import MessagesApi
 from tidewright_gateway.anthropic.models import model_info, model_list
-from tidewright_gateway.anthropic.protocol import CountTokensRequest, MessagesRequest
+from tidewright_gateway.anthropic.protocol import CountTokensRequest
 from tidewright_gateway.anthropic.translation import chat_of
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.middleware import ClientGoneError
 from tidewright_gateway.http.query import QueryCheck
 from tidewright_gateway.openai.api import ChatApi, CompletionApi
-from tidewright_gateway.openai.chat import ChatRequest, TokenizeRequest
-from tidewright_gateway.openai.embeddings import Computed, EmbeddingRequest, Embeddings, ScoreRequest
+from tidewright_gateway.openai.chat import TokenizeRequest
+from tidewright_gateway.openai.embeddings import Computed, Embeddings
 from tidewright_gateway.openai.errors import invalid
 from tidewright_gateway.openai.exchange import Exchange
 from tidewright_gateway.openai.messages import check_history
 from tidewright_gateway.openai.prompts import Prompts
-from tidewright_gateway.openai.protocol import Body, CompletionRequest, DetokenizeRequest
+from tidewright_gateway.openai.protocol import DetokenizeRequest
 from tidewright_gateway.openai.responses.api import ResponsesApi
-from tidewright_gateway.openai.responses.request import ResponsesRequest
 from tidewright_gateway.openai.responses.shelf import Shelf
 from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.failover import Failover
-
-_REFERENCE = "#/components/schemas/{model}"
-BODIES: dict[str, type[Body]] = {
-    "/v1/chat/completions": ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/embeddings": EmbeddingRequest,
-    "/v1/score": ScoreRequest,
-    "/v1/messages": MessagesRequest,
-    "/v1/messages/count_tokens": CountTokensRequest,
-    "/v1/responses": ResponsesRequest,
-    "/tokenize": TokenizeRequest,
-    "/detokenize": DetokenizeRequest,
-}
 
 
 def make_pipeline_router(
@@ -147,21 +132,11 @@ def make_model_router(
 
     @router.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
+        """The served model, by its name. With the header anthropic-version, as Anthropic's API has it."""
         pipeline.check_model(name)
         return described(request)
 
     return router
-
-
-def describe_bodies(document: dict[str, Any]) -> None:
-    """Adds the request bodies to an OpenAPI document: the pipeline parses them, not FastAPI."""
-    references, definitions = models_json_schema(
-        [(kind, "validation") for kind in BODIES.values()], ref_template=_REFERENCE
-    )
-    document.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
-    for path, kind in BODIES.items():
-        content = {"application/json": {"schema": references[kind, "validation"]}}
-        document["paths"][path]["post"]["requestBody"] = {"content": content, "required": True}
 
 
 async def _body(request: Request) -> bytes:
