@@ -29,6 +29,7 @@ from tidewright_client.triton.order import (
     checked_address,
     checked_metadata,
     checked_model,
+    new_id,
     order_of,
 )
 from tidewright_client.triton.pieces import Embedding, Health, Piece, Status, TritonAnswer
@@ -348,7 +349,7 @@ class AsyncTritonClient:
 
     async def _control(self, word: str, model: str, timeout: float) -> str:
         deadline = Deadline(timeout, time.monotonic)
-        return wire.text_of(await self._ask(model, calls.new_id(), wire.control_input(word), deadline))
+        return wire.text_of(await self._ask(model, new_id(), wire.control_input(word), deadline))
 
     async def _tokens(self, request: service_pb2.ModelInferRequest, deadline: Deadline) -> list[int]:
         method = self._channel.unary_unary(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Sequence
 
 from tritonclient.grpc import service_pb2
 
 from tidewright_client.errors import InvalidRequest, TidewrightError, UnexpectedAnswer
 from tidewright_client.triton import wire
-from tidewright_client.triton.order import TOKENIZER, Messages
+from tidewright_client.triton.order import TOKENIZER, Messages, new_id
 from tidewright_client.triton.pieces import Status
 
 STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -31,10 +30,6 @@ CHANNEL_OPTIONS = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
-
-
-def new_id() -> str:
-    return uuid.uuid4().hex
 
 
 def tokenizer_request(prompt: str | None, messages: Messages | None) -> service_pb2.ModelInferRequest:

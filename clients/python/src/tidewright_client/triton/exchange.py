@@ -132,7 +132,7 @@ class Line:
 
     def leave(self, exchange: Exchange, now: float) -> None:
         """Its reader goes. Triton is told to cancel it, unless it has ended."""
-        if exchange.is_over or exchange.is_left_at is not None or exchange.request_id not in self._exchanges:
+        if exchange.is_left_at is not None or exchange.request_id not in self._exchanges:
             return
         exchange.is_left_at = now
         # Triton's own cancel would end the whole stream.

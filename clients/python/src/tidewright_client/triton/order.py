@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import uuid
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
@@ -84,7 +84,9 @@ class Order:
         if timeout is not None:
             sampling["timeout"] = timeout
         tensors += wire.sampling_input(sampling)
-        flags = ["exclude_input_in_output", "return_finish_reason", "return_num_input_tokens"]
+        flags = ["exclude_input_in_output", "return_finish_reason"]
+        if self.input_ids is None:
+            flags.append("return_num_input_tokens")
         if self.streams:
             flags.append("stream")
         if self.num_outputs > 1:
@@ -144,9 +146,14 @@ def checked_model(model: str) -> str:
     return model
 
 
+def new_id() -> str:
+    """Short, for each response carries it; and none can guess it, who could cancel by it."""
+    return secrets.token_urlsafe(12)
+
+
 def checked_id(request_id: str | None) -> str:
     if request_id is None:
-        return uuid.uuid4().hex
+        return new_id()
     if not _ID.fullmatch(request_id):
         raise InvalidRequest("request_id must have 1 to 256 characters, none of which controls", param="request_id")
     return request_id

@@ -46,6 +46,7 @@ class Piece:
     stop_reason: str | int | None = None
     """In the last piece: the stop string or token id that ended the text."""
     num_prompt_tokens: int | None = None
+    """None if token ids were sent."""
     num_cached_tokens: int | None = None
     """With the first piece: prompt tokens that the prefix cache had."""
 
@@ -126,10 +127,11 @@ class _Parts:
 class Collector:
     """Pieces that add up to an answer."""
 
-    def __init__(self, request_id: str, model: str, num_outputs: int = 1) -> None:
+    def __init__(self, request_id: str, model: str, num_outputs: int = 1, prompt_tokens: int | None = None) -> None:
+        """`prompt_tokens`: if they are known before the server tells them."""
         self._request_id, self._model = request_id, model
         self._parts = [_Parts() for _ in range(num_outputs)]
-        self._prompt_tokens: int | None = None
+        self._prompt_tokens = prompt_tokens
         self._cached: int | None = None
         self._prompt_logprobs: list[TokenLogprobs | None] | None = None
         self._served_by: str | None = None

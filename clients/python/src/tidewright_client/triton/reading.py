@@ -22,7 +22,8 @@ class Reading:
         self._max_retries, self._budget, self._hooks = max_retries, budget, hooks
         self._info = CallInfo("generate", address, order.model, order.streams)
         self._reader = wire.Reader()
-        self._collector = Collector(order.request_id, order.model, order.num_outputs)
+        prompt_tokens = None if order.input_ids is None else len(order.input_ids)
+        self._collector = Collector(order.request_id, order.model, order.num_outputs, prompt_tokens)
         self._unfinished = order.num_outputs
         self._was_sent = self._has_ended = False
         self.has_begun = False

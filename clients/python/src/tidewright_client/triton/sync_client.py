@@ -28,6 +28,7 @@ from tidewright_client.triton.order import (
     checked_address,
     checked_metadata,
     checked_model,
+    new_id,
     order_of,
 )
 from tidewright_client.triton.pieces import Embedding, Health, Piece, Status, TritonAnswer
@@ -344,7 +345,7 @@ class TritonClient:
 
     def _control(self, word: str, model: str, timeout: float) -> str:
         deadline = Deadline(timeout, time.monotonic)
-        return wire.text_of(self._ask(model, calls.new_id(), wire.control_input(word), deadline))
+        return wire.text_of(self._ask(model, new_id(), wire.control_input(word), deadline))
 
     def _tokens(self, request: service_pb2.ModelInferRequest, deadline: Deadline) -> list[int]:
         try:

@@ -149,7 +149,7 @@ class Reader:
             "num_prompt_tokens": _count(outputs, "num_input_tokens"),
             "num_cached_tokens": _count(outputs, "num_cached_tokens"),
         }
-        if len(outputs) == 4 and "num_input_tokens" in outputs and len(texts) == 1:  # most of a stream
+        if len(texts) == len(reasons) == 1 and len(outputs) == 3 + ("num_input_tokens" in outputs):  # most of a stream
             return [Piece(texts[0], ids, _reason(reasons[0]), **whole)]
         counts = _uints(outputs["num_output_tokens"]) if "num_output_tokens" in outputs else (len(ids),)
         if not len(texts) == len(reasons) == len(counts) <= MAX_OUTPUTS or sum(counts) != len(ids):
