@@ -49,7 +49,7 @@ def the_sea_is(server: RunningServer) -> str:
 
 
 def test_python_grpc_streaming(bf16_server: RunningServer) -> None:
-    _, script = blocks("python")
+    (script,) = (block for block in blocks("python") if ":8001" in block)
     command = [sys.executable, "-c", on_ports(script, bf16_server)]
     run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert (run.returncode, run.stderr) == (0, "")
@@ -66,12 +66,14 @@ def test_tritonclient_streaming(bf16_server: RunningServer) -> None:
 
 
 def test_python_through_the_gateway(model_dir: Path, bf16_server: RunningServer) -> None:
-    script, _ = blocks("python")
+    scripts = [block for block in blocks("python") if ":8080" in block]
+    assert len(scripts) == 2
     with RunningGateway(model_dir, bf16_server) as gateway:
-        script = script.replace(":8080", f":{gateway.port}")
-        run = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=120)
-    assert (run.returncode, run.stderr) == (0, "")
-    assert len(run.stdout) > 10
+        for script in scripts:
+            command = [sys.executable, "-c", script.replace(":8080", f":{gateway.port}")]
+            run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+            assert (run.returncode, run.stderr) == (0, "")
+            assert len(run.stdout) > 10
 
 
 def test_complete(server: RunningServer) -> None:
