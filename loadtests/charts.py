@@ -13,7 +13,7 @@ Report = Mapping[str, Any]
 SIZE = (9.0, 3.4)
 STYLES = {"p50": "-", "p95": "--", "p99": ":"}
 NAMES = {"ttft": "time to first token", "tpot": "time per further token", "e2e": "whole request"}
-MAX_LINES = 12  # processes in one picture
+MAX_LINES = 10  # processes in one picture: those that used most of it
 
 
 def _figure(plots: int = 1) -> tuple[Figure, list[Any]]:
@@ -26,7 +26,7 @@ def _png(figure: Figure) -> bytes:
     for axes in figure.axes:
         axes.grid(alpha=0.3)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize="x-small")
+            axes.legend(fontsize="xx-small", framealpha=0.6)
     file = io.BytesIO()
     figure.savefig(file, dpi=110, format="png")
     return file.getvalue()
@@ -104,13 +104,13 @@ def errors(report: Report) -> bytes | None:
 
 def processes(report: Report) -> bytes | None:
     """CPU and memory of each process."""
-    shown = sorted(report.get("processes", ()), key=lambda one: -one["mib_last"])[:MAX_LINES]
-    if not shown:
+    found = report.get("processes", ())
+    if not found:
         return None
     figure, (cpu, memory) = _figure(2)
-    for one in shown:
-        cpu.plot(one["at"], one["cpu"], label=f"{one['name']} ({one['pid']})")
-        memory.plot(one["at"], one["mib"], label=f"{one['name']} ({one['pid']})")
+    for axes, series, most in ((cpu, "cpu", "cpu_seconds"), (memory, "mib", "mib_last")):
+        for one in sorted(found, key=lambda one: -one[most])[:MAX_LINES]:
+            axes.plot(one["at"], one[series], label=f"{one['name']} ({one['pid']})")
     cpu.set(xlabel="s", ylabel="cores", title="CPU of each process")
     memory.set(xlabel="s", ylabel="MiB of its own", yscale="log", title="memory of each process")
     for axes in (cpu, memory):

@@ -28,7 +28,10 @@ class Point(NamedTuple):
 
 
 class Watch:
-    """Looks at processes in a thread of its own. `roots`: name and pid, each with its children."""
+    """Looks at processes in a thread of its own. `roots`: name and pid, each with its children.
+
+    A process belongs to the first root that has it.
+    """
 
     def __init__(self, roots: Callable[[], Iterable[tuple[str, int]]], every: float = EVERY) -> None:
         self._roots, self._every = roots, every
@@ -47,11 +50,13 @@ class Watch:
 
     def _run(self) -> None:
         while not self._over.is_set():
-            began = time.monotonic()
+            began, seen = time.monotonic(), set[int]()
             for root, pid in self._roots():
                 with contextlib.suppress(psutil.Error):
                     for process in family(pid):
-                        self._look(root, process)
+                        if process.pid not in seen:  # servers are also children of the load test that started them
+                            seen.add(process.pid)
+                            self._look(root, process)
             self._over.wait(max(0.0, self._every - (time.monotonic() - began)))
 
     def _look(self, root: str, process: psutil.Process) -> None:

@@ -94,6 +94,17 @@ def test_requests_tokens_and_pace_are_those_of_the_server(
     assert summary["e2e_ms"]["p50"] >= 1000 * PAUSE * 12
 
 
+def test_clients_that_leave_go_on_with_their_next_request(paced_gateway: RunningGateway, tmp_path: Path) -> None:
+    load = ("--users", "2", "--requests", "14", "--fixed", "20:30", "--shape", "steady", "--minutes", "0.5")
+    leave = ("--cancel-share", "1", "--protocols", "http,websocket")
+    done = load_test(tmp_path, "--url", paced_gateway.url, *load, *leave)
+    summary = done.report["summary"]
+    assert done.report["errors"] == {}, done.words
+    assert summary["requests"] == 14
+    assert summary["cancelled"] >= 7  # but for those that left at the last token
+    assert done.report["groups"]["protocol"].keys() == {"http", "websocket"}
+
+
 def test_workers_here_and_elsewhere_share_the_load(
     paced_gateway: RunningGateway, paced: EchoReplica, tmp_path: Path
 ) -> None:

@@ -30,6 +30,8 @@ def test_requests_survive_kills_and_every_stream_ends(tmp_path: Path) -> None:
     assert "gateway: gateway" in names
     gateway = next(one for one in report["processes"] if one["name"] == "gateway: gateway")
     assert gateway["mib_per_minute"] is not None
+    owners = {one["pid"]: one["name"].partition(":")[0] for one in report["processes"]}
+    assert all(owners[one["pid"]] == one["name"].partition(":")[0] for one in report["processes"])
     promises = [row["promise"] for row in report["verdict"]]
     assert len(set(promises)) == len(promises) > 4
     assert "Kills" in done.page

@@ -118,9 +118,9 @@ def test_the_watch_sees_a_process_and_its_children_until_they_end() -> None:
     code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
     parent = subprocess.Popen([sys.executable, "-c", code])
     try:
-        with Watch(lambda: [("ours", parent.pid), ("gone", 2**22 + 1)], every=0.02) as watch:
+        with Watch(lambda: [("ours", parent.pid), ("gone", 2**22 + 1), ("all", os.getpid())], every=0.02) as watch:
             deadline = time.monotonic() + 30
-            while len(watch.series) < 2 or min(map(len, watch.series.values())) < 3:
+            while sum(name.startswith("ours") and len(points) > 2 for (name, _), points in watch.series.items()) < 2:
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
             for child in psutil.Process(parent.pid).children():
@@ -129,7 +129,10 @@ def test_the_watch_sees_a_process_and_its_children_until_they_end() -> None:
     finally:
         parent.kill()
     assert {pid for _, pid in watch.series} >= {parent.pid}
-    assert os.getpid() not in {pid for _, pid in watch.series}
+    owners = {pid: name.partition(":")[0] for name, pid in watch.series}
+    assert owners[os.getpid()] == "all"
+    assert owners[parent.pid] == "ours"
+    assert len(watch.series) == len(owners) >= 3  # each process once
     for points in watch.series.values():
         assert all(point.mib > 0 and point.descriptors > 0 for point in points)
         assert [point.cpu for point in points] == sorted(point.cpu for point in points)
