@@ -15,6 +15,7 @@ import psutil
 from tidewright.bench.machine import family, process_name
 
 EVERY = 1.0  # seconds
+LOAD_GENERATOR, OWN_PARTS = "load generator", ("locust", "loadtests")
 MAX_POINTS = 20_000
 """Of one process, at most; beyond it every second one is dropped and half as many are taken."""
 MIN_POINTS = 10  # for a regression
@@ -30,7 +31,8 @@ class Point(NamedTuple):
 class Watch:
     """Looks at processes in a thread of its own. `roots`: name and pid, each with its children.
 
-    A process belongs to the first root that has it.
+    A process belongs to the first root that has it. Below the load generator only its own parts are looked at: servers
+    that it started are roots as well.
     """
 
     def __init__(self, roots: Callable[[], Iterable[tuple[str, int]]], every: float = EVERY) -> None:
@@ -54,18 +56,19 @@ class Watch:
             for root, pid in self._roots():
                 with contextlib.suppress(psutil.Error):
                     for process in family(pid):
-                        if process.pid not in seen:  # servers are also children of the load test that started them
+                        if process.pid not in seen:
                             seen.add(process.pid)
                             self._look(root, process)
             self._over.wait(max(0.0, self._every - (time.monotonic() - began)))
 
     def _look(self, root: str, process: psutil.Process) -> None:
         with contextlib.suppress(psutil.Error):
-            if process.status() == psutil.STATUS_ZOMBIE:
+            part = process_name(process)
+            if process.status() == psutil.STATUS_ZOMBIE or (root == LOAD_GENERATOR and part not in OWN_PARTS):
                 return
             cpu = process.cpu_times()
             point = Point(time.time(), cpu.user + cpu.system, process.memory_full_info().uss / 2**20, process.num_fds())
-            series = self.series.setdefault((f"{root}: {process_name(process)}", process.pid), [])
+            series = self.series.setdefault((f"{root}: {part}", process.pid), [])
             series.append(point)
             if len(series) > MAX_POINTS:
                 del series[::2]
@@ -111,4 +114,4 @@ def figures(series: dict[tuple[str, int], list[Point]], began: float, warm_up: f
 
 def own_family() -> tuple[str, int]:
     """The load generator: it shares the cores with what it measures."""
-    return "load generator", os.getpid()
+    return LOAD_GENERATOR, os.getpid()

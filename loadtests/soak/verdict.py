@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loadtests.resources import LOAD_GENERATOR
 from loadtests.samples import SILENT, UNENDED
 
 AVAILABILITY = 0.999
@@ -49,7 +50,7 @@ def long_lived(processes: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
     """The last of each name, but for the load generator: what was killed before had its own end."""
     last: dict[str, Mapping[str, Any]] = {}
     for one in processes:
-        if not one["name"].startswith("load generator"):
+        if not one["name"].startswith(LOAD_GENERATOR):
             known = last.get(one["name"])
             if known is None or one["seconds"] > known["seconds"]:
                 last[one["name"]] = one
