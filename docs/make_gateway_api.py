@@ -17,6 +17,7 @@ HEAD = """# The gateway's HTTP API
 
 Made from its OpenAPI document (`/openapi.json`, shown at `/docs`) by `python docs/make_gateway_api.py`.
 How to run the gateway, its errors and headers: [serving.md](serving.md). The WebSocket: [websocket.md](websocket.md).
+Clients made of the document: [clients.md](clients.md#any-other-language).
 
 Every error is an [ErrorBody](#errorbody), of Anthropic's API an [AnthropicError](#anthropicerror). Answers may have more fields in later versions.
 """

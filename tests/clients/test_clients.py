@@ -142,7 +142,8 @@ def test_every_check_of_a_script_is_listed(client: Client) -> None:
 
 def test_every_environment_is_used_and_pins_exact_versions() -> None:
     files = {path.stem: path for path in (FOLDER / "environments").iterdir()}
-    assert set(files) == {client.environment for client in CLIENTS.values() if client.environment}
+    of_generators = {"typescript"}  # test_typescript.py
+    assert set(files) == {client.environment for client in CLIENTS.values() if client.environment} | of_generators
     for path in files.values():
         text = path.read_text()
         if path.suffix == ".txt":

@@ -46,7 +46,7 @@ def run_client(client: Client, check: str, **variables: str) -> None:
     script = FOLDER / "scripts" / client.script
     environment = {**os.environ, "NO_PROXY": "127.0.0.1", **variables}
     if script.suffix == ".mjs":
-        folder = _made(str(client.environment), ".json", _install_with_npm)
+        folder = npm_environment(str(client.environment))
         command = ["node", str(script), check]
         environment["NODE_ENVIRONMENT"] = str(folder)
     elif client.environment:
@@ -56,6 +56,10 @@ def run_client(client: Client, check: str, **variables: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_TIMEOUT, check=False)
     if done.returncode:
         pytest.fail(f"{client.script} {check}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}", pytrace=False)
+
+
+def npm_environment(name: str) -> Path:
+    return _made(name, ".json", _install_with_npm)
 
 
 def _made(name: str, suffix: str, install: Install) -> Path:

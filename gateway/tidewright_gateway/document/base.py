@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core.core_schema import CoreSchema, WithDefaultSchema
 
-
-class _Absent(Enum):
-    """An enum, as its member stays the same object in a copy."""
-
-    ABSENT = 0
-
-
-ABSENT: Any = _Absent.ABSENT
+ABSENT: Any = None
 """The default of fields that not every answer has."""
 
 
@@ -28,9 +20,8 @@ class Shown(BaseModel):
 
 class Schemas(GenerateJsonSchema):
     def default_schema(self, schema: WithDefaultSchema) -> JsonSchemaValue:
-        if schema.get("default") is ABSENT:
-            return self.generate_inner(schema["schema"])
-        return super().default_schema(schema)
+        # Without the default: some generators take a field that has one for a field that is always there.
+        return self.generate_inner(schema["schema"])
 
     def field_title_should_be_set(self, schema: CoreSchema) -> bool:
         return False  # it would only repeat the name
