@@ -75,6 +75,32 @@ PRINTED = {
         "│ lines lost of 2500, the sink away for 5 s │ 0 │ 0 │ yes │\n",
         {"O2.visible": 1.2, "O2.lost": 0},
     ),
+    "protocols": (
+        "│ server is live: gRPC's p50 is lower than of REST/JSON by        │ -900% │ >= 30% │ NO  │\n"
+        "│   its bytes are fewer by                                        │    4% │ >= 70% │ NO  │\n"
+        "│ tokenize 14 tokens: gRPC's p50 is lower than of REST/JSON by    │  -63% │ >= 30% │ NO  │\n"
+        "│ tokenize 14 tokens: gRPC's p50 is lower than of REST/JSON, httpx by │ 66% │ >= 30% │ yes │\n"
+        "│   its bytes are fewer by                                        │   26% │ >= 70% │ NO  │\n"
+        "│ 2000 ids (cached), 1 token: gRPC's p50 is lower than of REST/JSON by │ -9% │ >= 30% │ NO  │\n"
+        "│ 2000 ids (cached), 1 token: gRPC's p50 is lower than of REST/JSON, httpx by │ -15% │ >= 30% │ NO  │\n"
+        "│   its bytes are fewer by                                        │   34% │ >= 70% │ NO  │\n"
+        "│ text, 16 tokens, whole: gRPC's p50 is lower than of REST/JSON, httpx by │ 14% │ >= 30% │ NO  │\n"
+        "│   its bytes are fewer by                                        │  -15% │ >= 70% │ NO  │\n"
+        "│ the embedding of 14 tokens: gRPC's p50 is lower than of REST/JSON, httpx by │ 10% │ >= 30% │ NO │\n"
+        "│   its bytes are fewer by                                        │   78% │ >= 70% │ yes │\n"
+        "│ server is live: gRPC, answers without a model     │ 5829/s │ >= 5000/s │ yes │\n"
+        "│ control: health: gRPC, answers without a model    │ 2247/s │ >= 5000/s │ NO  │\n"
+        "│ tokenize 14 tokens: gRPC, answers without a model │ 4848/s │ >= 5000/s │ NO  │\n",
+        {
+            "A3.latency": 66,
+            "A3.sockets": -63,
+            "A3.model": 14,
+            "A3.embedding": 78,
+            "A3.ids": 34,
+            "A3.rate": 5829,
+            "A3.tokenizer": 4848,
+        },
+    ),
     "root_cause": ("10 of 10 causes named by the first command", {"B9.found": 10}),
     "tool_calls": ("399 of 400 forced calls were parsed and follow their schema", {"B1.calls": 399}),
     "idle": ("  serve                    0.22 %\n  all                      3.47 %\n", {"idle.all": 3.47}),
