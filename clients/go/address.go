@@ -83,7 +83,7 @@ func parseURL(text string) (*url.URL, error) {
 		return nil, invalid("the URL has a query or fragment: %s", example)
 	}
 	path := strings.TrimRight(parsed.Path, "/")
-	for _, end := range []string{"/chat/completions", "/completions", "/models"} {
+	for _, end := range []string{"/chat/completions", "/completions", "/models", "/responses", "/messages", "/embeddings"} {
 		if strings.HasSuffix(path, "/v1"+end) {
 			return nil, invalid("the URL is that of one call: leave out %q", "/v1"+end)
 		}

@@ -173,16 +173,20 @@ func (c *call) request(asked asked) (*http.Request, *Error) {
 // encode writes the body, with the time that is left now: the server then ends by itself, with what it has.
 func (c *call) encode(fields map[string]any) ([]byte, *Error) {
 	if _, isCallers := fields["timeout"]; !isCallers {
-		left := time.Until(c.ends)
-		left -= min(left/10, time.Second)
 		fields = maps.Clone(fields)
-		fields["timeout"] = max(left, time.Millisecond).Seconds()
+		fields["timeout"] = told(time.Until(c.ends)).Seconds()
 	}
 	encoded, err := json.Marshal(fields)
 	if err != nil {
 		return nil, invalid("the request is not JSON: %v", err)
 	}
 	return encoded, nil
+}
+
+// told is the time that the server has of what is left: less a margin for the answer's way back, on a busy machine too.
+func told(left time.Duration) time.Duration {
+	margin := min(max(left/10, 500*time.Millisecond), 2*time.Second, left/2)
+	return max(left-margin, time.Millisecond)
 }
 
 // refusal is what an answer says that is no success.
@@ -321,9 +325,9 @@ func (c *call) why(err error, stage stage) *Error {
 		made.Message = "the call was cancelled"
 	case stage == inStream:
 		made.Kind = ErrInterrupted
-		made.Message = fmt.Sprintf("the stream from %s broke off: %v", c.client.root.Host, err)
+		made.Message = fmt.Sprintf("the stream from %s broke off (%v): the server or a proxy on the way went away", c.client.root.Host, err)
 	case stage == inAnswer:
-		made.Message = fmt.Sprintf("the answer from %s broke off: %v", c.client.root.Host, err)
+		made.Message = fmt.Sprintf("the answer from %s broke off (%v): the server or a proxy on the way went away; ask again", c.client.root.Host, err)
 	default:
 		made.Message = explain(err, c.client.root)
 	}

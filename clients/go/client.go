@@ -17,11 +17,12 @@ const Version = "0.1.0"
 type Options struct {
 	// URL of the gateway, with or without /v1. "": the environment variable TIDEWRIGHT_URL, else http://127.0.0.1:8080.
 	URL string
-	// Key is sent as a bearer token. "": the environment variable TIDEWRIGHT_KEY, else none is sent.
+	// Key is sent as a bearer token, without the white space around it. "": the environment variable TIDEWRIGHT_KEY, else none is sent.
 	Key string
 	// MaxRetries of a call. 0: 2. Negative: none.
 	MaxRetries int
 	// Timeout of a call from its begin to its last byte, retries included. 0: 10 minutes. A context may end it earlier.
+	// The server is told to end by itself a little before; if it is overloaded, ErrTimedOut may come first.
 	Timeout time.Duration
 	// IdleTimeout ends a stream of which nothing comes for so long, not even a keep-alive. 0: 1 minute.
 	IdleTimeout time.Duration
@@ -47,8 +48,8 @@ func New(options Options) (*Client, error) {
 	if options.URL == "" {
 		options.URL = "http://127.0.0.1:8080"
 	}
-	if options.Key == "" {
-		options.Key = os.Getenv("TIDEWRIGHT_KEY")
+	if options.Key = strings.TrimSpace(options.Key); options.Key == "" { // a file's last line break is no part of the key
+		options.Key = strings.TrimSpace(os.Getenv("TIDEWRIGHT_KEY"))
 	}
 	if options.MaxRetries == 0 {
 		options.MaxRetries = 2
@@ -70,8 +71,8 @@ func New(options Options) (*Client, error) {
 	}
 	for _, char := range []byte(options.Key) {
 		if char <= ' ' || char > '~' {
-			return nil, invalid("the key has a space, a line break or another character that no key has: " +
-				"was it read from a file with its last line break?")
+			return nil, invalid("the key has characters that no key has, such as a space or a line break: " +
+				"is it the whole key of Options.Key or TIDEWRIGHT_KEY, and nothing else?")
 		}
 	}
 	root, err := parseURL(options.URL)

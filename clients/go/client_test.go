@@ -324,7 +324,7 @@ func TestABodyThatBreaksOffIsNotAskedForAgain(t *testing.T) {
 		}
 	}
 	_, err := newClient(t, tidewright.Options{URL: serve(t, breaks("application/json"))}).Chat(context.Background(), hi)
-	if !errors.Is(err, tidewright.ErrConnectionFailed) || !strings.Contains(err.Error(), "broke off") || requests.Load() != 1 {
+	if !errors.Is(err, tidewright.ErrConnectionFailed) || !strings.Contains(err.Error(), "ask again") || requests.Load() != 1 {
 		t.Error(err, requests.Load())
 	}
 	stream, err := newClient(t, tidewright.Options{URL: serve(t, breaks("text/event-stream"))}).StreamChat(context.Background(), hi)
@@ -337,6 +337,9 @@ func TestABodyThatBreaksOffIsNotAskedForAgain(t *testing.T) {
 	var failed *tidewright.Error
 	if !errors.Is(last, tidewright.ErrInterrupted) || !errors.As(last, &failed) || failed.Partial.Text != "Hi" || requests.Load() != 2 {
 		t.Error(last, requests.Load())
+	}
+	if !strings.Contains(failed.Message, "ask again: Error.Partial has what came") {
+		t.Error(last)
 	}
 	for _, again := range stream.Events() {
 		if again != last {

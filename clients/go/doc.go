@@ -39,5 +39,6 @@
 // A request that failed before the first byte of its answer is sent again, [Options].MaxRetries times at most, and only
 // while the client's budget of retries lasts, so that an outage is not multiplied. A call, its retries included, takes
 // Options.Timeout at most, or as long as its context allows, whichever ends first. The server is told the time that is
-// left and ends by itself before that, with what it has: then Answer.EndedBy is "timeout".
+// left and ends by itself a little before that, with what it has: then Answer.EndedBy is "timeout". If it is overloaded,
+// ErrTimedOut may come first.
 package tidewright

@@ -118,6 +118,12 @@ func (s *Stream) read() *Error {
 
 // fail closes the connection.
 func (s *Stream) fail(failed *Error) *Error {
+	switch failed.Kind {
+	case ErrInterrupted:
+		failed.Message += "; ask again: Error.Partial has what came"
+	case ErrTimedOut:
+		failed.Message += "; Error.Partial has what came"
+	}
 	failed = s.call.about(s.reply, failed)
 	failed.Partial = s.Answer()
 	s.Close()

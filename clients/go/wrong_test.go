@@ -56,6 +56,9 @@ func TestURLs(t *testing.T) {
 		"http://user:secret-password@gateway:x": "is none",
 		"http://gateway?key=1":                  "query",
 		"http://gateway/v1/chat/completions":    `leave out "/v1/chat/completions"`,
+		"http://gateway/llm/v1/completions/":    `leave out "/v1/completions"`,
+		"http://gateway/v1/models":              `leave out "/v1/models"`,
+		"http://gateway/v1/responses":           `leave out "/v1/responses"`,
 	} {
 		_, err := tidewright.New(tidewright.Options{URL: given})
 		if !errors.Is(err, tidewright.ErrInvalidRequest) || !strings.Contains(err.Error(), word) {
@@ -91,12 +94,21 @@ func TestTheEnvironmentNamesURLAndKey(t *testing.T) {
 	if _, err := newClient(t, tidewright.Options{Key: "tw-own"}).Chat(context.Background(), hi); err != nil || key != "Bearer tw-own" {
 		t.Error(key, err)
 	}
+	for _, around := range []string{"\n", "\r\n", " "} { // a file's last line break
+		if _, err := newClient(t, tidewright.Options{Key: around + "tw-own" + around}).Chat(context.Background(), hi); err != nil || key != "Bearer tw-own" {
+			t.Error(key, err)
+		}
+		t.Setenv("TIDEWRIGHT_KEY", "tw-of-the-environment"+around)
+		if _, err := newClient(t, tidewright.Options{}).Chat(context.Background(), hi); err != nil || key != "Bearer tw-of-the-environment" {
+			t.Error(key, err)
+		}
+	}
 }
 
 func TestKeys(t *testing.T) {
-	for _, key := range []string{"tw-secret-1\n", "tw secret-1", "tw-sécret-1", "tw-secret-1\x00"} {
+	for _, key := range []string{"tw-secret-1\ntw-secret-1", "tw secret-1", "tw-sécret-1", "tw-secret-1\x00"} {
 		_, err := tidewright.New(tidewright.Options{Key: key})
-		if !errors.Is(err, tidewright.ErrInvalidRequest) || !strings.Contains(err.Error(), "line break") || strings.Contains(err.Error(), "cret-1") {
+		if !errors.Is(err, tidewright.ErrInvalidRequest) || !strings.Contains(err.Error(), "the key has characters that") || strings.Contains(err.Error(), "cret-1") {
 			t.Errorf("%q: %v", key, err)
 		}
 	}
