@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import ssl
 import threading
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ import pytest
 
 from gateway.test_keys_command import write_certificate
 from helpers.keyed_gateway import Keyed
-from helpers.rust import FOLDER, format_check, run_cargo, run_cargo_tests, try_cargo
+from helpers.rust import FOLDER, format_check, run_cargo, run_cargo_tests, run_documented, try_cargo
 from helpers.triton import RunningServer
 from tidewright.bench.machine import free_ports
 
@@ -67,6 +69,15 @@ def test_every_example_is_run() -> None:
     assert {path.stem for path in (FOLDER / "examples").glob("*.rs")} == set(EXAMPLES)
 
 
+def test_the_documented_command_runs_an_example_with_debians_crates(keyed: Keyed) -> None:
+    """As it stands in the README, whole."""
+    (command,) = re.findall(r"^cargo --offline (?:.*\\\n)*.*", (FOLDER / "README.md").read_text(), re.MULTILINE)
+    words = shlex.split(command.replace("\\\n", " "))
+    done = run_documented(words, TIDEWRIGHT_URL=keyed.gateway.url, TIDEWRIGHT_KEY=keyed.key)
+    assert done.returncode == 0, done.stderr
+    assert EXAMPLES["stream"] in done.stdout
+
+
 def failure(url: str, **variables: str) -> str:
     """What a user reads whose chat fails."""
     done = try_cargo("run", "--quiet", "--example", "chat", TIDEWRIGHT_URL=url, **variables)
@@ -90,6 +101,7 @@ def test_a_wrong_key_says_what_to_change(keyed: Keyed) -> None:
     said = failure(keyed.gateway.url, TIDEWRIGHT_KEY=keyed.expired)
     assert "Unauthenticated" in said
     assert "expired" in said
+    assert "TIDEWRIGHT_KEY" in said
     assert keyed.expired not in said
     assert "TIDEWRIGHT_KEY" in failure(keyed.gateway.url)
 

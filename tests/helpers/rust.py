@@ -40,6 +40,12 @@ def try_cargo(command: str, *words: str, **variables: str) -> subprocess.Complet
     return _run(["cargo", command, *_SOURCE, *_DIRECTORY, *words], _linked(), **variables)
 
 
+def run_documented(words: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    """A cargo command as a document has it, with nothing added."""
+    assert words[0] == "cargo"
+    return _run(words, _linked(), **variables)
+
+
 @needs("gateway")
 def run_cargo_tests(*words: str, **variables: str) -> str:
     """`cargo test`, which starts the scripted gateway."""

@@ -73,7 +73,7 @@ impl ClientBuilder {
         self
     }
 
-    /// The API key. Without it: `TIDEWRIGHT_KEY`, else none is sent.
+    /// The API key, without the white space around it. Without it: `TIDEWRIGHT_KEY`, else none is sent.
     pub fn key(mut self, key: impl Into<String>) -> Self {
         self.key = Some(key.into());
         self
@@ -85,7 +85,8 @@ impl ClientBuilder {
         self
     }
 
-    /// From a call to its last byte, retries included (600 s).
+    /// From a call to its last byte, retries included (600 s). The gateway is told to end by itself a little before; if
+    /// it is overloaded, [`Error::TimedOut`] may come first.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
         self
@@ -112,13 +113,18 @@ impl ClientBuilder {
     /// Makes the client. It connects on its first request.
     ///
     /// # Errors
-    /// An option or environment variable that can't be used; the message says what to change.
+    /// [`Error::InvalidRequest`]: an option or environment variable that can't be used; the message says what to change.
     pub fn build(self) -> Result<Client> {
         let url = self.base_url.or_else(|| variable("TIDEWRIGHT_URL"));
         let base = checked_url(url.as_deref().unwrap_or(DEFAULT_URL))?;
         let key = self.key.or_else(|| variable("TIDEWRIGHT_KEY"));
-        let key = key.filter(|key| !key.is_empty());
+        let key = key.map(|key| key.trim().to_owned()).filter(|key| !key.is_empty());
         let authorization = key.as_deref().map(checked_key).transpose()?;
+        checked_timeout("timeout", self.timeout)?;
+        checked_timeout("idle_timeout", self.idle_timeout)?;
+        if self.max_answer_bytes == 0 {
+            return Err(wrong("max_answer_bytes is 0, so that no answer could be taken".into()));
+        }
         let mut http = reqwest::Client::builder()
             .redirect(Policy::none())
             .connect_timeout(CONNECT_TIMEOUT)
@@ -151,8 +157,20 @@ fn variable(name: &str) -> Option<String> {
 }
 
 fn wrong(message: String) -> Error {
-    Error::of(Error::ConnectionFailed, message)
+    Error::of(Error::InvalidRequest, message)
 }
+
+/// No answer comes in no time.
+pub(crate) fn checked_timeout(name: &str, timeout: Duration) -> Result<()> {
+    if timeout.is_zero() {
+        return Err(wrong(format!("{name} is 0: give a time in which an answer can come, or leave it out")));
+    }
+    Ok(())
+}
+
+/// Ends of URLs that people copy from other tools.
+const CALLS: [&str; 6] =
+    ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/responses", "/v1/messages", "/v1/embeddings"];
 
 /// Without `/v1` and slashes at its end. Errors do not show what may be a password.
 fn checked_url(text: &str) -> Result<String> {
@@ -170,14 +188,20 @@ fn checked_url(text: &str) -> Result<String> {
         return Err(wrong(format!("{text:?} goes on after its path: {advice}")));
     }
     let base = url.as_str().trim_end_matches('/');
+    for end in CALLS {
+        if base.ends_with(end) {
+            return Err(wrong(format!("the gateway's URL is that of one call: leave out {end:?}")));
+        }
+    }
     Ok(base.strip_suffix("/v1").unwrap_or(base).trim_end_matches('/').to_owned())
 }
 
 fn checked_key(key: &str) -> Result<HeaderValue> {
     let header = HeaderValue::from_str(&format!("Bearer {key}"));
-    let mut header = header.ok().filter(|_| key.is_ascii() && key.trim() == key).ok_or_else(|| {
+    let mut header = header.ok().filter(|_| key.bytes().all(|byte| byte.is_ascii_graphic())).ok_or_else(|| {
         wrong(
-            "the key has spaces around it, or characters that no key has: was it copied whole, and nothing else?"
+            "the key has characters that no key has, such as a space or a line break: is it the whole key of `key` or \
+             TIDEWRIGHT_KEY, and nothing else?"
                 .into(),
         )
     })?;
@@ -206,8 +230,13 @@ mod tests {
     fn wrong_urls_say_how_to_write_them() {
         for given in ["", "host", "host:8080", "ftp://host", "http://", "http://host?x=1", "http://host:99999", "/v1"] {
             let error = checked_url(given).unwrap_err();
-            assert!(matches!(error, Error::ConnectionFailed(_)), "{given}: {error:?}");
+            assert!(matches!(error, Error::InvalidRequest(_)), "{given}: {error:?}");
             assert!(error.to_string().contains("http://HOST:PORT"), "{given}: {error}");
+        }
+        for end in CALLS {
+            let error = checked_url(&format!("https://host/llm{end}/")).unwrap_err();
+            assert!(matches!(error, Error::InvalidRequest(_)), "{end}: {error:?}");
+            assert!(error.to_string().contains(&format!("leave out {end:?}")), "{end}: {error}");
         }
         let error = checked_url("http://user:secret-1@host").unwrap_err().to_string();
         assert!(error.contains("key") && !error.contains("secret-1"), "{error}");
@@ -215,9 +244,34 @@ mod tests {
 
     #[test]
     fn wrong_keys_are_told_at_once_and_never_shown() {
-        for key in ["secret-1\n", " secret-1", "secret-\u{e9}", "secret\u{0}"] {
-            let error = Client::builder().key(key).build().unwrap_err().to_string();
-            assert!(error.contains("copied") && !error.contains("secret"), "{error}");
+        for key in ["secret-1\nsecret-2", "secret 1", "secret-\u{e9}", "secret\u{0}"] {
+            let error = Client::builder().key(key).build().unwrap_err();
+            assert!(matches!(error, Error::InvalidRequest(_)), "{error:?}");
+            let error = error.to_string();
+            assert!(error.contains("the key has characters that") && !error.contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn white_space_around_a_key_is_no_part_of_it() {
+        for key in ["secret-1\n", " secret-1\r\n"] {
+            let client = Client::builder().key(key).build().unwrap();
+            assert_eq!(client.inner().authorization.as_ref().unwrap(), "Bearer secret-1");
+        }
+        assert!(Client::builder().key("\n").build().unwrap().inner().authorization.is_none());
+    }
+
+    #[test]
+    fn limits_of_0_are_refused_by_name() {
+        let zero = Duration::ZERO;
+        for (name, builder) in [
+            ("timeout", Client::builder().timeout(zero)),
+            ("idle_timeout", Client::builder().idle_timeout(zero)),
+            ("max_answer_bytes", Client::builder().max_answer_bytes(0)),
+        ] {
+            let error = builder.build().unwrap_err();
+            assert!(matches!(error, Error::InvalidRequest(_)), "{error:?}");
+            assert!(error.to_string().starts_with(&format!("{name} is 0")), "{error}");
         }
     }
 

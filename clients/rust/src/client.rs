@@ -109,6 +109,7 @@ impl Client {
     }
 
     async fn whole(&self, path: &'static str, mut fields: Fields) -> Result<Answer> {
+        fields.check()?;
         fields.body.remove("stream"); // what streams is another method
         let call = self.call(Method::POST, path, Some(fields));
         let (body, request_id) = self.json::<Body>(&call, self.0.max_retries).await?;
@@ -119,6 +120,7 @@ impl Client {
     }
 
     async fn stream(&self, path: &'static str, mut fields: Fields) -> Result<Stream> {
+        fields.check()?;
         fields.body.insert("stream".into(), true.into());
         let options = fields.body.entry("stream_options");
         options.or_insert_with(|| json!({"include_usage": true}));

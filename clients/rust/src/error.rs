@@ -21,7 +21,8 @@ use crate::Answer;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// Status 400, 405, 409, 413, 415, 422, 431, and any other 4xx: change the request.
+    /// Status 400, 405, 409, 413, 415, 422, 431, and any other 4xx: change the request. Also what is refused before it is
+    /// sent: an option of the client, or a request without a model.
     #[error("{0}")]
     InvalidRequest(Box<Details>),
     /// 401: no key, or one that the gateway does not take.

@@ -36,8 +36,8 @@ pub(crate) fn of_connection(url: &str, error: &reqwest::Error) -> Error {
     } else if error.is_connect() {
         "check the URL (base_url, or TIDEWRIGHT_URL), the network, and a proxy between"
     } else {
-        "if this always happens, the port is not the gateway's HTTP port: with TLS the URL begins with https://, and \
-         Triton's own ports (8000 to 8002) are not the gateway's (8080)"
+        "ask again; if this always happens, the port is not the gateway's HTTP port: with TLS the URL begins with \
+         https://, and Triton's own ports (8000 to 8002) are not the gateway's (8080)"
     };
     let what = if error.is_connect() { "no connection to" } else { "the connection broke before an answer of" };
     Error::of(Error::ConnectionFailed, format!("{what} {host}: {cause}; {advice}"))
@@ -104,7 +104,9 @@ pub(crate) fn of_status(url: &str, status: u16, headers: &HeaderMap, body: &[u8]
         }
     };
     if status == 401 && key.is_none() {
-        details.message += "; no key was sent: give one as `key`, or in TIDEWRIGHT_KEY";
+        details.message += "; no key was sent: give one by ClientBuilder::key, or in TIDEWRIGHT_KEY";
+    } else if status == 401 {
+        details.message += "; the key is that of ClientBuilder::key, or of TIDEWRIGHT_KEY";
     }
     details.status = Some(status);
     Error::of_status(status, details)

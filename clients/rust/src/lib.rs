@@ -30,7 +30,8 @@
 //!   failed connections and the statuses 408, 409, 429, 500, 502, 503 and 504. It waits as `Retry-After` says, else with
 //!   exponential backoff. A client that has retried a lot lately stops, so that it does not multiply an outage.
 //! - **Timeout**: [`timeout`](ClientBuilder::timeout) counts from the call to the last byte. The gateway is told, and
-//!   ends by itself shortly before, with what it has: [`Answer::ended_by`] is then `timeout`.
+//!   ends by itself a little before, with what it has: [`Answer::ended_by`] is then `timeout`. If it is overloaded,
+//!   [`Error::TimedOut`] may come first.
 //! - **Cancelling**: drop the [`Stream`], or the future of a call. The connection closes, and the gateway stops.
 //! - **Backpressure**: a stream that is not polled is not read. The gateway then waits, and no queue grows.
 //! - **Redirects** are refused: the key goes to the host that was named, and to no other.

@@ -5,7 +5,8 @@ use std::time::Duration;
 use serde::Serialize;
 use serde_json::{json, Map, Value};
 
-use crate::Answer;
+use crate::error::{Details, Error};
+use crate::{builder, Answer, Result};
 
 /// A message of a chat.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -112,6 +113,20 @@ impl Fields {
         Self { body, timeout: None }
     }
 
+    /// What the gateway would refuse, said before anything is sent.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.timeout.map_or(Ok(()), |timeout| builder::checked_timeout("timeout", timeout))?;
+        let (param, message) = if self.body["model"] == "" {
+            ("model", "Model is empty; Client::models lists those served")
+        } else if self.body.get("messages") == Some(&json!([])) {
+            ("messages", "Messages is empty")
+        } else {
+            return Ok(());
+        };
+        let details = Details { param: Some(param.into()), ..Details::new(message) };
+        Err(Error::InvalidRequest(Box::new(details)))
+    }
+
     fn set(mut self, name: impl Into<String>, value: impl Into<Value>) -> Self {
         self.body.insert(name.into(), value.into());
         self
@@ -210,6 +225,24 @@ mod tests {
             ],
         });
         assert_eq!(Value::Object(request.0.body), body);
+    }
+
+    #[test]
+    fn what_is_missing_is_told_before_it_is_sent() {
+        let hi = || [Message::user("Hi")];
+        assert!(ChatRequest::new("m", hi()).0.check().is_ok());
+        assert!(ChatRequest::new("", hi()).extra("model", "m").0.check().is_ok());
+        for (words, param, request) in [
+            ("Model is empty", Some("model"), ChatRequest::new("", hi()).0),
+            ("Model is empty", Some("model"), CompletionRequest::new("", "Hi").0),
+            ("Messages is empty", Some("messages"), ChatRequest::new("m", []).0),
+            ("timeout is 0", None, ChatRequest::new("m", hi()).timeout(Duration::ZERO).0),
+        ] {
+            let error = request.check().unwrap_err();
+            assert!(matches!(error, Error::InvalidRequest(_)), "{error:?}");
+            assert_eq!(error.details().param.as_deref(), param);
+            assert!(error.to_string().contains(words), "{error}");
+        }
     }
 
     #[test]

@@ -138,7 +138,7 @@ impl Stream {
             return Poll::Ready(Err(Error::of(Error::TimedOut, message)));
         }
         let interrupted = |why: &str| {
-            let message = format!("the stream of {} {why}; `partial` has what came", self.url);
+            let message = format!("the stream of {} {why}; ask again: `partial` has what came", self.url);
             Poll::Ready(Err(Error::of(Error::Interrupted, message)))
         };
         let idle_timeout = self.client.inner().idle_timeout;

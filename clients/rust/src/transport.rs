@@ -166,10 +166,15 @@ async fn read(response: &mut Response, mut body: Vec<u8>, most: usize) -> Result
 /// The body as JSON. The gateway is told the time that is left, less some for the way back, unless the caller did.
 fn with_timeout(body: &Map<String, Value>, deadline: Instant) -> String {
     let mut body = body.clone();
-    let left = deadline.saturating_duration_since(Instant::now()).as_secs_f64();
-    let told = (left - (left / 10.0).min(1.0)).max(0.001);
+    let told = told(deadline.saturating_duration_since(Instant::now()));
     body.entry("timeout").or_insert_with(|| ((told * 1000.0).round() / 1000.0).into());
     Value::Object(body).to_string()
+}
+
+/// Seconds that the gateway has of what is left: less a margin for the way back, on a busy machine too.
+fn told(left: Duration) -> f64 {
+    let left = left.as_secs_f64();
+    (left - (left / 10.0).clamp(0.5, 2.0).min(left / 2.0)).max(0.001)
 }
 
 pub(crate) fn header(headers: &HeaderMap, name: &str) -> Option<String> {
@@ -189,5 +194,19 @@ pub(crate) fn kind_of_event(kind: Option<&str>, code: Option<&str>) -> Kind {
         (Some("rate_limit_error"), _) => Error::RateLimited,
         (Some("server_error"), _) => Error::Unavailable,
         _ => Error::InvalidRequest,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_gateway_is_told_less_than_is_left() {
+        for (left, expected) in
+            [(600.0, 598.0), (20.0, 18.0), (10.0, 9.0), (4.0, 3.5), (1.0, 0.5), (0.4, 0.2), (0.0, 0.001)]
+        {
+            assert_eq!(told(Duration::from_secs_f64(left)), expected, "of {left}");
+        }
     }
 }

@@ -114,5 +114,21 @@ async fn a_key_that_the_gateway_repeats_is_not_shown() {
     let scripted = Scripted::start();
     let (_, builder) = client_of(&scripted, "key_is_sent").await;
     let error = builder.key("unknown").build().unwrap().chat(request()).await.unwrap_err();
-    assert_eq!(error.details().message, "(the key) key");
+    let message = &error.details().message;
+    assert!(message.starts_with("(the key) key; ") && message.contains("TIDEWRIGHT_KEY"), "{message}");
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_says_what_to_do() {
+    let scripted = Scripted::start();
+    for vector in ["no_retry_after_the_first_byte", "ends_without_its_end", "closes_in_the_middle"] {
+        let (_, builder) = client_of(&scripted, vector).await;
+        let mut stream = builder.build().unwrap().stream_chat(request()).await.unwrap();
+        let error = loop {
+            if let Err(error) = stream.next().await.unwrap() {
+                break error;
+            }
+        };
+        assert!(error.to_string().contains("ask again: `partial` has what came"), "{vector}: {error}");
+    }
 }
