@@ -97,13 +97,14 @@ def test_a_hub_model_that_is_on_disk(folder: Path, tmp_path: Path, monkeypatch: 
 
     asked = []
 
-    def on_disk(name: str, file: str) -> str | None:
-        asked.append((name, file))
+    def on_disk(name: str, file: str, revision: str | None) -> str | None:
+        asked.append((name, file, revision))
         return str(folder / "config.json") if name == "org/model" else None
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", on_disk)
     assert planned("--model", "org/model", "--gpu", "H200", "--context", 100)["model"]["layers"] == 32
-    assert asked == [("org/model", "config.json")]
+    planned("--model", "org/model@4f2c1d9", "--gpu", "H200", "--context", 100)
+    assert asked == [("org/model", "config.json", None), ("org/model", "config.json", "4f2c1d9")]
     assert "org/other is not on this disk; run: tidewright prepare org/other" in refusal(
         "--model", "org/other", "--gpu", "L4"
     )
