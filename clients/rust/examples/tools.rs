@@ -9,7 +9,9 @@ async fn main() -> Result<()> {
     let parameters =
         json!({"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"]});
     let weather = Tool::function("get_weather", "The weather in a city", parameters);
-    let mut messages = vec![Message::user("What is the weather in Paris?")];
+    let question = "What is the weather in Paris?";
+    println!("{question}"); // the answer takes a moment
+    let mut messages = vec![Message::user(question)];
 
     let request = ChatRequest::new("smollm2-135m", messages.clone()).tools([weather]).max_tokens(64);
     let request = request.extra("tool_choice", "required").extra("parallel_tool_calls", false);

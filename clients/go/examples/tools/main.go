@@ -21,7 +21,9 @@ func main() {
 		Parameters: json.RawMessage(`{"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}},
 			"required": ["city"]}`),
 	}
-	messages := []tidewright.Message{tidewright.User("What is the weather in Paris?")}
+	question := "What is the weather in Paris?"
+	fmt.Println(question) // the answer takes a moment
+	messages := []tidewright.Message{tidewright.User(question)}
 	answer, err := client.Chat(context.Background(), tidewright.ChatRequest{
 		Model:     "smollm2-135m",
 		Messages:  messages,
