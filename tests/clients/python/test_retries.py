@@ -73,13 +73,18 @@ def test_retries_are_never_more_than_ten_and_a_tenth_of_the_requests(takes: list
 def test_a_deadline_counts_down_and_tells_the_server_a_bit_less() -> None:
     now = 100.0
     deadline = Deadline(20, lambda: now)
-    assert (deadline.left(), deadline.of_server(), deadline.at_most(None), deadline.at_most(3)) == (20, 19, 20, 3)
+    assert (deadline.left(), deadline.of_server(), deadline.at_most(None), deadline.at_most(3)) == (20, 18, 20, 3)
     now = 115.0
     assert (deadline.left(), deadline.of_server(), deadline.at_most(60)) == (5, 4.5, 5)
     now = 130.0
     assert deadline.is_over
     assert deadline.left() == 0
     assert deadline.of_server() == deadline.at_most(3) == 0.001  # 0 would mean at once, or no limit at all
+
+
+@pytest.mark.parametrize(("left", "margin"), [(0.4, 0.2), (1, 0.5), (2, 0.5), (5, 0.5), (8, 0.8), (20, 2), (600, 2)])
+def test_the_server_is_told_less_by_a_tenth_within_bounds(left: float, margin: float) -> None:
+    assert Deadline(left, lambda: 0.0).of_server() == pytest.approx(left - margin)
 
 
 def test_no_deadline_is_none() -> None:

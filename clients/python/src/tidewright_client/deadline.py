@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 LEAST = 0.001  # seconds that an operation is given
+# Seconds between the server's end and ours, for the way of its answer; a tenth of what is left in between.
+_MARGIN, _LARGEST_MARGIN = 0.5, 2.0
 
 
 class Deadline:
@@ -31,4 +33,7 @@ class Deadline:
     def of_server(self) -> float | None:
         """What the server is told: a bit less, so that it ends by itself and its answer still arrives."""
         left = self.left()
-        return None if left is None else max(LEAST, round(left - min(left / 10, 1.0), 3))
+        if left is None:
+            return None
+        margin = min(max(left / 10, _MARGIN), _LARGEST_MARGIN, left / 2)
+        return max(LEAST, round(left - margin, 3))
