@@ -117,7 +117,10 @@ def test_a_broken_stream_interrupts_what_had_begun() -> None:
     assert isinstance(error_of(waiting), ConnectionFailed)
     begun.next()
     error = error_of(begun)
-    assert (type(error), str(error)) == (Interrupted, "the answer was cut off: gone")
+    assert (type(error), str(error)) == (
+        Interrupted,
+        "the answer was cut off: gone; ask again; partial has what came",
+    )
 
 
 def test_who_leaves_is_cancelled_by_id_and_heard_no_more() -> None:

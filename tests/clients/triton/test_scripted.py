@@ -82,7 +82,7 @@ def test_a_stream_that_breaks_leaves_what_came_and_the_next_request_connects_ane
             next(stream)
         assert cut.value.request_id == request_id
         assert (cut.value.partial.text, cut.value.partial.token_ids) == ("one", [7])
-        assert list(stream) == []
+        assert next(stream, None) is None
         with pytest.raises(ConnectionFailed):
             waiting.result()
         again = Background(lambda: client.generate("c"))
@@ -127,7 +127,7 @@ def test_closing_or_dropping_a_stream_cancels_by_id(clients: Clients, triton: Sc
         stream.close()
         cancel = call.next_request()
         assert call.tensors(cancel) == {"control": texts(f"cancel:{first}")}
-        assert list(stream) == []
+        assert next(stream, None) is None
         dropped = client.stream("b")
         reading = Background(lambda it=dropped: next(it))
         second = call.next_request().id
@@ -172,7 +172,7 @@ def test_the_timeout_of_a_request_is_told_and_kept(clients: Clients, triton: Scr
             client.generate("a", timeout=0.4)
         call = triton.next_call()
         sampling = call.tensors(call.next_request())["sampling_parameters"]
-        assert 0.3 < float(sampling.rpartition(b": ")[2].rstrip(b"}")) <= 0.36
+        assert 0.1 < float(sampling.rpartition(b": ")[2].rstrip(b"}")) <= 0.2
 
 
 def test_a_slow_reader_holds_up_nobody_and_has_a_bound(clients: Clients, triton: ScriptedStream) -> None:

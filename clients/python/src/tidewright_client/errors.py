@@ -8,6 +8,10 @@ if TYPE_CHECKING:
     from tidewright_client.answers import Answer
 
 
+ASK_AGAIN = "ask again; partial has what came"
+"""How the message of a broken stream ends."""
+
+
 class TidewrightError(Exception):
     """Base of all errors of this package. The other fields are set as far as the server told them."""
 
@@ -34,11 +38,16 @@ class TidewrightError(Exception):
         self.said = said
         """The server's own words; `message` has them too, with what to do about it."""
         self.partial = partial
-        """What had arrived of a stream that had begun."""
+        """What had arrived of a stream that had begun; None if it had not."""
 
 
 class InvalidRequest(TidewrightError):
     """The request is at fault: the same request fails again."""
+
+
+def read_once() -> InvalidRequest:
+    """Of a loop over a stream that is over."""
+    return InvalidRequest("a stream can be read once, and this one is over: its answer() has what came")
 
 
 class Unauthenticated(TidewrightError):

@@ -12,8 +12,9 @@ import grpc
 import grpc.aio
 from tritonclient.grpc import service_pb2
 
+from tidewright_client import checks
 from tidewright_client.deadline import Deadline
-from tidewright_client.errors import InvalidRequest, TidewrightError, UnexpectedAnswer
+from tidewright_client.errors import InvalidRequest, TidewrightError, UnexpectedAnswer, read_once
 from tidewright_client.hooks import Hooks
 from tidewright_client.retries import Budget
 from tidewright_client.triton import calls, wire
@@ -70,6 +71,9 @@ class AsyncTritonStream:
         self._reading.ended()
 
     def __aiter__(self) -> Self:
+        """Raises InvalidRequest: it is over."""
+        if self._is_closed and not self._pieces:
+            raise read_once()
         return self
 
     async def __anext__(self) -> Piece:
@@ -286,6 +290,7 @@ class AsyncTritonClient:
     # Inside.
 
     def _or_own(self, timeout: float | None) -> float | None:
+        checks.timeout_of_call(timeout, "None for the client's")
         return self._timeout if timeout is None else timeout
 
     def _stream_of(self, order: Order, timeout: float | None) -> AsyncTritonStream:
@@ -348,6 +353,7 @@ class AsyncTritonClient:
         return reply
 
     async def _control(self, word: str, model: str, timeout: float) -> str:
+        checks.timeout_of_call(timeout, "")
         deadline = Deadline(timeout, time.monotonic)
         return wire.text_of(await self._ask(model, new_id(), wire.control_input(word), deadline))
 

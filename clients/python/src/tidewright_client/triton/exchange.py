@@ -12,7 +12,7 @@ from enum import Enum
 
 from tritonclient.grpc import service_pb2
 
-from tidewright_client.errors import ConnectionFailed, Interrupted, TidewrightError, UnexpectedAnswer
+from tidewright_client.errors import ASK_AGAIN, ConnectionFailed, Interrupted, TidewrightError, UnexpectedAnswer
 from tidewright_client.triton import wire
 from tidewright_client.triton.faults import error_of
 from tidewright_client.triton.wire import Reply
@@ -88,7 +88,7 @@ class Exchange:
         """Its stream broke."""
         self.is_over = True
         if self.has_begun:
-            error = Interrupted(f"the answer was cut off: {error.message}", request_id=self.request_id)
+            error = Interrupted(f"the answer was cut off: {error.message}; {ASK_AGAIN}", request_id=self.request_id)
         else:
             error = type(error)(error.message, request_id=self.request_id)
         self.fail(error)

@@ -34,6 +34,9 @@ _NO_MODEL = re.compile(r"unknown model|model .* is not found", re.IGNORECASE)
 _OTHER_INPUTS = re.compile(
     r"unexpected inference input|expected (\d+|number of) inputs|unexpected (shape|datatype)", re.IGNORECASE
 )
+# gRPC's own, of its resolvers and of a connection that ends before its first frame.
+_NO_HOST = ("name resolution", "dns", "lookup failed", "errors resolving")
+_NOT_GRPC = ("socket closed", "connection reset", "end of tcp stream", "settings")
 _TASK = "runs with --task embed and generates no text"
 
 _BY_CODE: dict[grpc.StatusCode, type[TidewrightError]] = {
@@ -76,7 +79,14 @@ def _hint(address: str, details: str) -> str:
         return f"{address} does not speak gRPC: use Triton's gRPC port (8001 by default), not HTTP's"
     if "ssl" in said or "tls" in said or "handshake" in said or "certificate" in said:
         return f"no TLS connection to {address}: check its certificate and the credentials given"
-    if "failed to connect" in said or "name resolution" in said or "dns" in said or "refused" in said:
+    if any(word in said for word in _NO_HOST):
+        return f"can't resolve the host of {address}: check the host's name"
+    if "failed to connect" in said and any(word in said for word in _NOT_GRPC):
+        return (
+            f"something listens at {address} that does not speak gRPC, or it went away: use Triton's gRPC port "
+            "(8001 by default), not HTTP's"
+        )
+    if "failed to connect" in said or "refused" in said:
         return f"can't reach Triton's gRPC port at {address}: check host and port (8001 by default), and that it runs"
     return f"the connection to {address} failed; see the server's log"
 

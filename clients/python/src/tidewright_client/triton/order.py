@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+from tidewright_client import checks
 from tidewright_client.errors import ConnectionFailed, InvalidRequest
 from tidewright_client.triton import wire
 
@@ -123,6 +124,10 @@ def order_of(
     number = sampling.get("n")
     if number is not None and (not isinstance(number, int) or not 1 <= number <= wire.MAX_OUTPUTS):
         raise InvalidRequest(f"n must be 1 to {wire.MAX_OUTPUTS}", param="n")
+    try:
+        checks.json_values(sampling)
+    except TypeError as error:
+        raise InvalidRequest(str(error)) from None
     return Order(
         checked_model(model),
         checked_id(request_id),
@@ -160,17 +165,16 @@ def checked_id(request_id: str | None) -> str:
 
 
 def check_numbers(max_retries: int, timeout: float | None, idle_timeout: float | None, max_buffer_bytes: int) -> None:
-    """Options of a client. Raises ValueError."""
-    if max_retries < 0:
-        raise ValueError("max_retries must be at least 0")
-    above = {"timeout": timeout, "idle_timeout": idle_timeout, "max_buffer_bytes": max_buffer_bytes}
-    for name, value in above.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0")
+    """Options of a client. Raises TypeError, ValueError."""
+    checks.count("max_retries", max_retries, 0)
+    checks.seconds("timeout", timeout)
+    checks.seconds("idle_timeout", idle_timeout)
+    checks.count("max_buffer_bytes", max_buffer_bytes, 1)
 
 
 def checked_address(address: str) -> str:
-    """HOST:PORT. Raises ConnectionFailed."""
+    """HOST:PORT. Raises ConnectionFailed, TypeError."""
+    checks.kind("address", address, str, "a text")
     if not _ADDRESS.fullmatch(address):
         raise ConnectionFailed(
             f"{address!r} is no address of Triton's gRPC port: write HOST:PORT, such as 127.0.0.1:8001, without a "

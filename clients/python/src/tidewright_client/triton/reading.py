@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from tidewright_client.deadline import Deadline
-from tidewright_client.errors import Interrupted, TidewrightError, TimedOut
+from tidewright_client.errors import ASK_AGAIN, Interrupted, TidewrightError, TimedOut
 from tidewright_client.hooks import CallInfo, Hooks, tell
 from tidewright_client.retries import Budget, wait_before
 from tidewright_client.triton import wire
@@ -46,7 +46,9 @@ class Reading:
     def take(self, reply: wire.Reply | None) -> list[Piece]:
         """`reply`: None after the last one. Raises TidewrightError."""
         if reply is None:
-            raise Interrupted("Triton ended the answer without its last part", request_id=self.order.request_id)
+            raise Interrupted(
+                f"Triton ended the answer without its last part; {ASK_AGAIN}", request_id=self.order.request_id
+            )
         pieces = self._reader.pieces(reply)
         self._collector.add(pieces)
         if pieces and not self.has_begun:
@@ -91,4 +93,4 @@ def silence(has_begun: bool, deadline: Deadline, idle_timeout: float | None) -> 
     if deadline.is_over:
         return TimedOut(f"the answer took longer than the timeout of {deadline.timeout:g} s")
     text = f"nothing came for {idle_timeout:g} s (idle_timeout); see the server's log"
-    return Interrupted(text) if has_begun else TimedOut(text)
+    return Interrupted(f"{text}; {ASK_AGAIN}") if has_begun else TimedOut(text)

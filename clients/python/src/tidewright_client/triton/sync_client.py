@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from tritonclient.grpc import service_pb2
 
+from tidewright_client import checks
 from tidewright_client.deadline import Deadline
-from tidewright_client.errors import InvalidRequest, TidewrightError, UnexpectedAnswer
+from tidewright_client.errors import InvalidRequest, TidewrightError, UnexpectedAnswer, read_once
 from tidewright_client.hooks import Hooks
 from tidewright_client.retries import Budget
 from tidewright_client.triton import calls, wire
@@ -66,6 +67,9 @@ class TritonStream:
         self._reading.ended()
 
     def __iter__(self) -> Self:
+        """Raises InvalidRequest: it is over."""
+        if self._is_closed and not self._pieces:
+            raise read_once()
         return self
 
     def __next__(self) -> Piece:
@@ -296,6 +300,7 @@ class TritonClient:
     # Inside.
 
     def _or_own(self, timeout: float | None) -> float | None:
+        checks.timeout_of_call(timeout, "None for the client's")
         return self._timeout if timeout is None else timeout
 
     def _stream_of(self, order: Order, timeout: float | None) -> TritonStream:
@@ -344,6 +349,7 @@ class TritonClient:
         return reply
 
     def _control(self, word: str, model: str, timeout: float) -> str:
+        checks.timeout_of_call(timeout, "")
         deadline = Deadline(timeout, time.monotonic)
         return wire.text_of(self._ask(model, new_id(), wire.control_input(word), deadline))
 
