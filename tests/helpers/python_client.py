@@ -97,7 +97,7 @@ def _events(events: list[Event]) -> list[list[Any]]:
         if isinstance(event, Text):
             made.append(["text", event.text])
         elif isinstance(event, ToolCall):
-            made.append(["tool_call", event.index, event.id, event.name, event.arguments])
+            made.append(["tool_call", event.index, event.id or None, event.name or None, event.arguments])
         elif isinstance(event, Finish):
             made.append(["finish", event.reason])
         else:
@@ -121,3 +121,26 @@ def _failed(events: list[Event], error: TidewrightError) -> Played:
     return Played(
         _events(events), _fields(partial), {**fields, "type": type(error).__name__, "partial_text": partial.text}
     )
+
+
+def session_failures(url: str, **options: Any) -> list[TidewrightError]:
+    """What a generation of a session ends with, sync and async."""
+    options = {"model": "m", "max_retries": 0, **options}
+
+    async def in_a_loop() -> None:
+        async with AsyncClient(url, **options) as client, client.session() as session:
+            async for _ in session.stream_complete("x"):
+                pass
+
+    def in_a_thread() -> None:
+        with Client(url, **options) as client, client.session() as session:
+            list(session.stream_complete("x"))
+
+    found = []
+    for play in (in_a_thread, lambda: asyncio.run(in_a_loop())):
+        try:
+            play()
+        except TidewrightError as error:
+            found.append(error)
+    assert len(found) == 2, "it did not fail"
+    return found

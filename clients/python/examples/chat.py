@@ -6,4 +6,5 @@ with Client() as client:  # TIDEWRIGHT_URL and TIDEWRIGHT_KEY
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Name three fruits."}]
     answer = client.chat(messages, model="smollm2-135m", max_tokens=32)
     print(answer.text)
-    print(answer.finish_reason, answer.usage.total_tokens, "tokens")
+    if answer.usage:  # a gateway always tells it
+        print(answer.finish_reason, answer.usage.total_tokens, "tokens")

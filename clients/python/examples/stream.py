@@ -12,7 +12,7 @@ async def main() -> None:
             async for event in stream:
                 if isinstance(event, Text):
                     print(event.text, end="", flush=True)
-        print(f"\n{stream.answer().usage.total_tokens} tokens")
+        print("\n", stream.answer().usage)
 
 
 asyncio.run(main())

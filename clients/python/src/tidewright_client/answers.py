@@ -26,8 +26,9 @@ class ToolCall:
     """A function that the model calls. In a stream, a part of one: `arguments` of the same `index` join."""
 
     index: int
-    id: str | None
-    name: str | None
+    id: str
+    """Empty in a part behind the first, as is `name`."""
+    name: str
     arguments: str
     """JSON, once it is whole."""
 
@@ -95,7 +96,7 @@ class Accumulator:
         self.request_id = request_id
         self.is_finished = False
         self._texts: list[str] = []
-        self._calls: dict[int, tuple[str | None, str | None, list[str]]] = {}
+        self._calls: dict[int, tuple[str, str, list[str]]] = {}
         self._finish: Finish | None = None
         self._usage: Usage | None = None
         self._served_by: str | None = None
@@ -129,7 +130,7 @@ class Accumulator:
         if isinstance(event, Text):
             self._texts.append(event.text)
         elif isinstance(event, ToolCall):
-            id, name, arguments = self._calls.get(event.index, (None, None, []))
+            id, name, arguments = self._calls.get(event.index, ("", "", []))
             arguments.append(event.arguments)
             self._calls[event.index] = id or event.id, name or event.name, arguments
         elif isinstance(event, Finish):
@@ -192,7 +193,8 @@ def _call(call: Any, position: int) -> ToolCall:
     index = call.get("index", position)
     if not isinstance(index, int):
         raise ShapeError("the index of a tool call is no number")
-    return ToolCall(index, _text(call, "id"), _text(function, "name"), _text(function, "arguments") or "")
+    texts = _text(call, "id"), _text(function, "name"), _text(function, "arguments")
+    return ToolCall(index, *(text or "" for text in texts))
 
 
 def _usage(told: dict[str, Any]) -> Usage | None:
