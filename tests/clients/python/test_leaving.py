@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from helpers.conformance import ScriptedVectors
-from tidewright_client import AsyncClient, Client
+from tidewright_client import AsyncClient, Client, InvalidRequest
 
 CHAT = [{"role": "user", "content": "Hi"}]
 
@@ -64,3 +64,24 @@ def test_threads_and_tasks_share_a_client(scripted: ScriptedVectors) -> None:
             return {answer.text for answer in await asyncio.gather(*[client.chat(CHAT) for _ in range(64)])}
 
     assert asyncio.run(run()) == {"Hello"}
+
+
+def test_a_stream_is_read_once(scripted: ScriptedVectors) -> None:
+    with Client(scripted.begin("stream_of_texts"), model="m") as client:
+        stream = client.stream_chat(CHAT)
+        assert next(stream)
+        assert list(stream)  # the rest
+        assert next(stream, None) is None
+        with pytest.raises(InvalidRequest, match="read once"):
+            list(stream)
+
+
+def test_a_stream_is_read_once_in_a_loop_of_events(scripted: ScriptedVectors) -> None:
+    async def run() -> None:
+        async with AsyncClient(scripted.begin("stream_of_texts"), model="m") as client:
+            stream = client.stream_chat(CHAT)
+            assert [event async for event in stream]
+            with pytest.raises(InvalidRequest, match="read once"):
+                [event async for event in stream]
+
+    asyncio.run(run())

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tidewright_client import Finish, Text, TidewrightError, UnexpectedAnswer, settings
+from tidewright_client import ConnectionFailed, Finish, Text, TidewrightError, UnexpectedAnswer, settings
 from tidewright_client.requests import Request
 from tidewright_client.sessions.core import GenerationState, SessionCore
 
@@ -47,7 +47,7 @@ def test_a_resume_asks_for_what_is_missing_and_grants_what_is_free() -> None:
     for seq in (1, 2, 3):
         token(one, seq, "x")
     generation.take()
-    assert one.lost(None) == 0.0  # at once
+    assert one.lost(None, ConnectionFailed("it broke")) == 0.0  # at once
     assert generation.grant() is None  # over no connection
     (message,) = tell(one, "opened", resume_grace=1)
     assert message == {
@@ -70,7 +70,7 @@ def test_tokens_without_text_are_granted_at_once() -> None:
 def test_one_that_had_not_started_is_asked_for_again() -> None:
     one = session()
     one.begin(Request("complete", "", {"prompt": "x"}, timeout=None), 4)
-    one.lost(None)
+    one.lost(None, ConnectionFailed("it broke"))
     (message,) = tell(one, "opened", resume_grace=1)
     assert message == {"type": "generate", "id": "1", "request": {"prompt": "x"}, "credits": 4}
 
@@ -91,7 +91,7 @@ def test_connections_that_bring_nothing_are_not_made_at_once() -> None:
     begun(one)
     waits = []
     for _ in range(6):
-        waits.append(one.lost(None))
+        waits.append(one.lost(None, ConnectionFailed("it broke")))
         tell(one, "opened", resume_grace=1000)
     assert waits[0] == 0
     assert all(wait is not None and 0 < wait <= 1 for wait in waits[1:])

@@ -64,7 +64,7 @@ def by_tasks(url: str, credits: int, count: int) -> list[list[Event]]:
         async with AsyncClient(url, model="m") as client, client.session() as session:
 
             async def one() -> list[Event]:
-                generation = await session.stream_complete("x", max_tokens=TOKENS, credits=credits)
+                generation = session.stream_complete("x", max_tokens=TOKENS, credits=credits)
                 events = [event async for event in generation]
                 assert generation.answer().text == text()
                 return events
@@ -125,6 +125,8 @@ def test_cancelling_ends_it_in_the_gateway(gateway: ScriptedGateway) -> None:
         events = list(generation)
         assert generation.answer().finish_reason == "cancelled"
         assert isinstance(events[-1], UsageReport)
+        with pytest.raises(InvalidRequest, match="read once"):
+            list(generation)
         gateway.wait(running=0)
         with session.stream_complete("x") as closed:
             next(closed)
@@ -138,16 +140,19 @@ def test_cancelling_ends_it_in_the_gateway(gateway: ScriptedGateway) -> None:
 def test_tasks_cancel_too(gateway: ScriptedGateway) -> None:
     async def run() -> None:
         async with AsyncClient(gateway.url, model="m") as client, client.session() as session:
-            generation = await session.stream_complete("x")
+            generation = session.stream_complete("x")
             await anext(generation)
             await generation.cancel()
             assert isinstance([event async for event in generation][-1], UsageReport)
             assert generation.answer().finish_reason == "cancelled"
-            async with await session.stream_complete("x") as closed:
+            async with session.stream_complete("x") as closed:
                 await anext(closed)
-            dropped = await session.stream_complete("x")
+            dropped = session.stream_complete("x")
             await anext(dropped)
             del dropped
+            await asyncio.to_thread(gateway.wait, running=0)
+            await session.stream_complete("x").cancel()  # which comes after what it cancels
+            assert [event async for event in session.stream_complete("x", max_tokens=3)]
             await asyncio.to_thread(gateway.wait, running=0)
 
     asyncio.run(run())
@@ -162,7 +167,7 @@ def test_closing_a_session_ends_all_of_it(gateway: ScriptedGateway) -> None:
             list(generation)
         assert caught.value.partial is not None
         assert caught.value.partial.text.startswith("0 ")
-        with pytest.raises(ConnectionFailed, match="closed"):
+        with pytest.raises(InvalidRequest, match="closed"):
             session.stream_complete("x")
     gateway.wait(running=0, connections=0)
 
@@ -191,6 +196,9 @@ def test_a_gateway_that_stays_away_interrupts_with_what_had_come(gateway: Script
         assert caught.value.partial is not None
         assert text().startswith(caught.value.partial.text)
         assert caught.value.partial.text
+        assert "the connection broke in the answer, and there was no other for 0.3 s" in caught.value.message
+        assert "before an answer" not in caught.value.message
+        assert caught.value.message.endswith("ask again; partial has what came")
 
 
 def test_what_the_gateway_no_longer_keeps_is_interrupted(gateway: ScriptedGateway) -> None:
@@ -260,7 +268,7 @@ def test_a_session_connects_again_when_it_is_needed_again(gateway: ScriptedGatew
         while session._connection is not None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
-        assert session._core.lost(None) is None  # nothing runs, so none is made
+        assert session._core.lost(None, ConnectionFailed("it broke")) is None  # nothing runs, so none is made
         generation = session.stream_complete("x", max_tokens=3)
         list(generation)
         assert generation.answer().text == text(3)

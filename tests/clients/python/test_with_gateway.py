@@ -76,7 +76,7 @@ def by_tasks(url: str, key: str) -> list[Answer]:
         async with AsyncClient(url, model=MODEL, key=key) as client, client.session() as session:
 
             async def answer(prompt: str) -> Answer:
-                generation = await session.stream_complete(prompt, credits=8, **OPTIONS)
+                generation = session.stream_complete(prompt, credits=8, **OPTIONS)
                 [event async for event in generation]
                 return generation.answer()
 

@@ -16,6 +16,7 @@ import pytest
 from gateway.test_keys_command import write_certificate
 from helpers.gateway import MODEL, RunningGateway
 from helpers.keyed_gateway import Keyed
+from helpers.python_client import session_failures
 from helpers.triton import RunningServer
 from tidewright_client import (
     AsyncClient,
@@ -188,24 +189,31 @@ def test_triton_s_ports_in_place_of_the_gateway_s(server: RunningServer) -> None
     assert isinstance(grpc, ConnectionFailed)
     metrics = failure(f"http://127.0.0.1:{triton.metrics_port}")
     assert isinstance(metrics, NotFound | InvalidRequest | UnexpectedAnswer)
-    for error in (http, grpc, metrics):
+    sessions = [
+        error
+        for port in (triton.http_port, triton.grpc_port, triton.metrics_port)
+        for error in session_failures(f"http://127.0.0.1:{port}")
+    ]
+    for error in (http, grpc, metrics, *sessions):
         assert "the gateway's port (8080 by default)" in error.message, error
 
 
 def test_keys_that_are_missing_wrong_or_expired(keyed: Keyed) -> None:
     url = keyed.gateway.url
     for key, why in (("", "give a key"), (keyed.expired, "expired"), ("tw-alice-wrong", "unknown")):
-        error = failure(url, key=key)
-        assert isinstance(error, Unauthenticated)
-        assert why in error.message
-        assert "TIDEWRIGHT_KEY" in error.message
-        assert not key or key not in error.message
+        for error in (failure(url, key=key), *session_failures(url, key=key)):
+            assert isinstance(error, Unauthenticated)
+            assert why in error.message
+            assert "TIDEWRIGHT_KEY" in error.message
+            assert not key or key not in error.message
 
 
 def test_a_path_behind_the_address(keyed: Keyed) -> None:
-    error = failure(f"{keyed.gateway.url}/v2", key=keyed.key)
+    url = f"{keyed.gateway.url}/v2"
+    error = failure(url, key=keyed.key)
     assert isinstance(error, NotFound)
-    assert "without a path" in error.message
+    for one in (error, *session_failures(url, key=keyed.key)):
+        assert "without a path" in one.message
 
 
 def test_a_certificate_of_ones_own(model_dir: Path, server: RunningServer, tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from tidewright_client import requests, settings
+from tidewright_client import checks, requests, settings
 from tidewright_client.answers import Answer, Event
 from tidewright_client.call import Call, Reader, Whole
-from tidewright_client.exchange import FAILURES, LIMITS, AsyncExchange
+from tidewright_client.errors import read_once
+from tidewright_client.exchange import FAILURES, LIMITS, AsyncExchange, closed
 from tidewright_client.hooks import Hooks
 from tidewright_client.requests import ChatOptions, CompletionOptions, Messages, Request
 
@@ -40,6 +41,8 @@ class AsyncClient:
     ) -> None:
         """As Client's."""
         self._settings = settings.make(url, key, max_retries, timeout, idle_timeout, max_answer_bytes, hooks)
+        checks.kind("model", model, str, "a text")
+        checks.kind("tls", tls, ssl.SSLContext, "an ssl.SSLContext")
         self._model, self._tls = model, tls or ssl.create_default_context()
         self._http = httpx.AsyncClient(verify=self._tls, limits=LIMITS)
 
@@ -76,6 +79,8 @@ class AsyncClient:
         """A WebSocket for several generations, which survive its breaking; needs the extra `websocket`."""
         from tidewright_client.sessions.async_session import AsyncSession
 
+        if self._http.is_closed:
+            raise closed()
         return AsyncSession(self._settings, self._model, self._tls)
 
     async def aclose(self) -> None:
@@ -120,6 +125,12 @@ class AsyncStream(AsyncIterator[Event]):
     def answer(self) -> Answer:
         """What has come so far; after the end, all of it."""
         return self._reader.answer() if self._reader else Answer()
+
+    def __aiter__(self) -> Self:
+        """Raises InvalidRequest: it is over."""
+        if self._is_closed:
+            raise read_once()
+        return self
 
     async def __anext__(self) -> Event:
         """Raises TidewrightError."""

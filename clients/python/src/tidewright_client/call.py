@@ -19,7 +19,14 @@ import httpx
 from tidewright_client import answers, explain, retries, sse
 from tidewright_client.answers import Accumulator, Answer, Event
 from tidewright_client.deadline import Deadline
-from tidewright_client.errors import ConnectionFailed, Interrupted, TidewrightError, TimedOut, UnexpectedAnswer
+from tidewright_client.errors import (
+    ASK_AGAIN,
+    ConnectionFailed,
+    Interrupted,
+    TidewrightError,
+    TimedOut,
+    UnexpectedAnswer,
+)
 from tidewright_client.hooks import CallInfo, tell
 from tidewright_client.requests import Request
 from tidewright_client.settings import CONNECT_TIMEOUT, Settings
@@ -127,10 +134,10 @@ class Call:
                 return self._timed_out(partial)
             message = f"{self.settings.url} sent nothing for {self.settings.idle_timeout:g} s (idle_timeout)"
         elif partial is None:
-            return ConnectionFailed(f"the connection to {self.settings.url} broke in the answer: {error}")
+            return ConnectionFailed(f"the connection to {self.settings.url} broke in the answer: {error}; ask again")
         else:
             message = f"the connection to {self.settings.url} broke in the answer: {error}"
-        return Interrupted(f"{message}; partial holds what had arrived", partial=partial)
+        return Interrupted(f"{message}; {ASK_AGAIN}", partial=partial)
 
     def _is_late(self) -> bool:
         left = self.deadline.left()
@@ -289,7 +296,7 @@ class Reader:
     def ended(self) -> None:
         """The body did."""
         if not (self.is_done or self.error):
-            message = f"the stream of {self._call.settings.url} ended without its end; partial holds what had arrived"
+            message = f"the stream of {self._call.settings.url} ended without its end; {ASK_AGAIN}"
             self._fail(Interrupted(message))
 
     def answer(self) -> Answer:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from tidewright_client import requests, settings
+from tidewright_client import checks, requests, settings
 from tidewright_client.answers import Answer, Event
 from tidewright_client.background import soon
 from tidewright_client.call import Call, Reader, Whole
-from tidewright_client.exchange import FAILURES, LIMITS, Exchange
+from tidewright_client.errors import read_once
+from tidewright_client.exchange import FAILURES, LIMITS, Exchange, closed
 from tidewright_client.hooks import Hooks
 from tidewright_client.requests import ChatOptions, CompletionOptions, Messages, Request
 
@@ -51,8 +52,11 @@ class Client:
         Raises:
             ConnectionFailed: the URL is no address.
             Unauthenticated: the key can't be one.
+            TypeError, ValueError: another argument is of a wrong type, or out of range.
         """
         self._settings = settings.make(url, key, max_retries, timeout, idle_timeout, max_answer_bytes, hooks)
+        checks.kind("model", model, str, "a text")
+        checks.kind("tls", tls, ssl.SSLContext, "an ssl.SSLContext")
         self._model, self._tls = model, tls or ssl.create_default_context()
         self._http = httpx.Client(verify=self._tls, limits=LIMITS)
 
@@ -89,6 +93,8 @@ class Client:
         """A WebSocket for several generations, which survive its breaking; needs the extra `websocket`."""
         from tidewright_client.sessions.session import Session
 
+        if self._http.is_closed:
+            raise closed()
         return Session(self._settings, self._model, self._tls)
 
     def close(self) -> None:
@@ -133,6 +139,12 @@ class Stream(Iterator[Event]):
     def answer(self) -> Answer:
         """What has come so far; after the end, all of it."""
         return self._reader.answer() if self._reader else Answer()
+
+    def __iter__(self) -> Self:
+        """Raises InvalidRequest: it is over."""
+        if self._is_closed:
+            raise read_once()
+        return self
 
     def __next__(self) -> Event:
         """Raises TidewrightError."""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import httpx
 
-from tidewright_client.call import DRAIN_TIME, MAX_ERROR_BYTES, Attempt, Call, Reader, Whole
+from tidewright_client.call import DRAIN_TIME, MAX_ERROR_BYTES, Call, Reader, Whole
 from tidewright_client.deadline import Deadline
+from tidewright_client.errors import InvalidRequest
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 FAILURES = (httpx.HTTPError, TimeoutError)
 """Of a connection."""
 LIMITS = httpx.Limits(max_connections=1000, max_keepalive_connections=100, keepalive_expiry=30)
+
+
+def closed() -> InvalidRequest:
+    return InvalidRequest("the client is closed")
 
 
 class Exchange:
@@ -36,7 +41,7 @@ class Exchange:
     def _attempt(self, http: httpx.Client) -> float | None:
         """None if it is answered, else seconds before the next."""
         call = self._call
-        request = _request(http, call.attempt())
+        request = _request(http, call)
         with contextlib.ExitStack() as stack:
             try:
                 with _current.bound(call):
@@ -101,7 +106,7 @@ class AsyncExchange:
     async def _attempt(self, http: httpx.AsyncClient) -> float | None:
         """None if it is answered, else seconds before the next."""
         call = self._call
-        request = _request(http, call.attempt())
+        request = _request(http, call)
         async with contextlib.AsyncExitStack() as stack:
             try:
                 with anyio.fail_after(call.deadline.at_most(None)):
@@ -157,7 +162,11 @@ class AsyncExchange:
 _dropped: set[asyncio.Task[None]] = set()  # a loop keeps no reference to its tasks
 
 
-def _request(http: httpx.Client | httpx.AsyncClient, attempt: Attempt) -> httpx.Request:
+def _request(http: httpx.Client | httpx.AsyncClient, call: Call) -> httpx.Request:
+    """Of the next attempt. Raises TidewrightError."""
+    if http.is_closed:
+        raise call.end(closed())
+    attempt = call.attempt()
     return http.build_request(
         attempt.method,
         attempt.url,

@@ -30,6 +30,7 @@ from tidewright_client.retries import seconds_of
 from tidewright_client.settings import CONNECT_TIMEOUT, Settings
 
 WHICH_PORT = "give the gateway's port (8080 by default), not one of Triton's (8000 to 8002)"
+_BREAKS = (ConnectionResetError, ConnectionAbortedError, BrokenPipeError)
 _SHOWN = 200  # characters of a body that is no answer
 _OF_STATUS: dict[int, type[TidewrightError]] = {
     401: Unauthenticated,
@@ -58,17 +59,33 @@ def refusal(
     if status < 400:
         target = urlsplit(headers.get("location", "")).netloc or "another path"
         return UnexpectedAnswer(
-            f"{settings.url} redirects to {target}, and redirects are not followed; give the gateway's own address",
+            f"{settings.url} redirects to {target}, and redirects are not followed; give the gateway's own address; "
+            f"{WHICH_PORT}",
             status=status,
             request_id=request_id,
         )
     retry_after = seconds_of(headers.get("retry-after"), time.time())
     error = error_in(_json(body))
     if error is None:
-        message, code, param = _of_another_server(settings, status, headers, body), None, None
-    else:
-        message, code, param = str(error["message"]), _text(error.get("code")), _text(error.get("param"))
-    said = settings.without_key(message) if error else None
+        message = _of_another_server(settings, status, headers, body)
+        message += _advice(settings, status, None, message, retry_after)
+        return type_of(status)(
+            settings.without_key(message), status=status, request_id=request_id, retry_after=retry_after
+        )
+    return of_error(settings, error, status, request_id, retry_after, own)
+
+
+def of_error(
+    settings: Settings,
+    error: dict[str, Any],
+    status: int,
+    request_id: str | None,
+    retry_after: float | None,
+    own: Container[str] = (),
+) -> TidewrightError:
+    """Of the API's error, as `error_in` gives it."""
+    message, code, param = str(error["message"]), _text(error.get("code")), _text(error.get("param"))
+    said = settings.without_key(message)
     message += _advice(settings, status, code, message, retry_after)
     if param in own:
         message += (
@@ -123,7 +140,7 @@ def timed_out(settings: Settings, deadline: Deadline, partial: Answer | None = N
 def no_connection(settings: Settings, error: Exception) -> ConnectionFailed:
     """Of an exception before the answer."""
     url, text = settings.url, str(error) or type(error).__name__
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, ssl.SSLCertVerificationError):
             why = cause.verify_message or str(cause)
             return ConnectionFailed(
@@ -136,25 +153,35 @@ def no_connection(settings: Settings, error: Exception) -> ConnectionFailed:
             )
         if isinstance(cause, socket.gaierror):
             return ConnectionFailed(f"can't resolve the host of {url}: {cause.strerror}; check its name")
-    if isinstance(error, httpx.ConnectTimeout):
+    if isinstance(error, httpx.ConnectTimeout | TimeoutError):
         return ConnectionFailed(
             f"{url} took no connection within {CONNECT_TIMEOUT:g} s; check host, port and firewalls"
         )
-    if isinstance(error, httpx.ConnectError):
+    # An OSError as it is comes from a WebSocket; one that broke is no OSError of connecting.
+    if isinstance(error, httpx.ConnectError) or (isinstance(error, OSError) and not isinstance(error, _BREAKS)):
         return ConnectionFailed(
             f"no server at {url} ({text}); check host and port, or start one with `tidewright serve`"
         )
-    hint = "see the server's log"
     if isinstance(error, httpx.RemoteProtocolError) and "illegal" in text:  # h11's, of bytes that are not HTTP/1.1
-        hint = f"it does not speak HTTP/1.1; if it is Triton's gRPC port, {WHICH_PORT}"
-    if url.startswith("http:"):
+        return no_http(settings, text)
+    return _broke(settings, text, "see the server's log")
+
+
+def no_http(settings: Settings, text: str) -> ConnectionFailed:
+    return _broke(
+        settings, text, f"no answer of HTTP/1.1 came: see its log, or if it is Triton's gRPC port, {WHICH_PORT}"
+    )
+
+
+def _broke(settings: Settings, text: str, hint: str) -> ConnectionFailed:
+    if settings.url.startswith("http:"):
         hint += "; if it speaks TLS, write https:// before its address"
-    return ConnectionFailed(f"the connection to {url} broke before an answer: {text}; {hint}")
+    return ConnectionFailed(f"the connection to {settings.url} broke before an answer: {text}; {hint}")
 
 
 def is_hopeless(error: Exception) -> bool:
     """A second attempt can't go better."""
-    return any(isinstance(cause, ssl.SSLError) for cause in _causes(error))
+    return any(isinstance(cause, ssl.SSLError) for cause in causes(error))
 
 
 def _of_another_server(settings: Settings, status: int, headers: Mapping[str, str], body: bytes) -> str:
@@ -162,6 +189,8 @@ def _of_another_server(settings: Settings, status: int, headers: Mapping[str, st
     shown = " ".join(body[:_SHOWN].decode(errors="replace").split())
     said = f" ({kind}: {shown})" if shown else ""
     advice = f"; {WHICH_PORT}" if status in (400, 404, 405) else ""
+    if urlsplit(settings.url).path:
+        advice += "; give the gateway's URL without a path"
     return f"{settings.url} answered with status {status}, and not as a gateway does{said}{advice}"
 
 
@@ -177,7 +206,7 @@ def _advice(settings: Settings, status: int, code: str | None, message: str, ret
     return ""
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
+def causes(error: BaseException | None) -> list[BaseException]:
     found: list[BaseException] = []
     while error is not None and error not in found:
         found.append(error)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from tidewright_client import extras
+
 try:
     from opentelemetry import propagate, trace
 except ImportError:
-    raise ImportError("OtelHooks need opentelemetry-api: pip install 'tidewright-client[otel]'") from None
+    raise extras.missing("OtelHooks", "opentelemetry-api", "otel") from None
 
 from tidewright_client.answers import Answer
 from tidewright_client.errors import TidewrightError

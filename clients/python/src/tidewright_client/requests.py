@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, TypedDict
 
+from tidewright_client import checks
 from tidewright_client.errors import InvalidRequest
 
 Messages = Sequence[Mapping[str, Any]]
@@ -61,7 +62,9 @@ HEALTH = Request("health", "/health/ready", is_retried=False)  # "not now" is it
 
 def chat(messages: Messages, options: ChatOptions, model: str | None, is_stream: bool) -> Request:
     """`model`: the client's. Raises InvalidRequest, TypeError."""
-    return _generation("chat", {"messages": list(messages)}, options, ChatOptions, model, is_stream)
+    if not isinstance(messages, Sequence) or not all(isinstance(one, Mapping) for one in messages):
+        raise TypeError('messages must be a list like [{"role": "user", "content": "Hi"}]')
+    return _generation("chat", {"messages": [dict(one) for one in messages]}, options, ChatOptions, model, is_stream)
 
 
 def completion(prompt: str, options: CompletionOptions, model: str | None, is_stream: bool) -> Request:
@@ -93,5 +96,8 @@ def _generation(
         raise InvalidRequest("an Answer has one text: make a call for each, instead of n", param="n")
     if bool(body.get("stream")) != is_stream:
         raise InvalidRequest("stream_chat and stream_complete stream; extra must not name stream", param="stream")
+    if timeout is not ...:
+        checks.timeout_of_call(timeout)
+    checks.json_values(body)
     paths = {"chat": "/v1/chat/completions", "complete": "/v1/completions"}
     return Request(operation, paths[operation], body, is_stream, timeout)

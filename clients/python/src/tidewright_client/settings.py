@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+from tidewright_client import checks
 from tidewright_client.errors import ConnectionFailed, Unauthenticated
 from tidewright_client.hooks import Hooks
 from tidewright_client.retries import Budget
@@ -16,6 +17,7 @@ IDLE_TIMEOUT = 60.0
 CONNECT_TIMEOUT = 10.0
 MAX_RETRIES = 2
 MAX_ANSWER_BYTES = 64 * 2**20
+_PATHS = ("/chat/completions", "/completions", "/v1/models", "/v1/stream", "/health/live", "/health/ready", "/version")
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,16 @@ def make(
     Raises:
         ConnectionFailed: the URL is none.
         Unauthenticated: the key can't be one.
+        TypeError: an argument is of another type.
         ValueError: a number is out of range.
     """
+    checks.kind("url", url, str, "a text")
+    checks.kind("key", key, str, "a text")
+    checks.kind("hooks", hooks, Hooks, "Hooks")
+    checks.count("max_retries", max_retries, 0)
+    checks.seconds("timeout", timeout)
+    checks.seconds("idle_timeout", idle_timeout, none="")
+    checks.count("max_answer_bytes", max_answer_bytes, 1)
     if key is None:
         key = os.environ.get("TIDEWRIGHT_KEY")
     key = (key or "").strip() or None
@@ -57,11 +67,6 @@ def make(
         raise Unauthenticated(
             "the API key has characters that no key has; give the text that `tidewright keys` printed"
         )
-    if max_retries < 0:
-        raise ValueError("max_retries must be at least 0")
-    for name, value in {"timeout": timeout, "idle_timeout": idle_timeout, "max_answer_bytes": max_answer_bytes}.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name} must be above 0")
     return Settings(
         url=_base(url or os.environ.get("TIDEWRIGHT_URL") or DEFAULT_URL),
         key=key,
@@ -91,6 +96,8 @@ def _base(url: str) -> str:
             )
         elif parts.query or parts.fragment:
             fault = "it must end with its path"
+        elif any(parts.path.endswith(path) for path in _PATHS):
+            fault = "give the gateway's URL, without a path of its API: the client adds it"
     except ValueError as error:
         fault = str(error)
     if fault:

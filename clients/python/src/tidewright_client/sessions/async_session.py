@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import anyio
 
 from tidewright_client import requests, sse
 from tidewright_client.answers import Answer, Event
-from tidewright_client.errors import ConnectionFailed, TidewrightError
+from tidewright_client.errors import ConnectionFailed, InvalidRequest, TidewrightError, read_once
 from tidewright_client.requests import CompletionOptions, Messages, Request
-from tidewright_client.sessions.connecting import FAILURES, refused
+from tidewright_client.sessions.connecting import FAILURES, explained, refused, without_redirects
 from tidewright_client.sessions.core import CREDITS, GenerationState, SessionCore
 from tidewright_client.settings import CONNECT_TIMEOUT, Settings
 
@@ -33,19 +34,22 @@ class AsyncSession:
         self._connection: ClientConnection | None = None
         self._task: asyncio.Task[None] | None = None
         self._is_closed = False
-        self._sending: set[asyncio.Task[None]] = set()
+        self._outbox: deque[tuple[ClientConnection, str]] = deque()
+        """In their order, whichever task sends them: a cancel must not come before what it cancels."""
+        self._is_sending = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def stream_chat(
+    def stream_chat(
         self, messages: Messages, *, credits: int = CREDITS, **options: Unpack[CompletionOptions]
     ) -> AsyncGeneration:
-        """As Session's."""
-        return await self._begin(requests.chat(messages, options, self._model, False), credits)  # type: ignore[arg-type]
+        """As Session's. It begins at once, in the event loop that runs."""
+        return self._begin(requests.chat(messages, options, self._model, False), credits)  # type: ignore[arg-type]
 
-    async def stream_complete(
+    def stream_complete(
         self, prompt: str, *, credits: int = CREDITS, **options: Unpack[CompletionOptions]
     ) -> AsyncGeneration:
-        """As Session's."""
-        return await self._begin(requests.completion(prompt, options, self._model, False), credits)
+        """As Session's. It begins at once, in the event loop that runs."""
+        return self._begin(requests.completion(prompt, options, self._model, False), credits)
 
     async def aclose(self) -> None:
         """Cancels what runs."""
@@ -64,30 +68,39 @@ class AsyncSession:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
-    async def _begin(self, request: Request, credits: int) -> AsyncGeneration:
+    def _begin(self, request: Request, credits: int) -> AsyncGeneration:
         if self._is_closed:
-            raise ConnectionFailed("the session was closed")
+            raise InvalidRequest("the session is closed")
         state = self._core.begin(request, credits)
         generation = AsyncGeneration(self, state)
         if self._task is None:
             self._task = asyncio.create_task(self._run())
-        message = state.generate() if self._core.is_open else None
-        await self._notify()
-        await self._send(message)
+        if self._core.is_open:
+            self._post(state.generate())
+        self._soon(self._began())
         return generation
+
+    async def _began(self) -> None:
+        await self._notify()
+        await self._send()
 
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
+    def _post(self, *messages: str | None) -> None:
+        """To the connection that there is now: what the next one needs is said anew."""
+        if self._connection:
+            self._outbox += [(self._connection, message) for message in messages if message]
+
     async def _send(self, *messages: str | None) -> None:
         """If the connection breaks, the core knows what the next one needs."""
-        connection = self._connection
-        if connection:
-            with contextlib.suppress(*FAILURES):
-                for message in messages:
-                    if message:
-                        await connection.send(message)
+        self._post(*messages)
+        async with self._is_sending:
+            while self._outbox:
+                connection, message = self._outbox.popleft()
+                with contextlib.suppress(*FAILURES):
+                    await connection.send(message)
 
     async def _next(self, state: GenerationState) -> Event | None:
         """None at the end. Raises TidewrightError."""
@@ -120,7 +133,7 @@ class AsyncSession:
             failure = await self._connected()
             if isinstance(failure, TidewrightError):
                 self._core.give_up(failure)
-            wait = self._core.lost(failure)
+            wait = self._core.lost(failure, explained(self._core.settings, failure))
             await self._notify()
 
     async def _connected(self) -> Exception | None:
@@ -131,7 +144,7 @@ class AsyncSession:
         options: dict[str, Any] = {"ssl": self._tls} if core.address.startswith("wss:") and self._tls else {}
         try:
             # Credits bound what waits; with a bound of its own the library would not notice the end behind it.
-            async with connect(
+            async with without_redirects(connect)(
                 core.address,
                 additional_headers=core.headers,
                 open_timeout=CONNECT_TIMEOUT,
@@ -144,9 +157,9 @@ class AsyncSession:
                 await connection.send(core.hello())
                 self._connection = connection
                 async for text in connection:
-                    messages = core.receive(text)
+                    self._post(*core.receive(text))
                     await self._notify()
-                    await self._send(*messages)
+                    await self._send()
         except TidewrightError as error:
             return error
         except Exception as error:  # whatever it is, nobody may wait for ever
@@ -156,10 +169,16 @@ class AsyncSession:
         return None
 
     def _drop(self, state: GenerationState) -> None:
-        with contextlib.suppress(RuntimeError):  # no loop runs any more
-            task = asyncio.get_running_loop().create_task(self._cancel(state))
-            self._sending.add(task)
-            task.add_done_callback(self._sending.discard)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:  # none runs any more
+            return
+        self._soon(self._cancel(state))
+
+    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
 class AsyncGeneration(AsyncIterator[Event]):
@@ -167,11 +186,24 @@ class AsyncGeneration(AsyncIterator[Event]):
 
     def __init__(self, session: AsyncSession, state: GenerationState) -> None:
         self._session, self._state = session, state
+        self._is_read = False
+        """To its end, or it was closed."""
+
+    def __aiter__(self) -> Self:
+        """Raises InvalidRequest: it is over."""
+        if self._is_read:
+            raise read_once()
+        return self
 
     async def __anext__(self) -> Event:
         """Raises TidewrightError."""
-        event = await self._session._next(self._state)
+        try:
+            event = await self._session._next(self._state)
+        except TidewrightError:
+            self._is_read = True
+            raise
         if event is None:
+            self._is_read = True
             raise StopAsyncIteration
         return event
 
@@ -187,6 +219,7 @@ class AsyncGeneration(AsyncIterator[Event]):
         """Cancels it, and drops what was not read."""
         await self.cancel()
         self._state.events.clear()
+        self._is_read = True
 
     async def __aenter__(self) -> Self:
         return self

@@ -17,6 +17,7 @@ from tidewright_client import explain, retries
 from tidewright_client.answers import Accumulator, Answer, Event, Finish, Text, Usage, UsageReport
 from tidewright_client.deadline import Deadline
 from tidewright_client.errors import (
+    ASK_AGAIN,
     ConnectionFailed,
     Interrupted,
     InvalidRequest,
@@ -116,7 +117,9 @@ class GenerationState:
         if error:
             self.end(_failure(self._settings, error, self.sum.request_id))
         elif choice["seq"] > self.received and not self.is_cancelled:
-            self.end(Interrupted(f"{self._settings.url} ended the generation before all of its tokens had come"))
+            self.end(
+                Interrupted(f"{self._settings.url} ended the generation before all of its tokens had come; {ASK_AGAIN}")
+            )
         else:
             if reason := choice.get("finish_reason"):
                 self.add(Finish(str(reason)))
@@ -129,7 +132,8 @@ class GenerationState:
             return
         self.is_over, self.is_running = True, False
         if error:
-            error.partial = self.sum.answer()
+            if self.resume_token is not None:
+                error.partial = self.sum.answer()
             error.request_id = error.request_id or self.sum.request_id
             self.error = error
         tell(self._settings.hooks.on_end, self._info, self.sum.answer(), error)
@@ -191,7 +195,8 @@ class SessionCore:
 
     def late(self, generation: GenerationState) -> str | None:
         """Its time is over. What is to be sent, if anything."""
-        message = self.cancel(generation)
+        # Not by `cancel`, by which one that the gateway does not know of ends without an error.
+        message = _message("cancel", id=generation.id) if self.is_open and not generation.is_cancelled else None
         self._remove(generation, generation.late())
         return message
 
@@ -257,12 +262,15 @@ class SessionCore:
         elif generation.resume_token is None:
             self._remove(generation, error)
         elif not generation.is_running or error.code == "resumed_elsewhere":
-            message = f"the generation could not be resumed: {error.message}"
+            message = f"the generation could not be resumed: {error.message}; {ASK_AGAIN}"
             self._remove(generation, Interrupted(message, status=error.status, code=error.code))
         # Else a message came too late, such as a credit for one that has just ended.
 
-    def lost(self, error: Exception | None) -> float | None:
-        """The connection ended, or none was made. Seconds before the next attempt; None if none is needed now."""
+    def lost(self, error: Exception | None, cause: TidewrightError) -> float | None:
+        """The connection ended, or none was made. Seconds before the next attempt; None if none is needed now.
+
+        `cause`: what the error means, for the generations that end with it.
+        """
         self.is_open = False
         for generation in self.live.values():
             generation.is_running = False
@@ -271,7 +279,6 @@ class SessionCore:
             return None
         now = time.monotonic()
         self._lost_at = now if self._lost_at is None else self._lost_at
-        cause = explain.no_connection(self.settings, error or ConnectionError("it was closed"))
         if self._was_open:
             # Without delay, unless the connection before this one brought nothing either.
             wait = min(_LONGEST_WAIT, 0.1 * 2.0**self._failures) * (1 - random.random() / 2) if self._failures else 0.0
@@ -281,18 +288,24 @@ class SessionCore:
             is_hopeless = self._failures >= self.settings.max_retries or explain.is_hopeless(error or Exception())
         self._failures += 1
         if is_hopeless:
-            self.give_up(cause)
+            self._give_up(cause, self._was_open)
             return None
         return wait
 
     def give_up(self, error: TidewrightError) -> None:
         """All generations end."""
+        self._give_up(error, False)
+
+    def _give_up(self, error: TidewrightError, had_connection: bool) -> None:
         self._failures, self._lost_at = 0, None
         for generation in list(self.live.values()):
-            if generation.resume_token is not None and isinstance(error, ConnectionFailed):
-                self._remove(generation, Interrupted(f"{error.message}; partial holds what had arrived"))
+            if generation.resume_token is not None and (had_connection or isinstance(error, ConnectionFailed)):
+                what = error.message
+                if had_connection:
+                    what = f"the connection broke in the answer, and there was no other for {self._grace:g} s: {what}"
+                self._remove(generation, Interrupted(f"{what}; {ASK_AGAIN}"))
             else:
-                fields = ("status", "code", "param", "request_id", "retry_after")
+                fields = ("status", "code", "param", "request_id", "retry_after", "said")
                 own = type(error)(error.message, **{name: getattr(error, name) for name in fields})
                 self._remove(generation, own)
 
@@ -303,15 +316,13 @@ class SessionCore:
 
 def _failure(settings: Settings, told: dict[str, Any], request_id: str | None) -> TidewrightError:
     """Of an `error`, or of that of a `done`."""
-    status = int(told["status"])
     retry_after = told.get("retry_after")
-    return explain.type_of(status)(
-        settings.without_key(str(told["message"])),
-        status=status,
-        code=None if told.get("code") is None else str(told["code"]),
-        param=None if told.get("param") is None else str(told["param"]),
-        request_id=request_id,
-        retry_after=None if retry_after is None else float(retry_after),
+    return explain.of_error(
+        settings,
+        {**told, "message": str(told["message"])},
+        int(told["status"]),
+        request_id,
+        None if retry_after is None else float(retry_after),
     )
 
 

@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 from tidewright_client import requests, sse
 from tidewright_client.answers import Answer, Event
 from tidewright_client.background import soon
-from tidewright_client.errors import ConnectionFailed, TidewrightError
+from tidewright_client.errors import ConnectionFailed, InvalidRequest, TidewrightError, read_once
 from tidewright_client.requests import CompletionOptions, Messages, Request
-from tidewright_client.sessions.connecting import FAILURES, refused
+from tidewright_client.sessions.connecting import FAILURES, explained, refused, without_redirects
 from tidewright_client.sessions.core import CREDITS, GenerationState, SessionCore
 from tidewright_client.settings import CONNECT_TIMEOUT, Settings
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
     from websockets.sync.client import ClientConnection
+
+_PATIENCE = 0.5  # seconds
 
 
 class Session:
@@ -63,7 +65,8 @@ class Session:
             self._changed.notify_all()
         if connection:
             connection.close()
-        self._thread.join(CONNECT_TIMEOUT)
+        # One that connects sees by itself that it is not needed any more.
+        self._thread.join(CONNECT_TIMEOUT if connection else _PATIENCE)
 
     def __enter__(self) -> Self:
         return self
@@ -74,7 +77,7 @@ class Session:
     def _begin(self, request: Request, credits: int) -> Generation:
         with self._changed:
             if self._is_closed:
-                raise ConnectionFailed("the session was closed")
+                raise InvalidRequest("the session is closed")
             state = self._core.begin(request, credits)
             message = state.generate() if self._core.is_open else None
             self._changed.notify_all()
@@ -125,18 +128,20 @@ class Session:
             with self._changed:
                 if isinstance(failure, TidewrightError):
                     self._core.give_up(failure)
-                wait = self._core.lost(failure)
+                wait = self._core.lost(failure, explained(self._core.settings, failure))
                 self._changed.notify_all()
 
     def _connected(self) -> Exception | None:
         """Reads a connection to its end, of which it tells the reason."""
-        from websockets.sync.client import connect
+        from websockets.sync import client
+
+        connect = getattr(client, "reconnect", client.connect)  # by which newer versions connect
 
         core = self._core
         options: dict[str, Any] = {"ssl": self._tls} if core.address.startswith("wss:") and self._tls else {}
         try:
             # Credits bound what waits; with a bound of its own the library would not notice the end behind it.
-            with connect(
+            with without_redirects(connect)(
                 core.address,
                 additional_headers=core.headers,
                 open_timeout=CONNECT_TIMEOUT,
@@ -171,11 +176,24 @@ class Generation(Iterator[Event]):
 
     def __init__(self, session: Session, state: GenerationState) -> None:
         self._session, self._state = session, state
+        self._is_read = False
+        """To its end, or it was closed."""
+
+    def __iter__(self) -> Self:
+        """Raises InvalidRequest: it is over."""
+        if self._is_read:
+            raise read_once()
+        return self
 
     def __next__(self) -> Event:
         """Raises TidewrightError."""
-        event = self._session._next(self._state)
+        try:
+            event = self._session._next(self._state)
+        except TidewrightError:
+            self._is_read = True
+            raise
         if event is None:
+            self._is_read = True
             raise StopIteration
         return event
 
@@ -191,6 +209,7 @@ class Generation(Iterator[Event]):
         """Cancels it, and drops what was not read."""
         self.cancel()
         self._state.events.clear()
+        self._is_read = True
 
     def __enter__(self) -> Self:
         return self
