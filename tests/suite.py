@@ -37,7 +37,7 @@ class Stage:
 _SHARED = ("--dist", "worksteal", "--max-worker-restart", "0")
 WITHOUT_TRITON = Stage("without Triton", "not server and not cluster", ("-n", "3", *_SHARED))
 _SERVERS = "server or cluster or gateway or redis or rsyslog or browser or hosts or image"
-WITHOUT_SERVERS = Stage("without servers", f"not ({_SERVERS})", WITHOUT_TRITON.options)
+WITHOUT_SERVERS = Stage("without servers", f"not ({_SERVERS} or heavy)", WITHOUT_TRITON.options)
 WITH_TRITON = Stage("with Triton", "server and not slow and not cluster", ("-n", "2", *_SHARED))
 CLUSTER = Stage("on the small kubelet", "cluster", ("-n", "0"))  # several Tritons and gateways need all cores
 CLIENTS = Stage("of clients", "clients", ("-n", "0"))  # one server for all, and all cores for it and its client

@@ -130,6 +130,7 @@ lengths = st.lists(
     st.sampled_from([None, 1, 5, 64, 257]),
     st.sampled_from([None, 1.5]),
 )
+@pytest.mark.heavy
 def test_any_step(
     lengths: list[tuple[int, int]],
     block_size: int,
@@ -172,6 +173,7 @@ shared_lengths = st.lists(
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.sampled_from([None, 300]),
 )
+@pytest.mark.heavy
 def test_sequences_that_begin_alike(
     lengths: list[tuple[int, int]],
     data: st.DataObject,

@@ -63,6 +63,7 @@ def idle_stats(engine: Bridge) -> Heartbeat:
             return message
 
 
+@pytest.mark.heavy
 def test_ten_thousand_requests_with_cancels(model: Path) -> None:
     rng = random.Random(1)
     # 60 blocks of 4 tokens for up to 16 sequences of up to 36: preemptions and evictions all the time.

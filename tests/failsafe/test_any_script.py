@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,6 +79,7 @@ def take(it: World, step: str, callers: list[Answered]) -> None:
     resume=st.sampled_from(["continue", "fail"]),
     timeout=st.sampled_from([None, 20.0, 45.0]),
 )
+@pytest.mark.heavy
 def test_every_request_ends_once_with_the_beginning_of_its_answer(
     plans: list[Plan],
     steps: list[str],

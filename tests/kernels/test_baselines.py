@@ -114,6 +114,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.heavy
 def test_the_best_that_was_built_is_loaded_without_a_compiler(built: Path) -> None:
     library, log = loaded(built)
     assert Path(library).parent == built / "kernels"
@@ -121,6 +122,7 @@ def test_the_best_that_was_built_is_loaded_without_a_compiler(built: Path) -> No
     assert f"CPU kernels: {library}" in log
 
 
+@pytest.mark.heavy
 def test_if_the_best_is_missing_the_next_is_loaded(built: Path, tmp_path: Path) -> None:
     names = [baseline.name for baseline in fitting(build.processor())]
     (tmp_path / "kernels").mkdir()
@@ -130,6 +132,7 @@ def test_if_the_best_is_missing_the_next_is_loaded(built: Path, tmp_path: Path) 
     assert names[-1] in loaded(tmp_path)[0]
 
 
+@pytest.mark.heavy
 def test_what_was_built_from_other_sources_is_not_loaded(built: Path, tmp_path: Path) -> None:
     """Nor, by the same digest, for another OpenMP library."""
     (tmp_path / "kernels").mkdir()
@@ -145,6 +148,7 @@ def test_what_was_built_from_other_sources_is_not_loaded(built: Path, tmp_path: 
     assert "CPU kernels are off, torch's slower operations stand in: no C++ compiler '/nonexistent'" in log
 
 
+@pytest.mark.heavy
 def test_the_choice_by_name(built: Path, tmp_path: Path) -> None:
     oldest = fitting(build.processor())[-1].name
     assert oldest in loaded(built, TIDEWRIGHT_KERNELS=oldest)[0]
@@ -165,6 +169,7 @@ def test_the_name_of_openmp_is_that_which_the_loader_looks_for() -> None:
     assert build._name_to_link(Path("libiomp5.so")) == "libiomp5.so"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_numbers_are_right_for_each_baseline(built: Path, name: str) -> None:
     """The tests of the kernels, on that build, without a compiler. With AVX2 alone, vectors are half as wide."""

@@ -200,6 +200,7 @@ def test_sources_that_cannot_be_exported(model: Path, tmp_path: Path) -> None:
     assert "is not a readable safetensors file" in refusal("export-onnx", model)
 
 
+@pytest.mark.heavy
 def test_prepare_makes_the_fallback_too(model: Path) -> None:
     target = fallback_path(str(model))
     assert run("prepare", model, "--no-fallback").stdout == f"{prepared_path(str(model))}\n"

@@ -51,6 +51,7 @@ def test_a_full_disk_is_named_and_nothing_half_made_is_taken_for_complete(tmp_pa
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.heavy
 def test_a_gguf_file_is_not_begun_where_there_is_no_room_for_it(tmp_path: Path) -> None:
     gguf = download_embedded(tmp_path)
     done = run_on_small_disk(tmp_path / "cache", "10m", f"tidewright prepare --no-fallback {gguf}; echo $?")

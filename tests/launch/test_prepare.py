@@ -62,6 +62,7 @@ def hugging_face_folder(tmp_path: Path, model_dir: Path) -> Path:
     return folder
 
 
+@pytest.mark.heavy
 def test_weights_equal_those_that_transformers_reads_from_the_file(
     converted: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +251,7 @@ def test_weights_of_a_folder_take_no_second_space(cache: Path, hugging_face_fold
     assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == 2
 
 
+@pytest.mark.heavy
 def test_a_run_killed_half_way_leaves_nothing_that_looks_ready(cache: Path, gguf_file: Path) -> None:
     code = f"from tidewright.launch.prepare import prepare; prepare({str(gguf_file)!r})"
     target = prepared_path(str(gguf_file))

@@ -75,6 +75,7 @@ def test_ids_and_text_are_those_of_transformers(
         assert tokenizer.decode(token_ids, skip) == reference.decode(token_ids, skip_special_tokens=skip)
 
 
+@pytest.mark.heavy
 def test_vocabulary_is_that_of_transformers_conversion_with_digits_split(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """transformers drops the pre-tokenizer of SmolLM's GGUF file: its conversion is right once it is put back."""
     from tokenizers import pre_tokenizers
