@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tidewright_client import AsyncClient, Client, ConnectionFailed, InvalidRequest
+from tidewright_client import AsyncClient, Client, InvalidRequest
 from tidewright_client.triton import AsyncTritonClient, TritonClient
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -114,7 +114,7 @@ def test_values_that_json_has_not() -> None:
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/stream"])
 def test_an_address_with_a_path_of_the_api(path: str) -> None:
     for make in (Client, AsyncClient):
-        with pytest.raises(ConnectionFailed, match="give the gateway's URL, without a path"):
+        with pytest.raises(InvalidRequest, match="give the gateway's URL, without a path"):
             make(f"http://127.0.0.1:8080{path}")
 
 

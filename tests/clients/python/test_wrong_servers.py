@@ -69,16 +69,16 @@ def failure(url: str, **options: Any) -> TidewrightError:
 )
 def test_what_is_no_address(url: str, why: str) -> None:
     for kind in (Client, AsyncClient):
-        with pytest.raises(ConnectionFailed, match="no address of a gateway") as caught:
+        with pytest.raises(InvalidRequest, match="no address of a gateway") as caught:
             kind(url)
         assert why in caught.value.message
 
 
 def test_secrets_in_the_address_are_refused_and_not_shown() -> None:
-    with pytest.raises(ConnectionFailed, match="TIDEWRIGHT_KEY") as caught:
+    with pytest.raises(InvalidRequest, match="TIDEWRIGHT_KEY") as caught:
         Client("http://me:secret@h")
     assert "secret" not in caught.value.message
-    with pytest.raises(Unauthenticated) as refused:
+    with pytest.raises(InvalidRequest) as refused:
         Client("http://h", key="tw-\u00e9\nx")
     assert "tw-" not in refused.value.message
 

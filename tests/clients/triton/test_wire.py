@@ -14,7 +14,6 @@ import tritonclient.grpc as grpcclient
 from helpers.scripted_stream import texts
 from tidewright.schema import DECODER_INPUTS, FAILSAFE_INPUTS, DecoderStatus, SamplingParams
 from tidewright_client.errors import (
-    ConnectionFailed,
     Interrupted,
     InvalidRequest,
     NotFound,
@@ -130,7 +129,7 @@ def test_what_can_not_be_right_is_not_sent(wrong: dict[str, Any], says: str) -> 
 
 @pytest.mark.parametrize("address", ["", "127.0.0.1", "http://127.0.0.1:8001", "127.0.0.1:8001/v2", "u@h:1", "h:x"])
 def test_an_address_is_a_host_and_a_port(address: str) -> None:
-    with pytest.raises(ConnectionFailed, match="HOST:PORT"):
+    with pytest.raises(InvalidRequest, match="HOST:PORT"):
         checked_address(address)
     assert checked_address("[::1]:8001") == "[::1]:8001"
 

@@ -50,7 +50,7 @@ class Client:
             tls: Default: the machine's certificates.
 
         Raises:
-            ConnectionFailed: the URL is no address.
+            InvalidRequest: the URL is no address, or the key can not be one.
             Unauthenticated: the key can't be one.
             TypeError, ValueError: another argument is of a wrong type, or out of range.
         """

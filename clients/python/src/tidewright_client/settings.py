@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from tidewright_client import checks
-from tidewright_client.errors import ConnectionFailed, Unauthenticated
+from tidewright_client.errors import InvalidRequest
 from tidewright_client.hooks import Hooks
 from tidewright_client.retries import Budget
 
@@ -48,8 +48,7 @@ def make(
 ) -> Settings:
     """
     Raises:
-        ConnectionFailed: the URL is none.
-        Unauthenticated: the key can't be one.
+        InvalidRequest: the URL is none, or the key can't be one.
         TypeError: an argument is of another type.
         ValueError: a number is out of range.
     """
@@ -64,9 +63,7 @@ def make(
         key = os.environ.get("TIDEWRIGHT_KEY")
     key = (key or "").strip() or None
     if key and not (key.isascii() and key.isprintable() and " " not in key):
-        raise Unauthenticated(
-            "the API key has characters that no key has; give the text that `tidewright keys` printed"
-        )
+        raise InvalidRequest("the API key has characters that no key has; give the text that `tidewright keys` printed")
     return Settings(
         url=_base(url or os.environ.get("TIDEWRIGHT_URL") or DEFAULT_URL),
         key=key,
@@ -91,7 +88,7 @@ def _base(url: str) -> str:
             fault = "its port must be a number from 1 to 65535"
         elif parts.username is not None or parts.password is not None:
             # Not shown: what stands before the @ is a secret.
-            raise ConnectionFailed(
+            raise InvalidRequest(
                 "the URL holds a user's name or password; give the API key as key= or in TIDEWRIGHT_KEY"
             )
         elif parts.query or parts.fragment:
@@ -101,5 +98,5 @@ def _base(url: str) -> str:
     except ValueError as error:
         fault = str(error)
     if fault:
-        raise ConnectionFailed(f"{url!r} is no address of a gateway, such as {DEFAULT_URL}: {fault}")
+        raise InvalidRequest(f"{url!r} is no address of a gateway, such as {DEFAULT_URL}: {fault}")
     return base

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from tidewright_client import checks
-from tidewright_client.errors import ConnectionFailed, InvalidRequest
+from tidewright_client.errors import InvalidRequest
 from tidewright_client.triton import wire
 
 Messages = Sequence[Mapping[str, Any]]
@@ -173,10 +173,10 @@ def check_numbers(max_retries: int, timeout: float | None, idle_timeout: float |
 
 
 def checked_address(address: str) -> str:
-    """HOST:PORT. Raises ConnectionFailed, TypeError."""
+    """HOST:PORT. Raises InvalidRequest, TypeError."""
     checks.kind("address", address, str, "a text")
     if not _ADDRESS.fullmatch(address):
-        raise ConnectionFailed(
+        raise InvalidRequest(
             f"{address!r} is no address of Triton's gRPC port: write HOST:PORT, such as 127.0.0.1:8001, without a "
             "scheme or path; for TLS, give credentials"
         )

@@ -139,7 +139,7 @@ class TritonClient:
             hooks: told of each generation; a header `traceparent` that one adds is the trace that it belongs to.
 
         Raises:
-            ConnectionFailed: the address is none.
+            InvalidRequest: the address is none.
             ValueError: a number is out of range.
         """
         check_numbers(max_retries, timeout, idle_timeout, max_buffer_bytes)
