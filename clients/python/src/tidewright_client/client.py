@@ -51,7 +51,6 @@ class Client:
 
         Raises:
             InvalidRequest: the URL is no address, or the key can not be one.
-            Unauthenticated: the key can't be one.
             TypeError, ValueError: another argument is of a wrong type, or out of range.
         """
         self._settings = settings.make(url, key, max_retries, timeout, idle_timeout, max_answer_bytes, hooks)
