@@ -35,7 +35,7 @@ class Stage:
 # More than one worker though a server takes both cores: most tests wait for processes. One that has nothing left takes
 # half of what another has.
 _SHARED = ("--dist", "worksteal", "--max-worker-restart", "0")
-WITHOUT_TRITON = Stage("without Triton", "not server and not cluster", ("-n", "3", *_SHARED))
+WITHOUT_TRITON = Stage("without Triton", "not server and not cluster and not slow", ("-n", "3", *_SHARED))
 _SERVERS = "server or cluster or gateway or redis or rsyslog or browser or hosts or image"
 WITHOUT_SERVERS = Stage("without servers", f"not ({_SERVERS} or heavy)", WITHOUT_TRITON.options)
 WITH_TRITON = Stage("with Triton", "server and not slow and not cluster", ("-n", "2", *_SHARED))

@@ -31,7 +31,9 @@ def test_it_is_formatted() -> None:
     assert format_check() == ""
 
 
+@pytest.mark.slow
 def test_clippy_and_rustdoc_have_nothing_to_say() -> None:
+    """Each compiles all crates anew: a minute of two cores."""
     run_cargo("clippy", "--all-targets", "--", "-D", "warnings")
     run_cargo("clippy", "--no-default-features", "--features", "rustls", "--", "-D", "warnings")
     run_cargo("doc", "--no-deps", RUSTDOCFLAGS="-D warnings")

@@ -28,7 +28,7 @@ MARKS = {
     "clients": "runs a client of other people",
     "image": "runs the steps of docker/Dockerfile in namespaces",
     "heavy": "takes ten seconds of a core and more, without a server; `make check` leaves it out",
-    "slow": "makes an environment that takes minutes; only `make test-clients` and `make test-image` run it",
+    "slow": "takes a minute or more to make its environment; `make test-clients`, `test-image`, `test-rust` run it",
 }
 _TESTS = str(Path(__file__).parent.parent)
 _running: pytest.Item | None = None
