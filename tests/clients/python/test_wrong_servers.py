@@ -156,7 +156,7 @@ def test_http2_where_the_first_bytes_are_no_http() -> None:
     "body", [b'{"error": {"message": "the key tw-me-secret is bad", "code": "x"}}', b"You sent Bearer tw-me-secret"]
 )
 def test_a_server_that_tells_the_key_back(body: bytes) -> None:
-    head = b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n" % len(body)
+    head = b"HTTP/1.1 400 Bad\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body)
     with listener(head + body) as url:
         error = failure(url)  # which looks for the key
     assert "***" in error.message
@@ -165,7 +165,7 @@ def test_a_server_that_tells_the_key_back(body: bytes) -> None:
 
 def test_a_server_that_does_not_know_what_the_client_sends() -> None:
     body = b'{"error": {"message": "unknown field", "type": "invalid_request_error", "param": "timeout"}}'
-    with listener(b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n" % len(body) + body) as url:
+    with listener(b"HTTP/1.1 400 Bad\r\nConnection: close\r\nContent-Length: %d\r\n\r\n" % len(body) + body) as url:
         error = failure(url)
         assert isinstance(error, InvalidRequest)
         assert "another version" in error.message
