@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from datetime import date
 from pathlib import Path
 
-import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -87,20 +88,25 @@ def run(name: str, criteria: Criteria, outputs: Path) -> bool:
 
 
 def finished(command: str, file: Path) -> int:
-    """Its exit status. Ctrl-C ends it with its children."""
-    words = shlex.split(command)
-    words[0] = sys.executable if words[0] == "python" else str(Path(sys.executable).with_name(words[0]))
+    """Its exit status. Ctrl-C ends it, and lets it end what it started."""
+    ours = {"python": sys.executable, "tidewright": str(Path(sys.executable).with_name("tidewright"))}
+    program, *words = shlex.split(command)
     with file.open("wb") as output:
-        process = subprocess.Popen(words, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            [ours.get(program, program), *words],
+            cwd=ROOT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
         try:
             return process.wait()
         except BaseException:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
+            with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                os.killpg(process.pid, signal.SIGINT)
                 process.wait(ENDS_WITHIN)
-            for child in psutil.Process(process.pid).children(recursive=True) if process.poll() is None else ():
-                child.kill()
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             raise
 
 

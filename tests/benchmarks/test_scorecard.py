@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+import time
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pydantic
 import pytest
 
@@ -218,6 +221,37 @@ def test_a_run_keeps_figures_and_a_failed_one_leaves_them(
     assert command.run("b", made, tmp_path / "outputs") is passed
     assert load_scores(file)["F"].value == value
     assert (tmp_path / "outputs" / "b.txt").read_text().startswith("took")
+
+
+@pytest.mark.parametrize("program", ["make", "tidewright", "python"])
+def test_commands_are_those_of_this_environment_or_the_machine_s(program: str, tmp_path: Path) -> None:
+    assert {one.command.split()[0] for one in load_criteria().benchmarks.values()} == {"make", "tidewright", "python"}
+    assert command.finished(f"{program} --version", tmp_path / "output") == 0
+    assert (tmp_path / "output").read_text()
+
+
+def test_ctrl_c_lets_a_benchmark_end_what_it_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "benchmark.py"
+    script.write_text(
+        "import signal, subprocess, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], start_new_session=True)\n"
+        "try:\n    print(child.pid, flush=True)\n    time.sleep(600)\nfinally:\n    child.kill()\n    child.wait()\n"
+    )
+    file = tmp_path / "output"
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is None:
+                while not file.read_text():
+                    time.sleep(0.01)
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.finished(f"python {script}", file)
+    assert not psutil.pid_exists(int(file.read_text().split()[0]))
 
 
 def test_an_unknown_benchmark_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
