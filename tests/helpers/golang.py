@@ -7,14 +7,12 @@ a module proxy: the client needs nothing else.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-
 from helpers.needs import needs
+from helpers.toolchains import passed, run
 from tidewright.cache import cache_dir
 
 FOLDER = Path(__file__).parent.parent.parent / "clients" / "go"
@@ -51,19 +49,7 @@ def root() -> Path:
 def run_go(program: str, *words: str, folder: Path = FOLDER, **variables: str) -> str:
     """What `go` or `gofmt` prints; the test fails with all that it said if it does."""
     command = [str(root() / "bin" / program), *words]
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment(**variables),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT,
-        check=False,
-    )
-    if done.returncode:
-        pytest.fail(f"{program} {' '.join(words)}\n{done.stdout[-8000:]}\n{done.stderr[-4000:]}", pytrace=False)
-    return done.stdout
+    return passed(run(command, folder, environment(**variables), _TIMEOUT)).stdout
 
 
 @needs("gateway")

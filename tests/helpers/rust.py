@@ -15,9 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from helpers.needs import needs
+from helpers.toolchains import passed, run
 from tidewright.cache import cache_dir
 
 FOLDER = Path(__file__).parent.parent.parent / "clients" / "rust"
@@ -29,11 +28,7 @@ _TIMEOUT = 280  # seconds; the first run compiles all dependencies
 
 def run_cargo(command: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """`cargo COMMAND` with crates from Debian; the test fails with all that it said if it does."""
-    done = try_cargo(command, *words, **variables)
-    if done.returncode:
-        said = f"{done.stdout[-8000:]}\n{done.stderr[-8000:]}"
-        pytest.fail(f"cargo {command} {' '.join(words)}\n{said}", pytrace=False)
-    return done
+    return passed(try_cargo(command, *words, **variables))
 
 
 def try_cargo(command: str, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -67,16 +62,7 @@ def _run(command: list[str], folder: Path, **variables: str) -> subprocess.Compl
         "PYTHON": sys.executable,
         "NO_PROXY": "127.0.0.1,localhost",
     }
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**ours, **settings, **variables},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=_TIMEOUT,
-        check=False,
-    )
+    return run(command, folder, {**ours, **settings, **variables}, _TIMEOUT)
 
 
 def _place() -> Path:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from helpers.clients import FOLDER, npm_environment
 from helpers.needs import needs
+from helpers.toolchains import passed, run
 
 SCRIPTS = sorted((FOLDER / "scripts").glob("*.ts"))
 _TIMEOUT = 240  # seconds of one program
@@ -50,16 +48,4 @@ class GeneratedClients:
         self._run(["node", str(self._folder / "made" / f"{script}.js"), name], **variables)
 
     def _run(self, command: list[str], **variables: str) -> None:
-        environment = {**os.environ, "NO_PROXY": "127.0.0.1", **variables}
-        done = subprocess.run(
-            command,
-            cwd=self._folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=_TIMEOUT,
-            check=False,
-        )
-        if done.returncode:
-            pytest.fail(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}", pytrace=False)
+        passed(run(command, self._folder, {**os.environ, "NO_PROXY": "127.0.0.1", **variables}, _TIMEOUT))
