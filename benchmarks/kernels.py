@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 
 from tidewright.attention.base import AttentionLayer, Rotation
-from tidewright.attention.native import NativeCpuAttention
 from tidewright.attention.reference import ReferenceAttention
-from tidewright.kernels.cpu import CpuKernels, kernels_of
+from tidewright.devices.cpu.attention import NativeCpuAttention
+from tidewright.devices.cpu.kernels import CpuKernels, kernels_of
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 30, 576, 1536, 9, 3, 64, 49152
 BLOCK_SIZE = 16

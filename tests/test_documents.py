@@ -166,7 +166,7 @@ def test_what_does_not_exist_is_found(words: str) -> None:
 
 def test_files_and_anchors_that_do_not_exist_are_found(tmp_path: Path) -> None:
     assert is_file("engine/scheduler.py")
-    assert is_file("kernels/cpu/*.cpp")
+    assert is_file("devices/cpu/source/*.cpp")
     assert is_file("launch/")
     assert not is_file("ngine/scheduler.py")
     assert not is_file("lunch/")

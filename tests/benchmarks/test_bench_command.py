@@ -16,7 +16,7 @@ from helpers.triton import RunningServer
 from tidewright.bench import machine
 from tidewright.bench.targets import TransformersTarget, TritonTarget
 from tidewright.bench.workloads import ONE_BY_ONE, SHORT, Request, Run, Workload
-from tidewright.kernels.build import build
+from tidewright.devices.cpu.build import build
 from tidewright.launch import bench_command
 from tidewright.launch.cli import main
 

@@ -111,7 +111,7 @@ def check_that_it_serves(cpu: Image, gateway: Image, models: Path, containers: l
     replica.wait_healthy()
     assert_is_contained(replica)
     (engine, *_) = [process for process in replica.processes() if "tidewright.engine" in process.cmdline()]
-    assert any("/tidewright/kernels/prebuilt/" in area.path for area in engine.memory_maps())
+    assert any("/tidewright/devices/cpu/prebuilt/" in area.path for area in engine.memory_maps())
     assert "CPU kernels are off" not in replica.output()
     assert replica.exec("tidewright", "prepare", "--no-fallback").returncode == 0  # there is nothing to do
 

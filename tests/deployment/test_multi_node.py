@@ -94,7 +94,7 @@ def test_another_secret_counts_from_the_next_group_on(up: Stack, texts: dict[str
     stack.apply([rendezvous(ANOTHER), rendezvous(ANOTHER, WORKERS_SECRET)])
 
     def act() -> None:
-        kill(worker, "tidewright.engine.rank")
+        kill(worker, "tidewright.distributed.rank")
 
     while_loaded(stack, texts, act, lambda: leader.container().log.count("engine_restarted"), load(stack))
     assert [leader.restarts, worker.restarts] == restarts

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from helpers.engine_process import PATIENCE, Bridge, bridge, config, submit
+from tidewright.distributed.placement import place
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import (
     Abort,
@@ -27,7 +28,6 @@ from tidewright.engine.messages import (
     StepOutputs,
     Submit,
 )
-from tidewright.engine.placement import place
 from tidewright.schema import SamplingParams
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from tidewright.engine import sampler
-from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.plan import Draw
-from tidewright.engine.sampler import sample
+from tidewright.sampling import sampler
+from tidewright.sampling.guided import GuidedDecoding
+from tidewright.sampling.sampler import sample
 from tidewright.schema import SamplingParams
 
 VOCAB = 500

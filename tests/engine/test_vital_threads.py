@@ -71,7 +71,7 @@ outbox.start(0.1, lambda: 0, tell)
 outbox.put_heartbeat(EngineStats(0, 0, 0, 0, 0, 0, 0, 0))
 """
 GRAMMARS = """
-from tidewright.engine.grammar_compiler import GrammarCompiler
+from tidewright.sampling.grammar_compiler import GrammarCompiler
 from tidewright.engine.messages import Submit
 from tidewright.schema import SamplingParams
 compiler = GrammarCompiler(lambda request_id, params: None, lambda compiled: {}['x'], tell)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidewright.chat_template import ChatTemplate
-from tidewright.engine.grammar import check_grammar, make_matcher
+from tidewright.sampling.grammar import check_grammar, make_matcher
 from tidewright.schema import SamplingParams
 from tidewright_gateway.openai.output import CallArguments, CallBegin, Event, OutputParser, Text, joined
 from tidewright_gateway.openai.tools.base import closed

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tidewright.engine.grammar import GrammarError, check_grammar
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
+from tidewright.sampling.grammar import GrammarError, check_grammar
 from tidewright.tokenization import Tokenizer
 from tidewright_gateway.anthropic.protocol import MessagesRequest
 from tidewright_gateway.anthropic.translation import as_sent, chat_of

@@ -1,4 +1,4 @@
-"""A slow, plain sampler in numpy and float64: what engine/sampler.py must agree with."""
+"""A slow, plain sampler in numpy and float64: what sampling/sampler.py must agree with."""
 
 from __future__ import annotations
 

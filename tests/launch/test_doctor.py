@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
-from tidewright.kernels import baselines, build
+from tidewright.devices.cpu import baselines, build
 from tidewright.launch import doctor
 from tidewright.launch.cli import main
 from tidewright.launch.doctor import Check, print_report, run_checks
@@ -91,7 +91,7 @@ def test_a_missing_compiler_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_kernels_are_built_ahead_no_compiler_is_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    monkeypatch.setattr("tidewright.kernels.build.PREBUILT", tmp_path)
+    monkeypatch.setattr("tidewright.devices.cpu.build.PREBUILT", tmp_path)
     baseline = baselines.fitting(build.processor())[0]
     library = tmp_path / build._prebuilt_name(baseline, build._openmp_library())
     library.touch()

@@ -13,9 +13,9 @@ from helpers.checkpoints import engine_config, save
 from helpers.families import FAMILIES
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.distributed.group import ALONE, TensorParallelGroup
-from tidewright.distributed.tensor_parallel import PackableLinear
 from tidewright.engine.messages import EngineConfig
 from tidewright.engine.model_runner import ModelRunner
+from tidewright.layers.tensor_parallel import PackableLinear
 from tidewright.models.config import DecoderConfig
 from tidewright.models.families import READERS, read_config
 from tidewright.models.folder import read_json

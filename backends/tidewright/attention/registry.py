@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from tidewright.attention.base import Attention
-from tidewright.attention.native import NativeCpuAttention
 from tidewright.attention.reference import ReferenceAttention
-from tidewright.kernels.cpu import kernels_of
+from tidewright.devices.cpu.attention import NativeCpuAttention
+from tidewright.devices.cpu.kernels import kernels_of
 
 _IMPLEMENTATIONS: dict[str, Callable[[int, torch.device], Attention[Any]]] = {
     "native": NativeCpuAttention,

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from tidewright.engine.grammar import GrammarError, check_grammar
 from tidewright.engine.messages import Ready
 from tidewright.errors import InvalidRequestError
+from tidewright.sampling.grammar import GrammarError, check_grammar
 from tidewright.schema import EMBED, MAX_PARAMETERS_LENGTH, SamplingParams, TokenId
 from tidewright.tokenization import InvalidPromptError, Tokenizer
 from tidewright.tracing.trace_context import PARAMETER

@@ -1,4 +1,4 @@
-"""Collectives between CPU ranks of one host, through memory that they share (kernels/cpu/collectives.cpp).
+"""Collectives between CPU ranks of one host, through memory that they share (devices/cpu/source/collectives.cpp).
 
 gloo takes some hundred microseconds for a small sum, mostly waking threads up; this takes about ten.
 """
@@ -12,8 +12,8 @@ from ctypes import c_double, c_int64, c_void_p
 
 import torch
 
-from tidewright.kernels.build import load_library
-from tidewright.kernels.cpu import SUFFIXES
+from tidewright.devices.cpu.build import load_library
+from tidewright.devices.cpu.kernels import SUFFIXES
 
 # As in collectives.cpp.
 MAX_RANKS, FLAG_BYTES, SLOT_BYTES = 64, 64, 1 << 18

@@ -10,8 +10,8 @@ from typing import NoReturn, TypeVar
 import msgspec
 
 from tidewright import logs
+from tidewright.distributed.ranks import RankError, Ranks
 from tidewright.engine.messages import Begin, Configure, Failed, ToEngine, decode_to_engine, encode
-from tidewright.engine.ranks import RankError, Ranks
 from tidewright.engine.torch_import import importing_torch
 from tidewright.parent_death import end_now, signal_on_parent_death
 

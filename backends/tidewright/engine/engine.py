@@ -10,12 +10,12 @@ import time
 import msgspec
 
 from tidewright.distributed.group import ALONE, TensorParallelGroup
+from tidewright.distributed.rank_messages import Expire, Input
+from tidewright.distributed.ranks import Ranks
 from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.pace import Pace
 from tidewright.engine.plan import DrawnToken, SequenceResult, StepPlan
-from tidewright.engine.rank_messages import Expire, Input
-from tidewright.engine.ranks import Ranks
 from tidewright.engine.runner import EngineConfigError, Runner
 from tidewright.engine.scheduler import RequestRefusedError, Scheduler, SchedulerConfig
 from tidewright.engine.sequence import Sequence

@@ -11,21 +11,21 @@ from pathlib import Path
 import torch
 
 from tidewright.attention.registry import make_attention
+from tidewright.devices.cpu.huge_pages import move_to_huge_pages
+from tidewright.devices.cpu.prefault import Prefaulter
 from tidewright.distributed.group import ALONE, TensorParallelGroup
-from tidewright.distributed.loading import load_weights
-from tidewright.distributed.tensor_parallel import PackableLinear
-from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
 from tidewright.engine.pooling import Pooler
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError
-from tidewright.engine.sampler import prompt_logprobs, sample
-from tidewright.huge_pages import move_to_huge_pages
-from tidewright.kv_cache.prefault import Prefaulter
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
+from tidewright.layers.loading import load_weights
+from tidewright.layers.tensor_parallel import PackableLinear
 from tidewright.models.families import read_config
 from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.registry import model_class
+from tidewright.sampling.guided import GuidedDecoding
+from tidewright.sampling.sampler import prompt_logprobs, sample
 
 # Logits of a long prompt would take gigabytes at once.
 _LOGPROB_ROWS = 128

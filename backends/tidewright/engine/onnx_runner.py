@@ -13,11 +13,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
 from tidewright.engine.runner import USEFUL_TOKENS
-from tidewright.engine.sampler import prompt_logprobs, sample
 from tidewright.kv_cache.storage import KVCacheShape, count_blocks
 from tidewright.onnx_export.manifest import (
     PRECISIONS,
@@ -25,6 +23,8 @@ from tidewright.onnx_export.manifest import (
     model_file,
 )
 from tidewright.onnx_export.session import OnnxDecoder, Past, Sequences
+from tidewright.sampling.guided import GuidedDecoding
+from tidewright.sampling.sampler import prompt_logprobs, sample
 
 
 class OnnxRunner:

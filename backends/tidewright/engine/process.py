@@ -11,9 +11,10 @@ import time
 from multiprocessing.connection import Connection
 
 from tidewright.distributed.group import ALONE
+from tidewright.distributed.placement import place
 from tidewright.distributed.process_group import join_group, make_store
+from tidewright.distributed.ranks import RankError, Ranks
 from tidewright.engine.engine import Engine
-from tidewright.engine.grammar_compiler import Compiled, GrammarCompiler
 from tidewright.engine.messages import (
     Abort,
     EngineConfig,
@@ -27,9 +28,8 @@ from tidewright.engine.messages import (
     encode,
 )
 from tidewright.engine.outbox import Outbox
-from tidewright.engine.placement import place
-from tidewright.engine.ranks import RankError, Ranks
 from tidewright.engine.vital_thread import start_vital_thread
+from tidewright.sampling.grammar_compiler import Compiled, GrammarCompiler
 
 log = logging.getLogger(__name__)
 

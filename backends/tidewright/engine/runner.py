@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from tidewright.engine.guided import GuidedDecoding
 from tidewright.engine.plan import StepPlan, StepResult
+from tidewright.sampling.guided import GuidedDecoding
 
 # A pool that holds less than this is a mistake, whatever the longest sequence may be.
 USEFUL_TOKENS = 256

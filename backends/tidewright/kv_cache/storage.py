@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from tidewright.huge_pages import huge_empty
+from tidewright.devices.cpu.huge_pages import huge_empty
 from tidewright.kv_cache.budget import AUTO_CPU, AUTO_GPU, blocks_of, bytes_per_block, parse_memory
 
 

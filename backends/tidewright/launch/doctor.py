@@ -156,8 +156,8 @@ def _compiler() -> Iterator[Check]:
 def _kernels_built_ahead() -> Path | None:
     """As in an image."""
     try:
-        from tidewright.kernels import build
-        from tidewright.kernels.baselines import fitting
+        from tidewright.devices.cpu import build
+        from tidewright.devices.cpu.baselines import fitting
 
         return next(filter(None, map(build.prebuilt, fitting(build.processor()))), None)
     except (ImportError, OSError, RuntimeError):  # without torch, of which another check tells

@@ -76,7 +76,7 @@ def _check_packages() -> None:
 
 def _fill(folder: Path, source: Source, precisions: Sequence[str], console: Console) -> None:
     # Not at the top: they load torch and onnx.
-    from tidewright.distributed.loading import CheckpointError
+    from tidewright.layers.loading import CheckpointError
     from tidewright.onnx_export.decoder import decoder_graph
     from tidewright.onnx_export.report import Reference, read_passages
     from tidewright.onnx_export.source import SourceModel

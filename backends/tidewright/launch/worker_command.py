@@ -16,9 +16,9 @@ from rich.markup import escape
 
 from tidewright import logs
 from tidewright.cache import EMBEDDED_MODEL
+from tidewright.distributed.rank import REFUSED, UNREACHABLE
 from tidewright.distributed.secret import SecretFileError, read_secret
 from tidewright.engine.messages import parse_rendezvous
-from tidewright.engine.rank import REFUSED, UNREACHABLE
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.prepare import prepare
 from tidewright.launch.terminal import Terminal
@@ -151,7 +151,7 @@ def _run_once(rendezvous: str, ranks: range, files: list[str]) -> int:
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for local_rank, rank in enumerate(ranks):
-            command = [sys.executable, "-m", "tidewright.engine.rank", rendezvous, str(rank), str(local_rank)]
+            command = [sys.executable, "-m", "tidewright.distributed.rank", rendezvous, str(rank), str(local_rank)]
             # A session of its own: Ctrl-C is for this process to pass on.
             processes.append(subprocess.Popen(command + files, stdin=subprocess.DEVNULL, start_new_session=True))
         while True:

@@ -8,7 +8,7 @@ import torch
 
 from tidewright.attention.base import Attention
 from tidewright.distributed.group import TensorParallelGroup
-from tidewright.distributed.tensor_parallel import Loader
+from tidewright.layers.tensor_parallel import Loader
 from tidewright.models.config import DecoderConfig, LayerConfig
 from tidewright.models.llama import LlamaForCausalLM, LlamaLayer, RMSNorm
 

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from tidewright.attention.base import Attention, AttentionLayer, Rotation
-from tidewright.attention.native import NativeCpuAttention
-from tidewright.distributed.cpu_linear import native_rows
+from tidewright.devices.cpu.attention import NativeCpuAttention
+from tidewright.devices.cpu.layer import CpuLayer, LayerParts, LayerStep, Weight
+from tidewright.devices.cpu.linear import native_rows
 from tidewright.distributed.group import TensorParallelGroup
-from tidewright.distributed.tensor_parallel import (
+from tidewright.kv_cache.storage import KVCache
+from tidewright.layers.rotary import RotaryEmbedding
+from tidewright.layers.tensor_parallel import (
     Loader,
     MergedColumnParallelLinear,
     ParallelLMHead,
@@ -23,11 +26,8 @@ from tidewright.distributed.tensor_parallel import (
     VocabParallelEmbedding,
     replicated_loader,
 )
-from tidewright.kernels.layer import CpuLayer, LayerParts, LayerStep, Weight
-from tidewright.kv_cache.storage import KVCache
 from tidewright.models.config import DecoderConfig, LayerConfig
 from tidewright.models.ops import add_rms_norm, gelu_tanh_and_mul, rms_norm, silu_and_mul
-from tidewright.models.rotary import RotaryEmbedding
 
 
 class RMSNorm(nn.Module):

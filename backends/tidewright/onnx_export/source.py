@@ -9,9 +9,9 @@ import torch
 
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.distributed.group import ALONE
-from tidewright.distributed.loading import load_weights
-from tidewright.distributed.tensor_parallel import PackableLinear
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
+from tidewright.layers.loading import load_weights
+from tidewright.layers.tensor_parallel import PackableLinear
 from tidewright.models.families import read_config
 from tidewright.models.folder import read_json
 from tidewright.models.registry import model_class

@@ -13,7 +13,7 @@ FLOAT32 = 4
 SCORED_ROWS = 128
 """Logits of prompts that are made at once; see engine/model_runner.py."""
 _SAMPLING_COPIES = 5
-"""Float32 copies of a row of logits that sampling has at a time, at most; see engine/sampler.py."""
+"""Float32 copies of a row of logits that sampling has at a time, at most; see sampling/sampler.py."""
 
 
 def parameters(model: DecoderConfig) -> int:

@@ -1,0 +1,1 @@
+"""What models are made of: layers that cut and load their own weights."""

@@ -1,0 +1,142 @@
+"""From logits to the next token of each row, vectorised over the batch. A row pays only for what it asks for.
+
+Chance enters only through `exponentials(seed, position)`: no state, so a seeded request draws the same tokens alone,
+in any batch, after a preemption and after a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from tidewright.engine.messages import TokenLogprob
+from tidewright.engine.plan import Draw, DrawnToken
+from tidewright.sampling.guided import GuidedDecoding
+from tidewright.sampling.logits import add_bias, ban_tokens, keep_allowed, penalise
+from tidewright.sampling.truncation import column, drop_unlikely, first_argmax, num_lots, race, top
+from tidewright.schema import SamplingParams
+
+log = logging.getLogger(__name__)
+
+# Not the doing of one request: the engine has to start again.
+_DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+# Below this, dividing by the temperature leaves nothing but the maximum.
+_GREEDY_BELOW = 1e-5
+
+
+def exponentials(seed: int, position: int, count: int) -> np.ndarray:
+    """[count] float32, ~ Exp(1), that depend on the arguments only: Philox can begin anywhere in its stream."""
+    generator = np.random.Generator(np.random.Philox(key=seed, counter=position << 64))
+    return np.maximum(generator.standard_exponential(count, dtype=np.float32), np.finfo(np.float32).tiny)
+
+
+def sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None = None) -> list[DrawnToken]:
+    """One token for each row; without `guided` no grammar is followed.
+
+    A row that fails by its request's parameters has an error and ends that request; the others go on. Only rank 0
+    samples, and the other ranks learn of the error with the tokens: all decide the same.
+    """
+    try:
+        return _sample(logits_BV, draws, guided)
+    except _DEVICE_ERRORS:
+        raise
+    except Exception as error:
+        log.exception("a batch could not be sampled; trying its rows one by one")
+        drawn = [_sample_alone(logits_BV[row : row + 1], draw, guided) for row, draw in enumerate(draws)]
+        if len(drawn) > 1 and all(token.error for token in drawn):
+            raise error from None  # nobody's parameters
+        return drawn
+
+
+def _sample_alone(logits_1V: torch.Tensor, draw: Draw, guided: GuidedDecoding | None) -> DrawnToken:
+    try:
+        return _sample(logits_1V, [draw], guided)[0]
+    except _DEVICE_ERRORS:
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return DrawnToken(0, error=f"no token can be drawn with these sampling parameters ({cause})")
+
+
+def _sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None) -> list[DrawnToken]:
+    """The order is: raw log-probabilities for the report; grammar, allowed ids, banned ids and bad words; bias;
+    penalties; temperature; min_p, top_k, top_p, each of what the one before left; the draw.
+    """
+    logits_BV = logits_BV.to(torch.float32, copy=True)  # the caller's stay as they are
+    wants_logprobs = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
+    # Before any change: logprobs tell what the model said.
+    logprobs_RV = logits_BV[wants_logprobs].log_softmax(dim=-1) if wants_logprobs else None
+
+    errors = guided.mask(logits_BV, draws) if guided is not None else {}
+    errors = keep_allowed(logits_BV, draws) | errors
+    ban_tokens(logits_BV, draws)
+    add_bias(logits_BV, draws)
+    penalise(logits_BV, draws)
+
+    random = [row for row, draw in enumerate(draws) if draw.params.temperature >= _GREEDY_BELOW]
+    if len(random) < len(draws):
+        tokens_B = first_argmax(logits_BV)
+        if random:
+            tokens_B[random] = _draw(logits_BV[random], [draws[row] for row in random])
+    else:
+        tokens_B = _draw(logits_BV, draws)
+
+    logprobs: list[list[TokenLogprob] | None] = [None] * len(draws)
+    if logprobs_RV is not None:
+        counts = [draws[row].params.logprobs or 0 for row in wants_logprobs]
+        for row, entry in zip(wants_logprobs, _report(logprobs_RV, tokens_B[wants_logprobs], counts), strict=True):
+            logprobs[row] = entry
+    return [DrawnToken(tokens, logprobs[row], errors.get(row, "")) for row, tokens in enumerate(tokens_B.tolist())]
+
+
+def _draw(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    # The maximum goes first: a small temperature must not overflow.
+    scaled_RV = logits_RV - logits_RV.amax(dim=-1, keepdim=True)
+    probs_RV = scaled_RV.div_(column([draw.params.temperature for draw in draws], scaled_RV)).softmax(dim=-1)
+    filtered = [row for row, draw in enumerate(draws) if _is_filtered(draw.params)]
+    if filtered:
+        kept_RV = probs_RV if len(filtered) == len(draws) else probs_RV[filtered]
+        drop_unlikely(kept_RV, [draws[row].params for row in filtered])
+        if kept_RV is not probs_RV:
+            probs_RV[filtered] = kept_RV
+    count = num_lots(probs_RV.shape[1])
+    lots_RE = np.stack([exponentials(draw.params.seed or 0, draw.position, count) for draw in draws])
+    tokens_R, valid_R = race(probs_RV, torch.from_numpy(lots_RE).to(probs_RV.device))
+    if not valid_R.all():
+        # NaN, infinity, or nothing but bans: no distribution, but a token of the vocabulary all the same.
+        tokens_R = torch.where(valid_R, tokens_R, first_argmax(logits_RV))
+    return tokens_R
+
+
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
+
+
+def prompt_logprobs(logits_BV: torch.Tensor, token_ids: Sequence[int], count: int) -> tuple[list[TokenLogprob], ...]:
+    """Of the prompt tokens that follow the rows' positions, each with the `count` most likely ones."""
+    logprobs_BV = logits_BV.float().log_softmax(dim=-1)
+    tokens_B = torch.tensor(token_ids, device=logits_BV.device)
+    return tuple(_report(logprobs_BV, tokens_B, [count] * len(token_ids)))
+
+
+def _report(logprobs_RV: torch.Tensor, tokens_R: torch.Tensor, counts: Sequence[int]) -> list[list[TokenLogprob]]:
+    """For each row the chosen token, then the `counts[row]` most likely ones."""
+    chosen_R1 = logprobs_RV.gather(-1, tokens_R[:, None])
+    ranks_R = (logprobs_RV > chosen_R1).sum(dim=-1) + 1
+    values_RW, ids_RW = top(logprobs_RV, min(max(counts), logprobs_RV.shape[1]))
+    return [
+        [TokenLogprob(token, logprob, rank)]
+        + [TokenLogprob(*entry, rank) for rank, entry in enumerate(zip(ids[:n], values[:n], strict=True), start=1)]
+        for token, logprob, rank, ids, values, n in zip(
+            tokens_R.tolist(),
+            chosen_R1[:, 0].tolist(),
+            ranks_R.tolist(),
+            ids_RW.tolist(),
+            values_RW.tolist(),
+            counts,
+            strict=True,
+        )
+    ]

@@ -1,0 +1,87 @@
+"""devices/cpu/build.py in processes of its own: what is loaded, shared and compiled there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+OPENMP = """
+import re
+from pathlib import Path
+import torch
+from tidewright.devices.cpu.build import load_library
+library = load_library()
+assert library
+found = re.findall(r"/\\S*lib(?:gomp|iomp5|omp)\\S*", Path("/proc/self/maps").read_text())
+print(len(set(found)), library.omp_get_max_threads(), end=" ")
+torch.set_num_threads(torch.get_num_threads() + 3)
+print(library.omp_get_max_threads() - torch.get_num_threads())
+"""
+BUILD = "from tidewright.devices.cpu.build import build; print(build())"
+LOAD = """
+import logging
+logging.basicConfig()
+import torch
+from tidewright.attention.registry import make_attention
+from tidewright.devices.cpu.linear import CpuLinear
+from tidewright.devices.cpu.kernels import kernels_of
+assert kernels_of(torch.float32) is None
+print(type(make_attention("auto", 16, torch.device("cpu"), torch.float32)).__name__)
+x, w = torch.randn(3, 8), torch.randn(5, 8)
+torch.testing.assert_close(CpuLinear(w).multiply(x), x @ w.T)
+torch.testing.assert_close(CpuLinear(w.bfloat16()).multiply(x.bfloat16()), x.bfloat16() @ w.bfloat16().T)
+"""
+
+
+def start(code: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def output(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out.strip(), err.strip()
+
+
+def test_one_openmp_library_serves_torch_and_the_kernels() -> None:
+    libraries, threads, difference = output(start(OPENMP, OMP_NUM_THREADS="2"))[0].split()
+    assert (libraries, threads, difference) == ("1", "2", "0")
+
+
+def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
+    # Without optimization, which takes most of a compilation.
+    compiler = tmp_path / "quick"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX") or "g++"} "$@" -O0\n')
+    compiler.chmod(0o755)
+    environment = {"TIDEWRIGHT_CACHE": str(tmp_path), "CXX": str(compiler)}
+    both = [start(BUILD, **environment) for _ in range(2)]
+    first, second = (output(process)[0] for process in both)
+    assert first == second
+    assert [str(file) for file in (tmp_path / "kernels").iterdir()] == [first]
+    built = Path(first).stat().st_mtime_ns
+    assert output(start(BUILD, **environment))[0] == first
+    assert Path(first).stat().st_mtime_ns == built
+
+
+def test_without_a_compiler_torch_stands_in(tmp_path: Path) -> None:
+    out, err = output(start(LOAD, CXX="/nonexistent", TIDEWRIGHT_CACHE=str(tmp_path)))
+    assert out == "ReferenceAttention"
+    assert len(err.splitlines()) == 1
+    assert "no C++ compiler '/nonexistent'; install g++, or set CXX" in err
+
+
+def test_a_compiler_that_fails_is_named(tmp_path: Path) -> None:
+    compiler = tmp_path / "broken"
+    compiler.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "cpu.cpp:1: error: I am tired" >&2; exit 1\n')
+    compiler.chmod(0o755)
+    _, err = output(start(LOAD, CXX=str(compiler), TIDEWRIGHT_CACHE=str(tmp_path)))
+    assert f"{compiler} failed: cpu.cpp:1: error: I am tired" in err
+    assert list((tmp_path / "kernels").iterdir()) == []

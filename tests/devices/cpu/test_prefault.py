@@ -1,0 +1,91 @@
+"""devices/cpu/prefault.py: the next blocks' pages are in memory before their use, and nothing is written to them."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import time
+
+import pytest
+import torch
+
+from tidewright.devices.cpu import prefault
+from tidewright.devices.cpu.prefault import Prefaulter
+from tidewright.kv_cache.storage import KVCache, KVCacheShape, allocate_kv_cache
+
+LAYERS, BLOCKS = 3, 8192
+SHAPE = KVCacheShape(num_layers=LAYERS, num_kv_heads=1, head_dim=64, block_size=16, dtype=torch.float32)  # 4 KiB
+
+
+def cache() -> KVCache:
+    return allocate_kv_cache(SHAPE, BLOCKS, torch.device("cpu"))
+
+
+def resident(memory: torch.Tensor) -> float:
+    """The share of its pages that are in memory."""
+    pages = memory.nbytes // mmap.PAGESIZE
+    states = (ctypes.c_ubyte * pages)()
+    start = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(pages * mmap.PAGESIZE), states) == 0
+    return sum(state & 1 for state in states) / pages
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _kernel_can() -> None:
+    made = Prefaulter(kv := cache())
+    with made.step(0):
+        pass
+    made.wait()
+    if not resident(kv.k_cache_LNSKD[0, :512]):
+        pytest.skip("this kernel does not know MADV_POPULATE_WRITE (Linux 5.14)")
+
+
+def step(made: Prefaulter, block: int) -> None:
+    with made.step(block):
+        pass
+
+
+def test_blocks_ahead_of_the_highest_are_in_memory_in_all_layers() -> None:
+    kv = cache()
+    made = Prefaulter(kv, ahead=1000 * SHAPE.bytes_per_block)
+    step(made, 2000)
+    made.wait()
+    for memory in (kv.k_cache_LNSKD, kv.v_cache_LNSKD):
+        for layer in memory:
+            assert resident(layer[:3000]) == 1
+            assert resident(layer[4096:]) == 0  # a huge page may reach a little further
+    step(made, 5000)
+    made.wait()
+    assert resident(kv.v_cache_LNSKD[LAYERS - 1, :6000]) == 1
+
+
+def test_what_is_written_meanwhile_stays() -> None:
+    kv = cache()
+    made = Prefaulter(kv, ahead=BLOCKS * SHAPE.bytes_per_block)
+    step(made, 0)
+    kv.k_cache_LNSKD[:, ::7] = 3.0
+    made.wait()
+    assert (kv.k_cache_LNSKD[:, ::7] == 3.0).all()
+    assert not kv.k_cache_LNSKD[:, 1::7].any()
+
+
+def test_it_stands_back_while_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefault, "_QUIET", 0.5)  # longer than it takes to get into the second step
+    kv = cache()
+    made = Prefaulter(kv, ahead=BLOCKS * SHAPE.bytes_per_block)
+    step(made, 0)
+    with made.step(0):  # before the first has been quiet for long enough
+        time.sleep(1.2)
+        assert resident(kv.k_cache_LNSKD) == 0
+    made.wait()
+    assert resident(kv.k_cache_LNSKD) == 1
+
+
+def test_it_begins_again_only_when_there_is_enough_to_do() -> None:
+    made = Prefaulter(cache(), ahead=1000 * SHAPE.bytes_per_block)
+    ends = []
+    for block in (0, 10, 100, 300, 8000, 8100, BLOCKS - 1):
+        step(made, block)
+        made.wait()
+        ends.append(made._end)
+    assert ends == [1002, 1002, 1002, 1302, BLOCKS, BLOCKS, BLOCKS]
