@@ -12,7 +12,8 @@ from helpers.sampling_oracle import changed_logits, chi_square, chi_square_limit
 from tidewright.engine.plan import Draw, DrawnToken
 from tidewright.sampling import truncation
 from tidewright.sampling.logits import penalise
-from tidewright.sampling.sampler import exponentials, prompt_logprobs, sample
+from tidewright.sampling.lots import exponentials
+from tidewright.sampling.sampler import prompt_logprobs, sample
 from tidewright.sampling.truncation import drop_unlikely, first_argmax, num_lots, race, top
 from tidewright.schema import SamplingParams
 
@@ -94,7 +95,7 @@ def test_agrees_with_numpy_row_by_row(vocab: int, seed: int) -> None:
     logits_BV = logits(len(FEATURES), seed, vocab)
     draws = [draw(position=row + 3, seed=seed + 10, **params) for row, params in enumerate(FEATURES)]
     expected = [
-        race_winner(distribution(row.numpy(), d), exponentials(d.params.seed or 0, d.position, num_lots(vocab)))
+        race_winner(distribution(row.numpy(), d), exponentials([(d.params.seed or 0, d.position)], num_lots(vocab))[0])
         for row, d in zip(logits_BV, draws, strict=True)
     ]
     assert token_ids(sample(logits_BV.clone(), draws)) == expected
@@ -119,21 +120,6 @@ def test_probabilities_do_not_depend_on_the_batch_by_a_single_bit() -> None:
         alone_1V = probs_BV[row : row + 1].clone()
         drop_unlikely(alone_1V, [p])
         assert torch.equal(alone_1V[0], together_BV[row])
-
-
-def test_exponentials_are_exponential_and_depend_on_seed_and_position() -> None:
-    streams_SPE = np.array([[exponentials(seed, position, 8) for position in range(100)] for seed in range(100)])
-    values = -np.expm1(-streams_SPE.astype(np.float64))  # uniform, if they are exponential
-    assert len(np.unique(values)) > 0.99 * values.size
-    counts, _ = np.histogram(values, bins=20, range=(0, 1))
-    assert chi_square(counts, np.full(20, values.size / 20)) < chi_square_limit(19)
-    # Neither neighbouring seeds nor neighbouring positions may give shifted copies of one stream.
-    for one, other in [
-        (values[:-1, :, 0], values[1:, :, 0]),
-        (values[:-1, 1:, 0], values[1:, :-1, 0]),
-        (values[:, :-1, 1:], values[:, 1:, :-1]),
-    ]:
-        assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.05
 
 
 def test_rounding_elsewhere_in_the_vocabulary_does_not_change_a_draw() -> None:

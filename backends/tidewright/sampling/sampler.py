@@ -1,7 +1,7 @@
 """From logits to the next token of each row, vectorised over the batch. A row pays only for what it asks for.
 
-Chance enters only through `exponentials(seed, position)`: no state, so a seeded request draws the same tokens alone,
-in any batch, after a preemption and after a restart.
+The only randomness is `lots.exponentials` of seed and position: no state, so a seeded request draws the same tokens
+alone, in any batch, after a preemption and after a restart.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from tidewright.engine.messages import TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.logits import add_bias, ban_tokens, keep_allowed, penalise
+from tidewright.sampling.lots import exponentials
 from tidewright.sampling.truncation import column, drop_unlikely, first_argmax, num_lots, race, top
 from tidewright.schema import SamplingParams
 
@@ -25,12 +25,6 @@ log = logging.getLogger(__name__)
 _DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 # Below this, dividing by the temperature leaves nothing but the maximum.
 _GREEDY_BELOW = 1e-5
-
-
-def exponentials(seed: int, position: int, count: int) -> np.ndarray:
-    """[count] float32, ~ Exp(1), that depend on the arguments only: Philox can begin anywhere in its stream."""
-    generator = np.random.Generator(np.random.Philox(key=seed, counter=position << 64))
-    return np.maximum(generator.standard_exponential(count, dtype=np.float32), np.finfo(np.float32).tiny)
 
 
 def sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None = None) -> list[DrawnToken]:
@@ -102,8 +96,7 @@ def _draw(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         drop_unlikely(kept_RV, [draws[row].params for row in filtered])
         if kept_RV is not probs_RV:
             probs_RV[filtered] = kept_RV
-    count = num_lots(probs_RV.shape[1])
-    lots_RE = np.stack([exponentials(draw.params.seed or 0, draw.position, count) for draw in draws])
+    lots_RE = exponentials([(draw.params.seed or 0, draw.position) for draw in draws], num_lots(probs_RV.shape[1]))
     tokens_R, valid_R = race(probs_RV, torch.from_numpy(lots_RE).to(probs_RV.device))
     if not valid_R.all():
         # NaN, infinity, or nothing but bans: no distribution, but a token of the vocabulary all the same.
