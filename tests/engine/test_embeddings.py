@@ -64,7 +64,7 @@ def embed(made: Engine, prompts: list[list[int]]) -> list[np.ndarray]:
         for output in made.step():
             assert output.request_id not in found
             found[output.request_id] = vector(output)
-        made.check_integrity()
+        made.scheduler.check_integrity()
     assert made.stats().blocks_free == made.stats().blocks_total
     return [found[number] for number in range(len(prompts))]
 

@@ -66,7 +66,7 @@ def run(engine: Engine, requests: list[Submit], steps_between: int = 0) -> dict[
             step()
     while engine.has_work:
         step()
-        engine.check_integrity()
+        engine.scheduler.check_integrity()
     return outputs
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 
-from helpers.engine_process import PATIENCE, Bridge, bridge, config, submit
+from helpers.engine_process import PATIENCE, Bridge, bridge, config, hear_failed, hear_ready, submit, tokens_of
 from tidewright.distributed.placement import place
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import (
@@ -239,3 +239,20 @@ def test_a_failing_step_ends_the_process_with_a_traceback(model: Path) -> None:
         assert started.exit_code() == 1
         assert started.process.stderr is not None
         assert b"RuntimeError: out of luck" in started.process.stderr.read()
+
+
+def test_a_block_lost_from_the_books_ends_the_idle_engine(model: Path) -> None:
+    """Of a kind that only the look at every block finds, which takes several calls."""
+    broken = (
+        "from tidewright.engine import __main__; from tidewright.kv_cache import idle_audit, prefix_cache\n"
+        "idle_audit.BLOCKS, free = 3, prefix_cache.PrefixCache.free\n"
+        "def lose(cache, table): free(cache, table); cache.pool._references[-1] = 1\n"
+        "prefix_cache.PrefixCache.free = lose\n"
+        "__main__.main()"
+    )
+    with bridge("-c", broken) as started:
+        started.begin(config(model))
+        hear_ready(started)
+        assert len(tokens_of(started, [submit(1)])[1]) == 4
+        assert "has 1 references and is in the free list" in hear_failed(started)
+        assert started.exit_code() == 1

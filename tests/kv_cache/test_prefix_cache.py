@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tidewright.kv_cache import prefix_cache
 from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
@@ -76,6 +80,36 @@ def test_integrity_check_sees_what_does_not_add_up() -> None:
     cache.check_integrity([table])
     with pytest.raises(BlockPoolError, match="is in 0 tables, with 1 references"):
         cache.check_integrity([])
-    del cache._entries[chain([1, 2]).digests[0]]
-    with pytest.raises(BlockPoolError, match="disagree"):
+    cache.check_integrity([], range(2, 4))  # which are free
+    cache.num_cached = 1
+    with pytest.raises(BlockPoolError, match="0 free blocks can be found, but 1 are counted"):
         cache.check_integrity([table])
+    digest = chain([1, 2]).digests[0]
+    entry = cache._entries.pop(digest)
+    with pytest.raises(BlockPoolError, match="does not find block 0"):
+        cache.check_integrity([table])
+    cache._entries[digest] = replace(entry, block=1)
+    with pytest.raises(BlockPoolError, match="does not find block 0"):
+        cache.check_integrity([table], range(1))
+
+
+@given(st.data())
+def test_cached_blocks_are_counted_as_they_come_and_go(data: st.DataObject) -> None:
+    """Sequences of few different tokens, which share blocks, write the same twice, and push each other out."""
+    cache = PrefixCache(BlockPool(data.draw(st.integers(2, 8))), block_size=2)
+    tables: list[list[int]] = []
+    for token_ids in data.draw(st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=9), max_size=20)):
+        own = chain(token_ids)
+        shared = cache.find(token_ids, own) if data.draw(st.booleans()) else []
+        needed = -(-len(token_ids) // 2) - len(shared)
+        while tables and next(cache.free_after(shared, needed)) < data.draw(st.integers(0, 2)):
+            cache.free(tables.pop(data.draw(st.integers(0, len(tables) - 1))))
+        if next(cache.free_after(shared, needed)) >= 0:
+            tables.append(cache.take(shared, needed))
+            cache.register(tables[-1], token_ids, data.draw(st.integers(0, len(token_ids))), own, len(shared))
+        digests = {block for block, _ in cache._digests.items()}
+        assert cache.num_cached == len(digests - {block for table in tables for block in table})
+        cache.check_integrity(tables)
+    for table in tables:
+        cache.free(table)
+    cache.check_totals()

@@ -41,6 +41,7 @@ class Engine:
         self.load_seconds = time.monotonic() - started
         self.config = config
         self.scheduler = make_scheduler(config, self.runner)
+        self.idle_audit = self.scheduler.idle_audit
         self._pace = Pace(config.prefill_step_time, config.max_batched_tokens)
         self._ranks = ranks
         self._inputs: list[Input] = []  # that the other ranks have not got yet
@@ -133,10 +134,6 @@ class Engine:
             forward_seconds=self._run_seconds - sample_seconds,
             sample_seconds=sample_seconds,
         )
-
-    def check_integrity(self) -> None:
-        """Raises BlockPoolError if the KV cache's books don't add up."""
-        self.scheduler.check_integrity()
 
     def ready(self) -> Ready:
         return Ready(

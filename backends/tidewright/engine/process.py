@@ -46,7 +46,7 @@ class EngineProcess:
         self._grammars: GrammarCompiler
         self._interval = 0.0
         self._last_heartbeat = -math.inf
-        self._checked_steps = 0  # the KV cache's books were right after so many
+        self._checked_steps = 0  # after so many the KV cache's books were last looked at
 
     def run(self, config: EngineConfig, ranks: Ranks | None) -> int:
         """Serves until `Shutdown`; returns the exit status. `ranks` have been started, and are closed by the caller."""
@@ -68,6 +68,8 @@ class EngineProcess:
                 self._beat()  # first of all once, for amid a long step the last heartbeat is repeated
                 if self._engine.has_work:
                     self._outbox.put_outputs(self._engine.step())
+                elif self._engine.idle_audit.is_due:
+                    self._engine.idle_audit.check_some()
         except Exception as error:
             # The state of a half-done step is not worth saving: the bridge starts a new engine and replays.
             self._fail("the step failed", error, ranks)
@@ -144,7 +146,8 @@ class EngineProcess:
     def _next_message(self) -> ToEngine | Compiled | None:
         until_heartbeat = max(0.0, self._last_heartbeat + self._interval - time.monotonic())
         try:
-            return self._inbox.get(timeout=0.0 if self._engine.has_work else until_heartbeat)
+            is_busy = self._engine.has_work or self._engine.idle_audit.is_due
+            return self._inbox.get(timeout=0.0 if is_busy else until_heartbeat)
         except queue.Empty:
             return None
 
@@ -155,7 +158,7 @@ class EngineProcess:
             if not self._engine.has_work:
                 self._engine.check_ranks()
                 if stats.steps > self._checked_steps:
-                    self._engine.check_integrity()
+                    self._engine.idle_audit.begin()
                     self._checked_steps = stats.steps
             self._outbox.put_heartbeat(stats)
             self._last_heartbeat = now

@@ -15,6 +15,7 @@ from tidewright.engine.messages import EngineStats, SequenceOutput
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
 from tidewright.engine.sequence import Sequence
 from tidewright.kv_cache.block_pool import BlockPool
+from tidewright.kv_cache.idle_audit import IdleAudit
 from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
 from tidewright.schema import FinishReason
 
@@ -50,6 +51,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
         self._config = config
         self._cache = PrefixCache(pool, config.block_size, config.prefix_caching)
+        self.idle_audit = IdleAudit(self._cache)
         # Each running sequence gets at least one token a step.
         self._max_running = min(config.max_running, config.max_batched_tokens)
         self._running: list[Sequence] = []
@@ -169,7 +171,7 @@ class Scheduler:
         )
 
     def check_integrity(self) -> None:
-        """Raises BlockPoolError if a block was lost or is owned twice."""
+        """Raises BlockPoolError if a block was lost or is owned twice. Walks all blocks: for tests."""
         self._cache.check_integrity(sequence.block_table for sequence in self._running)
 
     def _check(self, sequence: Sequence) -> None:

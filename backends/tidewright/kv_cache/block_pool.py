@@ -57,9 +57,10 @@ class BlockPool:
             if reuse_first:
                 self._free.move_to_end(block, last=False)
 
-    def check_integrity(self) -> None:
-        """Raises BlockPoolError unless exactly the blocks without a reference are in the free list."""
-        for block, references in enumerate(self._references):
+    def check_integrity(self, blocks: range) -> None:
+        """Raises BlockPoolError unless exactly those of `blocks` without a reference are in the free list."""
+        for block in blocks:
+            references = self._references[block]
             if references < 0 or (references == 0) != (block in self._free):
                 listed = "in" if block in self._free else "not in"
                 raise BlockPoolError(f"block {block} has {references} references and is {listed} the free list")

@@ -49,11 +49,7 @@ class PrefixCache:
         self._entries: dict[bytes, _Entry] = {}
         self._digests: dict[int, bytes] = {}  # of the blocks that can be found
         self.evictions = 0
-
-    @property
-    def num_cached(self) -> int:
-        """Free blocks whose content can still be found."""
-        return sum(1 for block in self._digests if self.pool.references(block) == 0)
+        self.num_cached = 0  # free blocks whose content can still be found
 
     def find(self, token_ids: Sequence[int], chain: HashChain) -> list[int]:
         """Blocks that hold the beginning of `token_ids`, without taking them.
@@ -91,11 +87,13 @@ class PrefixCache:
 
     def take(self, shared: list[int], count: int) -> list[int]:
         """A block table: the shared blocks, then `count` fresh ones."""
+        self.num_cached -= sum(1 for block in shared if self.pool.references(block) == 0)
         self.pool.retain(shared)
         fresh = self.pool.allocate(count)
         for block in fresh:
             if digest := self._digests.pop(block, None):
                 del self._entries[digest]
+                self.num_cached -= 1
                 self.evictions += 1
         return shared + fresh
 
@@ -121,21 +119,39 @@ class PrefixCache:
     def free(self, block_table: list[int]) -> None:
         """Gives a table back, last block first: the end of a sequence is the least likely to be of use to others."""
         for block in reversed(block_table):
-            self.pool.free(block, reuse_first=block not in self._digests)
+            is_findable = block in self._digests
+            self.pool.free(block, reuse_first=not is_findable)
+            self.num_cached += is_findable and self.pool.references(block) == 0
 
-    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Raises BlockPoolError unless `tables` hold exactly the references there are and the index is consistent."""
-        self.pool.check_integrity()
-        counts = [0] * self.pool.num_blocks
-        for table in tables:
-            for block in table:
-                counts[block] += 1
-        for block, count in enumerate(counts):
-            if count != self.pool.references(block):
-                raise BlockPoolError(
-                    f"block {block} is in {count} tables, with {self.pool.references(block)} references"
-                )
-        if len(self._entries) != len(self._digests) or any(
-            self._entries[digest].block != block for block, digest in self._digests.items()
-        ):
-            raise BlockPoolError("the prefix index and the blocks' digests disagree")
+    def check_totals(self) -> None:
+        """Raises BlockPoolError unless all blocks have come back, as they must when there is no table. O(1)."""
+        if self.pool.num_free != self.pool.num_blocks:
+            raise BlockPoolError(f"{self.pool.num_blocks - self.pool.num_free} blocks are in use, but by no sequence")
+        if not len(self._entries) == len(self._digests) == self.num_cached:
+            raise BlockPoolError(
+                f"{len(self._digests)} blocks have a digest, but {len(self._entries)} are in the prefix index "
+                f"and {self.num_cached} are counted"
+            )
+
+    def check_integrity(self, tables: Iterable[Sequence[int]], blocks: range | None = None) -> None:
+        """Raises BlockPoolError unless `tables` hold exactly the references of `blocks`, and the index finds them.
+
+        Walks `tables` and `blocks`, which are all there are by default; then what is counted is recounted as well.
+        """
+        every = range(self.pool.num_blocks)
+        blocks, references = every if blocks is None else blocks, self.pool.references
+        self.pool.check_integrity(blocks)
+        counts = Counter(block for table in tables for block in table)
+        for block in blocks:
+            if counts.get(block, 0) != references(block):
+                raise BlockPoolError(f"block {block} is in {counts[block]} tables, with {references(block)} references")
+            digest = self._digests.get(block)
+            entry = None if digest is None else self._entries.get(digest)
+            if digest is not None and (entry is None or entry.block != block):
+                raise BlockPoolError(f"the prefix index does not find block {block} by its digest")
+        if blocks == every:
+            if len(self._entries) != len(self._digests):
+                raise BlockPoolError("the prefix index finds blocks that have no digest")
+            cached = sum(1 for block in self._digests if references(block) == 0)
+            if cached != self.num_cached:
+                raise BlockPoolError(f"{cached} free blocks can be found, but {self.num_cached} are counted")
