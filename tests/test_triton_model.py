@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from tidewright.bridge.call import Chunk, Piece
 from tidewright.bridge.request import GenerationRequest, OutputOptions
+from tidewright.bridge.response import Delta, Response
 from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import CancelledError
 from tidewright.schema import SamplingParams
@@ -59,7 +59,7 @@ def test_triton_is_never_asked_about_a_request_that_has_ended(model: Any, end: s
 
     def finish() -> None:
         if end == "send":
-            responder.send(Chunk([Piece(text="x", finish_reason="stop")]), final=True)
+            responder.send(Response([Delta(text="x", finish_reason="stop")]), final=True)
         else:
             responder.fail(CancelledError("gone"))
 

@@ -17,10 +17,10 @@ import triton_python_backend_utils as pb_utils
 
 from tidewright import stub
 from tidewright.bridge.bridge import Bridge
-from tidewright.bridge.call import Chunk, Piece
 from tidewright.bridge.intake import Arrival, Intake
 from tidewright.bridge.metrics import FALLBACK_PREFIX, METRICS, figures
 from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_request
+from tidewright.bridge.response import Delta, Response
 from tidewright.bridge.start_error import report_start_error
 from tidewright.bridge.traces import BridgeTraces, origin_of
 from tidewright.cache import find_prepared
@@ -163,7 +163,7 @@ class TritonPythonModel:
 
 
 class _TritonResponder:
-    """Sends one request's chunks as Triton responses.
+    """Sends one request's responses as Triton responses.
 
     Triton (2.51) frees what `is_cancelled` looks at together with the final response, and crashes when asked
     afterwards; so the two exclude each other, and after the end nothing is asked.
@@ -180,16 +180,16 @@ class _TritonResponder:
         self._end_lock = threading.Lock()
         self._ended = False
 
-    def send(self, chunk: Chunk, final: bool) -> None:
+    def send(self, response: Response, final: bool) -> None:
         returns = self._returns
         if final and self._in_band:
             returns = dataclasses.replace(returns, finish_reason=True)  # by it, failsafe knows the last response
-        tensors = _output_tensors(chunk, returns, self._num_input_tokens, self._tokenizer)
+        tensors = _output_tensors(response, returns, self._num_input_tokens, self._tokenizer)
         if final and returns.stop_reason:
-            reasons = [msgspec.json.encode(piece.stop_reason) for piece in chunk.pieces]
+            reasons = [msgspec.json.encode(delta.stop_reason) for delta in response.deltas]
             tensors.append(stub.text_tensor("stop_reason", reasons))
-        if chunk.timings:
-            tensors.append(stub.text_tensor("timings", [msgspec.json.encode(chunk.timings)]))
+        if response.timings:
+            tensors.append(stub.text_tensor("timings", [msgspec.json.encode(response.timings)]))
         if not final:
             self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))  # type: ignore[attr-defined]
             return
@@ -224,43 +224,43 @@ def _control_word(request: object) -> str:
     return "" if word is None else word[0].decode(errors="replace")
 
 
-def _output_tensors(chunk: Chunk, returns: OutputOptions, num_input_tokens: int, tokenizer: Tokenizer) -> list:
+def _output_tensors(response: Response, returns: OutputOptions, num_input_tokens: int, tokenizer: Tokenizer) -> list:
     """The tensors of one response, in the formats of Triton's vLLM backend: an element for each sequence."""
-    pieces = chunk.pieces
-    if pieces[0].embedding is not None:
-        return _embedding_tensors(pieces[0], pieces[0].embedding, returns, num_input_tokens)
-    token_ids = [token_id for piece in pieces for token_id in piece.token_ids]
+    deltas = response.deltas
+    if deltas[0].embedding is not None:
+        return _embedding_tensors(deltas[0], deltas[0].embedding, returns, num_input_tokens)
+    token_ids = [token_id for delta in deltas for token_id in delta.token_ids]
     tensors = [
-        stub.text_tensor("text_output", [piece.text.encode() for piece in pieces]),
+        stub.text_tensor("text_output", [delta.text.encode() for delta in deltas]),
         pb_utils.Tensor("output_ids", np.array(token_ids, dtype=np.int32)),
     ]
     if returns.finish_reason:
-        tensors.append(stub.text_tensor("finish_reason", [str(piece.finish_reason).encode() for piece in pieces]))
+        tensors.append(stub.text_tensor("finish_reason", [str(delta.finish_reason).encode() for delta in deltas]))
     if returns.num_input_tokens:
         tensors.append(pb_utils.Tensor("num_input_tokens", np.array([num_input_tokens], dtype=np.uint32)))
-    if returns.num_output_tokens or len(pieces) > 1:  # else nobody could tell whose output_ids are whose
-        counts = np.array([len(piece.token_ids) for piece in pieces], dtype=np.uint32)
+    if returns.num_output_tokens or len(deltas) > 1:  # else nobody could tell whose output_ids are whose
+        counts = np.array([len(delta.token_ids) for delta in deltas], dtype=np.uint32)
         tensors.append(pb_utils.Tensor("num_output_tokens", counts))
     if returns.logprobs and returns.null_logprobs:
-        tensors.append(stub.text_tensor("logprobs", [b"null"] * len(pieces)))
+        tensors.append(stub.text_tensor("logprobs", [b"null"] * len(deltas)))
     elif returns.logprobs:
-        positions = [[_named(entries, tokenizer) for entries in piece.logprobs] for piece in pieces]
+        positions = [[_named(entries, tokenizer) for entries in delta.logprobs] for delta in deltas]
         tensors.append(stub.text_tensor("logprobs", [msgspec.json.encode(of_piece) for of_piece in positions]))
     if returns.cumulative_logprob:
-        totals = np.array([piece.cumulative_logprob for piece in pieces], dtype=np.float32)
+        totals = np.array([delta.cumulative_logprob for delta in deltas], dtype=np.float32)
         tensors.append(pb_utils.Tensor("cumulative_logprob", totals))
-    if chunk.prompt_logprobs is not None:
-        of_prompt = [None, *(_named(entries, tokenizer) for entries in chunk.prompt_logprobs)]
+    if response.prompt_logprobs is not None:
+        of_prompt = [None, *(_named(entries, tokenizer) for entries in response.prompt_logprobs)]
         tensors.append(stub.text_tensor("prompt_logprobs", [msgspec.json.encode(of_prompt)]))
-    if returns.num_cached_tokens and chunk.num_cached_tokens is not None:
-        tensors.append(pb_utils.Tensor("num_cached_tokens", np.array([chunk.num_cached_tokens], dtype=np.uint32)))
+    if returns.num_cached_tokens and response.num_cached_tokens is not None:
+        tensors.append(pb_utils.Tensor("num_cached_tokens", np.array([response.num_cached_tokens], dtype=np.uint32)))
     return tensors
 
 
-def _embedding_tensors(piece: Piece, embedding: bytes, returns: OutputOptions, num_input_tokens: int) -> list:
+def _embedding_tensors(delta: Delta, embedding: bytes, returns: OutputOptions, num_input_tokens: int) -> list:
     tensors = [pb_utils.Tensor(EMBEDDING.name, np.frombuffer(embedding, "<f4").astype(np.float32))]
     if returns.finish_reason:
-        tensors.append(stub.text_tensor("finish_reason", [str(piece.finish_reason).encode()]))
+        tensors.append(stub.text_tensor("finish_reason", [str(delta.finish_reason).encode()]))
     if returns.num_input_tokens:
         tensors.append(pb_utils.Tensor("num_input_tokens", np.array([num_input_tokens], dtype=np.uint32)))
     return tensors

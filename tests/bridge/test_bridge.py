@@ -11,7 +11,7 @@ import pytest
 from msgspec.structs import replace
 
 from helpers.scripted import PATIENCE, Caller, World
-from tidewright.bridge.call import Chunk
+from tidewright.bridge.response import Response
 from tidewright.engine.messages import (
     EngineStats,
     SequenceOutput,
@@ -44,14 +44,14 @@ def test_n_sequences_are_n_requests_of_the_engine_and_one_answer(world: World) -
     world.engine.says(SequenceOutput(2, b, "length", [entry(token, -1.0) for token in b]))
     world.engine.says(SequenceOutput(3, c, "stop", [entry(token, -0.5) for token in c]))
     world.engine.says(SequenceOutput(1, a, "stop", [entry(token, -0.25) for token in a]))
-    pieces = caller.end()
-    assert [piece.text for piece in pieces] == ["Say:  one", "Say:  two more", "Say:  three"]
-    assert [piece.token_ids for piece in pieces] == [a, b, c]
-    assert [piece.finish_reason for piece in pieces] == ["stop", "length", "stop"]
-    assert [len(piece.logprobs) for piece in pieces] == [len(a), len(b), len(c)]
-    assert [piece.cumulative_logprob for piece in pieces] == [-0.25 * len(a), -1.0 * len(b), -0.5 * len(c)]
+    deltas = caller.end()
+    assert [delta.text for delta in deltas] == ["Say:  one", "Say:  two more", "Say:  three"]
+    assert [delta.token_ids for delta in deltas] == [a, b, c]
+    assert [delta.finish_reason for delta in deltas] == ["stop", "length", "stop"]
+    assert [len(delta.logprobs) for delta in deltas] == [len(a), len(b), len(c)]
+    assert [delta.cumulative_logprob for delta in deltas] == [-0.25 * len(a), -1.0 * len(b), -0.5 * len(c)]
     world.wait_idle()
-    assert (caller.ends, len(caller.chunks)) == (1, 1)
+    assert (caller.ends, len(caller.responses)) == (1, 1)
     assert world.engine.aborted() == []
     assert world.bridge.statistics.read_finished()["length"] == 1  # one request: the reason that weighs most
 
@@ -60,14 +60,14 @@ def test_streamed_responses_have_an_element_for_each_sequence(world: World) -> N
     caller = world.submit(n=2, stream=True)
     one, two = [*world.ids(" one")[:1], EOS], world.ids(" two")[:1]
     world.engine.says(SequenceOutput(2, two, None, [entry(two[0], -1.0)]))
-    caller.wait(lambda caller: len(caller.chunks) == 1)
+    caller.wait(lambda caller: len(caller.responses) == 1)
     world.engine.says(SequenceOutput(2, two, "length", [entry(two[0], -1.0)]))
-    caller.wait(lambda caller: len(caller.chunks) == 2)
+    caller.wait(lambda caller: len(caller.responses) == 2)
     world.engine.says(SequenceOutput(1, one, "stop", [entry(token, -1.0) for token in one]))
     caller.end()
     seen = [
-        [(piece.text, piece.token_ids, piece.finish_reason, piece.cumulative_logprob) for piece in chunk.pieces]
-        for chunk in caller.chunks
+        [(delta.text, delta.token_ids, delta.finish_reason, delta.cumulative_logprob) for delta in response.deltas]
+        for response in caller.responses
     ]
     assert seen == [
         [("", [], None, 0.0), (" two", two, None, -1.0)],
@@ -86,8 +86,8 @@ def test_a_stop_string_ends_one_sequence_and_only_its_engine_request(world: Worl
     assert world.engine.aborted() == [1]
     assert caller.ends == 0
     world.engine.says(SequenceOutput(1, late), SequenceOutput(2, world.ids("free"), "length"))
-    assert [(piece.text, piece.finish_reason) for piece in caller.end()] == [("some ", "stop"), ("free", "length")]
-    assert caller.chunks[0].pieces[0].token_ids == text
+    assert [(delta.text, delta.finish_reason) for delta in caller.end()] == [("some ", "stop"), ("free", "length")]
+    assert caller.responses[0].deltas[0].token_ids == text
     world.wait_idle()
     assert world.engine.aborted() == [1]
 
@@ -108,8 +108,8 @@ def test_the_text_of_the_token_that_ends_it_is_left_out_unless_asked_for(
     for stream in (False, True):
         caller, ids = world.submit(stream=stream, **sampling), [*world.ids("some"), world.ids(end)[0]]
         world.engine.says(SequenceOutput(world.engine.submitted()[-1].request_id, ids, "stop"))
-        (piece,) = caller.end()
-        assert (piece.text, piece.token_ids, piece.finish_reason) == (text, ids, "stop")
+        (delta,) = caller.end()
+        assert (delta.text, delta.token_ids, delta.finish_reason) == (text, ids, "stop")
 
 
 def test_stop_reasons(world: World) -> None:
@@ -129,19 +129,19 @@ def test_stop_reasons(world: World) -> None:
             for token_id in ids[:-1]:
                 world.engine.says(SequenceOutput(number, [token_id]))
             world.engine.says(SequenceOutput(number, ids[-1:], end))  # type: ignore[arg-type]
-            (piece,) = caller.end()
-            assert (piece.finish_reason, piece.stop_reason) == (end or "stop", reason)
+            (delta,) = caller.end()
+            assert (delta.finish_reason, delta.stop_reason) == (end or "stop", reason)
 
 
 def test_what_is_told_of_the_prompt_comes_with_the_first_tokens_of_the_first_sequence(world: World) -> None:
     caller = world.submit(n=2, stream=True)
     world.engine.says(SequenceOutput(2, [5], cached_tokens=32))
-    caller.wait(lambda caller: len(caller.chunks) == 1)
+    caller.wait(lambda caller: len(caller.responses) == 1)
     world.engine.says(SequenceOutput(1, [5], cached_tokens=16))
-    caller.wait(lambda caller: len(caller.chunks) == 2)
+    caller.wait(lambda caller: len(caller.responses) == 2)
     world.engine.says(SequenceOutput(1, [5], "length"), SequenceOutput(2, [5], "length"))
     caller.end()
-    assert [chunk.num_cached_tokens for chunk in caller.chunks][:3] == [None, 16, None]
+    assert [response.num_cached_tokens for response in caller.responses][:3] == [None, 16, None]
 
 
 def test_a_special_token_within_the_text_is_shown_where_asked_for(world: World) -> None:
@@ -149,13 +149,13 @@ def test_a_special_token_within_the_text_is_shown_where_asked_for(world: World) 
     for skip, text in ((True, "onetwo"), (False, "one<|im_start|>two")):
         caller = world.submit(skip_special_tokens=skip)
         world.engine.says(SequenceOutput(world.engine.submitted()[-1].request_id, ids, "length"))
-        assert [piece.text for piece in caller.end()] == [text]
+        assert [delta.text for delta in caller.end()] == [text]
 
 
 def test_a_cancel_ends_all_sequences_with_one_answer(world: World) -> None:
     caller = world.submit(n=3, stream=True)
     world.engine.says(SequenceOutput(2, world.ids("two"), "length"))
-    caller.wait(lambda caller: caller.chunks)
+    caller.wait(lambda caller: caller.responses)
     caller.cancelled = True
     caller.end()
     assert isinstance(caller.error, CancelledError)
@@ -200,7 +200,7 @@ def test_the_limit_counts_sequences(world: World) -> None:
     assert world.bridge.active == 2
     world.engine.says(*(SequenceOutput(i, [5], "length") for i in (1, 2)))  # two of the first one's end
     deadline = time.monotonic() + PATIENCE
-    while len(world.bridge._parts) > 3 and time.monotonic() < deadline:
+    while len(world.bridge._sequences) > 3 and time.monotonic() < deadline:
         time.sleep(0.002)
     world.submit(n=2)
     assert first.ends == last.ends == 0
@@ -239,8 +239,8 @@ def test_a_timeout_after_tokens_is_an_answer(world: World) -> None:
     text = world.ids("so far x")  # "x" is held back, for it may begin the stop string
     world.engine.says(SequenceOutput(1, text), SequenceOutput(2, [*world.ids("a"), EOS], "stop"))
     world.engine.says(SequenceOutput(1, [], "timeout"), SequenceOutput(3, [], "timeout"))
-    assert [(piece.text, piece.finish_reason) for piece in plain.end()] == [("so far x", "timeout")]
-    assert [(piece.text, piece.finish_reason) for piece in many.end()] == [("a", "stop"), ("", "timeout")]
+    assert [(delta.text, delta.finish_reason) for delta in plain.end()] == [("so far x", "timeout")]
+    assert [(delta.text, delta.finish_reason) for delta in many.end()] == [("a", "stop"), ("", "timeout")]
     world.wait_idle()
     assert world.bridge.statistics.read_finished()["timeout"] == 2
 
@@ -259,10 +259,10 @@ def test_prompt_logprobs_come_once_and_are_asked_of_one_sequence(world: World, s
     prompt = [entry(2, -3.0), entry(3, -4.0)]
     world.engine.says(SequenceOutput(1, world.ids(" a"), None, prompt_logprobs=prompt))
     if stream:
-        caller.wait(lambda caller: caller.chunks)
+        caller.wait(lambda caller: caller.responses)
     world.engine.says(SequenceOutput(1, world.ids(" b"), "length"), SequenceOutput(2, world.ids(" c"), "length"))
     caller.end()
-    assert [chunk.prompt_logprobs for chunk in caller.chunks] == ([prompt, None] if stream else [prompt])
+    assert [response.prompt_logprobs for response in caller.responses] == ([prompt, None] if stream else [prompt])
 
 
 def test_a_cancel_by_id_ends_all_of_that_id_and_no_other(world: World) -> None:
@@ -344,7 +344,7 @@ def test_a_cancel_noticed_while_the_last_response_goes_out_is_no_second_end(worl
 
 def test_a_response_that_fails_is_one_error_and_the_sender_lives(world: World) -> None:
     class Broken(Caller):
-        def send(self, chunk: Chunk, final: bool) -> None:
+        def send(self, response: Response, final: bool) -> None:
             raise RuntimeError("no memory")
 
     caller = Broken()
@@ -362,9 +362,9 @@ def test_a_response_that_fails_is_one_error_and_the_sender_lives(world: World) -
 def test_latencies_are_counted_once_for_each_request_and_each_further_token(world: World) -> None:
     caller = world.submit(n=2, stream=True)
     world.engine.says(SequenceOutput(1, [5], queued_seconds=0.25))
-    caller.wait(lambda caller: len(caller.chunks) == 1)
+    caller.wait(lambda caller: len(caller.responses) == 1)
     world.engine.says(SequenceOutput(1, [5, 6, 7], "length"), SequenceOutput(2, [5, 6], None, queued_seconds=0.5))
-    caller.wait(lambda caller: len(caller.chunks) == 2)
+    caller.wait(lambda caller: len(caller.responses) == 2)
     world.engine.says(SequenceOutput(2, [], "timeout"))
     caller.end()
     refused = world.submit()

@@ -20,7 +20,7 @@ def test_when_it_stops_triton_is_asked_nothing_more() -> None:
         asked.append("loaded")
         return True
 
-    canceller = Canceller(threading.Condition(), [], lambda call: None, is_loaded, lambda: None)
+    canceller = Canceller(threading.Condition(), [], lambda request: None, is_loaded, lambda: None)
     canceller.start()
     canceller.stop(PATIENCE)
     assert not canceller.alive
@@ -36,11 +36,11 @@ def test_a_triton_that_is_ending_is_no_fault(caplog: pytest.LogCaptureFixture, e
         raise RuntimeError(error)
 
     class Asked:
-        """A call that Triton is not asked about."""
+        """A request that Triton is not asked about."""
 
         askable = False
 
-    canceller = Canceller(threading.Condition(), [Asked()], lambda call: None, is_loaded, lambda: None)  # type: ignore[list-item]
+    canceller = Canceller(threading.Condition(), [Asked()], lambda request: None, is_loaded, lambda: None)  # type: ignore[list-item]
     with caplog.at_level(logging.INFO):
         canceller.start()
         assert asked.wait(PATIENCE)

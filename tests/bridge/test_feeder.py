@@ -8,8 +8,8 @@ from typing import Any, cast
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidewright.bridge.call import Part
 from tidewright.bridge.feeder import TRIES, Feeder
+from tidewright.bridge.output_sequence import OutputSequence
 from tidewright.engine.messages import Abort, Submit, ToEngine
 from tidewright.schema import SamplingParams
 
@@ -26,18 +26,18 @@ class Simulation:
         self.done: list[int] = []
         self.deaths = 0
         self.running: dict[int, Any] = {}
-        self.feeder = Feeder(self.send, lambda part, error: self.given_up.append(part.request_id))
-        self.parts = [self.part(number) for number in range(len(lengths))]
+        self.feeder = Feeder(self.send, lambda sequence, error: self.given_up.append(sequence.engine_request_id))
+        self.sequences = [self.sequence(number) for number in range(len(lengths))]
 
-    def part(self, number: int) -> Any:
-        call = SimpleNamespace(
-            request=SimpleNamespace(prompt_token_ids=[1], bad_words_ids=[], sampling=SamplingParams(seed=1)),
+    def sequence(self, number: int) -> Any:
+        request = SimpleNamespace(
+            parsed=SimpleNamespace(prompt_token_ids=[1], bad_words_ids=[], sampling=SamplingParams(seed=1)),
             deadline=None,
             trace_id="",
         )
         return SimpleNamespace(
-            call=call,
-            request_id=number,
+            request=request,
+            engine_request_id=number,
             index=0,
             token_ids=[],
             progressed=False,
@@ -49,8 +49,8 @@ class Simulation:
     def send(self, message: ToEngine) -> None:
         if isinstance(message, Submit):
             assert message.request_id not in self.running
-            assert message.output_token_ids == self.parts[message.request_id].token_ids
-            self.running[message.request_id] = self.parts[message.request_id]
+            assert message.output_token_ids == self.sequences[message.request_id].token_ids
+            self.running[message.request_id] = self.sequences[message.request_id]
         else:
             assert isinstance(message, Abort)
             del self.running[message.request_id]
@@ -72,11 +72,11 @@ class Simulation:
         self.read_notes()
 
     def submit(self, number: int) -> None:
-        self.feeder.submit(self.parts[number])
+        self.feeder.submit(self.sequences[number])
         self.read_notes()
 
     def drop(self, number: int) -> None:
-        self.feeder.drop(cast(Part, self.parts[number]))
+        self.feeder.drop(cast(OutputSequence, self.sequences[number]))
         self.read_notes()
 
     def step(self) -> None:
@@ -85,16 +85,16 @@ class Simulation:
             self.dies()
             self.comes_up()
             return
-        for number, part in list(self.running.items()):
-            part.token_ids.append(number + len(part.token_ids))
-            part.progressed = True
-            if part.deaths:
-                self.feeder.acquit(part)
-            if len(part.token_ids) == self.lengths[number]:
+        for number, sequence in list(self.running.items()):
+            sequence.token_ids.append(number + len(sequence.token_ids))
+            sequence.progressed = True
+            if sequence.deaths:
+                self.feeder.acquit(sequence)
+            if len(sequence.token_ids) == self.lengths[number]:
                 del self.running[number]
-                part.engine_is_done = True
+                sequence.engine_is_done = True
                 self.done.append(number)
-                self.feeder.drop(part)
+                self.feeder.drop(sequence)
         self.read_notes()
 
 
@@ -114,9 +114,9 @@ def test_poison_is_given_up_and_all_others_end_whole(lengths: list[int], data: s
     assert poison <= set(simulation.given_up)
     assert set(simulation.given_up) | set(simulation.done) == set(numbers)
     assert len(simulation.given_up) + len(simulation.done) == len(numbers)
-    assert not simulation.feeder._parts
+    assert not simulation.feeder._sequences
     for number in simulation.done:
-        assert simulation.parts[number].token_ids == list(range(number, number + lengths[number]))
+        assert simulation.sequences[number].token_ids == list(range(number, number + lengths[number]))
 
 
 @settings(max_examples=300, deadline=None)
@@ -154,4 +154,4 @@ def test_deaths_from_outside_cost_nothing(lengths: list[int], steps: list[int], 
     assert simulation.given_up == []
     assert set(simulation.done) | dropped == set(range(len(lengths)))
     for number in simulation.done:
-        assert simulation.parts[number].token_ids == list(range(number, number + lengths[number]))
+        assert simulation.sequences[number].token_ids == list(range(number, number + lengths[number]))

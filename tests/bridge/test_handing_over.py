@@ -46,15 +46,15 @@ def test_those_that_fit_are_all_given_to_every_engine(data: st.DataObject) -> No
             picky.submit(number)
         elif action == "up" and not up:
             up = True
-            for part in picky.parts:
-                part.deaths = 0  # none is a suspect here
+            for sequence in picky.sequences:
+                sequence.deaths = 0  # none is a suspect here
             picky.comes_up()
         elif action == "die" and up:
             up = False
             picky.dies()
         elif action == "drop":
             for number in set(picky.given_up):  # as the bridge does with what ended
-                picky.feeder.drop(picky.parts[number])
+                picky.feeder.drop(picky.sequences[number])
             picky.read_notes()
         if up:
             assert set(picky.running) == submitted - unfit
@@ -118,7 +118,7 @@ def test_the_reason_says_whose_fault_it_is(world: World, error: Exception, reaso
 
 
 def test_an_error_of_any_note_stops_neither_the_thread_nor_the_next_note() -> None:
-    def give_up(part: object, error: RequestError) -> None:
+    def give_up(sequence: object, error: RequestError) -> None:
         raise RuntimeError("the bridge is confused")
 
     sent: list[ToEngine] = []

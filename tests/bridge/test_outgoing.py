@@ -10,7 +10,7 @@ import pytest
 
 from helpers.scripted import World
 from tidewright.bridge import outgoing as module
-from tidewright.bridge.call import Call
+from tidewright.bridge.active_request import ActiveRequest
 from tidewright.bridge.outgoing import LONGEST_WAIT, Outgoing
 from tidewright.engine.messages import Ready, SequenceOutput
 
@@ -52,7 +52,7 @@ def outgoing(clock: Clock) -> Outgoing:
     return made
 
 
-A, B, C = cast("list[Call]", ["A", "B", "C"])
+A, B, C = cast("list[ActiveRequest]", ["A", "B", "C"])
 
 
 def test_the_first_round_does_not_wait(outgoing: Outgoing, clock: Clock) -> None:
@@ -102,8 +102,8 @@ def test_a_call_that_becomes_urgent_is_answered_once(outgoing: Outgoing) -> None
 
 
 def test_who_has_ended_is_not_answered(outgoing: Outgoing) -> None:
-    for call, urgent in ((A, False), (B, True), (C, False)):
-        outgoing.add(call, urgent)
+    for request, urgent in ((A, False), (B, True), (C, False)):
+        outgoing.add(request, urgent)
     outgoing.discard(A)
     outgoing.discard(B)
     assert outgoing.take() == [C]
@@ -142,13 +142,13 @@ def test_first_tokens_and_ends_do_not_wait_for_a_round(world: World, monkeypatch
     one, other = world.submit(stream=True), world.submit(stream=True, client_id="other")
     for number, caller in ((1, one), (2, other)):
         world.engine.says(SequenceOutput(number, begin))
-        caller.wait(lambda caller: caller.chunks)
+        caller.wait(lambda caller: caller.responses)
     world.engine.says(SequenceOutput(1, middle), SequenceOutput(2, middle))
     world.engine.says(SequenceOutput(1, end, "length"))
-    assert [piece.token_ids for piece in one.end()] == [middle + end]
+    assert [delta.token_ids for delta in one.end()] == [middle + end]
     assert world.bridge.cancel("other") == 1
     assert other.end() == []
-    assert [len(caller.chunks) for caller in (one, other)] == [2, 1]
+    assert [len(caller.responses) for caller in (one, other)] == [2, 1]
 
 
 @pytest.mark.parametrize(("device", "per_core"), [("cpu", 0.1), ("cuda:0", None)])

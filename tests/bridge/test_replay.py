@@ -25,11 +25,11 @@ def test_the_next_engine_goes_on_after_the_last_token(world: World) -> None:
     assert [message.deadline for message in again] == [first.deadline, second.deadline]
     assert [message.sampling.prompt_logprobs for message in again] == [None, None]
     world.engine.says(SequenceOutput(1, words[3:], "length"), SequenceOutput(2, words, "length"))
-    pieces = caller.end()
-    assert [piece.finish_reason for piece in pieces] == ["length", "length"]
+    deltas = caller.end()
+    assert [delta.finish_reason for delta in deltas] == ["length", "length"]
     for index in range(2):
-        assert [token for chunk in caller.chunks for token in chunk.pieces[index].token_ids] == words
-        assert "".join(chunk.pieces[index].text for chunk in caller.chunks) == " the sea is wide and blue"
+        assert [token for response in caller.responses for token in response.deltas[index].token_ids] == words
+        assert "".join(response.deltas[index].text for response in caller.responses) == " the sea is wide and blue"
     assert caller.ends == 1
 
 
@@ -41,10 +41,10 @@ def test_an_embedding_is_computed_anew_and_sent_once(world: World) -> None:
     (again,) = world.engine.submitted()
     world.engine.says(SequenceOutput(again.request_id, [], "stop", embedding=b"1234"))
     world.engine.says(SequenceOutput(again.request_id, [], "stop", embedding=b"5678"))
-    (piece,) = caller.end()
-    assert (piece.embedding, piece.finish_reason) == (b"1234", "stop")
+    (delta,) = caller.end()
+    assert (delta.embedding, delta.finish_reason) == (b"1234", "stop")
     world.wait_idle()
-    assert (len(caller.chunks), caller.ends) == (1, 1)
+    assert (len(caller.responses), caller.ends) == (1, 1)
 
 
 def test_prompt_logprobs_are_asked_for_again_until_they_came(world: World) -> None:
@@ -90,8 +90,8 @@ def test_an_engine_that_does_not_come_up_again_ends_the_waiting(world: World) ->
 
 def joined(caller: Caller) -> tuple[str, list[int]]:
     """Text and tokens of all responses."""
-    pieces = [chunk.pieces[0] for chunk in caller.chunks]
-    return "".join(piece.text for piece in pieces), [token for piece in pieces for token in piece.token_ids]
+    deltas = [response.deltas[0] for response in caller.responses]
+    return "".join(delta.text for delta in deltas), [token for delta in deltas for token in delta.token_ids]
 
 
 def test_tokens_that_the_caller_has_go_to_the_engine_and_not_back(world: World) -> None:
@@ -103,11 +103,11 @@ def test_tokens_that_the_caller_has_go_to_the_engine_and_not_back(world: World) 
         assert (sent.sampling.seed, sent.sampling.max_tokens) == (7, 6)
         world.engine.says(SequenceOutput(sent.request_id, words[3:5]))
         if stream:
-            caller.wait(lambda caller: caller.chunks)
+            caller.wait(lambda caller: caller.responses)
         world.engine.says(SequenceOutput(sent.request_id, words[5:], "length"))
         caller.end()
         assert joined(caller) == (" wide and blue", words[3:])
-        assert len(caller.chunks) == (2 if stream else 1)
+        assert len(caller.responses) == (2 if stream else 1)
 
 
 def test_the_engine_after_the_next_gets_old_and_new_tokens(world: World) -> None:
@@ -169,8 +169,8 @@ def test_min_tokens_counts_the_tokens_that_the_caller_has(world: World) -> None:
     words = world.ids(" blue blue blue blue")
     caller = world.submit(resume_ids=words[:2], stop=["blue"], min_tokens=4)
     world.engine.says(SequenceOutput(1, words[2:]))
-    (piece,) = caller.end()
-    assert (piece.text, piece.token_ids, piece.finish_reason) == (" blue ", words[2:], "stop")
+    (delta,) = caller.end()
+    assert (delta.text, delta.token_ids, delta.finish_reason) == (" blue ", words[2:], "stop")
 
 
 def test_a_timeout_behind_the_callers_tokens_is_an_answer(world: World) -> None:
@@ -181,7 +181,7 @@ def test_a_timeout_behind_the_callers_tokens_is_an_answer(world: World) -> None:
         assert sent.output_token_ids == words
         world.engine.says(SequenceOutput(sent.request_id, [], "timeout", message="while it was queued"))
         # "x" was held back, for it may have begun the stop string.
-        assert [(piece.text, piece.token_ids, piece.finish_reason) for piece in caller.end()] == [("x", [], "timeout")]
+        assert [(delta.text, delta.token_ids, delta.finish_reason) for delta in caller.end()] == [("x", [], "timeout")]
         assert caller.error is None
     world.wait_idle()
     assert world.bridge.statistics.read_finished()["timeout"] == 2

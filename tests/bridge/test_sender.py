@@ -14,7 +14,7 @@ from helpers.scripted import PATIENCE, Caller, ScriptedEngine, World
 from tidewright.bridge import bridge as bridge_module
 from tidewright.bridge import sender as module
 from tidewright.bridge.bridge import Bridge
-from tidewright.bridge.call import Chunk
+from tidewright.bridge.response import Response
 from tidewright.config import Settings
 from tidewright.engine.messages import SequenceOutput
 from tidewright.errors import CancelledError, RequestError
@@ -29,15 +29,15 @@ class Blocking(Caller):
         super().__init__()
         self.asked, self.taken = threading.Event(), threading.Event()
 
-    def send(self, chunk: Chunk, final: bool) -> None:
+    def send(self, response: Response, final: bool) -> None:
         self.asked.set()
         self.taken.wait(PATIENCE)
-        super().send(chunk, final)
+        super().send(response, final)
 
 
 class BlockingError(Blocking):
-    def send(self, chunk: Chunk, final: bool) -> None:
-        Caller.send(self, chunk, final)
+    def send(self, response: Response, final: bool) -> None:
+        Caller.send(self, response, final)
 
     def fail(self, error: RequestError) -> None:
         self.asked.set()
@@ -75,20 +75,20 @@ def test_a_send_that_hangs_holds_up_no_other(world: World, monkeypatch: pytest.M
     ids = range(1, hanging + 4)
     world.engine.says(*(SequenceOutput(number, [5]) for number in ids))
     for caller in others:
-        caller.wait(lambda caller: caller.chunks)
+        caller.wait(lambda caller: caller.responses)
     world.engine.says(*(SequenceOutput(number, [6], "length") for number in ids))
     for caller in others:
         assert caller.end()
     wait_for(lambda: world.bridge.trouble.startswith(f"{STUCK}Triton has not taken {hanging} responses"))
     assert world.bridge.status.trouble.startswith(STUCK)
     wait_for(lambda: world.bridge.active == 0)
-    assert [len(caller.chunks) for caller in blocked] == [0] * hanging
+    assert [len(caller.responses) for caller in blocked] == [0] * hanging
     for caller in blocked:
         caller.taken.set()
     wait_for(lambda: not world.bridge.trouble)
     for caller in blocked:
         caller.wait(lambda caller: caller.ends)
-        assert (caller.ends, len(caller.chunks)) == (1, 1)
+        assert (caller.ends, len(caller.responses)) == (1, 1)
         assert isinstance(caller.error, CancelledError)
     finished = world.bridge.statistics.read_finished()
     assert (finished["length"], finished["cancelled"]) == (3, hanging)
@@ -101,7 +101,7 @@ def test_what_is_given_up_leaves_the_engine(world: World, monkeypatch: pytest.Mo
     world.submit_for(caller, stream=True, n=2)
     world.engine.says(SequenceOutput(1, [5]))
     wait_for(lambda: world.engine.aborted() == [1, 2])
-    assert not world.bridge._parts
+    assert not world.bridge._sequences
     caller.taken.set()
 
 
@@ -120,11 +120,11 @@ def test_a_send_that_comes_back_goes_on_in_order_and_by_one_thread(
     other = world.submit()
     world.engine.says(SequenceOutput(2, [5], "length"))
     assert other.end()  # sent by another thread, which left the blocked one's alone
-    assert caller.chunks == []
+    assert caller.responses == []
     world.engine.says(SequenceOutput(1, [], "stop"))
     caller.taken.set()
     caller.end()
-    assert [piece.token_ids for chunk in caller.chunks for piece in chunk.pieces] == [tokens[:1], tokens[1:]]
+    assert [delta.token_ids for response in caller.responses for delta in response.deltas] == [tokens[:1], tokens[1:]]
     assert (caller.ends, world.bridge.trouble) == (1, "")
     world.wait_idle()
     assert world.bridge.statistics.read_finished()["stop"] == 1

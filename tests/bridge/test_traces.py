@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from helpers.otlp import OtlpReceiver
 from helpers.scripted import Caller, World
-from tidewright.bridge.call import MAX_EVENTS, Origin
+from tidewright.bridge.active_request import Origin
+from tidewright.bridge.output_sequence import MAX_EVENTS
 from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_sampling
 from tidewright.bridge.traces import BridgeTraces, origin_of
 from tidewright.engine.messages import SequenceOutput, StepTimes
@@ -37,12 +38,12 @@ def test_the_last_response_tells_when_the_request_got_how_far(world: World) -> N
     caller = submit(world)
     began = time.monotonic() + 1
     world.engine.says(SequenceOutput(1, [5], cached_tokens=16, times=StepTimes(began, 3, began + 2)))
-    caller.wait(lambda caller: caller.chunks)
-    assert caller.chunks[0].timings is None
+    caller.wait(lambda caller: caller.responses)
+    assert caller.responses[0].timings is None
     world.engine.says(SequenceOutput(1, [5], times=StepTimes(preempted=[began + 3])))
     world.engine.says(SequenceOutput(1, [5, 6], "length"))
     caller.end()
-    told = caller.chunks[-1].timings
+    told = caller.responses[-1].timings
     assert isinstance(told, Timings)
     assert before - 1e-3 <= told.arrived <= time.time()
     (one,) = told.sequences
@@ -64,7 +65,7 @@ def test_a_replay_is_told_and_the_first_engines_times_stand(world: World) -> Non
     (again,) = world.engine.submitted()
     world.engine.says(SequenceOutput(again.request_id, [6], "length", times=StepTimes(began + 8, 2, began + 9)))
     caller.end()
-    (one,) = caller.chunks[-1].timings.sequences  # type: ignore[union-attr]
+    (one,) = caller.responses[-1].timings.sequences  # type: ignore[union-attr]
     assert (one.chunks, [what for what, _ in one.events]) == (1, ["replayed"])
 
 
@@ -74,16 +75,16 @@ def test_what_is_kept_of_a_request_is_bounded(world: World) -> None:
         world.engine.says(SequenceOutput(1, [5], times=StepTimes(preempted=[time.monotonic()] * MAX_EVENTS)))
     world.engine.says(SequenceOutput(1, [5], "length"))
     caller.end()
-    assert len(caller.chunks[-1].timings.sequences[0].events) == MAX_EVENTS  # type: ignore[union-attr]
+    assert len(caller.responses[-1].timings.sequences[0].events) == MAX_EVENTS  # type: ignore[union-attr]
 
 
 def test_it_is_told_only_if_asked_for_and_the_engine_knows_the_trace(world: World) -> None:
     caller = submit(world, timings=False, origin=Origin(TraceParent(TRACE, SPAN, False), False))
     assert [message.trace_id for message in world.engine.submitted()] == [TRACE]
-    assert next(iter(world.bridge._calls)).trace_id == TRACE
+    assert next(iter(world.bridge._active)).trace_id == TRACE
     world.engine.says(SequenceOutput(1, [5], "length"))
     caller.end()
-    assert caller.chunks[-1].timings is None
+    assert caller.responses[-1].timings is None
 
 
 @pytest.mark.parametrize(

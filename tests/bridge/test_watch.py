@@ -52,10 +52,10 @@ def test_a_timeout_while_the_engine_restarts_keeps_the_tokens_that_came(world: W
     caller = world.submit(timeout=0.5, stream=True)
     tokens = world.ids(" so far")
     world.engine.says(SequenceOutput(1, tokens))
-    caller.wait(lambda caller: caller.chunks)
+    caller.wait(lambda caller: caller.responses)
     lose_engine(world)
-    assert [piece.finish_reason for piece in caller.end()] == ["timeout"]
-    assert "".join(piece.text for chunk in caller.chunks for piece in chunk.pieces) == " so far"
+    assert [delta.finish_reason for delta in caller.end()] == ["timeout"]
+    assert "".join(delta.text for response in caller.responses for delta in response.deltas) == " so far"
 
 
 def test_an_engine_that_does_not_end_a_request_in_time_is_not_waited_for(

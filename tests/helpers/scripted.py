@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tidewright.bridge.bridge import Bridge
-from tidewright.bridge.call import Chunk, Piece
 from tidewright.bridge.engine_client import EngineEvents
 from tidewright.bridge.request import GenerationRequest, OutputOptions
+from tidewright.bridge.response import Delta, Response
 from tidewright.engine.messages import Abort, EngineConfig, Ready, SequenceOutput, Submit, ToEngine
 from tidewright.errors import RequestError
 from tidewright.schema import SamplingParams
@@ -73,15 +73,15 @@ class Caller:
     """Keeps what comes back."""
 
     def __init__(self) -> None:
-        self.chunks: list[Chunk] = []
+        self.responses: list[Response] = []
         self.error: RequestError | None = None
         self.ends = 0
         self.cancelled = False
         self.changed = threading.Condition()
 
-    def send(self, chunk: Chunk, final: bool) -> None:
+    def send(self, response: Response, final: bool) -> None:
         with self.changed:
-            self.chunks.append(chunk)
+            self.responses.append(response)
             self.ends += final
             self.changed.notify_all()
 
@@ -98,10 +98,10 @@ class Caller:
         with self.changed:
             assert self.changed.wait_for(lambda: what(self), PATIENCE)
 
-    def end(self) -> list[Piece]:
-        """The pieces of the last response, or none if it was an error."""
+    def end(self) -> list[Delta]:
+        """The deltas of the last response, or none if it was an error."""
         self.wait(lambda caller: caller.ends)
-        return self.chunks[-1].pieces if self.error is None else []
+        return self.responses[-1].deltas if self.error is None else []
 
 
 class World:
@@ -137,6 +137,6 @@ class World:
 
     def wait_idle(self) -> None:
         deadline = time.monotonic() + PATIENCE
-        while self.bridge.active or self.bridge._parts:
+        while self.bridge.active or self.bridge._sequences:
             assert time.monotonic() < deadline
             time.sleep(0.002)

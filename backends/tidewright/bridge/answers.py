@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
-from tidewright.bridge.call import Call, ids_of
+from tidewright.bridge.active_request import ActiveRequest, ids_of
 from tidewright.bridge.statistics import RequestStatistics
 from tidewright.bridge.traces import BridgeTraces
 from tidewright.engine.messages import SequenceOutput
@@ -17,55 +17,55 @@ log = logging.getLogger(__name__)
 
 
 class Answers:
-    """For the sender's threads; never two of them with the same call."""
+    """For the sender's threads; never two of them with the same request."""
 
     def __init__(self, statistics: RequestStatistics, traces: BridgeTraces | None = None) -> None:
         self._statistics, self._traces = statistics, traces
 
-    def ended(self, call: Call, reason: FinishReason, since_arrival: float | None = None) -> None:
-        if call.abandoned:  # then it was counted
+    def ended(self, request: ActiveRequest, reason: FinishReason, since_arrival: float | None = None) -> None:
+        if request.abandoned:  # then it was counted
             return
         self._statistics.finished(reason, since_arrival)
-        log.debug("ended: %s", reason, extra=event("request_ended", **ids_of(call)))
+        log.debug("ended: %s", reason, extra=event("request_ended", **ids_of(request)))
         if self._traces:
-            self._traces.ended(call, reason)
+            self._traces.ended(request, reason)
 
-    def answer(self, call: Call, arrived: list[list[SequenceOutput]]) -> FinishReason | None:
-        """Send what there is to send of one call; why it is over, None if it goes on."""
-        new_tokens = [part.take(outputs) for part, outputs in zip(call.parts, arrived, strict=True)]
-        if failure := call.failure:
-            call.responder.fail(failure)
-            self.ended(call, failure.reason)
+    def answer(self, request: ActiveRequest, arrived: list[list[SequenceOutput]]) -> FinishReason | None:
+        """Send what there is to send of one request; why it is over, None if it goes on."""
+        new_tokens = [sequence.take(outputs) for sequence, outputs in zip(request.sequences, arrived, strict=True)]
+        if failure := request.failure:
+            request.responder.fail(failure)
+            self.ended(request, failure.reason)
             return failure.reason
-        reason = call.finish_reason
-        if reason or (call.request.stream and call.has_news):
-            chunk = call.chunk()
-            if reason and call.request.returns.timings:
-                chunk.timings = call.timings()
-            call.responder.send(chunk, final=reason is not None)
-            for part in call.parts:
-                part.next_piece()
-        if call.abandoned:
-            if call.error and not reason:
-                call.responder.fail(call.error)
+        reason = request.finish_reason
+        if reason or (request.parsed.stream and request.has_unsent_output):
+            response = request.response()
+            if reason and request.parsed.returns.timings:
+                response.timings = request.timings()
+            request.responder.send(response, final=reason is not None)
+            for sequence in request.sequences:
+                sequence.next_delta()
+        if request.abandoned:
+            if request.error and not reason:
+                request.responder.fail(request.error)
             return CancelledError.reason
         now = time.monotonic()
-        self._time_tokens(call, new_tokens, now)
+        self._time_tokens(request, new_tokens, now)
         if reason:
-            self.ended(call, reason, now - call.arrived_at)
+            self.ended(request, reason, now - request.arrived_at)
         return reason
 
-    def _time_tokens(self, call: Call, new_tokens: list[int], now: float) -> None:
+    def _time_tokens(self, request: ActiveRequest, new_tokens: list[int], now: float) -> None:
         """Tokens that leave together share the time since the sequence's last response."""
-        first = all(part.last_sent is None for part in call.parts)
-        for part, count in zip(call.parts, new_tokens, strict=True):
+        first = all(sequence.last_sent is None for sequence in request.sequences)
+        for sequence, count in zip(request.sequences, new_tokens, strict=True):
             if not count:
                 continue
             if first:
-                self._statistics.first_token(part.queued_seconds, now - call.arrived_at)
+                self._statistics.first_token(sequence.queued_seconds, now - request.arrived_at)
                 first = False
-            if part.last_sent is not None:
-                self._statistics.further_tokens((now - part.last_sent) / count, count)
+            if sequence.last_sent is not None:
+                self._statistics.further_tokens((now - sequence.last_sent) / count, count)
             elif count > 1:
                 self._statistics.further_tokens(0.0, count - 1)
-            part.last_sent = now
+            sequence.last_sent = now

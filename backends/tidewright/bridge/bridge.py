@@ -17,14 +17,16 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tidewright.bridge.active_request import ActiveRequest, Origin, ids_of
 from tidewright.bridge.answers import Answers
-from tidewright.bridge.call import Call, Origin, Part, Responder, ids_of
 from tidewright.bridge.canceller import Canceller
 from tidewright.bridge.drain import Drain
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.bridge.feeder import Feeder
 from tidewright.bridge.outgoing import Job, Outgoing, Reply
+from tidewright.bridge.output_sequence import OutputSequence
 from tidewright.bridge.request import GenerationRequest
+from tidewright.bridge.response import Responder
 from tidewright.bridge.sender import Sender
 from tidewright.bridge.statistics import EngineFigures, RequestStatistics
 from tidewright.bridge.traces import BridgeTraces
@@ -67,8 +69,8 @@ class Bridge:
         self._model_name, self._max_running = Path(config.model_dir).name, config.max_running
         self._limit, self._max_waiting = config.max_running + config.max_waiting, config.max_waiting
         self._ids = itertools.count(1)
-        self._calls: dict[Call, None] = {}  # in order of arrival
-        self._parts: dict[int, Part] = {}  # sequences that have not ended, by the engine's request id
+        self._active: dict[ActiveRequest, None] = {}  # in order of arrival
+        self._sequences: dict[int, OutputSequence] = {}  # sequences that have not ended, by the engine's request id
         self._changed = threading.Condition()
         self._outgoing = Outgoing(self._changed)
         self._streaming_share = settings.streaming_share
@@ -82,7 +84,7 @@ class Bridge:
         )
         self._sender = Sender(self._changed, self._outgoing, self._send, self._abandon, self._release)
         self._ask_triton = is_loaded
-        self._canceller = Canceller(self._changed, self._calls, self._hung_up, self._is_loaded, self._unloaded)
+        self._canceller = Canceller(self._changed, self._active, self._hung_up, self._is_loaded, self._unloaded)
         self._watch = threading.Thread(target=self._watch_loop, name="watch", daemon=True)
         self._feeder = Feeder(self._client.send, self._give_up)
         self._failed_starts = 0  # of engines, since one was up
@@ -129,7 +131,11 @@ class Bridge:
         stats = self.engine_stats
         with self._changed:
             # In order of arrival, and so do they begin: those that wait are the last of those without a token.
-            arrived = [call.arrived_at for call in self._calls if not any(part.has_new_tokens for part in call.parts)]
+            arrived = [
+                request.arrived_at
+                for request in self._active
+                if not any(sequence.has_new_tokens for sequence in request.sequences)
+            ]
             waiting = arrived[-stats.waiting :] if stats.waiting else []
         return DecoderStatus(
             trouble=self.trouble,
@@ -172,7 +178,7 @@ class Bridge:
     @property
     def active(self) -> int:
         """Requests in flight."""
-        return len(self._calls)
+        return len(self._active)
 
     def start(self) -> None:
         """Start the engine and wait for its model; raises `EngineStartError`."""
@@ -203,7 +209,7 @@ class Bridge:
 
     def submit(
         self,
-        request: GenerationRequest,
+        parsed: GenerationRequest,
         responder: Responder,
         client_id: str = "",
         arrived_at: float | None = None,
@@ -220,23 +226,23 @@ class Bridge:
             EngineUnavailableError: the engine does not come up again, or the server is draining.
         """
         arrived_at = time.monotonic() if arrived_at is None else arrived_at
-        sampling = request.sampling
+        sampling = parsed.sampling
         deadline = None if sampling.timeout is None else arrived_at + sampling.timeout
-        if deadline is not None and deadline <= time.monotonic() and not request.resume_ids:
+        if deadline is not None and deadline <= time.monotonic() and not parsed.resume_ids:
             raise TimedOutError(f"timed out at once: timeout is {sampling.timeout:g} s; raise it or leave it out")
         ids = [next(self._ids) for _ in range(sampling.n)]
-        call = Call(request, responder, self._tokenizer, ids, arrived_at, deadline, client_id, origin)
+        request = ActiveRequest(parsed, responder, self._tokenizer, ids, arrived_at, deadline, client_id, origin)
         with self._changed:
             self._drain.check()
             if self._failing:
                 raise EngineUnavailableError(self._failing)
             self._check_room(sampling.n)
-            self._calls[call] = None
-            self._parts.update((part.request_id, part) for part in call.parts)
+            self._active[request] = None
+            self._sequences.update((sequence.engine_request_id, sequence) for sequence in request.sequences)
             self._changed.notify_all()
-        log.debug("received; the engine has it as %s", ids, extra=event("request_received", **ids_of(call)))
-        for part in call.parts:
-            self._feeder.submit(part)
+        log.debug("received; the engine has it as %s", ids, extra=event("request_received", **ids_of(request)))
+        for sequence in request.sequences:
+            self._feeder.submit(sequence)
 
     def reply(self, send: Callable[[], None]) -> None:
         """Have the sender send an answer to something else than a request for text.
@@ -249,9 +255,9 @@ class Bridge:
     def cancel(self, client_id: str) -> int:
         """End the requests of that id, which their clients chose, or that attempt at one; how many are in flight."""
         with self._changed:
-            found = [call for call in self._calls if attempt_of(call.client_id, client_id)]
-            for call in found:
-                self._fail(call, CancelledError("cancelled by its id"))
+            found = [request for request in self._active if attempt_of(request.client_id, client_id)]
+            for request in found:
+                self._fail(request, CancelledError("cancelled by its id"))
         return len(found)
 
     def _check_room(self, n: int) -> None:
@@ -259,25 +265,25 @@ class Bridge:
             raise InvalidRequestError(
                 f"n is {n}, but only {self._limit} sequences (max_running + max_waiting) may be in flight"
             )
-        if len(self._parts) + n > self._limit:
+        if len(self._sequences) + n > self._limit:
             raise OverloadedError(
-                f"{len(self._parts)} requests are running or waiting, each of n counted, and max_running + "
+                f"{len(self._sequences)} requests are running or waiting, each of n counted, and max_running + "
                 f"max_waiting allow {self._limit}; try again later"
             )
 
     def _on_outputs(self, outputs: list[SequenceOutput]) -> None:
         with self._changed:
             for output in outputs:
-                part = self._parts.get(output.request_id)
-                if part is None:
+                sequence = self._sequences.get(output.request_id)
+                if sequence is None:
                     continue
-                is_first = not part.has_new_tokens
-                part.arrived.append(output)
-                part.token_ids += output.token_ids
-                part.progressed = True
-                if part.deaths:
-                    self._feeder.acquit(part)
-                self._wake_sender(part.call, urgent=is_first or output.finish_reason is not None)
+                is_first = not sequence.has_new_tokens
+                sequence.arrived.append(output)
+                sequence.token_ids += output.token_ids
+                sequence.progressed = True
+                if sequence.deaths:
+                    self._feeder.acquit(sequence)
+                self._wake_sender(sequence.request, urgent=is_first or output.finish_reason is not None)
 
     def _on_stats(self, stats: EngineStats) -> None:
         self._engine_figures.update(stats)
@@ -300,24 +306,24 @@ class Bridge:
             )
             self._fail_all(self._failing)
 
-    def _give_up(self, part: Part, error: RequestError) -> None:
+    def _give_up(self, sequence: OutputSequence, error: RequestError) -> None:
         with self._changed:
-            self._fail(part.call, error)
+            self._fail(sequence.request, error)
 
     def _fail_all(self, message: str) -> None:
         with self._changed:
-            for call in self._calls:
-                self._fail(call, EngineUnavailableError(message))
+            for request in self._active:
+                self._fail(request, EngineUnavailableError(message))
 
-    def _fail(self, call: Call, error: RequestError) -> None:
+    def _fail(self, request: ActiveRequest, error: RequestError) -> None:
         """With `_changed` held: let the sender end it with an error, unless it has one."""
-        call.error = call.error or error
-        self._wake_sender(call, urgent=True)
+        request.error = request.error or error
+        self._wake_sender(request, urgent=True)
 
-    def _wake_sender(self, call: Call, urgent: bool) -> None:
-        """With `_changed` held. An ended call must not be answered again, as when a cancel is noticed meanwhile."""
-        if call in self._calls:
-            self._sender.add(call, urgent)
+    def _wake_sender(self, request: ActiveRequest, urgent: bool) -> None:
+        """With `_changed` held. An ended request must not be answered again, as when a cancel is noticed meanwhile."""
+        if request in self._active:
+            self._sender.add(request, urgent)
 
     def _send(self, job: Job) -> None:
         if isinstance(job, Reply):
@@ -327,9 +333,9 @@ class Bridge:
                 log.exception("an answer could not be sent")
             return
         with self._changed:
-            arrived = [part.arrived for part in job.parts]
-            for part in job.parts:
-                part.arrived = []
+            arrived = [sequence.arrived for sequence in job.sequences]
+            for sequence in job.sequences:
+                sequence.arrived = []
         try:
             reason = self._answers.answer(job, arrived)
         except Exception:
@@ -338,35 +344,35 @@ class Bridge:
                 job.responder.fail(RequestError("the response could not be made; see the server's log"))
             reason = RequestError.reason
             self._answers.ended(job, reason)
-        self._forget(job, job.parts if reason else [part for part in job.parts if part.over])
+        self._forget(job, job.sequences if reason else [sequence for sequence in job.sequences if sequence.over])
 
     def _abandon(self, job: Job) -> None:
         """Triton does not take its response: end it here. Should the send return, it ends there too, with an error."""
-        if isinstance(job, Call):
+        if isinstance(job, ActiveRequest):
             with self._changed:
                 job.error = job.error or CancelledError("cancelled: its caller took no response")
                 self._answers.ended(job, CancelledError.reason)
                 job.abandoned = True
-            self._forget(job, job.parts)
+            self._forget(job, job.sequences)
 
     def _release(self, job: Job) -> None:
         """With `_changed` held: a send that took long is over."""
-        if isinstance(job, Call):
+        if isinstance(job, ActiveRequest):
             self._wake_sender(job, urgent=True)
 
-    def _forget(self, call: Call, ended: list[Part]) -> None:
+    def _forget(self, request: ActiveRequest, ended: list[OutputSequence]) -> None:
         """Drop sequences that have ended here, and abort those that the engine still has."""
         with self._changed:
-            dropped = [part for part in ended if self._parts.pop(part.request_id, None)]
-            if len(ended) == len(call.parts):
-                self._calls.pop(call, None)
-                self._outgoing.discard(call)
-        for part in dropped:
-            self._feeder.drop(part)
+            dropped = [sequence for sequence in ended if self._sequences.pop(sequence.engine_request_id, None)]
+            if len(ended) == len(request.sequences):
+                self._active.pop(request, None)
+                self._outgoing.discard(request)
+        for sequence in dropped:
+            self._feeder.drop(sequence)
 
-    def _hung_up(self, call: Call) -> None:
+    def _hung_up(self, request: ActiveRequest) -> None:
         with self._changed:
-            self._fail(call, CancelledError("cancelled by the client"))
+            self._fail(request, CancelledError("cancelled by the client"))
 
     def _is_loaded(self) -> bool:
         # Asked while it ends, Triton can crash the stub, and all streams with it. Who drains needs no answer.
@@ -393,7 +399,7 @@ class Bridge:
         now = time.monotonic()
         late = now - LATE if self._client.available else now
         with self._changed:
-            for call in self._calls:
-                if call.deadline is not None and call.deadline < late:
-                    call.end_overdue(self._client.trouble or "the engine is busy")
-                    self._wake_sender(call, urgent=True)
+            for request in self._active:
+                if request.deadline is not None and request.deadline < late:
+                    request.end_overdue(self._client.trouble or "the engine is busy")
+                    self._wake_sender(request, urgent=True)

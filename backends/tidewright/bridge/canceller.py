@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Collection
 
-from tidewright.bridge.call import Call
+from tidewright.bridge.active_request import ActiveRequest
 from tidewright.schema import ATTEMPT
 
 log = logging.getLogger(__name__)
@@ -19,20 +19,20 @@ POLL_SHARE = 0.05  # of one core, at most: asking Triton is a round trip to its 
 
 
 class Canceller:
-    """`changed` guards `calls`, and is notified of a new one. `cancel` is told of each call whose client hung up.
+    """`changed` guards `requests`, and is notified of a new one. `cancel` is told of each request whose client hung up.
 
-    While there are calls, `is_loaded` is asked now and then; `unloaded` is told once that it is not so.
+    While there are requests, `is_loaded` is asked now and then; `unloaded` is told once that it is not so.
     """
 
     def __init__(
         self,
         changed: threading.Condition,
-        calls: Collection[Call],
-        cancel: Callable[[Call], None],
+        requests: Collection[ActiveRequest],
+        cancel: Callable[[ActiveRequest], None],
         is_loaded: Callable[[], bool],
         unloaded: Callable[[], None],
     ) -> None:
-        self._changed, self._calls, self._cancel = changed, calls, cancel
+        self._changed, self._active, self._cancel = changed, requests, cancel
         self._is_loaded, self._unloaded = is_loaded, unloaded
         self._ask_loaded_at = 0.0  # time.monotonic()
         self._stopping = threading.Event()
@@ -54,27 +54,27 @@ class Canceller:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._calls or self._stopping.is_set())
+                self._changed.wait_for(lambda: self._active or self._stopping.is_set())
                 if self._stopping.is_set():
                     return  # Triton ends too, and aborts if a question to it is open when this process is gone
                 # Triton never says of a call from model to model that it was cancelled: failsafe does, by its id.
-                calls = [call for call in self._calls if call.askable and ATTEMPT not in call.client_id]
+                requests = [request for request in self._active if request.askable and ATTEMPT not in request.client_id]
             began = time.monotonic()
-            for call in calls:
-                self._ask(call)
+            for request in requests:
+                self._ask(request)
             if began >= self._ask_loaded_at:
                 self._ask_loaded_at = began + LOADED_INTERVAL
                 self._ask_loaded()
             took = time.monotonic() - began
             self._stopping.wait(max(POLL_INTERVAL, took / POLL_SHARE))
 
-    def _ask(self, call: Call) -> None:
+    def _ask(self, request: ActiveRequest) -> None:
         try:
-            if call.error is None and call.responder.is_cancelled():
-                self._cancel(call)
+            if request.error is None and request.responder.is_cancelled():
+                self._cancel(request)
         except Exception as error:
             _log_failure("whether a client hung up; it is not asked again about this one", error)
-            call.askable = False
+            request.askable = False
 
     def _ask_loaded(self) -> None:
         try:

@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from tidewright.bridge.call import Part
+from tidewright.bridge.output_sequence import OutputSequence
 from tidewright.engine.messages import Abort, Submit, ToEngine
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
 from tidewright.schema import KILLS_ENGINES
@@ -31,16 +31,18 @@ TRIES = 2  # engines that may die over a sequence before it is a suspect
 class Feeder:
     """Every method only leaves a note for the thread: none of them blocks, not even on an engine that is stuck."""
 
-    def __init__(self, send: Callable[[ToEngine], None], give_up: Callable[[Part, RequestError], None]) -> None:
+    def __init__(
+        self, send: Callable[[ToEngine], None], give_up: Callable[[OutputSequence, RequestError], None]
+    ) -> None:
         self._send = send
         self._give_up = give_up
         self._notes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="feeder", daemon=True)
         # The thread's own:
-        self._parts: dict[int, Part] = {}  # not yet ended, in order of arrival
+        self._sequences: dict[int, OutputSequence] = {}  # not yet ended, in order of arrival
         self._given: set[int] = set()  # to the engine that runs
         self._engine_up = False
-        self._trial: Part | None = None
+        self._trial: OutputSequence | None = None
         self.replayed = 0  # sequences given to a further engine, so far
 
     def start(self) -> None:
@@ -54,16 +56,16 @@ class Feeder:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def submit(self, part: Part) -> None:
-        self._notes.put(lambda: self._take(part))
+    def submit(self, sequence: OutputSequence) -> None:
+        self._notes.put(lambda: self._take(sequence))
 
-    def drop(self, part: Part) -> None:
+    def drop(self, sequence: OutputSequence) -> None:
         """It ended; the engine is told, unless it knows."""
-        self._notes.put(lambda: self._drop(part))
+        self._notes.put(lambda: self._drop(sequence))
 
-    def acquit(self, part: Part) -> None:
+    def acquit(self, sequence: OutputSequence) -> None:
         """A suspect got a token: not with it did the engines die."""
-        self._notes.put(lambda: self._acquit(part))
+        self._notes.put(lambda: self._acquit(sequence))
 
     def engine_up(self) -> None:
         self._notes.put(self._feed)
@@ -80,49 +82,49 @@ class Feeder:
             except Exception:
                 log.exception("the engine could not be given its work")
 
-    def _take(self, part: Part) -> None:
-        self._parts[part.request_id] = part
+    def _take(self, sequence: OutputSequence) -> None:
+        self._sequences[sequence.engine_request_id] = sequence
         if self._engine_up:
-            self._give(part)
+            self._give(sequence)
 
-    def _give(self, part: Part) -> None:
-        self.replayed += part.deaths > 0
-        part.given(time.monotonic())
-        part.progressed = False
-        self._given.add(part.request_id)
+    def _give(self, sequence: OutputSequence) -> None:
+        self.replayed += sequence.deaths > 0
+        sequence.given(time.monotonic())
+        sequence.progressed = False
+        self._given.add(sequence.engine_request_id)
         try:
-            self._send(_submission(part))
+            self._send(_submission(sequence))
         except EngineUnavailableError:
             raise
         except Exception as error:
             # Of this one alone: those behind it, and the note that it is part of, must go on.
             log.exception("a request could not be handed to the engine")
-            self._give_up(part, _refusal(error))
+            self._give_up(sequence, _refusal(error))
 
-    def _drop(self, part: Part) -> None:
-        if self._parts.pop(part.request_id, None) is None:
+    def _drop(self, sequence: OutputSequence) -> None:
+        if self._sequences.pop(sequence.engine_request_id, None) is None:
             return
-        if self._trial is part:
+        if self._trial is sequence:
             self._next_trial()
-        if part.request_id in self._given:
-            self._given.remove(part.request_id)
-            if not part.engine_is_done:
-                self._send(Abort(part.request_id))
+        if sequence.engine_request_id in self._given:
+            self._given.remove(sequence.engine_request_id)
+            if not sequence.engine_is_done:
+                self._send(Abort(sequence.engine_request_id))
 
-    def _acquit(self, part: Part) -> None:
-        part.deaths = 0
-        if self._trial is part:
+    def _acquit(self, sequence: OutputSequence) -> None:
+        sequence.deaths = 0
+        if self._trial is sequence:
             self._next_trial()
 
     def _feed(self) -> None:
         self._engine_up = True
-        for part in self._parts.values():
-            if part.deaths < TRIES:
-                self._give(part)
+        for sequence in self._sequences.values():
+            if sequence.deaths < TRIES:
+                self._give(sequence)
         self._next_trial()
 
     def _next_trial(self) -> None:
-        waiting = (part for part in self._parts.values() if part.request_id not in self._given)
+        waiting = (sequence for sequence in self._sequences.values() if sequence.engine_request_id not in self._given)
         self._trial = next(waiting, None) if self._engine_up else None
         if self._trial:
             self._give(self._trial)
@@ -131,14 +133,14 @@ class Feeder:
         self._engine_up = False
         guilty = self._trial if self._trial and not self._trial.progressed else None
         if guilty:
-            del self._parts[guilty.request_id]
-        for request_id in self._given & self._parts.keys():
-            part = self._parts[request_id]
+            del self._sequences[guilty.engine_request_id]
+        for request_id in self._given & self._sequences.keys():
+            sequence = self._sequences[request_id]
             # One that ran beside a trial is not to blame: the one on trial is.
-            if part.progressed:
-                part.deaths = 1
+            if sequence.progressed:
+                sequence.deaths = 1
             elif self._trial is None:
-                part.deaths += 1
+                sequence.deaths += 1
         self._given.clear()
         self._trial = None
         if guilty:
@@ -152,19 +154,20 @@ def _refusal(error: Exception) -> RequestError:
     return RequestError(f"the request could not be handed to the engine: {error or type(error).__name__}")
 
 
-def _submission(part: Part) -> Submit:
-    """The sequence from where it stands. What all of a call share, its prompt, is reported once, by the first."""
-    request, sampling = part.call.request, part.call.request.sampling
-    if part.index or part.token_ids:
+def _submission(sequence: OutputSequence) -> Submit:
+    """The sequence from where it stands. The first of a request's sequences alone reports the prompt that all share."""
+    request, parsed = sequence.request, sequence.request.parsed
+    sampling = parsed.sampling
+    if sequence.index or sequence.token_ids:
         assert sampling.seed is not None
-        seed = (sampling.seed + part.index) % 2**63
+        seed = (sampling.seed + sequence.index) % 2**63
         sampling = msgspec.structs.replace(sampling, seed=seed, prompt_logprobs=None)
     return Submit(
-        part.request_id,
-        request.prompt_token_ids,
+        sequence.engine_request_id,
+        parsed.prompt_token_ids,
         sampling,
-        part.call.deadline,
-        request.bad_words_ids,
-        list(part.token_ids),
-        part.call.trace_id,
+        request.deadline,
+        parsed.bad_words_ids,
+        list(sequence.token_ids),
+        request.trace_id,
     )

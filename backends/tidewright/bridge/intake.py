@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tidewright.bridge.call import Origin
+from tidewright.bridge.active_request import Origin
 from tidewright.errors import CancelledError, EngineUnavailableError, OverloadedError, RequestError
 from tidewright.schema import attempt_of
 

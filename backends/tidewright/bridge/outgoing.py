@@ -1,4 +1,4 @@
-"""Which calls are answered when: some at once, the others in rounds that leave the processor to the model.
+"""Which requests are answered when: some at once, the others in rounds that leave the processor to the model.
 
 On a CPU every response of a stream takes time from the model: in this process, in Triton's and in the client's. Tokens
 that come between two rounds leave together. First tokens and ends never wait for a round.
@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tidewright.bridge.call import Call
+from tidewright.bridge.active_request import ActiveRequest
 
 LONGEST_WAIT = 0.1  # seconds between two rounds, at most
 
@@ -23,7 +23,7 @@ class Reply:
     send: Callable[[], None]
 
 
-Job = Call | Reply
+Job = ActiveRequest | Reply
 
 
 class Outgoing:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tidewright.bridge.call import Call, Origin
+from tidewright.bridge.active_request import ActiveRequest, Origin
 from tidewright.schema import MAX_PARAMETERS_LENGTH, FinishReason, Timings
 from tidewright.tracing.exporter import Exporter, Pending
 from tidewright.tracing.replica_spans import replica_spans
@@ -47,10 +47,10 @@ class BridgeTraces:
         self._exporter = Exporter(endpoint, self._count_exported, self._count_dropped)
         self._exporter.start()
 
-    def ended(self, call: Call, reason: FinishReason) -> None:
-        origin = call.origin
-        if origin and origin.trace.sampled and not call.request.returns.timings:
-            self._exporter.put(_Pending(call.timings(), origin, None if reason in _WELL else reason))
+    def ended(self, request: ActiveRequest, reason: FinishReason) -> None:
+        origin = request.origin
+        if origin and origin.trace.sampled and not request.parsed.returns.timings:
+            self._exporter.put(_Pending(request.timings(), origin, None if reason in _WELL else reason))
 
     def stop(self) -> None:
         self._exporter.stop(STOP_TIMEOUT)

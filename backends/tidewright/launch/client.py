@@ -38,15 +38,15 @@ class RequestFailedError(LaunchError):
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of an answer."""
+class Delta:
+    """Further text of an answer."""
 
     text: str
     finish_reason: str | None
     """Set in the last one."""
 
 
-Pieces = Generator[Piece, None, None]
+Deltas = Generator[Delta, None, None]
 """An answer as it comes. Closing it cancels the request. Raises RequestFailedError."""
 
 
@@ -63,11 +63,11 @@ class Client:
         if self._server:
             self._server.close()
 
-    def chat(self, messages: Messages, sampling: Sampling) -> Pieces:
+    def chat(self, messages: Messages, sampling: Sampling) -> Deltas:
         """The next answer of a chat. Raises RequestFailedError."""
         return self._found().chat(messages, sampling)
 
-    def complete(self, prompt: str, sampling: Sampling) -> Pieces:
+    def complete(self, prompt: str, sampling: Sampling) -> Deltas:
         """The continuation of a text. Raises RequestFailedError."""
         return self._found().complete(prompt, sampling)
 
@@ -152,10 +152,10 @@ class _Connection:
 
 class _Server(ABC):
     @abstractmethod
-    def chat(self, messages: Messages, sampling: Sampling) -> Pieces: ...
+    def chat(self, messages: Messages, sampling: Sampling) -> Deltas: ...
 
     @abstractmethod
-    def complete(self, prompt: str, sampling: Sampling) -> Pieces: ...
+    def complete(self, prompt: str, sampling: Sampling) -> Deltas: ...
 
     def close(self) -> None:  # noqa: B027 - only some have something to close
         """Of what is its own."""
@@ -165,10 +165,10 @@ class _Triton(_Server):
     def __init__(self, connection: _Connection) -> None:
         self._connection = connection
 
-    def chat(self, messages: Messages, sampling: Sampling) -> Pieces:
+    def chat(self, messages: Messages, sampling: Sampling) -> Deltas:
         yield from self._generate({"input_ids": self._tokenize(messages)}, sampling)
 
-    def complete(self, prompt: str, sampling: Sampling) -> Pieces:
+    def complete(self, prompt: str, sampling: Sampling) -> Deltas:
         yield from self._generate({"text_input": prompt}, sampling)
 
     def _tokenize(self, messages: Messages) -> list[int]:
@@ -186,7 +186,7 @@ class _Triton(_Server):
             ) from None
         return token_ids
 
-    def _generate(self, prompt: dict[str, Any], sampling: Sampling) -> Pieces:
+    def _generate(self, prompt: dict[str, Any], sampling: Sampling) -> Deltas:
         """It calls the decoder itself: through Triton's ensembles a cancellation gets lost."""
         body = {
             **prompt,
@@ -199,7 +199,7 @@ class _Triton(_Server):
                 raise RequestFailedError(str(event["error"]))
             reason = event.get("finish_reason")
             # On the wire a string, as in Triton's vLLM backend.
-            yield Piece(event.get("text_output") or "", None if reason == "None" else reason)
+            yield Delta(event.get("text_output") or "", None if reason == "None" else reason)
 
     def _refused(self, answer: Answer) -> str:
         return _generates(self._connection.url, _triton_error(answer))
@@ -211,24 +211,24 @@ class _Gateway(_Server):
         # No end: somebody watches the answer.
         self._client = GatewayClient(url, key=key or "", model=model, timeout=None, idle_timeout=_SILENCE)
 
-    def chat(self, messages: Messages, sampling: Sampling) -> Pieces:
-        return self._pieces(self._client.stream_chat(messages, extra=sampling))
+    def chat(self, messages: Messages, sampling: Sampling) -> Deltas:
+        return self._deltas(self._client.stream_chat(messages, extra=sampling))
 
-    def complete(self, prompt: str, sampling: Sampling) -> Pieces:
-        return self._pieces(self._client.stream_complete(prompt, extra=sampling))
+    def complete(self, prompt: str, sampling: Sampling) -> Deltas:
+        return self._deltas(self._client.stream_complete(prompt, extra=sampling))
 
     def close(self) -> None:
         self._client.close()
 
-    def _pieces(self, stream: Stream) -> Pieces:
+    def _deltas(self, stream: Stream) -> Deltas:
         try:
             with stream:
                 for event in stream:
                     if isinstance(event, Text):
-                        yield Piece(event.text, None)
+                        yield Delta(event.text, None)
                     elif isinstance(event, Finish):
                         limit = event.limited_by
-                        yield Piece("", f"the limit {limit} of the API key is used up" if limit else event.reason)
+                        yield Delta("", f"the limit {limit} of the API key is used up" if limit else event.reason)
         except TidewrightError as error:
             raise RequestFailedError(_generates(self._url, self._meaning(error))) from None
 

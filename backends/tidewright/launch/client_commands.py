@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import click
 
-from tidewright.launch.client import Client, Messages, Pieces, RequestFailedError, Sampling
+from tidewright.launch.client import Client, Deltas, Messages, RequestFailedError, Sampling
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.key_option import key_options
 
@@ -151,18 +151,18 @@ def _converse(client: Client, messages: Messages, sampling: Sampling) -> None:
             messages.pop()
 
 
-def _print_answer(pieces: Pieces, answer: list[str] | None = None) -> None:
-    """Print the answer as it comes, and append its pieces to `answer`."""
+def _print_answer(deltas: Deltas, answer: list[str] | None = None) -> None:
+    """Print the answer as it comes, and append its deltas to `answer`."""
     # Closing the iterator closes the connection, also on Ctrl-C, and so cancels the request on the server.
     reason = None
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that can't show a character is no reason to end
-    with contextlib.closing(pieces):
-        for piece in pieces:
-            if answer is not None and piece.text:
-                answer.append(piece.text)  # first: Ctrl-C may come while it is printed
-            click.echo(piece.text, nl=False)
-            reason = piece.finish_reason
+    with contextlib.closing(deltas):
+        for delta in deltas:
+            if answer is not None and delta.text:
+                answer.append(delta.text)  # first: Ctrl-C may come while it is printed
+            click.echo(delta.text, nl=False)
+            reason = delta.finish_reason
     click.echo()
     if reason is None:
         raise RequestFailedError("the answer broke off; see the server's log")
