@@ -26,7 +26,7 @@ from benchmarks.gateway import CALLERS, SHORT, chat
 from benchmarks.gateway_load import HttpClient, closed_loop
 from benchmarks.gateway_parts import Row, echoes, gateway, process, show
 from tidewright.bench.machine import family, free_ports
-from tidewright.tracing.otlp import to_protobuf
+from tidewright.tracing.otlp import encode, request_of
 from tidewright.tracing.span import Attributes, Span, Trace
 from tidewright.tracing.trace_context import new_span_id
 
@@ -144,7 +144,7 @@ def encoding(rounds: int) -> None:
             Trace(trace_id, [Span("name", new_span_id(), root_id, 1.7e9, 1.7e9, one) for one in attributes])
             for _ in range(count)
         ]
-        return to_protobuf(made, {})
+        return request_of(map(encode, made), {})
 
     def theirs() -> bytes:
         parent = SpanContext(int(trace_id, 16), int(root_id, 16), False, flags)
@@ -167,9 +167,9 @@ def encoding(rounds: int) -> None:
 
     taken: dict[str, list[float]] = {"ours": [], "OpenTelemetry's SDK": []}
     for _ in range(rounds):
-        for name, encode in zip(taken, (ours, theirs), strict=True):
+        for name, make in zip(taken, (ours, theirs), strict=True):
             began = time.process_time()
-            encode()
+            make()
             taken[name].append((time.process_time() - began) / count)
     rows = [Row(name, f"{1e6 * statistics.median(times):.0f} µs") for name, times in taken.items()]
     show(f"encoding of a request's {len(attributes)} spans, medians of {rounds} rounds", rows)

@@ -14,7 +14,6 @@ from helpers.two_models import WELL, World, world
 from tidewright.failsafe.figures import FAILSAFE_PREFIX, FALLBACK_REASONS, METRICS, Counters, figures
 from tidewright.metrics import MetricsMirror
 from tidewright.resilience.breaker import TRANSITIONS, BreakerSnapshot, State
-from tidewright.resilience.budget import BudgetSnapshot
 from tidewright.resilience.degradation import Level
 from tidewright.resilience.outcome import Outcome
 from tidewright.resilience.retry import NoRetry
@@ -53,9 +52,8 @@ def test_every_figure_arrives_under_its_name(family: type[Family]) -> None:
             for _ in range(number):
                 counters.count(name, value)
     breaker = snapshot(State.HALF_OPEN, closed_open=201, open_half_open=202, half_open_closed=203, half_open_open=204)
-    budget = BudgetSnapshot(balance=7.5, requests=0, granted=0, refused=0)
     MetricsMirror(
-        METRICS, lambda: figures(counters, 300, breaker, budget, Level.FALLBACK_ONLY), family, FAILSAFE_PREFIX
+        METRICS, lambda: figures(counters, 300, breaker, 7.5, Level.FALLBACK_ONLY), family, FAILSAFE_PREFIX
     ).refresh()
     expected |= {
         "requests_active": 300,
@@ -98,10 +96,9 @@ def test_any_thread_may_count() -> None:
 
 def test_the_state_of_the_breaker_is_one_of_three(family: type[Family]) -> None:
     states = iter(State)
-    budget = BudgetSnapshot(0.0, 0, 0, 0)
     mirror = MetricsMirror(
         METRICS,
-        lambda: figures(Counters(), 0, snapshot(next(states)), budget, Level.ALL_FEATURES),
+        lambda: figures(Counters(), 0, snapshot(next(states)), 0.0, Level.ALL_FEATURES),
         family,
         FAILSAFE_PREFIX,
     )

@@ -1,4 +1,4 @@
-"""resilience/retry.py, deadline.py and hedging.py: delays within bounds, and none that outlives the request."""
+"""resilience/retry.py and deadline.py: delays within bounds, and none that outlives the request."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from tidewright.resilience.budget import BudgetConfig, RetryBudget
 from tidewright.resilience.deadline import Deadline
-from tidewright.resilience.hedging import HedgePolicy
 from tidewright.resilience.retry import NoRetry, RetryPolicy
 
 POLICY = RetryPolicy(max_attempts=4, base_delay=0.1, max_delay=1.0, min_time=0.5)
@@ -45,13 +44,13 @@ def test_a_retry_leaves_its_attempt_the_time_it_needs(
     deadline, budget = Deadline.after(seconds, now), full_budget()
     delay = POLICY.next_delay(attempt, now, deadline, random_u, budget)
     if isinstance(delay, NoRetry):
-        assert budget.snapshot(now).balance == 1000
+        assert budget.balance(now) == 1000
         # It is refused for a reason that is one.
         assert attempt >= 4 or seconds < POLICY.ceiling(attempt) + POLICY.min_time + 1e-6
     else:
         assert 0 <= delay <= POLICY.ceiling(attempt)
         assert now + delay + POLICY.min_time <= deadline.at + 1e-6
-        assert budget.snapshot(now).balance == 999
+        assert budget.balance(now) == 999
 
 
 def test_no_retry_once_the_deadline_has_passed_even_if_an_attempt_needs_no_time() -> None:
@@ -67,15 +66,13 @@ def test_an_empty_budget_is_a_reason_and_a_hopeless_retry_takes_nothing_from_it(
     assert POLICY.next_delay(1, 0.0, Deadline(), 0.0, budget) is NoRetry.BUDGET
 
 
-@given(TIMES, st.floats(0, 1e4), st.lists(st.floats(-1, 1e4), max_size=10), st.floats(0, 1e4))
-def test_no_part_outlives_the_whole(now: float, seconds: float, steps: list[float], limit: float) -> None:
+@given(TIMES, st.floats(0, 1e4), st.lists(st.floats(-1, 1e4), max_size=10))
+def test_what_remains_ends_at_the_deadline(now: float, seconds: float, steps: list[float]) -> None:
     deadline = Deadline.after(seconds, now)
     for step in steps:
         now += step
-        timeout = deadline.timeout(limit, now)
-        assert 0 <= timeout <= limit
-        assert now + timeout <= max(deadline.at, now) + 1e-6
-        assert timeout == limit or timeout == deadline.remaining(now)
+        assert deadline.remaining(now) >= 0
+        assert now + deadline.remaining(now) <= max(deadline.at, now) + 1e-6
         assert deadline.expired(now) == (deadline.remaining(now) == 0)
 
 
@@ -83,11 +80,3 @@ def test_without_a_deadline_there_is_always_time() -> None:
     deadline = Deadline.after(None, 5.0)
     assert deadline.remaining(1e18) == math.inf
     assert not deadline.expired(1e18)
-    assert deadline.timeout(3.0, 1e18) == 3.0
-
-
-def test_hedges_are_off_unless_configured_and_never_sent_after_the_deadline() -> None:
-    assert HedgePolicy(0.0).wait(0.0, Deadline()) is None
-    assert HedgePolicy(0.5).wait(0.0, Deadline()) == 0.5
-    assert HedgePolicy(0.5).wait(1.0, Deadline(1.5)) is None
-    assert HedgePolicy(0.5).wait(1.0, Deadline(1.75)) == 0.5

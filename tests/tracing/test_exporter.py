@@ -22,7 +22,7 @@ from tidewright.tracing import endpoint, exporter
 from tidewright.tracing.endpoint import check_endpoint, open_endpoint, traces_url
 from tidewright.tracing.environment import read_environment
 from tidewright.tracing.exporter import Exporter, Pending
-from tidewright.tracing.otlp import to_json_lines, to_protobuf
+from tidewright.tracing.otlp import encode, request_of, to_json_lines
 from tidewright.tracing.span import ENGINE, GATEWAY, Event, Kind, Span, Trace
 from tidewright.tracing.trace_context import new_span_id
 from tidewright_gateway.config import GatewaySettings
@@ -251,7 +251,7 @@ def test_it_reads_as_opentelemetrys_own_encoder_writes_it(made: list[Span]) -> N
         for span in made
     ]
     expected = spans_of(encode_spans(theirs))
-    ours = spans_of(ExportTraceServiceRequest.FromString(to_protobuf([Trace(TRACE, made)], {"a": "b"})))
+    ours = spans_of(ExportTraceServiceRequest.FromString(request_of([encode(Trace(TRACE, made))], {"a": "b"})))
     lines = to_json_lines([Trace(TRACE, made)], {"a": "b"}).splitlines()
     in_json = [span for line in lines for span in spans_in_json(line)]
 

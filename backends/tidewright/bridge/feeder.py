@@ -43,7 +43,6 @@ class Feeder:
         self._given: set[int] = set()  # to the engine that runs
         self._engine_up = False
         self._trial: OutputSequence | None = None
-        self.replayed = 0  # sequences given to a further engine, so far
 
     def start(self) -> None:
         self._thread.start()
@@ -88,7 +87,6 @@ class Feeder:
             self._give(sequence)
 
     def _give(self, sequence: OutputSequence) -> None:
-        self.replayed += sequence.deaths > 0
         sequence.given(time.monotonic())
         sequence.progressed = False
         self._given.add(sequence.engine_request_id)

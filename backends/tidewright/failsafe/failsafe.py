@@ -127,8 +127,8 @@ class Failsafe:
 
     def figures(self) -> Figures:
         now = time.monotonic()
-        breaker, budget = self._breaker.snapshot(now), self._budget.snapshot(now)
-        return figures(self._counters, len(self._relays), breaker, budget, self._degradation.level)
+        breaker, retry_budget = self._breaker.snapshot(now), self._budget.balance(now)
+        return figures(self._counters, len(self._relays), breaker, retry_budget, self._degradation.level)
 
     # One request.
 

@@ -7,7 +7,6 @@ from collections import Counter
 
 from tidewright.metrics import HEARTBEAT, PREFIX, Figures, Label, MetricSpec, heartbeat
 from tidewright.resilience.breaker import TRANSITIONS, BreakerSnapshot, State
-from tidewright.resilience.budget import BudgetSnapshot
 from tidewright.resilience.degradation import Level
 from tidewright.resilience.outcome import Outcome, Verdict
 from tidewright.resilience.retry import NoRetry
@@ -82,7 +81,7 @@ class Counters:
             return dict(self._counts)
 
 
-def figures(counters: Counters, active: int, breaker: BreakerSnapshot, budget: BudgetSnapshot, level: Level) -> Figures:
+def figures(counters: Counters, active: int, breaker: BreakerSnapshot, retry_budget: float, level: Level) -> Figures:
     yield from heartbeat()
     for (name, value_of_label), count in counters.read().items():
         yield name, value_of_label, count
@@ -91,5 +90,5 @@ def figures(counters: Counters, active: int, breaker: BreakerSnapshot, budget: B
         yield "breaker_state", state.value, int(breaker.state is state)
     for pair, count in breaker.transitions.items():
         yield "breaker_transitions_total", _TRANSITIONS[pair], count
-    yield "retry_budget", "", budget.balance
+    yield "retry_budget", "", retry_budget
     yield "degradation_level", "", level

@@ -20,14 +20,6 @@ class BudgetConfig:
     burst: float
 
 
-@dataclass(frozen=True)
-class BudgetSnapshot:
-    balance: float
-    requests: int
-    granted: int
-    refused: int
-
-
 class RetryBudget:
     """Token bucket. Over any stretch of time it grants at most burst + share * requests + floor * seconds.
 
@@ -40,30 +32,26 @@ class RetryBudget:
         self._lock = threading.Lock()
         self._balance = config.burst
         self._paid_until = now
-        self._requests = self._granted = self._refused = 0
 
     def deposit(self) -> None:
         """Once for each request, not for its retries."""
         with self._lock:
-            self._requests += 1
             self._balance = min(self._balance + self._config.share, self._config.burst)
 
     def withdraw(self, now: float) -> bool:
-        """Whether one more retry, or hedge, may be sent."""
+        """Whether one more retry may be sent."""
         with self._lock:
             self._pay_floor(now)
             granted = self._balance >= 1 - ROUNDING
             if granted:
                 self._balance = max(self._balance - 1, 0.0)
-                self._granted += 1
-            else:
-                self._refused += 1
             return granted
 
-    def snapshot(self, now: float) -> BudgetSnapshot:
+    def balance(self, now: float) -> float:
+        """Retries that may be sent now."""
         with self._lock:
             self._pay_floor(now)
-            return BudgetSnapshot(self._balance, self._requests, self._granted, self._refused)
+            return self._balance
 
     def _pay_floor(self, now: float) -> None:
         if now > self._paid_until:

@@ -56,7 +56,7 @@ class ResilienceSettings(BaseModel):
     retry_min_time: float = Field(
         0.1, ge=0, le=600, description="Seconds that an attempt needs at least; none is begun with less left."
     )
-    retry_budget_share: float = Field(0.1, ge=0, le=1, description="Retries and hedges, as a share of requests.")
+    retry_budget_share: float = Field(0.1, ge=0, le=1, description="Retries, as a share of requests.")
     retry_budget_floor: float = Field(
         1.0, ge=0, le=1000, description="Retries a second that are allowed however little traffic there is."
     )

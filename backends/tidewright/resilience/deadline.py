@@ -20,7 +20,3 @@ class Deadline:
 
     def expired(self, now: float) -> bool:
         return now >= self.at
-
-    def timeout(self, limit: float, now: float) -> float:
-        """Timeout of a part of the work that may take `limit` seconds by itself."""
-        return min(limit, self.remaining(now))

@@ -33,11 +33,6 @@ Encoded = tuple[tuple[str, bytes], ...]
 """Spans of one trace, encoded, by service. Bytes, which the garbage collector does not look at."""
 
 
-def to_protobuf(traces: Iterable[Trace], resource: Mapping[str, str]) -> bytes:
-    """An OTLP request (ExportTraceServiceRequest). `resource`: attributes of the process, beside its service."""
-    return request_of(map(encode, traces), resource)
-
-
 def encode(trace: Trace) -> Encoded:
     services: dict[str, list[bytes]] = {}
     head = b"\x0a\x10" + bytes.fromhex(trace.trace_id) + b"\x12\x08"
@@ -50,7 +45,7 @@ def encode(trace: Trace) -> Encoded:
 
 
 def request_of(encoded: Iterable[Encoded], resource: Mapping[str, str]) -> bytes:
-    """Of traces that are encoded already."""
+    """An OTLP request (ExportTraceServiceRequest). `resource`: attributes of the process, beside its service."""
     services: dict[str, list[bytes]] = {}
     for trace in encoded:
         for service, spans in trace:

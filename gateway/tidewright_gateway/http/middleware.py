@@ -148,7 +148,6 @@ class _Exchange:
         self._context, self._max_body, self._post_paths = context, max_body, post_paths
         self._received = 0  # bytes of the body
         self._head = b""  # its first two bytes tell the encoding, since JSON begins with ASCII
-        self._refusal: ApiError | None = None
         self._has_begun = self._has_ended = False
         self._is_head = scope["method"] == "HEAD"
         self.status = 499  # if no answer begins, the client is gone

@@ -128,7 +128,7 @@ class Failover:
 
     def retry_budget(self, now: float) -> float:
         """Retries that may be made now."""
-        return self._budget.snapshot(now).balance
+        return self._budget.balance(now)
 
     def load(self) -> ReplicaLoad:
         """Current load of the replicas."""
