@@ -9,7 +9,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from tidewright import schema
-from tidewright.failsafe.figures import FALLBACK_REASONS
+from tidewright.failsafe.metrics import FALLBACK_REASONS
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = {

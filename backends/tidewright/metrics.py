@@ -1,4 +1,8 @@
-"""Our figures in Triton's own /metrics, refreshed on a timer: a metric call costs up to 90 µs.
+"""Our metrics in Triton's own /metrics, refreshed on a timer: a metric call costs up to 90 µs.
+
+Terms are Prometheus's. A metric has a name, a type and labels (`MetricSpec`); a series is a metric with values of its
+labels; a sample is a series' value at one moment. `bridge/metrics.py` and `failsafe/metrics.py` list their metrics and
+make the samples; `bridge/stats.py` is what the bridge counts and times on the way.
 
 Histograms are made of counters, one a bucket: Triton's own kind takes one value a call, and we have one a token.
 Prometheus stores the same series either way.
@@ -52,22 +56,22 @@ HEARTBEAT = MetricSpec(
     "that died",
 )
 
-Figures = Iterator[tuple[str, str, float]]
-"""Series as they are now: name without prefix, value of its label or "", value."""
+Samples = Iterator[tuple[str, str, float]]
+"""Of all series, as they are now: name without prefix, value of its label or "", value."""
 
 
-def heartbeat() -> Figures:
+def heartbeat() -> Samples:
     """Whole seconds, as each change costs a call."""
     yield HEARTBEAT.name, "", float(int(time.time()))
 
 
 class MetricsMirror:
-    """A thread that copies figures into Triton's metrics; `family` is pb_utils.MetricFamily."""
+    """A thread that copies samples into Triton's metrics; `family` is pb_utils.MetricFamily."""
 
     def __init__(
-        self, specs: tuple[MetricSpec, ...], figures: Callable[[], Figures], family: Any, prefix: str = PREFIX
+        self, specs: tuple[MetricSpec, ...], samples: Callable[[], Samples], family: Any, prefix: str = PREFIX
     ) -> None:
-        self._figures, self._prefix = figures, prefix
+        self._samples, self._prefix = samples, prefix
         self._family = family
         self._families: list[Any] = []  # a metric dies with its family
         self._gauges: set[str] = set()
@@ -83,7 +87,7 @@ class MetricsMirror:
             self._make(spec.name, kind, spec.meaning, *spec.labels)
             if spec.kind == "gauge":
                 self._gauges.add(spec.name)
-        # Of a gauge the first figure counts even if it is zero: a stub that died may have left another one.
+        # Of a gauge the first value counts even if it is zero: a stub that died may have left another one.
         self._last = {key: math.nan if key[0] in self._gauges else 0.0 for key in self._metrics}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="metrics", daemon=True)
@@ -98,16 +102,16 @@ class MetricsMirror:
         self._families.clear()
 
     def refresh(self) -> None:
-        """Bring Triton's figures up to date; only what has changed costs a call."""
-        for name, value_of_label, figure in self._figures():
+        """Bring Triton's metrics up to date; only what has changed costs a call."""
+        for name, value_of_label, value in self._samples():
             key = name, value_of_label
-            before, self._last[key] = self._last[key], figure
-            if figure == before:
+            before, self._last[key] = self._last[key], value
+            if value == before:
                 continue
             if name in self._gauges:
-                self._metrics[key].set(figure)
+                self._metrics[key].set(value)
             else:
-                self._metrics[key].increment(figure - before)
+                self._metrics[key].increment(value - before)
 
     def _make(self, name: str, kind: Any, meaning: str, label: Label | None = None) -> None:
         made = self._family(name=f"{self._prefix}{name}", description=meaning, kind=kind)
@@ -123,5 +127,5 @@ class MetricsMirror:
                 failing = False
             except Exception:
                 if not failing:
-                    log.exception("the figures could not be copied into Triton's metrics; trying again")
+                    log.exception("the samples could not be copied into Triton's metrics; trying again")
                 failing = True

@@ -18,7 +18,7 @@ import triton_python_backend_utils as pb_utils
 from tidewright import stub
 from tidewright.bridge.bridge import Bridge
 from tidewright.bridge.intake import Arrival, Intake
-from tidewright.bridge.metrics import FALLBACK_PREFIX, METRICS, figures
+from tidewright.bridge.metrics import FALLBACK_PREFIX, METRICS, samples
 from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_request
 from tidewright.bridge.response import Delta, Response
 from tidewright.bridge.start_error import report_start_error
@@ -71,7 +71,7 @@ class TritonPythonModel:
             report_start_error(error)
             raise
         prefix = FALLBACK_PREFIX if is_fallback else PREFIX
-        self._metrics = MetricsMirror(METRICS, lambda: figures(self._bridge), pb_utils.MetricFamily, prefix)
+        self._metrics = MetricsMirror(METRICS, lambda: samples(self._bridge), pb_utils.MetricFamily, prefix)
         self._metrics.start()
 
     def execute(self, requests: list) -> None:
@@ -158,7 +158,7 @@ class TritonPythonModel:
         self._bridge.reply(lambda: stub.send_final(sender, error=stub.error(message, "NOT_FOUND")))
 
     def _refuse(self, sender: object, error: RequestError) -> None:
-        self._bridge.statistics.finished(error.reason)
+        self._bridge.request_stats.finished(error.reason)
         self._bridge.reply(lambda: stub.send_error(sender, str(error), error.reason))
 
 

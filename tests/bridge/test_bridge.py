@@ -53,7 +53,7 @@ def test_n_sequences_are_n_requests_of_the_engine_and_one_answer(world: World) -
     world.wait_idle()
     assert (caller.ends, len(caller.responses)) == (1, 1)
     assert world.engine.aborted() == []
-    assert world.bridge.statistics.read_finished()["length"] == 1  # one request: the reason that weighs most
+    assert world.bridge.request_stats.read_finished()["length"] == 1  # one request: the reason that weighs most
 
 
 def test_streamed_responses_have_an_element_for_each_sequence(world: World) -> None:
@@ -163,7 +163,7 @@ def test_a_cancel_ends_all_sequences_with_one_answer(world: World) -> None:
     assert world.engine.aborted() == [1, 3]
     world.engine.says(SequenceOutput(1, world.ids("late"), "length"))
     assert caller.ends == 1
-    assert world.bridge.statistics.read_finished()["cancelled"] == 1
+    assert world.bridge.request_stats.read_finished()["cancelled"] == 1
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_what_the_engine_refuses_ends_all_with_its_message(
     assert said in str(caller.error)
     world.wait_idle()
     assert world.engine.aborted() == [1]
-    assert world.bridge.statistics.read_finished()[reason] == 1
+    assert world.bridge.request_stats.read_finished()[reason] == 1
 
 
 def test_the_limit_counts_sequences(world: World) -> None:
@@ -230,7 +230,7 @@ def test_a_timeout_before_the_first_token_is_an_error(world: World) -> None:
     told.end()
     assert str(told.error) == "while its prompt was computed"
     world.wait_idle()
-    assert world.bridge.statistics.read_finished()["timeout"] == 2
+    assert world.bridge.request_stats.read_finished()["timeout"] == 2
     assert world.engine.aborted() == []
 
 
@@ -242,7 +242,7 @@ def test_a_timeout_after_tokens_is_an_answer(world: World) -> None:
     assert [(delta.text, delta.finish_reason) for delta in plain.end()] == [("so far x", "timeout")]
     assert [(delta.text, delta.finish_reason) for delta in many.end()] == [("a", "stop"), ("", "timeout")]
     world.wait_idle()
-    assert world.bridge.statistics.read_finished()["timeout"] == 2
+    assert world.bridge.request_stats.read_finished()["timeout"] == 2
 
 
 def test_a_timeout_of_zero_never_reaches_the_engine(world: World) -> None:
@@ -371,7 +371,7 @@ def test_latencies_are_counted_once_for_each_request_and_each_further_token(worl
     world.engine.says(SequenceOutput(3, [], "invalid"))
     refused.end()
     world.wait_idle()
-    histograms = world.bridge.statistics.read_histograms()
+    histograms = world.bridge.request_stats.read_histograms()
     assert {name: sum(histogram.counts) for name, histogram in histograms.items()} == {
         "request_queue_seconds": 1,
         "time_to_first_token_seconds": 1,

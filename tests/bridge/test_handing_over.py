@@ -78,7 +78,7 @@ def test_one_that_can_not_be_encoded_ends_with_the_reason_and_the_others_are_rep
     for number, caller in ((1, before), (3, after), (4, late)):
         world.engine.says(SequenceOutput(number, [5], "length"))
         assert caller.end()
-    assert world.bridge.statistics.read_finished()["invalid"] == 1
+    assert world.bridge.request_stats.read_finished()["invalid"] == 1
 
 
 def test_one_that_can_not_be_encoded_while_no_engine_is_up(world: World) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from helpers.metric_family import Family
-from tidewright.bridge.metrics import METRICS, UNHEALTHY, figures
-from tidewright.bridge.statistics import EngineFigures, RequestStatistics
+from tidewright.bridge.metrics import METRICS, UNHEALTHY, samples
+from tidewright.bridge.stats import CumulativeStats, RequestStats
 from tidewright.engine.messages import EngineStats
 from tidewright.metrics import PREFIX, MetricsMirror
 from tidewright.schema import DRAINING, STUCK
@@ -17,12 +17,12 @@ from tidewright.schema import DRAINING, STUCK
 
 @pytest.fixture
 def bridge() -> Any:
-    figures, statistics = EngineFigures(), RequestStatistics()
+    cumulative_stats = CumulativeStats()
 
     class Bridge(SimpleNamespace):
         @property
         def engine_stats(self) -> EngineStats:
-            return figures.read()
+            return cumulative_stats.read()
 
     return Bridge(
         engine_up=True,
@@ -31,8 +31,8 @@ def bridge() -> Any:
         engine_restarted_at=0.0,
         batch_places=93,
         active=0,
-        statistics=statistics,
-        figures=figures,
+        request_stats=RequestStats(),
+        cumulative_stats=cumulative_stats,
     )
 
 
@@ -42,19 +42,19 @@ def family() -> type[Family]:
 
 
 def mirror(bridge: Any, family: type[Family]) -> MetricsMirror:
-    return MetricsMirror(METRICS, lambda: figures(bridge), family)
+    return MetricsMirror(METRICS, lambda: samples(bridge), family)
 
 
-def test_every_figure_arrives_under_its_name(bridge: Any, family: type[Family]) -> None:
+def test_every_sample_arrives_under_its_name(bridge: Any, family: type[Family]) -> None:
     fields = EngineStats.__struct_fields__
     stats = dict(zip(fields, range(101, 200), strict=False))
-    bridge.figures.update(EngineStats(**stats))
+    bridge.cumulative_stats.update(EngineStats(**stats))
     bridge.engine_restarts, bridge.active, bridge.engine_restarted_at = 90, 91, 92
     for seconds in (0.004, 0.04, 500.0):
-        bridge.statistics.first_token(0.0, seconds)
-    bridge.statistics.finished("length", 0.3)
-    bridge.statistics.finished("cancelled")
-    bridge.statistics.further_tokens(0.01, 7)
+        bridge.request_stats.first_token(0.0, seconds)
+    bridge.request_stats.finished("length", 0.3)
+    bridge.request_stats.finished("cancelled")
+    bridge.request_stats.further_tokens(0.01, 7)
     mirror(bridge, family).refresh()
     series = family.series
     expected = {
@@ -105,7 +105,7 @@ def test_every_figure_arrives_under_its_name(bridge: Any, family: type[Family]) 
     }
     for name, value in expected.items():
         assert series[PREFIX + name] == pytest.approx(value), name
-    assert set(stats.values()) <= set(series.values())  # no figure of the engine is forgotten
+    assert set(stats.values()) <= set(series.values())  # no field of the engine's stats is forgotten
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_only_changes_cost_a_call_and_counters_never_fall(bridge: Any, family: t
     steps, running = f"{PREFIX}engine_steps_total", f"{PREFIX}requests_running"
     seen = []
     for stats in (EngineStats(3, 0, 9, 9, 10, 0, 0, 0), EngineStats(3, 0, 9, 9, 15, 0, 0, 0)):
-        bridge.figures.update(stats)
+        bridge.cumulative_stats.update(stats)
         metrics.refresh()
         seen.append(family.series[steps])
     calls = family.calls.copy()
@@ -141,11 +141,11 @@ def test_only_changes_cost_a_call_and_counters_never_fall(bridge: Any, family: t
     calls[f"{PREFIX}heartbeat_timestamp_seconds"] = family.calls[f"{PREFIX}heartbeat_timestamp_seconds"]
     assert family.calls == calls
     assert (calls[steps], calls[running]) == (2, 1)
-    bridge.figures.engine_lost()
+    bridge.cumulative_stats.engine_lost()
     metrics.refresh()
     seen.append(family.series[steps])
     assert family.series[running] == 0
-    bridge.figures.update(EngineStats(1, 0, 9, 9, 40, 0, 0, 0))
+    bridge.cumulative_stats.update(EngineStats(1, 0, 9, 9, 40, 0, 0, 0))
     metrics.refresh()
     assert [*seen, family.series[steps]] == [10, 15, 15, 55]
 

@@ -184,4 +184,4 @@ def test_a_timeout_behind_the_callers_tokens_is_an_answer(world: World) -> None:
         assert [(delta.text, delta.token_ids, delta.finish_reason) for delta in caller.end()] == [("x", [], "timeout")]
         assert caller.error is None
     world.wait_idle()
-    assert world.bridge.statistics.read_finished()["timeout"] == 2
+    assert world.bridge.request_stats.read_finished()["timeout"] == 2

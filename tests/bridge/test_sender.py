@@ -90,7 +90,7 @@ def test_a_send_that_hangs_holds_up_no_other(world: World, monkeypatch: pytest.M
         caller.wait(lambda caller: caller.ends)
         assert (caller.ends, len(caller.responses)) == (1, 1)
         assert isinstance(caller.error, CancelledError)
-    finished = world.bridge.statistics.read_finished()
+    finished = world.bridge.request_stats.read_finished()
     assert (finished["length"], finished["cancelled"]) == (3, hanging)
     assert world.submit()  # and all goes on
 
@@ -127,7 +127,7 @@ def test_a_send_that_comes_back_goes_on_in_order_and_by_one_thread(
     assert [delta.token_ids for response in caller.responses for delta in response.deltas] == [tokens[:1], tokens[1:]]
     assert (caller.ends, world.bridge.trouble) == (1, "")
     world.wait_idle()
-    assert world.bridge.statistics.read_finished()["stop"] == 1
+    assert world.bridge.request_stats.read_finished()["stop"] == 1
 
 
 @pytest.mark.parametrize("kind", [Blocking, BlockingError])
@@ -143,7 +143,7 @@ def test_an_end_that_hangs_is_one_end(world: World, monkeypatch: pytest.MonkeyPa
     caller.wait(lambda caller: caller.ends)
     wait_for(lambda: not world.bridge._sender._blocked)
     assert caller.ends == 1
-    assert sum(world.bridge.statistics.read_finished().values()) == 1
+    assert sum(world.bridge.request_stats.read_finished().values()) == 1
 
 
 def test_more_hanging_sends_than_triton_has_threads_make_no_more_of_ours(

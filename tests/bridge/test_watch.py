@@ -44,7 +44,7 @@ def test_timeouts_hold_while_no_engine_is_up(world: World) -> None:
     world.engine.says(SequenceOutput(4, [5], "length"))
     assert patient.end()
     assert [caller.ends for caller in (plain, many, patient)] == [1, 1, 1]
-    finished = world.bridge.statistics.read_finished()
+    finished = world.bridge.request_stats.read_finished()
     assert (finished["timeout"], finished["length"]) == (2, 1)
 
 

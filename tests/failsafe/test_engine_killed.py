@@ -23,8 +23,8 @@ def test_the_fallback_answers_and_the_breaker_stays_closed() -> None:
         it.models.scripts["decoder"] = [[ERROR]] * 3
         for _ in range(3):
             assert end(it.submit().end()) == ("fallback", "engine_killed")
-        assert it.figure("breaker_state", "closed") == 1
-        assert it.figure("outcomes_total", "engine_killed") == 3
+        assert it.sample("breaker_state", "closed") == 1
+        assert it.sample("outcomes_total", "engine_killed") == 3
 
 
 @pytest.mark.parametrize("before", [[], [[1]]])

@@ -27,8 +27,8 @@ def test_the_decoder_answers() -> None:
         assert call.model == "decoder"
         assert call.order.request_id.startswith(f"client{ATTEMPT}")
         assert (call.order.sampling.max_tokens, call.order.resume_ids) == (7, [])
-        assert it.figure("outcomes_total", "success") == 1
-        assert it.figure("requests_served_total", "decoder") == 1
+        assert it.sample("outcomes_total", "success") == 1
+        assert it.sample("requests_served_total", "decoder") == 1
 
 
 @pytest.mark.parametrize(
@@ -48,9 +48,9 @@ def test_the_fallback_answers_where_the_decoder_fails(error: str, label: str, st
         assert end(caller.end()) == ("fallback", label)
         assert caller.sent[0] == Sent([1], False, "fallback", label, True)
         assert [call.order.resume_ids for call in it.models.calls] == [[], []]
-        assert it.figure("fallbacks_total", label) == 1
-        assert it.figure("outcomes_total", label) == 1
-        assert it.figure("resumed_total") == 0
+        assert it.sample("fallbacks_total", label) == 1
+        assert it.sample("outcomes_total", label) == 1
+        assert it.sample("resumed_total") == 0
 
 
 def test_a_stream_without_a_last_response_has_failed() -> None:
@@ -70,7 +70,7 @@ def test_the_fallback_goes_on_behind_what_the_caller_has() -> None:
         assert [sent.names for sent in caller.sent] == [True, False, False, True, True]
         order = it.models.of("fallback")[0].order
         assert (order.resume_ids, order.sampling.max_tokens) == ([1, 2, 3], 9)
-        assert it.figure("resumed_total") == 1
+        assert it.sample("resumed_total") == 1
 
 
 @pytest.mark.parametrize("sampling", [{"n": 2}, {"guided_regex": "a+"}])
@@ -108,8 +108,8 @@ def test_what_the_fallback_would_say_as_well_is_passed_on(reason: str, before: l
         assert caller.end() is None
         assert (caller.error, caller.reason) == ("so it is", reason)
         assert not it.models.of("fallback")
-        assert it.figure("requests_failed_total", reason) == 1
-        assert it.figure("breaker_state", "closed") == 1
+        assert it.sample("requests_failed_total", reason) == 1
+        assert it.sample("breaker_state", "closed") == 1
 
 
 def test_a_fallback_that_fails_too_makes_one_error_that_names_both() -> None:

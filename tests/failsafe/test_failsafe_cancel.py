@@ -17,7 +17,7 @@ def test_who_hangs_up_is_let_go() -> None:
         first.hung_up = True
         assert first.end() is None
         assert (first.error, first.reason) == ("cancelled by the client", "cancelled")
-        assert it.figure("outcomes_total", "cancelled") == 1
+        assert it.sample("outcomes_total", "cancelled") == 1
         assert not second.ends
         second.hung_up = True
         assert second.end() is None
@@ -110,7 +110,7 @@ def test_a_retry_that_still_waits_can_be_cancelled(monkeypatch: pytest.MonkeyPat
         it.says(fallback="the engine is starting")
         it.models.scripts["decoder"] = [[UNLOADED]]
         caller = it.submit()
-        until(lambda: it.figure("retries_total"))
+        until(lambda: it.sample("retries_total"))
         it.says(SILENT)
         assert not caller.ends  # it does not wait for the decoder yet
         it.failsafe.cancel("client")

@@ -16,7 +16,7 @@ def test_short_answers() -> None:
         assert [call.model for call in it.models.calls] == ["decoder", "decoder", "fallback"]
         for call in it.models.calls:
             assert (call.order.sampling.max_tokens, call.order.sampling.min_tokens) == (10, 10)
-        assert it.figure("degradation_level") == 1
+        assert it.sample("degradation_level") == 1
 
 
 def test_only_the_fallback() -> None:
@@ -37,7 +37,7 @@ def test_shed() -> None:
         assert caller.end() is None
         assert caller.reason == "overloaded"
         assert not it.models.calls
-        assert it.figure("requests_failed_total", "overloaded") == 1
+        assert it.sample("requests_failed_total", "overloaded") == 1
 
 
 def test_it_is_off_by_default() -> None:
@@ -45,7 +45,7 @@ def test_it_is_off_by_default() -> None:
         it.says(msgspec.structs.replace(WELL, wait=31.0))
         assert end(it.submit(max_tokens=100).end()) == ("decoder", "")
         assert it.models.calls[0].order.sampling.max_tokens == 100
-        assert it.figure("degradation_level") == 3
+        assert it.sample("degradation_level") == 3
 
 
 def test_a_dead_decoder_has_no_queue() -> None:
@@ -58,7 +58,7 @@ def test_a_dead_decoder_has_no_queue() -> None:
             it.look()
             it.passes(11)
         it.look()
-        assert it.figure("degradation_level") == 0
+        assert it.sample("degradation_level") == 0
         assert end(it.submit().end()) == ("fallback", "stub_died")
 
 

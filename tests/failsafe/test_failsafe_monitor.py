@@ -36,7 +36,7 @@ def test_a_first_token_that_does_not_come() -> None:
         assert not it.models.of("fallback")
         it.passes(FIRST_TOKEN_TIMEOUT)
         assert end(caller.end()) == ("fallback", "first_token_timeout")
-        assert it.figure("outcomes_total", "first_token_timeout") == 1
+        assert it.sample("outcomes_total", "first_token_timeout") == 1
 
 
 def test_in_a_queue_the_first_token_is_late_for_the_load() -> None:
@@ -46,7 +46,7 @@ def test_in_a_queue_the_first_token_is_late_for_the_load() -> None:
         caller = it.submit()
         it.passes(FIRST_TOKEN_TIMEOUT)
         assert end(caller.end()) == ("fallback", "overloaded")
-        assert it.figure("outcomes_total", "overloaded") == 1
+        assert it.sample("outcomes_total", "overloaded") == 1
 
 
 def test_a_stream_that_stalls_goes_on_elsewhere_and_is_cancelled() -> None:
@@ -66,7 +66,7 @@ def test_a_stream_that_stalls_goes_on_elsewhere_and_is_cancelled() -> None:
         gate.open()
         assert decoder.over.wait(PATIENCE)
         assert caller.token_ids == [1, 4]
-        assert it.figure("requests_served_total", "decoder") == 0
+        assert it.sample("requests_served_total", "decoder") == 0
 
 
 def test_what_was_abandoned_may_break_as_it_likes() -> None:

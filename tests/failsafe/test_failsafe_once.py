@@ -57,7 +57,7 @@ def test_a_request_that_has_ended_is_left_alone_even_if_its_stream_is_not_closed
         it.failsafe._watch(relay)  # the monitor may have listed it before
         gate.open()
         assert ended.token_ids == [1]
-        assert it.figure("requests_served_total", "decoder") == 1
+        assert it.sample("requests_served_total", "decoder") == 1
 
 
 class Interrupted:
@@ -108,7 +108,7 @@ def test_without_a_thread_for_an_attempt_the_request_ends(monkeypatch: pytest.Mo
         it.passes(FIRST_TOKEN_TIMEOUT)
         assert caller.end() is None
         assert caller.reason == "overloaded"
-        assert it.figure("breaker_state", "closed") == 1
+        assert it.sample("breaker_state", "closed") == 1
 
 
 class Broken(Caller):
@@ -137,7 +137,7 @@ def test_a_response_that_can_not_be_sent(final: bool, fails: bool) -> None:
         for _ in range(3):
             caller = it.submit_for(Broken(it.models, at=lambda reply: reply.final == final, fails=fails))
             assert caller.end() is None
-            until(lambda: not it.figure("requests_active"))
+            until(lambda: not it.sample("requests_active"))
         assert (caller.error, caller.reason) == ("internal error; see the server's log", "engine_failed")
 
 

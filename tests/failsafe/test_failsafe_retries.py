@@ -15,8 +15,8 @@ def test_without_a_fallback_the_decoder_is_asked_again() -> None:
         assert caller.token_ids == [1, 2]
         assert [call.order.resume_ids for call in it.models.calls] == [[], [], [1]]
         assert len({call.order.request_id for call in it.models.calls}) == 3
-        assert it.figure("retries_total") == 2
-        assert it.figure("resumed_total") == 1
+        assert it.sample("retries_total") == 2
+        assert it.sample("resumed_total") == 1
 
 
 def test_it_is_asked_as_often_as_the_policy_says() -> None:
@@ -27,7 +27,7 @@ def test_it_is_asked_as_often_as_the_policy_says() -> None:
         assert caller.end() is None
         assert (caller.error, caller.reason) == (UNLOADED, "engine_failed")
         assert [call.model for call in it.models.calls] == ["decoder"] * 3
-        assert it.figure("retries_refused_total", "attempts") == 1
+        assert it.sample("retries_refused_total", "attempts") == 1
 
 
 def test_it_is_asked_as_often_as_the_budget_allows() -> None:
@@ -35,15 +35,15 @@ def test_it_is_asked_as_often_as_the_budget_allows() -> None:
         it.models.scripts["decoder"] = [[UNLOADED]]
         assert it.submit().end() is None
         assert len(it.models.calls) == 3
-        assert it.figure("retries_refused_total", "budget") == 1
-        assert it.figure("retry_budget") < 1
+        assert it.sample("retries_refused_total", "budget") == 1
+        assert it.sample("retry_budget") < 1
 
 
 def test_each_request_pays_its_share_of_the_budget() -> None:
     with world(fallback="", retry_budget_burst=1, retry_budget_share=1, retry_budget_floor=0) as it:
         it.models.scripts["decoder"] = [[UNLOADED], [Last([1])]] * 2
         assert [end(it.submit().end()) for _ in range(2)] == [("decoder", "")] * 2
-        assert it.figure("retries_total") == 2
+        assert it.sample("retries_total") == 2
 
 
 def test_it_is_not_asked_again_if_there_is_no_time_left_for_it() -> None:
@@ -51,7 +51,7 @@ def test_it_is_not_asked_again_if_there_is_no_time_left_for_it() -> None:
         it.models.scripts["decoder"] = [[UNLOADED]]
         assert it.submit(timeout=50).end() is None
         assert len(it.models.calls) == 1
-        assert it.figure("retries_refused_total", "deadline") == 1
+        assert it.sample("retries_refused_total", "deadline") == 1
 
 
 @pytest.mark.parametrize("error", ["it broke [engine_failed]", "too many [overloaded]"])
@@ -85,11 +85,11 @@ def test_the_breaker_opens_after_failures_and_a_probe_closes_it() -> None:
         it.models.scripts["decoder"] = [["it broke [engine_failed]"]] * 2 + [[Last([1])]]
         assert [end(it.submit().end())[1] for _ in range(3)] == ["engine_failed", "engine_failed", "breaker_open"]
         assert len(it.models.of("decoder")) == 2
-        assert it.figure("breaker_state", "open") == 1
+        assert it.sample("breaker_state", "open") == 1
         it.passes(31)
         assert end(it.submit().end()) == ("decoder", "")
-        until(lambda: it.figure("breaker_state", "closed"))
-        assert it.figure("breaker_transitions_total", "half_open_closed") == 1
+        until(lambda: it.sample("breaker_state", "closed"))
+        assert it.sample("breaker_transitions_total", "half_open_closed") == 1
 
 
 def test_a_probe_proves_itself_with_its_first_token() -> None:
@@ -104,7 +104,7 @@ def test_a_probe_proves_itself_with_its_first_token() -> None:
         assert end(it.submit().end()) == ("fallback", "breaker_open")
         gates[1].open()
         probe.has(1)
-        until(lambda: it.figure("breaker_state", "closed"))
+        until(lambda: it.sample("breaker_state", "closed"))
         assert end(it.submit().end()) == ("decoder", "")
         it.failsafe.cancel("probe")
 
@@ -115,7 +115,7 @@ def test_a_probe_that_fails_opens_it_again() -> None:
         it.submit().end()
         it.passes(21)
         assert end(it.submit().end()) == ("fallback", "engine_failed")
-        assert it.figure("breaker_transitions_total", "half_open_open") == 1
+        assert it.sample("breaker_transitions_total", "half_open_open") == 1
 
 
 def test_an_open_breaker_without_a_fallback_says_when_to_come_again() -> None:

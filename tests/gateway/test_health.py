@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from helpers.scripted_replicas import WELL, ScriptedClient, error, figures, generate, named, run, until
+from helpers.scripted_replicas import WELL, ScriptedClient, error, generate, named, run, samples, until
 from tidewright.resilience.outcome import Outcome
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas.failover import Failover
@@ -34,7 +34,7 @@ def test_one_that_says_it_is_well_but_generates_nothing_is_ejected_until_it_does
         await until(lambda: bad.takes_requests)
         assert bad.candidate(10, time.monotonic()).share < 0.5  # slow start
         assert bad.probe_took is not None
-        found = figures(metrics)
+        found = samples(metrics)
         assert found["generation_probes_total", "first_token_timeout", "b:1"] >= 3
         assert found["generation_probes_total", "success", "b:1"] >= 1
         assert found["generation_probes_total", "success", "a:1"] >= 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from helpers.scripted_replicas import figures
+from helpers.scripted_replicas import samples
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.metrics.busiest import OTHER
 
@@ -32,10 +32,10 @@ def ended(metrics: Metrics, status: int, code: str = "", limit: str = "", key: s
 )
 def test_each_end_has_one_outcome(status: int, code: str, limit: str, outcome: str) -> None:
     metrics = Metrics()
-    before = figures(metrics)
+    before = samples(metrics)
     ended(metrics, status, code, limit)
     grown = {
-        key for key, value in figures(metrics).items() if value != before.get(key, 0) and key[0].endswith("_total")
+        key for key, value in samples(metrics).items() if value != before.get(key, 0) and key[0].endswith("_total")
     }
     expected = {
         ("requests_total", code, "/v1/x", str(status)),
@@ -53,7 +53,7 @@ def test_what_is_no_api_request_is_in_no_error_rate() -> None:
     metrics = Metrics()
     ended(metrics, 503, "not_ready", path="/health/ready")
     ended(metrics, 404, "no_such_path", path="other")
-    assert not any(value for (name, *_), value in figures(metrics).items() if name == "request_outcomes_total")
+    assert not any(value for (name, *_), value in samples(metrics).items() if name == "request_outcomes_total")
 
 
 @pytest.mark.parametrize("path", ["/metrics", "/health", "/health/live", "/health/ready"])
@@ -63,14 +63,14 @@ def test_scrapes_and_health_checks_are_no_requests_of_a_key(path: str) -> None:
         ended(metrics, 200, key="prometheus", path=path)
     ended(metrics, 200, key="me")
     metrics.keys.rebalance()
-    found = figures(metrics)
+    found = samples(metrics)
     assert {key for key in found if key[0] == "key_requests_total"} == {("key_requests_total", "me", "ok")}
     assert found["requests_total", "", path, "200"] == 5
 
 
 def test_outcomes_and_refusals_are_there_before_the_first() -> None:
     """Else Prometheus would not see the first error as growth."""
-    found = figures(Metrics())
+    found = samples(Metrics())
     assert found["request_outcomes_total", "failed"] == found["refusals_total", "max_queue"] == 0
 
 
@@ -100,7 +100,7 @@ def test_a_demoted_key_loses_its_series() -> None:
     metrics.keys.rebalance()
     ended(metrics, 200, key="busy")
     ended(metrics, 200, key="idle")
-    found = figures(metrics)
+    found = samples(metrics)
     of_keys = {key: value for key, value in found.items() if key[0] == "key_requests_total"}
     assert of_keys == {
         ("key_requests_total", OTHER, "ok"): 6,

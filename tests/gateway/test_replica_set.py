@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from helpers.scripted_replicas import WELL, ScriptedClient, error, figures, generate, named, run, until
+from helpers.scripted_replicas import WELL, ScriptedClient, error, generate, named, run, samples, until
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright_gateway.metrics import Metrics
@@ -66,7 +66,7 @@ def test_one_that_leaves_ends_what_it_has_and_then_its_connections(
         asking.cancel()
         await until(lambda: client.closed == ["a:1"])
         assert [replica.address for replica in failover.replicas] == ["b:1"]
-        assert not [labels for _, *labels in figures(metrics) if "a:1" in labels]
+        assert not [labels for _, *labels in samples(metrics) if "a:1" in labels]
 
     run(body, metrics, **DNS)
 
@@ -151,7 +151,7 @@ def test_a_failed_lookup_keeps_what_is_known_and_is_logged_once(
         await names.say(error="the name server is down")
         assert (await generate(failover))[0] == "<7>"
         assert [record.message for record in caplog.records] == ["keeping the known replicas: the name server is down"]
-        assert figures(metrics)["discovery_failures_total",] >= 3
+        assert samples(metrics)["discovery_failures_total",] >= 3
 
     with caplog.at_level(logging.WARNING):
         run(body, metrics, **DNS, wait_for_replica=0.02)

@@ -9,7 +9,7 @@ from contextlib import aclosing
 import msgspec
 import pytest
 
-from helpers.scripted_replicas import WELL, ScriptedClient, error, figures, generate, named, run, until
+from helpers.scripted_replicas import WELL, ScriptedClient, error, generate, named, run, samples, until
 from tidewright.resilience.breaker import State
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.errors import ModelError
@@ -119,10 +119,10 @@ def test_a_replica_whose_load_is_not_known_is_shown(
     metrics = Metrics()
 
     async def body(failover: Failover) -> None:
-        await until(lambda: figures(metrics)["replica_load_stale", "b:1"] == 0)
+        await until(lambda: samples(metrics)["replica_load_stale", "b:1"] == 0)
         client.status["b:1"] = None
-        await until(lambda: figures(metrics)["replica_load_stale", "b:1"] == 1)
-        assert figures(metrics)["replica_load_stale", "a:1"] == 0
+        await until(lambda: samples(metrics)["replica_load_stale", "b:1"] == 1)
+        assert samples(metrics)["replica_load_stale", "a:1"] == 0
         stale, known = failover.snapshot()
         assert (stale["load"], stale["takes_requests"], known["load"]) == (None, True, 0)
 

@@ -157,7 +157,7 @@ def named(failover: Failover, address: str) -> Replica:
     return found
 
 
-def figures(metrics: Metrics) -> dict[tuple[str, ...], float]:
+def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
     """By name without prefix and values of labels, which come in the order of their names."""
     found = {}
     for family in text_string_to_metric_families(metrics.text().decode()):

@@ -281,15 +281,15 @@ class World:
     def passes(self, seconds: float) -> None:
         self.clock.ahead += seconds
 
-    def figure(self, name: str, value_of_label: str = "") -> float:
-        return self.figures().get((name, value_of_label), 0)
+    def sample(self, name: str, value_of_label: str = "") -> float:
+        return self.samples().get((name, value_of_label), 0)
 
-    def figures(self) -> dict[tuple[str, str], float]:
-        return {(name, value_of_label): figure for name, value_of_label, figure in self.failsafe.figures()}
+    def samples(self) -> dict[tuple[str, str], float]:
+        return {(name, value_of_label): value for name, value_of_label, value in self.failsafe.samples()}
 
     def close(self) -> None:
         """All is over: each request ended once, nobody heard anything after, and each permit came back once."""
-        until(lambda: not self.figure("requests_active"))
+        until(lambda: not self.sample("requests_active"))
         self.models.release()
         for caller in self.callers:
             assert (caller.ends, caller.too_late, caller.wrong_names) == (1, 0, 0)
@@ -299,10 +299,10 @@ class World:
         assert isinstance(breaker, CountingBreaker)
         until(lambda: len(breaker.recorded) >= len(breaker.given))
         assert sorted(map(id, breaker.recorded)) == sorted(map(id, breaker.given))
-        figures = self.figures()
-        assert sum(figure for (name, _), figure in figures.items() if name == "outcomes_total") == len(breaker.given)
+        samples = self.samples()
+        assert sum(value for (name, _), value in samples.items() if name == "outcomes_total") == len(breaker.given)
         ended = ("requests_served_total", "requests_failed_total")
-        assert sum(figure for (name, _), figure in figures.items() if name in ended) == len(self.callers)
+        assert sum(value for (name, _), value in samples.items() if name in ended) == len(self.callers)
 
     def stop(self) -> None:
         self.models.release()

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.triton import RunningServer
 from tidewright.bridge.metrics import METRICS
-from tidewright.failsafe.figures import METRICS as OF_FAILSAFE
+from tidewright.failsafe.metrics import METRICS as OF_FAILSAFE
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
 HISTOGRAMS = [spec.name for spec in METRICS if spec.kind == "histogram"]

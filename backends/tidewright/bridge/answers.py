@@ -1,4 +1,4 @@
-"""What a request is answered with what has come of it, and what the statistics learn of that."""
+"""Answers requests with the tokens that have come, and counts and times that."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 
 from tidewright.bridge.active_request import ActiveRequest, ids_of
-from tidewright.bridge.statistics import RequestStatistics
+from tidewright.bridge.stats import RequestStats
 from tidewright.bridge.traces import BridgeTraces
 from tidewright.engine.messages import SequenceOutput
 from tidewright.errors import CancelledError
@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 class Answers:
     """For the sender's threads; never two of them with the same request."""
 
-    def __init__(self, statistics: RequestStatistics, traces: BridgeTraces | None = None) -> None:
-        self._statistics, self._traces = statistics, traces
+    def __init__(self, stats: RequestStats, traces: BridgeTraces | None = None) -> None:
+        self._stats, self._traces = stats, traces
 
     def ended(self, request: ActiveRequest, reason: FinishReason, since_arrival: float | None = None) -> None:
         if request.abandoned:  # then it was counted
             return
-        self._statistics.finished(reason, since_arrival)
+        self._stats.finished(reason, since_arrival)
         log.debug("ended: %s", reason, extra=event("request_ended", **ids_of(request)))
         if self._traces:
             self._traces.ended(request, reason)
@@ -62,10 +62,10 @@ class Answers:
             if not count:
                 continue
             if first:
-                self._statistics.first_token(sequence.queued_seconds, now - request.arrived_at)
+                self._stats.first_token(sequence.queued_seconds, now - request.arrived_at)
                 first = False
             if sequence.last_sent is not None:
-                self._statistics.further_tokens((now - sequence.last_sent) / count, count)
+                self._stats.further_tokens((now - sequence.last_sent) / count, count)
             elif count > 1:
-                self._statistics.further_tokens(0.0, count - 1)
+                self._stats.further_tokens(0.0, count - 1)
             sequence.last_sent = now

@@ -28,7 +28,7 @@ from tidewright.bridge.output_sequence import OutputSequence
 from tidewright.bridge.request import GenerationRequest
 from tidewright.bridge.response import Responder
 from tidewright.bridge.sender import Sender
-from tidewright.bridge.statistics import EngineFigures, RequestStatistics
+from tidewright.bridge.stats import CumulativeStats, RequestStats
 from tidewright.bridge.traces import BridgeTraces
 from tidewright.config import Settings
 from tidewright.engine.messages import EngineConfig, EngineStats, Ready, SequenceOutput
@@ -89,9 +89,9 @@ class Bridge:
         self._feeder = Feeder(self._client.send, self._give_up)
         self._failed_starts = 0  # of engines, since one was up
         self._failing = ""  # why nobody waits for the engine any longer
-        self._engine_figures = EngineFigures()
-        self.statistics = RequestStatistics()
-        self._answers = Answers(self.statistics, traces)
+        self._cumulative_stats = CumulativeStats()
+        self.request_stats = RequestStats()
+        self._answers = Answers(self.request_stats, traces)
         self.engine: Ready | None = None
         """What the running engine said of itself; kept while it restarts."""
 
@@ -173,7 +173,7 @@ class Bridge:
     @property
     def engine_stats(self) -> EngineStats:
         """Gauges of the running engine, zero without one; counters over all engines that there were."""
-        return self._engine_figures.read()
+        return self._cumulative_stats.read()
 
     @property
     def active(self) -> int:
@@ -286,7 +286,7 @@ class Bridge:
                 self._wake_sender(sequence.request, urgent=is_first or output.finish_reason is not None)
 
     def _on_stats(self, stats: EngineStats) -> None:
-        self._engine_figures.update(stats)
+        self._cumulative_stats.update(stats)
 
     def _on_up(self, ready: Ready) -> None:
         self.engine = ready
@@ -297,7 +297,7 @@ class Bridge:
         self._feeder.engine_up()
 
     def _on_lost(self, cause: str) -> None:
-        self._engine_figures.engine_lost()
+        self._cumulative_stats.engine_lost()
         self._feeder.engine_lost()
         self._failed_starts += 1
         if self._failed_starts > MAX_FAILED_STARTS:  # the first was up

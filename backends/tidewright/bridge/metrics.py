@@ -1,13 +1,13 @@
-"""The figures of engine and bridge, as `MetricsMirror` copies them into Triton's /metrics."""
+"""The metrics of engine and bridge, and their samples for Triton's /metrics."""
 
 from __future__ import annotations
 
 import itertools
 from typing import TYPE_CHECKING
 
-from tidewright.bridge.statistics import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
+from tidewright.bridge.stats import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
 from tidewright.engine.messages import STEP_PHASES
-from tidewright.metrics import HEARTBEAT, PREFIX, Figures, Label, MetricSpec, heartbeat
+from tidewright.metrics import HEARTBEAT, PREFIX, Label, MetricSpec, Samples, heartbeat
 from tidewright.schema import DRAINING, FINISH_REASONS, STUCK
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ METRICS = (
 )
 
 
-def figures(bridge: Bridge) -> Figures:
+def samples(bridge: Bridge) -> Samples:
     yield from heartbeat()
     stats, trouble, is_up = bridge.engine_stats, bridge.trouble, bridge.engine_up
     single: dict[str, float] = {
@@ -119,11 +119,11 @@ def figures(bridge: Bridge) -> Figures:
     found = _cause(trouble, is_up)
     for cause in UNHEALTHY:
         yield "unhealthy", cause, int(cause == found)
-    for reason, count in bridge.statistics.read_finished().items():
+    for reason, count in bridge.request_stats.read_finished().items():
         yield "requests_finished_total", reason, count
     for phase in STEP_PHASES:
         yield "step_seconds_total", phase, getattr(stats, f"{phase}_seconds")
-    for name, histogram in bridge.statistics.read_histograms().items():
+    for name, histogram in bridge.request_stats.read_histograms().items():
         yield from _series(name, histogram)
 
 
@@ -138,7 +138,7 @@ def _cause(trouble: str, is_up: bool) -> str:
     return "engine_silent" if is_up else "engine_down"
 
 
-def _series(name: str, histogram: Histogram) -> Figures:
+def _series(name: str, histogram: Histogram) -> Samples:
     """From the widest bucket down: a scrape between two of our calls still finds none above a wider one."""
     cumulative = list(itertools.accumulate(histogram.counts))
     yield f"{name}_count", "", cumulative[-1]

@@ -18,12 +18,12 @@ import msgspec
 
 from tidewright.bridge.request import with_max_tokens
 from tidewright.config import Settings
-from tidewright.failsafe.figures import BREAKER_OPEN, DEGRADED, Counters, figures
 from tidewright.failsafe.limits import TimeLimits, overdue
+from tidewright.failsafe.metrics import BREAKER_OPEN, DEGRADED, Counters, samples
 from tidewright.failsafe.models import Control, Order, Request
 from tidewright.failsafe.pulse import STOP_PATIENCE, Pulse
 from tidewright.failsafe.relay import Attempt, Relay
-from tidewright.metrics import Figures
+from tidewright.metrics import Samples
 from tidewright.resilience.breaker import CircuitBreaker, Refusal
 from tidewright.resilience.budget import RetryBudget
 from tidewright.resilience.deadline import Deadline
@@ -125,10 +125,10 @@ class Failsafe:
         trouble = self._pulse.trouble
         return "" if trouble is None or self._pulse.fallback_ready else f"decoder: {trouble.cause}"
 
-    def figures(self) -> Figures:
+    def samples(self) -> Samples:
         now = time.monotonic()
         breaker, retry_budget = self._breaker.snapshot(now), self._budget.balance(now)
-        return figures(self._counters, len(self._relays), breaker, retry_budget, self._degradation.level)
+        return samples(self._counters, len(self._relays), breaker, retry_budget, self._degradation.level)
 
     # One request.
 

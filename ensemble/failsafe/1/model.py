@@ -17,7 +17,7 @@ from tidewright.bridge.request import decode_text, parse_sampling, single
 from tidewright.bridge.traces import origin_of
 from tidewright.errors import InvalidRequestError, RequestError
 from tidewright.failsafe.failsafe import Failsafe
-from tidewright.failsafe.figures import FAILSAFE_PREFIX, METRICS
+from tidewright.failsafe.metrics import FAILSAFE_PREFIX, METRICS
 from tidewright.failsafe.models import ModelReply, Order
 from tidewright.failsafe.translator import Translator, translator
 from tidewright.metrics import MetricsMirror
@@ -53,7 +53,7 @@ class TritonPythonModel:
         self._failsafe = Failsafe(settings, _control)
         self._translator = translator(settings)
         self._started = False
-        self._metrics = MetricsMirror(METRICS, self._failsafe.figures, pb_utils.MetricFamily, FAILSAFE_PREFIX)
+        self._metrics = MetricsMirror(METRICS, self._failsafe.samples, pb_utils.MetricFamily, FAILSAFE_PREFIX)
         self._metrics.start()
 
     def execute(self, requests: list) -> None:

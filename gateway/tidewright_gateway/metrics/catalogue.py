@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from tidewright.bridge.metrics import FALLBACK_PREFIX
 from tidewright.bridge.metrics import METRICS as ENGINE
-from tidewright.failsafe.figures import FAILSAFE_PREFIX
-from tidewright.failsafe.figures import METRICS as FAILSAFE
+from tidewright.failsafe.metrics import FAILSAFE_PREFIX
+from tidewright.failsafe.metrics import METRICS as FAILSAFE
 from tidewright.metrics import PREFIX, Label, MetricSpec
 from tidewright_gateway.metrics.families import GATEWAY, GATEWAY_PREFIX
 

@@ -1,11 +1,11 @@
-"""What `failsafe` counts, and how it shows in Triton's /metrics."""
+"""The metrics of `failsafe`, what it counts for them, and their samples for Triton's /metrics."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
 
-from tidewright.metrics import HEARTBEAT, PREFIX, Figures, Label, MetricSpec, heartbeat
+from tidewright.metrics import HEARTBEAT, PREFIX, Label, MetricSpec, Samples, heartbeat
 from tidewright.resilience.breaker import TRANSITIONS, BreakerSnapshot, State
 from tidewright.resilience.degradation import Level
 from tidewright.resilience.outcome import Outcome, Verdict
@@ -81,7 +81,7 @@ class Counters:
             return dict(self._counts)
 
 
-def figures(counters: Counters, active: int, breaker: BreakerSnapshot, retry_budget: float, level: Level) -> Figures:
+def samples(counters: Counters, active: int, breaker: BreakerSnapshot, retry_budget: float, level: Level) -> Samples:
     yield from heartbeat()
     for (name, value_of_label), count in counters.read().items():
         yield name, value_of_label, count

@@ -1,4 +1,4 @@
-"""failsafe/figures.py: what goes into Triton's metrics."""
+"""failsafe/metrics.py: what goes into Triton's metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from helpers.metric_family import Family
 from helpers.two_models import WELL, World, world
-from tidewright.failsafe.figures import FAILSAFE_PREFIX, FALLBACK_REASONS, METRICS, Counters, figures
+from tidewright.failsafe.metrics import FAILSAFE_PREFIX, FALLBACK_REASONS, METRICS, Counters, samples
 from tidewright.metrics import MetricsMirror
 from tidewright.resilience.breaker import TRANSITIONS, BreakerSnapshot, State
 from tidewright.resilience.degradation import Level
@@ -42,7 +42,7 @@ def snapshot(state: State = State.CLOSED, **transitions: int) -> BreakerSnapshot
     return BreakerSnapshot(state, 0, 0, 0, 0, 1.0, counts)
 
 
-def test_every_figure_arrives_under_its_name(family: type[Family]) -> None:
+def test_every_sample_arrives_under_its_name(family: type[Family]) -> None:
     counters, number, expected = Counters(), 0, {}
     labels = {spec.name: spec.labels[0].name for spec in METRICS if spec.labels}
     for name, values in COUNTED.items():
@@ -53,7 +53,7 @@ def test_every_figure_arrives_under_its_name(family: type[Family]) -> None:
                 counters.count(name, value)
     breaker = snapshot(State.HALF_OPEN, closed_open=201, open_half_open=202, half_open_closed=203, half_open_open=204)
     MetricsMirror(
-        METRICS, lambda: figures(counters, 300, breaker, 7.5, Level.FALLBACK_ONLY), family, FAILSAFE_PREFIX
+        METRICS, lambda: samples(counters, 300, breaker, 7.5, Level.FALLBACK_ONLY), family, FAILSAFE_PREFIX
     ).refresh()
     expected |= {
         "requests_active": 300,
@@ -69,7 +69,7 @@ def test_every_figure_arrives_under_its_name(family: type[Family]) -> None:
     }
     series = dict(family.series)
     assert time.time() - 2 <= series.pop(f"{FAILSAFE_PREFIX}heartbeat_timestamp_seconds") <= time.time()
-    assert series == {FAILSAFE_PREFIX + name: figure for name, figure in expected.items()}
+    assert series == {FAILSAFE_PREFIX + name: value for name, value in expected.items()}
 
 
 def test_a_name_that_is_not_declared_is_not_counted() -> None:
@@ -98,7 +98,7 @@ def test_the_state_of_the_breaker_is_one_of_three(family: type[Family]) -> None:
     states = iter(State)
     mirror = MetricsMirror(
         METRICS,
-        lambda: figures(Counters(), 0, snapshot(next(states)), 0.0, Level.ALL_FEATURES),
+        lambda: samples(Counters(), 0, snapshot(next(states)), 0.0, Level.ALL_FEATURES),
         family,
         FAILSAFE_PREFIX,
     )
@@ -149,7 +149,7 @@ def failed(it: World) -> None:
 def test_what_a_request_adds(family: type[Family], what: Callable[[World], None], expected: set[str]) -> None:
     with world() as it:
         what(it)
-    MetricsMirror(METRICS, it.failsafe.figures, family, FAILSAFE_PREFIX).refresh()
+    MetricsMirror(METRICS, it.failsafe.samples, family, FAILSAFE_PREFIX).refresh()
     series = {name.removeprefix(FAILSAFE_PREFIX): value for name, value in family.series.items()}
     del series["heartbeat_timestamp_seconds"]
     gauges = {"requests_active": 0, "breaker_state{state=closed}": 1, "retry_budget": 10, "degradation_level": 0}
@@ -162,7 +162,7 @@ def test_what_a_request_adds(family: type[Family], what: Callable[[World], None]
 def test_what_was_refused_before_counts_as_failed() -> None:
     it = World()
     it.failsafe.refused("invalid")
-    assert it.figure("requests_failed_total", "invalid") == 1
+    assert it.sample("requests_failed_total", "invalid") == 1
 
 
 def test_load_and_requests_in_flight_show() -> None:
@@ -171,7 +171,7 @@ def test_load_and_requests_in_flight_show() -> None:
         it.says(WELL)
         it.submit("one")
         it.submit("two")
-        assert it.figure("requests_active") == 2
-        assert Counter(name for name, _ in it.figures())["breaker_state"] == 3
+        assert it.sample("requests_active") == 2
+        assert Counter(name for name, _ in it.samples())["breaker_state"] == 3
         it.failsafe.cancel("one")
         it.failsafe.cancel("two")

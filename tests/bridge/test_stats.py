@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tidewright.bridge.statistics import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
+from tidewright.bridge.stats import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
 
 
 @given(st.lists(st.tuples(st.floats(0, 10) | st.sampled_from([0.1, 0.5, 2.0]), st.integers(1, 5))))

@@ -1,4 +1,4 @@
-"""What the bridge counts and times, in plain Python; `metrics.py` copies it into Triton's /metrics now and then.
+"""What the bridge counts and times, in plain Python; `metrics.py` makes samples of it for Triton's /metrics.
 
 A metric call of Triton costs 15 to 90 µs and takes one value, which is too much for each token.
 """
@@ -33,8 +33,8 @@ _COUNTERS = (
 )
 
 
-class EngineFigures:
-    """The engine's figures over all of its lives: a new engine counts from zero, the counters here go on.
+class CumulativeStats:
+    """The stats of all engines so far: a new engine counts from zero, the counters here go on.
 
     One thread writes; any may read.
     """
@@ -79,7 +79,7 @@ class Histogram:
         return made
 
 
-class RequestStatistics:
+class RequestStats:
     """How requests ended and how long they took. Any thread may write and read."""
 
     def __init__(self) -> None:
