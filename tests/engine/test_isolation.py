@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tidewright.engine.plan import Draw
+from tidewright.engine.plan import Draw, History
 from tidewright.sampling import sampler
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.sampler import sample
@@ -35,7 +35,7 @@ def test_the_others_draw_as_without_the_broken_one(params: SamplingParams, dtype
     logits_BV = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(1)).to(dtype)
     others = [
         draw(1, SamplingParams(seed=1, top_k=40, logit_bias={7: 5.0}, logprobs=2)),
-        draw(3, SamplingParams(seed=2, temperature=0.7, repetition_penalty=1.2), history=(1, 2, 3)),
+        draw(3, SamplingParams(seed=2, temperature=0.7, repetition_penalty=1.2), history=History((1, 2, 3), 3)),
     ]
     expected = sample(logits_BV[[0, 2]], others)
     first, failed, last = sample(logits_BV, [others[0], draw(2, params), others[1]])

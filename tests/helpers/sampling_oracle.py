@@ -27,7 +27,8 @@ def changed_logits(logits: np.ndarray, draw: Draw) -> np.ndarray:
     params, changed = draw.params, logits.astype(np.float64)
     if params.allowed_token_ids is not None:
         changed[[token not in params.allowed_token_ids for token in range(len(changed))]] = -np.inf
-    history, output = list(draw.history), Counter(draw.history[draw.prompt_length :])
+    history = [*draw.history.token_ids[: draw.history.length], *draw.history.drafts]
+    output = Counter(history[draw.history.prompt_length :])
     for token in draw.banned_ids:
         changed[token] = -np.inf
     for *rest, last in draw.bad_words_ids:

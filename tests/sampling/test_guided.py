@@ -14,7 +14,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from tidewright.engine.plan import Draw
+from helpers.watched_list import WatchedList
+from tidewright.engine.plan import Draw, History
 from tidewright.sampling.grammar import GrammarError, check_grammar
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.sampler import sample
@@ -37,7 +38,7 @@ def guided(model_dir: Path) -> GuidedDecoding:
 
 def make_draw(params: SamplingParams, output: tuple[int, ...] = (), request_id: int = 1, **fields: Any) -> Draw:
     history = PROMPT + output
-    return Draw(request_id, params, len(history), history=history, prompt_length=len(PROMPT), **fields)
+    return Draw(request_id, params, len(history), history=History(history, len(history), len(PROMPT)), **fields)
 
 
 def allowed(guided: GuidedDecoding, *draws: Draw) -> list[list[int]]:
@@ -195,6 +196,35 @@ def test_several_draws_of_a_request_in_one_step(guided: GuidedDecoding) -> None:
     assert set(guided.mask(logits_BV, draws)) == {2, 3}
     assert wrong not in logits_BV[1].isfinite().nonzero()
     assert allowed(guided, make_draw(params, (one, two), 60)) == allowed(guided, make_draw(params, (one, two), 61))
+
+
+def test_a_long_output_is_read_once(guided: GuidedDecoding) -> None:
+    """Its list only grows; guesses are taken back."""
+    params = SamplingParams(guided_regex="(12)*3?")
+    one, two, three = (tokenizer_ids(guided, digit)[0] for digit in "123")
+    tokens = WatchedList([*PROMPT, *[one, two] * 50])
+    fresh = iter(range(600, 700))
+
+    def check(*drafts: int) -> None:
+        history = History(tokens, len(tokens), len(PROMPT), drafts)
+        tokens.read = 0
+        got = allowed(guided, Draw(599, params, 1, history=history))
+        assert tokens.read <= (200 if len(tokens) == 103 else 2)
+        whole = (*tokens[len(PROMPT) :], *drafts)
+        assert got == allowed(guided, make_draw(params, whole, next(fresh)))
+
+    check()
+    tokens.append(one)
+    check(two, three)
+    check(two)
+    tokens.append(two)
+    check()
+    tokens.append(one)
+    check(two, one)
+    tokens.append(two)
+    check(three)
+    check()
+    guided.forget([599, *range(600, 700)])
 
 
 def test_what_ended_is_forgotten(model_dir: Path, guided: GuidedDecoding) -> None:

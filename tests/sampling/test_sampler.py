@@ -9,11 +9,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from helpers.sampling_oracle import changed_logits, chi_square, chi_square_limit, distribution, kept_tokens
-from tidewright.engine.plan import Draw, DrawnToken
+from tidewright.engine.plan import Draw, DrawnToken, History
 from tidewright.sampling import truncation
 from tidewright.sampling.logits import penalise
 from tidewright.sampling.lots import exponentials
 from tidewright.sampling.sampler import prompt_logprobs, sample
+from tidewright.sampling.token_counts import TokenCounts
 from tidewright.sampling.truncation import drop_unlikely, first_argmax, num_lots, race, top
 from tidewright.schema import SamplingParams
 
@@ -31,7 +32,7 @@ def draw(
     position: int = 5, banned: tuple[int, ...] = (), bad_words: tuple[tuple[int, ...], ...] = (), **params: object
 ) -> Draw:
     sampling = SamplingParams(**({"seed": 1} | params))  # type: ignore[arg-type]
-    return Draw(0, sampling, position, banned, bad_words, HISTORY, prompt_length=4)
+    return Draw(0, sampling, position, banned, bad_words, History(HISTORY, len(HISTORY), 4))
 
 
 def race_winner(probs_V: np.ndarray, lots_E: np.ndarray) -> int:
@@ -210,10 +211,10 @@ def test_penalties_are_those_of_a_loop(
 ) -> None:
     params = SamplingParams(repetition_penalty=repetition, presence_penalty=presence, frequency_penalty=frequency)
     other = Draw(1, SamplingParams(), 3)
-    one = Draw(0, params, 9, history=tuple(history), prompt_length=int(share * len(history)))
+    one = Draw(0, params, 9, history=History(history, len(history), int(share * len(history))))
     logits_BV = logits(3, vocab=12)
     before_BV = logits_BV.clone()
-    penalise(logits_BV, [other, one, other])
+    penalise(logits_BV, [other, one, other], TokenCounts())
     assert torch.equal(logits_BV[::2], before_BV[::2])
     np.testing.assert_allclose(logits_BV[1].numpy(), changed_logits(before_BV[1].numpy(), one), rtol=1e-5, atol=1e-5)
 
@@ -221,7 +222,7 @@ def test_penalties_are_those_of_a_loop(
 def test_a_bad_word_is_cut_at_its_last_token_only_behind_the_others() -> None:
     def banned(history: tuple[int, ...], *words: tuple[int, ...]) -> list[int]:
         # All but the banned tokens are drawn by some position, for the logits are equal.
-        draws = [Draw(0, SamplingParams(seed=p), p, (), words, history) for p in range(400)]
+        draws = [Draw(0, SamplingParams(seed=p), p, (), words, History(history, len(history))) for p in range(400)]
         drawn = token_ids(sample(torch.zeros(400, 10), draws))
         return sorted(set(range(10)) - set(drawn))
 

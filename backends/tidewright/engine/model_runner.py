@@ -26,6 +26,7 @@ from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.registry import model_class
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.sampler import prompt_logprobs, sample
+from tidewright.sampling.token_counts import TokenCounts
 
 # Logits of a long prompt would take gigabytes at once.
 _LOGPROB_ROWS = 128
@@ -54,6 +55,7 @@ class ModelRunner:
         self.vocab_size = model_config.vocab_size
         self.eos_ids = eos_ids(folder)
         self.guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
+        self._counts = TokenCounts()
         self._attention = make_attention(config.attention, config.block_size, self.device, self.dtype)
         with _defaults(self.device, self.dtype):
             self.model = architecture(model_config, wanted, group, self._attention).eval()
@@ -101,6 +103,7 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         self.guided.forget(plan.ended)
+        self._counts.forget(plan.ended)
         spans = sorted(plan.sequences, key=self._attention.order)
         token_ids = [token for span in spans for token in span.token_ids]
         positions = [p for span in spans for p in range(span.start, span.start + span.count)]
@@ -143,7 +146,7 @@ class ModelRunner:
         if not draws:
             return []
         logits_BV = self.model.logits(hidden_TE[self._tensor(rows)])
-        return [] if logits_BV is None else sample(logits_BV, draws, self.guided)
+        return [] if logits_BV is None else sample(logits_BV, draws, self.guided, self._counts)
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)

@@ -25,6 +25,7 @@ from tidewright.onnx_export.manifest import (
 from tidewright.onnx_export.session import OnnxDecoder, Past, Sequences
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.sampler import prompt_logprobs, sample
+from tidewright.sampling.token_counts import TokenCounts
 
 
 class OnnxRunner:
@@ -40,6 +41,7 @@ class OnnxRunner:
             torch.set_num_threads(config.threads)  # for sampling
         self.vocab_size, self.eos_ids = manifest.vocab_size, manifest.source.eos_token_ids
         self.guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
+        self._counts = TokenCounts()
         wanted = min(config.max_model_len or manifest.max_length, manifest.max_length)
         shape = KVCacheShape(
             manifest.num_layers, manifest.num_kv_heads, manifest.head_dim, config.block_size, torch.float32
@@ -57,6 +59,7 @@ class OnnxRunner:
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         self.guided.forget(plan.ended)
+        self._counts.forget(plan.ended)
         for request_id in plan.ended:
             self._past.pop(request_id, None)
         decoding = [
@@ -116,4 +119,4 @@ class OnnxRunner:
             assert len(planned.draws) <= 1  # without speculation
             draws += planned.draws
             rows += [logits[planned.request_id]] * len(planned.draws)
-        return sample(torch.from_numpy(np.stack(rows)), draws, self.guided) if draws else []
+        return sample(torch.from_numpy(np.stack(rows)), draws, self.guided, self._counts) if draws else []

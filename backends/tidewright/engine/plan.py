@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 
 from tidewright.engine.messages import TokenLogprob
@@ -11,11 +11,37 @@ from tidewright.schema import SamplingParams
 
 
 @dataclass(frozen=True)
+class History:
+    """The tokens before a draw: the first `length` of `token_ids`, then `drafts`, which are guesses.
+
+    `token_ids` is the sequence's own list, so that a plan copies nothing of it. It only grows: what is counted or
+    matched of it once needs no second look, as long as it is the same list.
+    """
+
+    token_ids: Sequence[int] = field(repr=False)
+    length: int
+    prompt_length: int = 0  # how many of them are the prompt's; the others are output
+    drafts: tuple[int, ...] = field(default=(), repr=False)
+
+    def output(self, first: int = 0) -> list[int]:
+        """From number `first` of the output on, drafts included."""
+        known = self.token_ids[self.prompt_length + first : self.length]
+        return [*known, *self.drafts[max(self.prompt_length + first - self.length, 0) :]]
+
+    def tail(self, count: int) -> tuple[int, ...]:
+        """The last `count` tokens, drafts included; fewer if there are no more."""
+        first = self.length + len(self.drafts) - count
+        return (*self.token_ids[max(first, 0) : self.length], *self.drafts[max(first - self.length, 0) :])
+
+
+NO_HISTORY = History((), 0)
+
+
+@dataclass(frozen=True)
 class Draw:
     """Choose the token at `position`; never one of `banned_ids`.
 
-    `history` holds all tokens before `position`, the first `prompt_length` of them the prompt's; it is filled only
-    if `params.needs_history`.
+    `history` is filled only if `params.needs_history`.
     """
 
     request_id: int
@@ -23,8 +49,7 @@ class Draw:
     position: int
     banned_ids: tuple[int, ...] = ()
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    history: tuple[int, ...] = ()
-    prompt_length: int = 0
+    history: History = NO_HISTORY
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from tidewright.engine.messages import EngineStats, SequenceOutput
-from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
+from tidewright.engine.plan import (
+    NO_HISTORY,
+    Draw,
+    DrawnToken,
+    History,
+    ScheduledSequence,
+    SequenceResult,
+    StepPlan,
+    StepResult,
+)
 from tidewright.engine.sequence import Sequence
 from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.kv_cache.idle_audit import IdleAudit
@@ -322,15 +331,17 @@ class Scheduler:
 
     def _draw(self, sequence: Sequence, drafts: list[int]) -> Draw:
         may_stop = sequence.num_generated + len(drafts) >= sequence.sampling.min_tokens
-        needs_history = sequence.sampling.needs_history
+        history = NO_HISTORY
+        if sequence.sampling.needs_history:
+            prompt_length = len(sequence.prompt_token_ids)
+            history = History(sequence.token_ids, sequence.num_known, prompt_length, tuple(drafts))
         return Draw(
             request_id=sequence.request_id,
             params=sequence.sampling,
             position=sequence.num_known + len(drafts),
             banned_ids=() if may_stop else tuple(sorted(sequence.stop_ids)),
             bad_words_ids=sequence.bad_words_ids,
-            history=(*sequence.token_ids, *drafts) if needs_history else (),
-            prompt_length=len(sequence.prompt_token_ids),
+            history=history,
         )
 
     def _accept(self, sequence: Sequence, drafts: tuple[int, ...], computed: SequenceResult) -> SequenceOutput:

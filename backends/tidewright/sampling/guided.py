@@ -6,7 +6,8 @@ The grammars and their matchers are llguidance's; transformers is not needed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import llguidance
@@ -14,32 +15,41 @@ import llguidance.numpy
 import numpy as np
 import torch
 
-from tidewright.engine.plan import Draw
+from tidewright.engine.plan import Draw, History
 from tidewright.sampling.grammar import GrammarError, check_matcher, make_matcher
 from tidewright.schema import SamplingParams
 
 
 @dataclass
 class _Place:
-    """Where a request's output stands in its grammar: `consumed` is what the matcher has seen."""
+    """Where a request's output stands in its grammar: `consumed` is what the matcher has seen.
+
+    `certain` of them are known tokens of `token_ids`, not guesses: they can't change.
+    """
 
     params: SamplingParams
     matcher: llguidance.LLMatcher
-    consumed: tuple[int, ...] = ()
+    consumed: list[int] = field(default_factory=list)
+    token_ids: Sequence[int] = ()
+    certain: int = 0
 
-    def move_to(self, output: tuple[int, ...]) -> None:
-        """Behind `output`, wherever the matcher stood: it goes back over guessed tokens that were wrong.
+    def move_to(self, history: History) -> None:
+        """Behind its output, wherever the matcher stood: it goes back over guessed tokens that were wrong.
 
         Raises:
             GrammarError: the grammar does not allow that output.
         """
-        shared = len(self.consumed)
-        if output[:shared] != self.consumed:
-            shared = next(i for i, token in enumerate(self.consumed) if output[i : i + 1] != (token,))
+        num_known = history.length - history.prompt_length
+        shared = self.certain if self.token_ids is history.token_ids and self.certain <= num_known else 0
+        new = history.output(shared)
+        pairs = zip(self.consumed[shared:], new, strict=False)
+        same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        shared, new = shared + same, new[same:]
+        if shared < len(self.consumed):
             self.matcher.rollback(len(self.consumed) - shared)
-        new = output[shared:]
-        accepted = self.matcher.try_consume_tokens(list(new)) if new else 0
-        self.consumed = output[: shared + accepted]
+        accepted = self.matcher.try_consume_tokens(new) if new else 0
+        self.consumed[shared:] = new[:accepted]
+        self.token_ids, self.certain = history.token_ids, min(len(self.consumed), num_known)
         check_matcher(self.matcher)
         if accepted < len(new):
             raise GrammarError(f"the output left the grammar at its token number {shared + accepted + 1}")
@@ -98,7 +108,7 @@ class GuidedDecoding:
         if (place := self._places.get(draw.request_id)) is None or place.params != draw.params:
             self.prepare(draw.request_id, draw.params)
             place = self._places[draw.request_id]
-        place.move_to(draw.history[draw.prompt_length :])
+        place.move_to(draw.history)
         llguidance.numpy.fill_next_token_bitmask(place.matcher, bits_RI, index)
         check_matcher(place.matcher)
 

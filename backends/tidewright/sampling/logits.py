@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from tidewright.engine.plan import Draw
+from tidewright.sampling.token_counts import TokenCounts
 from tidewright.schema import SamplingParams
 
 
@@ -50,8 +51,7 @@ def ban_tokens(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
 
 def _ends_of_bad_words(draw: Draw) -> Iterator[int]:
     for word in draw.bad_words_ids:
-        begin = len(word) - 1
-        if begin <= len(draw.history) and draw.history[len(draw.history) - begin :] == word[:-1]:
+        if draw.history.tail(len(word) - 1) == word[:-1]:
             yield word[-1]
 
 
@@ -67,15 +67,12 @@ def add_bias(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
         logits_BV[rows_X, tokens_X] += torch.tensor([bias for _, (_, bias) in biases], device=logits_BV.device)
 
 
-def penalise(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
-    """Repetition penalty (Keskar et al. 2019, CTRL) of prompt and output, then frequency and presence of the output.
-
-    The counts are made anew from the history each time: nothing to keep right over preemptions and restarts.
-    """
-    rows = [row for row, draw in enumerate(draws) if _has_penalty(draw.params) and draw.history]
+def penalise(logits_BV: torch.Tensor, draws: Sequence[Draw], counts: TokenCounts) -> None:
+    """Repetition penalty (Keskar et al. 2019, CTRL) of prompt and output, then frequency and presence of the output."""
+    rows = [row for row, draw in enumerate(draws) if _has_penalty(draw.params) and draw.history.length]
     if not rows:
         return
-    entries = [_count(draws[row]) for row in rows]  # distinct tokens of each row, and how often the output has them
+    entries = [_penalised(draws[row], counts) for row in rows]
     sizes = [len(tokens) for tokens, _ in entries]
 
     def spread(values: Sequence[float]) -> torch.Tensor:
@@ -93,10 +90,14 @@ def penalise(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
     logits_BV[rows_X, tokens_X] = logits_X.float()
 
 
+def _penalised(draw: Draw, counts: TokenCounts) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, and how often each is in the output."""
+    tokens, numbers = counts.of(draw)
+    if draw.params.repetition_penalty == 1.0:  # the others do nothing to tokens that only the prompt has
+        output = np.flatnonzero(numbers)
+        return tokens[output], numbers[output]
+    return tokens, numbers
+
+
 def _has_penalty(params: SamplingParams) -> bool:
     return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
-
-
-def _count(draw: Draw) -> tuple[np.ndarray, np.ndarray]:
-    tokens, index = np.unique(np.array(draw.history, dtype=np.int64), return_inverse=True)
-    return tokens, np.bincount(index[draw.prompt_length :], minlength=len(tokens))

@@ -16,6 +16,7 @@ from tidewright.engine.plan import Draw, DrawnToken
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.logits import add_bias, ban_tokens, keep_allowed, penalise
 from tidewright.sampling.lots import exponentials
+from tidewright.sampling.token_counts import TokenCounts
 from tidewright.sampling.truncation import column, drop_unlikely, first_argmax, num_lots, race, top
 from tidewright.schema import SamplingParams
 
@@ -27,27 +28,35 @@ _DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 _GREEDY_BELOW = 1e-5
 
 
-def sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None = None) -> list[DrawnToken]:
-    """One token for each row; without `guided` no grammar is followed.
+def sample(
+    logits_BV: torch.Tensor,
+    draws: Sequence[Draw],
+    guided: GuidedDecoding | None = None,
+    counts: TokenCounts | None = None,
+) -> list[DrawnToken]:
+    """One token for each row; without `guided` no grammar is followed, without `counts` all histories are counted.
 
     A row that fails by its request's parameters has an error and ends that request; the others go on. Only rank 0
     samples, and the other ranks learn of the error with the tokens: all decide the same.
     """
+    counts = TokenCounts() if counts is None else counts
     try:
-        return _sample(logits_BV, draws, guided)
+        return _sample(logits_BV, draws, guided, counts)
     except _DEVICE_ERRORS:
         raise
     except Exception as error:
         log.exception("a batch could not be sampled; trying its rows one by one")
-        drawn = [_sample_alone(logits_BV[row : row + 1], draw, guided) for row, draw in enumerate(draws)]
+        drawn = [_sample_alone(logits_BV[row : row + 1], draw, guided, counts) for row, draw in enumerate(draws)]
         if len(drawn) > 1 and all(token.error for token in drawn):
             raise error from None  # nobody's parameters
         return drawn
 
 
-def _sample_alone(logits_1V: torch.Tensor, draw: Draw, guided: GuidedDecoding | None) -> DrawnToken:
+def _sample_alone(
+    logits_1V: torch.Tensor, draw: Draw, guided: GuidedDecoding | None, counts: TokenCounts
+) -> DrawnToken:
     try:
-        return _sample(logits_1V, [draw], guided)[0]
+        return _sample(logits_1V, [draw], guided, counts)[0]
     except _DEVICE_ERRORS:
         raise
     except Exception as error:
@@ -55,7 +64,9 @@ def _sample_alone(logits_1V: torch.Tensor, draw: Draw, guided: GuidedDecoding | 
         return DrawnToken(0, error=f"no token can be drawn with these sampling parameters ({cause})")
 
 
-def _sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None) -> list[DrawnToken]:
+def _sample(
+    logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None, counts: TokenCounts
+) -> list[DrawnToken]:
     """The order is: raw log-probabilities for the report; grammar, allowed ids, banned ids and bad words; bias;
     penalties; temperature; min_p, top_k, top_p, each of what the one before left; the draw.
     """
@@ -68,7 +79,7 @@ def _sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecodi
     errors = keep_allowed(logits_BV, draws) | errors
     ban_tokens(logits_BV, draws)
     add_bias(logits_BV, draws)
-    penalise(logits_BV, draws)
+    penalise(logits_BV, draws, counts)
 
     random = [row for row, draw in enumerate(draws) if draw.params.temperature >= _GREEDY_BELOW]
     if len(random) < len(draws):
@@ -80,8 +91,8 @@ def _sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecodi
 
     logprobs: list[list[TokenLogprob] | None] = [None] * len(draws)
     if logprobs_RV is not None:
-        counts = [draws[row].params.logprobs or 0 for row in wants_logprobs]
-        for row, entry in zip(wants_logprobs, _report(logprobs_RV, tokens_B[wants_logprobs], counts), strict=True):
+        widths = [draws[row].params.logprobs or 0 for row in wants_logprobs]
+        for row, entry in zip(wants_logprobs, _report(logprobs_RV, tokens_B[wants_logprobs], widths), strict=True):
             logprobs[row] = entry
     return [DrawnToken(tokens, logprobs[row], errors.get(row, "")) for row, tokens in enumerate(tokens_B.tolist())]
 
