@@ -1,0 +1,1 @@
+"""The NVIDIA GPU: kernels in the Triton language (the compiler, not the server)."""
