@@ -16,6 +16,7 @@ from helpers.exports import save_tokenizer
 from helpers.families import FAMILIES
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import EngineConfig, Submit
+from tidewright.engine.onnx_runner import OnnxRunner
 from tidewright.launch.export import export
 from tidewright.onnx_export.manifest import model_file
 from tidewright.onnx_export.session import OnnxDecoder
@@ -75,6 +76,23 @@ def test_greedy_tokens_are_those_of_transformers(model: Model, changes: dict[str
     # One of the two models ends its answers too soon to run out of blocks.
     if all(len(got) == TOKENS for got in tokens(outputs)):
         assert (stats.preemptions > 0) == ("max_model_len" in changes)
+
+
+def test_only_what_runs_has_a_past(model: Model) -> None:
+    """A preempted sequence is computed anew: what it had is not in the blocks that the pool counts any longer."""
+    made = engine(model, kv_cache_memory=str(84 * BYTES_PER_TOKEN), max_model_len=64)
+    for i, length in enumerate(LENGTHS):
+        assert made.submit(Submit(i, prompt(length, seed=length), greedy(ignore_eos=True))) is None
+    runner = made.runner
+    assert isinstance(runner, OnnxRunner)
+    while made.has_work:
+        made.step()
+        waiting = {sequence.request_id for sequence in made.scheduler._waiting}
+        assert not waiting & runner._past.keys()
+        assert not waiting & set(runner._together if runner._batch else ())
+        held = sum(past[0].shape[2] for past in runner._past.values())
+        assert held <= runner.num_blocks * made.config.block_size
+    assert made.stats().preemptions > 0
 
 
 def test_a_seeded_request_draws_the_same_alone_and_among_others(model: Model) -> None:

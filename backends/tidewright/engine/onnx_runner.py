@@ -60,8 +60,11 @@ class OnnxRunner:
     def run(self, plan: StepPlan) -> StepResult:
         self.guided.forget(plan.ended)
         self._counts.forget(plan.ended)
-        for request_id in plan.ended:
+        # The blocks of both are free again, so their pasts would be outside of `kv_cache_memory`.
+        for request_id in (*plan.ended, *plan.preempted):
             self._past.pop(request_id, None)
+            if request_id in self._together:
+                self._batch = None
         decoding = [
             planned
             for planned in plan.sequences
@@ -100,7 +103,7 @@ class OnnxRunner:
         which takes a run for each.
         """
         if planned.request_id in self._together:
-            self._batch = None  # it was preempted, and begins anew
+            self._batch = None  # it reads several tokens, alone
         past = self._past[planned.request_id] if planned.start else self._decoder.empty_past(1)
         sequence = self._decoder.join([past])
         rows: list[np.ndarray] = []
