@@ -232,8 +232,19 @@ def ask_to_join(address: str, hello: Hello | bytes, secret: bytes | None = None)
     return answer.message
 
 
-def test_who_does_not_belong_is_refused_and_the_group_still_comes_together(checkpoint: tuple[Path, Any]) -> None:
+def other_weights(model: Path, folder: Path) -> Path:
+    """A copy whose files have the same names and sizes."""
+    shutil.copytree(model, folder)
+    for file in folder.glob("*.safetensors"):
+        file.write_bytes(os.urandom(file.stat().st_size))
+    return folder
+
+
+def test_who_does_not_belong_is_refused_and_the_group_still_comes_together(
+    checkpoint: tuple[Path, Any], tmp_path: Path
+) -> None:
     model, version = model_fingerprint(checkpoint[0]), "0.1.0"
+    other = model_fingerprint(other_weights(checkpoint[0], tmp_path / "other"))
     with two_hosts(checkpoint[0]) as (started, address):
         assert "of another version than rank 0" in str(ask_to_join(address, b"\x00GET / HTTP/1.1"))
         # As a rank began before there was a handshake.
@@ -246,7 +257,7 @@ def test_who_does_not_belong_is_refused_and_the_group_still_comes_together(check
         assert "there is no rank 2: tensor_parallel_size is 2" in str(ask_to_join(address, Hello(2, version, model)))
         assert "there is no rank 0" in str(ask_to_join(address, Hello(0, version, model)))
         assert "rank 1 runs Tidewright 9.9" in str(ask_to_join(address, Hello(1, "9.9", model)))
-        assert "rank 1 has another model" in str(ask_to_join(address, Hello(1, version, "other")))
+        assert "rank 1 has another model" in str(ask_to_join(address, Hello(1, version, other)))
         with rank(address, 1, checkpoint[0]):
             hear_ready(started)
             assert len(tokens_of(started, [submit(1)])[1]) == 4
@@ -297,11 +308,15 @@ def test_a_rank_that_does_not_come_is_named_with_the_command_that_starts_it(chec
 def test_a_rank_that_can_t_load_its_weights_ends_the_start_with_its_reason(
     checkpoint: tuple[Path, Any], tmp_path: Path
 ) -> None:
-    """Of the same size, so that only reading it shows that it is broken."""
-    broken = shutil.copytree(checkpoint[0], tmp_path / "broken")
-    for file in broken.glob("*.safetensors"):
-        file.write_bytes(os.urandom(file.stat().st_size))
-    with two_hosts(checkpoint[0]) as (started, address), rank(address, 1, broken):
+    """Its files are broken where the fingerprint did not look."""
+    broken = other_weights(checkpoint[0], tmp_path / "broken")
+    program = (
+        "-c",
+        "import sys; from tidewright.distributed import rank\n"
+        f"rank.model_fingerprint = lambda folder: {model_fingerprint(checkpoint[0])!r}\n"
+        "sys.exit(rank.main())",
+    )
+    with two_hosts(checkpoint[0]) as (started, address), rank(address, 1, broken, program):
         assert "rank 1: " in (message := hear_failed(started))
         assert "not a readable safetensors file" in message
         assert started.exit_code() == 1

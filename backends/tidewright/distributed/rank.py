@@ -61,10 +61,10 @@ class Rank:
         self._host, self._own_address = host, own_address
         self._inbox: queue.SimpleQueue[FromLeader] = queue.SimpleQueue()
 
-    def run(self, rank: int, local_rank: int, model_dir: Path) -> int:
+    def run(self, rank: int, local_rank: int, model_dir: Path, fingerprint: str) -> int:
         """Returns the exit status."""
         end_when_silent(self._connection, LOST_PATIENCE)
-        self._send(Hello(rank, __version__, model_fingerprint(model_dir)))
+        self._send(Hello(rank, __version__, fingerprint))
         start_vital_thread("intake", self._listen, lambda cause: self._send(Failed(cause)))
         with importing_torch():
             importlib.import_module("tidewright.distributed.follower")  # a second that need not be spent later
@@ -132,6 +132,7 @@ def _run() -> int:
     signal_on_parent_death(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # when the ranks end is for rank 0 to say
     host, port = host_and_port(address)
+    fingerprint = model_fingerprint(model_dir)  # rank 0 has little patience once this one is connected
     try:
         secret = read_secret(secret_file) if secret_file else None
     except SecretFileError as error:
@@ -156,7 +157,7 @@ def _run() -> int:
     connected.settimeout(None)
     own_address, shared_file = connected.getsockname()[0], int(shared[0]) if shared else None
     started = Rank(Connection(connected.detach()), host, own_address, shared_file)
-    return started.run(int(rank), int(local_rank), Path(model_dir))
+    return started.run(int(rank), int(local_rank), Path(model_dir), fingerprint)
 
 
 if __name__ == "__main__":

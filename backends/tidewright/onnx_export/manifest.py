@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from tidewright.distributed.fingerprint import model_fingerprint
+from tidewright.distributed.fingerprint import files_fingerprint
 from tidewright.models.folder import eos_ids, read_json
 
 MANIFEST = "fallback.json"  # written last: its presence means "complete"
@@ -99,7 +99,7 @@ def read_source(folder: Path) -> Source:
     stamps = sorted((file.name, file.stat().st_mtime_ns) for file in files)
     return Source(
         folder=str(folder),
-        fingerprint=model_fingerprint(folder),
+        fingerprint=files_fingerprint(folder),
         stamp=hashlib.sha256(repr(stamps).encode()).hexdigest()[:32],
         tokenizer_sha256=tokenizer_sha256(folder),
         eos_token_ids=eos_ids(folder),
