@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +18,12 @@ from tidewright.attention.base import AttentionLayer, Rotation
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.cpu.attention import NativeCpuAttention
 from tidewright.devices.cpu.kernels import CpuKernels, kernels_of
+from tidewright.engine.plan import ScheduledSequence, StepPlan
+from tidewright.step.buffers import StepBuffers, StepLimits
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 30, 576, 1536, 9, 3, 64, 49152
 BLOCK_SIZE = 16
 CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class Tokens:
-    start: int
-    count: int
-    block_table: tuple[int, ...]
 
 
 def seconds(work: Callable[[], object], repeats: int) -> float:
@@ -107,23 +101,27 @@ def attention(dtype: torch.dtype, repeats: int) -> None:
         shape = (LAYERS, sequences * blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
         k_cache, v_cache = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
         common = shared // BLOCK_SIZE
-        spans = [
-            Tokens(start, count, (*range(common), *range(i * blocks + common, (i + 1) * blocks)))
-            for i in range(sequences)
-        ]
+        plan = StepPlan(
+            tuple(
+                ScheduledSequence(
+                    i, start, (0,) * count, (*range(common), *range(i * blocks + common, (i + 1) * blocks))
+                )
+                for i in range(sequences)
+            )
+        )
         total = sequences * count
         qkv = torch.randn(total, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=dtype)
         tables = (torch.randn(start + count, HEAD_DIM) for _ in range(2))
         rotation = Rotation(*tables, torch.arange(start, start + count).repeat(sequences))
         layer = AttentionLayer(HEAD_DIM**-0.5)
         times = []
-        for kind in (ReferenceAttention, NativeCpuAttention):
-            implementation = kind(BLOCK_SIZE, CPU)
-            metadata = implementation.prepare(spans)
+        batch = StepBuffers(StepLimits(sequences, total, blocks * BLOCK_SIZE, BLOCK_SIZE), CPU).fill(plan)
+        for implementation in (ReferenceAttention(BLOCK_SIZE, CPU), NativeCpuAttention()):
+            implementation.prepare(batch)
 
             def layers() -> None:
                 for keys, values in zip(k_cache, v_cache, strict=True):
-                    implementation.forward(qkv, rotation, keys, values, metadata, layer)
+                    implementation.forward(qkv, rotation, keys, values, batch, layer)
 
             times.append(seconds(layers, repeats))
         name = f"attention, {sequences} x ({start} + {count})" + (f", {shared} shared" if shared else "")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pytest
 import torch
 
 from helpers.rotation import no_rotation
+from helpers.step_batches import Tokens, batch_of, in_order
 from tidewright.attention.base import AttentionLayer
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.attention.registry import UnknownAttentionError, make_attention
@@ -18,13 +18,6 @@ from tidewright.attention.registry import UnknownAttentionError, make_attention
 KV_HEADS, HEAD_DIM, NUM_BLOCKS = 2, 8, 128
 CPU = torch.device("cpu")
 PLAIN = (AttentionLayer(scale=1 / math.sqrt(HEAD_DIM)),)
-
-
-@dataclass(frozen=True)
-class Tokens:
-    start: int
-    count: int
-    block_table: tuple[int, ...]
 
 
 def dense(
@@ -57,7 +50,7 @@ def check(
         # One block more than needed: a table may be longer than the context.
         table = tuple(free.pop() for _ in range((start + count) // block_size + 1))
         spans.append(Tokens(start, count, table))
-    spans.sort(key=ReferenceAttention(block_size, torch.device("cpu")).order)
+    spans = in_order(spans, block_size)
     shape = (NUM_BLOCKS, block_size, KV_HEADS, HEAD_DIM)
     k_cache_NSKD, v_cache_NSKD = (torch.full(shape, 1e4, dtype=torch.float64) for _ in range(2))
     queries, keys, values = [], [], []
@@ -74,10 +67,11 @@ def check(
     v = [v_CKD[span.start :] for span, v_CKD in zip(spans, values, strict=True)]
     attention = ReferenceAttention(block_size, CPU)
     before = k_cache_NSKD.clone()
-    metadata = attention.prepare(spans)
+    batch = batch_of(spans, block_size)
+    attention.prepare(batch)
     qkv_TXD = torch.cat([torch.cat(part) for part in (queries, k, v)], dim=1)
-    for layer in layers:  # all layers of a step share the metadata
-        out_THD = attention.forward(qkv_TXD, no_rotation(qkv_TXD), k_cache_NSKD, v_cache_NSKD, metadata, layer)
+    for layer in layers:  # all layers of a step share what was prepared
+        out_THD = attention.forward(qkv_TXD, no_rotation(qkv_TXD), k_cache_NSKD, v_cache_NSKD, batch, layer)
         expected = [
             dense(q_THD, k_CKD, v_CKD, span.start, layer)
             for span, q_THD, k_CKD, v_CKD in zip(spans, queries, keys, values, strict=True)
@@ -122,11 +116,17 @@ def test_windows_caps_and_scales_of_different_layers(window: int, softcap: float
         check(lengths, block_size=4, heads=heads, layers=layers)
 
 
+def prepared(spans: Sequence[Tokens]) -> ReferenceAttention:
+    attention = ReferenceAttention(4, CPU)
+    attention.prepare(batch_of(spans, 4))
+    return attention
+
+
 def test_a_window_that_hides_nothing_costs_no_mask() -> None:
-    prefill = ReferenceAttention(4, CPU).prepare([Tokens(0, 9, (0, 1, 2))]).prefills[0]
+    prefill = prepared([Tokens(0, 9, (0, 1, 2))]).prefills[0]
     assert prefill.is_plain(AttentionLayer(scale=1, window=9))
     assert not prefill.is_plain(AttentionLayer(scale=1, window=8))
-    decode = ReferenceAttention(4, CPU).prepare([Tokens(7, 1, (0, 1))]).decodes[0]
+    decode = prepared([Tokens(7, 1, (0, 1))]).decodes[0]
     assert decode.mask(None) is decode.mask(8)
     assert decode.mask(None) is not decode.mask(7)
     assert decode.mask(7) is decode.mask(7)
@@ -134,8 +134,8 @@ def test_a_window_that_hides_nothing_costs_no_mask() -> None:
 
 def test_decodes_of_very_different_length_do_not_share_a_call() -> None:
     spans = [Tokens(start, 1, tuple(range(start // 4 + 1))) for start in (0, 2, 8, 20, 23, 200)]
-    groups = ReferenceAttention(4, CPU).prepare(spans).decodes
-    assert [group.rows for group in groups] == [slice(0, 2), slice(2, 3), slice(3, 5), slice(5, 6)]
+    groups = prepared(spans).decodes
+    assert [group.rows_B.tolist() for group in groups] == [[0, 1], [2], [3, 4], [5]]
     assert [tuple(group.blocks_BM.shape) for group in groups] == [(2, 1), (1, 3), (2, 6), (1, 51)]
 
 

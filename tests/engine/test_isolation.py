@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.step_batches import sample
 from tidewright.engine.plan import Draw, History
 from tidewright.sampling import sampler
 from tidewright.sampling.guided import GuidedDecoding
-from tidewright.sampling.sampler import sample
 from tidewright.schema import SamplingParams
 
 VOCAB = 500
@@ -59,7 +59,7 @@ def test_a_device_that_fails_is_nobodys_fault(monkeypatch: pytest.MonkeyPatch, e
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(sampler, "add_bias", fail)
+    monkeypatch.setattr(sampler, "_choose", fail)
     with pytest.raises(type(error)):
         sample(torch.zeros(2, VOCAB), [draw(1, SamplingParams(seed=1)), draw(2, SamplingParams(seed=1))])
 
@@ -68,7 +68,7 @@ def test_what_fails_for_all_is_nobodys_fault(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sampler, "add_bias", fail)
+    monkeypatch.setattr(sampler, "_choose", fail)
     with pytest.raises(ZeroDivisionError):
         sample(torch.zeros(2, VOCAB), [draw(1, SamplingParams(seed=1)), draw(2, SamplingParams(seed=1))])
 

@@ -27,7 +27,7 @@ def test_a_plan_carries_tokens_and_blocks() -> None:
     scheduler.add(sequence(1, 5))
     planned = step(scheduler)[0].sequences[0]
     assert planned.token_ids == (1, 2, 3, 4, 5)
-    assert planned.block_table == (0, 1)
+    assert planned.new_blocks == (0, 1)
     assert [draw.position for draw in planned.draws] == [5]
     assert step(scheduler, token=8)[0].sequences[0].token_ids == (7,)
 

@@ -159,14 +159,14 @@ def test_whoever_is_preempted_makes_room_for_a_more_important_one_in_the_same_st
             if arrival.step == now:
                 params = {"max_tokens": arrival.max_tokens, "priority": arrival.priority, "ignore_eos": True}
                 scheduler.add(sequence(request_id, arrival.prompt, arrival.common, **params))
-        tables = {running.request_id: len(running.block_table) for running in scheduler._running}
+        running = {each.request_id for each in scheduler._running}
         free, before = pool.num_free, preemptions(scheduler)
         plan = scheduler.schedule()
-        victims = tables.keys() - {running.request_id for running in scheduler._running}
+        victims = running - {each.request_id for each in scheduler._running}
         assert len(victims) == preemptions(scheduler) - before
         if victims:
-            admitted = [request_id for request_id in ids(plan) if request_id not in tables]
-            fresh = sum(len(planned.block_table) - tables.get(planned.request_id, 0) for planned in plan.sequences)
+            admitted = [request_id for request_id in ids(plan) if request_id not in running]
+            fresh = sum(len(planned.new_blocks) for planned in plan.sequences)
             # What the victims had was used: for one that is more important, or for more blocks than were free.
             assert admitted or fresh > free
             assert all(priorities[victim] > priorities[winner] for victim in victims for winner in admitted)

@@ -15,7 +15,7 @@ def test_equal_prompts_of_one_step_share_their_blocks() -> None:
     scheduler.add(sequence(2, 10))
     plan, outputs = step(scheduler)
     assert shape(plan) == [(1, 0, 10, True), (2, 8, 2, True)]
-    first, second = (planned.block_table for planned in plan.sequences)
+    first, second = (planned.new_blocks for planned in plan.sequences)
     assert first[:2] == second[:2]
     assert first[2] != second[2]
     assert [output.cached_tokens for output in outputs] == [0, 8]

@@ -36,15 +36,20 @@ class FakeModel:
         self._block_size = block_size
         self._salts = salts
         self._cells: dict[tuple[int, int], tuple[str | None, tuple[int, ...]]] = {}
+        self._tables: dict[int, list[int]] = {}
 
     def run(self, plan: StepPlan) -> StepResult:
         # All of a step is written before any of it is read, as in each layer of the real model; in any order.
+        for planned in plan.sequences:
+            table = self._tables.setdefault(planned.request_id, [])
+            assert planned.first_block in (0, len(table))
+            table[planned.first_block :] = planned.new_blocks
         for planned in reversed(plan.sequences):
             self._write(planned)
         return StepResult(tuple(self._read(planned) for planned in plan.sequences))
 
     def _cell(self, planned: ScheduledSequence, position: int) -> tuple[int, int]:
-        return planned.block_table[position // self._block_size], position % self._block_size
+        return self._tables[planned.request_id][position // self._block_size], position % self._block_size
 
     def _write(self, planned: ScheduledSequence) -> None:
         for position, token in enumerate(planned.token_ids, start=planned.start):

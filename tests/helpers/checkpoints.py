@@ -77,10 +77,9 @@ def logits(runner: ModelRunner, ids: list[int], chunk: int) -> torch.Tensor:
     with torch.inference_mode():
         for start in range(0, len(ids), chunk):
             span = ScheduledSequence(0, start, tuple(ids[start : start + chunk]), table)
-            positions_T = torch.arange(start, start + span.count)
-            metadata = runner._attention.prepare([span])
-            hidden_TE = runner.model(torch.tensor(span.token_ids), positions_T, runner.kv_cache, metadata)
-            parts.append(runner.model.logits(hidden_TE))
+            batch = runner._buffers.fill(StepPlan((span,)))
+            runner._attention.prepare(batch)
+            parts.append(runner.model.logits(runner.model(batch, runner.kv_cache)))
     return torch.cat(parts)
 
 

@@ -62,7 +62,7 @@ def test_logits_of_every_position(tmp_path: Path, name: str) -> None:
     ids = prompt(120, seed=1)
     with torch.inference_mode():
         wanted_TV = model(torch.tensor([ids])).logits[0]
-    ours_TV = logits(ModelRunner(engine_config(tmp_path)), ids, chunk=120)
+    ours_TV = logits(ModelRunner(engine_config(tmp_path, max_batched_tokens=120)), ids, chunk=120)
     torch.testing.assert_close(ours_TV, wanted_TV, rtol=1e-4, atol=1e-4)
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.step_batches import sample
 from tidewright.engine.messages import SequenceOutput, Submit
 from tidewright.engine.plan import Draw
 from tidewright.sampling.grammar_compiler import Compiled, GrammarCompiler
 from tidewright.sampling.guided import GuidedDecoding
-from tidewright.sampling.sampler import sample
 from tidewright.schema import SamplingParams
 
 PATIENCE = 20.0  # seconds

@@ -14,11 +14,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
+from helpers.step_batches import sample
 from helpers.watched_list import WatchedList
 from tidewright.engine.plan import Draw, History
 from tidewright.sampling.grammar import GrammarError, check_grammar
 from tidewright.sampling.guided import GuidedDecoding
-from tidewright.sampling.sampler import sample
 from tidewright.schema import MAX_GRAMMAR_LENGTH, SamplingParams
 
 VOCAB = 49_280  # the tokenizer has 128 fewer

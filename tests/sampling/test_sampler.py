@@ -9,11 +9,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from helpers.sampling_oracle import changed_logits, chi_square, chi_square_limit, distribution, kept_tokens
+from helpers.step_batches import columns, sample
 from tidewright.engine.plan import Draw, DrawnToken, History
 from tidewright.sampling import truncation
 from tidewright.sampling.logits import penalise
 from tidewright.sampling.lots import exponentials
-from tidewright.sampling.sampler import prompt_logprobs, sample
+from tidewright.sampling.sampler import prompt_logprobs
 from tidewright.sampling.token_counts import TokenCounts
 from tidewright.sampling.truncation import drop_unlikely, first_argmax, num_lots, race, top
 from tidewright.schema import SamplingParams
@@ -116,10 +117,10 @@ def test_probabilities_do_not_depend_on_the_batch_by_a_single_bit() -> None:
     params = [SamplingParams(**p) for p in FEATURES if not {"bad_words", "banned"} & p.keys()]
     probs_BV = logits(len(params), 3, 49152).softmax(-1)
     together_BV = probs_BV.clone()
-    drop_unlikely(together_BV, params)
+    drop_unlikely(together_BV, columns(params))
     for row, p in enumerate(params):
         alone_1V = probs_BV[row : row + 1].clone()
-        drop_unlikely(alone_1V, [p])
+        drop_unlikely(alone_1V, columns([p]))
         assert torch.equal(alone_1V[0], together_BV[row])
 
 
@@ -177,7 +178,7 @@ def test_filters_keep_what_a_slow_filter_keeps(data: st.DataObject, vocab: int) 
         ordered = np.sort(probs * (kept_tokens(probs, SamplingParams(top_k=p.top_k, min_p=p.min_p))))[::-1]
         assume(p.top_p == 1 or not np.isclose(ordered.cumsum(), p.top_p * ordered.sum(), rtol=1e-5, atol=0).any())
     result_RV = probs_RV.clone()
-    drop_unlikely(result_RV, params)
+    drop_unlikely(result_RV, columns(params))
     for probs, result, p in zip(probs_RV.numpy(), result_RV.numpy(), params, strict=True):
         np.testing.assert_array_equal(result, probs * kept_tokens(probs.astype(np.float64), p))
 
@@ -185,16 +186,16 @@ def test_filters_keep_what_a_slow_filter_keeps(data: st.DataObject, vocab: int) 
 def test_how_far_the_filters_look_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     params = [SamplingParams(**p) for p in FEATURES if not {"bad_words", "banned"} & p.keys()]
     looked, sorted_RV = (logits(len(params), 5, LARGE_VOCAB).softmax(-1) for _ in range(2))
-    drop_unlikely(looked, params)
+    drop_unlikely(looked, columns(params))
     monkeypatch.setattr(truncation, "_WINDOWS", (1,))
-    drop_unlikely(sorted_RV, params)
+    drop_unlikely(sorted_RV, columns(params))
     assert torch.equal(looked, sorted_RV)
 
 
 def test_equals_that_reach_beyond_the_first_window_count_for_top_p() -> None:
     weights = np.repeat([4.0, 1.0, 0.1], [100, 300, 600])
     probs_1V = torch.tensor(weights / weights.sum(), dtype=torch.float32)[None]
-    drop_unlikely(probs_1V, [SamplingParams(top_k=120, top_p=0.7)])
+    drop_unlikely(probs_1V, columns([SamplingParams(top_k=120, top_p=0.7)]))
     assert int((probs_1V > 0).sum()) == 400
 
 
@@ -318,9 +319,9 @@ def test_tiny_temperatures_are_greedy(temperature: float) -> None:
 def test_logits_that_are_no_numbers_give_a_token_and_hurt_no_neighbour(params: dict, value: float) -> None:
     logits_BV = logits(2)
     (alone,) = sample(logits_BV[1:].clone(), [draw()])
-    for columns in (slice(None), slice(3, 5)):
+    for tokens in (slice(None), slice(3, 5)):
         broken_BV = logits_BV.clone()
-        broken_BV[0, columns] = value
+        broken_BV[0, tokens] = value
         first, second = sample(broken_BV, [draw(**params), draw()])
         assert 0 <= first.token_id < VOCAB
         assert second == alone

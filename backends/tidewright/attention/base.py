@@ -5,24 +5,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-Metadata = TypeVar("Metadata")
-
-
-class Span(Protocol):
-    """`count` new tokens of one sequence, from position `start`; block_table[i] holds positions i*S … i*S+S-1."""
-
-    @property
-    def start(self) -> int: ...
-    @property
-    def count(self) -> int: ...
-    @property
-    def block_table(self) -> tuple[int, ...]: ...
+from tidewright.step.batch import StepBatch
 
 
 @dataclass(frozen=True)
@@ -59,19 +46,11 @@ class Rotation:
         return self._made[dtype]
 
 
-class Attention(ABC, Generic[Metadata]):
-    """Rotation of queries and keys, and causal grouped-query attention over a paged cache.
+class Attention(ABC):
+    """Rotation of queries and keys, and causal grouped-query attention over a paged cache."""
 
-    `prepare` runs once a step and does all the bookkeeping, so that `forward`, once a layer, is tensor work only.
-    """
-
-    def order(self, span: Span) -> tuple[Any, ...]:
-        """Sort key: single tokens first, short contexts before long, so that similar work lies side by side."""
-        return span.count > 1, len(span.block_table)
-
-    @abstractmethod
-    def prepare(self, spans: Sequence[Span]) -> Metadata:
-        """`spans` in the order in which their tokens lie in the step, by `order`."""
+    def prepare(self, batch: StepBatch) -> None:  # noqa: B027 - only some have something to do
+        """Runs once a step, before `forward` of the first layer: for what all layers share."""
 
     @abstractmethod
     def forward(
@@ -80,7 +59,7 @@ class Attention(ABC, Generic[Metadata]):
         rotation: Rotation,
         k_cache_NSKD: torch.Tensor,
         v_cache_NSKD: torch.Tensor,
-        metadata: Metadata,
+        batch: StepBatch,
         layer: AttentionLayer,
     ) -> torch.Tensor:
         """Takes the heads of q, k and v side by side, q and k not yet rotated.

@@ -4,21 +4,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
 
 import torch
 import torch.nn.functional as F
 
-from tidewright.attention.base import Attention, AttentionLayer, Rotation, Span
+from tidewright.attention.base import Attention, AttentionLayer, Rotation
+from tidewright.step.batch import StepBatch
 
 
 @dataclass(frozen=True)
 class _DecodeGroup:
     """Single-token sequences of similar length, attended to in one padded call (M blocks each)."""
 
-    rows: slice  # of the step's tokens
+    rows_B: torch.Tensor  # of the step's tokens
     blocks_BM: torch.Tensor
     contexts_B: torch.Tensor
     width: int  # tokens in M blocks
@@ -69,37 +68,26 @@ def _narrower(window: int | None, context: int) -> int | None:
     return None if window is None or window >= context else window
 
 
-@dataclass(frozen=True)
-class ReferenceMetadata:
-    slots_T: torch.Tensor  # where each new token's k and v go: block * block_size + offset
-    decodes: tuple[_DecodeGroup, ...]
-    prefills: tuple[_Prefill, ...]
-
-
-class ReferenceAttention(Attention[ReferenceMetadata]):
+class ReferenceAttention(Attention):
     def __init__(self, block_size: int, device: torch.device) -> None:
         self.block_size = block_size
         self.device = device
+        # Of the step.
+        self.decodes: list[_DecodeGroup] = []
+        self.prefills: list[_Prefill] = []
 
-    def prepare(self, spans: Sequence[Span]) -> ReferenceMetadata:
-        size = self.block_size
-        slots = [
-            span.block_table[position // size] * size + position % size
-            for span in spans
-            for position in range(span.start, span.start + span.count)
-        ]
+    def prepare(self, batch: StepBatch) -> None:
         # Contexts within a factor of two share a call: few calls, and at most half of one is padding.
-        decodes, first = [], 0
-        singles = (span for span in spans if span.count == 1)
-        for _, members in groupby(singles, key=lambda span: self._num_blocks(span).bit_length()):
-            group = list(members)
-            decodes.append(self._decode_group(group, first))
-            first += len(group)
-        prefills = []
-        for span in spans[first:]:
-            prefills.append(self._prefill(span, first))
-            first += span.count
-        return ReferenceMetadata(self._tensor(slots), tuple(decodes), tuple(prefills))
+        groups: dict[int, list[int]] = {}
+        spans = batch.host_spans_B4.tolist()
+        for index, (_, start, _, _) in enumerate(spans[: batch.num_decodes]):
+            groups.setdefault(self._num_blocks(start + 1).bit_length(), []).append(index)
+        self.decodes = [self._decode_group(batch, groups[size]) for size in sorted(groups)]
+        self.prefills = [
+            self._prefill(batch, index, first, start, count)
+            for index, (first, start, count, _) in enumerate(spans)
+            if index >= batch.num_decodes
+        ]
 
     def forward(
         self,
@@ -107,19 +95,19 @@ class ReferenceAttention(Attention[ReferenceMetadata]):
         rotation: Rotation,
         k_cache_NSKD: torch.Tensor,
         v_cache_NSKD: torch.Tensor,
-        metadata: ReferenceMetadata,
+        batch: StepBatch,
         layer: AttentionLayer,
     ) -> torch.Tensor:
         kv_heads = k_cache_NSKD.shape[2]
         # q and k lie side by side, so both turn in one go.
         qk_TXD, v_TKD = rotation.apply(qkv_TXD[:, :-kv_heads]), qkv_TXD[:, -kv_heads:]
         q_THD, k_TKD = qk_TXD[:, :-kv_heads], qk_TXD[:, -kv_heads:]
-        k_cache_NSKD.flatten(0, 1).index_copy_(0, metadata.slots_T, k_TKD)
-        v_cache_NSKD.flatten(0, 1).index_copy_(0, metadata.slots_T, v_TKD)
+        k_cache_NSKD.flatten(0, 1).index_copy_(0, batch.slots_T, k_TKD)
+        v_cache_NSKD.flatten(0, 1).index_copy_(0, batch.slots_T, v_TKD)
         out_THD = torch.empty_like(q_THD)
-        for group in metadata.decodes:
-            out_THD[group.rows] = _decode(q_THD[group.rows], k_cache_NSKD, v_cache_NSKD, group, layer)
-        for prefill in metadata.prefills:
+        for group in self.decodes:
+            out_THD[group.rows_B] = _decode(q_THD[group.rows_B], k_cache_NSKD, v_cache_NSKD, group, layer)
+        for prefill in self.prefills:
             rows = prefill.rows
             if prefill.blocks_M is None:
                 k_CKD, v_CKD = k_TKD[rows], v_TKD[rows]
@@ -130,32 +118,34 @@ class ReferenceAttention(Attention[ReferenceMetadata]):
             out_THD[rows] = _causal(q_THD[rows], k_CKD, v_CKD, mask_TC, layer)
         return out_THD
 
-    def _num_blocks(self, span: Span) -> int:
-        return -(-(span.start + span.count) // self.block_size)
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
 
-    def _decode_group(self, group: list[Span], first: int) -> _DecodeGroup:
-        width = max(self._num_blocks(span) for span in group)
-        tables = [list(span.block_table[: self._num_blocks(span)]) for span in group]
+    def _decode_group(self, batch: StepBatch, indices: list[int]) -> _DecodeGroup:
+        """Of the sequences with these numbers, whose rows have the same numbers."""
+        rows_B = torch.tensor(indices, device=self.device)
+        width = self._num_blocks(int(batch.host_spans_B4[indices, 1].max()) + 1)
+        blocks_BM = batch.tables_PM[batch.places_B[rows_B], :width].long()
+        contexts_B = batch.lengths_B[rows_B].long()
+        is_block_BM = torch.arange(width, device=self.device) * self.block_size < contexts_B[:, None]
         return _DecodeGroup(
-            rows=slice(first, first + len(group)),
+            rows_B=rows_B,
             # A row is padded with its own first block: what it reads there is masked, and finite.
-            blocks_BM=self._tensor([table + table[:1] * (width - len(table)) for table in tables]),
-            contexts_B=self._tensor([span.start + 1 for span in group]),
+            blocks_BM=torch.where(is_block_BM, blocks_BM, blocks_BM[:, :1]),
+            contexts_B=contexts_B,
             width=width * self.block_size,
         )
 
-    def _prefill(self, span: Span, first: int) -> _Prefill:
-        blocks = list(span.block_table[: self._num_blocks(span)]) if span.start else None
+    def _prefill(self, batch: StepBatch, index: int, first: int, start: int, count: int) -> _Prefill:
+        context = start + count
+        blocks_M = batch.tables_PM[batch.places_B[index], : self._num_blocks(context)].long() if start else None
         return _Prefill(
-            rows=slice(first, first + span.count),
-            start=span.start,
-            context=span.start + span.count,
-            blocks_M=None if blocks is None else self._tensor(blocks),
+            rows=slice(first, first + count),
+            start=start,
+            context=context,
+            blocks_M=blocks_M,
             device=self.device,
         )
-
-    def _tensor(self, values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
 
 def _read(cache_NSKD: torch.Tensor, blocks_M: torch.Tensor) -> torch.Tensor:

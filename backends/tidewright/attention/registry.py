@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -12,8 +11,8 @@ from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.cpu.attention import NativeCpuAttention
 from tidewright.devices.cpu.kernels import kernels_of
 
-_IMPLEMENTATIONS: dict[str, Callable[[int, torch.device], Attention[Any]]] = {
-    "native": NativeCpuAttention,
+_IMPLEMENTATIONS: dict[str, Callable[[int, torch.device], Attention]] = {
+    "native": lambda block_size, device: NativeCpuAttention(),
     "reference": ReferenceAttention,
 }
 
@@ -22,7 +21,7 @@ class UnknownAttentionError(ValueError):
     """The configuration names no attention implementation that there is, or none that works here."""
 
 
-def make_attention(name: str, block_size: int, device: torch.device, dtype: torch.dtype) -> Attention[Any]:
+def make_attention(name: str, block_size: int, device: torch.device, dtype: torch.dtype) -> Attention:
     """Raises UnknownAttentionError. "auto" takes the fastest that the device has for `dtype`."""
     native = device.type == "cpu" and kernels_of(dtype) is not None
     if name == "auto":

@@ -93,9 +93,10 @@ def lost_patience(config: EngineConfig) -> float:
 
 
 def plan_checksum(plan: StepPlan) -> int:
-    """Of all that decides what a step computes: tokens, positions and block tables."""
-    value = zlib.crc32(array("q", plan.ended).tobytes())
+    """Of all that decides what a step computes: tokens, positions, and the blocks that are new in the block tables."""
+    value = zlib.crc32(array("q", (*plan.ended, *plan.preempted)).tobytes())
     for planned in plan.sequences:
         head = (planned.request_id, planned.start, len(planned.draws), planned.embeds, planned.count)
-        value = zlib.crc32(array("q", (*head, *planned.token_ids, *planned.block_table)).tobytes(), value)
+        content = (*head, *planned.token_ids, planned.first_block, *planned.new_blocks)
+        value = zlib.crc32(array("q", content).tobytes(), value)
     return value

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from tidewright.devices.cpu.huge_pages import move_to_huge_pages
 from tidewright.devices.cpu.prefault import Prefaulter
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import EngineConfig, TokenLogprob
-from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
+from tidewright.engine.plan import DrawnToken, ScheduledSequence, StepPlan, StepResult
 from tidewright.engine.pooling import Pooler
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
@@ -27,6 +26,8 @@ from tidewright.models.registry import model_class
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.sampler import prompt_logprobs, sample
 from tidewright.sampling.token_counts import TokenCounts
+from tidewright.step.batch import StepBatch
+from tidewright.step.buffers import StepBuffers, StepLimits
 
 # Logits of a long prompt would take gigabytes at once.
 _LOGPROB_ROWS = 128
@@ -87,6 +88,8 @@ class ModelRunner:
         self._prefaulter = Prefaulter(self.kv_cache)
         self.sample_seconds = 0.0  # logits and sampling, of all steps
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
+        limits = StepLimits(config.max_running, config.max_batched_tokens, self.max_model_len, config.block_size)
+        self._buffers = StepBuffers(limits, self.device)
 
     @property
     def device_name(self) -> str:
@@ -104,33 +107,22 @@ class ModelRunner:
     def run(self, plan: StepPlan) -> StepResult:
         self.guided.forget(plan.ended)
         self._counts.forget(plan.ended)
-        spans = sorted(plan.sequences, key=self._attention.order)
-        token_ids = [token for span in spans for token in span.token_ids]
-        positions = [p for span in spans for p in range(span.start, span.start + span.count)]
-        newest_block = max((span.block_table[-1] for span in spans), default=0)
-        with self._prefaulter.step(newest_block):
-            hidden_TE = self.model(
-                self._tensor(token_ids), self._tensor(positions), self.kv_cache, self._attention.prepare(spans)
-            )
+        batch = self._buffers.fill(plan)
+        self._attention.prepare(batch)
+        with self._prefaulter.step(self._buffers.highest_block):
+            hidden_TE = self.model(batch, self.kv_cache)
             began = time.monotonic()
-            result = self._result(plan, spans, hidden_TE)
+            result = self._result(plan, batch, hidden_TE)
             self.sample_seconds += time.monotonic() - began
         return result
 
-    def _result(self, plan: StepPlan, spans: list[ScheduledSequence], hidden_TE: torch.Tensor) -> StepResult:
-        ends = accumulate(span.count for span in spans)
-        end_rows = {span.request_id: end for span, end in zip(spans, ends, strict=True)}
-        rows: list[int] = []
-        draws: list[Draw] = []
+    def _result(self, plan: StepPlan, batch: StepBatch, hidden_TE: torch.Tensor) -> StepResult:
         prompt: dict[int, tuple[list[TokenLogprob], ...]] = {}
-        for planned in plan.sequences:
-            end = end_rows[planned.request_id]
-            rows += range(end - len(planned.draws), end)
-            draws += planned.draws
+        for planned, end in zip(plan.sequences, batch.end_rows, strict=True):
             if planned.prompt_logprobs is not None:
                 prompt[planned.request_id] = self._prompt_logprobs(planned, hidden_TE[end - planned.count : end])
-        embeddings = self._pooler.embeddings(plan, end_rows, hidden_TE) if self._pooler else None
-        return StepResult.of(plan, self._sample(hidden_TE, rows, draws), prompt, embeddings)
+        embeddings = self._pooler.embeddings(plan, batch.end_rows, hidden_TE) if self._pooler else None
+        return StepResult.of(plan, self._sample(hidden_TE, batch), prompt, embeddings)
 
     def _prompt_logprobs(self, planned: ScheduledSequence, hidden_TE: torch.Tensor) -> tuple[list[TokenLogprob], ...]:
         entries: list[list[TokenLogprob]] = []
@@ -142,14 +134,11 @@ class ModelRunner:
                 entries += prompt_logprobs(logits_BV, some, planned.prompt_logprobs or 0)
         return tuple(entries)
 
-    def _sample(self, hidden_TE: torch.Tensor, rows: list[int], draws: list[Draw]) -> list[DrawnToken]:
-        if not draws:
+    def _sample(self, hidden_TE: torch.Tensor, batch: StepBatch) -> list[DrawnToken]:
+        if not len(batch.rows_R):
             return []
-        logits_BV = self.model.logits(hidden_TE[self._tensor(rows)])
-        return [] if logits_BV is None else sample(logits_BV, draws, self.guided, self._counts)
-
-    def _tensor(self, values: list[int]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+        logits_BV = self.model.logits(hidden_TE[batch.rows_R])
+        return [] if logits_BV is None else sample(logits_BV, batch.sampling, self.guided, self._counts)
 
 
 @contextmanager

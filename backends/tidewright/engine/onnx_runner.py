@@ -26,6 +26,7 @@ from tidewright.onnx_export.session import OnnxDecoder, Past, Sequences
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.sampler import prompt_logprobs, sample
 from tidewright.sampling.token_counts import TokenCounts
+from tidewright.step.sampling import SamplingBatch
 
 
 class OnnxRunner:
@@ -122,4 +123,6 @@ class OnnxRunner:
             assert len(planned.draws) <= 1  # without speculation
             draws += planned.draws
             rows += [logits[planned.request_id]] * len(planned.draws)
-        return sample(torch.from_numpy(np.stack(rows)), draws, self.guided, self._counts) if draws else []
+        if not draws:
+            return []
+        return sample(torch.from_numpy(np.stack(rows)), SamplingBatch.of(draws), self.guided, self._counts)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+import msgspec
+
 from tidewright.engine.messages import TokenLogprob
 from tidewright.schema import SamplingParams
 
@@ -37,8 +39,7 @@ class History:
 NO_HISTORY = History((), 0)
 
 
-@dataclass(frozen=True)
-class Draw:
+class Draw(msgspec.Struct, frozen=True, gc=False):
     """Choose the token at `position`; never one of `banned_ids`.
 
     `history` is filled only if `params.needs_history`.
@@ -52,30 +53,31 @@ class Draw:
     history: History = NO_HISTORY
 
 
-@dataclass(frozen=True)
-class ScheduledSequence:
+class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     """Compute `token_ids`, which stand at positions start, start + 1, …, and draw after the last of them.
 
     There are several draws when the last tokens are speculative: one after each of the last len(draws) tokens.
+    `new_blocks` continue the block table that the plans before this one gave; it begins anew with `first_block` 0,
+    when the sequence was admitted since. Block number i of a table holds positions i * S … i * S + S - 1.
     """
 
     request_id: int
     start: int
     token_ids: tuple[int, ...]
-    block_table: tuple[int, ...]
+    new_blocks: tuple[int, ...]
     draws: tuple[Draw, ...] = ()
     # Report log-probabilities of the prompt tokens that follow these ones: how many of the most likely, and which.
     prompt_logprobs: int | None = None
     next_prompt_ids: tuple[int, ...] = ()
     embeds: bool = False  # these tokens complete the prompt: its embedding is due
+    first_block: int = 0  # the number of the first of `new_blocks` in the block table
 
     @property
     def count(self) -> int:
         return len(self.token_ids)
 
 
-@dataclass(frozen=True)
-class StepPlan:
+class StepPlan(msgspec.Struct, frozen=True, gc=False):
     sequences: tuple[ScheduledSequence, ...]
     ended: tuple[int, ...] = ()  # requests that ended since the last plan: state kept for them can go
     preempted: tuple[int, ...] = ()  # for the sake of this one
@@ -85,21 +87,19 @@ class StepPlan:
         """For logs: without tokens, which are their callers'."""
         sequences = (
             f"request {one.request_id}: {one.count} tokens from {one.start}, {len(one.draws)} draws, "
-            f"blocks {list(one.block_table)}"
+            f"blocks {list(one.new_blocks)} from number {one.first_block}"
             for one in self.sequences
         )
         return f"{'; '.join(sequences)}; ended {list(self.ended)}"
 
 
-@dataclass(frozen=True)
-class DrawnToken:
+class DrawnToken(msgspec.Struct, frozen=True, gc=False):
     token_id: int
     logprobs: list[TokenLogprob] | None = None  # the chosen token's, then those of the most likely ones
     error: str = ""  # the request can't go on, and why; the token means nothing then
 
 
-@dataclass(frozen=True)
-class SequenceResult:
+class SequenceResult(msgspec.Struct, frozen=True, gc=False):
     """One entry for each draw of a scheduled sequence, and for each of its `next_prompt_ids`."""
 
     drawn: tuple[DrawnToken, ...] = ()
@@ -107,8 +107,7 @@ class SequenceResult:
     embedding: bytes | None = None  # if it was due
 
 
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(msgspec.Struct, frozen=True, gc=False):
     """One entry for each sequence of the plan, in the plan's order."""
 
     sequences: tuple[SequenceResult, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +18,11 @@ class Pooler:
         # For the mean: sum_E of the tokens so far, of prompts that are partly computed.
         self._sums: dict[int, torch.Tensor] = {}
 
-    def embeddings(self, plan: StepPlan, end_rows: Mapping[int, int], hidden_TE: torch.Tensor) -> dict[int, bytes]:
+    def embeddings(self, plan: StepPlan, end_rows: Sequence[int], hidden_TE: torch.Tensor) -> dict[int, bytes]:
         """Embeddings of the prompts that the step completes, as little-endian float32, by request.
 
         Args:
-            end_rows: for each request, the row after its last one in `hidden_TE`.
+            end_rows: for each sequence of the plan, the row after its last one in `hidden_TE`.
             hidden_TE: of the last layer, before the final norm.
         """
         for request_id in plan.ended:
@@ -34,18 +34,18 @@ class Pooler:
         if self._pooling == "mean":
             vectors_BE = torch.stack(means)
         else:
-            last_rows = [end_rows[request_id] - 1 for request_id in done]
+            pairs = zip(plan.sequences, end_rows, strict=True)
+            last_rows = [end - 1 for planned, end in pairs if planned.embeds]
             vectors_BE = self._norm(hidden_TE[last_rows]).float()
         if self._normalize:
             vectors_BE = F.normalize(vectors_BE, dim=-1)
         rows_BE = vectors_BE.cpu().numpy().astype("<f4")
         return {request_id: row_E.tobytes() for request_id, row_E in zip(done, rows_BE, strict=True)}
 
-    def _means(self, plan: StepPlan, end_rows: Mapping[int, int], normed_TE: torch.Tensor) -> list[torch.Tensor]:
+    def _means(self, plan: StepPlan, end_rows: Sequence[int], normed_TE: torch.Tensor) -> list[torch.Tensor]:
         """Of the prompts that the step completes. A chunk at position 0 begins anew, as after a preemption."""
         means: list[torch.Tensor] = []
-        for planned in plan.sequences:
-            end = end_rows[planned.request_id]
+        for planned, end in zip(plan.sequences, end_rows, strict=True):
             sum_E = normed_TE[end - planned.count : end].sum(dim=0)
             before_E = self._sums.pop(planned.request_id, None)
             if planned.start:

@@ -287,7 +287,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self._cache.free(sequence.block_table)
         sequence.block_table = []
-        sequence.num_computed = sequence.num_registered = 0
+        sequence.num_computed = sequence.num_registered = sequence.num_planned_blocks = 0
 
     def _take(self, sequence: Sequence, budget: int) -> ScheduledSequence:
         start = sequence.num_computed
@@ -301,17 +301,21 @@ class Scheduler:
         sequence.num_registered = self._cache.register(
             sequence.block_table, sequence.token_ids, end, sequence.chain, sequence.num_registered
         )
+        first_block = sequence.num_planned_blocks
+        new_blocks = tuple(sequence.block_table[first_block:])
+        sequence.num_planned_blocks += len(new_blocks)
         prompt_logprobs = sequence.sampling.prompt_logprobs
         wanted = prompt_logprobs is not None and not sequence.num_generated
         return ScheduledSequence(
             request_id=sequence.request_id,
             start=start,
             token_ids=tuple(token_ids),
-            block_table=tuple(sequence.block_table),
+            new_blocks=new_blocks,
             draws=tuple(draws),
             prompt_logprobs=prompt_logprobs if wanted else None,
             next_prompt_ids=tuple(sequence.prompt_token_ids[start + 1 : end + 1]) if wanted else (),
             embeds=self._config.embeds and end == sequence.num_known,
+            first_block=first_block,
         )
 
     def _drafts(self, sequence: Sequence, budget: int) -> list[int]:

@@ -22,6 +22,7 @@ class Sequence:
     token_ids: list[int] = field(init=False)  # the prompt and what was generated
     num_computed: int = field(init=False, default=0)  # tokens whose keys and values are in the cache
     block_table: list[int] = field(init=False, default_factory=list)
+    num_planned_blocks: int = field(init=False, default=0)  # of the block table, in plans so far
     num_registered: int = field(init=False, default=0)  # blocks that the prefix cache was told of
     cached_tokens: int | None = field(init=False, default=None)  # that the prefix cache had when it first ran
     prompt_logprobs: list[list[TokenLogprob]] = field(init=False, default_factory=list)

@@ -17,7 +17,7 @@ class GemmaLayer(LlamaLayer):
     is_plain = False
 
     def __init__(
-        self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, attention: Attention[Any]
+        self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, attention: Attention
     ) -> None:
         super().__init__(config, layer, group, attention)
         self.after_attention_norm = RMSNorm(config.hidden_size, config)

@@ -28,6 +28,7 @@ from tidewright.layers.tensor_parallel import (
 )
 from tidewright.models.config import DecoderConfig, LayerConfig
 from tidewright.models.ops import add_rms_norm, gelu_tanh_and_mul, rms_norm, silu_and_mul
+from tidewright.step.batch import StepBatch
 
 
 class RMSNorm(nn.Module):
@@ -52,7 +53,7 @@ class RMSNorm(nn.Module):
 
 class LlamaAttention(nn.Module):
     def __init__(
-        self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, attention: Attention[Any]
+        self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, attention: Attention
     ) -> None:
         super().__init__()
         self.attention = attention
@@ -83,7 +84,7 @@ class LlamaAttention(nn.Module):
         rotation: Rotation,
         k_cache_NSKD: torch.Tensor,
         v_cache_NSKD: torch.Tensor,
-        metadata: Any,
+        batch: StepBatch,
     ) -> torch.Tensor:
         qkv_TXD = self.qkv(x_TE)
         if self.q_norm and self.k_norm:
@@ -91,7 +92,7 @@ class LlamaAttention(nn.Module):
                 (self.qkv.num_heads, self.qkv.num_heads + self.qkv.num_kv_heads), dim=1
             )
             qkv_TXD = torch.cat((self.q_norm(q_THD), self.k_norm(k_TKD), v_TKD), dim=1)
-        out_THD = self.attention.forward(qkv_TXD, rotation, k_cache_NSKD, v_cache_NSKD, metadata, self.layer)
+        out_THD = self.attention.forward(qkv_TXD, rotation, k_cache_NSKD, v_cache_NSKD, batch, self.layer)
         return self.output(out_THD.flatten(1))
 
 
@@ -118,7 +119,7 @@ class LlamaLayer(nn.Module):
     is_plain = True  # its forward is the one below
 
     def __init__(
-        self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, attention: Attention[Any]
+        self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, attention: Attention
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config)
@@ -193,7 +194,7 @@ class LlamaForCausalLM(nn.Module):
     layer_class = LlamaLayer
 
     def __init__(
-        self, config: DecoderConfig, max_positions: int, group: TensorParallelGroup, attention: Attention[Any]
+        self, config: DecoderConfig, max_positions: int, group: TensorParallelGroup, attention: Attention
     ) -> None:
         super().__init__()
         self.config, self.group = config, group
@@ -244,13 +245,11 @@ class LlamaForCausalLM(nn.Module):
     def embed(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         return self.embedding(token_ids_T)
 
-    def forward(
-        self, token_ids_T: torch.Tensor, positions_T: torch.Tensor, kv_cache: KVCache, metadata: Any
-    ) -> torch.Tensor:
-        """Hidden states of the last layer. `metadata` is what the attention prepared for this step."""
-        x_TE = self.embed(token_ids_T)
+    def forward(self, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
+        """Hidden states of the last layer. The attention must be prepared for the batch."""
+        x_TE = self.embed(batch.token_ids_T)
         if len(x_TE) <= self.fused_rows:
-            indices = positions_T, metadata.slots_T, metadata.spans_B4, metadata.tables
+            indices = batch.positions_T, batch.slots_T, batch.spans_B4, batch.tables_PM
             step = LayerStep(x_TE, *indices, kv_cache.k_cache_LNSKD, kv_cache.v_cache_LNSKD)
             for fused_layer in self._fused_layers:
                 fused_layer.run(step)
@@ -258,10 +257,10 @@ class LlamaForCausalLM(nn.Module):
             return step.hidden()
 
         residual_TE: torch.Tensor | None = None
-        rotations = [rotary(positions_T) for rotary in self.rotaries]
+        rotations = [rotary(batch.positions_T) for rotary in self.rotaries]
         caches = zip(kv_cache.k_cache_LNSKD, kv_cache.v_cache_LNSKD, strict=True)
         for layer, rotary, (k_cache_NSKD, v_cache_NSKD) in zip(self.layers, self._rotary_of_layer, caches, strict=True):
-            x_TE, residual_TE = layer(x_TE, residual_TE, rotations[rotary], k_cache_NSKD, v_cache_NSKD, metadata)
+            x_TE, residual_TE = layer(x_TE, residual_TE, rotations[rotary], k_cache_NSKD, v_cache_NSKD, batch)
             self.layers_computed += 1
         assert residual_TE is not None  # there is at least one layer
         return x_TE + residual_TE

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from onnx import TensorProto
 
-from tidewright.attention.base import Attention, AttentionLayer, Rotation, Span
+from tidewright.attention.base import Attention, AttentionLayer, Rotation
 from tidewright.onnx_export.symbols import ROWS, Graph, Symbol
+from tidewright.step.batch import StepBatch
 
 # Not -inf: a row of padding sees nothing, and the standard makes NaN of the softmax of nothing, which would spread
 _HIDDEN = np.float32(-1e30)
@@ -57,11 +57,10 @@ class Step:
         return self.graph.one("Transpose", self.graph.one("Reshape", x_RXD, self.shapes[heads]), perm=[0, 2, 1, 3])
 
 
-class OnnxAttention(Attention[Step]):
-    """Takes names of past_key_values for the caches, and a `Step` for metadata."""
+class OnnxAttention(Attention):
+    """Takes names of past_key_values for the caches. A graph is made once, for all steps: `step` is what they share."""
 
-    def prepare(self, spans: Sequence[Span]) -> Step:
-        raise AssertionError("a graph is made once, for all steps")
+    step: Step
 
     def forward(
         self,
@@ -69,12 +68,13 @@ class OnnxAttention(Attention[Step]):
         rotation: Rotation,
         k_cache_NSKD: Any,
         v_cache_NSKD: Any,
-        metadata: Step,
+        batch: StepBatch,
         layer: AttentionLayer,
     ) -> Any:
-        graph, kv_heads = metadata.graph, metadata.kv_heads
+        step = self.step
+        graph, kv_heads = step.graph, step.kv_heads
         heads = qkv_TXD.shape[1] - 2 * kv_heads
-        q, k, v = (metadata.heads(x) for x in qkv_TXD.split([heads, kv_heads, kv_heads], 1))
+        q, k, v = (step.heads(x) for x in qkv_TXD.split([heads, kv_heads, kv_heads], 1))
         tables = (rotation.cos_PD, rotation.sin_PD, "position_ids")
         q, k = (graph.one("RotaryEmbedding", x, *tables) for x in (q, k))
         out_BHTD, key, value = graph.call(
@@ -82,14 +82,14 @@ class OnnxAttention(Attention[Step]):
             q,
             k,
             v,
-            metadata.mask(layer.window),
+            step.mask(layer.window),
             k_cache_NSKD,
             v_cache_NSKD,
             outputs=3,
             scale=layer.scale,
             softcap=layer.softcap or 0.0,
         )
-        metadata.present.append((key, value))
+        step.present.append((key, value))
         out_BTHD = graph.one("Transpose", out_BHTD, perm=[0, 2, 1, 3])
         head_dim = qkv_TXD.shape[2]
         return Symbol(graph, graph.one("Reshape", out_BTHD, np.array([-1, heads, head_dim])), (ROWS, heads, head_dim))

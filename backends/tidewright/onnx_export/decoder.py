@@ -26,15 +26,16 @@ def decoder_graph(architecture: type[LlamaForCausalLM], config: DecoderConfig, i
     Weights keep the names that the model class gives its parameters and buffers.
     """
     with torch.device("meta"):
-        model = architecture(config, config.max_positions, ALONE, OnnxAttention()).eval()
+        attention = OnnxAttention()
+        model = architecture(config, config.max_positions, ALONE, attention).eval()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     graph = Graph({id(tensor): name for name, tensor in tensors}, int8)
     layers = range(config.num_layers)
     past = [(f"past_key_values.{layer}.key", f"past_key_values.{layer}.value") for layer in layers]
-    step = Step(graph, config.num_kv_heads)
+    attention.step = step = Step(graph, config.num_kv_heads)
 
     rows = Symbol(graph, graph.one("Reshape", "input_ids", np.array([-1])), (ROWS,))
-    hidden_RE: Any = model(rows, None, _Past(past), step)
+    hidden_RE: Any = model(_Batch(rows), _Past(past))
     # Only the last token of each sequence goes through the head, which is the largest of all products.
     shape = graph.one("Concat", graph.one("Shape", "input_ids"), np.array([config.hidden_size]), axis=0)
     last_BE = graph.one("Gather", graph.one("Reshape", hidden_RE, shape), np.int64(-1), axis=1)
@@ -52,6 +53,13 @@ def decoder_graph(architecture: type[LlamaForCausalLM], config: DecoderConfig, i
     proto = helper.make_graph(graph.nodes, "decoder", inputs, outputs, list(graph.constants.values()))
     opsets = [helper.make_opsetid("", OPSET), *([helper.make_opsetid(DOMAIN, 1)] if int8 else [])]
     return helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="tidewright")
+
+
+class _Batch:
+    """Stands for the step's batch: OnnxAttention has names for all else."""
+
+    def __init__(self, token_ids: Symbol) -> None:
+        self.token_ids_T, self.positions_T = token_ids, None
 
 
 class _Past:

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.distributed.group import ALONE
+from tidewright.engine.plan import ScheduledSequence, StepPlan
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
 from tidewright.layers.loading import load_weights
 from tidewright.layers.tensor_parallel import PackableLinear
 from tidewright.models.families import read_config
 from tidewright.models.folder import read_json
 from tidewright.models.registry import model_class
+from tidewright.step.buffers import StepBuffers, StepLimits
 
 LONGEST = 256
 """Tokens that `logits` and `greedy` can see."""
 _CPU = torch.device("cpu")
-
-
-@dataclass(frozen=True)
-class _Span:
-    """Tokens of the one sequence that there is, which has one block to itself."""
-
-    start: int
-    count: int
-    block_table: tuple[int, ...] = (0,)
 
 
 class SourceModel:
@@ -42,6 +34,7 @@ class SourceModel:
         self.decoder = self.architecture(self.config, self.config.max_positions, ALONE, self._attention).eval()
         load_weights(folder, self.decoder.loaders(), self.decoder.ignored_weights())
         sizes = (self.config.num_layers, self.config.num_kv_heads, self.config.head_dim)
+        self._buffers = StepBuffers(StepLimits(1, longest, longest, longest), _CPU)
         self._cache = allocate_kv_cache(KVCacheShape(*sizes, longest, torch.float32), 1, _CPU)
 
     def pack(self) -> None:
@@ -53,10 +46,10 @@ class SourceModel:
     @torch.inference_mode()
     def logits(self, token_ids: list[int], start: int = 0) -> torch.Tensor:
         """logits_TV after each token; those before `start` are in the cache from the call before."""
-        span = _Span(start, len(token_ids))
-        positions_T = torch.arange(start, start + span.count)
-        metadata = self._attention.prepare([span])
-        logits_TV = self.decoder.logits(self.decoder(torch.tensor(token_ids), positions_T, self._cache, metadata))
+        # The one sequence that there is has one block to itself.
+        batch = self._buffers.fill(StepPlan((ScheduledSequence(0, start, tuple(token_ids), new_blocks=(0,)),)))
+        self._attention.prepare(batch)
+        logits_TV = self.decoder.logits(self.decoder(batch, self._cache))
         assert logits_TV is not None  # there is one rank
         return logits_TV
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from tidewright.engine.messages import TokenLogprob
@@ -17,8 +18,8 @@ from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.logits import add_bias, ban_tokens, keep_allowed, penalise
 from tidewright.sampling.lots import exponentials
 from tidewright.sampling.token_counts import TokenCounts
-from tidewright.sampling.truncation import column, drop_unlikely, first_argmax, num_lots, race, top
-from tidewright.schema import SamplingParams
+from tidewright.sampling.truncation import drop_unlikely, first_argmax, num_lots, race, top
+from tidewright.step.sampling import Columns, SamplingBatch
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ _GREEDY_BELOW = 1e-5
 
 def sample(
     logits_BV: torch.Tensor,
-    draws: Sequence[Draw],
+    batch: SamplingBatch,
     guided: GuidedDecoding | None = None,
     counts: TokenCounts | None = None,
 ) -> list[DrawnToken]:
@@ -41,12 +42,12 @@ def sample(
     """
     counts = TokenCounts() if counts is None else counts
     try:
-        return _sample(logits_BV, draws, guided, counts)
+        return _sample(logits_BV, batch, guided, counts)
     except _DEVICE_ERRORS:
         raise
     except Exception as error:
         log.exception("a batch could not be sampled; trying its rows one by one")
-        drawn = [_sample_alone(logits_BV[row : row + 1], draw, guided, counts) for row, draw in enumerate(draws)]
+        drawn = [_sample_alone(logits_BV[row : row + 1], draw, guided, counts) for row, draw in enumerate(batch.draws)]
         if len(drawn) > 1 and all(token.error for token in drawn):
             raise error from None  # nobody's parameters
         return drawn
@@ -56,7 +57,7 @@ def _sample_alone(
     logits_1V: torch.Tensor, draw: Draw, guided: GuidedDecoding | None, counts: TokenCounts
 ) -> DrawnToken:
     try:
-        return _sample(logits_1V, [draw], guided, counts)[0]
+        return _sample(logits_1V, SamplingBatch.of([draw], logits_1V.device), guided, counts)[0]
     except _DEVICE_ERRORS:
         raise
     except Exception as error:
@@ -65,29 +66,26 @@ def _sample_alone(
 
 
 def _sample(
-    logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None, counts: TokenCounts
+    logits_BV: torch.Tensor, batch: SamplingBatch, guided: GuidedDecoding | None, counts: TokenCounts
 ) -> list[DrawnToken]:
     """The order is: raw log-probabilities for the report; grammar, allowed ids, banned ids and bad words; bias;
     penalties; temperature; min_p, top_k, top_p, each of what the one before left; the draw.
     """
-    logits_BV = logits_BV.to(torch.float32, copy=True)  # the caller's stay as they are
+    draws = batch.draws
+    logits_BV = logits_BV.to(torch.float32, copy=not batch.is_plain)  # the caller's stay as they are
+    if batch.is_plain:
+        return [DrawnToken(token) for token in _choose(logits_BV, batch).tolist()]
     wants_logprobs = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
     # Before any change: logprobs tell what the model said.
     logprobs_RV = logits_BV[wants_logprobs].log_softmax(dim=-1) if wants_logprobs else None
 
     errors = guided.mask(logits_BV, draws) if guided is not None else {}
-    errors = keep_allowed(logits_BV, draws) | errors
+    errors = keep_allowed(logits_BV, draws) | errors | batch.errors
     ban_tokens(logits_BV, draws)
     add_bias(logits_BV, draws)
     penalise(logits_BV, draws, counts)
 
-    random = [row for row, draw in enumerate(draws) if draw.params.temperature >= _GREEDY_BELOW]
-    if len(random) < len(draws):
-        tokens_B = first_argmax(logits_BV)
-        if random:
-            tokens_B[random] = _draw(logits_BV[random], [draws[row] for row in random])
-    else:
-        tokens_B = _draw(logits_BV, draws)
+    tokens_B = _choose(logits_BV, batch)
 
     logprobs: list[list[TokenLogprob] | None] = [None] * len(draws)
     if logprobs_RV is not None:
@@ -97,26 +95,35 @@ def _sample(
     return [DrawnToken(tokens, logprobs[row], errors.get(row, "")) for row, tokens in enumerate(tokens_B.tolist())]
 
 
-def _draw(logits_RV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+def _choose(logits_BV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """The most likely token of each row, or one drawn at random, as its temperature says."""
+    random = np.flatnonzero(batch.host.temperature >= _GREEDY_BELOW).tolist()
+    if len(random) == len(logits_BV):
+        return _draw(logits_BV, batch.host, batch.device)
+    tokens_B = first_argmax(logits_BV)
+    if random:
+        tokens_B[random] = _draw(logits_BV[random], batch.host[random], batch.device[random])
+    return tokens_B
+
+
+def _draw(logits_RV: torch.Tensor, host: Columns[np.ndarray], params: Columns[torch.Tensor]) -> torch.Tensor:
+    """`host` has the same numbers as `params`, to decide by without waiting for the device."""
     # The maximum goes first: a small temperature must not overflow.
     scaled_RV = logits_RV - logits_RV.amax(dim=-1, keepdim=True)
-    probs_RV = scaled_RV.div_(column([draw.params.temperature for draw in draws], scaled_RV)).softmax(dim=-1)
-    filtered = [row for row, draw in enumerate(draws) if _is_filtered(draw.params)]
+    probs_RV = scaled_RV.div_(params.temperature[:, None]).softmax(dim=-1)
+    filtered = np.flatnonzero((host.top_k > 0) | (host.top_p < 1.0) | (host.min_p > 0.0)).tolist()
     if filtered:
-        kept_RV = probs_RV if len(filtered) == len(draws) else probs_RV[filtered]
-        drop_unlikely(kept_RV, [draws[row].params for row in filtered])
+        kept_RV = probs_RV if len(filtered) == len(probs_RV) else probs_RV[filtered]
+        drop_unlikely(kept_RV, params if kept_RV is probs_RV else params[filtered])
         if kept_RV is not probs_RV:
             probs_RV[filtered] = kept_RV
-    lots_RE = exponentials([(draw.params.seed or 0, draw.position) for draw in draws], num_lots(probs_RV.shape[1]))
+    seeds_and_positions = list(zip(host.seed.tolist(), host.position.tolist(), strict=True))
+    lots_RE = exponentials(seeds_and_positions, num_lots(probs_RV.shape[1]))
     tokens_R, valid_R = race(probs_RV, torch.from_numpy(lots_RE).to(probs_RV.device))
     if not valid_R.all():
         # NaN, infinity, or nothing but bans: no distribution, but a token of the vocabulary all the same.
         tokens_R = torch.where(valid_R, tokens_R, first_argmax(logits_RV))
     return tokens_R
-
-
-def _is_filtered(params: SamplingParams) -> bool:
-    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
 def prompt_logprobs(logits_BV: torch.Tensor, token_ids: Sequence[int], count: int) -> tuple[list[TokenLogprob], ...]:

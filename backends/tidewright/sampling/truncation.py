@@ -5,23 +5,17 @@ Everything here looks at one row at a time in effect: a row's outcome is the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 from torch.nn.functional import pad
 
-from tidewright.schema import SamplingParams
+from tidewright.step.sampling import Columns
 
 # Rows are cut into blocks of so many tokens; sums and maxima of blocks narrow a search down.
 _BLOCK = 64
 # So many of the most likely tokens are looked at until they settle which ones stay; the first nearly always do.
 # After these: all.
 _WINDOWS = (128, 4096)
-
-
-def column(values: Sequence[float], like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-    return torch.tensor(values, dtype=dtype or like.dtype, device=like.device)[:, None]
 
 
 def first_argmax(values_RV: torch.Tensor) -> torch.Tensor:
@@ -45,29 +39,28 @@ def top(values_RV: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor
     return values_RW, best_RW.gather(1, found_RW // _BLOCK) * _BLOCK + found_RW % _BLOCK
 
 
-def drop_unlikely(probs_RV: torch.Tensor, params: Sequence[SamplingParams]) -> None:
+def drop_unlikely(probs_RV: torch.Tensor, params: Columns[torch.Tensor]) -> None:
     """Sets to 0 what min_p, then top_k of what that left, then top_p of what that left, drop."""
     lowest_R1 = _lowest_kept(probs_RV, params)
     # A mask of floats: one of booleans takes three times as long.
     probs_RV *= torch.ge(probs_RV, lowest_R1, out=torch.empty_like(probs_RV))
 
 
-def _lowest_kept(probs_RV: torch.Tensor, params: Sequence[SamplingParams]) -> torch.Tensor:
+def _lowest_kept(probs_RV: torch.Tensor, params: Columns[torch.Tensor]) -> torch.Tensor:
     """The lowest probability that stays, [R, 1].
 
     It is a probability, not a set of tokens: equals at the edge all stay, and the tokens keep their order.
     """
-    min_p_R1 = column([p.min_p for p in params], probs_RV)
-    lowest_R1 = min_p_R1 * probs_RV.amax(dim=-1, keepdim=True)
-    unsettled = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1.0]
+    lowest_R1 = params.min_p[:, None] * probs_RV.amax(dim=-1, keepdim=True)
+    unsettled = ((params.top_k > 0) | (params.top_p < 1.0)).nonzero()[:, 0].tolist()
+    num_rows = len(probs_RV)
     vocab_size = probs_RV.shape[1]
     for width in (*(w for w in _WINDOWS if w < vocab_size), vocab_size):
         if not unsettled:
             break
-        some_RV = probs_RV if len(unsettled) == len(params) else probs_RV[unsettled]
+        some_RV = probs_RV if len(unsettled) == num_rows else probs_RV[unsettled]
         sorted_RW = top(some_RV, width)[0] if width == _WINDOWS[0] else _sort(some_RV)[:, :width]
-        chosen = [params[row] for row in unsettled]
-        found_R1, settled_R = _lowest_in_window(sorted_RW, lowest_R1[unsettled], chosen, width == vocab_size)
+        found_R1, settled_R = _lowest_in_window(sorted_RW, lowest_R1[unsettled], params[unsettled], width == vocab_size)
         done = settled_R.tolist()
         lowest_R1[[row for row, ok in zip(unsettled, done, strict=True) if ok]] = found_R1[settled_R]
         unsettled = [row for row, ok in zip(unsettled, done, strict=True) if not ok]
@@ -75,12 +68,11 @@ def _lowest_kept(probs_RV: torch.Tensor, params: Sequence[SamplingParams]) -> to
 
 
 def _lowest_in_window(
-    sorted_RW: torch.Tensor, min_p_edge_R1: torch.Tensor, params: Sequence[SamplingParams], is_all: bool
+    sorted_RW: torch.Tensor, min_p_edge_R1: torch.Tensor, params: Columns[torch.Tensor], is_all: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`_lowest_kept` as far as a row's highest probabilities tell, and [R] whether they do."""
     width = sorted_RW.shape[1]
-    top_k_R1 = column([p.top_k if p.top_k > 0 else 0 for p in params], sorted_RW, torch.int64)
-    top_p_R1 = column([p.top_p for p in params], sorted_RW, torch.float64)
+    top_k_R1, top_p_R1 = params.top_k.clamp(min=0)[:, None], params.top_p[:, None]
     kth_R1 = sorted_RW.gather(1, (top_k_R1 - 1).clamp(0, width - 1))
     edge_R1 = torch.where((top_k_R1 > 0) & (top_k_R1 <= width), torch.maximum(kth_R1, min_p_edge_R1), min_p_edge_R1)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.rotation import no_rotation
+from helpers.step_batches import Tokens, batch_of, in_order
 from tidewright.attention.base import AttentionLayer
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.attention.registry import UnknownAttentionError, make_attention
@@ -19,13 +19,6 @@ from tidewright.devices.cpu.attention import NativeCpuAttention
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("all_cores")
-
-
-@dataclass(frozen=True)
-class Tokens:
-    start: int
-    count: int
-    block_table: tuple[int, ...]
 
 
 class Step:
@@ -52,7 +45,7 @@ class Step:
                 common = min(lengths[begin][0], lengths[i][0]) // block_size
                 table = spans[begin].block_table[:common] + spans[i].block_table[common:]
                 spans[i] = Tokens(spans[i].start, spans[i].count, table)
-        self.spans, self.block_size = sorted(spans, key=NativeCpuAttention(block_size, CPU).order), block_size
+        self.spans, self.block_size = in_order(spans, block_size), block_size
 
         def new(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator).to(dtype)
@@ -61,11 +54,12 @@ class Step:
         self.q_THD, self.k_TKD, self.v_TKD = self.qkv_TXD.split([kv_heads * group, kv_heads, kv_heads], dim=1)
         self.k_cache_NSKD, self.v_cache_NSKD = (new(num_blocks, block_size, kv_heads, size) for _ in range(2))
 
-    def run(self, kind: type[NativeCpuAttention] | type[ReferenceAttention], layer: AttentionLayer) -> torch.Tensor:
-        attention = kind(self.block_size, CPU)
+    def run(self, name: str, layer: AttentionLayer) -> torch.Tensor:
+        attention = make_attention(name, self.block_size, CPU, self.qkv_TXD.dtype)
         caches = self.k_cache_NSKD.clone(), self.v_cache_NSKD.clone()
-        metadata = attention.prepare(self.spans)
-        out_THD = attention.forward(self.qkv_TXD, no_rotation(self.qkv_TXD), *caches, metadata, layer)
+        batch = batch_of(self.spans, self.block_size)
+        attention.prepare(batch)
+        out_THD = attention.forward(self.qkv_TXD, no_rotation(self.qkv_TXD), *caches, batch, layer)
         k_cache_NSKD, v_cache_NSKD = self.stored()
         assert torch.equal(caches[0], k_cache_NSKD)
         assert torch.equal(caches[1], v_cache_NSKD)
@@ -104,7 +98,7 @@ class Step:
 
 
 def check(step: Step, layer: AttentionLayer) -> None:
-    out_THD, exact_THD = step.run(NativeCpuAttention, layer), step.dense(layer)
+    out_THD, exact_THD = step.run("native", layer), step.dense(layer)
     error = (out_THD.double() - exact_THD).abs()
     rounding = exact_THD.abs() * torch.finfo(out_THD.dtype).eps / 2
     assert (error <= rounding * 1.01 + 3e-5).all()
@@ -150,10 +144,10 @@ def test_same_as_the_reference(seed: int, dtype: torch.dtype) -> None:
     rng = random.Random(seed)
     lengths = [(rng.choice([0, 3, 40, 500]), rng.choice([1, 1, 1, 2, 7, 90])) for _ in range(8)]
     step, layer = Step(lengths, 16, 3, 3, 64, dtype), AttentionLayer(scale=64**-0.5)
-    expected_THD = step.run(ReferenceAttention, layer)
+    expected_THD = step.run("reference", layer)
     # In bfloat16 torch rounds the weights, too.
     error = 1e-5 if dtype == torch.float32 else 4e-3
-    torch.testing.assert_close(step.run(NativeCpuAttention, layer), expected_THD, atol=error, rtol=0.016)
+    torch.testing.assert_close(step.run("native", layer), expected_THD, atol=error, rtol=0.016)
 
 
 shared_lengths = st.lists(
@@ -201,14 +195,14 @@ def test_a_sequence_gets_the_same_result_in_any_company_and_with_any_number_of_t
     layer = AttentionLayer(scale=0.125)
     lengths = [(700, 1), (5, 1), (600, 3), (0, 90), *[(530 + i, 1) for i in range(20)]]
     step = Step(lengths, 16, 3, 3, 64, dtype, shared=[(4, 24)])
-    together_THD = step.run(NativeCpuAttention, layer)
+    together_THD = step.run("native", layer)
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        assert torch.equal(step.run(NativeCpuAttention, layer), together_THD)
+        assert torch.equal(step.run("native", layer), together_THD)
     finally:
         torch.set_num_threads(threads)
-    attention, first = NativeCpuAttention(16, CPU), 0
+    attention, first = NativeCpuAttention(), 0
     for span in step.spans:
         rows = slice(first, first + span.count)
         first += span.count
@@ -217,7 +211,7 @@ def test_a_sequence_gets_the_same_result_in_any_company_and_with_any_number_of_t
             no_rotation(step.qkv_TXD[rows]),
             step.k_cache_NSKD,
             step.v_cache_NSKD,
-            attention.prepare([span]),
+            batch_of([span], 16),
             layer,
         )
         # In bfloat16 many rows may be summed by the matrix unit, in its own order: a rounding may fall otherwise.

@@ -1,0 +1,121 @@
+"""Persistent buffers of a step, and how a plan gets into them: what stays the same from step to step is not written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+
+from tidewright.engine.plan import StepPlan
+from tidewright.step.arena import Arena
+from tidewright.step.batch import StepBatch
+from tidewright.step.block_tables import BlockTables, tables_arrays
+from tidewright.step.sampling import SamplingColumns, sampling_arrays
+
+_INT, _LONG = np.dtype(np.int32), np.dtype(np.int64)
+
+
+@dataclass(frozen=True)
+class StepLimits:
+    """The scheduler's: they bound all buffers."""
+
+    max_running: int
+    max_batched_tokens: int
+    max_model_len: int
+    block_size: int
+
+
+class StepBuffers:
+    """Every plan has to pass through `fill`, in order: a plan carries only the blocks that are new since the last."""
+
+    def __init__(self, limits: StepLimits, device: torch.device, staged: bool | None = None) -> None:
+        """`staged`: host and device have memory of their own; by default, unless the device is the CPU."""
+        staged = device.type != "cpu" if staged is None else staged
+        tokens, block_size = limits.max_batched_tokens, limits.block_size
+        places = min(limits.max_running, tokens)
+        blocks = -(-limits.max_model_len // block_size)
+        arrays: dict[str, tuple[np.dtype, int]] = {
+            "token_ids": (_LONG, tokens),
+            "positions": (_LONG, tokens),
+            "slots": (_LONG, tokens),
+            "rows": (_LONG, tokens),
+            "places": (_LONG, places),
+            "lengths": (_INT, places),
+            "spans": (_INT, 4 * places),
+            # The tokens of a step fill so many blocks, and one more of each sequence whose last block was partly full.
+            **tables_arrays(-(-tokens // block_size) + places),
+            **sampling_arrays(tokens),
+        }
+        self._block_size = block_size
+        self._arena = Arena(arrays, device, staged)
+        self._tables = BlockTables(places, blocks, self._arena, device, staged)
+        self._sampling = SamplingColumns(places, self._arena)
+
+    @property
+    def highest_block(self) -> int:
+        """Of all blocks that sequences have used so far."""
+        return self._tables.highest_block
+
+    def fill(self, plan: StepPlan) -> StepBatch:
+        tables, sequences, host = self._tables, plan.sequences, self._arena.host
+        tables.begin((*plan.ended, *plan.preempted))
+        places_B = np.array([tables.place(planned) for planned in sequences], np.int64)
+        starts_B = np.array([planned.start for planned in sequences], np.int64)
+        counts_B = np.array([len(planned.token_ids) for planned in sequences], np.int64)
+
+        # From the plan's order to the batch's: single tokens first, and of each kind by table.
+        several_B = counts_B > 1
+        ranks_P = tables.ranks()
+        order_B = np.argsort(ranks_P[places_B] + several_B * len(ranks_P))
+        sorted_places_B, sorted_starts_B, sorted_counts_B = places_B[order_B], starts_B[order_B], counts_B[order_B]
+        sorted_ends_B = np.cumsum(sorted_counts_B)
+        ends_B = np.empty_like(sorted_ends_B)
+        ends_B[order_B] = sorted_ends_B
+
+        num_sequences = len(sequences)
+        spans_B4 = host["spans"].reshape(-1, 4)[:num_sequences]
+        spans_B4[:, 0] = sorted_ends_B - sorted_counts_B
+        spans_B4[:, 1] = sorted_starts_B
+        spans_B4[:, 2] = sorted_counts_B
+        spans_B4[:, 3] = sorted_places_B * tables.host_PM.shape[1]
+        host["places"][:num_sequences] = sorted_places_B
+        host["lengths"][:num_sequences] = sorted_starts_B + sorted_counts_B
+
+        token_ids = list(chain.from_iterable(sequences[i].token_ids for i in order_B.tolist()))
+        num_tokens, size = len(token_ids), self._block_size
+        host["token_ids"][:num_tokens] = token_ids
+        positions_T = host["positions"][:num_tokens]
+        positions_T[:] = _ranges(sorted_starts_B, sorted_counts_B)
+        blocks_T = tables.host_PM[np.repeat(sorted_places_B, sorted_counts_B), positions_T // size]
+        host["slots"][:num_tokens] = blocks_T.astype(np.int64) * size + positions_T % size
+
+        draws = [draw for planned in sequences for draw in planned.draws]
+        num_draws_B = np.array([len(planned.draws) for planned in sequences], np.int64)
+        host["rows"][: len(draws)] = _ranges(ends_B - num_draws_B, num_draws_B)
+        sampling = self._sampling.gather(draws, np.repeat(places_B, num_draws_B))
+
+        self._arena.upload()
+        tables.upload()
+        on_device = self._arena.device
+        return StepBatch(
+            token_ids_T=on_device["token_ids"][:num_tokens],
+            positions_T=on_device["positions"][:num_tokens],
+            slots_T=on_device["slots"][:num_tokens],
+            spans_B4=on_device["spans"].view(-1, 4)[:num_sequences],
+            places_B=on_device["places"][:num_sequences],
+            lengths_B=on_device["lengths"][:num_sequences],
+            tables_PM=tables.tables_PM,
+            rows_R=on_device["rows"][: len(draws)],
+            sampling=sampling,
+            host_spans_B4=spans_B4,
+            num_decodes=num_sequences - int(np.count_nonzero(several_B)),
+            end_rows=ends_B.tolist(),
+        )
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """start, start + 1, … of each pair, one after the other."""
+    before = np.cumsum(counts) - counts
+    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))

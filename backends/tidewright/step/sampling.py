@@ -1,0 +1,128 @@
+"""The sampling parameters of a step's rows as columns, where the device finds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+
+from tidewright.engine.plan import Draw
+from tidewright.schema import SamplingParams
+from tidewright.step.arena import Arena
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+_FLOAT, _DOUBLE, _INT = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64)
+# In the precision that the sampler computes with. All but the position are named as in SamplingParams.
+_TYPES: dict[str, np.dtype] = {
+    "temperature": _FLOAT,
+    "top_k": _INT,
+    "top_p": _DOUBLE,
+    "min_p": _FLOAT,
+    "repetition_penalty": _DOUBLE,
+    "presence_penalty": _DOUBLE,
+    "frequency_penalty": _DOUBLE,
+    "seed": _INT,
+    "position": _INT,
+}
+_OF_PARAMS = tuple(name for name in _TYPES if name != "position")
+
+
+@dataclass(frozen=True, eq=False)
+class Columns(Generic[Array]):
+    """One row for each token that is drawn."""
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    min_p: Array
+    repetition_penalty: Array
+    presence_penalty: Array
+    frequency_penalty: Array
+    seed: Array
+    position: Array  # of the token that is drawn
+
+    def __getitem__(self, rows: slice | list[int]) -> Columns[Array]:
+        return Columns(**{name: getattr(self, name)[rows] for name in _TYPES})
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingBatch:
+    """`host` and `device` hold the same numbers. `draws` has what no column can hold: grammars, bans, biases."""
+
+    draws: Sequence[Draw]
+    host: Columns[np.ndarray]
+    device: Columns[torch.Tensor]
+    is_plain: bool  # no row needs more than temperature, top_k, top_p, min_p, seed and position
+    errors: dict[int, str]  # by row: its parameters are none; the row's numbers mean nothing
+
+    @classmethod
+    def of(cls, draws: Sequence[Draw], device: torch.device | None = None) -> SamplingBatch:
+        """Made from scratch, for runners without persistent buffers."""
+        device = device or torch.device("cpu")
+        arena = Arena(sampling_arrays(len(draws)), device, staged=device.type != "cpu")
+        batch = SamplingColumns(len(draws), arena).gather(draws, np.arange(len(draws)))
+        arena.upload()
+        return batch
+
+
+def sampling_arrays(rows: int) -> Mapping[str, tuple[np.dtype, int]]:
+    """What SamplingColumns needs in the arena for up to `rows` draws in a step."""
+    return {f"sampling.{name}": (dtype, rows) for name, dtype in _TYPES.items()}
+
+
+class SamplingColumns:
+    """Keeps the parameters of running sequences, by place, and copies those of a step's rows into the arena.
+
+    A place's parameters are read when its sequence first draws; from then on a row costs the copy of nine numbers.
+    """
+
+    def __init__(self, places: int, arena: Arena) -> None:
+        self._of_place: dict[str, np.ndarray] = {name: np.zeros(places, _TYPES[name]) for name in _OF_PARAMS}
+        self._is_plain = np.zeros(places, bool)
+        self._params: list[SamplingParams | None] = [None] * places
+        self._errors: dict[int, str] = {}  # by place
+        self._host = Columns(**{name: arena.host[f"sampling.{name}"] for name in _TYPES})
+        self._device = Columns(**{name: arena.device[f"sampling.{name}"] for name in _TYPES})
+
+    def gather(self, draws: Sequence[Draw], places_R: np.ndarray) -> SamplingBatch:
+        """`places_R`: of the draws' sequences. The caller uploads the arena."""
+        for draw, place in zip(draws, places_R.tolist(), strict=True):
+            if self._params[place] is not draw.params:
+                self._read(place, draw.params)
+        rows = slice(0, len(draws))
+        host = self._host[rows]
+        for name, column in self._of_place.items():
+            np.take(column, places_R, out=getattr(host, name), mode="clip")
+        host.position[:] = [draw.position for draw in draws]
+        is_plain = bool(self._is_plain[places_R].all())
+        is_plain = is_plain and not any(draw.banned_ids or draw.bad_words_ids for draw in draws)
+        errors: dict[int, str] = {}
+        if self._errors:
+            errors = {row: self._errors[place] for row, place in enumerate(places_R.tolist()) if place in self._errors}
+        return SamplingBatch(draws, host, self._device[rows], is_plain and not errors, errors)
+
+    def _read(self, place: int, params: SamplingParams) -> None:
+        self._params[place] = params
+        self._errors.pop(place, None)
+        try:
+            self._write(place, params)
+        except Exception as error:  # validation let a number through that no column holds: it is this request's alone
+            self._write(place, SamplingParams())
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self._errors[place] = f"no token can be drawn with these sampling parameters ({cause})"
+
+    def _write(self, place: int, params: SamplingParams) -> None:
+        for name, column in self._of_place.items():
+            column[place] = getattr(params, name) or 0  # a seed may be None
+        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
+        self._is_plain[place] = (
+            penalties == (1.0, 0.0, 0.0)
+            and not params.guided
+            and not params.logit_bias
+            and params.allowed_token_ids is None
+            and params.logprobs is None
+        )
