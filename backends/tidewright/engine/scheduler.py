@@ -83,6 +83,7 @@ class Scheduler:
             stop_ids += self._config.eos_ids
         # A client may name ids that this vocabulary lacks: they never come, and can't be masked.
         sequence.stop_ids = frozenset(token for token in stop_ids if token < self._config.vocab_size)
+        sequence.longest = self._longest(sequence)
         sequence.order = (sequence.sampling.priority, self._arrivals)
         sequence.chain = HashChain(sequence.sampling.cache_salt, self._config.block_size)
         self._arrivals += 1
@@ -128,15 +129,17 @@ class Scheduler:
             sequence = self._running[index]
             # One token is left for each that runs behind this one.
             share = max(budget - (len(self._running) - index - 1), 1)
-            if not sequence.decodes:
+            decodes = sequence.decodes
+            if not decodes:
                 share = min(share, paced)
                 if not share:
                     index += 1  # in a later step
                     continue
-            scheduled.append(self._take(sequence, share))
-            budget -= scheduled[-1].count
-            if not sequence.decodes:
-                paced -= scheduled[-1].count
+            planned = self._take(sequence, share)
+            scheduled.append(planned)
+            budget -= planned.count
+            if not decodes:
+                paced -= planned.count
             admitting = admitting and self._preemptions == preemptions
             index += 1
         self._steps += 1
@@ -149,10 +152,12 @@ class Scheduler:
         outputs: list[SequenceOutput] = []
         for planned, computed in zip(plan.sequences, result.sequences, strict=True):
             sequence = self._by_id[planned.request_id]
-            drafts = planned.token_ids[planned.count - len(planned.draws) + 1 :] if planned.draws else ()
-            sequence.num_computed = planned.start + planned.count - len(drafts)
-            # After a preemption some come for a second time.
-            sequence.prompt_logprobs += computed.prompt_logprobs[len(sequence.prompt_logprobs) - planned.start :]
+            count, num_drafts = len(planned.token_ids), max(len(planned.draws) - 1, 0)
+            drafts = planned.token_ids[count - num_drafts :]
+            sequence.num_computed = planned.start + count - num_drafts
+            if computed.prompt_logprobs:
+                # After a preemption some come for a second time.
+                sequence.prompt_logprobs += computed.prompt_logprobs[len(sequence.prompt_logprobs) - planned.start :]
             if computed.drawn:
                 outputs.append(self._accept(sequence, drafts, computed))
             elif planned.embeds:
@@ -246,9 +251,9 @@ class Scheduler:
 
         The first never fails, for `_check` made sure that it fits into the pool alone: so there is always progress.
         """
-        needed = self._blocks(sequence.num_known) - len(sequence.block_table)
-        if needed <= 0:
+        if len(sequence.token_ids) <= len(sequence.block_table) * self._config.block_size:
             return True
+        needed = self._blocks(sequence.num_known) - len(sequence.block_table)
         if not self._make_room(index + 1, [], needed, lambda left, _: left >= 0):
             return False
         sequence.block_table += self._cache.take([], needed)
@@ -290,14 +295,15 @@ class Scheduler:
         sequence.num_computed = sequence.num_registered = sequence.num_planned_blocks = 0
 
     def _take(self, sequence: Sequence, budget: int) -> ScheduledSequence:
-        start = sequence.num_computed
-        end = min(sequence.num_known, start + budget)
-        token_ids = sequence.token_ids[start:end]
-        draws: list[Draw] = []
-        if end == sequence.num_known and not self._config.embeds:
-            drafts = self._drafts(sequence, budget - len(token_ids))
-            draws = [self._draw(sequence, drafts[:count]) for count in range(len(drafts) + 1)]
-            token_ids = token_ids + drafts
+        start, num_known = sequence.num_computed, len(sequence.token_ids)
+        end = min(num_known, start + budget)
+        token_ids = tuple(sequence.token_ids[start:end])
+        draws: tuple[Draw, ...] = ()
+        if end == num_known and not self._config.embeds:
+            draws = (self._draw(sequence, []),)
+            if drafts := self._drafts(sequence, budget - len(token_ids)):
+                draws += tuple(self._draw(sequence, drafts[:count]) for count in range(1, len(drafts) + 1))
+                token_ids += tuple(drafts)
         sequence.num_registered = self._cache.register(
             sequence.block_table, sequence.token_ids, end, sequence.chain, sequence.num_registered
         )
@@ -309,20 +315,22 @@ class Scheduler:
         return ScheduledSequence(
             request_id=sequence.request_id,
             start=start,
-            token_ids=tuple(token_ids),
+            token_ids=token_ids,
             new_blocks=new_blocks,
-            draws=tuple(draws),
+            draws=draws,
             prompt_logprobs=prompt_logprobs if wanted else None,
             next_prompt_ids=tuple(sequence.prompt_token_ids[start + 1 : end + 1]) if wanted else (),
-            embeds=self._config.embeds and end == sequence.num_known,
+            embeds=self._config.embeds and end == num_known,
             first_block=first_block,
         )
 
     def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
         """Guesses of the next tokens, as far as they cost nobody a token or a block."""
         config = self._config
+        if not config.speculative_tokens:
+            return []
         # A draw follows the last guess, and must not go beyond the last token.
-        count = min(config.speculative_tokens, budget, self._longest(sequence) - sequence.num_known - 1)
+        count = min(config.speculative_tokens, budget, sequence.longest - sequence.num_known - 1)
         if count <= 0 or sequence.sampling.guided:
             return []
         drafts = sequence.lookup.propose(sequence.token_ids, count)
@@ -334,15 +342,15 @@ class Scheduler:
         return drafts
 
     def _draw(self, sequence: Sequence, drafts: list[int]) -> Draw:
-        may_stop = sequence.num_generated + len(drafts) >= sequence.sampling.min_tokens
+        num_known, prompt_length = len(sequence.token_ids), len(sequence.prompt_token_ids)
+        may_stop = num_known - prompt_length + len(drafts) >= sequence.sampling.min_tokens
         history = NO_HISTORY
-        if sequence.sampling.needs_history:
-            prompt_length = len(sequence.prompt_token_ids)
-            history = History(sequence.token_ids, sequence.num_known, prompt_length, tuple(drafts))
+        if sequence.needs_history:
+            history = History(sequence.token_ids, num_known, prompt_length, tuple(drafts))
         return Draw(
             request_id=sequence.request_id,
             params=sequence.sampling,
-            position=sequence.num_known + len(drafts),
+            position=num_known + len(drafts),
             banned_ids=() if may_stop else tuple(sorted(sequence.stop_ids)),
             bad_words_ids=sequence.bad_words_ids,
             history=history,
@@ -351,8 +359,8 @@ class Scheduler:
     def _accept(self, sequence: Sequence, drafts: tuple[int, ...], computed: SequenceResult) -> SequenceOutput:
         """Appends the drawn tokens, up to and including the first that is not the one that was guessed.
 
-        What is drawn after a wrong guess answers a question that nobody asks; all before is what would have been drawn
-        without guessing, for a draw depends on the tokens before it and on nothing else.
+        Draws after a rejected draft are discarded; all before are what would have been drawn without guessing, for a
+        draw depends on the tokens before it and on nothing else.
         """
         first = sequence.num_generated == 0
         right = 0
@@ -403,4 +411,4 @@ class Scheduler:
     def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
         if sequence.token_ids[-1] in sequence.stop_ids:
             return "stop"
-        return "length" if sequence.num_known >= self._longest(sequence) else None
+        return "length" if len(sequence.token_ids) >= sequence.longest else None
