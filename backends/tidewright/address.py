@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ipaddress
 import re
 from urllib.parse import SplitResult, urlsplit
 
@@ -21,6 +23,13 @@ def host_and_port(text: str) -> tuple[str, int]:
     if not _is_port(found[2]):
         raise ValueError(f"{text!r} is not HOST:PORT: a port is 1 to {MAX_PORT}")
     return found[1].strip("[]"), int(found[2])
+
+
+def is_loopback(host: str) -> bool:
+    """Only this machine reaches it. A name other than localhost, which is not looked up, counts as reachable."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host.lower() == "localhost"
 
 
 def check_url(text: str, *schemes: str) -> SplitResult:

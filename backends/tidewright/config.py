@@ -72,7 +72,8 @@ class Settings(ResilienceSettings, BaseSettings):
     )
     rendezvous_secret_file: str = Field(
         "",
-        description="File with a secret, of 16 bytes or more, that ranks of other hosts must know. Empty: none.",
+        description="File with a secret, of 16 bytes or more, that ranks must know. Empty: none; only for a "
+        "rendezvous on the loopback.",
     )
     attention: Literal["auto", "native", "reference"] = Field(
         "auto", description="Attention implementation; auto takes the fastest that the device has."

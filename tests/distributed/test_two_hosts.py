@@ -32,11 +32,22 @@ from tidewright.schema import SamplingParams
 from tidewright.tokenization import Tokenizer
 
 RENDEZVOUS = "10.77.0.1:29400"
+SECRET, SECRET_VARIABLE = "a secret of some length", "TIDEWRIGHT_RENDEZVOUS_SECRET_FILE"
 GREEDY = {"temperature": 0.0, "seed": 0}
 LENGTH = 230  # of an answer that is disturbed, in tokens
 SEEDED = {"seed": 7, "top_p": 0.9, "frequency_penalty": 0.3}
 
 Model = tuple[Path, transformers.PreTrainedModel]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def secret_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of workers and settings that have no other one."""
+    file = tmp_path_factory.mktemp("secret") / "rendezvous"
+    file.write_text(SECRET)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SECRET_VARIABLE, str(file))
+        yield
 
 
 @pytest.fixture
@@ -56,6 +67,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 @contextmanager
 def rank_0(host: Host, folder: Path, **changes: Any) -> Iterator[EngineBridge]:
     values = {"tensor_parallel_size": 2, "nodes": 2, "rendezvous": RENDEZVOUS}
+    values["rendezvous_secret_file"] = os.environ[SECRET_VARIABLE]
     with host.inside(), engine_bridge() as started:
         started.begin(config(folder, **(values | changes)))
         yield started
@@ -265,7 +277,7 @@ def test_a_worker_waits_for_rank_0_and_says_once_that_it_can_t_be_reached(
 def test_a_worker_that_can_t_be_of_the_group_says_why_and_ends(
     hosts: tuple[Host, Host], model: Model, model_dir: Path, tmp_path: Path
 ) -> None:
-    def refusal(name: str, folder: Path, *options: str) -> str:
+    def reason_of(name: str, folder: Path, *options: str) -> str:
         with worker(hosts[1], tmp_path / name, RENDEZVOUS, folder, *options) as other:
             wait_for(lambda: other.process.poll() is not None)
             assert other.process.returncode == 1
@@ -274,46 +286,25 @@ def test_a_worker_that_can_t_be_of_the_group_says_why_and_ends(
         return reason
 
     with rank_0(hosts[0], model[0], tensor_parallel_size=6) as started:
-        assert "there is no rank 6: tensor_parallel_size is 6" in refusal("a", model[0], "--node-rank", "6")
-        assert "start the others with --ranks 3" in refusal("b", model[0], "--node-rank", "1")
-        assert "rank 3 has another model than rank 0" in refusal("c", model_dir, "--node-rank", "3")
+        assert "there is no rank 6: tensor_parallel_size is 6" in reason_of("a", model[0], "--node-rank", "6")
+        assert "start the others with --ranks 3" in reason_of("b", model[0], "--node-rank", "1")
+        assert "rank 3 has another model than rank 0" in reason_of("c", model_dir, "--node-rank", "3")
         started.process.kill()
 
 
-SECRET = "a secret of some length"
-
-
-@pytest.mark.parametrize(
-    ("of_rank_0", "of_worker", "told", "logged"),
-    [
-        (
-            SECRET,
-            "another secret of it",
-            "its rendezvous secret is not rank 0's; give both the same",
-            "is not rank 0's",
-        ),
-        (SECRET, "", "this rank has none; give it rank 0's by --rendezvous-secret-file", "this rank has none"),
-        ("", SECRET, "rank 0 has none; give rank 0 the same --rendezvous-secret-file", "rank 0 has none"),
-    ],
-)
 def test_a_worker_without_rank_0_s_secret_says_why_and_ends_and_the_next_one_joins(
-    hosts: tuple[Host, Host], model: Model, tmp_path: Path, of_rank_0: str, of_worker: str, told: str, logged: str
+    hosts: tuple[Host, Host], model: Model, tmp_path: Path
 ) -> None:
-    def options(name: str, secret: str) -> list[str]:
-        (tmp_path / name).write_text(secret + "\n")
-        return ["--rendezvous-secret-file", str(tmp_path / name)] if secret else []
-
-    file = (*options("of rank 0", of_rank_0), "")[1:2]
-    with rank_0(hosts[0], model[0], rendezvous_secret_file="".join(file)) as started:
-        wrong = ("--node-rank", "1", *options("of worker", of_worker))
+    (tmp_path / "another").write_text("another secret of it\n")
+    with rank_0(hosts[0], model[0]) as started:
+        wrong = ("--node-rank", "1", "--rendezvous-secret-file", str(tmp_path / "another"))
         with worker(hosts[1], tmp_path / "wrong", RENDEZVOUS, model[0], *wrong) as other:
             wait_for(lambda: other.process.poll() is not None)
             assert other.process.returncode == 1
         _, reason, error = other.said.splitlines()
-        assert told in reason
+        assert "its rendezvous secret is not rank 0's; give both the same" in reason
         assert error == "Error: a rank of this host can't join rank 0; the line above says why"
-        right = ("--node-rank", "1", *options("of worker", of_rank_0))
-        with worker(hosts[1], tmp_path / "right", RENDEZVOUS, model[0], *right):
+        with worker(hosts[1], tmp_path / "right", RENDEZVOUS, model[0]):
             hear_ready(started)
             assert len(tokens_of(started, [submit(1)])[1]) == 4
         started.process.kill()
@@ -321,7 +312,7 @@ def test_a_worker_without_rank_0_s_secret_says_why_and_ends_and_the_next_one_joi
         said = started.process.stderr.read().decode()
     assert SECRET not in said + other.said
     assert "a connection from 10.77.0.2 was refused: " in said
-    assert logged in said
+    assert "is not rank 0's" in said
 
 
 @pytest.mark.parametrize(
@@ -338,16 +329,27 @@ def test_a_secret_that_is_none_is_explained(tmp_path: Path, content: str | None,
     file = tmp_path / "secret"
     if content is not None:
         file.write_text(content)
+    assert problem.format(file) in refusal(command, "127.0.0.1:29400", str(file))
+
+
+@pytest.mark.parametrize("command", ["worker", "serve"])
+@pytest.mark.parametrize("address", ["10.77.0.1:29400", "some.host:29400"])
+def test_a_rendezvous_that_other_hosts_reach_needs_a_secret(command: str, address: str) -> None:
+    """At once, before a model is prepared."""
+    host = address.partition(":")[0]
+    assert f"the rendezvous {host} can be reached from other hosts" in refusal(command, address, "")
+
+
+def refusal(command: str, address: str, secret_file: str) -> str:
     own = ["--node-rank", "1"] if command == "worker" else ["--nodes", "2", "--tensor-parallel-size", "2"]
-    environment = {"TIDEWRIGHT_RENDEZVOUS_SECRET_FILE": str(file)}
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        result = CliRunner().invoke(main, [command, "--rendezvous", "127.0.0.1:29400", *own], env=environment)
+        result = CliRunner().invoke(main, [command, "--rendezvous", address, *own], env={SECRET_VARIABLE: secret_file})
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     assert result.exit_code == 1
-    assert problem.format(file) in result.stderr.replace("\n", "")
+    return result.stderr.replace("\n", "")
 
 
 @pytest.mark.parametrize("text", ["somewhere", "10.77.0.1:", "10.77.0.1:70000", "0.0.0.0:29400", "a..b:1"])

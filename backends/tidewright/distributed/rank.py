@@ -1,7 +1,8 @@
 """`python -m tidewright.distributed.rank HOST:PORT RANK LOCAL_RANK MODEL_DIR SECRET_FILE [SHARED_FD]`: a rank 1 … N-1.
 
 Started by rank 0 on its own host, and by `tidewright worker` on others. It lives as long as its connection to rank 0.
-SECRET_FILE has the rendezvous secret; empty: none. SHARED_FD is memory that all ranks share, if they are on one host.
+SECRET_FILE has the rendezvous secret; empty: none, for a rendezvous on the loopback. SHARED_FD is memory that all ranks
+share, if they are on one host.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from tidewright.distributed.rank_messages import (
     end_when_silent,
     lost_patience,
 )
-from tidewright.distributed.secret import SecretFileError, read_secret
+from tidewright.distributed.secret import SecretFileError, rendezvous_secret
 from tidewright.engine.messages import encode
 from tidewright.engine.torch_import import importing_torch
 from tidewright.engine.vital_thread import start_vital_thread
@@ -132,12 +133,12 @@ def _run() -> int:
     signal_on_parent_death(signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # when the ranks end is for rank 0 to say
     host, port = host_and_port(address)
-    fingerprint = model_fingerprint(model_dir)  # rank 0 has little patience once this one is connected
     try:
-        secret = read_secret(secret_file) if secret_file else None
+        secret = rendezvous_secret(secret_file, host)
     except SecretFileError as error:
         log.error("%s", error)
         return REFUSED
+    fingerprint = model_fingerprint(model_dir)  # rank 0 has little patience once this one is connected
     try:
         connected = socket.create_connection((host, port), timeout=5)
     except OSError as error:

@@ -35,7 +35,7 @@ from tidewright.distributed.rank_messages import (
     plan_checksum,
 )
 from tidewright.distributed.reception import Arrival, Reception
-from tidewright.distributed.secret import SecretFileError, read_secret
+from tidewright.distributed.secret import SecretFileError, rendezvous_secret
 from tidewright.engine.messages import EngineConfig, encode
 from tidewright.engine.plan import SequenceResult, StepPlan
 from tidewright.engine.vital_thread import start_vital_thread
@@ -57,7 +57,7 @@ class Ranks:
         """Starts the ranks of this host; they come up while rank 0 does.
 
         Raises:
-            RankError: the address of the rendezvous can't be had, or the secret not be read.
+            RankError: the address of the rendezvous can't be had, or there is no secret where one is needed.
         """
         self._config = config
         self._children: dict[int, subprocess.Popen[bytes]] = {}
@@ -71,7 +71,7 @@ class Ranks:
         self._closing = False
         name, port = config.rendezvous_address
         try:
-            secret = read_secret(config.rendezvous_secret_file) if config.rendezvous_secret_file else None
+            secret = rendezvous_secret(config.rendezvous_secret_file, name)
         except SecretFileError as error:
             raise RankError(str(error)) from None
         try:
@@ -177,9 +177,11 @@ class Ranks:
         if not remote:
             return message + " (0.8 start_timeout); see its log"
         node = remote[0] // self._config.local_ranks
+        secret_file = self._config.rendezvous_secret_file
         return (
             f"{message} (0.8 start_timeout); on host {node}: tidewright worker --rendezvous {self.address} "
             f"--node-rank {node} --ranks {self._config.local_ranks}"
+            + (f" --rendezvous-secret-file {secret_file}" if secret_file else "")
         )
 
     def _greet(self, arrival: Arrival, model: str) -> None:

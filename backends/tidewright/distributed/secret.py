@@ -1,14 +1,31 @@
-"""The secret that the ranks of several hosts share: read from its file. No torch."""
+"""The secret that the ranks of several hosts share: read from its file, and where it may be left out. No torch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from tidewright.address import is_loopback
+
 SHORTEST, LONGEST = 16, 4096  # bytes
 
 
 class SecretFileError(ValueError):
-    """The file holds no usable secret; the message names the file and says what to change."""
+    """There is no usable secret where one is needed; the message says what to change."""
+
+
+def rendezvous_secret(file: str, host: str) -> bytes | None:
+    """The secret in `file`. None if there is no file, and ranks come to `host` from this machine only.
+
+    Raises SecretFileError.
+    """
+    if file:
+        return read_secret(file)
+    if not is_loopback(host):
+        raise SecretFileError(
+            f"the rendezvous {host} can be reached from other hosts, so ranks must prove that they belong here: "
+            "give each host the same --rendezvous-secret-file, made with `openssl rand -hex 32`"
+        )
+    return None
 
 
 def read_secret(file: str | Path) -> bytes:

@@ -15,7 +15,8 @@ from rich.markup import escape
 
 from tidewright.config import CONFIG_FILE_VARIABLE, Settings
 from tidewright.config_file import as_file
-from tidewright.distributed.secret import SecretFileError, read_secret
+from tidewright.distributed.secret import SecretFileError, rendezvous_secret
+from tidewright.engine.messages import parse_rendezvous
 from tidewright.launch.client_commands import DEFAULT_URL
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.export_command import is_export, prepare_fallback
@@ -87,8 +88,8 @@ def _run(settings: Settings, terminal: Terminal) -> int:
     console = terminal.console
     try:
         started = time.monotonic()
-        if settings.rendezvous_secret_file:
-            read_secret(settings.rendezvous_secret_file)  # the engine does so again; a mistake shows at once
+        host = parse_rendezvous(settings.rendezvous)[0] if settings.rendezvous else "localhost"
+        rendezvous_secret(settings.rendezvous_secret_file, host)  # the engine does so again; a mistake shows at once
         model_dir = prepare(settings.model, console)
         if settings.fallback and not is_export(Path(settings.fallback)):
             source = settings.model if settings.fallback == "auto" else settings.fallback

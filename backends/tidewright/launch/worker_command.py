@@ -17,7 +17,7 @@ from rich.markup import escape
 from tidewright import logs
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.distributed.rank import REFUSED, UNREACHABLE
-from tidewright.distributed.secret import SecretFileError, read_secret
+from tidewright.distributed.secret import SecretFileError, rendezvous_secret
 from tidewright.engine.messages import parse_rendezvous
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.prepare import prepare
@@ -43,7 +43,7 @@ class _Stopped(BaseException):
     default="",
     metavar="FILE",
     envvar="TIDEWRIGHT_RENDEZVOUS_SECRET_FILE",
-    help="File with the secret that rank 0 was given. Empty: none.",
+    help="File with the secret that rank 0 was given. Empty: none, for a rendezvous on the loopback.",
 )
 @click.option("--model", default=EMBEDDED_MODEL, show_default=True, help="As given to `tidewright serve`.")
 @click.option(
@@ -74,17 +74,18 @@ def worker(
     """Compute a share of a model that another host serves, until Ctrl-C.
 
     Waits for the serving host, joins it, and does so again whenever it was lost. All hosts need the same version of
-    Tidewright and the same model, and reach each other on all ports. With --rendezvous-secret-file, rank 0 and the
-    ranks prove to each other that they know the same secret; what they say then is neither encrypted nor
-    authenticated, so it belongs on a private network.
+    Tidewright and the same model, and reach each other on all ports. Rank 0 and the ranks prove to each other that
+    they know the secret of --rendezvous-secret-file; what they say then is neither encrypted nor authenticated, so it
+    belongs on a private network.
 
     \b
     Example, one model over two hosts of four GPUs each:
+      both:    export TIDEWRIGHT_RENDEZVOUS_SECRET_FILE=/etc/tidewright/rendezvous
       host 0:  tidewright serve --tensor-parallel-size 8 --nodes 2 --rendezvous 10.0.0.1:29400
       host 1:  tidewright worker --rendezvous 10.0.0.1:29400 --node-rank 1 --ranks 4
     """
     try:
-        parse_rendezvous(rendezvous)
+        host, _ = parse_rendezvous(rendezvous)
     except ValueError as error:
         raise click.BadParameter(str(error), param_hint="--rendezvous") from None
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -92,8 +93,8 @@ def worker(
     terminal = Terminal("worker", log_format, log_level)
     os.environ.update({logs.FORMAT_VARIABLE: log_format, logs.LEVEL_VARIABLE: log_level})
     try:
-        if rendezvous_secret_file:
-            read_secret(rendezvous_secret_file)  # each rank does so again; a mistake shows before the model is prepared
+        # Each rank does so again; a mistake shows before the model is prepared.
+        rendezvous_secret(rendezvous_secret_file, host)
         folder = prepare(model, terminal.console)
         terminal.say(f"Waiting for rank 0 at {rendezvous}. Ctrl-C stops.", "note")
         numbers = range(node_rank * ranks, (node_rank + 1) * ranks)

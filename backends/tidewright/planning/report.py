@@ -42,7 +42,11 @@ class Report:
         if size > 1:
             flags["tensor-parallel-size"] = str(size)
         if nodes > 1:
-            flags |= {"nodes": str(nodes), "rendezvous": f"FIRST_HOST:{RENDEZVOUS_PORT}"}
+            flags |= {
+                "nodes": str(nodes),
+                "rendezvous": f"FIRST_HOST:{RENDEZVOUS_PORT}",
+                "rendezvous-secret-file": "SECRET_FILE",
+            }
         flags |= {
             "max-model-len": str(self.load.context),
             "max-running": str(self.plan.running),
