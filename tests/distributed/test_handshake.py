@@ -153,3 +153,13 @@ def test_one_that_hangs_up_in_the_middle_is_told_from_one_that_said_nothing() ->
     assert type(error) is HandshakeError
     error, _ = outcome(lambda frames: admit(frames, SECRET), lambda frames: None)
     assert isinstance(error, EOFError)
+
+
+def test_proofs_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+    compare = hmac.compare_digest
+    monkeypatch.setattr(
+        hmac, "compare_digest", lambda one, other: (compared.append((one, other)), compare(one, other))[1]
+    )
+    assert outcome(lambda frames: admit(frames, SECRET), lambda frames: introduce(frames, SECRET)) == [None, None]
+    assert [(len(one), one == other) for one, other in compared] == [(32, True)] * 2
