@@ -36,6 +36,10 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or extension modules would report at the exit what they think leaked
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     needs.add_marks(item)
 

@@ -1,0 +1,20 @@
+"""Every kernel compiles for sm_80, sm_90 and sm_100, without spills and within the card's shared memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_kernels_compile_for_each_architecture() -> None:
+    """In a process of its own, because this one may interpret kernels. The command fails if a kernel does not fit."""
+    command = [sys.executable, "-m", "benchmarks.gpu_kernels", "--tested"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    lines = done.stdout.splitlines()[1:]
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        found = {line[:20].strip() for line in lines if arch in line.split()}
+        assert {"attention: decode", "attention: combine", "attention: prefill"} <= found
