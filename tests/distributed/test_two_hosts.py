@@ -141,7 +141,7 @@ def ask(bridge: Bridge, sampling: dict[str, Any]) -> Caller:
 
 
 def tokens_so_far(caller: Caller) -> list[int]:
-    return [token for chunk in caller.chunks for piece in chunk.pieces for token in piece.token_ids]
+    return [token for response in caller.responses for delta in response.deltas for token in delta.token_ids]
 
 
 UNREACHABLE = "rank 1 can't be reached any longer"
