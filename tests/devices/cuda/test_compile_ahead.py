@@ -1,4 +1,4 @@
-"""Every kernel compiles for sm_80, sm_90 and sm_100, without spills and within the card's shared memory."""
+"""Every kernel compiles for sm_80, sm_90 and sm_100: no spills, shared memory within the card's, rounding as asked."""
 
 from __future__ import annotations
 
@@ -18,3 +18,5 @@ def test_kernels_compile_for_each_architecture() -> None:
     for arch in ("sm_80", "sm_90", "sm_100"):
         found = {line[:20].strip() for line in lines if arch in line.split()}
         assert {"attention: decode", "attention: combine", "attention: prefill"} <= found
+        assert {"rope and cache", "rms norm", "activation"} <= found
+        assert {f"sampling: {name}" for name in ("penalise", "weigh", "truncate", "race", "pick", "count")} <= found

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from tidewright.devices.cuda.launch import Launch
 
-REGISTRY = ("tidewright.devices.cuda.attention_variants",)
+REGISTRY = ("tidewright.devices.cuda.attention_variants", "tidewright.devices.cuda.fused_variants")
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Most bytes of one program, by architecture: A100; H100 and H200; B200."""
@@ -47,11 +47,15 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """Registers and stack bytes of one thread, shared bytes of one program. These kernels use a stack only to spill."""
+    """Registers and stack bytes of one thread, shared bytes of one program. These kernels use a stack only to spill.
+
+    `fused`: multiply-adds, if the launch asked for none.
+    """
 
     registers: int
     stack: int
     shared: int
+    fused: int = 0
 
     def complaints(self, arch: int) -> list[str]:
         """Empty if the kernel fits and does not spill."""
@@ -60,6 +64,8 @@ class Resources:
             found.append(f"spills {self.stack} bytes a thread")
         if self.shared > SHARED_MEMORY[arch]:
             found.append(f"takes {self.shared} bytes of shared memory, and sm_{arch} has {SHARED_MEMORY[arch]}")
+        if self.fused:
+            found.append(f"rounds {self.fused} products and sums together")
         return found
 
 
@@ -81,10 +87,11 @@ def compile_for(variant: Variant, arch: int) -> Resources:
     attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, dict(launch.constants), attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
-    return _resources(compiled.asm["cubin"], compiled.metadata.shared)
+    fused = 0 if launch.fuses else compiled.asm["ptx"].count("fma.rn")
+    return _resources(compiled.asm["cubin"], compiled.metadata.shared, fused)
 
 
-def _resources(cubin: bytes, shared: int) -> Resources:
+def _resources(cubin: bytes, shared: int, fused: int) -> Resources:
     """Shared memory is requested at launch, so the machine code does not state it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -92,7 +99,7 @@ def _resources(cubin: bytes, shared: int) -> Resources:
         command = [_cuobjdump(), "--dump-resource-usage", file.name]
         said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     numbers = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
-    return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared)
+    return Resources(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], shared, fused)
 
 
 def _cuobjdump() -> str:
