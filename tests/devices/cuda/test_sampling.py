@@ -18,11 +18,20 @@ from tidewright.schema import SamplingParams
 from tidewright.step.sampling import SamplingBatch
 
 with interpreted():
+    import triton
+    import triton.language as tl
+
     from tidewright.devices.cuda import sampling_kernels as kernels
     from tidewright.devices.cuda.launch import Launch, start
-    from tidewright.devices.cuda.lot_kernels import lots_kernel
+    from tidewright.devices.cuda.lot_kernels import lots_kernel, lots_of
     from tidewright.devices.cuda.sampling import DeviceCounts, sample, work_of
     from tidewright.devices.cuda.sampling_launch import CHUNK, Work, launches_of
+
+    @triton.jit
+    def lots_of_words_kernel(words_X, lots_X, COUNT: tl.constexpr):
+        places_X = tl.arange(0, COUNT)
+        tl.store(lots_X + places_X, lots_of(tl.load(words_X + places_X).to(tl.uint64, bitcast=True)))
+
 
 HISTORY = (3, 3, 5, 8, 13, 3, 5, 7, 7, 7)
 CPU = torch.device("cpu")
@@ -78,6 +87,17 @@ def test_words_and_lots_are_equal_to_the_bit() -> None:
     start(lots_kernel, (3, 4), Launch({"BLOCKS": 8}, 1, 1, fuses=False), words_RE, lots_RE, *columns, count)
     assert np.array_equal(words_RE.numpy().view(np.uint64), lots.words(rows, count))
     assert np.array_equal(lots_RE.numpy(), lots.exponentials(rows, count))
+
+
+def test_lots_at_the_ends_of_both_halves_of_a_word() -> None:
+    """Where k is greatest, v is 0 or rounds up to 1, and signs could matter."""
+    halves = np.array([0, 1, 2**8, 2**9, 2**10, 2**31 - 1, 2**31, 2**32 - 1], dtype=np.uint64)
+    low, high = (half.ravel() for half in np.meshgrid(halves, halves))
+    words_X = low | (high << np.uint64(32))
+    lots_X = torch.empty(64)
+    launch = Launch({"COUNT": 64}, 1, 1, fuses=False)
+    start(lots_of_words_kernel, (1,), launch, torch.from_numpy(words_X.view(np.int64)), lots_X)
+    assert np.array_equal(lots_X.numpy(), lots.of_words(words_X))
 
 
 def test_penalties_are_equal_to_the_bit() -> None:
@@ -163,6 +183,7 @@ def test_filters_keep_equals_at_their_edge_as_on_the_cpu() -> None:
     assert torch.equal(weights_RV >= edges_R[:, None], expected_RV > 0)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_logits_that_are_no_numbers_give_the_cpus_token_and_hurt_no_neighbour(value: float) -> None:
     logits_BV = logits(5, 200)
