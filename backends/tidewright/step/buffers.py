@@ -117,5 +117,8 @@ class StepBuffers:
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """start, start + 1, … of each pair, one after the other."""
+    total = int(counts.sum())
+    if total == len(counts) and counts.all():
+        return starts  # one each, as in most steps
     before = np.cumsum(counts) - counts
-    return np.repeat(starts - before, counts) + np.arange(int(counts.sum()))
+    return np.repeat(starts - before, counts) + np.arange(total)

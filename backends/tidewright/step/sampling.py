@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -51,13 +52,22 @@ class Columns(Generic[Array]):
 
 @dataclass(frozen=True, eq=False)
 class SamplingBatch:
-    """`host` and `device` hold the same numbers. `draws` has what no column can hold: grammars, bans, biases."""
+    """`draws` has what no column can hold: grammars, bans, biases."""
 
     draws: Sequence[Draw]
-    host: Columns[np.ndarray]
-    device: Columns[torch.Tensor]
+    all_host: Columns[np.ndarray]  # with more rows than there are draws
+    all_device: Columns[torch.Tensor]
     is_plain: bool  # no row needs more than temperature, top_k, top_p, min_p, seed and position
     errors: dict[int, str]  # by row: its parameters are none; the row's numbers mean nothing
+
+    @cached_property
+    def host(self) -> Columns[np.ndarray]:
+        """The same numbers as `device`."""
+        return self.all_host[: len(self.draws)]
+
+    @cached_property
+    def device(self) -> Columns[torch.Tensor]:
+        return self.all_device[: len(self.draws)]
 
     @classmethod
     def of(cls, draws: Sequence[Draw], device: torch.device | None = None) -> SamplingBatch:
@@ -77,7 +87,7 @@ def sampling_arrays(rows: int) -> Mapping[str, tuple[np.dtype, int]]:
 class SamplingColumns:
     """Keeps the parameters of running sequences, by place, and copies those of a step's rows into the arena.
 
-    A place's parameters are read when its sequence first draws; from then on a row costs the copy of nine numbers.
+    A place's parameters are read when its sequence first draws; while the same sequences draw, only positions change.
     """
 
     def __init__(self, places: int, arena: Arena) -> None:
@@ -85,25 +95,28 @@ class SamplingColumns:
         self._is_plain = np.zeros(places, bool)
         self._params: list[SamplingParams | None] = [None] * places
         self._errors: dict[int, str] = {}  # by place
+        self._gathered: np.ndarray = np.empty(0, np.int64)  # the places whose columns are in the arena
         self._host = Columns(**{name: arena.host[f"sampling.{name}"] for name in _TYPES})
         self._device = Columns(**{name: arena.device[f"sampling.{name}"] for name in _TYPES})
 
     def gather(self, draws: Sequence[Draw], places_R: np.ndarray) -> SamplingBatch:
         """`places_R`: of the draws' sequences. The caller uploads the arena."""
+        is_new = not np.array_equal(places_R, self._gathered)
         for draw, place in zip(draws, places_R.tolist(), strict=True):
             if self._params[place] is not draw.params:
                 self._read(place, draw.params)
-        rows = slice(0, len(draws))
-        host = self._host[rows]
-        for name, column in self._of_place.items():
-            np.take(column, places_R, out=getattr(host, name), mode="clip")
-        host.position[:] = [draw.position for draw in draws]
+                is_new = True
+        if is_new:
+            self._gathered = places_R
+            for name, column in self._of_place.items():
+                np.take(column, places_R, out=getattr(self._host, name)[: len(draws)], mode="clip")
+        self._host.position[: len(draws)] = [draw.position for draw in draws]
         is_plain = bool(self._is_plain[places_R].all())
         is_plain = is_plain and not any(draw.banned_ids or draw.bad_words_ids for draw in draws)
         errors: dict[int, str] = {}
         if self._errors:
             errors = {row: self._errors[place] for row, place in enumerate(places_R.tolist()) if place in self._errors}
-        return SamplingBatch(draws, host, self._device[rows], is_plain and not errors, errors)
+        return SamplingBatch(draws, self._host, self._device, is_plain and not errors, errors)
 
     def _read(self, place: int, params: SamplingParams) -> None:
         self._params[place] = params
