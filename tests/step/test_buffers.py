@@ -28,6 +28,7 @@ class Tables:
 
     def __init__(self) -> None:
         self.of_request: dict[int, list[int]] = {}
+        self.at_admission: dict[int, tuple[int, ...]] = {}
 
     def follow(self, plan: StepPlan) -> None:
         for request_id in (*plan.ended, *plan.preempted):
@@ -36,13 +37,14 @@ class Tables:
             table = self.of_request.setdefault(planned.request_id, [])
             assert planned.first_block in (0, len(table))
             table[planned.first_block :] = planned.new_blocks
+            if planned.first_block == 0:
+                self.at_admission[planned.request_id] = planned.new_blocks
 
 
 def check(batch: StepBatch, plan: StepPlan, tables: Tables, block_size: int) -> None:
     """Everything that the batch holds, computed token by token."""
-    # Single tokens first, then by table; each table has its own last block, so there are no ties.
-    key = lambda planned: (planned.count > 1, tables.of_request[planned.request_id])  # noqa: E731
-    ordered = sorted(plan.sequences, key=key)
+    # Single tokens first, then by the table at admission.
+    ordered = sorted(plan.sequences, key=lambda planned: (planned.count > 1, tables.at_admission[planned.request_id]))
     positions = [p for planned in ordered for p in range(planned.start, planned.start + planned.count)]
     owners = [tables.of_request[planned.request_id] for planned in ordered for _ in planned.token_ids]
     slots = [table[p // block_size] * block_size + p % block_size for table, p in zip(owners, positions, strict=True)]
@@ -175,3 +177,11 @@ def test_a_table_that_does_not_continue_is_an_error() -> None:
     buffers.fill(StepPlan((planned(1, 0, 8, 5, 6),)))
     with pytest.raises(ValueError, match="request 1 has 2 blocks, so the next is not number 3"):
         buffers.fill(StepPlan((planned(1, 8, 1, 9, first_block=3),)))
+
+
+def test_whole_tables_given_again_and_again_leave_nothing_behind() -> None:
+    """As plans by hand do; the scheduler's mention a sequence that begins anew as preempted or ended before."""
+    buffers = StepBuffers(StepLimits(2, 64, 64, 4), CPU)
+    for block in (2, 9, 1):
+        batch = buffers.fill(StepPlan((planned(1, 0, 1, 5), planned(2, 0, 1, block))))
+        assert batch.end_rows == ([2, 1] if block < 5 else [1, 2])

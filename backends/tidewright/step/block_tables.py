@@ -34,8 +34,8 @@ class BlockTables:
         self._lengths = [0] * places
         self._places: dict[int, int] = {}  # by request
         self._free = list(reversed(range(places)))
-        # Sequences in the order of their tables. A table's place in it does not change as it grows: no running
-        # sequence shares its last block, for that holds a token that it computes itself.
+        # Sequences in the order of their tables at admission, which are unique: the last block is always their own.
+        # As tables grow they stay in that order, so sequences with a common beginning stay side by side.
         self._order: list[tuple[bytes, int]] = []
         self._keys: list[bytes] = [b""] * places
         self._ranks: np.ndarray | None = None
