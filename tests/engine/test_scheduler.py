@@ -206,3 +206,17 @@ def test_expiry_ends_a_request_wherever_it_is() -> None:
     assert pool.num_free == pool.num_blocks
     assert scheduler.schedule() == StepPlan((), ended=(1, 2))
     assert scheduler.schedule() == StepPlan(())
+
+
+def test_a_plan_carries_only_the_blocks_that_are_new() -> None:
+    """However long a sequence is: the runner and the other ranks keep its table."""
+    scheduler, _ = make()
+    scheduler.add(sequence(1, 5, max_tokens=9))
+    plans = [step(scheduler)[0].sequences[0] for _ in range(9)]
+    assert [(planned.first_block, planned.new_blocks) for planned in plans] == [
+        (0, (0, 1)),
+        *[(2, ())] * 3,
+        (2, (2,)),
+        *[(3, ())] * 3,
+        (3, (3,)),
+    ]
