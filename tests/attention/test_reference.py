@@ -13,7 +13,9 @@ from helpers.rotation import no_rotation
 from helpers.step_batches import Tokens, batch_of, in_order
 from tidewright.attention.base import AttentionLayer
 from tidewright.attention.reference import ReferenceAttention
-from tidewright.attention.registry import UnknownAttentionError, make_attention
+from tidewright.devices.base import DeviceError
+from tidewright.devices.registry import make_device
+from tidewright.kv_cache.storage import LayerCache
 
 KV_HEADS, HEAD_DIM, NUM_BLOCKS = 2, 8, 128
 CPU = torch.device("cpu")
@@ -67,11 +69,11 @@ def check(
     v = [v_CKD[span.start :] for span, v_CKD in zip(spans, values, strict=True)]
     attention = ReferenceAttention(block_size, CPU)
     before = k_cache_NSKD.clone()
-    batch = batch_of(spans, block_size)
+    batch, cache = batch_of(spans, block_size), LayerCache(k_cache_NSKD, v_cache_NSKD)
     attention.prepare(batch)
     qkv_TXD = torch.cat([torch.cat(part) for part in (queries, k, v)], dim=1)
     for layer in layers:  # all layers of a step share what was prepared
-        out_THD = attention.forward(qkv_TXD, no_rotation(qkv_TXD), k_cache_NSKD, v_cache_NSKD, batch, layer)
+        out_THD = attention.forward(qkv_TXD, no_rotation(qkv_TXD), cache, batch, layer)
         expected = [
             dense(q_THD, k_CKD, v_CKD, span.start, layer)
             for span, q_THD, k_CKD, v_CKD in zip(spans, queries, keys, values, strict=True)
@@ -140,5 +142,5 @@ def test_decodes_of_very_different_length_do_not_share_a_call() -> None:
 
 
 def test_an_unknown_name_is_told_what_there_is() -> None:
-    with pytest.raises(UnknownAttentionError, match="attention 'fastest' does not exist; there is: native, reference"):
-        make_attention("fastest", 16, CPU, torch.float32)
+    with pytest.raises(DeviceError, match="attention 'fastest' does not exist; there is: native, reference"):
+        make_device("cpu", "fastest", 16, torch.float32)

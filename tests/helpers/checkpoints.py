@@ -78,8 +78,7 @@ def logits(runner: ModelRunner, ids: list[int], chunk: int) -> torch.Tensor:
         for start in range(0, len(ids), chunk):
             span = ScheduledSequence(0, start, tuple(ids[start : start + chunk]), table)
             batch = runner._buffers.fill(StepPlan((span,)))
-            runner._attention.prepare(batch)
-            parts.append(runner.model.logits(runner.model(batch, runner.kv_cache)))
+            parts.append(runner.model.logits(runner.device.forward(runner.model, batch, runner.kv_cache)))
     return torch.cat(parts)
 
 

@@ -6,11 +6,12 @@ import psutil
 import pytest
 import torch
 
+from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.kv_cache.storage import KVCacheMemoryError, KVCacheShape, allocate_kv_cache, count_blocks
 
 SHAPE = KVCacheShape(num_layers=2, num_kv_heads=3, head_dim=8, block_size=4, dtype=torch.bfloat16)
 BLOCK_BYTES = 2 * 2 * 3 * 8 * 4 * 2  # k and v, layers, heads, head size, tokens, bytes a value
-CPU = torch.device("cpu")
+CPU = CpuMemory()
 
 
 def test_budget_buys_whole_blocks() -> None:
@@ -24,6 +25,11 @@ def test_the_cache_has_so_many_blocks() -> None:
         assert tensor.shape == (2, 10, 4, 3, 8)
         assert tensor.dtype == torch.bfloat16
         assert not tensor.any()
+    for layer, own in enumerate(cache.layers):
+        own.keys_NSKD.fill_(layer + 1)
+        own.values_NSKD.fill_(-layer - 1)
+    assert cache.k_cache_LNSKD[:, 3, 1, 2, 7].tolist() == [1, 2]
+    assert cache.v_cache_LNSKD[:, 3, 1, 2, 7].tolist() == [-1, -2]
 
 
 def test_a_cache_that_holds_no_whole_sequence_is_refused() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tidewright.layers.loading import CheckpointError, load_weights
-from tidewright.layers.tensor_parallel import Loader, replicated_loader
+from tidewright.layers.weights import Loader, replicated_loader
 
 WEIGHTS = {"a": torch.arange(4.0), "b": torch.arange(6.0).view(2, 3)}
 

@@ -10,20 +10,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tidewright.attention.reference import ReferenceAttention
+from tidewright.devices.cpu.device import CpuDevice
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.distributed.sharding import ShardingError, tensor_parallel_sizes
 from tidewright.layers.tensor_parallel import (
     ColumnParallelLinear,
-    Loader,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    WeightShapeError,
-    replicated_loader,
 )
+from tidewright.layers.weights import Loader, WeightShapeError, replicated_loader
 
+CPU = CpuDevice(ReferenceAttention(16, torch.device("cpu")))
 SIZES = pytest.mark.parametrize("size", [1, 2, 3])
 
 
@@ -71,6 +72,11 @@ def load_part(layer: nn.Module, part: int, weight: torch.Tensor, bias: torch.Ten
     return load(loaders["name.weight"], weight)
 
 
+def load_vocabulary(layer: VocabParallelEmbedding | ParallelLMHead, weight: torch.Tensor) -> None:
+    (loader,) = layer.loaders("name").values()
+    load(loader, weight)
+
+
 def ranks(size: int, make: Callable[[TensorParallelGroup], nn.Module]) -> list[nn.Module]:
     return [make(AloneGroup(rank, size)) for rank in range(size)]
 
@@ -79,10 +85,10 @@ def ranks(size: int, make: Callable[[TensorParallelGroup], nn.Module]) -> list[n
 @pytest.mark.parametrize("bias", [None, random(12)], ids=["", "bias"])
 def test_column_parallel_outputs_lie_side_by_side(size: int, bias: torch.Tensor | None) -> None:
     weight, x_TE = random(12, 8), random(5, 8)
-    layers = ranks(size, lambda group: ColumnParallelLinear(8, 12, group, bias is not None))
+    layers = ranks(size, lambda group: ColumnParallelLinear(8, 12, group, CPU, bias is not None))
     for layer in layers:
-        assert load_part(layer, 0, weight, bias).values_read == layer.weight.numel()
-    assert sum(layer.weight.numel() for layer in layers) == weight.numel()
+        assert load_part(layer, 0, weight, bias).values_read == layer.method.weight.numel()
+    assert sum(layer.method.weight.numel() for layer in layers) == weight.numel()
     torch.testing.assert_close(torch.cat([layer(x_TE) for layer in layers], -1), F.linear(x_TE, weight, bias))
 
 
@@ -90,7 +96,7 @@ def test_column_parallel_outputs_lie_side_by_side(size: int, bias: torch.Tensor 
 @pytest.mark.parametrize("biases", [(None, None), (random(12), random(6))], ids=["", "bias"])
 def test_merged_columns_keep_each_projection_together(size: int, biases: tuple[torch.Tensor | None, ...]) -> None:
     gate, up, x_TE = random(12, 8), random(6, 8), random(5, 8)
-    layers = ranks(size, lambda group: MergedColumnParallelLinear(8, (12, 6), group, biases[0] is not None))
+    layers = ranks(size, lambda group: MergedColumnParallelLinear(8, (12, 6), group, CPU, biases[0] is not None))
     for layer in layers:
         load_part(layer, 1, up, biases[1])
         load_part(layer, 0, gate, biases[0])
@@ -104,7 +110,7 @@ def test_merged_columns_keep_each_projection_together(size: int, biases: tuple[t
 def test_row_parallel_results_add_up(size: int, bias: torch.Tensor | None) -> None:
     """The bias once, however many ranks there are."""
     weight, x_TF = random(8, 12), random(5, 12)
-    layers = ranks(size, lambda group: RowParallelLinear(group.cut(12), 8, group, bias is not None))
+    layers = ranks(size, lambda group: RowParallelLinear(group.cut(12), 8, group, CPU, bias is not None))
     for layer in layers:
         loaders = layer.loaders("name")
         assert load(loaders.pop("name.weight"), weight).values_read == weight.numel() // size
@@ -124,7 +130,7 @@ def test_every_rank_has_the_kv_head_of_its_query_heads(size: int, kv_heads: int)
     full_q, full_k, full_v = (
         F.linear(x_TE, w, b).view(5, -1, head_dim) for w, b in zip((q, k, v), biases, strict=True)
     )
-    layers = ranks(size, lambda group: QKVParallelLinear(8, heads, kv_heads, head_dim, group, bias=True))
+    layers = ranks(size, lambda group: QKVParallelLinear(8, heads, kv_heads, head_dim, group, CPU, bias=True))
     head = 0
     for layer in layers:
         for part, weight in enumerate((q, k, v)):
@@ -159,10 +165,10 @@ def test_cuts_are_nearly_equal_and_leave_nothing_out(total: int, size: int) -> N
 def test_embedding_and_head_over_a_vocabulary_that_need_not_divide(size: int, vocab: int) -> None:
     weight, ids_T, x_BE = random(vocab, 8), torch.arange(vocab).flip(0), random(3, 8)
     embeddings = ranks(size, lambda group: VocabParallelEmbedding(vocab, 8, group))
-    heads = ranks(size, lambda group: ParallelLMHead(vocab, 8, group))
+    heads = ranks(size, lambda group: ParallelLMHead(vocab, 8, group, CPU))
     for embedding, head in zip(embeddings, heads, strict=True):
-        load(embedding.loader(), weight)
-        head.tie(embedding)
+        embedding.method = head.method
+        load_vocabulary(embedding, weight)
     torch.testing.assert_close(sum(embedding(ids_T) for embedding in embeddings), weight[ids_T])
     logits_BV = torch.cat([head(x_BE) for head in heads], -1)[:, :vocab]
     torch.testing.assert_close(logits_BV, F.linear(x_BE, weight))
@@ -170,41 +176,42 @@ def test_embedding_and_head_over_a_vocabulary_that_need_not_divide(size: int, vo
 
 def test_what_does_not_divide_is_refused() -> None:
     with pytest.raises(ShardingError, match="9 query heads and 3 KV heads can only be shared by 1, 2, 3, 9 ranks"):
-        QKVParallelLinear(8, 9, 3, 4, AloneGroup(0, 4))
+        QKVParallelLinear(8, 9, 3, 4, AloneGroup(0, 4), CPU)
     with pytest.raises(ShardingError, match="3 features can't be cut into 4 parts"):
         AloneGroup(0, 4).cut(3)
 
 
 def test_a_weight_of_another_shape_is_refused() -> None:
     with pytest.raises(WeightShapeError, match=r"expected shape \(12, 8\), found \(12, 4\)"):
-        load_part(ColumnParallelLinear(8, 12, AloneGroup()), 0, random(12, 4))
+        load_part(ColumnParallelLinear(8, 12, AloneGroup(), CPU), 0, random(12, 4))
 
 
 @pytest.mark.parametrize("bias", [None, random(96)], ids=["", "bias"])
 @pytest.mark.parametrize("rows", [1, 16, 100])
 def test_packing_changes_no_result(rows: int, bias: torch.Tensor | None) -> None:
-    layer = ColumnParallelLinear(64, 96, AloneGroup(), bias is not None).bfloat16()
+    layer = ColumnParallelLinear(64, 96, AloneGroup(), CPU, bias is not None).bfloat16()
     load_part(layer, 0, random(96, 64).bfloat16(), bias)
     x_TE = random(rows, 64).bfloat16()
     before = layer(x_TE)
-    layer.pack()
+    layer.method.finish()
     torch.testing.assert_close(layer(x_TE), before)
 
 
 def test_a_packed_weight_can_not_be_mistaken_for_a_plain_one() -> None:
-    layer = RowParallelLinear(ALONE.cut(64), 96, ALONE)
-    layer.pack()
-    assert layer.packed
-    assert layer.weight.numel() == 0
+    layer = RowParallelLinear(ALONE.cut(64), 96, ALONE, CPU)
+    layer.method.finish()
+    assert layer.method.packed
+    assert layer.method.weight.numel() == 0
 
 
 def test_a_tied_head_can_be_packed_without_taking_the_embedding_away() -> None:
-    embedding, head = VocabParallelEmbedding(50, 64, AloneGroup()), ParallelLMHead(50, 64, AloneGroup())
+    embedding, head = VocabParallelEmbedding(50, 64, AloneGroup()), ParallelLMHead(50, 64, AloneGroup(), CPU)
     embedding.bfloat16()
-    head.tie(embedding)
+    head.bfloat16()
+    embedding.method = head.method
     weight, x_BE = random(50, 64).bfloat16(), random(3, 64).bfloat16()
-    load(embedding.loader(), weight)
-    head.pack()
+    load_vocabulary(embedding, weight)
+    head.method.finish()
     torch.testing.assert_close(head(x_BE), F.linear(x_BE, weight))
     torch.testing.assert_close(embedding(torch.tensor([49])), weight[49:])
 
@@ -219,10 +226,10 @@ def _in_two_processes(rank: int, rendezvous: str) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     group = TensorParallelGroup(rank, 2, store=torch.distributed.FileStore(f"{rendezvous}-store", 2))
     weight, x_BE, ids_T = random(11, 8), random(3, 8), torch.tensor([0, 10, 5])
-    head = ParallelLMHead(11, 8, group)
+    head = ParallelLMHead(11, 8, group, CPU)
     embedding = VocabParallelEmbedding(11, 8, group)
-    load(head.loader(), weight)
-    load(embedding.loader(), weight)
+    load_vocabulary(head, weight)
+    load_vocabulary(embedding, weight)
     logits_BV = head(x_BE)
     if rank == 0:
         torch.testing.assert_close(logits_BV, F.linear(x_BE, weight))

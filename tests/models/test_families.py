@@ -35,8 +35,8 @@ def test_layers_in_few_calls_compute_the_same_bits(tmp_path: Path, name: str, dt
     runner = ModelRunner(engine_config(tmp_path, dtype=dtype))
     ids = prompt(33, seed=1)
     in_few_TV = logits(runner, ids, chunk=5)
-    assert (runner.model.fused_rows >= 5) == ("gemma" not in name)
-    runner.model.fused_rows = 0
+    assert (runner.device.fused_rows >= 5) == ("gemma" not in name)
+    runner.device.fused_rows = 0
     assert torch.equal(in_few_TV, logits(runner, ids, chunk=5))
 
 

@@ -12,10 +12,11 @@ from torch import nn
 from helpers.checkpoints import engine_config, save
 from helpers.families import FAMILIES
 from tidewright.attention.reference import ReferenceAttention
+from tidewright.devices.base import Device
+from tidewright.devices.cpu.linear import CpuLinear
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import EngineConfig
 from tidewright.engine.model_runner import ModelRunner
-from tidewright.layers.tensor_parallel import PackableLinear
 from tidewright.models.config import DecoderConfig
 from tidewright.models.families import READERS, read_config
 from tidewright.models.folder import read_json
@@ -74,7 +75,9 @@ def rank_of(config: hf.PreTrainedConfig, group: TensorParallelGroup, dtype: torc
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            return model_class(words)(model, POSITIONS, group, ReferenceAttention(4, torch.device("cpu")))
+            return model_class(words)(
+                model, POSITIONS, group, Device(torch.device("meta"), ReferenceAttention(4, torch.device("meta")))
+            )
     finally:
         torch.set_default_dtype(before)
 
@@ -114,7 +117,7 @@ def test_the_embedded_model_in_a_real_engine_has_so_much(model_dir: Path) -> Non
     model = read_config(read_json(model_dir / "config.json"))
     packed = {}
     for module in runner.model.modules():
-        if isinstance(module, PackableLinear) and module.packed:
+        if isinstance(module, CpuLinear) and module.packed:
             packed[module.packed.values.data_ptr()] = module.packed.values.nbytes
     allocated = sum(packed.values()) + tensors(runner.model, parameters=True)
     assert footprint.weight_bytes(model, 2) == pytest.approx(allocated, rel=0.05)
@@ -135,7 +138,7 @@ def test_parameters_are_those_that_are_published(name: str) -> None:
 def test_matrices_are_all_weights_with_two_dimensions_but_the_embedding(name: str) -> None:
     _, model = shapes(FAMILIES[name])
     made = rank_of(FAMILIES[name], ALONE, torch.bfloat16)
-    head = {id(made.head.weight)}  # type: ignore[union-attr]
+    head = {id(made.head.method.weight)}  # type: ignore[union-attr]
     matrices = [one for one in made.parameters() if one.dim() == 2]
-    counted = [one for one in matrices if id(one) in head or one is not made.embedding.weight]  # type: ignore[union-attr]
+    counted = [one for one in matrices if id(one) in head or one is not made.embedding.method.weight]  # type: ignore[union-attr]
     assert footprint.layer_values(model) + footprint.head_values(model) == sum(one.numel() for one in counted)

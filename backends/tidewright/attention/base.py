@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from tidewright.kv_cache.storage import LayerCache
 from tidewright.step.batch import StepBatch
 
 
@@ -57,8 +58,7 @@ class Attention(ABC):
         self,
         qkv_TXD: torch.Tensor,
         rotation: Rotation,
-        k_cache_NSKD: torch.Tensor,
-        v_cache_NSKD: torch.Tensor,
+        cache: LayerCache,
         batch: StepBatch,
         layer: AttentionLayer,
     ) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tidewright.attention.base import Attention, AttentionLayer, Rotation
+from tidewright.kv_cache.storage import LayerCache
 from tidewright.step.batch import StepBatch
 
 
@@ -93,11 +94,11 @@ class ReferenceAttention(Attention):
         self,
         qkv_TXD: torch.Tensor,
         rotation: Rotation,
-        k_cache_NSKD: torch.Tensor,
-        v_cache_NSKD: torch.Tensor,
+        cache: LayerCache,
         batch: StepBatch,
         layer: AttentionLayer,
     ) -> torch.Tensor:
+        k_cache_NSKD, v_cache_NSKD = cache.keys_NSKD, cache.values_NSKD
         kv_heads = k_cache_NSKD.shape[2]
         # q and k lie side by side, so both turn in one go.
         qk_TXD, v_TKD = rotation.apply(qkv_TXD[:, :-kv_heads]), qkv_TXD[:, -kv_heads:]

@@ -22,6 +22,14 @@ class Cut:
     first: int
     count: int
 
+    @classmethod
+    def whole(cls, total: int) -> Cut:
+        return cls(total, 0, total)
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.first, self.first + self.count)
+
     def of(self, entries: int) -> Cut:
         """The same cut where each entry is several: heads, then rows of heads."""
         return Cut(self.total * entries, self.first * entries, self.count * entries)

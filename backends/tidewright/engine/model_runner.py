@@ -9,9 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tidewright.attention.registry import make_attention
-from tidewright.devices.cpu.huge_pages import move_to_huge_pages
-from tidewright.devices.cpu.prefault import Prefaulter
+from tidewright.devices.registry import dtype_of, make_device
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import DrawnToken, ScheduledSequence, StepPlan, StepResult
@@ -19,7 +17,6 @@ from tidewright.engine.pooling import Pooler
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
 from tidewright.layers.loading import load_weights
-from tidewright.layers.tensor_parallel import PackableLinear
 from tidewright.models.families import read_config
 from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.registry import model_class
@@ -36,15 +33,15 @@ _LOGPROB_ROWS = 128
 class ModelRunner:
     """One rank's part of the model. Only rank 0 draws tokens; the results of the others are empty.
 
-    Raises EngineConfigError, ModelConfigError, ShardingError, CheckpointError or KVCacheMemoryError.
+    Raises EngineConfigError, DeviceError, ModelConfigError, ShardingError, CheckpointError or KVCacheMemoryError.
     """
 
     def __init__(self, config: EngineConfig, group: TensorParallelGroup = ALONE) -> None:
         if config.threads > 0:
             torch.set_num_threads(config.threads)
         folder = Path(config.model_dir)
-        self.device = _device(config.device)
-        self.dtype = _dtype(config.dtype)
+        self.dtype = dtype_of(config.dtype)
+        self.device = make_device(config.device, config.attention, config.block_size, self.dtype)
         model_json = read_json(folder / "config.json")
         architecture = model_class(model_json)
         model_config = read_config(model_json)
@@ -57,22 +54,17 @@ class ModelRunner:
         self.eos_ids = eos_ids(folder)
         self.guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         self._counts = TokenCounts()
-        self._attention = make_attention(config.attention, config.block_size, self.device, self.dtype)
-        with _defaults(self.device, self.dtype):
-            self.model = architecture(model_config, wanted, group, self._attention).eval()
-        loaders = self.model.loaders()
+        with _defaults(self.device.torch_device, self.dtype):
+            self.model = architecture(model_config, wanted, group, self.device).eval()
+            if config.task == "embed":  # checkpoints of embedding models may lack the head
+                self.model.remove_head()
         self.embedding_size, self._pooler = 0, None
         if config.task == "embed":
             self.embedding_size = model_config.hidden_size
             self._pooler = Pooler(config.pooling, config.normalize, self.model.norm)
-            del self.model.head  # no logits are needed, and checkpoints of embedding models may lack it
-            loaders.pop("lm_head.weight", None)
-        move_to_huge_pages(self.model)
-        load_weights(folder, loaders, self.model.ignored_weights())
-        for module in self.model.modules():
-            if isinstance(module, PackableLinear):
-                module.pack()
-        self.model.fuse()
+        self.device.memory.place_weights(self.model)
+        load_weights(folder, self.model.loaders(), self.model.ignored_weights())
+        self.device.finish(self.model)
         shape = KVCacheShape(
             model_config.num_layers,
             self.model.num_kv_heads,
@@ -83,13 +75,12 @@ class ModelRunner:
         # Who sets a length gets that length; the model's own limit gives way to the memory.
         needed = config.max_model_len or min(limit, USEFUL_TOKENS)
         # The block tables are the same on all ranks, so the pool is as large as the smallest rank's.
-        num_blocks = group.smallest(count_blocks(shape, config.kv_cache_memory, needed, self.device))
-        self.kv_cache = allocate_kv_cache(shape, num_blocks, self.device)
-        self._prefaulter = Prefaulter(self.kv_cache)
+        num_blocks = group.smallest(count_blocks(shape, config.kv_cache_memory, needed, self.device.memory))
+        self.kv_cache = allocate_kv_cache(shape, num_blocks, self.device.memory)
         self.sample_seconds = 0.0  # logits and sampling, of all steps
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
         limits = StepLimits(config.max_running, config.max_batched_tokens, self.max_model_len, config.block_size)
-        self._buffers = StepBuffers(limits, self.device)
+        self._buffers = StepBuffers(limits, self.device.torch_device)
 
     @property
     def device_name(self) -> str:
@@ -108,9 +99,8 @@ class ModelRunner:
         self.guided.forget(plan.ended)
         self._counts.forget(plan.ended)
         batch = self._buffers.fill(plan)
-        self._attention.prepare(batch)
-        with self._prefaulter.step(self._buffers.highest_block):
-            hidden_TE = self.model(batch, self.kv_cache)
+        with self.device.step(self.kv_cache, self._buffers.highest_block):
+            hidden_TE = self.device.forward(self.model, batch, self.kv_cache)
             began = time.monotonic()
             result = self._result(plan, batch, hidden_TE)
             self.sample_seconds += time.monotonic() - began
@@ -151,24 +141,3 @@ def _defaults(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise EngineConfigError(f"device {name!r} is not one; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise EngineConfigError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
-    if device.type not in ("cpu", "cuda"):
-        raise EngineConfigError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
-    return device
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name not in dtypes:
-        raise EngineConfigError(f"dtype {name!r} is not supported; use one of: {', '.join(dtypes)}")
-    return dtypes[name]

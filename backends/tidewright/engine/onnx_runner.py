@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
 from tidewright.engine.runner import USEFUL_TOKENS
@@ -48,7 +49,7 @@ class OnnxRunner:
             manifest.num_layers, manifest.num_kv_heads, manifest.head_dim, config.block_size, torch.float32
         )
         needed = min(wanted, USEFUL_TOKENS)
-        self.num_blocks = count_blocks(shape, config.kv_cache_memory, needed, torch.device("cpu"))
+        self.num_blocks = count_blocks(shape, config.kv_cache_memory, needed, CpuMemory())
         self.max_model_len = min(wanted, self.num_blocks * config.block_size)
         self.progress = 0
         self.sample_seconds = 0.0

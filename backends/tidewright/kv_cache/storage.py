@@ -4,14 +4,12 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import psutil
 import torch
 
-from tidewright.devices.cpu.huge_pages import huge_empty
-from tidewright.kv_cache.budget import AUTO_CPU, AUTO_GPU, blocks_of, bytes_per_block, parse_memory
+from tidewright.devices.memory import DeviceMemory
+from tidewright.kv_cache.budget import blocks_of, bytes_per_block, parse_memory
 
 
 class KVCacheMemoryError(ValueError):
@@ -34,26 +32,39 @@ class KVCacheShape:
         return bytes_per_block(*sizes, self.dtype.itemsize)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class LayerCache:
+    """One layer's keys and values by block, in a type of their own: N blocks of S tokens with K heads of D values."""
+
+    keys_NSKD: torch.Tensor
+    values_NSKD: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class KVCache:
+    """All layers' keys, and all their values, lie side by side."""
+
     k_cache_LNSKD: torch.Tensor
     v_cache_LNSKD: torch.Tensor
+    layers: tuple[LayerCache, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        layers = zip(self.k_cache_LNSKD, self.v_cache_LNSKD, strict=True)
+        object.__setattr__(self, "layers", tuple(LayerCache(keys, values) for keys, values in layers))
 
     @property
     def num_blocks(self) -> int:
         return self.k_cache_LNSKD.shape[1]
 
 
-def count_blocks(shape: KVCacheShape, budget: str, needed_tokens: int, device: torch.device) -> int:
+def count_blocks(shape: KVCacheShape, budget: str, needed_tokens: int, memory: DeviceMemory) -> int:
     """As many blocks as `budget` pays for: an amount, a share of the free memory, or "auto".
 
     Raises:
         KVCacheMemoryError: fewer than `needed_tokens` tokens fit, or the memory is not there.
     """
-    available = _available_bytes(device)
-    if budget == "auto":
-        budget = AUTO_CPU if device.type == "cpu" else AUTO_GPU
-    budget_bytes = parse_memory(budget, available)
+    available = memory.free()
+    budget_bytes = parse_memory(memory.kv_budget if budget == "auto" else budget, available)
     num_blocks = budget_bytes // shape.bytes_per_block
     needed_bytes = blocks_of(needed_tokens, shape.block_size) * shape.bytes_per_block
     if budget_bytes < needed_bytes:
@@ -63,30 +74,15 @@ def count_blocks(shape: KVCacheShape, budget: str, needed_tokens: int, device: t
         )
     if budget_bytes > available:
         raise KVCacheMemoryError(
-            f"the KV cache wants {_mib(budget_bytes)}, but {device} has {_mib(available)} free; lower kv_cache_memory"
+            f"the KV cache wants {_mib(budget_bytes)}, but {memory} has {_mib(available)} free; lower kv_cache_memory"
         )
     return num_blocks
 
 
-def allocate_kv_cache(shape: KVCacheShape, num_blocks: int, device: torch.device) -> KVCache:
+def allocate_kv_cache(shape: KVCacheShape, num_blocks: int, memory: DeviceMemory) -> KVCache:
     dimensions = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
-    make = _zeros_on_demand if device.type == "cpu" else torch.zeros
     # Zeros, not empty: a masked position is multiplied by 0, and 0 * NaN would poison its neighbours.
-    return KVCache(
-        k_cache_LNSKD=make(dimensions, dtype=shape.dtype, device=device),
-        v_cache_LNSKD=make(dimensions, dtype=shape.dtype, device=device),
-    )
-
-
-def _zeros_on_demand(dimensions: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """The kernel clears pages when they are first used: to write a gigabyte of zeros takes a second, at each start."""
-    return huge_empty(math.prod(dimensions) * dtype.itemsize).view(dtype).view(dimensions)
-
-
-def _available_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
+    return KVCache(memory.zeros(dimensions, shape.dtype), memory.zeros(dimensions, shape.dtype))
 
 
 def _mib(count: int) -> str:

@@ -1,128 +1,71 @@
-"""Layers that are cut over tensor-parallel ranks. Each layer cuts and loads its own part of a checkpoint.
+"""Layers that are cut over tensor-parallel ranks. Each knows its part; its `LinearMethod` knows the weight's format.
 
 With one rank they are plain layers. Which checkpoint name belongs to which layer, the model files say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from tidewright.devices.cpu.kernels import PackedWeight
-from tidewright.devices.cpu.linear import CpuLinear
+from tidewright.devices.base import Device
 from tidewright.distributed.group import TensorParallelGroup
 from tidewright.distributed.sharding import Cut, vocabulary_rows
+from tidewright.layers.linear_method import LinearMethod, PlainLinear
+from tidewright.layers.weights import Loader, WeightSlice, checked, not_here, replicated_loader
 
 
-class WeightShapeError(ValueError):
-    """A checkpoint's weight has another shape than config.json announces."""
+class LinearLayer(nn.Module):
+    """A matrix product by this rank's part of a weight."""
 
-
-class WeightSlice(Protocol):
-    """A tensor that is still on disk, as safetensors' `get_slice` gives it: an index reads only that part."""
-
-    def get_shape(self) -> list[int]: ...
-    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor: ...
-
-
-Loader = Callable[[WeightSlice], None]
-
-
-def _weight(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.empty(*shape), requires_grad=False)
-
-
-def _checked(source: WeightSlice, *shape: int) -> WeightSlice:
-    if tuple(source.get_shape()) != shape:
-        raise WeightShapeError(f"expected shape {shape}, found {tuple(source.get_shape())}")
-    return source
-
-
-def replicated_loader(weight: nn.Parameter, plus: float = 0.0) -> Loader:
-    """Loads a weight that every rank holds whole, such as that of a norm. `plus` is added in the weight's own type."""
-
-    def load(source: WeightSlice) -> None:
-        weight.copy_(_checked(source, *weight.shape)[tuple(slice(None) for _ in weight.shape)])
-        if plus:
-            weight.add_(plus)
-
-    return load
-
-
-class PackableLinear(nn.Module):
-    """A matrix product whose weight may, once loaded, be put into the layout that the processor likes best."""
-
-    weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self) -> None:
+    def __init__(self, method: LinearMethod, bias: nn.Parameter | None = None) -> None:
         super().__init__()
-        self.bias = None
-        self._cpu_linear: CpuLinear | None = None
-
-    def pack(self) -> None:
-        """To be called when the weight is loaded and stays: where our kernels multiply by it, they take it away."""
-        if self.weight.device.type != "cpu":
-            return
-        self._cpu_linear = CpuLinear(self.weight.detach(), None if self.bias is None else self.bias.detach())
-        if self.packed:
-            self.weight.data = self.weight.data.new_empty(0)
-
-    @property
-    def packed(self) -> PackedWeight | None:
-        return self._cpu_linear.packed if self._cpu_linear else None
-
-    def weight_rows(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """As an embedding reads them."""
-        if self._cpu_linear is None:
-            return F.embedding(ids_T, self.weight)
-        return self._cpu_linear.weight_rows(ids_T)
+        self.method, self.bias = method, bias
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self._cpu_linear is None:
-            return F.linear(x, self.weight, self.bias)
-        return self._cpu_linear.multiply(x)
+        return self.method.multiply(x, self.bias)
 
 
-class _ColumnParallel(PackableLinear):
+def _bias(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(size), requires_grad=False)
+
+
+class _ColumnParallel(LinearLayer):
     """Projections of one input in one matrix product; each rank holds some rows of each projection's weight."""
 
-    def __init__(self, in_features: int, parts: tuple[Cut, ...], bias: bool) -> None:
-        super().__init__()
-        self.in_features, self._parts = in_features, parts
+    def __init__(self, in_features: int, parts: tuple[Cut, ...], device: Device, bias: bool) -> None:
         rows = sum(part.count for part in parts)
-        self.weight = _weight(rows, in_features)
-        self.bias = _weight(rows) if bias else None
+        super().__init__(device.linear_method(rows, in_features), _bias(rows) if bias else None)
+        self.in_features, self._parts = in_features, parts
 
     def loaders(self, name: str, part: int = 0) -> dict[str, Loader]:
         """Loads this rank's rows of projection number `part`, which the checkpoint calls `name`."""
-        loaders = {f"{name}.weight": self._loader(self.weight, part)}
-        if self.bias is not None:
-            loaders[f"{name}.bias"] = self._loader(self.bias, part)
-        return loaders
-
-    def _loader(self, target: nn.Parameter, part: int) -> Loader:
         rows = self._parts[part]
-        offset = sum(other.count for other in self._parts[:part])
+        first = sum(other.count for other in self._parts[:part])
+        loaders = self.method.loaders(name, rows, Cut.whole(self.in_features), first)
+        if (bias := self.bias) is not None:
 
-        def load(source: WeightSlice) -> None:
-            whole = _checked(source, rows.total, *target.shape[1:])
-            target[offset : offset + rows.count].copy_(whole[(slice(rows.first, rows.first + rows.count),)])
+            def load(source: WeightSlice) -> None:
+                bias[first : first + rows.count].copy_(checked(source, rows.total)[(rows.slice,)])
 
-        return load
+            loaders[f"{name}.bias"] = load
+        return loaders
 
 
 class MergedColumnParallelLinear(_ColumnParallel):
     """Several column-parallel projections of one input, in one matrix product. Outputs stay cut."""
 
     def __init__(
-        self, in_features: int, out_features: tuple[int, ...], group: TensorParallelGroup, bias: bool = False
+        self,
+        in_features: int,
+        out_features: tuple[int, ...],
+        group: TensorParallelGroup,
+        device: Device,
+        bias: bool = False,
     ) -> None:
-        super().__init__(in_features, tuple(group.cut(out) for out in out_features), bias)
+        super().__init__(in_features, tuple(group.cut(out) for out in out_features), device, bias)
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
         return self.multiply(x_TE)
@@ -131,8 +74,10 @@ class MergedColumnParallelLinear(_ColumnParallel):
 class ColumnParallelLinear(MergedColumnParallelLinear):
     """One projection, cut by output features. The output stays cut."""
 
-    def __init__(self, in_features: int, out_features: int, group: TensorParallelGroup, bias: bool = False) -> None:
-        super().__init__(in_features, (out_features,), group, bias)
+    def __init__(
+        self, in_features: int, out_features: int, group: TensorParallelGroup, device: Device, bias: bool = False
+    ) -> None:
+        super().__init__(in_features, (out_features,), group, device, bias)
 
 
 class QKVParallelLinear(_ColumnParallel):
@@ -145,11 +90,12 @@ class QKVParallelLinear(_ColumnParallel):
         num_kv_heads: int,
         head_dim: int,
         group: TensorParallelGroup,
+        device: Device,
         bias: bool = False,
     ) -> None:
         heads, kv_heads = group.cut_heads(num_heads, num_kv_heads)
         kv = kv_heads.of(head_dim)
-        super().__init__(in_features, (heads.of(head_dim), kv, kv), bias)
+        super().__init__(in_features, (heads.of(head_dim), kv, kv), device, bias)
         self.num_heads, self.num_kv_heads, self.head_dim = heads.count, kv_heads.count, head_dim
 
     def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
@@ -157,77 +103,79 @@ class QKVParallelLinear(_ColumnParallel):
         return self.multiply(x_TE).view(x_TE.shape[0], -1, self.head_dim)
 
 
-class RowParallelLinear(PackableLinear):
+class RowParallelLinear(LinearLayer):
     """A projection cut by input features, after a column-parallel one; the ranks' results are summed.
 
     `columns` are this rank's input features: those that the projection before it puts out here.
     """
 
-    def __init__(self, columns: Cut, out_features: int, group: TensorParallelGroup, bias: bool = False) -> None:
-        super().__init__()
-        self.columns, self.out_features, self.group = columns, out_features, group
-        self.weight = _weight(out_features, columns.count)
-        self._has_bias = bias
+    def __init__(
+        self, columns: Cut, out_features: int, group: TensorParallelGroup, device: Device, bias: bool = False
+    ) -> None:
         # The results are summed, so only one rank may add the bias.
-        self.bias = _weight(out_features) if bias and group.rank == 0 else None
+        own_bias = _bias(out_features) if bias and group.rank == 0 else None
+        super().__init__(device.linear_method(out_features, columns.count), own_bias)
+        self.columns, self.out_features, self.group = columns, out_features, group
+        self._has_bias = bias
 
     def loaders(self, name: str) -> dict[str, Loader]:
         """Loads this rank's columns of the projection that the checkpoint calls `name`."""
-        first, end = self.columns.first, self.columns.first + self.columns.count
-
-        def load(source: WeightSlice) -> None:
-            whole = _checked(source, self.out_features, self.columns.total)
-            self.weight.copy_(whole[:, first:end])
-
-        loaders: dict[str, Loader] = {f"{name}.weight": load}
+        loaders = self.method.loaders(name, Cut.whole(self.out_features), self.columns)
         if self._has_bias:
-            loaders[f"{name}.bias"] = replicated_loader(self.bias) if self.bias is not None else _not_here
+            loaders[f"{name}.bias"] = replicated_loader(self.bias) if self.bias is not None else not_here
         return loaders
 
     def forward(self, x_TF: torch.Tensor) -> torch.Tensor:
         return self.group.all_reduce(self.multiply(x_TF))
 
 
-def _not_here(source: WeightSlice) -> None:
-    """Of a weight that only another rank holds."""
+class VocabularyCut:
+    """A rank's rows of the vocabulary; all ranks' are padded to one number, which suits the kernels."""
+
+    def __init__(self, vocab_size: int, group: TensorParallelGroup) -> None:
+        self.rows = vocabulary_rows(vocab_size, group.size)
+        first = min(group.rank * self.rows, vocab_size)
+        self.own = Cut(vocab_size, first, min(first + self.rows, vocab_size) - first)
+
+    def loaders(self, method: LinearMethod, name: str, hidden_size: int) -> dict[str, Loader]:
+        return method.loaders(name, self.own, Cut.whole(hidden_size), padding=self.rows - self.own.count)
 
 
 class VocabParallelEmbedding(nn.Module):
-    """Token embeddings cut by vocabulary; all ranks' rows are padded to one number, which suits the kernels."""
+    """Token embeddings cut by vocabulary. A tied one takes the method of the head."""
 
     def __init__(self, vocab_size: int, hidden_size: int, group: TensorParallelGroup) -> None:
         super().__init__()
-        self.vocab_size, self.hidden_size, self.group = vocab_size, hidden_size, group
-        rows = vocabulary_rows(vocab_size, group.size)
-        self.first = min(group.rank * rows, vocab_size)
-        self.end = min(self.first + rows, vocab_size)
-        self.weight = _weight(rows, hidden_size)
-        self._read: Callable[[torch.Tensor], torch.Tensor] = lambda ids_T: F.embedding(ids_T, self.weight)
+        self.cut, self.hidden_size, self.group = VocabularyCut(vocab_size, group), hidden_size, group
+        self.method: LinearMethod = PlainLinear(self.cut.rows, hidden_size)  # rows are read, never multiplied by
 
-    def loader(self) -> Loader:
-        def load(source: WeightSlice) -> None:
-            rows = _checked(source, self.vocab_size, self.hidden_size)
-            self.weight[self.end - self.first :].zero_()
-            self.weight[: self.end - self.first].copy_(rows[self.first : self.end, :])
+    def untie(self) -> None:
+        self.method = PlainLinear(self.cut.rows, self.hidden_size)
 
-        return load
+    def loaders(self, name: str) -> dict[str, Loader]:
+        return self.cut.loaders(self.method, name, self.hidden_size)
 
     def forward(self, token_ids_T: torch.Tensor) -> torch.Tensor:
         if self.group.size == 1:
-            return self._read(token_ids_T)
-        elsewhere_T = (token_ids_T < self.first) | (token_ids_T >= self.end)
-        local_ids_T = (token_ids_T - self.first).masked_fill(elsewhere_T, 0)
-        x_TE = self._read(local_ids_T).masked_fill(elsewhere_T[:, None], 0)
+            return self.method.read_rows(token_ids_T)
+        own = self.cut.own
+        elsewhere_T = (token_ids_T < own.first) | (token_ids_T >= own.first + own.count)
+        local_ids_T = (token_ids_T - own.first).masked_fill(elsewhere_T, 0)
+        x_TE = self.method.read_rows(local_ids_T).masked_fill(elsewhere_T[:, None], 0)
         return self.group.all_reduce(x_TE)
 
 
-class ParallelLMHead(VocabParallelEmbedding, PackableLinear):
+class ParallelLMHead(LinearLayer):
     """From hidden states to the logits of the whole vocabulary, on rank 0; the others get None."""
 
-    def tie(self, embedding: VocabParallelEmbedding) -> None:
-        self.weight = embedding.weight
-        embedding._read = self.weight_rows  # packed or not
+    def __init__(self, vocab_size: int, hidden_size: int, group: TensorParallelGroup, device: Device) -> None:
+        cut = VocabularyCut(vocab_size, group)
+        super().__init__(device.linear_method(cut.rows, hidden_size))
+        self.cut, self.vocab_size, self.hidden_size, self.group = cut, vocab_size, hidden_size, group
 
-    def forward(self, x_BE: torch.Tensor) -> torch.Tensor | None:  # type: ignore[override]
+    def loaders(self, name: str) -> dict[str, Loader]:
+        return self.cut.loaders(self.method, name, self.hidden_size)
+
+    def forward(self, x_BE: torch.Tensor) -> torch.Tensor | None:
         logits_BV = self.group.gather(self.multiply(x_BE))
         return None if logits_BV is None else logits_BV[:, : self.vocab_size]

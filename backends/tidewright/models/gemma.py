@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from tidewright.attention.base import Attention
+from tidewright.attention.base import Rotation
+from tidewright.devices.base import Device
 from tidewright.distributed.group import TensorParallelGroup
-from tidewright.layers.tensor_parallel import Loader
+from tidewright.kv_cache.storage import LayerCache
+from tidewright.layers.weights import Loader
 from tidewright.models.config import DecoderConfig, LayerConfig
-from tidewright.models.llama import LlamaForCausalLM, LlamaLayer, RMSNorm
+from tidewright.models.llama import LlamaForCausalLM, LlamaLayer, make_norm
+from tidewright.step.batch import StepBatch
 
 
 class GemmaLayer(LlamaLayer):
     is_plain = False
 
-    def __init__(
-        self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, attention: Attention
-    ) -> None:
-        super().__init__(config, layer, group, attention)
-        self.after_attention_norm = RMSNorm(config.hidden_size, config)
-        self.after_mlp_norm = RMSNorm(config.hidden_size, config)
+    def __init__(self, config: DecoderConfig, layer: LayerConfig, group: TensorParallelGroup, device: Device) -> None:
+        super().__init__(config, layer, group, device)
+        self.after_attention_norm = make_norm(config.hidden_size, config, device)
+        self.after_mlp_norm = make_norm(config.hidden_size, config, device)
 
     def loaders(self, prefix: str) -> dict[str, Loader]:
         return {
@@ -32,10 +31,15 @@ class GemmaLayer(LlamaLayer):
         }
 
     def forward(
-        self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None, *attention_inputs: Any
+        self,
+        x_TE: torch.Tensor,
+        residual_TE: torch.Tensor | None,
+        rotation: Rotation,
+        cache: LayerCache,
+        batch: StepBatch,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x_TE, residual_TE = self.enter(x_TE, residual_TE)
-        x_TE = self.after_attention_norm(self.attention(x_TE, *attention_inputs))
+        x_TE = self.after_attention_norm(self.attention(x_TE, rotation, cache, batch))
         x_TE, residual_TE = self.mlp_norm.add(x_TE, residual_TE)
         return self.after_mlp_norm(self.mlp(x_TE)), residual_TE
 

@@ -58,7 +58,7 @@ class Step:
 
 
 class OnnxAttention(Attention):
-    """Takes names of past_key_values for the caches. A graph is made once, for all steps: `step` is what they share."""
+    """A layer's cache is two names of past_key_values. A graph is made once; `step` is what all steps share."""
 
     step: Step
 
@@ -66,8 +66,7 @@ class OnnxAttention(Attention):
         self,
         qkv_TXD: Any,
         rotation: Rotation,
-        k_cache_NSKD: Any,
-        v_cache_NSKD: Any,
+        cache: Any,
         batch: StepBatch,
         layer: AttentionLayer,
     ) -> Any:
@@ -83,8 +82,7 @@ class OnnxAttention(Attention):
             k,
             v,
             step.mask(layer.window),
-            k_cache_NSKD,
-            v_cache_NSKD,
+            *cache,
             outputs=3,
             scale=layer.scale,
             softcap=layer.softcap or 0.0,

@@ -9,6 +9,7 @@ import onnx
 import torch
 from onnx import TensorProto, helper
 
+from tidewright.devices.base import Device
 from tidewright.distributed.group import ALONE
 from tidewright.models.config import DecoderConfig
 from tidewright.models.llama import LlamaForCausalLM
@@ -27,7 +28,8 @@ def decoder_graph(architecture: type[LlamaForCausalLM], config: DecoderConfig, i
     """
     with torch.device("meta"):
         attention = OnnxAttention()
-        model = architecture(config, config.max_positions, ALONE, attention).eval()
+        device = Device(torch.device("meta"), attention)
+        model = architecture(config, config.max_positions, ALONE, device).eval()
     tensors = [*model.named_parameters(), *model.named_buffers()]
     graph = Graph({id(tensor): name for name, tensor in tensors}, int8)
     layers = range(config.num_layers)
@@ -66,8 +68,7 @@ class _Past:
     """Stands for the KV cache: names in place of tensors, as OnnxAttention takes them."""
 
     def __init__(self, names: list[tuple[str, str]]) -> None:
-        self.k_cache_LNSKD = [key for key, _ in names]
-        self.v_cache_LNSKD = [value for _, value in names]
+        self.layers = names
 
 
 def _ids(name: str, length: str) -> onnx.ValueInfoProto:

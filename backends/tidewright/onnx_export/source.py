@@ -7,11 +7,11 @@ from pathlib import Path
 import torch
 
 from tidewright.attention.reference import ReferenceAttention
+from tidewright.devices.cpu.device import CpuDevice
 from tidewright.distributed.group import ALONE
 from tidewright.engine.plan import ScheduledSequence, StepPlan
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
 from tidewright.layers.loading import load_weights
-from tidewright.layers.tensor_parallel import PackableLinear
 from tidewright.models.families import read_config
 from tidewright.models.folder import read_json
 from tidewright.models.registry import model_class
@@ -30,26 +30,23 @@ class SourceModel:
         self.architecture = model_class(config)
         self.config = read_config(config)
         longest = min(self.config.max_positions, LONGEST)
-        self._attention = ReferenceAttention(longest, _CPU)
-        self.decoder = self.architecture(self.config, self.config.max_positions, ALONE, self._attention).eval()
+        self._device = CpuDevice(ReferenceAttention(longest, _CPU))
+        self.decoder = self.architecture(self.config, self.config.max_positions, ALONE, self._device).eval()
         load_weights(folder, self.decoder.loaders(), self.decoder.ignored_weights())
         sizes = (self.config.num_layers, self.config.num_kv_heads, self.config.head_dim)
         self._buffers = StepBuffers(StepLimits(1, longest, longest, longest), _CPU)
-        self._cache = allocate_kv_cache(KVCacheShape(*sizes, longest, torch.float32), 1, _CPU)
+        self._cache = allocate_kv_cache(KVCacheShape(*sizes, longest, torch.float32), 1, self._device.memory)
 
     def pack(self) -> None:
         """To be called when the weights are written: it computes faster then, and they can't be read any more."""
-        for module in self.decoder.modules():
-            if isinstance(module, PackableLinear):
-                module.pack()
+        self._device.finish(self.decoder)
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int], start: int = 0) -> torch.Tensor:
         """logits_TV after each token; those before `start` are in the cache from the call before."""
         # The one sequence that there is has one block to itself.
         batch = self._buffers.fill(StepPlan((ScheduledSequence(0, start, tuple(token_ids), new_blocks=(0,)),)))
-        self._attention.prepare(batch)
-        logits_TV = self.decoder.logits(self.decoder(batch, self._cache))
+        logits_TV = self.decoder.logits(self._device.forward(self.decoder, batch, self._cache))
         assert logits_TV is not None  # there is one rank
         return logits_TV
 

@@ -14,10 +14,11 @@ from helpers.rotation import no_rotation
 from helpers.step_batches import Tokens, batch_of, in_order
 from tidewright.attention.base import AttentionLayer
 from tidewright.attention.reference import ReferenceAttention
-from tidewright.attention.registry import UnknownAttentionError, make_attention
+from tidewright.devices.base import DeviceError
 from tidewright.devices.cpu.attention import NativeCpuAttention
+from tidewright.devices.registry import make_device
+from tidewright.kv_cache.storage import LayerCache
 
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("all_cores")
 
 
@@ -55,11 +56,11 @@ class Step:
         self.k_cache_NSKD, self.v_cache_NSKD = (new(num_blocks, block_size, kv_heads, size) for _ in range(2))
 
     def run(self, name: str, layer: AttentionLayer) -> torch.Tensor:
-        attention = make_attention(name, self.block_size, CPU, self.qkv_TXD.dtype)
+        attention = make_device("cpu", name, self.block_size, self.qkv_TXD.dtype).attention
         caches = self.k_cache_NSKD.clone(), self.v_cache_NSKD.clone()
         batch = batch_of(self.spans, self.block_size)
         attention.prepare(batch)
-        out_THD = attention.forward(self.qkv_TXD, no_rotation(self.qkv_TXD), *caches, batch, layer)
+        out_THD = attention.forward(self.qkv_TXD, no_rotation(self.qkv_TXD), LayerCache(*caches), batch, layer)
         k_cache_NSKD, v_cache_NSKD = self.stored()
         assert torch.equal(caches[0], k_cache_NSKD)
         assert torch.equal(caches[1], v_cache_NSKD)
@@ -209,8 +210,7 @@ def test_a_sequence_gets_the_same_result_in_any_company_and_with_any_number_of_t
         alone_THD = attention.forward(
             step.qkv_TXD[rows],
             no_rotation(step.qkv_TXD[rows]),
-            step.k_cache_NSKD,
-            step.v_cache_NSKD,
+            LayerCache(step.k_cache_NSKD, step.v_cache_NSKD),
             batch_of([span], 16),
             layer,
         )
@@ -220,9 +220,12 @@ def test_a_sequence_gets_the_same_result_in_any_company_and_with_any_number_of_t
 
 
 def test_the_registry_offers_it_where_it_works() -> None:
-    assert isinstance(make_attention("auto", 16, CPU, torch.bfloat16), NativeCpuAttention)
-    assert isinstance(make_attention("native", 16, CPU, torch.float32), NativeCpuAttention)
-    assert isinstance(make_attention("auto", 16, CPU, torch.float16), ReferenceAttention)
-    assert isinstance(make_attention("auto", 16, torch.device("cuda"), torch.bfloat16), ReferenceAttention)
-    with pytest.raises(UnknownAttentionError, match=r"needs a CPU, float32 or bfloat16.*choose 'auto'"):
-        make_attention("native", 16, CPU, torch.float16)
+    def attention(name: str, dtype: torch.dtype) -> object:
+        return make_device("cpu", name, 16, dtype).attention
+
+    assert isinstance(attention("auto", torch.bfloat16), NativeCpuAttention)
+    assert isinstance(attention("native", torch.float32), NativeCpuAttention)
+    assert isinstance(attention("reference", torch.float32), ReferenceAttention)
+    assert isinstance(attention("auto", torch.float16), ReferenceAttention)
+    with pytest.raises(DeviceError, match=r"needs a CPU, float32 or bfloat16.*choose 'auto'"):
+        attention("native", torch.float16)

@@ -24,14 +24,17 @@ LOAD = """
 import logging
 logging.basicConfig()
 import torch
-from tidewright.attention.registry import make_attention
+from tidewright.devices.registry import make_device
 from tidewright.devices.cpu.linear import CpuLinear
 from tidewright.devices.cpu.kernels import kernels_of
 assert kernels_of(torch.float32) is None
-print(type(make_attention("auto", 16, torch.device("cpu"), torch.float32)).__name__)
+print(type(make_device("cpu", "auto", 16, torch.float32).attention).__name__)
 x, w = torch.randn(3, 8), torch.randn(5, 8)
-torch.testing.assert_close(CpuLinear(w).multiply(x), x @ w.T)
-torch.testing.assert_close(CpuLinear(w.bfloat16()).multiply(x.bfloat16()), x.bfloat16() @ w.bfloat16().T)
+for dtype in (torch.float32, torch.bfloat16):
+    linear = CpuLinear(5, 8)
+    linear.weight.data = w.to(dtype)
+    linear.finish()
+    torch.testing.assert_close(linear.multiply(x.to(dtype), None), x.to(dtype) @ w.to(dtype).T)
 """
 
 

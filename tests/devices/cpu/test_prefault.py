@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tidewright.devices.cpu import prefault
+from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.cpu.prefault import Prefaulter
 from tidewright.kv_cache.storage import KVCache, KVCacheShape, allocate_kv_cache
 
@@ -18,7 +19,7 @@ SHAPE = KVCacheShape(num_layers=LAYERS, num_kv_heads=1, head_dim=64, block_size=
 
 
 def cache() -> KVCache:
-    return allocate_kv_cache(SHAPE, BLOCKS, torch.device("cpu"))
+    return allocate_kv_cache(SHAPE, BLOCKS, CpuMemory())
 
 
 def resident(memory: torch.Tensor) -> float:

@@ -6,6 +6,7 @@ import torch
 
 from tidewright.attention.base import Attention, AttentionLayer, Rotation
 from tidewright.devices.cpu.kernels import kernels_for
+from tidewright.kv_cache.storage import LayerCache
 from tidewright.step.batch import StepBatch
 
 
@@ -19,8 +20,7 @@ class NativeCpuAttention(Attention):
         self,
         qkv_TXD: torch.Tensor,
         rotation: Rotation,
-        k_cache_NSKD: torch.Tensor,
-        v_cache_NSKD: torch.Tensor,
+        cache: LayerCache,
         batch: StepBatch,
         layer: AttentionLayer,
     ) -> torch.Tensor:
@@ -32,13 +32,13 @@ class NativeCpuAttention(Attention):
             rotation.sin_PD,
             rotation.positions_T,
             batch.slots_T,
-            k_cache_NSKD,
-            v_cache_NSKD,
+            cache.keys_NSKD,
+            cache.values_NSKD,
         )
         return native.paged_attention(
             q_THD,
-            k_cache_NSKD,
-            v_cache_NSKD,
+            cache.keys_NSKD,
+            cache.values_NSKD,
             batch.spans_B4,
             batch.tables_PM,
             layer.scale,

@@ -17,9 +17,9 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-from tidewright.devices.cpu.kernels import CpuKernels, kernels_of
+from tidewright.devices.cpu.kernels import CpuKernels, PackedWeight, kernels_of
+from tidewright.layers.linear_method import PlainLinear
 
 _LIMITS = (8, 48, 128, sys.maxsize)  # a way for up to so many rows each
 _MEASURED = (16, 64, 256)  # for all but the first
@@ -29,41 +29,48 @@ _PACK_FOR_ROWS = 16  # what oneDNN lays the copy out for; other numbers work, to
 Ways = tuple[str, str, str, str]
 
 
-class CpuLinear:
-    """x w^T + bias with a weight_FE (and bias_F) that no longer change.
+class CpuLinear(PlainLinear):
+    """Once finished, where one of the ways is native, `packed` has the weight, and the parameter is empty."""
 
-    Where one of the ways is native, `packed` has the weight, and the tensor must not be read any more.
-    """
+    def __init__(self, out_features: int, in_features: int) -> None:
+        super().__init__(out_features, in_features)
+        self.packed: PackedWeight | None = None
+        self._native: CpuKernels | None = None
+        self._onednn: torch.Tensor | None = None
+        self._ways: list[tuple[int, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]]] = []
 
-    def __init__(self, weight_FE: torch.Tensor, bias_F: torch.Tensor | None = None) -> None:
-        self._weight_FE, self._bias_F = weight_FE.contiguous(), bias_F
-        names = choose_ways(weight_FE.dtype)
-        self._native = kernels_of(weight_FE.dtype) if "native" in names else None
-        self._onednn = _reorder(self._weight_FE) if "onednn" in names else None  # first: it reads the plain weight
-        self.packed = self._native.pack(self._weight_FE) if self._native else None
+    def finish(self) -> None:
+        names = choose_ways(self.weight.dtype)
+        if "onednn" in names:
+            self._onednn = _reorder(self.weight)  # first: it reads the plain weight
+        if "native" in names:
+            self._native = kernels_of(self.weight.dtype)
+            assert self._native
+            self.packed = self._native.pack(self.weight.detach())
+            self.weight.data = self.weight.data.new_empty(0)
         ways = {"native": self._by_native, "onednn": self._by_onednn, "plain": self._by_plain}
         self._ways = [(limit, ways[name]) for limit, name in zip(_LIMITS, names, strict=True)]
 
-    def multiply(self, x_TE: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x_TE: torch.Tensor, bias_F: torch.Tensor | None) -> torch.Tensor:
         rows = x_TE.shape[0]
-        return next(way for limit, way in self._ways if rows <= limit)(x_TE)
+        way = next((way for limit, way in self._ways if rows <= limit), self._by_plain)
+        return way(x_TE, bias_F)
 
-    def weight_rows(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """Of the weight as it was given."""
+    def read_rows(self, ids_T: torch.Tensor) -> torch.Tensor:
         if self._native and self.packed:
             return self._native.embedding(ids_T, self.packed)
-        return F.embedding(ids_T, self._weight_FE)
+        return super().read_rows(ids_T)
 
-    def _by_native(self, x_TE: torch.Tensor) -> torch.Tensor:
+    def _by_plain(self, x_TE: torch.Tensor, bias_F: torch.Tensor | None) -> torch.Tensor:
+        return super().multiply(x_TE, bias_F)
+
+    def _by_native(self, x_TE: torch.Tensor, bias_F: torch.Tensor | None) -> torch.Tensor:
         assert self._native
         assert self.packed
-        return self._native.linear(x_TE, self.packed, self._bias_F)
+        return self._native.linear(x_TE, self.packed, bias_F)
 
-    def _by_onednn(self, x_TE: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x_TE, self._onednn, self._bias_F, "none", [], "")
-
-    def _by_plain(self, x_TE: torch.Tensor) -> torch.Tensor:
-        return F.linear(x_TE, self._weight_FE, self._bias_F)
+    def _by_onednn(self, x_TE: torch.Tensor, bias_F: torch.Tensor | None) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x_TE, self._onednn, bias_F, "none", [], "")
 
 
 def native_rows(dtype: torch.dtype) -> int:

@@ -1,0 +1,72 @@
+"""A CPU: our kernels where they take the numbers at hand, torch where not."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import torch
+
+from tidewright.attention.base import Attention
+from tidewright.devices.base import Device
+from tidewright.devices.cpu.fusion import fuse_layers
+from tidewright.devices.cpu.kernels import kernels_for
+from tidewright.devices.cpu.layer import CpuLayer, LayerStep
+from tidewright.devices.cpu.linear import CpuLinear, native_rows
+from tidewright.devices.cpu.memory import CpuMemory
+from tidewright.devices.cpu.prefault import Prefaulter
+
+if TYPE_CHECKING:
+    from tidewright.kv_cache.storage import KVCache
+    from tidewright.models.llama import LlamaForCausalLM
+    from tidewright.step.batch import StepBatch
+
+
+class CpuDevice(Device):
+    """Steps of few rows go through each layer in two calls, see layer.py; results are the same to the bit."""
+
+    def __init__(self, attention: Attention) -> None:
+        super().__init__(torch.device("cpu"), attention, CpuMemory())
+        self._layers: list[CpuLayer] = []
+        self.fused_rows = 0  # that go through them
+        self._prefaulter: Prefaulter | None = None
+
+    def linear_method(self, out_features: int, in_features: int) -> CpuLinear:
+        return CpuLinear(out_features, in_features)
+
+    def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
+        if weight_E.dtype == x_TE.dtype and (kernels := kernels_for(x_TE)):
+            return kernels.rms_norm(x_TE, weight_E, eps)
+        return super().rms_norm(x_TE, weight_E, eps)
+
+    def add_rms_norm(
+        self, x_TE: torch.Tensor, residual_TE: torch.Tensor, weight_E: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if weight_E.dtype == x_TE.dtype and (kernels := kernels_for(x_TE)):
+            return kernels.add_rms_norm(x_TE, residual_TE, weight_E, eps)
+        return super().add_rms_norm(x_TE, residual_TE, weight_E, eps)
+
+    def silu_and_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
+        if kernels := kernels_for(gate_up_TF2):
+            return kernels.silu_and_mul(gate_up_TF2)
+        return super().silu_and_mul(gate_up_TF2)
+
+    def finish(self, model: LlamaForCausalLM) -> None:
+        super().finish(model)
+        if layers := fuse_layers(model):
+            self._layers, self.fused_rows = layers, native_rows(model.dtype)
+
+    def step(self, cache: KVCache, newest_block: int) -> AbstractContextManager[None]:
+        if self._prefaulter is None:
+            self._prefaulter = Prefaulter(cache)
+        return self._prefaulter.step(newest_block)
+
+    def forward(self, model: LlamaForCausalLM, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
+        if len(batch.token_ids_T) > self.fused_rows:
+            return super().forward(model, batch, kv_cache)
+        indices = batch.positions_T, batch.slots_T, batch.spans_B4, batch.tables_PM
+        step = LayerStep(model.embed(batch.token_ids_T), *indices, kv_cache.k_cache_LNSKD, kv_cache.v_cache_LNSKD)
+        for layer in self._layers:
+            layer.run(step)
+            model.layers_computed += 1
+        return step.hidden()

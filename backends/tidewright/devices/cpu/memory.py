@@ -1,0 +1,30 @@
+"""A machine's memory, in huge pages, which are cleared when they are first used."""
+
+from __future__ import annotations
+
+import math
+
+import psutil
+import torch
+from torch import nn
+
+from tidewright.devices.cpu.huge_pages import huge_empty, move_to_huge_pages
+from tidewright.devices.memory import DeviceMemory
+from tidewright.kv_cache.budget import AUTO_CPU
+
+
+class CpuMemory(DeviceMemory):
+    kv_budget = AUTO_CPU
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+
+    def free(self) -> int:
+        return psutil.virtual_memory().available
+
+    def zeros(self, dimensions: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """To write a gigabyte of zeros would take a second, at each start: the kernel's pages are zero as they come."""
+        return huge_empty(math.prod(dimensions) * dtype.itemsize).view(dtype).view(dimensions)
+
+    def place_weights(self, model: nn.Module) -> None:
+        move_to_huge_pages(model)
