@@ -7,6 +7,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+SPINS = "2000"
+"""How often an OpenMP thread looks for work before it sleeps (GOMP_SPINCOUNT of GCC's library, which torch brings).
+
+The library's own 300,000 take 7.5 ms, longer than Linux lets a thread run while another waits: a thread that waits at
+a barrier keeps the thread that it waits for from its core. See docs/engine.md for what was measured.
+"""
+
 
 @contextmanager
 def importing_torch() -> Iterator[None]:
@@ -16,6 +23,8 @@ def importing_torch() -> Iterator[None]:
     and whenever it happens between two steps: they are left out of it. Nor does torch look for devices of others.
     """
     os.environ.setdefault("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    if "OMP_WAIT_POLICY" not in os.environ:  # which says the same more coarsely
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when the library is loaded
     gc.disable()
     try:
         yield

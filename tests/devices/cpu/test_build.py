@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tidewright.engine.torch_import import SPINS
+
 OPENMP = """
 import re
 from pathlib import Path
-import torch
+from tidewright.engine.torch_import import importing_torch
+with importing_torch():
+    import torch
 from tidewright.devices.cpu.build import load_library
 library = load_library()
 assert library
@@ -55,8 +59,10 @@ def output(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def test_one_openmp_library_serves_torch_and_the_kernels() -> None:
-    libraries, threads, difference = output(start(OPENMP, OMP_NUM_THREADS="2"))[0].split()
+    out, settings = output(start(OPENMP, OMP_NUM_THREADS="2", OMP_DISPLAY_ENV="verbose"))
+    libraries, threads, difference = out.split()
     assert (libraries, threads, difference) == ("1", "2", "0")
+    assert f"GOMP_SPINCOUNT = '{SPINS}'" in settings
 
 
 def test_two_processes_may_build_at_once(tmp_path: Path) -> None:

@@ -6,20 +6,48 @@
 // A collective takes a round for each slotful. In a round each rank writes its slot, raises its flag, and reads the slots of
 // those that it needs once their flags are up. A slot is written again two rounds later, and by then all ranks have
 // raised their flags for the round between, so they have read it.
-#include <atomic>
-#include <ctime>
+#include <linux/futex.h>
 #include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <climits>
+#include <ctime>
 
 #include "vectors.h"
 
 namespace {
 
 constexpr int64_t MAX_RANKS = 64, SLOT = 1 << 18;  // bytes; shared_memory.py knows them too
-constexpr int SPINS = 2000, YIELDS = 20000;
+constexpr int SPINS = 2000, YIELDS = 200;  // some 50 us, and some 50 us more if nobody else wants the core
 constexpr int64_t FAILED = -1;
 
 struct alignas(64) Flag {
     std::atomic<int64_t> written;
+    std::atomic<int32_t> sleepers;  // ranks that sleep until it is raised
+
+    void raise(int64_t round) {
+        // Sequentially consistent, as in `sleep`: either the sleeper sees the round, or this sees the sleeper.
+        written.store(round);
+        if (sleepers.load()) futex(FUTEX_WAKE, INT_MAX, nullptr);
+    }
+
+    // Until the flag is raised, or for `seconds` at most, or for no reason.
+    void sleep(int64_t least, double seconds) {
+        sleepers.fetch_add(1);
+        int64_t now = written.load();
+        timespec limit = {(time_t)seconds, (long)((seconds - (time_t)seconds) * 1e9)};
+        if (now < least) futex(FUTEX_WAIT, (uint32_t)now, &limit);
+        sleepers.fetch_sub(1);
+    }
+
+private:
+    // Not FUTEX_PRIVATE: the ranks are processes. It looks at the lower half of `written`.
+    void futex(int operation, uint32_t value, const timespec* limit) {
+        static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__);
+        syscall(SYS_futex, &written, operation, value, limit, nullptr, 0);
+    }
 };
 
 double seconds() {
@@ -40,7 +68,8 @@ struct Ranks {
         return reinterpret_cast<T*>(region + MAX_RANKS * sizeof(Flag) + (2 * of + round % 2) * SLOT);
     }
 
-    // Until rank `of` has written round `least`. A rank that computes is soon done; one that is stuck must not burn a core.
+    // Until rank `of` has written round `least`. A rank that computes is soon done, and waking up takes as long as a sum;
+    // but one that lost its core, or is stuck, must not be waited for on a core that it may want.
     bool wait(int64_t of, int64_t least) const {
         auto there = [&] { return flag(of).written.load(std::memory_order_acquire) >= least; };
         for (int i = 0; i < SPINS; i++) {
@@ -51,12 +80,10 @@ struct Ranks {
         }
         double deadline = seconds() + timeout;
         for (int64_t i = 0; !there(); i++) {
+            double left = deadline - seconds();
+            if (left <= 0) return false;
             if (i < YIELDS) sched_yield();
-            else if (seconds() > deadline) return false;
-            else {
-                timespec pause = {0, 50000};
-                nanosleep(&pause, nullptr);
-            }
+            else flag(of).sleep(least, left);
         }
         return true;
     }
@@ -73,7 +100,7 @@ struct Ranks {
         if (!wait_for_all(round)) return false;
         round++;
         std::memcpy(slot<T>(rank), x, count * sizeof(T));
-        flag(rank).written.store(round, std::memory_order_release);
+        flag(rank).raise(round);
         return true;
     }
 };
