@@ -57,7 +57,13 @@ class Settings(ResilienceSettings, BaseSettings):
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="Number format of weights and KV cache."
     )
-    threads: int = Field(0, ge=0, le=1024, description="CPU threads of the engine; 0 lets torch choose.")
+    threads: int = Field(
+        0,
+        ge=0,
+        le=1024,
+        description="CPU threads of the engine; 0: as many as CPU affinity and quota allow, fewer while other "
+        "processes use the cores.",
+    )
     tensor_parallel_size: int = Field(
         1, ge=1, le=1024, description="Ranks that the model is cut over: GPUs, or processes on CPU cores."
     )
@@ -113,8 +119,8 @@ class Settings(ResilienceSettings, BaseSettings):
         0.1,
         gt=0,
         le=1,
-        description="Share of all CPU cores, if the model runs on them, that sending streams may take; above it, "
-        "tokens of a stream leave together, at least every 0.1 s. 1: each token at once.",
+        description="Share of the usable CPU cores, if the model runs on them, that sending streams may take; above "
+        "it, tokens of a stream leave together, at least every 0.1 s. 1: each token at once.",
     )
     fallback: str = Field(
         "",
@@ -129,7 +135,8 @@ class Settings(ResilienceSettings, BaseSettings):
         0,
         ge=0,
         le=1024,
-        description="CPU threads of the fallback; 0 for all cores. They get little where the main model computes.",
+        description="CPU threads of the fallback; 0: as many as CPU affinity and quota allow. They get little where "
+        "the main model computes.",
     )
     fallback_memory: str = Field("256MiB", description="Memory of the fallback's KV cache, as kv_cache_memory.")
     fallback_max_tokens: int = Field(

@@ -31,6 +31,7 @@ from tidewright.bridge.sender import Sender
 from tidewright.bridge.stats import CumulativeStats, RequestStats
 from tidewright.bridge.traces import BridgeTraces
 from tidewright.config import Settings
+from tidewright.cores import usable_cores
 from tidewright.engine.messages import EngineConfig, EngineStats, Ready, SequenceOutput
 from tidewright.errors import (
     CancelledError,
@@ -292,7 +293,7 @@ class Bridge:
         self.engine = ready
         # A GPU's work is not held up.
         on_cpu = ready.device.startswith("cpu")
-        self._outgoing.share = self._streaming_share * len(os.sched_getaffinity(0)) if on_cpu else 1.0
+        self._outgoing.share = self._streaming_share * usable_cores() if on_cpu else 1.0
         self._failed_starts, self._failing = 0, ""
         self._feeder.engine_up()
 

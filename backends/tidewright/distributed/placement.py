@@ -1,8 +1,6 @@
-"""Which device, and how many threads, a rank takes on its host."""
+"""Which device, and how much of its memory, a rank takes on its host."""
 
 from __future__ import annotations
-
-import os
 
 import msgspec
 import torch
@@ -13,8 +11,8 @@ from tidewright.engine.messages import EngineConfig
 def place(config: EngineConfig, local_rank: int) -> EngineConfig:
     """The configuration for one of `config.local_ranks` ranks on this host.
 
-    GPUs are taken in order, from the one that `device` names, or the first. On a CPU the ranks divide the cores that
-    this process may use, and the share of memory that the KV cache may take.
+    GPUs are taken in order, from the one that `device` names, or the first. On a CPU the ranks divide the share of
+    memory that the KV cache may take, and the cores (step_threads.py).
     """
     if config.local_ranks == 1 and config.tensor_parallel_size == 1:
         return config
@@ -24,8 +22,7 @@ def place(config: EngineConfig, local_rank: int) -> EngineConfig:
     if device.startswith("cuda"):
         _, _, first = device.partition(":")
         return msgspec.structs.replace(config, device=f"cuda:{int(first or 0) + local_rank}")
-    cores, memory = len(os.sched_getaffinity(0)), config.kv_cache_memory
+    memory = config.kv_cache_memory
     if memory.endswith("%"):
         memory = f"{float(memory[:-1]) / config.local_ranks:g}%"
-    threads = config.threads or max(1, cores // config.local_ranks)
-    return msgspec.structs.replace(config, device=device, threads=threads, kv_cache_memory=memory)
+    return msgspec.structs.replace(config, device=device, kv_cache_memory=memory)

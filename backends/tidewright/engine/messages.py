@@ -20,7 +20,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_dir: str
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one
     dtype: str = "bfloat16"  # "bfloat16", "float16", "float32"
-    threads: int = 0  # 0: torch's default
+    threads: int = 0  # of each rank; 0: as many as it can keep busy (devices/cpu/step_threads.py)
     niceness: int = 0  # of the process; 10 gets a tenth of a core that another wants as well
     attention: str = "auto"
     block_size: int = 16  # tokens a block

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from tidewright.devices.cpu.kernels import kernels_of
+from tidewright.devices.cpu.step_threads import StepThreads, processor_waits, set_threads
 from tidewright.devices.registry import dtype_of, make_device
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import EngineConfig, TokenLogprob
@@ -37,11 +39,13 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, group: TensorParallelGroup = ALONE) -> None:
-        if config.threads > 0:
-            torch.set_num_threads(config.threads)
+        threads = set_threads(config.threads, config.local_ranks)
         folder = Path(config.model_dir)
         self.dtype = dtype_of(config.dtype)
         self.device = make_device(config.device, config.attention, config.block_size, self.dtype)
+        # The kernels' results do not depend on the number of threads; those of other libraries may.
+        adapts = config.threads == 0 and self.device.torch_device.type == "cpu" and kernels_of(self.dtype) is not None
+        self._threads = StepThreads(threads, processor_waits() if adapts else None)
         model_json = read_json(folder / "config.json")
         architecture = model_class(model_json)
         model_config = read_config(model_json)
@@ -99,7 +103,7 @@ class ModelRunner:
         self.guided.forget(plan.ended)
         self._counts.forget(plan.ended)
         batch = self._buffers.fill(plan)
-        with self.device.step(self.kv_cache, self._buffers.highest_block):
+        with self._threads.step(), self.device.step(self.kv_cache, self._buffers.highest_block):
             hidden_TE = self.device.forward(self.model, batch, self.kv_cache)
             began = time.monotonic()
             result = self._result(plan, batch, hidden_TE)

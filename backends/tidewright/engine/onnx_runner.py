@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from tidewright.devices.cpu.memory import CpuMemory
+from tidewright.devices.cpu.step_threads import set_threads
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
 from tidewright.engine.runner import USEFUL_TOKENS
@@ -37,10 +38,9 @@ class OnnxRunner:
         folder = Path(config.model_dir)
         manifest = load_manifest(folder)
         precision = next(name for name in PRECISIONS if name in manifest.files)  # int8 if there is it
-        self._decoder = OnnxDecoder(folder / model_file(precision), config.threads, config.device)
+        threads = set_threads(config.threads, sharers=1)  # torch's are for sampling
+        self._decoder = OnnxDecoder(folder / model_file(precision), threads, config.device)
         self.device_name = self._decoder.device
-        if config.threads:
-            torch.set_num_threads(config.threads)  # for sampling
         self.vocab_size, self.eos_ids = manifest.vocab_size, manifest.source.eos_token_ids
         self.guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         self._counts = TokenCounts()

@@ -76,12 +76,14 @@ def _check_packages() -> None:
 
 def _fill(folder: Path, source: Source, precisions: Sequence[str], console: Console) -> None:
     # Not at the top: they load torch and onnx.
+    from tidewright.devices.cpu.step_threads import set_threads
     from tidewright.layers.loading import CheckpointError
     from tidewright.onnx_export.decoder import decoder_graph
     from tidewright.onnx_export.report import Reference, read_passages
     from tidewright.onnx_export.source import SourceModel
     from tidewright.onnx_export.weights import bytes_needed, model_tensors, write_model
 
+    set_threads(0, sharers=1)
     origin = Path(source.folder)
     try:
         with waiting(console, "Reading the weights in float32"):

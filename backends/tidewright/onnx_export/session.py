@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from tidewright.cores import usable_threads
+
 _CUDA, _CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
 logger = logging.getLogger(__name__)
@@ -23,14 +25,14 @@ class OnnxModelError(ValueError):
 
 
 class OnnxDecoder:
-    """Raises OnnxModelError. `threads` as onnxruntime counts them: 0 takes all cores.
+    """Raises OnnxModelError. `threads`: 0 for as many as this process can keep busy.
 
     `device`: cpu; cuda, or auto, for the GPU if this onnxruntime can use it, else the CPU.
     """
 
     def __init__(self, file: Path, threads: int = 0, device: str = "cpu") -> None:
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = threads or usable_threads()
         # Threads that wait for work would take the time of those that have some.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:

@@ -79,9 +79,11 @@ def _lowest_in_window(
     cut_by_top_p_R1 = top_p_R1 < 1.0
     is_limited_R1 = edge_R1 > 0
     kept_RW = sorted_RW * (sorted_RW >= edge_R1)
-    # Without a limit before it, top_p is of everything, and that is 1.
-    mass_R1 = torch.where(is_limited_R1, kept_RW.sum(dim=-1, keepdim=True, dtype=torch.float64), 1.0)
-    before_RW = kept_RW.cumsum(dim=-1, dtype=torch.float64) - kept_RW
+    up_to_RW = kept_RW.cumsum(dim=-1, dtype=torch.float64)
+    # Without a limit before it, top_p is of everything, and that is 1. Not `sum`, whose order of additions depends on
+    # the number of threads.
+    mass_R1 = torch.where(is_limited_R1, up_to_RW[:, -1:], 1.0)
+    before_RW = up_to_RW - kept_RW
     # The first token always stays; after it, those before which the mass has not yet reached p.
     stays_RW = (kept_RW > 0) & (before_RW < top_p_R1 * mass_R1)
     stays_RW[:, 0] = True

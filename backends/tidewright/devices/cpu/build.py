@@ -26,6 +26,7 @@ from pathlib import Path
 import torch  # noqa: F401 - loads the OpenMP library that the kernels share
 
 from tidewright.cache import cache_dir
+from tidewright.cores import usable_threads
 from tidewright.devices.cpu.baselines import AMD, BASELINES, FAST_BF16_DOT, Baseline, Processor, fitting
 
 CHOICE_VARIABLE = "TIDEWRIGHT_KERNELS"
@@ -154,7 +155,7 @@ def _compile(compiler: list[str], flags: Sequence[str], openmp: Path, library: P
             _run([*compiler, *flags, "-c", str(source), "-o", made])
             return made
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(usable_threads()) as pool:
             objects = list(pool.map(compiled, sources))
         # Without -fopenmp, which would add the compiler's own OpenMP library.
         built = f"{scratch}/{library.name}"

@@ -233,6 +233,16 @@ def kernels_of(dtype: torch.dtype) -> CpuKernels | None:
     return _by_dtype().get(dtype)
 
 
+def thread_ids() -> list[int]:
+    """Linux's ids of the threads that a kernel called from this thread runs on; none where there are no kernels."""
+    library = load_library()
+    if library is None:
+        return []
+    ids = (c_int64 * torch.get_num_threads())()
+    library.thread_ids.restype = c_int64
+    return list(ids[: library.thread_ids(ids, c_int64(len(ids)))])
+
+
 @functools.cache
 def _by_dtype() -> dict[torch.dtype, CpuKernels]:
     library = load_library()

@@ -1,0 +1,69 @@
+"""The threads that steps compute with: as many as this process may use, fewer while other processes use the cores."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from tidewright.cores import cpu_quota, usable_threads
+from tidewright.devices.cpu.kernels import thread_ids
+from tidewright.devices.cpu.processor_waits import ProcessorWaits
+from tidewright.devices.cpu.thread_count import ThreadCount
+from tidewright.logs import event
+
+WINDOW = 0.1  # seconds of steps that are judged together
+
+log = logging.getLogger(__name__)
+
+
+class Waits(Protocol):
+    def seconds(self) -> float:
+        """In which threads were ready to run without a processor, since the last call."""
+
+
+def set_threads(asked: int, sharers: int) -> int:
+    """Lets torch and the kernels use `asked` threads; 0: as many as one of `sharers` processes can keep busy here."""
+    threads = asked or min(torch.get_num_threads(), usable_threads(sharers))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def processor_waits() -> Waits | None:
+    """For kernels that are loaded; None where Linux does not tell."""
+    waits = ProcessorWaits(thread_ids, cpu_quota())
+    return waits if waits.known else None
+
+
+class StepThreads:
+    """To be used on the thread that runs the steps. `most` is what it has now; without `waits` that stays."""
+
+    def __init__(self, most: int, waits: Waits | None) -> None:
+        self._waits = waits
+        self._count = ThreadCount(most)
+        self._seconds = 0.0
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around each step."""
+        began = time.monotonic()
+        yield
+        now = time.monotonic()
+        self._seconds += now - began
+        if self._waits and self._count.most > 1 and self._seconds >= WINDOW:
+            self._judge(now, self._waits.seconds())
+
+    def _judge(self, now: float, waited: float) -> None:
+        before, settled = self._count.current, self._count.settled
+        self._count.observe(now, self._seconds, waited)
+        self._seconds = 0.0
+        if self._count.current != before:
+            torch.set_num_threads(self._count.current)
+        if self._count.settled != settled:
+            why = "other processes use" if self._count.settled < settled else "other processes leave"
+            numbers = self._count.settled, self._count.most
+            log.info("%s the cores: steps compute with %d of %d threads", why, *numbers, extra=event("threads_changed"))
