@@ -36,6 +36,8 @@ def tree(root: Path, mounts: list[str], cgroup: str, files: dict[str, str]) -> P
         ("/docker/c1", "/docker/c1", {"cpu.max": "300000 200000"}, 1.5),
         # A process outside of its namespace's top.
         ("/", "/../other", {"cpu.max": "250000 100000"}, 2.5),
+        # The path leads out of what is mounted.
+        ("/docker/c1", "/docker/c2", {"cpu.max": "250000 100000", "../c2/cpu.max": "100000 100000"}, 2.5),
         # Another's quota does not count.
         ("/", "/a", {"b/cpu.max": "100000 100000", "a/cpu.max": "max 100000"}, None),
         ("/", "/", {"cpu.max": "nonsense"}, None),
