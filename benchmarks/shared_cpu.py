@@ -252,7 +252,9 @@ def report(contenders: Sequence[Contender], cores: int, batch: int) -> None:
     for what in before.found:
         if what in WHOLE:
             continue
-        shares = [f"{one.median(what):8.1f} ({one.median(what) / (one.median(ALONE) or inf):.2f})" for one in contenders]
+        shares = [
+            f"{one.median(what):8.1f} ({one.median(what) / (one.median(ALONE) or inf):.2f})" for one in contenders
+        ]
         print(f"{what:24} before {shares[0]}   now {shares[1]}")
     for what in [ALONE, *WHOLE]:
         if what in now.found:
