@@ -78,7 +78,7 @@ def test_scores_far_outside_of_what_an_exponent_holds() -> None:
 
 
 def test_a_long_prompt_in_chunks() -> None:
-    model = Model(3, 1, 64, 16)
+    model = Model(3, 1, 64, 16, FP16)
     for chunk in [(0, 599), (437, 163), (597, 3)]:
         check(model, [chunk])
 
