@@ -63,9 +63,10 @@ def test_large_heads_with_everything() -> None:
     check(Model(4, 1, 256, 16, BF16), [(20, 1), (300, 1), (7, 30)], window=24, softcap=3.0)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("window", [1, 2, 16, 17, 100, 1000])
-def test_windows_and_softcaps(window: int, softcap: float | None) -> None:
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(None, 2.0), (1, None), (2, 2.0), (16, None), (17, 2.0), (100, None), (1000, 2.0)]
+)
+def test_windows_and_softcaps(window: int | None, softcap: float | None) -> None:
     """Decode and prefill, with windows that begin inside a block, at its edge, and before the context."""
     check(Model(6, 2), [(0, 1), (15, 1), (16, 1), (400, 1), (0, 40), (90, 20)], window, softcap)
 
@@ -116,7 +117,7 @@ def test_blocks_before_the_window_may_be_gone() -> None:
     torch.testing.assert_close(run(step, layer, paged).double(), step.exact(layer), atol=3e-6, rtol=3e-6)
 
 
-@settings(max_examples=12, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(
     st.lists(st.tuples(st.integers(0, 300), st.sampled_from([1, 1, 2, 7, 33])), min_size=1, max_size=5),
     st.sampled_from([(2, 2), (3, 1), (4, 1), (16, 2), (20, 1)]),
