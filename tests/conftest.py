@@ -11,7 +11,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from helpers import needs
+from helpers import interpreted, needs  # noqa: F401 - interpreted, before others import triton
 from helpers.oracle import Oracle
 from helpers.triton import RunningServer
 from tidewright.cache import EMBEDDED_MODEL

@@ -142,5 +142,5 @@ def test_decodes_of_very_different_length_do_not_share_a_call() -> None:
 
 
 def test_an_unknown_name_is_told_what_there_is() -> None:
-    with pytest.raises(DeviceError, match="attention 'fastest' does not exist; there is: native, reference"):
-        make_device("cpu", "fastest", 16, torch.float32)
+    with pytest.raises(DeviceError, match="attention 'fastest' does not exist; there is: auto, native, reference"):
+        make_device("cpu", "fastest", 16, torch.float32, 64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -84,3 +85,10 @@ def _patch_once() -> None:
 def rounding_of(dtype: torch.dtype) -> float:
     """The largest relative change of one rounding to nearest."""
     return torch.finfo(dtype).eps / 2
+
+
+# At once, by conftest.py: triton's own functions are made for the interpreter or for the compiler when it is imported,
+# and libraries that other tests use import it, too.
+if find_spec("triton"):
+    with interpreted():
+        pass

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from importlib.util import find_spec
+
 import torch
 
 from tidewright.attention.reference import ReferenceAttention
@@ -10,8 +13,12 @@ from tidewright.devices.cpu.attention import NativeCpuAttention
 from tidewright.devices.cpu.device import CpuDevice
 from tidewright.devices.cpu.kernels import kernels_of
 
-_ATTENTIONS = ("native", "reference")
+_ATTENTIONS = ("auto", "native", "reference")
+_LARGEST_HEAD = 256  # of the kernels for GPUs
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+log = logging.getLogger(__name__)
 
 
 def dtype_of(name: str) -> torch.dtype:
@@ -21,27 +28,42 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def make_device(name: str, attention: str, block_size: int, dtype: torch.dtype) -> Device:
-    """`attention` "auto" is the fastest that the device has for `dtype`.
+def make_device(name: str, attention: str, block_size: int, dtype: torch.dtype, head_dim: int) -> Device:
+    """`attention`: "native" is that of the device's own kernels, "auto" the fastest that there is for the model.
 
     Raises:
         DeviceError: there is no such device here, or no such attention for it.
     """
     device = _torch_device(name)
-    native = device.type == "cpu" and kernels_of(dtype) is not None
-    if attention == "auto":
-        attention = "native" if native else "reference"
     if attention not in _ATTENTIONS:
         raise DeviceError(f"attention {attention!r} does not exist; there is: {', '.join(_ATTENTIONS)}")
-    if attention == "native" and not native:
-        raise DeviceError(
-            f"attention 'native' needs a CPU, float32 or bfloat16, and a C++ compiler, not {device} and {dtype}"
-            " (the log tells if the compiler failed); choose 'auto'"
-        )
-    reference = ReferenceAttention(block_size, device)
+    if attention != "reference":
+        lack = _lack_on_cpu(dtype) if device.type == "cpu" else _lack_on_cuda(head_dim)
+        if lack and attention == "native":
+            raise DeviceError(f"attention 'native' needs {lack}; choose 'auto'")
+        if lack and device.type == "cuda":
+            log.warning("attention is the reference's, which is slow: the kernels need %s", lack)
+        attention = "reference" if lack else "native"
     if device.type == "cpu":
-        return CpuDevice(NativeCpuAttention() if attention == "native" else reference)
-    return Device(device, reference)
+        return CpuDevice(NativeCpuAttention() if attention == "native" else ReferenceAttention(block_size, device))
+    if attention == "native":
+        from tidewright.devices.cuda.device import CudaDevice  # triton, which others don't need
+
+        return CudaDevice(device)
+    return Device(device, ReferenceAttention(block_size, device))
+
+
+def _lack_on_cpu(dtype: torch.dtype) -> str:
+    """What the kernels need and there is not; empty if nothing."""
+    if kernels_of(dtype) is not None:
+        return ""
+    return f"float32 or bfloat16, and a C++ compiler, not {dtype} (the log tells if the compiler failed)"
+
+
+def _lack_on_cuda(head_dim: int) -> str:
+    if head_dim > _LARGEST_HEAD or head_dim % 2:
+        return f"even head sizes up to {_LARGEST_HEAD}, not {head_dim}"
+    return "" if find_spec("triton") else "PyPI's triton (pip install tidewright[gpu])"
 
 
 def _torch_device(name: str) -> torch.device:

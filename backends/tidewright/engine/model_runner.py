@@ -42,13 +42,14 @@ class ModelRunner:
         threads = set_threads(config.threads, config.local_ranks)
         folder = Path(config.model_dir)
         self.dtype = dtype_of(config.dtype)
-        self.device = make_device(config.device, config.attention, config.block_size, self.dtype)
-        # The kernels' results do not depend on the number of threads; those of other libraries may.
-        adapts = config.threads == 0 and self.device.torch_device.type == "cpu" and kernels_of(self.dtype) is not None
-        self._threads = StepThreads(threads, processor_waits() if adapts else None)
         model_json = read_json(folder / "config.json")
         architecture = model_class(model_json)
         model_config = read_config(model_json)
+        device = config.device, config.attention, config.block_size
+        self.device = make_device(*device, self.dtype, model_config.head_dim)
+        # The kernels' results do not depend on the number of threads; those of other libraries may.
+        adapts = config.threads == 0 and self.device.torch_device.type == "cpu" and kernels_of(self.dtype) is not None
+        self._threads = StepThreads(threads, processor_waits() if adapts else None)
         limit = model_config.max_positions
         if config.max_model_len > limit:
             raise EngineConfigError(f"max_model_len is {config.max_model_len}, but the model's limit is {limit}")

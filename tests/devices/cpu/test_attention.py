@@ -56,7 +56,7 @@ class Step:
         self.k_cache_NSKD, self.v_cache_NSKD = (new(num_blocks, block_size, kv_heads, size) for _ in range(2))
 
     def run(self, name: str, layer: AttentionLayer) -> torch.Tensor:
-        attention = make_device("cpu", name, self.block_size, self.qkv_TXD.dtype).attention
+        attention = make_device("cpu", name, self.block_size, self.qkv_TXD.dtype, 64).attention
         caches = self.k_cache_NSKD.clone(), self.v_cache_NSKD.clone()
         batch = batch_of(self.spans, self.block_size)
         attention.prepare(batch)
@@ -221,11 +221,11 @@ def test_a_sequence_gets_the_same_result_in_any_company_and_with_any_number_of_t
 
 def test_the_registry_offers_it_where_it_works() -> None:
     def attention(name: str, dtype: torch.dtype) -> object:
-        return make_device("cpu", name, 16, dtype).attention
+        return make_device("cpu", name, 16, dtype, 64).attention
 
     assert isinstance(attention("auto", torch.bfloat16), NativeCpuAttention)
     assert isinstance(attention("native", torch.float32), NativeCpuAttention)
     assert isinstance(attention("reference", torch.float32), ReferenceAttention)
     assert isinstance(attention("auto", torch.float16), ReferenceAttention)
-    with pytest.raises(DeviceError, match=r"needs a CPU, float32 or bfloat16.*choose 'auto'"):
+    with pytest.raises(DeviceError, match=r"needs float32 or bfloat16.*choose 'auto'"):
         attention("native", torch.float16)

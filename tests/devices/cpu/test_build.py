@@ -32,7 +32,7 @@ from tidewright.devices.registry import make_device
 from tidewright.devices.cpu.linear import CpuLinear
 from tidewright.devices.cpu.kernels import kernels_of
 assert kernels_of(torch.float32) is None
-print(type(make_device("cpu", "auto", 16, torch.float32).attention).__name__)
+print(type(make_device("cpu", "auto", 16, torch.float32, 64).attention).__name__)
 x, w = torch.randn(3, 8), torch.randn(5, 8)
 for dtype in (torch.float32, torch.bfloat16):
     linear = CpuLinear(5, 8)
