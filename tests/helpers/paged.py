@@ -15,6 +15,7 @@ from helpers.rotation import no_rotation
 from helpers.step_batches import Tokens, batch_of, in_order
 from tidewright.attention.base import AttentionLayer
 from tidewright.attention.reference import ReferenceAttention
+from tidewright.kv_cache.storage import LayerCache
 from tidewright.step.batch import StepBatch
 
 UNUSED = 10**6  # a block that does not exist: reading it crashes
@@ -80,11 +81,11 @@ class Step:
 
     def by_reference(self, layer: AttentionLayer) -> torch.Tensor:
         """The engine's own reference implementation, in the step's dtype."""
-        caches = (torch.nan_to_num(cache) for cache in (self.k_cache_NSKD, self.v_cache_NSKD))
+        cache = LayerCache(torch.nan_to_num(self.k_cache_NSKD), torch.nan_to_num(self.v_cache_NSKD))
         attention = ReferenceAttention(self.block_size, torch.device("cpu"))
         batch = batch_of(self.spans, self.block_size)
         attention.prepare(batch)
-        return attention.forward(self.qkv_TXD, no_rotation(self.qkv_TXD), *caches, batch, layer)
+        return attention.forward(self.qkv_TXD, no_rotation(self.qkv_TXD), cache, batch, layer)
 
 
 def make_step(model: Model, lengths: Sequence[tuple[int, int]], seed: int = 0) -> Step:
