@@ -9,8 +9,10 @@ import httpx
 import msgspec
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
+from hypothesis import strategies as st
 from schemathesis import GenerationMode
+from schemathesis.core.errors import InvalidSchema
 
 from helpers.described import Conformance
 from helpers.echo_replica import EchoReplica
@@ -30,6 +32,15 @@ def _undrained(echo: EchoReplica, echo_gateway: RunningGateway) -> Iterator[None
         time.sleep(0.02)
 
 
+@st.composite
+def drawn(draw: st.DrawFn, cases: st.SearchStrategy[schemathesis.Case]) -> schemathesis.Case:
+    """schemathesis 4.32 now and then makes a wrong schema of a right one that it then can't generate from."""
+    try:
+        return draw(cases)
+    except InvalidSchema:
+        reject()
+
+
 @pytest.mark.usefixtures("_undrained")
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 def test_no_request_is_too_much_for_it(echo_gateway: RunningGateway, mode: GenerationMode) -> None:
@@ -40,7 +51,7 @@ def test_no_request_is_too_much_for_it(echo_gateway: RunningGateway, mode: Gener
         operation = found.ok()
         if mode is GenerationMode.NEGATIVE and not operation.body:
             continue  # nothing that it takes can be wrong
-        cases = operation.as_strategy(generation_mode=mode)
+        cases = drawn(operation.as_strategy(generation_mode=mode))
 
         @settings(
             max_examples=EXAMPLES,
