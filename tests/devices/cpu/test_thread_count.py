@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tidewright.devices.cpu.thread_count import LONGEST_HOLD, PATIENCE, ThreadCount
@@ -83,6 +83,7 @@ def test_it_finds_the_free_cores_of_any_machine(cores: int, data: st.DataObject)
 
 
 @settings(max_examples=30)
+@example([(5e-324, 1.0)] * 4, 4)
 @given(st.lists(st.tuples(st.floats(0, 10), st.floats(0, 1000)), max_size=200), st.integers(1, 8))
 def test_any_figures_leave_a_number_in_its_limits(windows: list[tuple[float, float]], most: int) -> None:
     count, now = ThreadCount(most), 0.0

@@ -27,7 +27,8 @@ class ThreadCount:
         """Decides after a window in which steps took `seconds` and their threads, all together, spent `waited` seconds
         ready to run without a processor. `now` is the time of any clock that does not go back.
         """
-        share = waited / seconds if seconds > 0 else 0.0
+        # No more than all threads all the time, whatever the clocks say.
+        share = min(waited / seconds, self.current) if seconds > 0 else 0.0
         crowded = share * self.current > LIMIT
         self._over = self._over + 1 if crowded else 0
         if self.current > self.settled:
