@@ -43,11 +43,7 @@ def usable_cores(root: Path = ROOT) -> float:
 
 def usable_threads(sharers: int = 1, root: Path = ROOT) -> int:
     """Compute threads for each of `sharers` processes that divide what this one may use, at least 1."""
-    return threads_for(usable_cores(root) / sharers)
-
-
-def threads_for(cores: float) -> int:
-    return max(1, int(cores))
+    return max(1, int(usable_cores(root) / sharers))
 
 
 def cpu_quota(root: Path = ROOT) -> Quota | None:

@@ -303,8 +303,11 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     @property
     def needs_history(self) -> bool:
         """The choice of a token depends on which tokens came before."""
-        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return penalties != (1.0, 0.0, 0.0) or bool(self.bad_words) or self.guided
+        return self.has_penalties or bool(self.bad_words) or self.guided
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

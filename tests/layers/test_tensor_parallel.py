@@ -15,7 +15,6 @@ from tidewright.devices.cpu.device import CpuDevice
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.distributed.sharding import ShardingError, tensor_parallel_sizes
 from tidewright.layers.tensor_parallel import (
-    ColumnParallelLinear,
     MergedColumnParallelLinear,
     ParallelLMHead,
     QKVParallelLinear,
@@ -85,7 +84,7 @@ def ranks(size: int, make: Callable[[TensorParallelGroup], nn.Module]) -> list[n
 @pytest.mark.parametrize("bias", [None, random(12)], ids=["", "bias"])
 def test_column_parallel_outputs_lie_side_by_side(size: int, bias: torch.Tensor | None) -> None:
     weight, x_TE = random(12, 8), random(5, 8)
-    layers = ranks(size, lambda group: ColumnParallelLinear(8, 12, group, CPU, bias is not None))
+    layers = ranks(size, lambda group: MergedColumnParallelLinear(8, (12,), group, CPU, bias is not None))
     for layer in layers:
         assert load_part(layer, 0, weight, bias).values_read == layer.method.weight.numel()
     assert sum(layer.method.weight.numel() for layer in layers) == weight.numel()
@@ -183,13 +182,13 @@ def test_what_does_not_divide_is_refused() -> None:
 
 def test_a_weight_of_another_shape_is_refused() -> None:
     with pytest.raises(WeightShapeError, match=r"expected shape \(12, 8\), found \(12, 4\)"):
-        load_part(ColumnParallelLinear(8, 12, AloneGroup(), CPU), 0, random(12, 4))
+        load_part(MergedColumnParallelLinear(8, (12,), AloneGroup(), CPU), 0, random(12, 4))
 
 
 @pytest.mark.parametrize("bias", [None, random(96)], ids=["", "bias"])
 @pytest.mark.parametrize("rows", [1, 16, 100])
 def test_packing_changes_no_result(rows: int, bias: torch.Tensor | None) -> None:
-    layer = ColumnParallelLinear(64, 96, AloneGroup(), CPU, bias is not None).bfloat16()
+    layer = MergedColumnParallelLinear(64, (96,), AloneGroup(), CPU, bias is not None).bfloat16()
     load_part(layer, 0, random(96, 64).bfloat16(), bias)
     x_TE = random(rows, 64).bfloat16()
     before = layer(x_TE)

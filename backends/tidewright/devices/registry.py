@@ -12,11 +12,11 @@ from tidewright.devices.base import Device, DeviceError
 from tidewright.devices.cpu.attention import NativeCpuAttention
 from tidewright.devices.cpu.device import CpuDevice
 from tidewright.devices.cpu.kernels import kernels_of
+from tidewright.devices.cpu.step_threads import StepThreads, processor_waits
 
 _ATTENTIONS = ("auto", "native", "reference")
 _LARGEST_HEAD = 256  # of the kernels for GPUs
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 log = logging.getLogger(__name__)
 
@@ -28,8 +28,12 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def make_device(name: str, attention: str, block_size: int, dtype: torch.dtype, head_dim: int) -> Device:
+def make_device(
+    name: str, attention: str, block_size: int, dtype: torch.dtype, head_dim: int, adapt_threads: bool = False
+) -> Device:
     """`attention`: "native" is that of the device's own kernels, "auto" the fastest that there is for the model.
+
+    `adapt_threads`: steps on a CPU use fewer threads while other processes use the cores, where results allow it.
 
     Raises:
         DeviceError: there is no such device here, or no such attention for it.
@@ -45,7 +49,12 @@ def make_device(name: str, attention: str, block_size: int, dtype: torch.dtype, 
             log.warning("attention is the reference's, which is slow: the kernels need %s", lack)
         attention = "reference" if lack else "native"
     if device.type == "cpu":
-        return CpuDevice(NativeCpuAttention() if attention == "native" else ReferenceAttention(block_size, device))
+        # The kernels' results do not depend on the number of threads; those of other libraries may.
+        adapts = adapt_threads and kernels_of(dtype) is not None
+        threads = StepThreads(torch.get_num_threads(), processor_waits() if adapts else None)
+        return CpuDevice(
+            NativeCpuAttention() if attention == "native" else ReferenceAttention(block_size, device), threads
+        )
     if attention == "native":
         from tidewright.devices.cuda.device import CudaDevice  # triton, which others don't need
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tidewright.devices.cpu.kernels import kernels_of
-from tidewright.devices.cpu.step_threads import StepThreads, processor_waits, set_threads
+from tidewright.devices.cpu.step_threads import set_threads
 from tidewright.devices.registry import dtype_of, make_device
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import EngineConfig, TokenLogprob
@@ -39,17 +38,14 @@ class ModelRunner:
     """
 
     def __init__(self, config: EngineConfig, group: TensorParallelGroup = ALONE) -> None:
-        threads = set_threads(config.threads, config.local_ranks)
+        set_threads(config.threads, config.local_ranks)
         folder = Path(config.model_dir)
         self.dtype = dtype_of(config.dtype)
         model_json = read_json(folder / "config.json")
         architecture = model_class(model_json)
         model_config = read_config(model_json)
         device = config.device, config.attention, config.block_size
-        self.device = make_device(*device, self.dtype, model_config.head_dim)
-        # The kernels' results do not depend on the number of threads; those of other libraries may.
-        adapts = config.threads == 0 and self.device.torch_device.type == "cpu" and kernels_of(self.dtype) is not None
-        self._threads = StepThreads(threads, processor_waits() if adapts else None)
+        self.device = make_device(*device, self.dtype, model_config.head_dim, adapt_threads=config.threads == 0)
         limit = model_config.max_positions
         if config.max_model_len > limit:
             raise EngineConfigError(f"max_model_len is {config.max_model_len}, but the model's limit is {limit}")
@@ -104,7 +100,7 @@ class ModelRunner:
         self.guided.forget(plan.ended)
         self._counts.forget(plan.ended)
         batch = self._buffers.fill(plan)
-        with self._threads.step(), self.device.step(self.kv_cache, self._buffers.highest_block):
+        with self.device.step(self.kv_cache, self._buffers.highest_block):
             hidden_TE = self.device.forward(self.model, batch, self.kv_cache)
             began = time.monotonic()
             result = self._result(plan, batch, hidden_TE)

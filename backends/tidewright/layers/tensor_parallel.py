@@ -71,15 +71,6 @@ class MergedColumnParallelLinear(_ColumnParallel):
         return self.multiply(x_TE)
 
 
-class ColumnParallelLinear(MergedColumnParallelLinear):
-    """One projection, cut by output features. The output stays cut."""
-
-    def __init__(
-        self, in_features: int, out_features: int, group: TensorParallelGroup, device: Device, bias: bool = False
-    ) -> None:
-        super().__init__(in_features, (out_features,), group, device, bias)
-
-
 class QKVParallelLinear(_ColumnParallel):
     """Query, key and value projections in one product, cut by heads as `TensorParallelGroup.cut_heads` says."""
 

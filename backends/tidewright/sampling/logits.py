@@ -9,7 +9,6 @@ import torch
 
 from tidewright.engine.plan import Draw
 from tidewright.sampling.token_counts import TokenCounts
-from tidewright.schema import SamplingParams
 
 
 def keep_allowed(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> dict[int, str]:
@@ -69,7 +68,7 @@ def add_bias(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
 
 def penalise(logits_BV: torch.Tensor, draws: Sequence[Draw], counts: TokenCounts) -> None:
     """Repetition penalty (Keskar et al. 2019, CTRL) of prompt and output, then frequency and presence of the output."""
-    rows = [row for row, draw in enumerate(draws) if _has_penalty(draw.params) and draw.history.length]
+    rows = [row for row, draw in enumerate(draws) if draw.params.has_penalties and draw.history.length]
     if not rows:
         return
     entries = [_penalised(draws[row], counts) for row in rows]
@@ -97,7 +96,3 @@ def _penalised(draw: Draw, counts: TokenCounts) -> tuple[np.ndarray, np.ndarray]
         output = np.flatnonzero(numbers)
         return tokens[output], numbers[output]
     return tokens, numbers
-
-
-def _has_penalty(params: SamplingParams) -> bool:
-    return (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)

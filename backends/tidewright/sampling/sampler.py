@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 
 # Not the doing of one request: the engine has to start again.
 _DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
-# Below this, dividing by the temperature leaves nothing but the maximum.
-_GREEDY_BELOW = 1e-5
 
 
 def sample(
@@ -97,7 +95,7 @@ def _sample(
 
 def _choose(logits_BV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     """The most likely token of each row, or one drawn at random, as its temperature says."""
-    random = np.flatnonzero(batch.host.temperature >= _GREEDY_BELOW).tolist()
+    random = np.flatnonzero(batch.host.is_random).tolist()
     if len(random) == len(logits_BV):
         return _draw(logits_BV, batch.host, batch.device)
     tokens_B = first_argmax(logits_BV)
@@ -111,7 +109,7 @@ def _draw(logits_RV: torch.Tensor, host: Columns[np.ndarray], params: Columns[to
     # The maximum goes first: a small temperature must not overflow.
     scaled_RV = logits_RV - logits_RV.amax(dim=-1, keepdim=True)
     probs_RV = scaled_RV.div_(params.temperature[:, None]).softmax(dim=-1)
-    filtered = np.flatnonzero((host.top_k > 0) | (host.top_p < 1.0) | (host.min_p > 0.0)).tolist()
+    filtered = np.flatnonzero(host.is_filtered).tolist()
     if filtered:
         kept_RV = probs_RV if len(filtered) == len(probs_RV) else probs_RV[filtered]
         drop_unlikely(kept_RV, params if kept_RV is probs_RV else params[filtered])

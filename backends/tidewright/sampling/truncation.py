@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from tidewright.step.sampling import Columns
 
 # Rows are cut into blocks of so many tokens; sums and maxima of blocks narrow a search down.
-_BLOCK = 64
+BLOCK = 64
 # So many of the most likely tokens are looked at until they settle which ones stay; the first nearly always do.
 # After these: all.
 _WINDOWS = (128, 4096)
@@ -22,21 +22,21 @@ def first_argmax(values_RV: torch.Tensor) -> torch.Tensor:
     """The first of the highest values of each row; NaN counts as the highest."""
     blocks_RNS = _blocks(values_RV, -torch.inf)
     block_R = blocks_RNS.amax(dim=-1).argmax(dim=-1)
-    return block_R * _BLOCK + _pick(blocks_RNS, block_R).argmax(dim=-1)
+    return block_R * BLOCK + _pick(blocks_RNS, block_R).argmax(dim=-1)
 
 
 def top(values_RV: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The `width` highest values of each row, highest first, and where they stand."""
-    num_blocks = -(-values_RV.shape[1] // _BLOCK)
+    num_blocks = -(-values_RV.shape[1] // BLOCK)
     if 2 * width > num_blocks:  # also where width is all
         values_RW, ids_RW = values_RV.topk(width, dim=-1)
         return values_RW, ids_RW
     # They stand in the `width` blocks with the highest maxima.
     blocks_RNS = _blocks(values_RV, -torch.inf)
     best_RW = blocks_RNS.amax(dim=-1).topk(width, dim=-1).indices
-    candidates_RWS = blocks_RNS.gather(1, best_RW[:, :, None].expand(-1, -1, _BLOCK))
+    candidates_RWS = blocks_RNS.gather(1, best_RW[:, :, None].expand(-1, -1, BLOCK))
     values_RW, found_RW = candidates_RWS.flatten(1).topk(width, dim=-1)
-    return values_RW, best_RW.gather(1, found_RW // _BLOCK) * _BLOCK + found_RW % _BLOCK
+    return values_RW, best_RW.gather(1, found_RW // BLOCK) * BLOCK + found_RW % BLOCK
 
 
 def drop_unlikely(probs_RV: torch.Tensor, params: Columns[torch.Tensor]) -> None:
@@ -108,7 +108,7 @@ def _sort(values_RV: torch.Tensor) -> torch.Tensor:
 
 def num_lots(vocab_size: int) -> int:
     """How many exponentials `race` uses up for a row."""
-    return -(-vocab_size // _BLOCK) + _BLOCK
+    return -(-vocab_size // BLOCK) + BLOCK
 
 
 def race(probs_RV: torch.Tensor, lots_RE: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,12 +128,12 @@ def race(probs_RV: torch.Tensor, lots_RE: torch.Tensor) -> tuple[torch.Tensor, t
     block_R = mass_RN.div(lots_RE[:, :num_blocks]).argmax(dim=-1)
     inside_RS = _pick(blocks_RNS, block_R).div(lots_RE[:, num_blocks:])
     total_R = mass_RN.sum(dim=-1)
-    return block_R * _BLOCK + inside_RS.argmax(dim=-1), total_R.isfinite() & (total_R > 0)
+    return block_R * BLOCK + inside_RS.argmax(dim=-1), total_R.isfinite() & (total_R > 0)
 
 
 def _blocks(values_RV: torch.Tensor, filler: float) -> torch.Tensor:
-    missing = -values_RV.shape[1] % _BLOCK
-    return (pad(values_RV, (0, missing), value=filler) if missing else values_RV).unflatten(1, (-1, _BLOCK))
+    missing = -values_RV.shape[1] % BLOCK
+    return (pad(values_RV, (0, missing), value=filler) if missing else values_RV).unflatten(1, (-1, BLOCK))
 
 
 def _pick(blocks_RNS: torch.Tensor, block_R: torch.Tensor) -> torch.Tensor:

@@ -16,6 +16,8 @@ from tidewright.step.arena import Arena
 
 Array = TypeVar("Array", np.ndarray, torch.Tensor)
 
+GREEDY_BELOW = 1e-5
+"""Temperature: dividing by less leaves nothing but the maximum."""
 _FLOAT, _DOUBLE, _INT = np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.int64)
 # In the precision that the sampler computes with. All but the position are named as in SamplingParams.
 _TYPES: dict[str, np.dtype] = {
@@ -48,6 +50,16 @@ class Columns(Generic[Array]):
 
     def __getitem__(self, rows: slice | list[int]) -> Columns[Array]:
         return Columns(**{name: getattr(self, name)[rows] for name in _TYPES})
+
+    @property
+    def is_random(self) -> Array:
+        """By row; the others get their most likely token."""
+        return self.temperature >= GREEDY_BELOW
+
+    @property
+    def is_filtered(self) -> Array:
+        """By row: min_p, top_k or top_p may drop tokens."""
+        return (self.top_k > 0) | (self.top_p < 1.0) | (self.min_p > 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +143,8 @@ class SamplingColumns:
     def _write(self, place: int, params: SamplingParams) -> None:
         for name, column in self._of_place.items():
             column[place] = getattr(params, name) or 0  # a seed may be None
-        penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
         self._is_plain[place] = (
-            penalties == (1.0, 0.0, 0.0)
+            not params.has_penalties
             and not params.guided
             and not params.logit_bias
             and params.allowed_token_ids is None

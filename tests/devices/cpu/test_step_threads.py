@@ -122,7 +122,7 @@ def test_a_step_judges_its_threads_unless_their_number_was_asked_for(
     save(tmp_path, FAMILIES["llama, tied"])
     made: list[tuple[int, bool]] = []
     monkeypatch.setattr(
-        "tidewright.engine.model_runner.StepThreads", lambda most, waits: made.append((most, waits is not None))
+        "tidewright.devices.registry.StepThreads", lambda most, waits: made.append((most, waits is not None))
     )
     ModelRunner(engine_config(tmp_path, threads=asked))
     assert made == [(asked or 1, not asked)]

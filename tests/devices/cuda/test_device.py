@@ -25,7 +25,7 @@ with interpreted():
 def test_families_as_transformers_computes_them(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = save(tmp_path, FAMILIES[name])
     device = CudaDevice(torch.device("cpu"), CpuMemory())
-    monkeypatch.setattr(model_runner, "make_device", lambda *_: device)
+    monkeypatch.setattr(model_runner, "make_device", lambda *_, **__: device)
     runner = ModelRunner(engine_config(tmp_path, block_size=16))
     assert runner.device is device
     ids = prompt(40, seed=1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from tidewright.devices.cpu.layer import CpuLayer, LayerStep
 from tidewright.devices.cpu.linear import CpuLinear, native_rows
 from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.cpu.prefault import Prefaulter
+from tidewright.devices.cpu.step_threads import StepThreads
 
 if TYPE_CHECKING:
     from tidewright.kv_cache.storage import KVCache
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 class CpuDevice(Device):
     """Steps of few rows go through each layer in two calls, see layer.py; results are the same to the bit."""
 
-    def __init__(self, attention: Attention) -> None:
+    def __init__(self, attention: Attention, threads: StepThreads | None = None) -> None:
+        """Without `threads`, steps compute with as many as torch has."""
         super().__init__(torch.device("cpu"), attention, CpuMemory())
         self._layers: list[CpuLayer] = []
         self.fused_rows = 0  # that go through them
+        self._threads = threads or StepThreads(torch.get_num_threads(), None)
         self._prefaulter: Prefaulter | None = None
 
     def linear_method(self, out_features: int, in_features: int) -> CpuLinear:
@@ -56,10 +60,12 @@ class CpuDevice(Device):
         if layers := fuse_layers(model):
             self._layers, self.fused_rows = layers, native_rows(model.dtype)
 
-    def step(self, cache: KVCache, newest_block: int) -> AbstractContextManager[None]:
+    @contextmanager
+    def step(self, cache: KVCache, newest_block: int) -> Iterator[None]:
         if self._prefaulter is None:
             self._prefaulter = Prefaulter(cache)
-        return self._prefaulter.step(newest_block)
+        with self._threads.step(), self._prefaulter.step(newest_block):
+            yield
 
     def forward(self, model: LlamaForCausalLM, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
         if len(batch.token_ids_T) > self.fused_rows:

@@ -24,8 +24,8 @@ def huge_empty(size: int) -> torch.Tensor:
 
 
 def move_to_huge_pages(module: nn.Module) -> None:
-    """The parameters on the CPU get new, empty memory there, side by side. To be called before they are loaded."""
-    parameters = [parameter for parameter in module.parameters() if parameter.is_cpu]
+    """The parameters get new, empty memory there, side by side. To be called before they are loaded."""
+    parameters = list(module.parameters())
     sizes = [-(-parameter.nbytes // _ALIGNMENT) * _ALIGNMENT for parameter in parameters]
     if not sum(sizes):
         return

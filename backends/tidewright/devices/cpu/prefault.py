@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 class Prefaulter:
     """Brings `ahead` bytes of blocks behind the highest used one into memory, whenever there is no step to compute.
 
-    Their content stays as it is. On a GPU, or with an old kernel, it does nothing.
+    Their content stays as it is. With an old kernel it does nothing.
     """
 
     def __init__(self, cache: KVCache, ahead: int = _AHEAD) -> None:
-        self._caches = [c for c in (cache.k_cache_LNSKD, cache.v_cache_LNSKD) if c.is_cpu]
-        self._num_blocks = cache.num_blocks if self._caches else 0
+        self._caches = cache.k_cache_LNSKD, cache.v_cache_LNSKD
+        self._num_blocks = cache.num_blocks
         self._ahead = ahead // max(sum(c[:, 0].nbytes for c in self._caches), 1) + 1  # blocks
         self._end = 0  # the blocks before it are in memory, or will be
         self._worker: threading.Thread | None = None

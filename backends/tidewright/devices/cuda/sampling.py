@@ -22,7 +22,7 @@ import torch
 
 from tidewright.devices.cuda import sampling_kernels as kernels
 from tidewright.devices.cuda.launch import start
-from tidewright.devices.cuda.sampling_launch import CHUNK, COUNT_LAUNCH, GREEDY_BELOW, Work, launches_of
+from tidewright.devices.cuda.sampling_launch import CHUNK, COUNT_LAUNCH, Work, launches_of
 from tidewright.step.sampling import Columns
 
 
@@ -53,8 +53,8 @@ def work_of(params: Columns[np.ndarray], has_penalties: bool) -> Work:
     """By the host's copy of the columns."""
     return Work(
         penalties=has_penalties,
-        random=bool((params.temperature >= GREEDY_BELOW).any()),
-        filters=bool(((params.top_k > 0) | (params.top_p < 1.0) | (params.min_p > 0.0)).any()),
+        random=bool(params.is_random.any()),
+        filters=bool(params.is_filtered.any()),
     )
 
 

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 
 from tidewright.devices.cuda.lot_kernels import lots_of, words_at, words_of
-from tidewright.devices.cuda.sampling_launch import BLOCK, GREEDY_BELOW
+from tidewright.sampling.truncation import BLOCK
+from tidewright.step.sampling import GREEDY_BELOW
 
 IN_PROMPT = 2**30
 """The bit of a token's count that says that the prompt has it; the bits below count the output."""

@@ -1,17 +1,14 @@
-"""How the sampling kernels are launched, and numbers that they share with the host. No torch, no Triton."""
+"""How the sampling kernels are launched, and numbers that they share with the host. No Triton."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 from tidewright.devices.cuda.launch import Launch, power_of_two
+from tidewright.sampling.truncation import BLOCK
 
-BLOCK = 64
-"""Tokens of a block, as in sampling/truncation.py."""
 CHUNK = 64 * BLOCK
 """Tokens of one program."""
-GREEDY_BELOW = 1e-5
-"""Temperature, as in sampling/sampler.py."""
 COUNT_LAUNCH = Launch({}, warps=1, stages=1)
 
 
