@@ -18,6 +18,7 @@ from tidewright.sampling.sampler import prompt_logprobs
 from tidewright.sampling.token_counts import TokenCounts
 from tidewright.sampling.truncation import drop_unlikely, first_argmax, num_lots, race, top
 from tidewright.schema import SamplingParams
+from tidewright.step.sampling import SamplingBatch
 
 VOCAB = 200
 # The filters look at 128 tokens, then at 4096, then at all.
@@ -215,7 +216,7 @@ def test_penalties_are_those_of_a_loop(
     one = Draw(0, params, 9, history=History(history, len(history), int(share * len(history))))
     logits_BV = logits(3, vocab=12)
     before_BV = logits_BV.clone()
-    penalise(logits_BV, [other, one, other], TokenCounts())
+    penalise(logits_BV, SamplingBatch.of([other, one, other]), TokenCounts())
     assert torch.equal(logits_BV[::2], before_BV[::2])
     np.testing.assert_allclose(logits_BV[1].numpy(), changed_logits(before_BV[1].numpy(), one), rtol=1e-5, atol=1e-5)
 

@@ -18,6 +18,7 @@ from tidewright.sampling import token_counts
 from tidewright.sampling.logits import ban_tokens, penalise
 from tidewright.sampling.token_counts import TokenCounts
 from tidewright.schema import SamplingParams
+from tidewright.step.sampling import SamplingBatch
 
 VOCAB = 12
 
@@ -73,8 +74,8 @@ def test_penalties_are_the_same_bits_as_from_counts_made_anew(tokens: list[int],
         one = draw(grown, prompt, **params)
         logits_BV = 3 * torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(seed))
         anew_BV = logits_BV.clone()
-        penalise(logits_BV, [one, one], counts)
-        penalise(anew_BV, [one, one], TokenCounts())
+        penalise(logits_BV, SamplingBatch.of([one, one]), counts)
+        penalise(anew_BV, SamplingBatch.of([one, one]), TokenCounts())
         assert torch.equal(logits_BV, anew_BV)
         grown.append(token)
 
@@ -98,7 +99,7 @@ def test_a_step_reads_only_new_tokens_of_a_long_history(preempted: bool) -> None
         draws = plan.sequences[0].draws
         logits_BV = torch.zeros(1, 100)
         ban_tokens(logits_BV, draws)
-        penalise(logits_BV, draws, counts)
+        penalise(logits_BV, SamplingBatch.of(draws), counts)
         reads.append(tokens.read)
         assert logits_BV[0, 8].isinf() == (number > 1)
         assert counted(counts, draws[0]) == plainly(draws[0])

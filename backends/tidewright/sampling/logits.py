@@ -9,6 +9,7 @@ import torch
 
 from tidewright.engine.plan import Draw
 from tidewright.sampling.token_counts import TokenCounts
+from tidewright.step.sampling import SamplingBatch
 
 
 def keep_allowed(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> dict[int, str]:
@@ -66,33 +67,36 @@ def add_bias(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
         logits_BV[rows_X, tokens_X] += torch.tensor([bias for _, (_, bias) in biases], device=logits_BV.device)
 
 
-def penalise(logits_BV: torch.Tensor, draws: Sequence[Draw], counts: TokenCounts) -> None:
+def penalise(logits_BV: torch.Tensor, batch: SamplingBatch, counts: TokenCounts) -> None:
     """Repetition penalty (Keskar et al. 2019, CTRL) of prompt and output, then frequency and presence of the output."""
-    rows = [row for row, draw in enumerate(draws) if draw.params.has_penalties and draw.history.length]
+    rows = [row for row in np.flatnonzero(batch.host.is_penalised).tolist() if batch.draws[row].history.length]
     if not rows:
         return
-    entries = [_penalised(draws[row], counts) for row in rows]
+    params = batch.host[rows]
+    entries = [
+        _penalised(batch.draws[row], counts, repeats)
+        for row, repeats in zip(rows, (params.repetition_penalty != 1.0).tolist(), strict=True)
+    ]
     sizes = [len(tokens) for tokens, _ in entries]
 
-    def spread(values: Sequence[float]) -> torch.Tensor:
-        return torch.from_numpy(np.repeat(np.array(values), sizes)).to(logits_BV.device)
+    def spread(values: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.repeat(values, sizes)).to(logits_BV.device)
 
-    rows_X = spread(rows)
+    rows_X = spread(np.array(rows))
     tokens_X = torch.from_numpy(np.concatenate([tokens for tokens, _ in entries])).to(logits_BV.device)
     counts_X = torch.from_numpy(np.concatenate([counts for _, counts in entries])).to(logits_BV.device)
-    params = [draws[row].params for row in rows]
-    repetition_X = spread([p.repetition_penalty for p in params])
+    repetition_X = spread(params.repetition_penalty)
     logits_X = logits_BV[rows_X, tokens_X].double()
     logits_X = torch.where(logits_X > 0, logits_X / repetition_X, logits_X * repetition_X)
-    logits_X -= spread([p.frequency_penalty for p in params]) * counts_X
-    logits_X -= spread([p.presence_penalty for p in params]) * (counts_X > 0)
+    logits_X -= spread(params.frequency_penalty) * counts_X
+    logits_X -= spread(params.presence_penalty) * (counts_X > 0)
     logits_BV[rows_X, tokens_X] = logits_X.float()
 
 
-def _penalised(draw: Draw, counts: TokenCounts) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens, and how often each is in the output."""
+def _penalised(draw: Draw, counts: TokenCounts, repeats: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens, and how often each is in the output. `repeats`: with those that only the prompt has."""
     tokens, numbers = counts.of(draw)
-    if draw.params.repetition_penalty == 1.0:  # the others do nothing to tokens that only the prompt has
-        output = np.flatnonzero(numbers)
-        return tokens[output], numbers[output]
-    return tokens, numbers
+    if repeats:
+        return tokens, numbers
+    output = np.flatnonzero(numbers)
+    return tokens[output], numbers[output]

@@ -81,7 +81,7 @@ def _sample(
     errors = keep_allowed(logits_BV, draws) | errors | batch.errors
     ban_tokens(logits_BV, draws)
     add_bias(logits_BV, draws)
-    penalise(logits_BV, draws, counts)
+    penalise(logits_BV, batch, counts)
 
     tokens_B = _choose(logits_BV, batch)
 

@@ -61,6 +61,11 @@ class Columns(Generic[Array]):
         """By row: min_p, top_k or top_p may drop tokens."""
         return (self.top_k > 0) | (self.top_p < 1.0) | (self.min_p > 0.0)
 
+    @property
+    def is_penalised(self) -> Array:
+        """By row: what `SamplingParams.has_penalties` says."""
+        return (self.repetition_penalty != 1.0) | (self.presence_penalty != 0.0) | (self.frequency_penalty != 0.0)
+
 
 @dataclass(frozen=True, eq=False)
 class SamplingBatch:
