@@ -111,6 +111,7 @@ REPLICAS = Dashboard(
                     (
                         Query(f"increase({G}log_lines_dropped_total[5m])", "{{instance}} log lines"),
                         Query(f"sum by (instance) (increase({G}spans_dropped_total[5m]))", "{{instance}} spans"),
+                        Query("sum by (instance) (increase(tidewright_spans_dropped_total[5m]))", "{{instance}} spans"),
                     ),
                 ),
                 Panel(

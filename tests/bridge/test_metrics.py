@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from helpers.metric_family import Family
 from tidewright.bridge.metrics import METRICS, UNHEALTHY, samples
 from tidewright.bridge.stats import CumulativeStats, RequestStats
+from tidewright.bridge.traces import EXPORTED
 from tidewright.engine.messages import EngineStats
 from tidewright.metrics import PREFIX, MetricsMirror
 from tidewright.schema import DRAINING, STUCK
@@ -32,6 +34,7 @@ def bridge() -> Any:
         batch_places=93,
         active=0,
         request_stats=RequestStats(),
+        traces=None,
         cumulative_stats=cumulative_stats,
     )
 
@@ -103,9 +106,21 @@ def test_every_sample_arrives_under_its_name(bridge: Any, family: type[Family]) 
         "inter_token_latency_seconds_count": 7,
         "inter_token_latency_seconds_sum": 0.07,
     }
+    assert not {name for name in series if "spans" in name and series[name]}
     for name, value in expected.items():
         assert series[PREFIX + name] == pytest.approx(value), name
     assert set(stats.values()) <= set(series.values())  # no field of the engine's stats is forgotten
+
+
+def test_spans_that_a_bridge_exports_or_drops_are_counted(bridge: Any, family: type[Family]) -> None:
+    bridge.traces = SimpleNamespace(read_spans=lambda: Counter({EXPORTED: 9, "queue_full": 4, "export_failed": 5}))
+    mirror(bridge, family).refresh()
+    spans = {name.removeprefix(f"{PREFIX}spans_"): value for name, value in family.series.items() if "_spans_" in name}
+    assert spans == {
+        "exported_total": 9,
+        "dropped_total{reason=queue_full}": 4,
+        "dropped_total{reason=export_failed}": 5,
+    }
 
 
 @pytest.mark.parametrize(

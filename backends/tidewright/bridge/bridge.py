@@ -92,6 +92,7 @@ class Bridge:
         self._failing = ""  # why nobody waits for the engine any longer
         self._cumulative_stats = CumulativeStats()
         self.request_stats = RequestStats()
+        self.traces = traces
         self._answers = Answers(self.request_stats, traces)
         self.engine: Ready | None = None
         """What the running engine said of itself; kept while it restarts."""

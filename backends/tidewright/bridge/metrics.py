@@ -6,9 +6,11 @@ import itertools
 from typing import TYPE_CHECKING
 
 from tidewright.bridge.stats import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
+from tidewright.bridge.traces import EXPORTED
 from tidewright.engine.messages import STEP_PHASES
 from tidewright.metrics import HEARTBEAT, PREFIX, Label, MetricSpec, Samples, heartbeat
 from tidewright.schema import DRAINING, FINISH_REASONS, STUCK
+from tidewright.tracing.exporter import DROPS
 
 if TYPE_CHECKING:
     from tidewright.bridge.bridge import Bridge
@@ -84,6 +86,12 @@ METRICS = (
     MetricSpec("prefix_cache_evictions_total", "counter", "Cached blocks given away for other content"),
     MetricSpec("speculative_tokens_drafted_total", "counter", "Tokens guessed by speculative decoding"),
     MetricSpec("speculative_tokens_accepted_total", "counter", "Guessed tokens that were right"),
+    MetricSpec(
+        "spans_exported_total", "counter", "Spans of requests without the gateway that were handed to `otlp_endpoint`"
+    ),
+    MetricSpec(
+        "spans_dropped_total", "counter", "Such spans that were not exported, by reason", (Label("reason", DROPS),)
+    ),
 )
 
 
@@ -123,6 +131,11 @@ def samples(bridge: Bridge) -> Samples:
         yield "requests_finished_total", reason, count
     for phase in STEP_PHASES:
         yield "step_seconds_total", phase, getattr(stats, f"{phase}_seconds")
+    if bridge.traces:
+        spans = bridge.traces.read_spans()
+        yield "spans_exported_total", "", spans[EXPORTED]
+        for reason in DROPS:
+            yield "spans_dropped_total", reason, spans[reason]
     for name, histogram in bridge.request_stats.read_histograms().items():
         yield from _series(name, histogram)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+from collections import Counter
 
 from tidewright.bridge.active_request import ActiveRequest, Origin
 from tidewright.schema import MAX_PARAMETERS_LENGTH, FinishReason, Timings
@@ -12,6 +14,7 @@ from tidewright.tracing.span import Span
 from tidewright.tracing.trace_context import PARAMETER, TraceParent, parse_traceparent
 
 STOP_TIMEOUT = 1.0  # seconds
+EXPORTED = "exported"
 _WELL: tuple[FinishReason, ...] = ("stop", "length", "cancelled")
 
 
@@ -43,8 +46,9 @@ class BridgeTraces:
 
     def __init__(self, endpoint: str) -> None:
         """Raises ValueError: it can't be used."""
-        self.exported = self.dropped = 0
-        self._exporter = Exporter(endpoint, self._count_exported, self._count_dropped)
+        self._lock = threading.Lock()
+        self._spans: Counter[str] = Counter()
+        self._exporter = Exporter(endpoint, self._count_exported, self._count)
         self._exporter.start()
 
     def ended(self, request: ActiveRequest, reason: FinishReason) -> None:
@@ -55,11 +59,17 @@ class BridgeTraces:
     def stop(self) -> None:
         self._exporter.stop(STOP_TIMEOUT)
 
-    def _count_exported(self, count: int) -> None:
-        self.exported += count
+    def read_spans(self) -> Counter[str]:
+        """How many were exported, and how many were dropped for each reason."""
+        with self._lock:
+            return self._spans.copy()
 
-    def _count_dropped(self, why: str, count: int) -> None:
-        self.dropped += count
+    def _count_exported(self, count: int) -> None:
+        self._count(EXPORTED, count)
+
+    def _count(self, what: str, count: int) -> None:
+        with self._lock:
+            self._spans[what] += count
 
 
 class _Pending(Pending):

@@ -11,7 +11,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 from tidewright.tracing.endpoint import Endpoint, ExportError, open_endpoint
 from tidewright.tracing.environment import read_environment
@@ -26,6 +26,7 @@ DELAY = 1.0  # seconds that a trace waits for others, at most
 WARN_INTERVAL = 60.0  # seconds between two warnings that nothing can be exported
 
 Drop = Literal["queue_full", "export_failed"]
+DROPS: tuple[Drop, ...] = get_args(Drop)
 
 
 class Pending(ABC):

@@ -10,6 +10,7 @@ from tidewright.resilience.breaker import TRANSITIONS, State
 from tidewright.resilience.degradation import Level
 from tidewright.resilience.outcome import Outcome
 from tidewright.resilience.retry import NoRetry
+from tidewright.tracing.exporter import DROPS
 
 GATEWAY_PREFIX = f"{PREFIX}gateway_"
 
@@ -28,7 +29,6 @@ OUTCOMES = ("ok", "limited", "overloaded", "client_error", "failed", "disconnect
 """limited: by its caller's own limits (429); overloaded: by the load (503); failed: 5xx, or a stream with an error."""
 PRIORITY_CLASSES = ("high", "normal", "low")
 STORES = ("keys", "limits", "responses")
-DROPS = ("queue_full", "export_failed")
 SIGNALS = ("kv_cache", "queue", "wait", "breaker", "dwell")
 
 _path = Label("path")
