@@ -13,8 +13,8 @@ from helpers.step_batches import columns, sample
 from tidewright.engine.plan import Draw, DrawnToken, History
 from tidewright.sampling import truncation
 from tidewright.sampling.logits import penalise
+from tidewright.sampling.logprobs import prompt_logprobs
 from tidewright.sampling.lots import exponentials
-from tidewright.sampling.sampler import prompt_logprobs
 from tidewright.sampling.token_counts import TokenCounts
 from tidewright.sampling.truncation import drop_unlikely, first_argmax, num_lots, race, top
 from tidewright.schema import SamplingParams
@@ -301,7 +301,7 @@ def test_logprobs_only_for_the_rows_that_ask(vocab: int) -> None:
 def test_prompt_logprobs_are_of_the_tokens_that_follow() -> None:
     logits_BV = logits(3)
     raw = logits_BV.double().log_softmax(-1)
-    entries = prompt_logprobs(logits_BV.bfloat16().float(), [5, 6, 7], 2)
+    entries = prompt_logprobs(logits_BV.bfloat16().float(), [5, 6, 7], 2).now()
     assert [[len(row), row[0].token_id, row[1].rank, row[2].rank] for row in entries] == [
         [3, t, 1, 2] for t in (5, 6, 7)
     ]

@@ -74,6 +74,10 @@ def check(batch: StepBatch, plan: StepPlan, tables: Tables, block_size: int) -> 
     ]
     draws = [draw for planned in plan.sequences for draw in planned.draws]
     assert batch.rows_R.tolist() == rows
+    place_of = {planned.request_id: place for planned, place in zip(ordered, batch.places_B.tolist(), strict=True)}
+    nowhere = batch.tables_PM.shape[0]
+    places = [[nowhere] * (len(one.draws) - 1) + [place_of[one.request_id]] for one in plan.sequences if one.draws]
+    assert batch.draw_places_R.tolist() == [place for some in places for place in some]
     assert batch.sampling.draws == draws
     for columns in (batch.sampling.host, batch.sampling.device):
         assert columns.position.tolist() == [draw.position for draw in draws]
@@ -133,7 +137,13 @@ def test_any_sequence_of_plans(data: st.DataObject, block_size: int, blocks: int
                 scheduler.abort(request_id)
         plan = scheduler.schedule()
         tables.follow(plan)
-        check(buffers.fill(plan), plan, tables, block_size)
+        batch = buffers.fill(plan)
+        check(batch, plan, tables, block_size)
+        tokens = [draw.position for planned in plan.sequences for draw in planned.draws]
+        buffers.keep(batch, torch.tensor(tokens, dtype=torch.int64))
+        kept = dict(zip(batch.draw_places_R.tolist(), tokens, strict=True))
+        kept.pop(batch.tables_PM.shape[0], None)
+        assert buffers.last_tokens_P[list(kept)].tolist() == list(kept.values())
         results = (
             SequenceResult(tuple(DrawnToken(next_token(draw.position)) for draw in planned.draws))
             for planned in plan.sequences

@@ -11,7 +11,10 @@ import torch.nn.functional as F
 
 from tidewright.attention.base import Attention
 from tidewright.devices.memory import DeviceMemory
+from tidewright.devices.moments import CudaMoment, Moment
 from tidewright.layers.linear_method import LinearMethod, PlainLinear
+from tidewright.sampling.guided import GuidedDecoding
+from tidewright.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from tidewright.kv_cache.storage import KVCache
@@ -88,3 +91,11 @@ class Device:
         self.attention.prepare(batch)
         hidden_TE: torch.Tensor = model(batch, kv_cache)
         return hidden_TE
+
+    def sampler(self, guided: GuidedDecoding) -> Sampler:
+        """For one model."""
+        return Sampler(guided)
+
+    def moment(self) -> Moment:
+        """When it has done all that it was given so far."""
+        return CudaMoment(self.torch_device) if self.torch_device.type == "cuda" else Moment()

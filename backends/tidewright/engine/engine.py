@@ -48,7 +48,7 @@ class Engine:
         self._results: tuple[SequenceResult, ...] = ()  # likewise
         self._timing = Timing()
         self._deadlines: list[tuple[float, int]] = []  # a heap; those of ended requests leave it when they are due
-        self._schedule_seconds = self._agree_seconds = self._run_seconds = 0.0
+        self._schedule_seconds = self._agree_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
@@ -107,7 +107,6 @@ class Engine:
         outputs = [self._timing.told(output, computed) for output in outputs]
         self._schedule_seconds += planned - began + time.monotonic() - computed
         self._agree_seconds += agreed - planned
-        self._run_seconds += computed - agreed
         return outputs
 
     def _tell_ranks(self, entry: Input) -> None:
@@ -126,13 +125,12 @@ class Engine:
             self._ranks.ping()
 
     def stats(self) -> EngineStats:
-        sample_seconds = self.runner.sample_seconds
         return msgspec.structs.replace(
             self.scheduler.stats(),
             schedule_seconds=self._schedule_seconds,
             agree_seconds=self._agree_seconds,
-            forward_seconds=self._run_seconds - sample_seconds,
-            sample_seconds=sample_seconds,
+            forward_seconds=self.runner.forward_seconds,
+            sample_seconds=self.runner.sample_seconds,
         )
 
     def ready(self) -> Ready:

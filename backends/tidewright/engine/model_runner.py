@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from tidewright.devices.cpu.step_threads import set_threads
 from tidewright.devices.registry import dtype_of, make_device
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import EngineConfig, TokenLogprob
-from tidewright.engine.plan import DrawnToken, ScheduledSequence, StepPlan, StepResult
+from tidewright.engine.plan import DrawnToken, StepPlan, StepResult
 from tidewright.engine.pooling import Pooler
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
@@ -22,13 +22,24 @@ from tidewright.models.families import read_config
 from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.registry import model_class
 from tidewright.sampling.guided import GuidedDecoding
-from tidewright.sampling.sampler import prompt_logprobs, sample
-from tidewright.sampling.token_counts import TokenCounts
+from tidewright.sampling.logprobs import prompt_logprobs
 from tidewright.step.batch import StepBatch
 from tidewright.step.buffers import StepBuffers, StepLimits
+from tidewright.step.transfers import Download, Pending
 
 # Logits of a long prompt would take gigabytes at once.
 _LOGPROB_ROWS = 128
+
+_NO_TOKENS: Pending[list[DrawnToken]] = Pending((), lambda _: [])
+_NO_EMBEDDINGS: Pending[dict[int, bytes]] = Pending((), lambda _: {})
+
+
+@dataclass(frozen=True, eq=False)
+class LaunchedStep:
+    """A step that the device has been given."""
+
+    result: Callable[[], StepResult]
+    """Waits for the device. To be called once, and in the order of the launches."""
 
 
 class ModelRunner:
@@ -54,7 +65,7 @@ class ModelRunner:
         self.vocab_size = model_config.vocab_size
         self.eos_ids = eos_ids(folder)
         self.guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
-        self._counts = TokenCounts()
+        self._sampler = self.device.sampler(self.guided)
         with _defaults(self.device.torch_device, self.dtype):
             self.model = architecture(model_config, wanted, group, self.device).eval()
             if config.task == "embed":  # checkpoints of embedding models may lack the head
@@ -78,7 +89,7 @@ class ModelRunner:
         # The block tables are the same on all ranks, so the pool is as large as the smallest rank's.
         num_blocks = group.smallest(count_blocks(shape, config.kv_cache_memory, needed, self.device.memory))
         self.kv_cache = allocate_kv_cache(shape, num_blocks, self.device.memory)
-        self.sample_seconds = 0.0  # logits and sampling, of all steps
+        self.forward_seconds = self.sample_seconds = 0.0
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
         limits = StepLimits(config.max_running, config.max_batched_tokens, self.max_model_len, config.block_size)
         self._buffers = StepBuffers(limits, self.device.torch_device)
@@ -95,41 +106,64 @@ class ModelRunner:
     def progress(self) -> int:
         return self.model.layers_computed
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        self.guided.forget(plan.ended)
-        self._counts.forget(plan.ended)
+        return self.launch(plan).result()
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Hands the step to the device. A GPU computes it meanwhile; a CPU has done so on return.
+
+        A later step may be launched before this one's result is taken.
+        """
+        began = self.device.moment()
+        self._sampler.forget(plan.ended)
         batch = self._buffers.fill(plan)
         with self.device.step(self.kv_cache, self._buffers.highest_block):
             hidden_TE = self.device.forward(self.model, batch, self.kv_cache)
-            began = time.monotonic()
-            result = self._result(plan, batch, hidden_TE)
-            self.sample_seconds += time.monotonic() - began
-        return result
+            computed = self.device.moment()
+            reported = self._prompt_logprobs(plan, batch, hidden_TE)
+            embedded = self._pooler.embeddings(plan, batch.end_rows, hidden_TE) if self._pooler else _NO_EMBEDDINGS
+            drawn = self._sample(hidden_TE, batch)
+            download = Download((drawn, embedded, *(entries for _, entries in reported)))
+            sampled = self.device.moment()
 
-    def _result(self, plan: StepPlan, batch: StepBatch, hidden_TE: torch.Tensor) -> StepResult:
-        prompt: dict[int, tuple[list[TokenLogprob], ...]] = {}
+        def finish() -> StepResult:
+            tokens, embeddings, *entries = download.wait()
+            self.forward_seconds += began.until(computed)
+            self.sample_seconds += computed.until(sampled)
+            prompt: dict[int, tuple[list[TokenLogprob], ...]] = {}
+            for (request_id, _), some in zip(reported, entries, strict=True):
+                prompt[request_id] = (*prompt.get(request_id, ()), *some)
+            return StepResult.of(plan, tokens, prompt, embeddings)
+
+        return LaunchedStep(finish)
+
+    def _prompt_logprobs(
+        self, plan: StepPlan, batch: StepBatch, hidden_TE: torch.Tensor
+    ) -> list[tuple[int, Pending[list[list[TokenLogprob]]]]]:
+        """In pieces of the prompts of these requests."""
+        reported: list[tuple[int, Pending[list[list[TokenLogprob]]]]] = []
         for planned, end in zip(plan.sequences, batch.end_rows, strict=True):
-            if planned.prompt_logprobs is not None:
-                prompt[planned.request_id] = self._prompt_logprobs(planned, hidden_TE[end - planned.count : end])
-        embeddings = self._pooler.embeddings(plan, batch.end_rows, hidden_TE) if self._pooler else None
-        return StepResult.of(plan, self._sample(hidden_TE, batch), prompt, embeddings)
+            if planned.prompt_logprobs is None:
+                continue
+            ids, start = planned.next_prompt_ids, end - planned.count
+            for first in range(0, len(ids), _LOGPROB_ROWS):
+                some = ids[first : first + _LOGPROB_ROWS]
+                logits_BV = self.model.logits(hidden_TE[start + first : start + first + len(some)])
+                if logits_BV is not None:
+                    entries = prompt_logprobs(logits_BV, some, planned.prompt_logprobs)
+                    reported.append((planned.request_id, entries))
+        return reported
 
-    def _prompt_logprobs(self, planned: ScheduledSequence, hidden_TE: torch.Tensor) -> tuple[list[TokenLogprob], ...]:
-        entries: list[list[TokenLogprob]] = []
-        ids = planned.next_prompt_ids
-        for first in range(0, len(ids), _LOGPROB_ROWS):
-            some = ids[first : first + _LOGPROB_ROWS]
-            logits_BV = self.model.logits(hidden_TE[first : first + len(some)])
-            if logits_BV is not None:
-                entries += prompt_logprobs(logits_BV, some, planned.prompt_logprobs or 0)
-        return tuple(entries)
-
-    def _sample(self, hidden_TE: torch.Tensor, batch: StepBatch) -> list[DrawnToken]:
+    def _sample(self, hidden_TE: torch.Tensor, batch: StepBatch) -> Pending[list[DrawnToken]]:
         if not len(batch.rows_R):
-            return []
-        logits_BV = self.model.logits(hidden_TE[batch.rows_R])
-        return [] if logits_BV is None else sample(logits_BV, batch.sampling, self.guided, self._counts)
+            return _NO_TOKENS
+        logits_RV = self.model.logits(hidden_TE[batch.rows_R])
+        if logits_RV is None:
+            return _NO_TOKENS
+        sampled = self._sampler.sample(logits_RV, batch.sampling)
+        self._buffers.keep(batch, sampled.tokens_R)
+        return sampled.drawn
 
 
 @contextmanager

@@ -26,8 +26,8 @@ from tidewright.onnx_export.manifest import (
 )
 from tidewright.onnx_export.session import OnnxDecoder, Past, Sequences
 from tidewright.sampling.guided import GuidedDecoding
-from tidewright.sampling.sampler import prompt_logprobs, sample
-from tidewright.sampling.token_counts import TokenCounts
+from tidewright.sampling.logprobs import prompt_logprobs
+from tidewright.sampling.sampler import Sampler
 from tidewright.step.sampling import SamplingBatch
 
 
@@ -43,7 +43,7 @@ class OnnxRunner:
         self.device_name = self._decoder.device
         self.vocab_size, self.eos_ids = manifest.vocab_size, manifest.source.eos_token_ids
         self.guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
-        self._counts = TokenCounts()
+        self._sampler = Sampler(self.guided)
         wanted = min(config.max_model_len or manifest.max_length, manifest.max_length)
         shape = KVCacheShape(
             manifest.num_layers, manifest.num_kv_heads, manifest.head_dim, config.block_size, torch.float32
@@ -52,7 +52,7 @@ class OnnxRunner:
         self.num_blocks = count_blocks(shape, config.kv_cache_memory, needed, CpuMemory())
         self.max_model_len = min(wanted, self.num_blocks * config.block_size)
         self.progress = 0
-        self.sample_seconds = 0.0
+        self.forward_seconds = self.sample_seconds = 0.0
         self.embedding_size = 0
         self._past: dict[int, Past] = {}  # of one sequence each: [1, K, C, D], without padding
         self._together: tuple[int, ...] = ()  # who decodes in `_batch`
@@ -60,8 +60,8 @@ class OnnxRunner:
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
-        self.guided.forget(plan.ended)
-        self._counts.forget(plan.ended)
+        began = time.monotonic()
+        self._sampler.forget(plan.ended)
         # The blocks of both are free again, so their pasts would be outside of `kv_cache_memory`.
         for request_id in (*plan.ended, *plan.preempted):
             self._past.pop(request_id, None)
@@ -80,10 +80,12 @@ class OnnxRunner:
                 logits[planned.request_id] = rows_TV[-1]
                 if ids := planned.next_prompt_ids:
                     of_prompt_TV = torch.from_numpy(rows_TV[: len(ids)])
-                    reported[planned.request_id] = prompt_logprobs(of_prompt_TV, ids, planned.prompt_logprobs or 0)
-        began = time.monotonic()
+                    entries = prompt_logprobs(of_prompt_TV, ids, planned.prompt_logprobs or 0).now()
+                    reported[planned.request_id] = tuple(entries)
+        computed = time.monotonic()
         result = StepResult.of(plan, self._sample(plan.sequences, logits), reported)
-        self.sample_seconds += time.monotonic() - began
+        self.forward_seconds += computed - began
+        self.sample_seconds += time.monotonic() - computed
         return result
 
     def _decode(self, decoding: Sequence[ScheduledSequence]) -> dict[int, np.ndarray]:
@@ -126,4 +128,4 @@ class OnnxRunner:
             rows += [logits[planned.request_id]] * len(planned.draws)
         if not draws:
             return []
-        return sample(torch.from_numpy(np.stack(rows)), SamplingBatch.of(draws), self.guided, self._counts)
+        return self._sampler.sample(torch.from_numpy(np.stack(rows)), SamplingBatch.of(draws)).drawn.now()

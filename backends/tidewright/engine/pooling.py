@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from tidewright.engine.plan import StepPlan
 from tidewright.schema import Pooling
+from tidewright.step.transfers import Pending
 
 
 class Pooler:
@@ -18,7 +19,7 @@ class Pooler:
         # For the mean: sum_E of the tokens so far, of prompts that are partly computed.
         self._sums: dict[int, torch.Tensor] = {}
 
-    def embeddings(self, plan: StepPlan, end_rows: Sequence[int], hidden_TE: torch.Tensor) -> dict[int, bytes]:
+    def embeddings(self, plan: StepPlan, end_rows: Sequence[int], hidden_TE: torch.Tensor) -> Pending[dict[int, bytes]]:
         """Embeddings of the prompts that the step completes, as little-endian float32, by request.
 
         Args:
@@ -30,17 +31,21 @@ class Pooler:
         done = [planned.request_id for planned in plan.sequences if planned.embeds]
         means = self._means(plan, end_rows, self._norm(hidden_TE).float()) if self._pooling == "mean" else []
         if not done:
-            return {}
+            return Pending((), lambda _: {})
         if self._pooling == "mean":
             vectors_BE = torch.stack(means)
         else:
             pairs = zip(plan.sequences, end_rows, strict=True)
-            last_rows = [end - 1 for planned, end in pairs if planned.embeds]
-            vectors_BE = self._norm(hidden_TE[last_rows]).float()
+            last_rows = [hidden_TE[end - 1] for planned, end in pairs if planned.embeds]  # no upload of an index
+            vectors_BE = self._norm(torch.stack(last_rows)).float()
         if self._normalize:
             vectors_BE = F.normalize(vectors_BE, dim=-1)
-        rows_BE = vectors_BE.cpu().numpy().astype("<f4")
-        return {request_id: row_E.tobytes() for request_id, row_E in zip(done, rows_BE, strict=True)}
+
+        def read(parts: Sequence[torch.Tensor]) -> dict[int, bytes]:
+            rows_BE = parts[0].numpy().astype("<f4")
+            return {request_id: row_E.tobytes() for request_id, row_E in zip(done, rows_BE, strict=True)}
+
+        return Pending((vectors_BE,), read)
 
     def _means(self, plan: StepPlan, end_rows: Sequence[int], normed_TE: torch.Tensor) -> list[torch.Tensor]:
         """Of the prompts that the step completes. A chunk at position 0 begins anew, as after a preemption."""

@@ -23,7 +23,8 @@ class Runner(Protocol):
     eos_ids: tuple[int, ...]
     max_model_len: int
     embedding_size: int  # numbers; 0: it generates text
-    sample_seconds: float  # logits and sampling, of all steps
+    forward_seconds: float  # of all steps, by the device's clock
+    sample_seconds: float  # logits and sampling, likewise
 
     @property
     def device_name(self) -> str: ...

@@ -4,10 +4,13 @@ The only randomness is `lots.exponentials` of seed and position: no state, so a 
 alone, in any batch, after a preemption and after a restart.
 """
 
+# ruff: noqa: N815 - fields, too, carry their shape
+
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,15 +19,42 @@ from tidewright.engine.messages import TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.logits import add_bias, ban_tokens, keep_allowed, penalise
+from tidewright.sampling.logprobs import report
 from tidewright.sampling.lots import exponentials
 from tidewright.sampling.token_counts import TokenCounts
-from tidewright.sampling.truncation import drop_unlikely, first_argmax, num_lots, race, top
+from tidewright.sampling.truncation import drop_unlikely, first_argmax, num_lots, race
 from tidewright.step.sampling import Columns, SamplingBatch
+from tidewright.step.transfers import Pending
 
 log = logging.getLogger(__name__)
 
 # Not the doing of one request: the engine has to start again.
 _DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+@dataclass(frozen=True, eq=False)
+class Sampled:
+    """The tokens of a step's rows: as the device has them, and as the engine reads them."""
+
+    tokens_R: torch.Tensor  # int64; of a row with an error it means nothing
+    drawn: Pending[list[DrawnToken]]
+
+
+class Sampler:
+    """Draws for the requests of one model, in plain torch, and keeps what it knows of each of them."""
+
+    def __init__(self, guided: GuidedDecoding) -> None:
+        self._guided, self._counts = guided, TokenCounts()
+
+    def sample(self, logits_RV: torch.Tensor, batch: SamplingBatch) -> Sampled:
+        """As `sample`; waits for the device."""
+        drawn = sample(logits_RV, batch, self._guided, self._counts)
+        tokens_R = torch.tensor([token.token_id for token in drawn], device=logits_RV.device)
+        return Sampled(tokens_R, Pending((), lambda _: drawn))
+
+    def forget(self, ended: Sequence[int]) -> None:
+        self._guided.forget(ended)
+        self._counts.forget(ended)
 
 
 def sample(
@@ -88,7 +118,7 @@ def _sample(
     logprobs: list[list[TokenLogprob] | None] = [None] * len(draws)
     if logprobs_RV is not None:
         widths = [draws[row].params.logprobs or 0 for row in wants_logprobs]
-        for row, entry in zip(wants_logprobs, _report(logprobs_RV, tokens_B[wants_logprobs], widths), strict=True):
+        for row, entry in zip(wants_logprobs, report(logprobs_RV, tokens_B[wants_logprobs], widths).now(), strict=True):
             logprobs[row] = entry
     return [DrawnToken(tokens, logprobs[row], errors.get(row, "")) for row, tokens in enumerate(tokens_B.tolist())]
 
@@ -122,30 +152,3 @@ def _draw(logits_RV: torch.Tensor, host: Columns[np.ndarray], params: Columns[to
         # NaN, infinity, or nothing but bans: no distribution, but a token of the vocabulary all the same.
         tokens_R = torch.where(valid_R, tokens_R, first_argmax(logits_RV))
     return tokens_R
-
-
-def prompt_logprobs(logits_BV: torch.Tensor, token_ids: Sequence[int], count: int) -> tuple[list[TokenLogprob], ...]:
-    """Of the prompt tokens that follow the rows' positions, each with the `count` most likely ones."""
-    logprobs_BV = logits_BV.float().log_softmax(dim=-1)
-    tokens_B = torch.tensor(token_ids, device=logits_BV.device)
-    return tuple(_report(logprobs_BV, tokens_B, [count] * len(token_ids)))
-
-
-def _report(logprobs_RV: torch.Tensor, tokens_R: torch.Tensor, counts: Sequence[int]) -> list[list[TokenLogprob]]:
-    """For each row the chosen token, then the `counts[row]` most likely ones."""
-    chosen_R1 = logprobs_RV.gather(-1, tokens_R[:, None])
-    ranks_R = (logprobs_RV > chosen_R1).sum(dim=-1) + 1
-    values_RW, ids_RW = top(logprobs_RV, min(max(counts), logprobs_RV.shape[1]))
-    return [
-        [TokenLogprob(token, logprob, rank)]
-        + [TokenLogprob(*entry, rank) for rank, entry in enumerate(zip(ids[:n], values[:n], strict=True), start=1)]
-        for token, logprob, rank, ids, values, n in zip(
-            tokens_R.tolist(),
-            chosen_R1[:, 0].tolist(),
-            ranks_R.tolist(),
-            ids_RW.tolist(),
-            values_RW.tolist(),
-            counts,
-            strict=True,
-        )
-    ]

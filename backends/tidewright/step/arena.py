@@ -14,8 +14,7 @@ class Arena:
     """Named one-dimensional arrays, given as (type, length).
 
     Staged: the host writes its copy, pinned where there is CUDA, and `upload` sends all of it. Otherwise host and
-    device are the same memory. Before the host writes again, the device must have received the last upload: the
-    engine's steps see to that, as each ends with drawn tokens.
+    device are the same memory. Before the host writes again, the device must have received the last upload.
     """
 
     def __init__(self, arrays: Mapping[str, tuple[np.dtype, int]], device: torch.device, staged: bool) -> None:

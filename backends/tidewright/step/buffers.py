@@ -41,6 +41,7 @@ class StepBuffers:
             "positions": (_LONG, tokens),
             "slots": (_LONG, tokens),
             "rows": (_LONG, tokens),
+            "draw_places": (_LONG, tokens),
             "places": (_LONG, places),
             "lengths": (_INT, places),
             "spans": (_INT, 4 * places),
@@ -52,6 +53,10 @@ class StepBuffers:
         self._arena = Arena(arrays, device, staged)
         self._tables = BlockTables(places, blocks, self._arena, device, staged)
         self._sampling = SamplingColumns(places, self._arena)
+        self._uploaded = torch.cuda.Event() if device.type == "cuda" else None
+        # The last token that was drawn for the sequence at each place, so that a step can take it as input that is
+        # launched before the host knows it. The last entry is for tokens after which the same step draws another.
+        self.last_tokens_P = torch.zeros(places + 1, dtype=torch.int64, device=device)
 
     @property
     def highest_block(self) -> int:
@@ -59,6 +64,8 @@ class StepBuffers:
         return self._tables.highest_block
 
     def fill(self, plan: StepPlan) -> StepBatch:
+        if self._uploaded:
+            self._uploaded.synchronize()  # the host writes again what the last step may not have sent yet
         tables, sequences, host = self._tables, plan.sequences, self._arena.host
         tables.begin((*plan.ended, *plan.preempted))
         places_B = np.array([tables.place(planned) for planned in sequences], np.int64)
@@ -94,10 +101,16 @@ class StepBuffers:
         draws = [draw for planned in sequences for draw in planned.draws]
         num_draws_B = np.array([len(planned.draws) for planned in sequences], np.int64)
         host["rows"][: len(draws)] = _ranges(ends_B - num_draws_B, num_draws_B)
-        sampling = self._sampling.gather(draws, np.repeat(places_B, num_draws_B))
+        draw_places_R = np.repeat(places_B, num_draws_B)
+        sampling = self._sampling.gather(draws, draw_places_R)
+        kept_R = host["draw_places"][: len(draws)]
+        kept_R[:] = draw_places_R
+        kept_R[:-1][draw_places_R[1:] == draw_places_R[:-1]] = len(self.last_tokens_P) - 1
 
         self._arena.upload()
         tables.upload()
+        if self._uploaded:
+            self._uploaded.record(torch.cuda.current_stream(self.last_tokens_P.device))
         on_device = self._arena.device
         return StepBatch(
             token_ids_T=on_device["token_ids"][:num_tokens],
@@ -108,11 +121,16 @@ class StepBuffers:
             lengths_B=on_device["lengths"][:num_sequences],
             tables_PM=tables.tables_PM,
             rows_R=on_device["rows"][: len(draws)],
+            draw_places_R=on_device["draw_places"][: len(draws)],
             sampling=sampling,
             host_spans_B4=spans_B4,
             num_decodes=num_sequences - int(np.count_nonzero(several_B)),
             end_rows=ends_B.tolist(),
         )
+
+    def keep(self, batch: StepBatch, tokens_R: torch.Tensor) -> None:
+        """Puts the tokens that were drawn after the rows of a batch into `last_tokens_P`."""
+        self.last_tokens_P.index_copy_(0, batch.draw_places_R, tokens_R)
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
