@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from helpers.scheduling import EOS, VOCAB, make, sequence, shape, step
+from tidewright.engine.limits import RequestRefusedError
 from tidewright.engine.messages import SequenceOutput
 from tidewright.engine.plan import StepPlan
-from tidewright.engine.scheduler import RequestRefusedError
 from tidewright.engine.sequence import Sequence
 from tidewright.schema import SamplingParams
 

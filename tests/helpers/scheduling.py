@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from tidewright.engine.limits import SchedulerConfig
 from tidewright.engine.messages import SequenceOutput
 from tidewright.engine.plan import DrawnToken, SequenceResult, StepPlan, StepResult
-from tidewright.engine.scheduler import Scheduler, SchedulerConfig
+from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
 from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.schema import SamplingParams

@@ -12,12 +12,13 @@ import msgspec
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.distributed.rank_messages import Expire, Input
 from tidewright.distributed.ranks import Ranks
+from tidewright.engine.limits import RequestRefusedError, SchedulerConfig
 from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.pace import Pace
 from tidewright.engine.plan import DrawnToken, SequenceResult, StepPlan
 from tidewright.engine.runner import EngineConfigError, Runner
-from tidewright.engine.scheduler import RequestRefusedError, Scheduler, SchedulerConfig
+from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.timing import Timing
 from tidewright.kv_cache.block_pool import BlockPool

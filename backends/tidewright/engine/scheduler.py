@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass
 from operator import attrgetter
 
+from tidewright.engine.limits import RequestRefusedError, SchedulerConfig, check_request, longest
 from tidewright.engine.messages import EngineStats, SequenceOutput
 from tidewright.engine.plan import (
     NO_HISTORY,
@@ -27,28 +27,6 @@ from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.kv_cache.idle_audit import IdleAudit
 from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
 from tidewright.schema import FinishReason
-
-
-@dataclass(frozen=True)
-class SchedulerConfig:
-    block_size: int
-    max_batched_tokens: int
-    max_running: int
-    max_waiting: int
-    max_model_len: int
-    vocab_size: int
-    eos_ids: tuple[int, ...] = ()
-    prefix_caching: bool = True
-    speculative_tokens: int = 0
-    embeds: bool = False  # requests end after their prompt, with its embedding
-
-
-class RequestRefusedError(ValueError):
-    """The request can't be taken; the message says what to change."""
-
-    def __init__(self, message: str, reason: FinishReason = "invalid") -> None:
-        super().__init__(message)
-        self.reason: FinishReason = reason
 
 
 class Scheduler:
@@ -77,13 +55,17 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Raises RequestRefusedError."""
-        self._check(sequence)
+        if sequence.request_id in self._by_id:
+            raise RequestRefusedError(f"request id {sequence.request_id} is already in use")
+        if len(self._by_id) >= self._config.max_running + self._config.max_waiting:
+            raise RequestRefusedError(f"{len(self._by_id)} requests run or wait already; try again later", "overloaded")
+        check_request(sequence, self._config, self._cache.pool.num_blocks)
         stop_ids = [*sequence.sampling.stop_token_ids]
         if not sequence.sampling.ignore_eos:
             stop_ids += self._config.eos_ids
         # A client may name ids that this vocabulary lacks: they never come, and can't be masked.
         sequence.stop_ids = frozenset(token for token in stop_ids if token < self._config.vocab_size)
-        sequence.longest = self._longest(sequence)
+        sequence.longest = longest(sequence, self._config)
         sequence.order = (sequence.sampling.priority, self._arrivals)
         sequence.chain = HashChain(sequence.sampling.cache_salt, self._config.block_size)
         self._arrivals += 1
@@ -188,35 +170,6 @@ class Scheduler:
         """Raises BlockPoolError if a block was lost or is owned twice. Walks all blocks: for tests."""
         self._cache.check_integrity(sequence.block_table for sequence in self._running)
 
-    def _check(self, sequence: Sequence) -> None:
-        config, prompt = self._config, sequence.prompt_token_ids
-        if sequence.request_id in self._by_id:
-            raise RequestRefusedError(f"request id {sequence.request_id} is already in use")
-        if len(self._by_id) >= config.max_running + config.max_waiting:
-            raise RequestRefusedError(f"{len(self._by_id)} requests run or wait already; try again later", "overloaded")
-        if not prompt:
-            raise RequestRefusedError("the prompt has no tokens")
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            raise RequestRefusedError(f"the prompt has token ids outside of 0 … {config.vocab_size - 1}")
-        if len(prompt) + (not config.embeds) > config.max_model_len:
-            what = "a prompt is" if config.embeds else "prompt and output together are"
-            raise RequestRefusedError(
-                f"the prompt has {len(prompt)} tokens, but {what} limited to {config.max_model_len}"
-            )
-        # The last token of an output is only sent, never computed.
-        longest = self._longest(sequence) - (not config.embeds)
-        if self._blocks(longest) > self._cache.pool.num_blocks:
-            raise RequestRefusedError(
-                f"prompt and max_tokens may need {longest} tokens of KV cache, but it holds "
-                f"{self._cache.pool.num_blocks * config.block_size}; lower max_tokens or shorten the prompt"
-            )
-
-    def _longest(self, sequence: Sequence) -> int:
-        """Tokens of prompt and output, at most."""
-        if self._config.embeds:
-            return len(sequence.prompt_token_ids)
-        return min(len(sequence.prompt_token_ids) + sequence.sampling.max_tokens, self._config.max_model_len)
-
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
 
@@ -249,7 +202,7 @@ class Scheduler:
     def _grow(self, sequence: Sequence, index: int) -> bool:
         """Gets blocks for all known tokens, from the last in order if need be; False if even that fails.
 
-        The first never fails, for `_check` made sure that it fits into the pool alone: so there is always progress.
+        The first never fails, for `check_request` made sure that it fits in alone: so there is always progress.
         """
         if len(sequence.token_ids) <= len(sequence.block_table) * self._config.block_size:
             return True
