@@ -204,8 +204,10 @@ def test_expiry_ends_a_request_wherever_it_is() -> None:
     assert scheduler.expire(1) is None
     assert not scheduler.has_work
     assert pool.num_free == pool.num_blocks
-    assert scheduler.schedule() == StepPlan((), ended=(1, 2))
     assert scheduler.schedule() == StepPlan(())
+    scheduler.add(sequence(3, 3))
+    assert step(scheduler)[0].ended == (1, 2)
+    assert step(scheduler)[0].ended == ()
 
 
 def test_a_plan_carries_only_the_blocks_that_are_new() -> None:

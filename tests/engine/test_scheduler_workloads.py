@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.scheduling import EOS, make
-from tidewright.engine.plan import DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
+from tidewright.engine.plan import PENDING, DrawnToken, ScheduledSequence, SequenceResult, StepPlan, StepResult
 from tidewright.engine.sequence import Sequence
 from tidewright.schema import SamplingParams
 
@@ -37,6 +38,7 @@ class FakeModel:
         self._salts = salts
         self._cells: dict[tuple[int, int], tuple[str | None, tuple[int, ...]]] = {}
         self._tables: dict[int, list[int]] = {}
+        self._drawn: dict[int, int] = {}  # the last token of each request
 
     def run(self, plan: StepPlan) -> StepResult:
         # All of a step is written before any of it is read, as in each layer of the real model; in any order.
@@ -46,13 +48,20 @@ class FakeModel:
             table[planned.first_block :] = planned.new_blocks
         for planned in reversed(plan.sequences):
             self._write(planned)
-        return StepResult(tuple(self._read(planned) for planned in plan.sequences))
+        results = tuple(self._read(planned) for planned in plan.sequences)
+        self._drawn |= {
+            planned.request_id: result.drawn[-1].token_id
+            for planned, result in zip(plan.sequences, results, strict=True)
+            if result.drawn
+        }
+        return StepResult(results)
 
     def _cell(self, planned: ScheduledSequence, position: int) -> tuple[int, int]:
         return self._tables[planned.request_id][position // self._block_size], position % self._block_size
 
     def _write(self, planned: ScheduledSequence) -> None:
         for position, token in enumerate(planned.token_ids, start=planned.start):
+            token = self._drawn[planned.request_id] if token == PENDING else token
             self._cells[self._cell(planned, position)] = (self._salts[planned.request_id], (token,))
 
     def _read(self, planned: ScheduledSequence) -> SequenceResult:
@@ -71,6 +80,10 @@ class Arrival:
     priority: int
     ignore_eos: bool
     salt: str | None
+    needs_history: bool
+
+    def longest(self, work: Workload) -> int:
+        return min(len(self.prompt) + self.max_tokens, int(str(work.config["max_model_len"])))
 
 
 @dataclass(frozen=True)
@@ -80,6 +93,7 @@ class Workload:
     arrivals: list[Arrival]
     aborts: set[tuple[int, int]]  # step, request
     expiries: set[tuple[int, int]]
+    ahead: bool  # steps overlap
 
 
 @st.composite
@@ -99,6 +113,7 @@ def workloads(draw: st.DrawFn) -> Workload:
                 priority=draw(st.integers(0, 2)),
                 ignore_eos=draw(st.booleans()),
                 salt=draw(st.sampled_from([None, None, "a"])),
+                needs_history=draw(st.integers(0, 7)) == 7,
             )
         )
     events = st.sets(st.tuples(st.integers(0, 40), st.integers(0, len(arrivals) - 1)), max_size=4)
@@ -108,9 +123,9 @@ def workloads(draw: st.DrawFn) -> Workload:
         "max_running": draw(st.integers(1, 6)),
         "max_model_len": room + 1,
         "prefix_caching": draw(st.booleans()),
-        "speculative_tokens": draw(st.integers(0, 3)),
+        "speculative_tokens": draw(st.integers(-3, 3).map(lambda count: max(count, 0))),
     }
-    return Workload(blocks, config, arrivals, draw(events), draw(events))
+    return Workload(blocks, config, arrivals, draw(events), draw(events), draw(st.booleans()))
 
 
 @settings(max_examples=300, deadline=None)
@@ -118,16 +133,23 @@ def workloads(draw: st.DrawFn) -> Workload:
 def test_random_workloads(work: Workload) -> None:
     (first, pool), (second, _) = (make(work.blocks, **work.config) for _ in range(2))
     model = FakeModel(int(str(work.config["block_size"])), {i: a.salt for i, a in enumerate(work.arrivals)})
+    arrivals = work.arrivals
     produced: dict[int, list[int]] = {}
     ends: dict[int, list[str]] = {}
     aborted: set[int] = set()
+    in_flight: deque[tuple[StepPlan, StepResult]] = deque()
     now, last_arrival = 0, max(arrival.step for arrival in work.arrivals)
     total_tokens = sum(len(a.prompt) + a.max_tokens for a in work.arrivals)
-    while now <= last_arrival or first.has_work:
+    while now <= last_arrival or first.has_work or in_flight:
         for request_id, a in enumerate(work.arrivals):
             if a.step == now:
                 params = SamplingParams(
-                    max_tokens=a.max_tokens, ignore_eos=a.ignore_eos, priority=a.priority, cache_salt=a.salt, timeout=1
+                    max_tokens=a.max_tokens,
+                    ignore_eos=a.ignore_eos,
+                    priority=a.priority,
+                    cache_salt=a.salt,
+                    timeout=1,
+                    presence_penalty=float(a.needs_history),
                 )
                 for scheduler in (first, second):
                     scheduler.add(Sequence(request_id, list(a.prompt), params))
@@ -143,18 +165,27 @@ def test_random_workloads(work: Workload) -> None:
             if output:
                 ends[request_id].append("timeout")
 
-        plan = first.schedule()
-        assert plan == second.schedule()
-        assert bool(plan.sequences) == first.has_work  # always progress, never an empty step
-        assert sum(planned.count for planned in plan.sequences) <= work.config["max_batched_tokens"]  # type: ignore[operator]
-        assert len(plan.sequences) <= work.config["max_running"]  # type: ignore[operator]
-        for planned in plan.sequences:
-            assert planned.request_id not in aborted
-            assert not ends[planned.request_id]
-            assert planned.count >= 1
-        step_result = model.run(plan)
-        outputs = first.commit(plan, step_result)
-        assert outputs == second.commit(plan, step_result)
+        while not in_flight or (work.ahead and len(in_flight) == 1 and first.may_run_ahead):
+            plan = first.schedule()
+            assert plan == second.schedule()
+            # Always progress, never an empty step, unless all that can be done is in flight.
+            assert bool(plan.sequences) == first.has_work or (in_flight and not plan.sequences)
+            if not plan.sequences:
+                break
+            assert sum(planned.count for planned in plan.sequences) <= work.config["max_batched_tokens"]  # type: ignore[operator]
+            assert len(plan.sequences) <= work.config["max_running"]  # type: ignore[operator]
+            for planned in plan.sequences:
+                assert planned.request_id not in aborted
+                assert not ends[planned.request_id]
+                assert planned.count >= 1
+                end, longest = planned.start + planned.count, arrivals[planned.request_id].longest(work)
+                assert [draw.position for draw in planned.draws] == [*range(end + 1 - len(planned.draws), end + 1)]
+                assert end < longest
+                assert not (PENDING in planned.token_ids and arrivals[planned.request_id].needs_history)
+            in_flight.append((plan, model.run(plan)))
+        committed = in_flight.popleft() if in_flight else (StepPlan(()), StepResult(()))
+        outputs = first.commit(*committed)
+        assert outputs == second.commit(*committed)
         for output in outputs:
             produced[output.request_id] += output.token_ids
             if output.finish_reason:
@@ -165,9 +196,7 @@ def test_random_workloads(work: Workload) -> None:
         assert now <= last_arrival + 2 + total_tokens * (total_tokens + 2)
     assert pool.num_free == pool.num_blocks
     for request_id, a in enumerate(work.arrivals):
-        expected = reference(
-            a.prompt, min(a.max_tokens, int(str(work.config["max_model_len"])) - len(a.prompt)), a.ignore_eos
-        )
+        expected = reference(a.prompt, a.longest(work) - len(a.prompt), a.ignore_eos)
         if request_id in aborted:
             assert not ends[request_id]
         else:

@@ -37,6 +37,8 @@ class History:
 
 
 NO_HISTORY = History((), 0)
+PENDING = -1
+"""A token id: the token that a step in flight draws for the sequence."""
 
 
 class Draw(msgspec.Struct, frozen=True, gc=False):
@@ -56,7 +58,8 @@ class Draw(msgspec.Struct, frozen=True, gc=False):
 class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     """Compute `token_ids`, which stand at positions start, start + 1, …, and draw after the last of them.
 
-    There are several draws when the last tokens are speculative: one after each of the last len(draws) tokens.
+    The last may be PENDING: the step before draws it, and the device has it then. There are several draws when the last
+    tokens are speculative: one after each of the last len(draws) tokens.
     `new_blocks` continue the block table that the plans before this one gave; it begins anew with `first_block` 0,
     when the sequence was admitted since. Block number i of a table holds positions i * S … i * S + S - 1.
     """
@@ -75,6 +78,11 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     @property
     def count(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        """The speculative ones of `token_ids`."""
+        return self.token_ids[len(self.token_ids) - max(len(self.draws) - 1, 0) :]
 
 
 class StepPlan(msgspec.Struct, frozen=True, gc=False):

@@ -7,6 +7,7 @@ token budget a step. Every rank runs its own copy, so nothing here may depend on
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Callable
 from operator import attrgetter
 
@@ -14,6 +15,7 @@ from tidewright.engine.limits import RequestRefusedError, SchedulerConfig, check
 from tidewright.engine.messages import EngineStats, SequenceOutput
 from tidewright.engine.plan import (
     NO_HISTORY,
+    PENDING,
     Draw,
     DrawnToken,
     History,
@@ -30,7 +32,11 @@ from tidewright.schema import FinishReason
 
 
 class Scheduler:
-    """By priority, then first come, first served. Between a `schedule` and its `commit` nothing else may be called.
+    """By priority, then first come, first served.
+
+    A step may be planned while the one before is in flight, that is, planned and not committed, if `may_run_ahead`:
+    each sequence of that one is taken to get its token and to go on. One that ends with it has been computed for
+    nothing, and what the second step finds for it is dropped. Requests may come and end at any time between.
 
     Both queues are in that order, and of one priority everything that runs came before everything that waits.
     """
@@ -44,6 +50,7 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self._by_id: dict[int, Sequence] = {}
+        self._in_flight: deque[list[Sequence]] = deque()  # of each plan
         self._ended: list[int] = []
         self._preempted: list[int] = []
         self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
@@ -52,6 +59,13 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
+
+    @property
+    def may_run_ahead(self) -> bool:
+        """The next step can be planned before the one in flight is committed: no choice depends on what it draws."""
+        return not self._config.speculative_tokens and not any(
+            sequence.num_pending and sequence.needs_history for sequence in self._running
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Raises RequestRefusedError."""
@@ -88,7 +102,12 @@ class Scheduler:
         return SequenceOutput(request_id, [], "timeout", message=message)
 
     def schedule(self, pace: int | None = None) -> StepPlan:
-        """`pace`: prompt tokens that are computed, at most, while other sequences wait for their next token."""
+        """`pace`: prompt tokens that are computed, at most, while other sequences wait for their next token.
+
+        A plan without sequences has changed nothing and need not be run; while nothing is in flight, there is one only
+        if there is no work.
+        """
+        assert len(self._in_flight) <= 1, "a step can only run ahead of one other"
         budget, index, admitting = self._config.max_batched_tokens, 0, True
         paced = budget if pace is None or not any(s.decodes for s in self._running) else pace
         preemptions = self._preemptions
@@ -105,8 +124,8 @@ class Scheduler:
                     continue
             elif running is None:
                 break
-            elif not self._grow(running, index):
-                index += 1  # no block to be had; it keeps its place for the next step
+            elif self._is_complete(running) or not self._grow(running, index):
+                index += 1  # no token is left or no block to be had; it keeps its place for the next step
                 continue
             sequence = self._running[index]
             # One token is left for each that runs behind this one.
@@ -124,24 +143,27 @@ class Scheduler:
                 paced -= planned.count
             admitting = admitting and self._preemptions == preemptions
             index += 1
+        if not scheduled:
+            return StepPlan(())
         self._steps += 1
+        self._in_flight.append([self._by_id[planned.request_id] for planned in scheduled])
         ended, self._ended = tuple(self._ended), []
         preempted, self._preempted = tuple(self._preempted), []
         return StepPlan(tuple(scheduled), ended, preempted)
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
-        """Enters a step's result; returns the new tokens of each request that has any."""
+        """Enters the result of the oldest step in flight; returns the new tokens of each request that has any."""
         outputs: list[SequenceOutput] = []
-        for planned, computed in zip(plan.sequences, result.sequences, strict=True):
-            sequence = self._by_id[planned.request_id]
-            count, num_drafts = len(planned.token_ids), max(len(planned.draws) - 1, 0)
-            drafts = planned.token_ids[count - num_drafts :]
-            sequence.num_computed = planned.start + count - num_drafts
+        sequences = self._in_flight.popleft() if plan.sequences else []
+        for sequence, planned, computed in zip(sequences, plan.sequences, result.sequences, strict=True):
+            sequence.num_pending -= bool(planned.draws)
+            if sequence.ended:
+                continue
             if computed.prompt_logprobs:
                 # After a preemption some come for a second time.
                 sequence.prompt_logprobs += computed.prompt_logprobs[len(sequence.prompt_logprobs) - planned.start :]
             if computed.drawn:
-                outputs.append(self._accept(sequence, drafts, computed))
+                outputs.append(self._accept(sequence, planned.drafts, computed))
             elif planned.embeds:
                 outputs.append(self._embedded(sequence, computed))
         return outputs
@@ -200,13 +222,13 @@ class Scheduler:
         return True
 
     def _grow(self, sequence: Sequence, index: int) -> bool:
-        """Gets blocks for all known tokens, from the last in order if need be; False if even that fails.
+        """Gets blocks for all its tokens, from the last in order if need be; False if even that fails.
 
         The first never fails, for `check_request` made sure that it fits in alone: so there is always progress.
         """
-        if len(sequence.token_ids) <= len(sequence.block_table) * self._config.block_size:
+        if sequence.num_expected <= len(sequence.block_table) * self._config.block_size:
             return True
-        needed = self._blocks(sequence.num_known) - len(sequence.block_table)
+        needed = self._blocks(sequence.num_expected) - len(sequence.block_table)
         if not self._make_room(index + 1, [], needed, lambda left, _: left >= 0):
             return False
         sequence.block_table += self._cache.take([], needed)
@@ -240,7 +262,14 @@ class Scheduler:
         (self._running if sequence in self._running else self._waiting).remove(sequence)
         self._release(sequence)
         del self._by_id[sequence.request_id]
+        sequence.ended = True
         self._ended.append(sequence.request_id)
+
+    def _is_complete(self, sequence: Sequence) -> bool:
+        """The last that there is to compute for it is in flight."""
+        if self._config.embeds:
+            return sequence.num_computed == sequence.num_known
+        return sequence.num_pending > 0 and sequence.num_expected >= sequence.longest
 
     def _release(self, sequence: Sequence) -> None:
         self._cache.free(sequence.block_table)
@@ -248,18 +277,21 @@ class Scheduler:
         sequence.num_computed = sequence.num_registered = sequence.num_planned_blocks = 0
 
     def _take(self, sequence: Sequence, budget: int) -> ScheduledSequence:
-        start, num_known = sequence.num_computed, len(sequence.token_ids)
-        end = min(num_known, start + budget)
+        start, num_expected = sequence.num_computed, sequence.num_expected
+        end = min(num_expected, start + budget)
         token_ids = tuple(sequence.token_ids[start:end])
+        if len(token_ids) < end - start:
+            token_ids += (PENDING,)
         draws: tuple[Draw, ...] = ()
-        if end == num_known and not self._config.embeds:
+        completes = end == num_expected
+        if completes and not self._config.embeds:
             draws = (self._draw(sequence, []),)
             if drafts := self._drafts(sequence, budget - len(token_ids)):
                 draws += tuple(self._draw(sequence, drafts[:count]) for count in range(1, len(drafts) + 1))
                 token_ids += tuple(drafts)
-        sequence.num_registered = self._cache.register(
-            sequence.block_table, sequence.token_ids, end, sequence.chain, sequence.num_registered
-        )
+            sequence.num_pending += 1
+        sequence.num_computed = end
+        self._register(sequence)
         first_block = sequence.num_planned_blocks
         new_blocks = tuple(sequence.block_table[first_block:])
         sequence.num_planned_blocks += len(new_blocks)
@@ -273,8 +305,15 @@ class Scheduler:
             draws=draws,
             prompt_logprobs=prompt_logprobs if wanted else None,
             next_prompt_ids=tuple(sequence.prompt_token_ids[start + 1 : end + 1]) if wanted else (),
-            embeds=self._config.embeds and end == num_known,
+            embeds=self._config.embeds and completes,
             first_block=first_block,
+        )
+
+    def _register(self, sequence: Sequence) -> None:
+        """Lets others find its full blocks."""
+        end = min(sequence.num_computed, sequence.num_known)
+        sequence.num_registered = self._cache.register(
+            sequence.block_table, sequence.token_ids, end, sequence.chain, sequence.num_registered
         )
 
     def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
@@ -295,15 +334,15 @@ class Scheduler:
         return drafts
 
     def _draw(self, sequence: Sequence, drafts: list[int]) -> Draw:
-        num_known, prompt_length = len(sequence.token_ids), len(sequence.prompt_token_ids)
-        may_stop = num_known - prompt_length + len(drafts) >= sequence.sampling.min_tokens
+        num_expected, prompt_length = sequence.num_expected, len(sequence.prompt_token_ids)
+        may_stop = num_expected - prompt_length + len(drafts) >= sequence.sampling.min_tokens
         history = NO_HISTORY
         if sequence.needs_history:
-            history = History(sequence.token_ids, num_known, prompt_length, tuple(drafts))
+            history = History(sequence.token_ids, num_expected, prompt_length, tuple(drafts))
         return Draw(
             request_id=sequence.request_id,
             params=sequence.sampling,
-            position=num_known + len(drafts),
+            position=num_expected + len(drafts),
             banned_ids=() if may_stop else tuple(sorted(sequence.stop_ids)),
             bad_words_ids=sequence.bad_words_ids,
             history=history,
@@ -331,12 +370,13 @@ class Scheduler:
             reason = self._finish_reason(sequence)
             if reason:
                 break
-        sequence.num_computed += max(len(accepted) - 1, 0)
+        sequence.num_computed += max(len(accepted) - 1, 0)  # the guesses that were right
         self._drafted += len(drafts)
         self._accepted += min(right, len(accepted))
         self._prompt_tokens += len(sequence.prompt_token_ids) if first else 0
         self._generated_tokens += len(accepted)
         if reason:
+            self._register(sequence)  # what was not known yet when it was planned
             self._end(sequence)
         asked = sequence.sampling.prompt_logprobs is not None
         return SequenceOutput(

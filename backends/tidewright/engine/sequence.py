@@ -21,7 +21,10 @@ class Sequence:
 
     token_ids: list[int] = field(init=False)  # the prompt and what was generated
     needs_history: bool = field(init=False)  # asked for in every step, so looked up once
-    num_computed: int = field(init=False, default=0)  # tokens whose keys and values are in the cache
+    # Tokens whose keys and values are in the cache, or come there by the steps in flight.
+    num_computed: int = field(init=False, default=0)
+    num_pending: int = field(init=False, default=0)  # tokens that steps in flight draw
+    ended: bool = field(init=False, default=False)  # whatever steps in flight draw for it means nothing
     block_table: list[int] = field(init=False, default_factory=list)
     num_planned_blocks: int = field(init=False, default=0)  # of the block table, in plans so far
     num_registered: int = field(init=False, default=0)  # blocks that the prefix cache was told of
@@ -43,9 +46,14 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def num_expected(self) -> int:
+        """Known once the steps in flight are committed, unless it ends with one of them."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
     def decodes(self) -> bool:
-        """It has a token already, and waits for the next one."""
-        return len(self.prompt_token_ids) < len(self.token_ids) == self.num_computed + 1
+        """It has a token already, or a step in flight draws it, and waits for the next one."""
+        return len(self.prompt_token_ids) < self.num_expected == self.num_computed + 1
 
     @property
     def num_generated(self) -> int:
