@@ -70,9 +70,14 @@ class Clock:
 
     def __init__(self) -> None:
         self.ahead = 0.0
+        self._stopped_at: float | None = None
 
     def monotonic(self) -> float:
-        return time.monotonic() + self.ahead
+        return (self._stopped_at or time.monotonic()) + self.ahead
+
+    def stop(self) -> None:
+        """From here on time passes only as `ahead` does."""
+        self._stopped_at = time.monotonic()
 
 
 @dataclass(eq=False)
