@@ -178,3 +178,20 @@ def test_whoever_is_preempted_makes_room_for_a_more_important_one_in_the_same_st
             break
     assert done == len(work.arrivals)
     assert pool.num_free == pool.num_blocks
+
+
+def test_what_an_undone_plan_told_the_runner_is_told_again() -> None:
+    scheduler, pool = make(max_batched_tokens=16)
+    for request_id in range(3):
+        scheduler.add(sequence(request_id, 6, max_tokens=20, ignore_eos=True))
+    step(scheduler)
+    scheduler.abort(0)
+    plan = scheduler.schedule()
+    assert (plan.ended, ids(plan)) == ((0,), [1, 2])
+    scheduler.undo([plan])
+    assert pool.num_free == pool.num_blocks
+    again = scheduler.schedule()
+    assert (again.ended, again.preempted) == ((0,), (2, 1))
+    assert [planned.first_block for planned in again.sequences] == [0]
+    assert shape(again) == [(1, 0, 1, False)]  # of two tokens, one; there were two in the plan before
+    assert scheduler.stats().steps_out_of_memory == 1

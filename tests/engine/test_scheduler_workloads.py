@@ -56,6 +56,14 @@ class FakeModel:
         }
         return StepResult(results)
 
+    def fail(self, plan: StepPlan, how_far: int) -> None:
+        """Runs out of memory: before it looked at the plan (0), before it wrote (1), or with rubbish written (2)."""
+        for planned in plan.sequences if how_far else ():
+            table = self._tables.setdefault(planned.request_id, [])
+            table[planned.first_block :] = planned.new_blocks
+            for position in range(planned.start, planned.start + planned.count) if how_far > 1 else ():
+                self._cells[self._cell(planned, position)] = ("rubbish", (0,))
+
     def _cell(self, planned: ScheduledSequence, position: int) -> tuple[int, int]:
         return self._tables[planned.request_id][position // self._block_size], position % self._block_size
 
@@ -94,6 +102,8 @@ class Workload:
     aborts: set[tuple[int, int]]  # step, request
     expiries: set[tuple[int, int]]
     ahead: bool  # steps overlap
+    # By step: it runs out of memory. How far its launch gets, or 3: as its result is waited for.
+    failures: dict[int, int]
 
 
 @st.composite
@@ -125,7 +135,8 @@ def workloads(draw: st.DrawFn) -> Workload:
         "prefix_caching": draw(st.booleans()),
         "speculative_tokens": draw(st.integers(-3, 3).map(lambda count: max(count, 0))),
     }
-    return Workload(blocks, config, arrivals, draw(events), draw(events), draw(st.booleans()))
+    failures = draw(st.dictionaries(st.integers(0, 30), st.integers(0, 3), max_size=4))
+    return Workload(blocks, config, arrivals, draw(events), draw(events), draw(st.booleans()), failures)
 
 
 @settings(max_examples=300, deadline=None)
@@ -138,6 +149,22 @@ def test_random_workloads(work: Workload) -> None:
     ends: dict[int, list[str]] = {}
     aborted: set[int] = set()
     in_flight: deque[tuple[StepPlan, StepResult]] = deque()
+
+    def commit(plan: StepPlan, step_result: StepResult) -> None:
+        outputs = first.commit(plan, step_result)
+        assert outputs == second.commit(plan, step_result)
+        for output in outputs:
+            produced[output.request_id] += output.token_ids
+            if output.finish_reason:
+                ends[output.request_id].append(output.finish_reason)
+
+    def undo(plans: list[StepPlan]) -> None:
+        for scheduler in (first, second):
+            scheduler.undo(plans)
+        assert pool.num_free == pool.num_blocks
+        assert first.step_tokens == max(sum(planned.count for planned in plans[0].sequences) // 2, 1)
+        in_flight.clear()
+
     now, last_arrival = 0, max(arrival.step for arrival in work.arrivals)
     total_tokens = sum(len(a.prompt) + a.max_tokens for a in work.arrivals)
     while now <= last_arrival or first.has_work or in_flight:
@@ -172,7 +199,8 @@ def test_random_workloads(work: Workload) -> None:
             assert bool(plan.sequences) == first.has_work or (in_flight and not plan.sequences)
             if not plan.sequences:
                 break
-            assert sum(planned.count for planned in plan.sequences) <= work.config["max_batched_tokens"]  # type: ignore[operator]
+            count = sum(planned.count for planned in plan.sequences)
+            assert count <= first.step_tokens <= work.config["max_batched_tokens"]  # type: ignore[operator]
             assert len(plan.sequences) <= work.config["max_running"]  # type: ignore[operator]
             for planned in plan.sequences:
                 assert planned.request_id not in aborted
@@ -182,18 +210,24 @@ def test_random_workloads(work: Workload) -> None:
                 assert [draw.position for draw in planned.draws] == [*range(end + 1 - len(planned.draws), end + 1)]
                 assert end < longest
                 assert not (PENDING in planned.token_ids and arrivals[planned.request_id].needs_history)
+            how_far = work.failures.get(now, 3)
+            if how_far < 3:
+                model.fail(plan, how_far)
+                for earlier in in_flight:
+                    commit(*earlier)
+                undo([plan])
+                break
             in_flight.append((plan, model.run(plan)))
-        committed = in_flight.popleft() if in_flight else (StepPlan(()), StepResult(()))
-        outputs = first.commit(*committed)
-        assert outputs == second.commit(*committed)
-        for output in outputs:
-            produced[output.request_id] += output.token_ids
-            if output.finish_reason:
-                ends[output.request_id].append(output.finish_reason)
+        if in_flight and work.failures.get(now) == 3:
+            for plan, _ in in_flight:
+                model.fail(plan, 2)
+            undo([plan for plan, _ in in_flight])
+        elif in_flight:
+            commit(*in_flight.popleft())
         first.check_integrity()
         now += 1
         # The first in order advances each step, so all is done within the work that computing everything anew would be.
-        assert now <= last_arrival + 2 + total_tokens * (total_tokens + 2)
+        assert now <= last_arrival + 2 + total_tokens * (total_tokens + 2 + len(work.failures))
     assert pool.num_free == pool.num_blocks
     for request_id, a in enumerate(work.arrivals):
         expected = reference(a.prompt, a.longest(work) - len(a.prompt), a.ignore_eos)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -113,3 +114,75 @@ def test_cached_blocks_are_counted_as_they_come_and_go(data: st.DataObject) -> N
     for table in tables:
         cache.free(table)
     cache.check_totals()
+
+
+class CountingDict(dict[Any, Any]):
+    lookups = 0
+
+    def get(self, *args: Any) -> Any:
+        self.lookups += 1
+        return super().get(*args)
+
+
+def test_asking_again_costs_nothing_until_a_block_that_matters_comes_or_goes() -> None:
+    tokens = [*range(200), 7]
+    cache, table = stored(tokens[:8], blocks=8)  # and four blocks more, of others
+    asked = chain(tokens)
+    assert cache.find(tokens, asked) == table
+    counting = cache._entries = CountingDict(cache._entries)
+
+    def lookups(found: list[int]) -> int:
+        before = counting.lookups
+        assert cache.find(tokens, asked) == found
+        return counting.lookups - before
+
+    assert lookups(table) == 0
+    other = cache.take([], 2)
+    cache.register(other, [900, 901, 902, 903], 4, chain([900, 901, 902, 903]), 0)  # of no use to it
+    assert lookups(table) == 0
+    cache.free(other)
+    (longer,) = cache.take([], 1)
+    cache.register([*table, longer], tokens, 10, asked, 4)
+    assert lookups([*table, longer]) > 0
+    assert lookups([*table, longer]) == 0
+    cache.free([*table, longer])
+    assert lookups([*table, longer]) == 0  # it can still be found
+    cache.take([], 8)  # evicts all
+    assert lookups([]) > 0
+    assert lookups([]) == 0
+    # Another sequence, and the same one with more tokens, are other questions.
+    assert cache.find(tokens[:3], chain(tokens[:3])) == []
+    assert lookups([]) > 0
+
+
+def test_blocks_of_steps_that_were_not_computed_are_forgotten() -> None:
+    cache, table = stored([1, 2, 3, 4], blocks=6)
+    more = [1, 2, 3, 4, 5, 6, 7, 8]
+    cache.begin_step()
+    cache.begin_step()  # before the one before it is computed
+    table += cache.take([], 2)
+    cache.register(table, more, 6, chain(more), 2)
+    cache.step_computed()
+    cache.begin_step()
+    cache.register(table, more, 8, chain(more), 3)
+    assert cache.find([*more, 9], chain([*more, 9])) == table
+    cache.forget_unwritten()
+    assert cache.find([*more, 9], chain([*more, 9])) == table[:2]
+    cache.check_integrity([table])
+    cache.free(table)
+    assert (cache.num_cached, cache.pool.num_free) == (2, 6)
+    cache.check_integrity([])
+    assert cache.evictions == 0
+
+
+def test_an_uncomputed_block_that_nobody_owns_any_longer_is_forgotten_too() -> None:
+    cache = PrefixCache(BlockPool(3), block_size=2)
+    cache.begin_step()
+    table = cache.take([], 2)
+    cache.register(table, [1, 2, 3, 4], 4, chain([1, 2, 3, 4]), 0)
+    cache.free(table)
+    cache.take([], 2)  # evicts the end of it
+    assert cache.num_cached == 1
+    cache.forget_unwritten()
+    assert cache.num_cached == 0
+    assert cache.find([1, 2, 3], chain([1, 2, 3])) == []

@@ -179,6 +179,8 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     # Speculative decoding: tokens guessed, and guesses that were right.
     tokens_drafted: int = 0
     tokens_accepted: int = 0
+    step_tokens: int = 0  # that a step may compute, at most: fewer once one ran out of memory
+    steps_out_of_memory: int = 0  # each computed anew, in smaller steps
     # Seconds spent in all steps.
     schedule_seconds: float = 0.0
     agree_seconds: float = 0.0  # telling the other ranks what a step depends on

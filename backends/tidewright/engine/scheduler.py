@@ -25,6 +25,7 @@ from tidewright.engine.plan import (
     StepResult,
 )
 from tidewright.engine.sequence import Sequence
+from tidewright.engine.step_budget import StepBudget
 from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.kv_cache.idle_audit import IdleAudit
 from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
@@ -45,8 +46,7 @@ class Scheduler:
         self._config = config
         self._cache = PrefixCache(pool, config.block_size, config.prefix_caching)
         self.idle_audit = IdleAudit(self._cache)
-        # Each running sequence gets at least one token a step.
-        self._max_running = min(config.max_running, config.max_batched_tokens)
+        self._budget = StepBudget(config.max_batched_tokens)
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
         self._by_id: dict[int, Sequence] = {}
@@ -54,7 +54,12 @@ class Scheduler:
         self._ended: list[int] = []
         self._preempted: list[int] = []
         self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
-        self._prefix_queries = self._prefix_hits = self._drafted = self._accepted = 0
+        self._prefix_queries = self._prefix_hits = self._drafted = self._accepted = self._undone = 0
+
+    @property
+    def step_tokens(self) -> int:
+        """That a step may compute, at most."""
+        return self._budget.tokens
 
     @property
     def has_work(self) -> bool:
@@ -108,7 +113,7 @@ class Scheduler:
         if there is no work.
         """
         assert len(self._in_flight) <= 1, "a step can only run ahead of one other"
-        budget, index, admitting = self._config.max_batched_tokens, 0, True
+        budget, index, admitting = self._budget.tokens, 0, True
         paced = budget if pace is None or not any(s.decodes for s in self._running) else pace
         preemptions = self._preemptions
         scheduled: list[ScheduledSequence] = []
@@ -136,6 +141,8 @@ class Scheduler:
                 if not share:
                     index += 1  # in a later step
                     continue
+            if not scheduled:
+                self._cache.begin_step()
             planned = self._take(sequence, share)
             scheduled.append(planned)
             budget -= planned.count
@@ -154,7 +161,11 @@ class Scheduler:
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         """Enters the result of the oldest step in flight; returns the new tokens of each request that has any."""
         outputs: list[SequenceOutput] = []
-        sequences = self._in_flight.popleft() if plan.sequences else []
+        if not plan.sequences:
+            return outputs
+        self._cache.step_computed()
+        self._budget.computed()
+        sequences = self._in_flight.popleft()
         for sequence, planned, computed in zip(sequences, plan.sequences, result.sequences, strict=True):
             sequence.num_pending -= bool(planned.draws)
             if sequence.ended:
@@ -167,6 +178,25 @@ class Scheduler:
             elif planned.embeds:
                 outputs.append(self._embedded(sequence, computed))
         return outputs
+
+    def undo(self, plans: list[StepPlan]) -> None:
+        """Instead of `commit`, for all that is in flight, oldest first, when that first ran out of memory.
+
+        Later steps are smaller, and no token is lost. All that run go back to the queue, also those that are in none
+        of the plans: they may share blocks that these were to fill. What was computed before, the prefix cache has.
+        """
+        for sequences, plan in zip(self._in_flight, plans, strict=True):
+            for sequence, planned in zip(sequences, plan.sequences, strict=True):
+                sequence.num_pending -= bool(planned.draws)
+            # The runner may not have got to these.
+            self._ended += plan.ended
+            self._preempted += plan.preempted
+        self._budget.out_of_memory(sum(planned.count for planned in plans[0].sequences))
+        self._in_flight.clear()
+        self._cache.forget_unwritten()
+        self._undone += 1
+        while self._running:
+            self._preempt(self._running.pop())
 
     def stats(self) -> EngineStats:
         size = self._config.block_size
@@ -186,6 +216,8 @@ class Scheduler:
             slots_unused=sum(len(s.block_table) * size - s.num_known for s in self._running),
             tokens_drafted=self._drafted,
             tokens_accepted=self._accepted,
+            step_tokens=self._budget.tokens,
+            steps_out_of_memory=self._undone,
         )
 
     def check_integrity(self) -> None:
@@ -204,10 +236,10 @@ class Scheduler:
         may_skip = sequence.sampling.prompt_logprobs is None
         shared = self._cache.find(sequence.token_ids, sequence.chain) if may_skip else []
         needed = self._blocks(sequence.num_known) - len(shared)
+        # Each running sequence gets at least one token a step.
+        max_running = min(self._config.max_running, self._budget.tokens)
         # All from `index` on have a lower priority, and are not yet part of this step.
-        if not self._make_room(
-            index, shared, needed, lambda left, running: running <= min(left, self._max_running - 1)
-        ):
+        if not self._make_room(index, shared, needed, lambda left, running: running <= min(left, max_running - 1)):
             return False
         self._waiting.remove(sequence)
         self._running.insert(index, sequence)

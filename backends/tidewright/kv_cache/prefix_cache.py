@@ -8,10 +8,11 @@ their last owner is gone; they are forgotten when the pool gives them to someone
 from __future__ import annotations
 
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import chain as chained
 
 from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
 
@@ -39,6 +40,16 @@ class _Entry:
     token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class _Lookup:
+    """What `find` found, and the digests that this depends on: those found, and the first that was not."""
+
+    chain: HashChain
+    num_tokens: int
+    blocks: list[int]
+    digests: frozenset[bytes]
+
+
 class PrefixCache:
     """A block pool whose blocks can be found again by what they hold."""
 
@@ -48,16 +59,22 @@ class PrefixCache:
         self._enabled = enabled
         self._entries: dict[bytes, _Entry] = {}
         self._digests: dict[int, bytes] = {}  # of the blocks that can be found
+        self._latest: _Lookup | None = None  # as long as it is true
+        self._unwritten: deque[list[bytes]] = deque()  # of the blocks that steps not yet computed will fill
         self.evictions = 0
         self.num_cached = 0  # free blocks whose content can still be found
 
     def find(self, token_ids: Sequence[int], chain: HashChain) -> list[int]:
         """Blocks that hold the beginning of `token_ids`, without taking them.
 
-        The last token is never among them: it must be computed, for its logits are wanted.
+        The last token is never among them: it must be computed, for its logits are wanted. A request that waits for
+        memory asks again in each step; until a block that matters comes or goes, that costs nothing.
         """
         if not self._enabled:
             return []
+        latest = self._latest
+        if latest and latest.chain is chain and latest.num_tokens == len(token_ids):
+            return latest.blocks
         chain.extend(token_ids)
         blocks: list[int] = []
         size = self._block_size
@@ -66,6 +83,7 @@ class PrefixCache:
             if entry is None or entry.token_ids != tuple(token_ids[index * size : (index + 1) * size]):
                 break
             blocks.append(entry.block)
+        self._latest = _Lookup(chain, len(token_ids), blocks, frozenset(chain.digests[: len(blocks) + 1]))
         return blocks
 
     def free_after(self, shared: Sequence[int], count: int, tables: Iterable[Sequence[int]] = ()) -> Iterator[int]:
@@ -92,7 +110,7 @@ class PrefixCache:
         fresh = self.pool.allocate(count)
         for block in fresh:
             if digest := self._digests.pop(block, None):
-                del self._entries[digest]
+                self._drop(digest)
                 self.num_cached -= 1
                 self.evictions += 1
         return shared + fresh
@@ -114,7 +132,27 @@ class PrefixCache:
             if digest not in self._entries:  # else someone else computed the same, and was first
                 self._entries[digest] = _Entry(block, tuple(token_ids[index * size : (index + 1) * size]))
                 self._digests[block] = digest
+                self._doubt_latest(digest)
+                if self._unwritten:
+                    self._unwritten[-1].append(digest)
         return end // size
+
+    def begin_step(self) -> None:
+        """What is registered from here on belongs to this step, and is in the cache once it is computed."""
+        self._unwritten.append([])
+
+    def step_computed(self) -> None:
+        """The oldest step that was begun: what it registered stays findable."""
+        self._unwritten.popleft()
+
+    def forget_unwritten(self) -> None:
+        """The steps that were begun will not be computed: the blocks that they were to fill hold nothing."""
+        for digest in chained.from_iterable(self._unwritten):
+            if entry := self._entries.get(digest):  # else it was evicted meanwhile
+                self.num_cached -= self.pool.references(entry.block) == 0
+                del self._digests[entry.block]
+                self._drop(digest)
+        self._unwritten.clear()
 
     def free(self, block_table: list[int]) -> None:
         """Gives a table back, last block first: the end of a sequence is the least likely to be of use to others."""
@@ -122,6 +160,15 @@ class PrefixCache:
             is_findable = block in self._digests
             self.pool.free(block, reuse_first=not is_findable)
             self.num_cached += is_findable and self.pool.references(block) == 0
+
+    def _drop(self, digest: bytes) -> None:
+        del self._entries[digest]
+        self._doubt_latest(digest)
+
+    def _doubt_latest(self, digest: bytes) -> None:
+        """A block with that digest came or went."""
+        if self._latest and digest in self._latest.digests:
+            self._latest = None
 
     def check_totals(self) -> None:
         """Raises BlockPoolError unless all blocks have come back, as they must when there is no table. O(1)."""
