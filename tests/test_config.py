@@ -67,6 +67,9 @@ def test_the_stubs_read_the_same_settings_from_the_environment(monkeypatch: pyte
         ({"task": "embed", "speculative_tokens": 2}, "speculative_tokens is for generated text"),
         ({"tensor_parallel_size": 0}, "tensor_parallel_size"),
         ({"tensor_parallel_size": 3, "nodes": 2, "rendezvous": "h:1"}, "3, which 2 nodes can't share equally"),
+        ({"device": "cuda:0,1"}, "names 2 different GPUs, but each host has 1 rank;"),
+        ({"device": "cuda:0,1", "tensor_parallel_size": 3}, "but each host has 3 ranks"),
+        ({"device": "cuda:0,"}, "device"),
         ({"tensor_parallel_size": 2, "nodes": 2}, "nodes > 1 and rendezvous go together"),
         ({"tensor_parallel_size": 2, "rendezvous": "h:1"}, "nodes > 1 and rendezvous go together"),
         *(

@@ -22,6 +22,7 @@ from pydantic_settings import (
 
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.config_file import read_options
+from tidewright.distributed.gpu_choice import DEVICE_PATTERN, gpus_of
 from tidewright.engine.messages import EngineConfig, parse_rendezvous
 from tidewright.kv_cache.budget import parse_memory
 from tidewright.logs.setup import LogFormat, LogLevel
@@ -51,8 +52,9 @@ class Settings(ResilienceSettings, BaseSettings):
     )
     device: str = Field(
         "auto",
-        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="Where the model runs: auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.",
+        pattern=DEVICE_PATTERN,
+        description="Where the model runs: auto, cpu, cuda, cuda:N, or cuda:N,M with a GPU for each rank of a host. "
+        "auto takes a GPU if there is one.",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
         "bfloat16", description="Number format of weights and KV cache."
@@ -209,6 +211,8 @@ class Settings(ResilienceSettings, BaseSettings):
             raise ValueError(
                 f"tensor_parallel_size is {self.tensor_parallel_size}, which {self.nodes} nodes can't share equally"
             )
+        if self.device.startswith("cuda"):
+            gpus_of(self.device, self.tensor_parallel_size // self.nodes)
         if (self.nodes > 1) != bool(self.rendezvous):
             raise ValueError("nodes > 1 and rendezvous go together: the other hosts come to HOST:PORT")
         if self.rendezvous:

@@ -13,6 +13,7 @@ from tidewright.devices.cpu.attention import NativeCpuAttention
 from tidewright.devices.cpu.device import CpuDevice
 from tidewright.devices.cpu.kernels import kernels_of
 from tidewright.devices.cpu.step_threads import StepThreads, processor_waits
+from tidewright.devices.visible_gpus import check_visible
 
 _ATTENTIONS = ("auto", "native", "reference")
 _LARGEST_HEAD = 256  # of the kernels for GPUs
@@ -39,6 +40,8 @@ def make_device(
         DeviceError: there is no such device here, or no such attention for it.
     """
     device = _torch_device(name)
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # kernels and graphs go to the current one; of ranks, placement.py made it so
     if attention not in _ATTENTIONS:
         raise DeviceError(f"attention {attention!r} does not exist; there is: {', '.join(_ATTENTIONS)}")
     if attention != "reference":
@@ -82,8 +85,8 @@ def _torch_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise DeviceError(f"device {name!r} is not one; use cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"device {name!r} is not there: torch sees {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda":
+        check_visible([device.index or 0], f"device {name!r} needs")
     if device.type not in ("cpu", "cuda"):
         raise DeviceError(f"device {name!r} is not supported; use cpu, cuda or cuda:N")
     return device

@@ -48,6 +48,7 @@ def join_group(
     """Returns when all ranks have joined.
 
     Args:
+        device: this rank's: "cpu", or "cuda:N", which must be CUDA's current one.
         shared_file: descriptor of memory that all ranks share, if they are on one host.
         own_address: of this host, as the other ranks reach it.
         timeout: seconds after which a collective that does not come to its end fails.
@@ -55,12 +56,20 @@ def join_group(
     if interface := _interface_of(own_address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-    backend = "nccl" if torch.device(device).type == "cuda" else "gloo"
+    gpu = torch.device(device) if device.startswith("cuda") else None
     group = TensorParallelGroup(rank, size, store=store)
     group.wait_for_all()  # from here on, one that does not come within `timeout` is lost
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=timeout))
+    # NCCL connects at once if it is told the GPU, so that a fault shows here and not in the first step.
+    dist.init_process_group(
+        "nccl" if gpu else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout),
+        device_id=gpu,
+    )
     shared = None
-    if backend == "gloo" and shared_file is not None:
+    if not gpu and shared_file is not None:
         shared = SharedMemory.attach(shared_file, rank, size, timeout)
     # All or none, or they would wait for each other in different places.
     return replace(group, shared=shared) if group.smallest(int(shared is not None)) else group

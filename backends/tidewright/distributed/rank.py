@@ -69,22 +69,27 @@ class Rank:
         start_vital_thread("intake", self._listen, lambda cause: self._send(Failed(cause)))
         with importing_torch():
             importlib.import_module("tidewright.distributed.follower")  # a second that need not be spent later
+        from tidewright.devices.base import DeviceError
+
         join = self._inbox.get()
         assert isinstance(join, Join)
         try:
             self._follow(join, rank, local_rank, model_dir)
         except Exception as error:
             time.sleep(GRACE)  # if rank 0 is gone, a collective fails too, but `_listen` knows why
-            log.exception("this rank can't go on")
+            if isinstance(error, DeviceError):  # says all there is to say
+                log.error("this rank can't go on: %s", error)
+            else:
+                log.exception("this rank can't go on")
             self._send(Failed(" ".join(str(error).split()) or type(error).__name__))
         return 1
 
     def _follow(self, join: Join, rank: int, local_rank: int, model_dir: Path) -> None:
         from tidewright.distributed.follower import Follower
-        from tidewright.distributed.placement import place
+        from tidewright.distributed.placement import take_place
         from tidewright.distributed.process_group import join_group, join_store
 
-        config = place(msgspec.structs.replace(join.config, model_dir=str(model_dir)), local_rank)
+        config = take_place(msgspec.structs.replace(join.config, model_dir=str(model_dir)), local_rank)
         end_when_silent(self._connection, lost_patience(config))
         store = join_store(self._host, join.store_port, config.start_timeout)
         size, timeout = config.tensor_parallel_size, config.heartbeat_timeout / 2

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+import msgspec
+
 from tidewright import __version__
 from tidewright.distributed.fingerprint import model_fingerprint
 from tidewright.distributed.rank_messages import (
@@ -97,9 +99,10 @@ class Ranks:
             command += map(str, inherited)
             self._children[rank] = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)
 
-    def gather(self, store_port: int, on_lost: Callable[[str], None]) -> None:
+    def gather(self, device: str, store_port: int, on_lost: Callable[[str], None]) -> None:
         """Waits for all ranks, tells them to join torch.distributed's group, and begins to watch them.
 
+        `device` is as configured, but for "auto", which each host would take for something else.
         `on_lost` is called, from a thread of its own, with the cause when one of them is gone.
 
         Raises:
@@ -123,7 +126,7 @@ class Ranks:
         self._reception.close()
         for rank, connection in self._connections.items():
             end_when_silent(connection, lost_patience(self._config))
-            self._send_to(rank, encode(Join(self._config, store_port)))
+            self._send_to(rank, encode(Join(msgspec.structs.replace(self._config, device=device), store_port)))
         start_vital_thread("rank-watch", lambda: self._watch(on_lost), on_lost)
 
     def send(self, plan: StepPlan, results: tuple[SequenceResult, ...], inputs: list[Input], pace: int) -> None:

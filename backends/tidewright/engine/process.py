@@ -11,7 +11,7 @@ import time
 from multiprocessing.connection import Connection
 
 from tidewright.distributed.group import ALONE
-from tidewright.distributed.placement import place
+from tidewright.distributed.placement import resolve, take_place
 from tidewright.distributed.process_group import join_group, make_store
 from tidewright.distributed.ranks import RankError, Ranks
 from tidewright.engine.engine import Engine
@@ -77,10 +77,11 @@ class EngineProcess:
         return 0
 
     def _make_engine(self, config: EngineConfig, ranks: Ranks | None) -> Engine:
-        config, group = place(config, 0), ALONE
+        resolved, group = resolve(config), ALONE
+        config = take_place(resolved, 0)
         if ranks:
             store = make_store(ranks.host, config.start_timeout)
-            ranks.gather(store.port, self._rank_lost)
+            ranks.gather(resolved.device, store.port, self._rank_lost)
             size, timeout = config.tensor_parallel_size, config.heartbeat_timeout / 2
             group = join_group(store, 0, size, config.device, ranks.host, timeout, ranks.shared_file)
         engine = Engine(config, group, ranks)

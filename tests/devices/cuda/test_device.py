@@ -39,13 +39,15 @@ def test_families_as_transformers_computes_them(tmp_path: Path, name: str, monke
 def test_a_gpu_computes_with_the_kernels_where_they_take_the_model(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
 
     def made(attention: str, head_dim: int) -> Device:
         return registry.make_device("cuda:1", attention, 16, torch.bfloat16, head_dim)
 
     assert isinstance(device := made("auto", 64), CudaDevice)
-    assert device.torch_device == torch.device("cuda:1")
+    assert [device.torch_device] == current == [torch.device("cuda:1")]
     assert isinstance(made("reference", 64).attention, ReferenceAttention)
     assert not caplog.messages
     assert isinstance(made("auto", 320).attention, ReferenceAttention)
