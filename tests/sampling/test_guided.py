@@ -42,9 +42,9 @@ def make_draw(params: SamplingParams, output: tuple[int, ...] = (), request_id: 
 
 
 def allowed(guided: GuidedDecoding, *draws: Draw) -> list[list[int]]:
-    logits_BV = torch.zeros(len(draws), VOCAB)
-    assert guided.mask(logits_BV, draws) == {}
-    return [row.isfinite().nonzero()[:, 0].tolist() for row in logits_BV]
+    masks, errors = guided.allowed(draws)
+    assert errors == {}
+    return [masks[row].nonzero()[0].tolist() for row in range(len(draws))]
 
 
 def generate(guided: GuidedDecoding, params: SamplingParams, seed: int, limit: int = 300) -> tuple[int, ...]:
@@ -192,9 +192,9 @@ def test_several_draws_of_a_request_in_one_step(guided: GuidedDecoding) -> None:
     params = SamplingParams(guided_regex="[0-9]{4}")
     one, two, wrong = (tokenizer_ids(guided, text)[0] for text in ("1", "2", "x"))
     draws = [make_draw(params, output, 60) for output in ((), (one,), (one, wrong), (one, wrong, two))]
-    logits_BV = torch.zeros(4, VOCAB)
-    assert set(guided.mask(logits_BV, draws)) == {2, 3}
-    assert wrong not in logits_BV[1].isfinite().nonzero()
+    masks, errors = guided.allowed(draws)
+    assert set(errors) == {2, 3}
+    assert not masks[1][wrong]
     assert allowed(guided, make_draw(params, (one, two), 60)) == allowed(guided, make_draw(params, (one, two), 61))
 
 
@@ -237,11 +237,8 @@ def test_what_ended_is_forgotten(model_dir: Path, guided: GuidedDecoding) -> Non
 
 def test_the_tokenizer_is_loaded_by_the_first_guided_request(tmp_path: Path) -> None:
     decoding = GuidedDecoding(tmp_path / "none.json", VOCAB, EOS)
-    logits_BV = torch.randn(1, VOCAB)
-    before_BV = logits_BV.clone()
-    assert decoding.mask(logits_BV, [Draw(1, SamplingParams(), 3)]) == {}
-    assert torch.equal(logits_BV, before_BV)
-    assert "tokenizer" in decoding.mask(logits_BV, [make_draw(SamplingParams(guided_regex="a"))])[0]
+    assert decoding.allowed([Draw(1, SamplingParams(), 3)]) == ({}, {})
+    assert "tokenizer" in decoding.allowed([make_draw(SamplingParams(guided_regex="a"))])[1][0]
 
 
 @pytest.mark.parametrize("eos_ids", [(2, 7), ()])
@@ -262,7 +259,7 @@ def test_an_output_that_left_its_grammar_ends(guided: GuidedDecoding, output: st
         make_draw(SamplingParams(guided_regex="[0-9]+"), tuple(tokenizer_ids(guided, output)), 70),
         make_draw(SamplingParams(guided_regex="[0-9]+"), (), 71),
     ]
-    errors = guided.mask(torch.zeros(2, VOCAB), draws)
+    _, errors = guided.allowed(draws)
     assert list(errors) == [0]
     assert f"left the grammar at its token number {len(output)}" in errors[0]
 

@@ -15,7 +15,8 @@ from helpers.scheduling import make, result, sequence, step
 from helpers.watched_list import WatchedList
 from tidewright.engine.plan import Draw, History
 from tidewright.sampling import token_counts
-from tidewright.sampling.logits import ban_tokens, penalise
+from tidewright.sampling.logits import penalise, restrict
+from tidewright.sampling.restrictions import Restrictions
 from tidewright.sampling.token_counts import TokenCounts
 from tidewright.schema import SamplingParams
 from tidewright.step.sampling import SamplingBatch
@@ -98,7 +99,7 @@ def test_a_step_reads_only_new_tokens_of_a_long_history(preempted: bool) -> None
         tokens.read = 0
         draws = plan.sequences[0].draws
         logits_BV = torch.zeros(1, 100)
-        ban_tokens(logits_BV, draws)
+        restrict(logits_BV, Restrictions.of(draws, 100, None))
         penalise(logits_BV, SamplingBatch.of(draws), counts)
         reads.append(tokens.read)
         assert logits_BV[0, 8].isinf() == (number > 1)

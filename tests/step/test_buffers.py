@@ -77,7 +77,7 @@ def check(batch: StepBatch, plan: StepPlan, tables: Tables, block_size: int) -> 
     place_of = {planned.request_id: place for planned, place in zip(ordered, batch.places_B.tolist(), strict=True)}
     nowhere = batch.tables_PM.shape[0]
     places = [[nowhere] * (len(one.draws) - 1) + [place_of[one.request_id]] for one in plan.sequences if one.draws]
-    assert batch.draw_places_R.tolist() == [place for some in places for place in some]
+    assert batch.sampling.places_R.tolist() == [place for some in places for place in some]
     assert batch.sampling.draws == draws
     for columns in (batch.sampling.host, batch.sampling.device):
         assert columns.position.tolist() == [draw.position for draw in draws]
@@ -141,7 +141,7 @@ def test_any_sequence_of_plans(data: st.DataObject, block_size: int, blocks: int
         check(batch, plan, tables, block_size)
         tokens = [draw.position for planned in plan.sequences for draw in planned.draws]
         buffers.keep(batch, torch.tensor(tokens, dtype=torch.int64))
-        kept = dict(zip(batch.draw_places_R.tolist(), tokens, strict=True))
+        kept = dict(zip(batch.sampling.places_R.tolist(), tokens, strict=True))
         kept.pop(batch.tables_PM.shape[0], None)
         assert buffers.last_tokens_P[list(kept)].tolist() == list(kept.values())
         results = (

@@ -13,7 +13,6 @@ from pathlib import Path
 import llguidance
 import llguidance.numpy
 import numpy as np
-import torch
 
 from tidewright.engine.plan import Draw, History
 from tidewright.sampling.grammar import GrammarError, check_matcher, make_matcher
@@ -65,16 +64,15 @@ class GuidedDecoding:
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._places: dict[int, _Place] = {}
 
-    def mask(self, logits_BV: torch.Tensor, draws: Sequence[Draw]) -> dict[int, str]:
-        """Bans what the grammars of the guided rows do not allow; behind a complete output that is all but EOS.
+    def allowed(self, draws: Sequence[Draw]) -> tuple[dict[int, np.ndarray], dict[int, str]]:
+        """Of the guided rows: which tokens the grammar allows next, as 0 and 1; behind a complete output only EOS.
 
-        Returns:
-            What went wrong, by row. Such a row is left with EOS only; the others go on.
+        And what went wrong, by row. Such a row is left with EOS only; the others go on.
         """
         rows = [row for row, draw in enumerate(draws) if draw.params.guided]
         errors: dict[int, str] = {}
         if not rows:
-            return errors
+            return {}, errors
         bits_RI = np.zeros((len(rows), -(-self._vocab_size // 32)), dtype=np.int32)
         for index, row in enumerate(rows):
             try:
@@ -86,10 +84,7 @@ class GuidedDecoding:
             if row in errors:
                 allowed_RV[index] = 0
                 allowed_RV[index, self._eos_ids] = 1
-        forbidden_RV = torch.from_numpy(allowed_RV == 0).to(logits_BV.device)
-        for row, forbidden_V in zip(rows, forbidden_RV, strict=True):
-            logits_BV[row].masked_fill_(forbidden_V, -torch.inf)
-        return errors
+        return dict(zip(rows, allowed_RV, strict=True)), errors
 
     def forget(self, ended: Sequence[int]) -> None:
         for request_id in ended:

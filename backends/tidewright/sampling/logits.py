@@ -2,69 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-
 import numpy as np
 import torch
 
 from tidewright.engine.plan import Draw
+from tidewright.sampling.restrictions import Restrictions
 from tidewright.sampling.token_counts import TokenCounts
 from tidewright.step.sampling import SamplingBatch
 
 
-def keep_allowed(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> dict[int, str]:
-    """Bans all but `allowed_token_ids` in the rows that have them.
-
-    Returns:
-        What went wrong, by row: a grammar leaves none of them.
-    """
-    errors: dict[int, str] = {}
-    for row, draw in enumerate(draws):
-        if draw.params.allowed_token_ids is None:
-            continue
-        allowed_X = torch.tensor(draw.params.allowed_token_ids, device=logits_BV.device)
-        kept_X = logits_BV[row, allowed_X]
-        logits_BV[row] = -torch.inf
-        logits_BV[row, allowed_X] = kept_X
-        if draw.params.guided and bool((kept_X == -torch.inf).all()):
-            errors[row] = "guided output failed: none of allowed_token_ids can follow"
-    return errors
-
-
-def ban_tokens(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
-    """Bans `banned_ids`, and the last token of each bad word whose other tokens end the history.
-
-    A grammar and allowed_token_ids go first: bad words, then all bans, give way where they would leave no token.
-    """
-    rows: list[int] = []
-    tokens: list[int] = []
-    for row, draw in enumerate(draws):
-        banned = {*draw.banned_ids, *_ends_of_bad_words(draw)}
-        if banned and (draw.params.guided or draw.params.allowed_token_ids is not None):
-            candidates = (banned, set(draw.banned_ids))
-            banned = next((some for some in candidates if _leaves_any(logits_BV[row], sorted(some))), set())
-        rows += [row] * len(banned)
-        tokens += banned
-    if rows:
-        logits_BV[rows, tokens] = -torch.inf
-
-
-def _ends_of_bad_words(draw: Draw) -> Iterator[int]:
-    for word in draw.bad_words_ids:
-        if draw.history.tail(len(word) - 1) == word[:-1]:
-            yield word[-1]
-
-
-def _leaves_any(logits_V: torch.Tensor, banned: list[int]) -> bool:
-    return bool((logits_V > -torch.inf).sum() > (logits_V[banned] > -torch.inf).sum())
-
-
-def add_bias(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> None:
-    biases = [(row, entry) for row, draw in enumerate(draws) for entry in (draw.params.logit_bias or {}).items()]
-    if biases:
-        rows_X = torch.tensor([row for row, _ in biases], device=logits_BV.device)
-        tokens_X = torch.tensor([token for _, (token, _) in biases], device=logits_BV.device)
-        logits_BV[rows_X, tokens_X] += torch.tensor([bias for _, (_, bias) in biases], device=logits_BV.device)
+def restrict(logits_BV: torch.Tensor, restrictions: Restrictions) -> None:
+    """Bans what the rows may not have, and adds their biases."""
+    for row, allowed_V in restrictions.allowed.items():
+        logits_BV[row].masked_fill_(torch.from_numpy(allowed_V == 0).to(logits_BV.device), -torch.inf)
+    if restrictions.banned:
+        rows, tokens = zip(*restrictions.banned, strict=True)
+        logits_BV[list(rows), list(tokens)] = -torch.inf
+    if restrictions.biases:
+        rows, tokens, biases = zip(*restrictions.biases, strict=True)
+        logits_BV[list(rows), list(tokens)] += torch.tensor(biases, device=logits_BV.device)
 
 
 def penalise(logits_BV: torch.Tensor, batch: SamplingBatch, counts: TokenCounts) -> None:

@@ -18,18 +18,19 @@ import torch
 from tidewright.engine.messages import TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken
 from tidewright.sampling.guided import GuidedDecoding
-from tidewright.sampling.logits import add_bias, ban_tokens, keep_allowed, penalise
+from tidewright.sampling.logits import penalise, restrict
 from tidewright.sampling.logprobs import report
 from tidewright.sampling.lots import exponentials
+from tidewright.sampling.restrictions import Restrictions
 from tidewright.sampling.token_counts import TokenCounts
 from tidewright.sampling.truncation import drop_unlikely, first_argmax, num_lots, race
-from tidewright.step.sampling import Columns, SamplingBatch
+from tidewright.step.sampling import Columns, SamplingBatch, unusable
 from tidewright.step.transfers import Pending
 
 log = logging.getLogger(__name__)
 
 # Not the doing of one request: the engine has to start again.
-_DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,7 @@ def sample(
     counts = TokenCounts() if counts is None else counts
     try:
         return _sample(logits_BV, batch, guided, counts)
-    except _DEVICE_ERRORS:
+    except DEVICE_ERRORS:
         raise
     except Exception as error:
         log.exception("a batch could not be sampled; trying its rows one by one")
@@ -86,11 +87,10 @@ def _sample_alone(
 ) -> DrawnToken:
     try:
         return _sample(logits_1V, SamplingBatch.of([draw], logits_1V.device), guided, counts)[0]
-    except _DEVICE_ERRORS:
+    except DEVICE_ERRORS:
         raise
     except Exception as error:
-        cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        return DrawnToken(0, error=f"no token can be drawn with these sampling parameters ({cause})")
+        return DrawnToken(0, error=unusable(error))
 
 
 def _sample(
@@ -107,13 +107,12 @@ def _sample(
     # Before any change: logprobs tell what the model said.
     logprobs_RV = logits_BV[wants_logprobs].log_softmax(dim=-1) if wants_logprobs else None
 
-    errors = guided.mask(logits_BV, draws) if guided is not None else {}
-    errors = keep_allowed(logits_BV, draws) | errors | batch.errors
-    ban_tokens(logits_BV, draws)
-    add_bias(logits_BV, draws)
+    restrictions = Restrictions.of(draws, logits_BV.shape[1], guided)
+    restrict(logits_BV, restrictions)
     penalise(logits_BV, batch, counts)
 
     tokens_B = _choose(logits_BV, batch)
+    errors = restrictions.errors | batch.errors
 
     logprobs: list[list[TokenLogprob] | None] = [None] * len(draws)
     if logprobs_RV is not None:

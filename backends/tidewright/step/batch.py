@@ -31,7 +31,6 @@ class StepBatch:
     lengths_B: torch.Tensor  # int32; tokens that attention sees of the sequence, the new ones included
     tables_PM: torch.Tensor  # int32; M blocks at most
     rows_R: torch.Tensor  # int64; the rows after which a token is drawn
-    draw_places_R: torch.Tensor  # int64; of those rows' sequences. P: another draw of its sequence follows
     sampling: SamplingBatch  # of those rows
     host_spans_B4: np.ndarray  # the same as `spans_B4`, for decisions that must not wait for the device
     num_decodes: int  # sequences with a single token

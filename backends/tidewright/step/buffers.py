@@ -41,7 +41,6 @@ class StepBuffers:
             "positions": (_LONG, tokens),
             "slots": (_LONG, tokens),
             "rows": (_LONG, tokens),
-            "draw_places": (_LONG, tokens),
             "places": (_LONG, places),
             "lengths": (_INT, places),
             "spans": (_INT, 4 * places),
@@ -101,11 +100,7 @@ class StepBuffers:
         draws = [draw for planned in sequences for draw in planned.draws]
         num_draws_B = np.array([len(planned.draws) for planned in sequences], np.int64)
         host["rows"][: len(draws)] = _ranges(ends_B - num_draws_B, num_draws_B)
-        draw_places_R = np.repeat(places_B, num_draws_B)
-        sampling = self._sampling.gather(draws, draw_places_R)
-        kept_R = host["draw_places"][: len(draws)]
-        kept_R[:] = draw_places_R
-        kept_R[:-1][draw_places_R[1:] == draw_places_R[:-1]] = len(self.last_tokens_P) - 1
+        sampling = self._sampling.gather(draws, np.repeat(places_B, num_draws_B))
 
         self._arena.upload()
         tables.upload()
@@ -121,7 +116,6 @@ class StepBuffers:
             lengths_B=on_device["lengths"][:num_sequences],
             tables_PM=tables.tables_PM,
             rows_R=on_device["rows"][: len(draws)],
-            draw_places_R=on_device["draw_places"][: len(draws)],
             sampling=sampling,
             host_spans_B4=spans_B4,
             num_decodes=num_sequences - int(np.count_nonzero(several_B)),
@@ -130,7 +124,7 @@ class StepBuffers:
 
     def keep(self, batch: StepBatch, tokens_R: torch.Tensor) -> None:
         """Puts the tokens that were drawn after the rows of a batch into `last_tokens_P`."""
-        self.last_tokens_P.index_copy_(0, batch.draw_places_R, tokens_R)
+        self.last_tokens_P.index_copy_(0, batch.sampling.places_R, tokens_R)
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:

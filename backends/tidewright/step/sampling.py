@@ -1,5 +1,7 @@
 """The sampling parameters of a step's rows as columns, where the device finds them."""
 
+# ruff: noqa: N815 - fields, too, carry their shape
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -76,6 +78,8 @@ class SamplingBatch:
     all_device: Columns[torch.Tensor]
     is_plain: bool  # no row needs more than temperature, top_k, top_p, min_p, seed and position
     errors: dict[int, str]  # by row: its parameters are none; the row's numbers mean nothing
+    host_places_R: np.ndarray  # of the rows' sequences
+    places_R: torch.Tensor  # int64; likewise, but the number of places if another row of the sequence follows
 
     @cached_property
     def host(self) -> Columns[np.ndarray]:
@@ -98,7 +102,13 @@ class SamplingBatch:
 
 def sampling_arrays(rows: int) -> Mapping[str, tuple[np.dtype, int]]:
     """What SamplingColumns needs in the arena for up to `rows` draws in a step."""
-    return {f"sampling.{name}": (dtype, rows) for name, dtype in _TYPES.items()}
+    return {f"sampling.{name}": (dtype, rows) for name, dtype in (*_TYPES.items(), ("place", _INT))}
+
+
+def unusable(error: Exception) -> str:
+    """What a request is told whose parameters raise it."""
+    cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"no token can be drawn with these sampling parameters ({cause})"
 
 
 class SamplingColumns:
@@ -114,6 +124,7 @@ class SamplingColumns:
         self._errors: dict[int, str] = {}  # by place
         self._gathered: np.ndarray = np.empty(0, np.int64)  # the places whose columns are in the arena
         self._host = Columns(**{name: arena.host[f"sampling.{name}"] for name in _TYPES})
+        self._host_place, self._device_place = arena.host["sampling.place"], arena.device["sampling.place"]
         self._device = Columns(**{name: arena.device[f"sampling.{name}"] for name in _TYPES})
 
     def gather(self, draws: Sequence[Draw], places_R: np.ndarray) -> SamplingBatch:
@@ -127,13 +138,24 @@ class SamplingColumns:
             self._gathered = places_R
             for name, column in self._of_place.items():
                 np.take(column, places_R, out=getattr(self._host, name)[: len(draws)], mode="clip")
+            to_keep_R = self._host_place[: len(draws)]
+            to_keep_R[:] = places_R
+            to_keep_R[:-1][places_R[1:] == places_R[:-1]] = len(self._params)
         self._host.position[: len(draws)] = [draw.position for draw in draws]
         is_plain = bool(self._is_plain[places_R].all())
         is_plain = is_plain and not any(draw.banned_ids or draw.bad_words_ids for draw in draws)
         errors: dict[int, str] = {}
         if self._errors:
             errors = {row: self._errors[place] for row, place in enumerate(places_R.tolist()) if place in self._errors}
-        return SamplingBatch(draws, self._host, self._device, is_plain and not errors, errors)
+        return SamplingBatch(
+            draws=draws,
+            all_host=self._host,
+            all_device=self._device,
+            is_plain=is_plain and not errors,
+            errors=errors,
+            host_places_R=places_R,
+            places_R=self._device_place[: len(draws)],
+        )
 
     def _read(self, place: int, params: SamplingParams) -> None:
         self._params[place] = params
@@ -142,8 +164,7 @@ class SamplingColumns:
             self._write(place, params)
         except Exception as error:  # validation let a number through that no column holds: it is this request's alone
             self._write(place, SamplingParams())
-            cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            self._errors[place] = f"no token can be drawn with these sampling parameters ({cause})"
+            self._errors[place] = unusable(error)
 
     def _write(self, place: int, params: SamplingParams) -> None:
         for name, column in self._of_place.items():

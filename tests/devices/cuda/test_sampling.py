@@ -106,7 +106,7 @@ def test_penalties_are_equal_to_the_bit() -> None:
     draws = [draw(**penalties), draw(), draw(**penalties | {"repetition_penalty": 0.9})]
     logits_BV = logits(3, 20)
     expected_BV = logits_BV.clone()
-    penalise(expected_BV, draws, TokenCounts())
+    penalise(expected_BV, SamplingBatch.of(draws), TokenCounts())
     params, counts = SamplingBatch.of(draws).device, DeviceCounts(1, 20, CPU)
     counts.set(0, torch.tensor(HISTORY[:4]), torch.tensor(HISTORY[4:]))
     work_BV, keys_BC, firsts_BC = torch.empty(3, 20), *torch.empty((2, 3, 1), dtype=torch.int32)
