@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from tidewright.step.transfers import Download, Pending
+from tidewright.step.transfers import Download, Pending, upload
 
 
 @pytest.mark.parametrize("staged", [False, True])
@@ -26,3 +27,18 @@ def test_parts_of_any_type_and_shape_arrive(staged: bool) -> None:
         assert (got.dtype, got.shape) == (sent.dtype, sent.shape)
         assert torch.equal(got, sent)
     assert Download([Pending((), len)], staged).wait() == [0]
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_arrays_of_any_type_arrive(staged: bool) -> None:
+    arrays = {
+        "narrow": np.array([1, 2, 3], np.uint8),
+        "wide": np.array([2**40, -1]),
+        "none": np.empty(0, np.int64),
+        "real": np.array([0.5], np.float32),
+    }
+    sent = upload(arrays, torch.device("cpu"), staged)
+    assert {name: (got.numpy().dtype, got.tolist()) for name, got in sent.items()} == {
+        name: (array.dtype, array.tolist()) for name, array in arrays.items()
+    }
+    assert upload({}, torch.device("cpu"), staged) == {}

@@ -1,12 +1,15 @@
-"""What a step's results cross to the host in: all of them in one transfer."""
+"""What crosses between host and device beside the step's buffers: all of one way in one transfer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
+
+from tidewright.step.arena import torch_dtype
 
 T = TypeVar("T")
 
@@ -35,8 +38,7 @@ class Download:
         if staged is None:
             staged = any(part.device.type != "cpu" for part in self._parts)
         if staged and self._parts:
-            # Wide types first, so that each part is aligned.
-            ordered = sorted(self._parts, key=lambda part: -part.dtype.itemsize)
+            ordered = [self._parts[index] for index in _widest_first([part.dtype.itemsize for part in self._parts])]
             together = torch.cat([part.reshape(-1).view(torch.uint8) for part in ordered])
             self._sent = together.to("cpu", non_blocking=True)  # to pinned memory
             if together.is_cuda:
@@ -51,11 +53,33 @@ class Download:
         return [one.read([next(rest) for _ in one.parts]) for one in self._pending]
 
     def _cut(self, sent: torch.Tensor) -> list[torch.Tensor]:
-        parts: list[torch.Tensor] = list(self._parts)
-        begin = 0
-        for index in sorted(range(len(parts)), key=lambda index: -parts[index].dtype.itemsize):
+        parts, begin = [*self._parts], 0
+        for index in _widest_first([part.dtype.itemsize for part in parts]):
             part = parts[index]
             end = begin + part.numel() * part.dtype.itemsize
             parts[index] = sent[begin:end].view(part.dtype).view(part.shape)
             begin = end
         return parts
+
+
+def upload(
+    arrays: Mapping[str, np.ndarray], device: torch.device, staged: bool | None = None
+) -> dict[str, torch.Tensor]:
+    """The one-dimensional arrays on the device. The host does not wait: they leave from pinned memory of their own."""
+    if not arrays or not (device.type != "cpu" if staged is None else staged):
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    names, total = [*arrays], sum(array.nbytes for array in arrays.values())
+    names = [names[index] for index in _widest_first([arrays[name].itemsize for name in names])]
+    host = torch.empty(total, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.concatenate([arrays[name].view(np.uint8) for name in names], out=host.numpy())
+    on_device, sent, begin = host.to(device, non_blocking=True), {}, 0
+    for name in names:
+        end = begin + arrays[name].nbytes
+        sent[name] = on_device[begin:end].view(torch_dtype(arrays[name].dtype))
+        begin = end
+    return sent
+
+
+def _widest_first(itemsizes: Sequence[int]) -> list[int]:
+    """In this order each is aligned if the first is."""
+    return sorted(range(len(itemsizes)), key=lambda index: -itemsizes[index])

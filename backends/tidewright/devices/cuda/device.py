@@ -7,7 +7,9 @@ import torch
 from tidewright.devices.base import Device
 from tidewright.devices.cuda import activations, norms
 from tidewright.devices.cuda.attention import PagedCudaAttention
+from tidewright.devices.cuda.sampler import CudaSampler
 from tidewright.devices.memory import DeviceMemory
+from tidewright.sampling.guided import GuidedDecoding
 
 
 class CudaDevice(Device):
@@ -31,3 +33,6 @@ class CudaDevice(Device):
 
     def gelu_tanh_and_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
         return activations.gelu_tanh_and_mul(gate_up_TF2)
+
+    def sampler(self, guided: GuidedDecoding) -> CudaSampler:
+        return CudaSampler(guided, self.torch_device)
