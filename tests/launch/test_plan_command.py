@@ -214,7 +214,7 @@ def test_bad_options(folder: Path, words: tuple[str, ...], message: str) -> None
         ({"architectures": ["DeepseekV3ForCausalLM"], "n_routed_experts": 256}, "mixtures of experts are not supp"),
         ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not supported; there is: Gemma2"),
         ({"architectures": 7}, "architecture 7 is not supported"),
-        ({"quantization_config": {"bits": 4}}, "config.json sets quantization_config, which is not supported"),
+        ({"quantization_config": {"bits": 4}}, "quant_method 'missing', which is not supported"),
         ({"num_hidden_layers": 0}, "needs num_hidden_layers as a whole number from 1"),
         ({"hidden_size": "large"}, "needs hidden_size as a whole number from 1"),
     ],

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType, GGUFWriter
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -28,6 +30,9 @@ from tidewright.launch.gguf_source import GgufSource, _bf16_bits
 from tidewright.launch.gguf_tokenizer import build_tokenizer
 from tidewright.launch.model_sources import download_embedded
 from tidewright.launch.prepare import prepare
+from tidewright.quantization.affine import AffineSource
+from tidewright.quantization.checkpoint import open_checkpoint
+from tidewright.quantization.gguf_index import INDEX_FILE
 from tidewright.tokenization import Tokenizer
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests
@@ -77,6 +82,19 @@ def test_weights_equal_those_that_transformers_reads_from_the_file(
     assert ours.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(ours[name], torch.as_tensor(tensor, dtype=torch.float32).to(torch.bfloat16)), name
+
+
+def test_the_kept_file_has_the_converted_weights(cache: Path, converted: Path, gguf_file: Path) -> None:
+    folder, expected = prepare(str(gguf_file), QUIET), load_file(converted / "model.safetensors")
+    with open_checkpoint(folder) as weights:
+        assert weights.keys() == expected.keys()
+        for name, source in weights.items():
+            first = slice(0, min(200, source.get_shape()[0]))
+            if isinstance(source, AffineSource):
+                ours = source.cut(first, slice(0, source.get_shape()[1])).dequantized()
+            else:
+                ours = source[(first,)]
+            assert torch.equal(ours.to(torch.bfloat16), expected[name][first]), name
 
 
 def test_config_holds_what_the_file_says(converted: Path) -> None:
@@ -130,8 +148,12 @@ def test_a_gguf_file_becomes_the_same_folder_as_the_embedded_name(
     folder = prepare(str(gguf_file), QUIET)
     assert folder == prepared_path(str(gguf_file))
     assert find_prepared(str(gguf_file)) == folder
-    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+    for name in ("config.json", "generation_config.json", "model.gguf", "model.gguf.index.json", "tokenizer.json"):
         assert (folder / name).read_bytes() == (model_dir / name).read_bytes()
+    assert (folder / "model.gguf").samefile(gguf_file)  # 98 MB, not twice
+    # The embedded model is there in bf16, too, for systems that are measured beside ours.
+    assert (model_dir / "model.safetensors").is_file()
+    assert not (folder / "model.safetensors").exists()
     assert not [path for path in folder.parent.iterdir() if path.suffix in (".partial", ".replaced")]
 
 
@@ -166,13 +188,13 @@ def test_a_gateway_needs_no_weights_and_a_server_then_gets_them(
     for source in (gguf_file, hugging_face_folder):
         folder = prepare(str(source), QUIET, weights=False)
         assert find_prepared(str(source)) == folder
-        assert not list(folder.glob("*.safetensors"))
+        assert not [*folder.glob("*.safetensors"), *folder.glob("*.gguf")]
         made = (folder / MANIFEST).stat().st_ino
         assert prepare(str(source), QUIET, weights=False) == folder
         assert (folder / MANIFEST).stat().st_ino == made
         assert Tokenizer(folder).encode("Ahoy") == Tokenizer(converted).encode("Ahoy")
         (prepared,) = {prepare(str(source), QUIET), prepare(str(source), QUIET, weights=False)}
-        assert list(prepared.glob("*.safetensors"))
+        assert [*prepared.glob("*.safetensors"), *prepared.glob("*.gguf")]
 
 
 def test_a_folder_without_weights_is_enough_for_a_gateway(cache: Path, hugging_face_folder: Path) -> None:
@@ -224,17 +246,44 @@ def test_what_is_no_revision_or_no_name_is_refused(cache: Path, model: str) -> N
         prepare(model, QUIET)
 
 
-def test_a_changed_source_file_is_prepared_anew(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    converted = []
-    monkeypatch.setattr(prepare_module, "_convert", lambda *arguments: converted.append(arguments) or "hash")
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Folders that were made of GGUF files; what is in the files does not matter."""
+    folders: list[Path] = []
+
+    def fill(model: str, folder: Path, console: Console, weights: bool) -> str:
+        folders.append(folder)
+        if weights:
+            (folder / INDEX_FILE).touch()
+        return "hash"
+
+    monkeypatch.setattr(prepare_module, "_fill", fill)
+    return folders
+
+
+def test_a_changed_source_file_is_prepared_anew(cache: Path, tmp_path: Path, made: list[Path]) -> None:
     source = tmp_path / "a.gguf"
     source.write_bytes(b"one")
     prepare(str(source), QUIET)
     prepare(str(source), QUIET)
-    assert len(converted) == 1
+    assert len(made) == 1
     source.write_bytes(b"another")
     prepare(str(source), QUIET)
-    assert len(converted) == 2
+    assert len(made) == 2
+
+
+def test_a_folder_of_an_earlier_release_gets_the_file_when_it_is_to_be_served(
+    cache: Path, tmp_path: Path, made: list[Path]
+) -> None:
+    source = tmp_path / "a.gguf"
+    source.write_bytes(b"one")
+    for model in (str(source), EMBEDDED_MODEL):
+        made.clear()
+        (prepare(model, QUIET) / INDEX_FILE).unlink()
+        prepare(model, QUIET, weights=False)
+        assert len(made) == 1
+        prepare(model, QUIET)
+        assert len(made) == 2
 
 
 def test_preparing_the_embedded_model_again_imports_neither_torch_nor_gguf(model_dir: Path) -> None:
@@ -274,7 +323,7 @@ def test_two_runs_at_once_make_one_folder(cache: Path, gguf_file: Path) -> None:
     outputs = [run.communicate(timeout=120) for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     assert {out.strip() for out, _ in outputs} == {str(prepared_path(str(gguf_file)))}
-    assert sorted("Converting" in err for _, err in outputs) == [False, True]
+    assert sorted("Reading the header" in err for _, err in outputs) == [False, True]
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -307,6 +356,46 @@ def test_what_is_no_model_is_refused(cache: Path, tmp_path: Path) -> None:
             prepare(model, QUIET)
 
 
+def test_types_that_are_not_served_are_named(cache: Path, tmp_path: Path) -> None:
+    file = tmp_path / "iq.gguf"
+    writer = GGUFWriter(file, "llama")
+    writer.add_block_count(1)
+    for add, number in (
+        (writer.add_embedding_length, 32),
+        (writer.add_feed_forward_length, 32),
+        (writer.add_head_count, 1),
+        (writer.add_context_length, 64),
+    ):
+        add(number)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b"])
+    writer.add_token_types([1, 1])
+    writer.add_token_merges([])
+    block = np.zeros((2, 18), dtype=np.uint8)
+    writer.add_tensor("token_embd.weight", block, raw_dtype=GGMLQuantizationType.IQ4_NL)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModelError, match=r"as IQ4_NL, which is not served; there is F32.* such as Q4_K_M"):
+        prepare(str(file), QUIET)
+
+
+def test_a_damaged_header_is_refused_in_bounded_time(tmp_path: Path, gguf_file: Path) -> None:
+    with gguf_file.open("rb") as file:
+        header = file.read(2_000)  # names and numbers, and the beginning of the vocabulary
+    chance = random.Random(0)
+    for _ in range(100):
+        damaged = bytearray(header)
+        for _ in range(1 + chance.randrange(3)):
+            damaged[chance.randrange(len(damaged))] = chance.randrange(256)
+        broken = tmp_path / "broken.gguf"
+        broken.write_bytes(damaged)
+        with pytest.raises(PrepareError):
+            GgufSource(broken)
+
+
 def test_a_truncated_gguf_file_is_refused(cache: Path, tmp_path: Path, gguf_file: Path) -> None:
     short = tmp_path / "short.gguf"
     short.write_bytes(gguf_file.read_bytes()[:50_000_000])
@@ -315,8 +404,6 @@ def test_a_truncated_gguf_file_is_refused(cache: Path, tmp_path: Path, gguf_file
 
 
 def test_another_architecture_is_refused_with_the_supported_ones(cache: Path, tmp_path: Path) -> None:
-    from gguf import GGUFWriter
-
     path = tmp_path / "bert.gguf"
     writer = GGUFWriter(path, "bert")
     writer.write_header_to_file()

@@ -44,4 +44,5 @@ def _files(folder: Path) -> hashlib._Hash:
 
 
 def _weights(folder: Path) -> list[tuple[Path, int]]:
-    return sorted((file, file.stat().st_size) for file in folder.glob("*.safetensors"))
+    found = [file for pattern in ("*.safetensors", "*.gguf") for file in folder.glob(pattern)]
+    return sorted((file, file.stat().st_size) for file in found)

@@ -1,6 +1,8 @@
-"""Turns a GGUF file of the Llama architecture into a Hugging Face folder with bf16 weights.
+"""Makes a GGUF file of the Llama architecture into a model folder: kept as it is, or converted to bf16.
 
-Weights are streamed: one tensor is dequantized, rounded and written before the next, so memory stays small.
+The folder has config, tokenizer and the file itself, with an index of where its tensors stand. For readers of
+safetensors only, weights are converted: one tensor is dequantized, rounded and written before the next, so memory
+stays small.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from tidewright.launch.errors import PrepareError, UnsupportedModelError
 from tidewright.launch.gguf_tokenizer import write_tokenizer
+from tidewright.launch.model_sources import link
+from tidewright.quantization.gguf_index import GGUF_FILE, INDEX_FILE, SERVED_TYPES, GgufIndex, GgufTensor
 
 SUPPORTED_ARCHITECTURES = ("llama",)
 _TOKENIZER_BYTES = 16_000_000  # of the other files, at most about
@@ -61,24 +66,45 @@ class GgufSource:
             PrepareError: not a readable GGUF file, or the package that reads it is missing.
         """
         try:
-            from gguf import GGUFReader
+            from tidewright.launch.gguf_reader import BoundedReader
         except ImportError:
             raise PrepareError(
                 "reading a GGUF file needs the package gguf; run: pip install 'tidewright[server]'"
             ) from None
         try:
-            reader = GGUFReader(path)
+            reader = BoundedReader(path)
+            if reader.byte_order != "I":
+                raise ValueError("its numbers are big-endian")
             self._metadata = {name: field.contents() for name, field in reader.fields.items()}
-        except (ValueError, IndexError, KeyError, OSError) as error:
+        except (ValueError, IndexError, KeyError, TypeError, OverflowError, OSError) as error:
             raise PrepareError(f"{path} is not a complete GGUF file: {error}") from error
         self._config = _model_config(self._metadata, {tensor.name for tensor in reader.tensors})
         heads = self._config["num_attention_heads"], self._config["num_key_value_heads"]
-        self._tensors = [_describe(tensor, *heads) for tensor in reader.tensors]
+        self.path, self._tensors = path, [_describe(tensor, *heads) for tensor in reader.tensors]
 
     @property
-    def prepared_bytes(self) -> int:
+    def converted_bytes(self) -> int:
         """About how much `convert` writes: the weights in bf16, and a few MB of tokenizer."""
         return 2 * sum(math.prod(tensor.shape) for tensor in self._tensors) + _TOKENIZER_BYTES
+
+    def keep(self, folder: Path) -> None:
+        """Write config and tokenizer into `folder`, link the file, unless it is there, and write its index.
+
+        Raises:
+            UnsupportedModelError: a tokenizer that isn't known, or a type of weights that isn't served.
+        """
+        for tensor in self._tensors:
+            if (name := tensor.source.tensor_type.name) not in SERVED_TYPES:
+                raise UnsupportedModelError(
+                    f"the GGUF file stores {tensor.name} as {name}, which is not served; there is "
+                    f"{', '.join(SERVED_TYPES)}. Take a file of another quantization, such as Q4_K_M or Q8_0, or the "
+                    "model's Hugging Face folder"
+                )
+        self.write_tokenizer(folder)
+        index = GgufIndex(self.path.stat().st_size, {tensor.name: _place(tensor) for tensor in self._tensors})
+        (folder / INDEX_FILE).write_bytes(msgspec.json.encode(index))
+        if self.path != folder / GGUF_FILE:
+            link(self.path.resolve(), folder / GGUF_FILE)
 
     def convert(self, folder: Path, on_progress: Callable[[int, int], None]) -> None:
         """Write config, weights and tokenizer into `folder`.
@@ -174,6 +200,11 @@ def _describe(tensor: Any, heads: int, kv_heads: int) -> _Tensor:
         )
     permuted_heads = {"attn_q": heads, "attn_k": kv_heads}.get(match[2], 0)
     return _Tensor(f"model.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.weight", shape, permuted_heads, tensor)
+
+
+def _place(tensor: _Tensor) -> GgufTensor:
+    source = tensor.source
+    return GgufTensor(source.tensor_type.name, tensor.shape, int(source.data_offset), tensor.permuted_heads)
 
 
 def _write_safetensors(path: Path, tensors: list[_Tensor], on_progress: Callable[[int, int], None]) -> None:

@@ -121,7 +121,7 @@ def link_hugging_face_folder(source: Path, folder: Path, weights: bool = True) -
             raise PrepareError(f"{source} is not a Hugging Face model folder: it has no {name}")
     config = _read_json(source / "config.json")
     for path in _weights_of(source) if weights else ():
-        _link(path.resolve(), folder / path.name)
+        link(path.resolve(), folder / path.name)
     for name in (*_REQUIRED_FILES, *_OPTIONAL_FILES):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
@@ -161,8 +161,8 @@ def folder_stamp(source: Path) -> str:
     return digest.hexdigest()
 
 
-def _link(source: Path, target: Path) -> None:
-    """A hard link outlives the removal of its source; across file systems a symbolic one must do."""
+def link(source: Path, target: Path) -> None:
+    """A hard link outlives the removal of its source; across file systems, a symbolic one is made."""
     try:
         os.link(source, target)
     except OSError:

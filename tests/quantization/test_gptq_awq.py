@@ -1,0 +1,89 @@
+"""quantization/gptq.py and awq.py against layers packed number by number."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.quantized import LAYER, Layer, awq, gptq, save
+from tidewright.quantization.affine import AffineSource, QuantizationError
+from tidewright.quantization.checkpoint import CheckpointError, open_checkpoint
+
+
+def made(form: str, symmetric: bool) -> tuple[Layer, dict[str, torch.Tensor], dict[str, Any]]:
+    # Outputs that don't fill their last word, where the format allows it.
+    layer = Layer(96, 24 if form == "awq" else 21, 32, 8 if "8" in form else 4, symmetric)
+    make: Callable[..., Any] = {"awq": awq, "gptq": gptq, "gptq 8": gptq, "gptq v2": lambda of: gptq(of, 2)}[form]
+    return (layer, *make(layer))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("form", ["awq", "gptq", "gptq 8", "gptq v2"])
+def test_reads_whole_and_cut(tmp_path: Path, form: str, symmetric: bool) -> None:
+    layer, tensors, config = made(form, symmetric)
+    bias = {f"{LAYER}.bias": torch.arange(3.0)}
+    with open_checkpoint(save(tmp_path / "model", tensors | bias, config)) as weights:
+        assert weights.keys() == {f"{LAYER}.weight", f"{LAYER}.bias"}
+        source = weights[f"{LAYER}.weight"]
+        assert isinstance(source, AffineSource)
+        rows, columns = source.get_shape()
+        assert (rows, columns) == tuple(layer.weight.shape)
+        whole = source.cut(slice(0, rows), slice(0, columns))
+        # scale * code + offset in place of scale * (code - zero): a few roundings.
+        torch.testing.assert_close(whole.dequantized(), layer.weight, rtol=0, atol=1e-5)
+        assert (whole.bits, whole.group_size) == (layer.bits, 32)
+        assert (whole.offsets_FG is None) == (symmetric and form != "awq")
+        if layer.bits == 4:
+            assert whole.codes_FE.max() == (7 if whole.offsets_FG is None else 15)
+        for part in ((slice(3, 13), slice(32, 96)), (slice(8, rows), slice(0, 32)), (slice(0, 1), slice(64, 96))):
+            assert torch.equal(source.cut(*part).dequantized(), whole.dequantized()[part])
+        with pytest.raises(QuantizationError, match="groups of 32 divide among 1, 3 ranks"):
+            source.cut(slice(0, rows), slice(0, 48))
+
+
+@pytest.mark.parametrize(
+    ("form", "changes", "message"),
+    [
+        ("gptq", {"bits": 3}, "GPTQ with 3 bits is not supported; use a checkpoint with 4 or 8"),
+        ("gptq", {"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not supported"),
+        ("gptq", {"sym": True}, "zero points although config.json says sym"),
+        ("awq", {"version": "gemv"}, "version 'gemv'.* is not supported; use"),
+        ("awq", {"bits": 8}, "AWQ with 8 bits"),
+        ("gptq", {"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes', which is not supported; there is awq"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path: Path, form: str, changes: dict[str, Any], message: str) -> None:
+    _, tensors, config = made(form, symmetric=False)
+    with pytest.raises((CheckpointError, QuantizationError), match=message):
+        with open_checkpoint(save(tmp_path / "model", tensors, config | changes)) as weights:
+            weights[f"{LAYER}.weight"].cut(slice(0, 1), slice(0, 32))
+
+
+def test_columns_in_the_order_of_activations_are_refused(tmp_path: Path) -> None:
+    _, tensors, config = made("gptq", symmetric=False)
+    order = tensors[f"{LAYER}.g_idx"]
+    with pytest.raises(CheckpointError, match=r"desc_act.*`tidewright quantize` on the original model"):
+        with open_checkpoint(save(tmp_path / "model", tensors | {f"{LAYER}.g_idx": order.flip(0)}, config)):
+            pass
+    # Some writers leave it zero.
+    with open_checkpoint(save(tmp_path / "zero", tensors | {f"{LAYER}.g_idx": order * 0}, config)) as weights:
+        assert f"{LAYER}.weight" in weights
+
+
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
+def test_parts_that_do_not_fit_or_are_missing(tmp_path: Path, part: str) -> None:
+    _, tensors, config = made("gptq", symmetric=False)
+    name = f"{LAYER}.{part}"
+    cut = {**tensors, name: tensors[name][:, :1].contiguous()}
+    with pytest.raises(CheckpointError, match=r"expected|lacks"):
+        with open_checkpoint(save(tmp_path / "cut", cut, config)):
+            pass
+    del cut[name]
+    if part != "qweight":  # without which it is no quantized layer
+        with pytest.raises(CheckpointError, match=f"lacks {part}"):
+            with open_checkpoint(save(tmp_path / "missing", cut, config)):
+                pass
