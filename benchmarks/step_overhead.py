@@ -110,7 +110,7 @@ def measure(running: int, context: int, load: str, vocab_size: int, steps: int, 
         began = time.thread_time()
         plan = scheduler.schedule()
         planned = time.thread_time()
-        result = runner.run(plan)
+        result = runner.launch(plan).result()
         computed = time.thread_time()
         scheduler.commit(plan, result)
         ended = time.thread_time()

@@ -23,7 +23,7 @@ from pydantic_settings import (
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.config_file import read_options
 from tidewright.distributed.gpu_choice import DEVICE_PATTERN, gpus_of
-from tidewright.engine.messages import EngineConfig, parse_rendezvous
+from tidewright.engine.messages import AsyncScheduling, EngineConfig, parse_rendezvous
 from tidewright.kv_cache.budget import parse_memory
 from tidewright.logs.setup import LogFormat, LogLevel
 from tidewright.resilience.config import ResilienceSettings
@@ -107,6 +107,12 @@ class Settings(ResilienceSettings, BaseSettings):
     prefix_caching: bool = Field(True, description="Share the KV blocks of equal prompt beginnings.")
     speculative_tokens: int = Field(
         0, ge=0, le=16, description="Tokens guessed by prompt lookup in one step, at most; 0 switches it off."
+    )
+    async_scheduling: AsyncScheduling = Field(
+        "auto",
+        description="Plan and launch a step while the device computes the one before: on, off, or auto, which is on "
+        "for a GPU. A step waits all the same where a choice depends on the token before: guided output, penalties, "
+        "bad_words, speculative_tokens.",
     )
     task: Task = Field(
         "generate",
@@ -263,6 +269,7 @@ class Settings(ResilienceSettings, BaseSettings):
             max_running=16,
             prefix_caching=False,
             speculative_tokens=0,
+            async_scheduling="off",
             standby=False,
             task="generate",
             tensor_parallel_size=1,
@@ -288,6 +295,7 @@ class Settings(ResilienceSettings, BaseSettings):
             max_waiting=self.max_waiting,
             prefix_caching=self.prefix_caching,
             speculative_tokens=self.speculative_tokens,
+            async_scheduling=self.async_scheduling,
             task=self.task,
             pooling=self.pooling,
             normalize=self.normalize,

@@ -12,6 +12,8 @@ import transformers
 
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import EngineConfig, SequenceOutput, Submit
+from tidewright.engine.plan import StepPlan
+from tidewright.engine.runner import LaunchedStep
 from tidewright.schema import SamplingParams
 
 VOCAB = 67
@@ -109,8 +111,10 @@ def alone(folder: Path) -> dict[str, list[list[int]]]:
         {"max_batched_tokens": 9},  # prompts in chunks
         {"kv_cache_memory": str(72 * BYTES_PER_TOKEN), "max_model_len": 64},  # preemptions
         {"block_size": 1, "max_running": 3},
+        {"async_scheduling": "on"},
+        {"async_scheduling": "on", "kv_cache_memory": str(72 * BYTES_PER_TOKEN), "max_model_len": 64},
     ],
-    ids=["plain", "chunks", "preemption", "small blocks"],
+    ids=["plain", "chunks", "preemption", "small blocks", "async", "async, preemption"],
 )
 def test_no_feature_changes_a_token(
     folder: Path,
@@ -133,6 +137,63 @@ def test_no_feature_changes_a_token(
     assert (stats.tokens_accepted > 0) == (speculative_tokens > 0)
     if "max_model_len" in changes:
         assert stats.preemptions > 0
+
+
+def test_a_step_is_launched_before_the_result_of_the_one_before_is_taken(folder: Path) -> None:
+    made = engine(folder, async_scheduling="on")
+    events: list[str] = []
+    launch = made.runner.launch
+
+    def observed(plan: StepPlan) -> LaunchedStep:
+        number = sum(event.startswith("launch") for event in events)
+        events.append(f"launch {number}")
+        launched = launch(plan)
+        return LaunchedStep(lambda: (events.append(f"result {number}"), launched.result())[1])
+
+    made.runner.launch = observed  # type: ignore[method-assign]
+    run(made, requests(max_tokens=3)[:2])
+    assert events == ["launch 0", "launch 1", "result 0", "launch 2", "result 1", "result 2"]
+    events.clear()
+    run(made, requests(max_tokens=3, frequency_penalty=1.0)[:2])  # which depend on the token before
+    assert events == ["launch 0", "result 0", "launch 1", "result 1", "launch 2", "result 2"]
+
+
+def test_requests_of_all_kinds_are_answered_alike_with_async_scheduling(folder: Path) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0},
+        {"temperature": 0, "repetition_penalty": 1.3, "max_tokens": 9},
+        {"seed": 5, "logprobs": 2, "prompt_logprobs": 1},
+        {"seed": 6, "min_tokens": 5, "ignore_eos": False, "stop_token_ids": [*range(20, 60)]},
+        {"seed": 7, "logit_bias": {9: 4.0}},
+        {"seed": 8, "top_p": 0.8, "priority": -1},
+        {"temperature": 0, "max_tokens": 1},
+    ]
+    values: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True, "seed": 0}
+    mixed = [
+        Submit(number, ids, SamplingParams(**(values | kind)))
+        for number, (ids, kind) in enumerate(zip(prompts(), kinds, strict=True))
+    ]
+    found: list[list[dict[str, Any]]] = []
+    for choice in ("off", "on"):
+        made = engine(folder, async_scheduling=choice, kv_cache_memory=str(90 * BYTES_PER_TOKEN), max_model_len=64)
+        made.submit(Submit(98, prompts()[0], SamplingParams(max_tokens=30, seed=0)))
+        made.step()
+        made.abort(98)  # with "on" it is in flight still
+        found.append([whole(outputs) for outputs in run(made, mixed, steps_between=1).values()])
+        stats = made.stats()
+        assert (stats.blocks_free, made.has_work) == (stats.blocks_total, False)
+    assert found[0] == found[1]
+    assert [one["finish_reason"] for one in found[0]] == ["length", "length", "length", "stop", *["length"] * 3]
+
+
+def whole(outputs: list[SequenceOutput]) -> dict[str, Any]:
+    """All of a request's outputs as one."""
+    return {
+        "token_ids": [token for output in outputs for token in output.token_ids],
+        "logprobs": [entries for output in outputs for entries in output.logprobs or []],
+        "prompt_logprobs": outputs[0].prompt_logprobs,
+        "finish_reason": outputs[-1].finish_reason,
+    }
 
 
 def test_prompt_logprobs_are_those_of_transformers_whatever_the_chunks(folder: Path) -> None:

@@ -212,8 +212,9 @@ def test_configure_comes_first() -> None:
 def test_a_heartbeat_comes_before_the_first_step_is_over(model: Path) -> None:
     """As after a restart, when all that was in flight is there at once: what else could be repeated amid the step?"""
     slow = (
-        "import sys, time; from tidewright.engine import __main__, model_runner; run = model_runner.ModelRunner.run\n"
-        "model_runner.ModelRunner.run = lambda self, plan: (time.sleep(1), run(self, plan))[1]\n"
+        "import sys, time; from tidewright.engine import __main__, model_runner\n"
+        "launch = model_runner.ModelRunner.launch\n"
+        "model_runner.ModelRunner.launch = lambda self, plan: (time.sleep(1), launch(self, plan))[1]\n"
         "__main__.main()"
     )
     with bridge("-c", slow) as started:
@@ -229,8 +230,9 @@ def test_a_heartbeat_comes_before_the_first_step_is_over(model: Path) -> None:
 
 def test_a_failing_step_ends_the_process_with_a_traceback(model: Path) -> None:
     broken = (
-        "import sys; from unittest import mock; from tidewright.engine import __main__, model_runner; "
-        "model_runner.sample = mock.Mock(side_effect=RuntimeError('out of luck')); __main__.main()"
+        "import sys; from unittest import mock; from tidewright.engine import __main__; "
+        "from tidewright.sampling import sampler; "
+        "sampler.sample = mock.Mock(side_effect=RuntimeError('out of luck')); __main__.main()"
     )
     with bridge("-c", broken) as started:
         started.begin(config(model))

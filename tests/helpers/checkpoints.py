@@ -95,7 +95,7 @@ def greedy(runner: ModelRunner, prompts: list[list[int]], count: int, chunk: int
             ends = computed[i] + len(new) == len(tokens[i])
             draws = (Draw(i, params, len(tokens[i])),) if ends else ()
             sequences.append(ScheduledSequence(i, computed[i], new, tables[i], draws))
-        result = runner.run(StepPlan(tuple(sequences)))
+        result = runner.launch(StepPlan(tuple(sequences))).result()
         for planned, output in zip(sequences, result.sequences, strict=True):
             computed[planned.request_id] += planned.count
             tokens[planned.request_id] += [drawn.token_id for drawn in output.drawn]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections import deque
 
 from tidewright.distributed.group import TensorParallelGroup
-from tidewright.distributed.rank_messages import Expire, Step, plan_checksum
+from tidewright.distributed.rank_messages import Committed, Expire, Step, plan_checksum
 from tidewright.engine.engine import make_scheduler, make_sequence
 from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.plan import StepPlan, StepResult
+from tidewright.engine.runner import LaunchedStep
 
 log = logging.getLogger(__name__)
 
@@ -22,22 +24,24 @@ class Follower:
     def __init__(self, config: EngineConfig, group: TensorParallelGroup) -> None:
         self._runner = ModelRunner(config, group)
         self._scheduler = make_scheduler(config, self._runner)
-        self._plan: StepPlan | None = None
+        self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
 
     def follow(self, step: Step) -> None:
         """Raises PlanMismatchError, before anything is computed."""
-        if self._plan:
-            # The tokens are rank 0's: so they agree, however the ranks' processors round.
-            self._scheduler.commit(self._plan, StepResult(step.results))
         for entry in step.inputs:
             if isinstance(entry, Submit):
                 self._scheduler.add(make_sequence(entry))
             elif isinstance(entry, Expire):
                 self._scheduler.expire(entry.request_id)
+            elif isinstance(entry, Committed):
+                plan, launched = self._in_flight.popleft()
+                launched.result()
+                # The tokens are rank 0's: so they agree, however the ranks' processors round.
+                self._scheduler.commit(plan, StepResult(entry.results))
             else:
                 self._scheduler.abort(entry.request_id)
-        self._plan = self._scheduler.schedule(step.pace)
-        if plan_checksum(self._plan) != step.checksum:
-            log.error("this rank's plan, where rank 0 has another: %s", self._plan.summary)
+        plan = self._scheduler.schedule(step.pace)
+        if plan_checksum(plan) != step.checksum:
+            log.error("this rank's plan, where rank 0 has another: %s", plan.summary)
             raise PlanMismatchError("it made another plan than rank 0; both are in the log")
-        self._runner.run(self._plan)
+        self._in_flight.append((plan, self._runner.launch(plan)))

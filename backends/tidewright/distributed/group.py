@@ -42,6 +42,12 @@ class TensorParallelGroup:
         torch.distributed.gather(x.contiguous(), parts)
         return None if parts is None else torch.cat(parts, dim=-1)
 
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's, in place."""
+        if self.size > 1:
+            torch.distributed.broadcast(x, 0)
+        return x
+
     def smallest(self, value: int) -> int:
         """The least of the ranks' values, on each of them. Waits for the others as long as the store does."""
         if self.size == 1:

@@ -41,13 +41,18 @@ class Expire(msgspec.Struct, frozen=True, tag="expire", array_like=True):
     request_id: int
 
 
-Input = Submit | Abort | Expire
+class Committed(msgspec.Struct, frozen=True, tag="committed", array_like=True):
+    """The oldest step in flight is done."""
+
+    results: tuple[SequenceResult, ...]  # the drawn tokens, without log-probabilities
+
+
+Input = Submit | Abort | Expire | Committed
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
     """Compute the next step: all that its plan depends on, in order, and what the plan must come out as."""
 
-    results: tuple[SequenceResult, ...]  # of the step before: the drawn tokens, without log-probabilities
     inputs: list[Input]
     pace: int  # as `Scheduler.schedule` takes it
     checksum: int

@@ -39,7 +39,7 @@ from tidewright.distributed.rank_messages import (
 from tidewright.distributed.reception import Arrival, Reception
 from tidewright.distributed.secret import SecretFileError, rendezvous_secret
 from tidewright.engine.messages import EngineConfig, encode
-from tidewright.engine.plan import SequenceResult, StepPlan
+from tidewright.engine.plan import StepPlan
 from tidewright.engine.vital_thread import start_vital_thread
 
 log = logging.getLogger(__name__)
@@ -129,14 +129,14 @@ class Ranks:
             self._send_to(rank, encode(Join(msgspec.structs.replace(self._config, device=device), store_port)))
         start_vital_thread("rank-watch", lambda: self._watch(on_lost), on_lost)
 
-    def send(self, plan: StepPlan, results: tuple[SequenceResult, ...], inputs: list[Input], pace: int) -> None:
+    def send(self, plan: StepPlan, inputs: list[Input], pace: int) -> None:
         """Lets the ranks compute a step: what happened since the last one, and the plan that has to come of it.
 
         Raises:
             RankError: a rank is gone.
         """
         self._plan = plan
-        message = encode(Step(results, inputs, pace, plan_checksum(plan)))
+        message = encode(Step(inputs, pace, plan_checksum(plan)))
         for rank in self._connections:
             self._send_to(rank, message)
 

@@ -6,18 +6,20 @@ import heapq
 import logging
 import os
 import time
+from collections import deque
+from typing import NamedTuple
 
 import msgspec
 
 from tidewright.distributed.group import ALONE, TensorParallelGroup
-from tidewright.distributed.rank_messages import Expire, Input
+from tidewright.distributed.rank_messages import Committed, Expire, Input
 from tidewright.distributed.ranks import Ranks
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig
 from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.pace import Pace
 from tidewright.engine.plan import DrawnToken, SequenceResult, StepPlan
-from tidewright.engine.runner import EngineConfigError, Runner
+from tidewright.engine.runner import EngineConfigError, LaunchedStep, Runner
 from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.timing import Timing
@@ -25,6 +27,14 @@ from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.logs import event
 
 log = logging.getLogger(__name__)
+
+
+class _Flight(NamedTuple):
+    """A step that is not committed yet."""
+
+    plan: StepPlan
+    launched: LaunchedStep
+    began: float  # on time.monotonic()
 
 
 class Engine:
@@ -46,14 +56,15 @@ class Engine:
         self._pace = Pace(config.prefill_step_time, config.max_batched_tokens)
         self._ranks = ranks
         self._inputs: list[Input] = []  # that the other ranks have not got yet
-        self._results: tuple[SequenceResult, ...] = ()  # likewise
+        self._in_flight: deque[_Flight] = deque()
+        self._computed = 0.0  # when the last step's result was there
         self._timing = Timing()
         self._deadlines: list[tuple[float, int]] = []  # a heap; those of ended requests leave it when they are due
         self._schedule_seconds = self._agree_seconds = 0.0
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._in_flight)
 
     @property
     def progress(self) -> int:
@@ -92,22 +103,41 @@ class Engine:
         return outputs
 
     def step(self) -> list[SequenceOutput]:
+        """Launches what can be launched, waits for the oldest step in flight, and tells what it has brought."""
+        while not self._in_flight or (
+            len(self._in_flight) < self.runner.steps_in_flight and self.scheduler.may_run_ahead
+        ):
+            if not self._launch():
+                break
+        return self._commit(self._in_flight.popleft()) if self._in_flight else []
+
+    def _launch(self) -> bool:
+        """False: there is nothing to compute."""
         began = time.monotonic()
         pace = self._pace.tokens
         plan = self.scheduler.schedule(pace)
         planned = time.monotonic()
+        self._schedule_seconds += planned - began
+        if not plan.sequences:
+            return False
         self._lead(plan, pace)
         agreed = time.monotonic()
-        result = self.runner.run(plan)
-        computed = time.monotonic()
-        self._pace.computed(plan, computed - agreed)
-        if self._ranks:
-            self._results = tuple(_only_tokens(drawn) for drawn in result.sequences)
-        outputs = self.scheduler.commit(plan, result)
-        self._timing.planned(plan, began)
-        outputs = [self._timing.told(output, computed) for output in outputs]
-        self._schedule_seconds += planned - began + time.monotonic() - computed
         self._agree_seconds += agreed - planned
+        self._timing.planned(plan, began)
+        self._in_flight.append(_Flight(plan, self.runner.launch(plan), agreed))
+        return True
+
+    def _commit(self, flight: _Flight) -> list[SequenceOutput]:
+        result = flight.launched.result()
+        computed = time.monotonic()
+        # Of steps in flight, the device has begun one when it was done with the one before.
+        self._pace.computed(flight.plan, computed - max(flight.began, self._computed))
+        self._computed = computed
+        if self._ranks:
+            self._tell_ranks(Committed(tuple(_only_tokens(drawn) for drawn in result.sequences)))
+        outputs = self.scheduler.commit(flight.plan, result)
+        outputs = [self._timing.told(output, computed) for output in outputs]
+        self._schedule_seconds += time.monotonic() - computed
         return outputs
 
     def _tell_ranks(self, entry: Input) -> None:
@@ -117,7 +147,7 @@ class Engine:
     def _lead(self, plan: StepPlan, pace: int) -> None:
         """Lets the other ranks begin the same step."""
         if self._ranks:
-            self._ranks.send(plan, self._results, self._inputs, pace)
+            self._ranks.send(plan, self._inputs, pace)
             self._inputs = []
 
     def check_ranks(self) -> None:

@@ -7,11 +7,14 @@ Engine to bridge: `Ready`, then `StepOutputs` and `Heartbeat`; at any time `Fail
 from __future__ import annotations
 
 import contextlib
+from typing import Literal
 
 import msgspec
 
 from tidewright.address import MAX_PORT, host_and_port
 from tidewright.schema import FinishReason, Pooling, SamplingParams, Task
+
+AsyncScheduling = Literal["auto", "on", "off"]
 
 
 class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +35,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: int = 512  # requests beyond those that run; one more is refused
     prefix_caching: bool = True
     speculative_tokens: int = 0  # guessed in a step, at most; 0: no speculative decoding
+    async_scheduling: AsyncScheduling = "auto"  # a step is planned while the device computes the one before
     heartbeat_interval: float = 0.5  # seconds
     heartbeat_timeout: float = 30.0  # seconds after which the bridge takes the engine for dead
     start_timeout: float = 120.0  # seconds

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import DrawnToken, StepPlan, StepResult
 from tidewright.engine.pooling import Pooler
-from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError
+from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedStep
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
 from tidewright.layers.loading import load_weights
 from tidewright.models.families import read_config
@@ -32,14 +31,6 @@ _LOGPROB_ROWS = 128
 
 _NO_TOKENS: Pending[list[DrawnToken]] = Pending((), lambda _: [])
 _NO_EMBEDDINGS: Pending[dict[int, bytes]] = Pending((), lambda _: {})
-
-
-@dataclass(frozen=True, eq=False)
-class LaunchedStep:
-    """A step that the device has been given."""
-
-    result: Callable[[], StepResult]
-    """Waits for the device. To be called once, and in the order of the launches."""
 
 
 class ModelRunner:
@@ -66,6 +57,9 @@ class ModelRunner:
         self.eos_ids = eos_ids(folder)
         self.guided = GuidedDecoding(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         self._sampler = self.device.sampler(self.guided)
+        ahead = {"auto": self.device.torch_device.type == "cuda", "on": True, "off": False}[config.async_scheduling]
+        self.steps_in_flight = 2 if ahead else 1
+        self._group = group
         with _defaults(self.device.torch_device, self.dtype):
             self.model = architecture(model_config, wanted, group, self.device).eval()
             if config.task == "embed":  # checkpoints of embedding models may lack the head
@@ -105,9 +99,6 @@ class ModelRunner:
     @property
     def progress(self) -> int:
         return self.model.layers_computed
-
-    def run(self, plan: StepPlan) -> StepResult:
-        return self.launch(plan).result()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -160,10 +151,13 @@ class ModelRunner:
             return _NO_TOKENS
         logits_RV = self.model.logits(hidden_TE[batch.rows_R])
         if logits_RV is None:
-            return _NO_TOKENS
-        sampled = self._sampler.sample(logits_RV, batch.sampling)
-        self._buffers.keep(batch, sampled.tokens_R)
-        return sampled.drawn
+            tokens_R, drawn = torch.empty_like(batch.rows_R), _NO_TOKENS
+        else:
+            sampled = self._sampler.sample(logits_RV, batch.sampling)
+            tokens_R, drawn = sampled.tokens_R, sampled.drawn
+        if self.steps_in_flight > 1:  # the next step may take them from there
+            self._buffers.keep(batch, self._group.broadcast(tokens_R))
+        return drawn
 
 
 @contextmanager

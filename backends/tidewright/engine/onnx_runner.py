@@ -17,7 +17,7 @@ from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.cpu.step_threads import set_threads
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
-from tidewright.engine.runner import USEFUL_TOKENS
+from tidewright.engine.runner import USEFUL_TOKENS, LaunchedStep
 from tidewright.kv_cache.storage import KVCacheShape, count_blocks
 from tidewright.onnx_export.manifest import (
     PRECISIONS,
@@ -51,7 +51,7 @@ class OnnxRunner:
         needed = min(wanted, USEFUL_TOKENS)
         self.num_blocks = count_blocks(shape, config.kv_cache_memory, needed, CpuMemory())
         self.max_model_len = min(wanted, self.num_blocks * config.block_size)
-        self.progress = 0
+        self.progress, self.steps_in_flight = 0, 1
         self.forward_seconds = self.sample_seconds = 0.0
         self.embedding_size = 0
         self._past: dict[int, Past] = {}  # of one sequence each: [1, K, C, D], without padding
@@ -59,7 +59,8 @@ class OnnxRunner:
         self._batch: Sequences | None = None
 
     @torch.inference_mode()
-    def run(self, plan: StepPlan) -> StepResult:
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Computes the step at once."""
         began = time.monotonic()
         self._sampler.forget(plan.ended)
         # The blocks of both are free again, so their pasts would be outside of `kv_cache_memory`.
@@ -86,7 +87,7 @@ class OnnxRunner:
         result = StepResult.of(plan, self._sample(plan.sequences, logits), reported)
         self.forward_seconds += computed - began
         self.sample_seconds += time.monotonic() - computed
-        return result
+        return LaunchedStep(lambda: result)
 
     def _decode(self, decoding: Sequence[ScheduledSequence]) -> dict[int, np.ndarray]:
         if not decoding:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 from tidewright.engine.plan import StepPlan, StepResult
@@ -15,9 +17,18 @@ class EngineConfigError(ValueError):
     """The engine's configuration asks for what this machine or model doesn't have."""
 
 
+@dataclass(frozen=True, eq=False)
+class LaunchedStep:
+    """A step that the device has been given."""
+
+    result: Callable[[], StepResult]
+    """Waits for the device. To be called once, and in the order of the launches."""
+
+
 class Runner(Protocol):
     """`num_blocks` of its KV cache; `progress` grows as long as a step comes on, however long it takes."""
 
+    steps_in_flight: int  # that may be launched before the oldest one's result is taken
     vocab_size: int
     guided: GuidedDecoding
     eos_ids: tuple[int, ...]
@@ -32,4 +43,4 @@ class Runner(Protocol):
     def num_blocks(self) -> int: ...
     @property
     def progress(self) -> int: ...
-    def run(self, plan: StepPlan) -> StepResult: ...
+    def launch(self, plan: StepPlan) -> LaunchedStep: ...

@@ -8,7 +8,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from tidewright.engine.plan import StepPlan
+from tidewright.engine.plan import PENDING, StepPlan
 from tidewright.step.arena import Arena
 from tidewright.step.batch import StepBatch
 from tidewright.step.block_tables import BlockTables, tables_arrays
@@ -42,6 +42,8 @@ class StepBuffers:
             "slots": (_LONG, tokens),
             "rows": (_LONG, tokens),
             "places": (_LONG, places),
+            "pending_rows": (_LONG, places),
+            "pending_places": (_LONG, places),
             "lengths": (_INT, places),
             "spans": (_INT, 4 * places),
             # The tokens of a step fill so many blocks, and one more of each sequence whose last block was partly full.
@@ -92,10 +94,14 @@ class StepBuffers:
         token_ids = list(chain.from_iterable(sequences[i].token_ids for i in order_B.tolist()))
         num_tokens, size = len(token_ids), self._block_size
         host["token_ids"][:num_tokens] = token_ids
+        pending_N = np.flatnonzero(host["token_ids"][:num_tokens] == PENDING)
+        host["pending_rows"][: len(pending_N)] = pending_N
         positions_T = host["positions"][:num_tokens]
         positions_T[:] = _ranges(sorted_starts_B, sorted_counts_B)
         blocks_T = tables.host_PM[np.repeat(sorted_places_B, sorted_counts_B), positions_T // size]
         host["slots"][:num_tokens] = blocks_T.astype(np.int64) * size + positions_T % size
+
+        host["pending_places"][: len(pending_N)] = np.repeat(sorted_places_B, sorted_counts_B)[pending_N]
 
         draws = [draw for planned in sequences for draw in planned.draws]
         num_draws_B = np.array([len(planned.draws) for planned in sequences], np.int64)
@@ -107,6 +113,9 @@ class StepBuffers:
         if self._uploaded:
             self._uploaded.record(torch.cuda.current_stream(self.last_tokens_P.device))
         on_device = self._arena.device
+        if len(pending_N):
+            tokens_N = self.last_tokens_P[on_device["pending_places"][: len(pending_N)]]
+            on_device["token_ids"].index_copy_(0, on_device["pending_rows"][: len(pending_N)], tokens_N)
         return StepBatch(
             token_ids_T=on_device["token_ids"][:num_tokens],
             positions_T=on_device["positions"][:num_tokens],
