@@ -10,9 +10,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from tidewright.devices.cuda.traffic import Traffic, decode_step, step_seconds
-from tidewright.models.config import DecoderConfig
 from tidewright.models.families import read_config
 from tidewright.planning.gpus import GPUS
 
@@ -20,27 +20,30 @@ H200 = replace(GPUS["H200"], bandwidth=4.3e12, flops_16=790e12, source="copies 4
 BATCHES = (1, 16, 64, 256)
 
 
-def _llama(hidden: int, intermediate: int, layers: int, head_dim: int, is_tied: bool) -> DecoderConfig:
-    return read_config(
-        {
-            "architectures": ["LlamaForCausalLM"],
-            "vocab_size": 128256,
-            "hidden_size": hidden,
-            "intermediate_size": intermediate,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": head_dim,
-            "max_position_embeddings": 131072,
-            "tie_word_embeddings": is_tied,
-        }
-    )
+def _llama(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, is_tied: bool
+) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": hidden // heads,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": is_tied,
+    }
 
 
-MODELS = {
-    "1B": _llama(2048, 8192, 16, 64, is_tied=True),  # Llama 3.2 1B
-    "8B": _llama(4096, 14336, 32, 128, is_tied=False),  # Llama 3.1 8B
+SHAPES = {
+    "135M": _llama(576, 1536, 30, 9, 3, 49152, is_tied=True),  # SmolLM2 135M
+    "1B": _llama(2048, 8192, 16, 32, 8, 128256, is_tied=True),  # Llama 3.2 1B
+    "8B": _llama(4096, 14336, 32, 32, 8, 128256, is_tied=False),  # Llama 3.1 8B
 }
+"""As in config.json."""
+MODELS = {name: read_config(SHAPES[name]) for name in ("1B", "8B")}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

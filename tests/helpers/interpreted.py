@@ -1,4 +1,4 @@
-"""Runs kernels of the Triton language on the CPU, by its interpreter."""
+"""Runs kernels of the Triton language on the CPU, by its interpreter; where there is a GPU, there, compiled."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from helpers.on_card import launch_on_card
+
 _NAME = "TRITON_INTERPRET"
 _mended: list[bool] = []
+COMPILED = torch.cuda.is_available() and os.environ.get(_NAME) != "1"
+"""Kernels are those of the real compiler, on the GPU; TRITON_INTERPRET=1 has them interpreted there, too."""
 
 
 @contextmanager
 def interpreted() -> Iterator[None]:
     """Modules imported inside have interpreted kernels: the decorator reads the variable once, when it runs.
 
-    The variable is not left set, because processes that other tests start must compile.
+    The variable is not left set, because processes that other tests start must compile. Does nothing if COMPILED.
     """
+    if COMPILED:
+        yield
+        return
     before = os.environ.get(_NAME)
     os.environ[_NAME] = "1"
     try:
@@ -90,5 +97,7 @@ def rounding_of(dtype: torch.dtype) -> float:
 # At once, by conftest.py: triton's own functions are made for the interpreter or for the compiler when it is imported,
 # and libraries that other tests use import it, too.
 if find_spec("triton"):
+    if COMPILED:
+        launch_on_card()
     with interpreted():
         pass
