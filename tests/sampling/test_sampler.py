@@ -301,7 +301,7 @@ def test_logprobs_only_for_the_rows_that_ask(vocab: int) -> None:
 def test_prompt_logprobs_are_of_the_tokens_that_follow() -> None:
     logits_BV = logits(3)
     raw = logits_BV.double().log_softmax(-1)
-    entries = prompt_logprobs(logits_BV.bfloat16().float(), [5, 6, 7], 2).now()
+    entries = prompt_logprobs(logits_BV.bfloat16().float(), torch.tensor([5, 6, 7]), 2).now()
     assert [[len(row), row[0].token_id, row[1].rank, row[2].rank] for row in entries] == [
         [3, t, 1, 2] for t in (5, 6, 7)
     ]

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from tidewright.devices.cpu.step_threads import set_threads
@@ -24,7 +25,7 @@ from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.logprobs import prompt_logprobs
 from tidewright.step.batch import StepBatch
 from tidewright.step.buffers import StepBuffers, StepLimits
-from tidewright.step.transfers import Download, Pending
+from tidewright.step.transfers import Download, Pending, upload
 
 # Logits of a long prompt would take gigabytes at once.
 _LOGPROB_ROWS = 128
@@ -133,16 +134,17 @@ class ModelRunner:
         self, plan: StepPlan, batch: StepBatch, hidden_TE: torch.Tensor
     ) -> list[tuple[int, Pending[list[list[TokenLogprob]]]]]:
         """In pieces of the prompts of these requests."""
+        asked = [pair for pair in zip(plan.sequences, batch.end_rows, strict=True) if pair[0].next_prompt_ids]
+        ids = {str(planned.request_id): np.array(planned.next_prompt_ids) for planned, _ in asked}
+        sent = upload(ids, self.device.torch_device)
         reported: list[tuple[int, Pending[list[list[TokenLogprob]]]]] = []
-        for planned, end in zip(plan.sequences, batch.end_rows, strict=True):
-            if planned.prompt_logprobs is None:
-                continue
-            ids, start = planned.next_prompt_ids, end - planned.count
-            for first in range(0, len(ids), _LOGPROB_ROWS):
-                some = ids[first : first + _LOGPROB_ROWS]
+        for planned, end in asked:
+            start, ids_T = end - planned.count, sent[str(planned.request_id)]
+            for first in range(0, len(ids_T), _LOGPROB_ROWS):
+                some = ids_T[first : first + _LOGPROB_ROWS]
                 logits_BV = self.model.logits(hidden_TE[start + first : start + first + len(some)])
                 if logits_BV is not None:
-                    entries = prompt_logprobs(logits_BV, some, planned.prompt_logprobs)
+                    entries = prompt_logprobs(logits_BV, some, planned.prompt_logprobs or 0)
                     reported.append((planned.request_id, entries))
         return reported
 

@@ -81,7 +81,7 @@ class OnnxRunner:
                 logits[planned.request_id] = rows_TV[-1]
                 if ids := planned.next_prompt_ids:
                     of_prompt_TV = torch.from_numpy(rows_TV[: len(ids)])
-                    entries = prompt_logprobs(of_prompt_TV, ids, planned.prompt_logprobs or 0).now()
+                    entries = prompt_logprobs(of_prompt_TV, torch.tensor(ids), planned.prompt_logprobs or 0).now()
                     reported[planned.request_id] = tuple(entries)
         computed = time.monotonic()
         result = StepResult.of(plan, self._sample(plan.sequences, logits), reported)

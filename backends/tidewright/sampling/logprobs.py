@@ -29,7 +29,6 @@ def report(
     return Pending((tokens_R, chosen_R1[:, 0], ranks_R, ids_RW, values_RW), read)
 
 
-def prompt_logprobs(logits_BV: torch.Tensor, token_ids: Sequence[int], count: int) -> Pending[list[list[TokenLogprob]]]:
+def prompt_logprobs(logits_BV: torch.Tensor, tokens_B: torch.Tensor, count: int) -> Pending[list[list[TokenLogprob]]]:
     """Of the prompt tokens that follow the rows' positions, each with the `count` most likely ones."""
-    logprobs_BV = logits_BV.float().log_softmax(dim=-1)
-    return report(logprobs_BV, torch.tensor(token_ids, device=logits_BV.device), [count] * len(token_ids))
+    return report(logits_BV.float().log_softmax(dim=-1), tokens_B, [count] * len(tokens_B))

@@ -1,0 +1,142 @@
+"""A step on a GPU is one transfer to it and one from it, and between them the host waits for nothing.
+
+The GPU here is torch's device "meta", whose tensors have no content: whoever asks for one fails. Kernels are left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from helpers.checkpoints import engine_config, prompt, save
+from helpers.families import FAMILIES
+from helpers.interpreted import interpreted
+from tidewright.devices.memory import DeviceMemory
+from tidewright.engine import model_runner
+from tidewright.engine.engine import Engine
+from tidewright.engine.messages import EngineConfig, Submit
+from tidewright.schema import SamplingParams
+
+with interpreted():
+    from tidewright.devices.cuda.device import CudaDevice
+
+META = torch.device("meta")
+
+
+class Memory(DeviceMemory):
+    def free(self) -> int:
+        return 2**30
+
+
+class Crossings(TorchDispatchMode):
+    """Notes what crosses between the host and the device. Of operations that mix both, only copies may."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        # A number that became a tensor travels with the launch of the kernel.
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+        devices = {one.device.type for one in given}
+        if name in ("to", "_to_copy") and "device" in kwargs:
+            devices.add(torch.device(kwargs["device"]).type)
+        if name == "lift_fresh" and devices == {"meta"}:
+            self.seen.append("torch.tensor")  # which copies from pageable memory
+        if devices <= {"meta"} or devices <= {"cpu"}:
+            return func(*args, **kwargs)
+        assert name in ("copy_", "to", "_to_copy"), f"{name} of tensors in two places"
+        if "device" in kwargs and torch.device(kwargs["device"]).type == "cpu":
+            self.seen.append("to the host" if kwargs.get("non_blocking") else "waits for the host")
+            return torch.zeros(given[0].shape, dtype=given[0].dtype)
+        is_async = kwargs.get("non_blocking") or args[2:] == (True,)
+        self.seen.append("to the device" if is_async else "waits for the device")
+        return func(*args, **kwargs)
+
+
+class Indices(TorchFunctionMode):
+    """Notes lists that index a tensor: torch copies them to its device, and no operation shows it."""
+
+    def __init__(self, seen: list[str]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device == META:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            self._seen += ["an index" for one in index if isinstance(one, list | range | np.ndarray)]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
+    save(tmp_path, FAMILIES["llama, tied"])
+    monkeypatch.setattr(model_runner, "make_device", lambda *_, **__: CudaDevice(META, Memory(META)))
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("tidewright.devices.cuda.") and hasattr(module, "start"):
+            monkeypatch.setattr(module, "start", lambda *_: None)
+    return engine_config(tmp_path, max_batched_tokens=8)
+
+
+TO_DEVICE, TO_HOST = "to the device", "to the host"
+PLAIN: list[dict[str, Any]] = [{"temperature": 0.0}, {"top_p": 0.9, "top_k": 7, "min_p": 0.1}]
+OTHERS: list[dict[str, Any]] = [
+    {"logprobs": 3},
+    {"repetition_penalty": 2.0, "temperature": 0.0},
+    {"allowed_token_ids": [5, 6]},
+    {"min_tokens": 2, "logit_bias": {3: 1.0}, "bad_words": ["x"]},
+    {"guided_regex": "a", "logprobs": 0},
+    {"prompt_logprobs": 2},
+]
+
+
+def crossings(config: EngineConfig, *mix: dict[str, Any]) -> list[list[str]]:
+    """Of each step until all requests have ended; the model says token 0 all the time."""
+    engine = Engine(config)
+    for number, params in enumerate(mix):
+        sampling = SamplingParams(max_tokens=4, seed=1, ignore_eos=True, **params)
+        words = [[0, 1]] if "bad_words" in params else []
+        engine.submit(Submit(number, prompt(5 + number, seed=number), sampling, bad_words_ids=words))
+    steps = []
+    while engine.has_work:
+        with Crossings() as crossed, Indices(crossed.seen):
+            engine.step()
+        steps.append(crossed.seen)
+    assert len(steps) > 4
+    return steps
+
+
+@pytest.mark.parametrize("async_scheduling", ["off", "on"])
+def test_a_step_is_one_transfer_each_way(config: EngineConfig, async_scheduling: str) -> None:
+    """Prompts in chunks, decodes, and both; a step that ends nothing but a chunk has no tokens to send."""
+    steps = crossings(msgspec.structs.replace(config, async_scheduling=async_scheduling), *PLAIN)
+    assert {*itertools.chain(*steps)} == {TO_DEVICE, TO_HOST}
+    if async_scheduling == "off":
+        assert steps[1:] == [[TO_DEVICE, TO_HOST]] * (len(steps) - 1)
+
+
+@pytest.mark.parametrize("params", OTHERS, ids=lambda params: next(iter(params)))
+def test_what_only_the_host_knows_of_a_row_is_one_transfer_more(config: EngineConfig, params: dict[str, Any]) -> None:
+    steps = crossings(config, params, PLAIN[0], params)
+    assert all(step in ([TO_DEVICE] * count + [TO_HOST] for count in (1, 2)) for step in steps[1:])
+    assert [TO_DEVICE, TO_DEVICE, TO_HOST] in steps
+
+
+def test_embeddings_come_with_the_one_transfer(config: EngineConfig) -> None:
+    made = Engine(msgspec.structs.replace(config, task="embed"))
+    made.submit(Submit(1, prompt(12, seed=1), SamplingParams(seed=0)))
+    with Crossings() as crossed, Indices(crossed.seen):
+        made.step(), made.step()
+    assert crossed.seen == [TO_DEVICE, TO_DEVICE, TO_HOST]
