@@ -39,7 +39,7 @@ if [[ $fetch ]]; then
     target=()
     if [[ $for ]]; then
         target=(--python-version "$for" --implementation cp --abi "cp${for/./}" --abi abi3 --abi none)
-        for tag in 28 27 24 17 12; do target+=(--platform "manylinux_2_${tag}_x86_64"); done
+        for glibc in {5..39}; do target+=(--platform "manylinux_2_${glibc}_x86_64"); done
         target+=(--platform manylinux2014_x86_64 --platform linux_x86_64)
     fi
     # The versions of the image `gpu`, as torch's CUDA builds each need one version of triton.
