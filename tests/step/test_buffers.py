@@ -195,3 +195,23 @@ def test_whole_tables_given_again_and_again_leave_nothing_behind() -> None:
     for block in (2, 9, 1):
         batch = buffers.fill(StepPlan((planned(1, 0, 1, 5), planned(2, 0, 1, block))))
         assert batch.end_rows == ([2, 1] if block < 5 else [1, 2])
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_single_tokens_are_padded_to_the_next_size(staged: bool) -> None:
+    """What a graph of that size reads: the batch, then rows that attend to nothing and that no cache keeps."""
+    buffers = StepBuffers(StepLimits(8, 64, 64, 4), CPU, staged, sizes=(1, 2, 4))
+    seen = buffers.decodes(4)
+    assert (seen.num_decodes, seen.host_spans_B4.tolist()) == (4, [[0, 63, 1, 0]] * 4)
+    assert seen.slots_T.tolist() == [-1] * 4
+    five = [planned(i, 0, 1, i) for i in range(5)]
+    assert buffers.fill(StepPlan((*five[:3], planned(5, 0, 2, 6)))).padded_to == 0
+    assert buffers.fill(StepPlan(tuple(five))).padded_to == 0
+    batch = buffers.fill(StepPlan(tuple(planned(i, 1, 1) for i in range(3))))
+    assert (batch.padded_to, len(batch.token_ids_T), batch.num_decodes) == (4, 3, 3)
+    for name in ("token_ids_T", "positions_T", "slots_T", "spans_B4", "places_B", "lengths_B"):
+        assert torch.equal(getattr(seen, name)[:3], getattr(batch, name))
+    assert seen.slots_T.tolist() == [1, 5, 9, -1]
+    assert seen.lengths_B.tolist() == [2, 2, 2, 0]
+    assert (seen.token_ids_T[3], seen.positions_T[3], seen.spans_B4[3].tolist()) == (0, 0, [3, 0, 1, 0])
+    assert buffers.fill(StepPlan(tuple(planned(i, 2, 1) for i in range(2)))).padded_to == 2

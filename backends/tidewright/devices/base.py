@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from tidewright.kv_cache.storage import KVCache
     from tidewright.models.llama import LlamaForCausalLM
     from tidewright.step.batch import StepBatch
+    from tidewright.step.buffers import StepBuffers
 
 
 class DeviceError(ValueError):
@@ -81,6 +82,13 @@ class Device:
         for module in model.modules():
             if isinstance(module, LinearMethod):
                 module.finish()
+
+    def decode_sizes(self, most: int) -> tuple[int, ...]:
+        """The numbers of sequences, up to `most`, to which it wants steps of single tokens padded, in order."""
+        return ()
+
+    def prepare(self, model: LlamaForCausalLM, kv_cache: KVCache, buffers: StepBuffers) -> None:
+        """To be called before the first step, if there will be decodes."""
 
     def step(self, cache: KVCache, newest_block: int) -> AbstractContextManager[None]:
         """Around each step; `newest_block` is the highest that it uses."""

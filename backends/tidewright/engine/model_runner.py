@@ -87,7 +87,10 @@ class ModelRunner:
         self.forward_seconds = self.sample_seconds = 0.0
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
         limits = StepLimits(config.max_running, config.max_batched_tokens, self.max_model_len, config.block_size)
-        self._buffers = StepBuffers(limits, self.device.torch_device)
+        sizes = self.device.decode_sizes(min(config.max_running, config.max_batched_tokens))
+        self._buffers = StepBuffers(limits, self.device.torch_device, sizes=() if self._pooler else sizes)
+        if not self._pooler:
+            self.device.prepare(self.model, self.kv_cache, self._buffers)
 
     @property
     def device_name(self) -> str:

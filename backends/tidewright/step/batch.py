@@ -35,3 +35,6 @@ class StepBatch:
     host_spans_B4: np.ndarray  # the same as `spans_B4`, for decisions that must not wait for the device
     num_decodes: int  # sequences with a single token
     end_rows: list[int]  # the row after the last one of each sequence, in the order of the plan
+    padded_to: int = (
+        0  # the buffers hold padding behind the batch, so that it can be computed as one of so many decodes
+    )

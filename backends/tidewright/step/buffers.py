@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -30,8 +32,13 @@ class StepLimits:
 class StepBuffers:
     """Every plan has to pass through `fill`, in order: a plan carries only the blocks that are new since the last."""
 
-    def __init__(self, limits: StepLimits, device: torch.device, staged: bool | None = None) -> None:
-        """`staged`: host and device have memory of their own; by default, unless the device is the CPU."""
+    def __init__(
+        self, limits: StepLimits, device: torch.device, staged: bool | None = None, sizes: Sequence[int] = ()
+    ) -> None:
+        """`staged`: host and device have memory of their own; by default, unless the device is the CPU.
+
+        A step of single tokens is padded to the next of `sizes`, in order, which are `max_running` at most.
+        """
         staged = device.type != "cpu" if staged is None else staged
         tokens, block_size = limits.max_batched_tokens, limits.block_size
         places = min(limits.max_running, tokens)
@@ -50,7 +57,7 @@ class StepBuffers:
             **tables_arrays(-(-tokens // block_size) + places),
             **sampling_arrays(tokens),
         }
-        self._block_size = block_size
+        self._block_size, self._max_model_len, self.sizes = block_size, limits.max_model_len, sizes
         self._arena = Arena(arrays, device, staged)
         self._tables = BlockTables(places, blocks, self._arena, device, staged)
         self._sampling = SamplingColumns(places, self._arena)
@@ -65,6 +72,35 @@ class StepBuffers:
         return self._tables.highest_block
 
     def fill(self, plan: StepPlan) -> StepBatch:
+        return self._fill(plan, self._padded_size(plan))
+
+    def decodes(self, size: int) -> StepBatch:
+        """Padding alone: what every step sees that is padded to this size, before it is filled.
+
+        What the host knows of it are bounds of all such steps.
+        """
+        batch, on_device = self._fill(StepPlan(()), size), self._arena.device
+        return replace(
+            batch,
+            token_ids_T=on_device["token_ids"][:size],
+            positions_T=on_device["positions"][:size],
+            slots_T=on_device["slots"][:size],
+            spans_B4=on_device["spans"].view(-1, 4)[:size],
+            places_B=on_device["places"][:size],
+            lengths_B=on_device["lengths"][:size],
+            host_spans_B4=np.array([[0, self._max_model_len - 1, 1, 0]] * size, np.int32),
+            num_decodes=size,
+        )
+
+    def _padded_size(self, plan: StepPlan) -> int:
+        """0: it is not padded."""
+        count = len(plan.sequences)
+        if not count or any(len(planned.token_ids) != 1 for planned in plan.sequences):
+            return 0
+        at = bisect_left(self.sizes, count)
+        return self.sizes[at] if at < len(self.sizes) else 0
+
+    def _fill(self, plan: StepPlan, padded_to: int) -> StepBatch:
         if self._uploaded:
             self._uploaded.synchronize()  # the host writes again what the last step may not have sent yet
         tables, sequences, host = self._tables, plan.sequences, self._arena.host
@@ -108,6 +144,8 @@ class StepBuffers:
         host["rows"][: len(draws)] = _ranges(ends_B - num_draws_B, num_draws_B)
         sampling = self._sampling.gather(draws, np.repeat(places_B, num_draws_B))
 
+        if padded_to:
+            self._pad(num_sequences, padded_to)
         self._arena.upload()
         tables.upload()
         if self._uploaded:
@@ -129,7 +167,18 @@ class StepBuffers:
             host_spans_B4=spans_B4,
             num_decodes=num_sequences - int(np.count_nonzero(several_B)),
             end_rows=ends_B.tolist(),
+            padded_to=padded_to,
         )
+
+    def _pad(self, first: int, end: int) -> None:
+        """Rows of single tokens that attend to nothing, and that no cache keeps."""
+        host = self._arena.host
+        for name, value in (("token_ids", 0), ("positions", 0), ("slots", -1), ("places", 0), ("lengths", 0)):
+            host[name][first:end] = value
+        spans_B4 = host["spans"].reshape(-1, 4)
+        spans_B4[first:end] = 0
+        spans_B4[first:end, 0] = np.arange(first, end)
+        spans_B4[first:end, 2] = 1
 
     def keep(self, batch: StepBatch, tokens_R: torch.Tensor) -> None:
         """Puts the tokens that were drawn after the rows of a batch into `last_tokens_P`."""

@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+import time
+from typing import TYPE_CHECKING
+
 import torch
 
 from tidewright.devices.base import Device
 from tidewright.devices.cuda import activations, norms
 from tidewright.devices.cuda.attention import PagedCudaAttention
+from tidewright.devices.cuda.graphs import CudaRecorder, DecodeGraphs, Recorder, sizes_of
 from tidewright.devices.cuda.sampler import CudaSampler
 from tidewright.devices.memory import DeviceMemory
 from tidewright.sampling.guided import GuidedDecoding
 
+if TYPE_CHECKING:
+    from tidewright.kv_cache.storage import KVCache
+    from tidewright.models.llama import LlamaForCausalLM
+    from tidewright.step.batch import StepBatch
+    from tidewright.step.buffers import StepBuffers
+
+log = logging.getLogger(__name__)
+
 
 class CudaDevice(Device):
-    def __init__(self, torch_device: torch.device, memory: DeviceMemory | None = None) -> None:
+    """Decodes are replayed from CUDA graphs, except on tensor-parallel ranks."""
+
+    def __init__(
+        self, torch_device: torch.device, memory: DeviceMemory | None = None, recorder: Recorder | None = None
+    ) -> None:
+        """Without `recorder`, a GPU has CUDA's graphs, and another device none."""
         super().__init__(torch_device, PagedCudaAttention(), memory)
+        self._recorder = recorder or (CudaRecorder(torch_device) if torch_device.type == "cuda" else None)
+        self._graphs: DecodeGraphs | None = None
 
     def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
         if weight_E.shape[0] > norms.MAX_SIZE:
@@ -36,3 +57,26 @@ class CudaDevice(Device):
 
     def sampler(self, guided: GuidedDecoding) -> CudaSampler:
         return CudaSampler(guided, self.torch_device)
+
+    def decode_sizes(self, most: int) -> tuple[int, ...]:
+        return sizes_of(most) if self._recorder else ()
+
+    @torch.inference_mode()
+    def prepare(self, model: LlamaForCausalLM, kv_cache: KVCache, buffers: StepBuffers) -> None:
+        if not self._recorder or model.group.size > 1:
+            return
+        began, before = time.monotonic(), self.memory.free()
+        compute = functools.partial(super().forward, model, kv_cache=kv_cache)
+        try:
+            self._graphs = DecodeGraphs(self._recorder, buffers.sizes, buffers.decodes, compute)
+        except torch.OutOfMemoryError as error:
+            log.warning("no CUDA graphs, so decodes are slower: %s", error)
+            return
+        took, mib = time.monotonic() - began, (before - self.memory.free()) / 2**20
+        log.info("recorded CUDA graphs of %d batch sizes in %.1f s, %.0f MiB", len(buffers.sizes), took, mib)
+
+    def forward(self, model: LlamaForCausalLM, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
+        if self._graphs is None or not batch.padded_to:
+            return super().forward(model, batch, kv_cache)
+        model.layers_computed += len(model.layers)
+        return self._graphs.forward(batch)

@@ -1,0 +1,82 @@
+"""devices/cuda/graphs.py: decodes that are padded to a size and replayed are the decodes that run eagerly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from helpers.checkpoints import SIZES, engine_config, expected, prompt, save
+from helpers.interpreted import interpreted
+from helpers.recorded import RecorderOnCpu, recording
+from tidewright.devices.base import Device
+from tidewright.devices.cpu.memory import CpuMemory
+from tidewright.distributed.group import ALONE
+from tidewright.engine import model_runner
+from tidewright.engine.engine import Engine
+from tidewright.engine.messages import Submit
+from tidewright.engine.plan import ScheduledSequence, StepPlan
+from tidewright.schema import SamplingParams
+from tidewright.step.buffers import StepBuffers, StepLimits
+
+with interpreted():
+    from tidewright.devices.cuda import activations, norms, paged_attention, rope_and_cache, sampling
+    from tidewright.devices.cuda.device import CudaDevice
+    from tidewright.devices.cuda.graphs import sizes_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("most", [1, 3, 7, 64, 100, 256])
+def test_sizes_reach_up_to_the_most_and_waste_little(most: int) -> None:
+    sizes = sizes_of(most)
+    assert sizes == tuple(sorted({*sizes}))
+    assert (sizes[0], sizes[-1]) == (1, most)
+    assert all(after <= 2 * before for before, after in pairwise(sizes))
+    assert all(after - before <= 32 for before, after in pairwise(sizes))
+
+
+def test_an_engine_that_replays_says_what_transformers_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With prompts read while others are answered, and steps planned ahead: inputs that only the device has."""
+    model = save(tmp_path, transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
+    recorder = recording(monkeypatch, [activations, norms, paged_attention, rope_and_cache, sampling])
+    device = CudaDevice(CPU, CpuMemory(), recorder)
+    monkeypatch.setattr(model_runner, "make_device", lambda *_, **__: device)
+    config = engine_config(tmp_path, block_size=16, max_running=4, async_scheduling="on", kv_cache_memory="1MiB")
+    engine = Engine(config)
+    assert recorder.replays == [0, 0, 0]
+    prompts = [prompt(length, seed=length) for length in (5, 20, 7)]
+    tokens: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for number, ids in enumerate(prompts):
+        count = (2, 3, 4)[number]
+        engine.submit(Submit(number, ids, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, seed=0)))
+    while engine.has_work:
+        for output in engine.step():
+            tokens[output.request_id] += output.token_ids
+    assert list(tokens.values()) == [expected(model, prompts[i], len(tokens[i])) for i in range(3)]
+    assert [len(got) for got in tokens.values()] == [2, 3, 4]
+    assert all(recorder.replays)
+
+
+def test_without_memory_for_graphs_decodes_run_eagerly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(RecorderOnCpu):
+        def record(self, compute: Callable[[], None]) -> Callable[[], None]:
+            raise torch.OutOfMemoryError("tried to allocate 5 GiB")
+
+    limits = StepLimits(max_running=4, max_batched_tokens=8, max_model_len=16, block_size=4)
+    device, buffers = CudaDevice(CPU, CpuMemory(), Full()), StepBuffers(limits, CPU, sizes=(1, 2))
+    monkeypatch.setattr(Device, "forward", lambda self, model, batch, kv_cache: batch.positions_T)
+    model: Any = SimpleNamespace(group=ALONE)
+    device.prepare(model, model, buffers)
+    assert "no CUDA graphs, so decodes are slower: tried to allocate 5 GiB" in caplog.text
+    batch = buffers.fill(StepPlan((ScheduledSequence(1, 9, (5,), (0, 1, 2)),)))
+    assert batch.padded_to == 1
+    assert device.forward(model, batch, model).tolist() == [9]
