@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What the engine does on a GPU, in under 8 minutes and without internet: benchmarks/gpu_card.py says what is measured.
 #
-#   benchmarks/gpu.sh --fetch DIR [--for 3.11]   with internet, once: fills DIR with wheels for that Python (3.1 GB)
+#   benchmarks/gpu.sh --fetch DIR [--for 3.11]   with internet, once: fills DIR with wheels for that Python (2.8 GB)
 #   benchmarks/gpu.sh [--wheels DIR] ...         on the machine with the GPU; DIR is benchmarks/wheels by default
 #   benchmarks/gpu.sh --python PATH ...          installs nothing: this Python has all that is needed
 #   benchmarks/gpu.sh --dry-run ...              the same steps with tiny shapes on the CPU; figures mean nothing
