@@ -11,14 +11,12 @@ from collections import deque
 from collections.abc import Callable
 from operator import attrgetter
 
+from tidewright.engine.draws import accept, draw_after, embedded
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig, check_request, longest
 from tidewright.engine.messages import EngineStats, SequenceOutput
 from tidewright.engine.plan import (
-    NO_HISTORY,
     PENDING,
     Draw,
-    DrawnToken,
-    History,
     ScheduledSequence,
     SequenceResult,
     StepPlan,
@@ -29,7 +27,6 @@ from tidewright.engine.step_budget import StepBudget
 from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.kv_cache.idle_audit import IdleAudit
 from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
-from tidewright.schema import FinishReason
 
 
 class Scheduler:
@@ -174,7 +171,7 @@ class Scheduler:
                 # After a preemption some come for a second time.
                 sequence.prompt_logprobs += computed.prompt_logprobs[len(sequence.prompt_logprobs) - planned.start :]
             if computed.drawn:
-                outputs.append(self._accept(sequence, planned.drafts, computed))
+                outputs.append(self._drawn(sequence, planned, computed))
             elif planned.embeds:
                 outputs.append(self._embedded(sequence, computed))
         return outputs
@@ -317,9 +314,9 @@ class Scheduler:
         draws: tuple[Draw, ...] = ()
         completes = end == num_expected
         if completes and not self._config.embeds:
-            draws = (self._draw(sequence, []),)
+            draws = (draw_after(sequence, []),)
             if drafts := self._drafts(sequence, budget - len(token_ids)):
-                draws += tuple(self._draw(sequence, drafts[:count]) for count in range(1, len(drafts) + 1))
+                draws += tuple(draw_after(sequence, drafts[:count]) for count in range(1, len(drafts) + 1))
                 token_ids += tuple(drafts)
             sequence.num_pending += 1
         sequence.num_computed = end
@@ -365,75 +362,19 @@ class Scheduler:
             sequence.block_table += self._cache.take([], needed)
         return drafts
 
-    def _draw(self, sequence: Sequence, drafts: list[int]) -> Draw:
-        num_expected, prompt_length = sequence.num_expected, len(sequence.prompt_token_ids)
-        may_stop = num_expected - prompt_length + len(drafts) >= sequence.sampling.min_tokens
-        history = NO_HISTORY
-        if sequence.needs_history:
-            history = History(sequence.token_ids, num_expected, prompt_length, tuple(drafts))
-        return Draw(
-            request_id=sequence.request_id,
-            params=sequence.sampling,
-            position=num_expected + len(drafts),
-            banned_ids=() if may_stop else tuple(sorted(sequence.stop_ids)),
-            bad_words_ids=sequence.bad_words_ids,
-            history=history,
-        )
-
-    def _accept(self, sequence: Sequence, drafts: tuple[int, ...], computed: SequenceResult) -> SequenceOutput:
-        """Appends the drawn tokens, up to and including the first that is not the one that was guessed.
-
-        Draws after a rejected draft are discarded; all before are what would have been drawn without guessing, for a
-        draw depends on the tokens before it and on nothing else.
-        """
+    def _drawn(self, sequence: Sequence, planned: ScheduledSequence, computed: SequenceResult) -> SequenceOutput:
         first = sequence.num_generated == 0
-        right = 0
-        while right < len(drafts) and drafts[right] == computed.drawn[right].token_id:
-            right += 1
-        accepted: list[DrawnToken] = []
-        reason: FinishReason | None = None
-        message = ""
-        for drawn in computed.drawn[: right + 1]:
-            if drawn.error:
-                reason, message = "invalid", drawn.error  # its own parameters: any other engine would say the same
-                break
-            sequence.token_ids.append(drawn.token_id)
-            accepted.append(drawn)
-            reason = self._finish_reason(sequence)
-            if reason:
-                break
-        sequence.num_computed += max(len(accepted) - 1, 0)  # the guesses that were right
-        self._drafted += len(drafts)
-        self._accepted += min(right, len(accepted))
+        output, num_right = accept(sequence, planned.drafts, computed)
+        self._drafted += len(planned.drafts)
+        self._accepted += num_right
         self._prompt_tokens += len(sequence.prompt_token_ids) if first else 0
-        self._generated_tokens += len(accepted)
-        if reason:
+        self._generated_tokens += len(output.token_ids)
+        if output.finish_reason:
             self._register(sequence)  # what was not known yet when it was planned
             self._end(sequence)
-        asked = sequence.sampling.prompt_logprobs is not None
-        return SequenceOutput(
-            request_id=sequence.request_id,
-            token_ids=[drawn.token_id for drawn in accepted],
-            finish_reason=reason,
-            logprobs=None if sequence.sampling.logprobs is None else [drawn.logprobs or [] for drawn in accepted],
-            prompt_logprobs=sequence.prompt_logprobs if first and asked else None,
-            cached_tokens=(sequence.cached_tokens or 0) if first else 0,
-            message=message,
-        )
+        return output
 
     def _embedded(self, sequence: Sequence, computed: SequenceResult) -> SequenceOutput:
-        """Ends a request whose prompt is computed. Only rank 0's result has the embedding."""
         self._prompt_tokens += len(sequence.prompt_token_ids)
         self._end(sequence)
-        return SequenceOutput(
-            sequence.request_id,
-            [],
-            "stop",
-            cached_tokens=sequence.cached_tokens or 0,
-            embedding=computed.embedding,
-        )
-
-    def _finish_reason(self, sequence: Sequence) -> FinishReason | None:
-        if sequence.token_ids[-1] in sequence.stop_ids:
-            return "stop"
-        return "length" if len(sequence.token_ids) >= sequence.longest else None
+        return embedded(sequence, computed)
