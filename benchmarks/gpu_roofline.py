@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tidewright.devices.cuda.traffic import Traffic, decode_step, step_seconds
+from tidewright.devices.cuda.traffic import WEIGHT_FORMATS, Traffic, decode_step, step_seconds
 from tidewright.models.families import read_config
 from tidewright.planning.gpus import GPUS
 
@@ -43,6 +43,7 @@ SHAPES = {
     "8B": _llama(4096, 14336, 32, 32, 8, 128256, is_tied=False),  # Llama 3.1 8B
 }
 """As in config.json."""
+FORMATS = {"bf16": None, **WEIGHT_FORMATS}
 MODELS = {name: read_config(SHAPES[name]) for name in ("1B", "8B")}
 
 
@@ -55,17 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"An estimate, not a measurement: decode in bf16 on one H200 ({H200.source}),")
     print(f"contexts of {options.context} tokens. Each byte moves once; launches and the host are not counted.\n")
     columns = "".join(f"{name:>12}" for name in ("weights", "KV cache", "others", "step"))
-    print(f"{'model':6}{'batch':>6}{columns}{'tokens/s':>10}{'of one':>9}  bound by")
+    print(f"{'model':6}{'weights':9}{'batch':>6}{columns}{'tokens/s':>10}{'of one':>9}  bound by")
     for name, model in MODELS.items():
-        for batch in BATCHES:
-            print(_row(name, batch, decode_step(model, batch, options.context, searches=options.filters)))
+        for weights, form in FORMATS.items():
+            for batch in BATCHES:
+                step = decode_step(model, batch, options.context, searches=options.filters, weights=form)
+                print(_row(name, weights, batch, step))
     if options.kernels:
         for name, model in MODELS.items():
             print(f"\n{name}, batch 64: ms, share of the step, GB")
             _print_kernels(decode_step(model, 64, options.context, searches=options.filters))
 
 
-def _row(name: str, batch: int, step: Sequence[Traffic]) -> str:
+def _row(name: str, weights_name: str, batch: int, step: Sequence[Traffic]) -> str:
     seconds = step_seconds(step, H200)
     weights, cache, others = (
         sum(getattr(kernel, kind) * kernel.times for kernel in step) for kind in ("weights", "cache", "activations")
@@ -73,7 +76,8 @@ def _row(name: str, batch: int, step: Sequence[Traffic]) -> str:
     sizes = "".join(f"{size / 1e9:9.3f} GB" for size in (weights, cache, others))
     by_arithmetic = sum(k.seconds(H200, "bfloat16") for k in step if k.is_bound_by_arithmetic(H200, "bfloat16"))
     bound = f"memory {1 - by_arithmetic / seconds:.0%}, arithmetic {by_arithmetic / seconds:.0%}"
-    return f"{name:6}{batch:6}{sizes}{1e3 * seconds:9.3f} ms{batch / seconds:10.0f}{1 / seconds:9.0f}  {bound}"
+    speeds = f"{1e3 * seconds:9.3f} ms{batch / seconds:10.0f}{1 / seconds:9.0f}"
+    return f"{name:6}{weights_name:9}{batch:6}{sizes}{speeds}  {bound}"
 
 
 def _print_kernels(step: Sequence[Traffic]) -> None:

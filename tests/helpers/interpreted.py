@@ -63,6 +63,8 @@ def _mend_bfloat16() -> None:
         return plain_dot(self, widened(a), widened(b), *others)
 
     def cast(self: Any, source: Any, kind: Any) -> Any:
+        if source.dtype.scalar.is_int() and kind.scalar == tl.bfloat16:
+            source = plain_cast(self, source, tl.float32)
         if source.dtype.scalar != tl.float32 or kind.scalar != tl.bfloat16:
             return plain_cast(self, source, kind)
         bits = source.data.astype(np.float32).view(np.uint32)

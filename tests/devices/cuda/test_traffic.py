@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.gpu_roofline import MODELS, main
-from tidewright.devices.cuda.traffic import Traffic, decode_step, rope_and_cache, step_seconds
+from tidewright.devices.cuda.traffic import WEIGHT_FORMATS, Traffic, decode_step, rope_and_cache, step_seconds
 from tidewright.planning import footprint
 from tidewright.planning.gpus import GPUS
 from tidewright.planning.plan import Engine, Load, Machine, make_plan
@@ -39,6 +39,19 @@ def test_a_step_reads_all_weights_once(model: footprint.DecoderConfig) -> None:
     assert sum(kernel.cache * kernel.times for kernel in step) == 101 * per_token  # 100 read, one written
 
 
+def test_quantized_weights_by_hand() -> None:
+    """A weight of 4 bits in groups of 64 with offsets has 4.5 bits, one of 8 has 8, and outputs have 4 bytes each."""
+    features = {"q, k and v": 6144, "output of attention": 4096, "gate and up": 28672, "down": 4096, "head": 128256}
+    for name, bits in (("int8", 8), ("int4-g64", 4.5)):
+        step = decode_step(LLAMA_8B, 1, 100, weights=WEIGHT_FORMATS[name])
+        plain = decode_step(LLAMA_8B, 1, 100)
+        for kernel, as_plain in zip(step, plain, strict=True):
+            beside = 4 * features.get(kernel.kernel, 0)
+            share = bits / 16 if beside else 1
+            assert kernel.weights == as_plain.weights * share + beside
+            assert replace(kernel, weights=0) == replace(as_plain, weights=0)
+
+
 @pytest.mark.parametrize("rows", [1, 64])
 def test_kernel_by_kernel_takes_a_little_longer_than_planning_says(rows: int) -> None:
     h200 = GPUS["H200"]
@@ -66,6 +79,9 @@ def test_the_table_says_that_it_is_an_estimate(capsys: pytest.CaptureFixture[str
     main(["--context", "500"])
     printed = capsys.readouterr().out
     assert "estimate" in printed
-    assert [line.split()[:2] for line in printed.splitlines() if line.startswith(("1B", "8B"))] == [
-        [model, batch] for model in ("1B", "8B") for batch in ("1", "16", "64", "256")
+    assert [line.split()[:3] for line in printed.splitlines() if line.startswith(("1B", "8B"))] == [
+        [model, weights, batch]
+        for model in ("1B", "8B")
+        for weights in ("bf16", "int8", "int4-g64")
+        for batch in ("1", "16", "64", "256")
     ]

@@ -22,6 +22,24 @@ INT64 = 8
 
 
 @dataclass(frozen=True)
+class WeightFormat:
+    """How quantized_weight.py has a weight in memory; activations are in 16 bits."""
+
+    bits: int
+    group: int = 0
+    """Inputs that share a scale; 0: all."""
+    has_offsets: bool = False
+
+    def bytes(self, depth: int, features: int) -> int:
+        of_groups = -(-depth // self.group) * (4 if self.has_offsets else 2) if self.group else 0
+        return features * (depth * self.bits // 8 + of_groups + FLOAT32)
+
+
+WEIGHT_FORMATS = {"int8": WeightFormat(8), "int4-g64": WeightFormat(4, 64, has_offsets=True)}
+"""By the names of quantization/affine.py's schemes."""
+
+
+@dataclass(frozen=True)
 class Traffic:
     """Bytes and operations of one launch of a kernel that a step launches `times` times."""
 
@@ -53,11 +71,19 @@ class Traffic:
         return self.bytes / gpu.bandwidth, self.flops / flops
 
 
-def product(kernel: str, rows: int, depth: int, features: int, value: int, times: int = 1) -> Traffic:
+def product(
+    kernel: str,
+    rows: int,
+    depth: int,
+    features: int,
+    value: int,
+    times: int = 1,
+    weights: WeightFormat | None = None,
+) -> Traffic:
     """A matrix product of `rows` rows with a weight. `value`: bytes of one number."""
     return Traffic(
         kernel,
-        weights=depth * features * value,
+        weights=weights.bytes(depth, features) if weights else depth * features * value,
         activations=rows * (depth + features) * value,
         flops=2 * rows * depth * features,
         times=times,
@@ -107,7 +133,14 @@ def sampling(rows: int, vocab: int, value: int, searches: int = 0) -> list[Traff
     return [*found, Traffic("sampling: race", activations=rows * vocab * FLOAT32)]
 
 
-def decode_step(model: DecoderConfig, rows: int, context: int, value: int = 2, searches: int = 0) -> list[Traffic]:
+def decode_step(
+    model: DecoderConfig,
+    rows: int,
+    context: int,
+    value: int = 2,
+    searches: int = 0,
+    weights: WeightFormat | None = None,
+) -> list[Traffic]:
     """All kernels of a step on one GPU that decodes one token for each of `rows` sequences of `context` tokens."""
     hidden, layers = model.hidden_size, model.num_layers
     heads, kv_heads, head_dim = model.num_heads, model.num_kv_heads, model.head_dim
@@ -115,17 +148,17 @@ def decode_step(model: DecoderConfig, rows: int, context: int, value: int = 2, s
         Traffic("embedding", activations=2 * rows * hidden * value + rows * INT64),
         norm(rows, hidden, value, is_added=False),  # the first has nothing to add
         norm(rows, hidden, value, times=2 * layers),  # the last stands before the head
-        product("q, k and v", rows, hidden, (heads + 2 * kv_heads) * head_dim, value, layers),
+        product("q, k and v", rows, hidden, (heads + 2 * kv_heads) * head_dim, value, layers, weights),
         rope_and_cache(rows, heads, kv_heads, head_dim, value, layers),
         *(
             attention(rows, min(context, window or context), heads, kv_heads, head_dim, value, times)
             for window, times in Counter(layer.window for layer in model.layers).items()
         ),
-        product("output of attention", rows, heads * head_dim, hidden, value, layers),
-        product("gate and up", rows, hidden, 2 * model.intermediate_size, value, layers),
+        product("output of attention", rows, heads * head_dim, hidden, value, layers, weights),
+        product("gate and up", rows, hidden, 2 * model.intermediate_size, value, layers, weights),
         activation(rows, model.intermediate_size, value, layers),
-        product("down", rows, model.intermediate_size, hidden, value, layers),
-        product("head", rows, hidden, vocabulary_rows(model.vocab_size, 1), value),
+        product("down", rows, model.intermediate_size, hidden, value, layers, weights),
+        product("head", rows, hidden, vocabulary_rows(model.vocab_size, 1), value, weights=weights),
     ]
     if model.qk_norm:
         step.append(norm(rows * (heads + kv_heads), head_dim, value, is_added=False, times=layers))
