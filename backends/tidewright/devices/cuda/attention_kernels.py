@@ -102,7 +102,8 @@ def decode_kernel(
     """One program a (sequence, KV head, split): the KV head's GROUP query heads, over one split of the context.
 
     The split points depend on the sequence's own length alone, so its result is bit-equal in any batch. A length of 0
-    (padding) gives zeros. With one split the result goes to `out`; otherwise `combine_kernel` computes it.
+    (padding) gives zeros. With one split the result goes to `out`; otherwise `combine_kernel` computes it, and does not
+    read the values of empty splits.
     """
     sequence = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -117,8 +118,13 @@ def decode_kernel(
     end = tl.minimum(first + size, length)
 
     rows_M = tl.arange(0, M)
-    dims_D = tl.arange(0, D)
     heads_M = kv_head * GROUP + rows_M
+    at_M = (sequence * (tl.num_programs(1) * GROUP) + heads_M) * SPLITS + split
+    if SPLITS > 1:  # noqa: SIM102 - compiled in or not
+        if first >= end:  # a grid has as many splits as the longest context that there may be
+            tl.store(split_sums + at_M, tl.full([M], float("-inf"), tl.float32), mask=rows_M < GROUP)
+            return
+    dims_D = tl.arange(0, D)
     mask_MD = (rows_M < GROUP)[:, None] & (dims_D < HEAD_DIM)[None, :]
     at_MD = heads_M[:, None] * HEAD_DIM + dims_D[None, :]
     q_MD = tl.load(q_BHD + sequence * stride_q + at_MD, mask=mask_MD, other=0.0)
@@ -148,12 +154,9 @@ def decode_kernel(
     if SPLITS == 1:
         tl.store(out_BHD + sequence * stride_out + at_MD, values_MD.to(out_BHD.dtype.element_ty), mask=mask_MD)
     else:
-        heads = tl.num_programs(1) * GROUP
-        at_M = (sequence * heads + heads_M) * SPLITS + split
         sums_M = tl.where(sum_M > 0.0, greatest_M + tl.log2(divisor_M), float("-inf"))
         tl.store(split_sums + at_M, sums_M, mask=rows_M < GROUP)
-        if first < end:  # the values of an empty split are never read
-            tl.store(split_values + at_M[:, None] * HEAD_DIM + dims_D[None, :], values_MD, mask=mask_MD)
+        tl.store(split_values + at_M[:, None] * HEAD_DIM + dims_D[None, :], values_MD, mask=mask_MD)
 
 
 @triton.jit
