@@ -33,6 +33,9 @@ class Device:
     What a device can do better than torch's own operations, its class overrides.
     """
 
+    compiles = False
+    """Kernels are compiled when they are first called."""
+
     def __init__(self, torch_device: torch.device, attention: Attention, memory: DeviceMemory | None = None) -> None:
         self.torch_device, self.attention = torch_device, attention
         self.memory = memory or DeviceMemory(torch_device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import DrawnToken, StepPlan, StepResult
 from tidewright.engine.pooling import Pooler
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedStep
+from tidewright.engine.warm_up import warm_up_plans
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
 from tidewright.layers.loading import load_weights
 from tidewright.models.families import read_config
@@ -32,6 +35,8 @@ _LOGPROB_ROWS = 128
 
 _NO_TOKENS: Pending[list[DrawnToken]] = Pending((), lambda _: [])
 _NO_EMBEDDINGS: Pending[dict[int, bytes]] = Pending((), lambda _: {})
+
+log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -91,6 +96,8 @@ class ModelRunner:
         self._buffers = StepBuffers(limits, self.device.torch_device, sizes=() if self._pooler else sizes)
         if not self._pooler:
             self.device.prepare(self.model, self.kv_cache, self._buffers)
+        if self.device.compiles:
+            self._warm_up(limits)
 
     @property
     def device_name(self) -> str:
@@ -103,6 +110,17 @@ class ModelRunner:
     @property
     def progress(self) -> int:
         return self.model.layers_computed
+
+    def _warm_up(self, limits: StepLimits) -> None:
+        began = time.monotonic()
+        most = min(limits.max_batched_tokens, limits.max_model_len - 1)
+        for plan in warm_up_plans(most, limits.block_size, embeds=self._pooler is not None):
+            self.launch(plan).result()
+            ended = tuple(planned.request_id for planned in plan.sequences)
+        self._sampler.forget(ended)
+        self._buffers.fill(StepPlan((), ended))
+        self.forward_seconds = self.sample_seconds = 0.0
+        log.info("kernels are compiled, after %.1f s", time.monotonic() - began)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:

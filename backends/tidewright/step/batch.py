@@ -35,6 +35,5 @@ class StepBatch:
     host_spans_B4: np.ndarray  # the same as `spans_B4`, for decisions that must not wait for the device
     num_decodes: int  # sequences with a single token
     end_rows: list[int]  # the row after the last one of each sequence, in the order of the plan
-    padded_to: int = (
-        0  # the buffers hold padding behind the batch, so that it can be computed as one of so many decodes
-    )
+    max_context: int  # tokens that a sequence may have in any step
+    padded_to: int = 0  # behind the batch the buffers hold padding, up to so many single tokens; 0: none

@@ -57,7 +57,7 @@ class StepBuffers:
             **tables_arrays(-(-tokens // block_size) + places),
             **sampling_arrays(tokens),
         }
-        self._block_size, self._max_model_len, self.sizes = block_size, limits.max_model_len, sizes
+        self._block_size, self.sizes = block_size, sizes
         self._arena = Arena(arrays, device, staged)
         self._tables = BlockTables(places, blocks, self._arena, device, staged)
         self._sampling = SamplingColumns(places, self._arena)
@@ -75,10 +75,7 @@ class StepBuffers:
         return self._fill(plan, self._padded_size(plan))
 
     def decodes(self, size: int) -> StepBatch:
-        """Padding alone: what every step sees that is padded to this size, before it is filled.
-
-        What the host knows of it are bounds of all such steps.
-        """
+        """Padding alone: what every step sees that is padded to this size, before it is filled."""
         batch, on_device = self._fill(StepPlan(()), size), self._arena.device
         return replace(
             batch,
@@ -88,7 +85,7 @@ class StepBuffers:
             spans_B4=on_device["spans"].view(-1, 4)[:size],
             places_B=on_device["places"][:size],
             lengths_B=on_device["lengths"][:size],
-            host_spans_B4=np.array([[0, self._max_model_len - 1, 1, 0]] * size, np.int32),
+            host_spans_B4=self._arena.host["spans"].reshape(-1, 4)[:size],
             num_decodes=size,
         )
 
@@ -167,6 +164,7 @@ class StepBuffers:
             host_spans_B4=spans_B4,
             num_decodes=num_sequences - int(np.count_nonzero(several_B)),
             end_rows=ends_B.tolist(),
+            max_context=tables.host_PM.shape[1] * self._block_size,
             padded_to=padded_to,
         )
 

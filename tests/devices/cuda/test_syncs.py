@@ -1,92 +1,29 @@
 """A step on a GPU is one transfer to it and one from it, and between them the host waits for nothing.
 
-The GPU here is torch's device "meta", whose tensors have no content: whoever asks for one fails. Kernels are left out.
+The GPU here has no content: whoever asks for one fails (helpers/contentless.py).
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
-import torch
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from helpers.checkpoints import engine_config, prompt, save
+from helpers.contentless import Crossings, Indices, contentless
 from helpers.families import FAMILIES
-from helpers.interpreted import interpreted
-from tidewright.devices.memory import DeviceMemory
-from tidewright.engine import model_runner
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.schema import SamplingParams
-
-with interpreted():
-    from tidewright.devices.cuda.device import CudaDevice
-
-META = torch.device("meta")
-
-
-class Memory(DeviceMemory):
-    def free(self) -> int:
-        return 2**30
-
-
-class Crossings(TorchDispatchMode):
-    """Notes what crosses between the host and the device. Of operations that mix both, only copies may."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = func.overloadpacket.__name__
-        # A number that became a tensor travels with the launch of the kernel.
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor) and leaf.dim()]
-        devices = {one.device.type for one in given}
-        if name in ("to", "_to_copy") and "device" in kwargs:
-            devices.add(torch.device(kwargs["device"]).type)
-        if name == "lift_fresh" and devices == {"meta"}:
-            self.seen.append("torch.tensor")  # which copies from pageable memory
-        if devices <= {"meta"} or devices <= {"cpu"}:
-            return func(*args, **kwargs)
-        assert name in ("copy_", "to", "_to_copy"), f"{name} of tensors in two places"
-        if "device" in kwargs and torch.device(kwargs["device"]).type == "cpu":
-            self.seen.append("to the host" if kwargs.get("non_blocking") else "waits for the host")
-            return torch.zeros(given[0].shape, dtype=given[0].dtype)
-        is_async = kwargs.get("non_blocking") or args[2:] == (True,)
-        self.seen.append("to the device" if is_async else "waits for the device")
-        return func(*args, **kwargs)
-
-
-class Indices(TorchFunctionMode):
-    """Notes lists that index a tensor: torch copies them to its device, and no operation shows it."""
-
-    def __init__(self, seen: list[str]) -> None:
-        super().__init__()
-        self._seen = seen
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) and args[0].device == META:
-            index = args[1] if isinstance(args[1], tuple) else (args[1],)
-            self._seen += ["an index" for one in index if isinstance(one, list | range | np.ndarray)]
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EngineConfig:
     save(tmp_path, FAMILIES["llama, tied"])
-    monkeypatch.setattr(model_runner, "make_device", lambda *_, **__: CudaDevice(META, Memory(META)))
-    for name, module in [*sys.modules.items()]:
-        if name.startswith("tidewright.devices.cuda.") and hasattr(module, "start"):
-            monkeypatch.setattr(module, "start", lambda *_: None)
+    contentless(monkeypatch)
     return engine_config(tmp_path, max_batched_tokens=8)
 
 

@@ -36,6 +36,7 @@ class CudaDevice(Device):
         super().__init__(torch_device, PagedCudaAttention(), memory)
         self._recorder = recorder or (CudaRecorder(torch_device) if torch_device.type == "cuda" else None)
         self._graphs: DecodeGraphs | None = None
+        self.compiles = torch_device.type == "cuda"  # elsewhere they are interpreted
 
     def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
         if weight_E.shape[0] > norms.MAX_SIZE:

@@ -34,7 +34,7 @@ class PagedStep:
     """Where the step's sequences stand. The first `num_decodes` sequences have one new token each, in the first rows.
 
     Tensors are on the device, as in StepBatch. A decode of length 0 is padding. The numbers are bounds known to the
-    host; under a graph they are the bucket's.
+    host.
     """
 
     tables_PM: torch.Tensor  # int32; entry i of a row holds positions i*S ... i*S+S-1; later entries are not read
@@ -46,15 +46,14 @@ class PagedStep:
 
     @classmethod
     def of(cls, batch: StepBatch) -> PagedStep:
-        """Of a step that runs eagerly: the bounds are its own."""
-        spans = batch.host_spans_B4
+        """`max_query` is this batch's own, so a graph can have decodes only."""
         return cls(
             tables_PM=batch.tables_PM,
             spans_B4=batch.spans_B4,
             lengths_B=batch.lengths_B,
             num_decodes=batch.num_decodes,
-            max_context=int((spans[:, 1] + spans[:, 2]).max(initial=1)),
-            max_query=int(spans[:, 2].max(initial=1)),
+            max_context=batch.max_context,
+            max_query=int(batch.host_spans_B4[:, 2].max(initial=1)),
         )
 
 
