@@ -95,6 +95,10 @@ def test_the_engine_gets_what_the_settings_say(tmp_path: Path) -> None:
     config = Settings(device="cpu", kv_cache_memory="10%", max_running=3).engine_config(tmp_path)
     assert (config.model_dir, config.device, config.kv_cache_memory) == (str(tmp_path), "cpu", "10%")
     assert config.max_running == 3
+    quantized = Settings(kv_cache_dtype="fp8")
+    assert quantized.engine_config(tmp_path).cache_format == "fp8"
+    assert Settings(dtype="float32").engine_config(tmp_path).cache_format == "float32"
+    assert quantized.fallback_engine_config(tmp_path).kv_cache_dtype == "auto"
 
 
 def rows(options: Mapping[str, FieldInfo]) -> list[str]:

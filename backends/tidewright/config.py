@@ -57,7 +57,12 @@ class Settings(ResilienceSettings, BaseSettings):
         "auto takes a GPU if there is one.",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = Field(
-        "bfloat16", description="Number format of weights and KV cache."
+        "bfloat16", description="Number format of weights and of what is computed."
+    )
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8", "int8"] = Field(
+        "auto",
+        description="Number format of the KV cache: auto is `dtype`; fp8 (e4m3) and int8, with a scale for each token "
+        "and head, take half the memory of bfloat16.",
     )
     threads: int = Field(
         0,
@@ -263,6 +268,7 @@ class Settings(ResilienceSettings, BaseSettings):
             device="cpu" if self.fallback_device == "auto" else self.fallback_device,
             threads=self.fallback_threads,
             niceness=10,
+            kv_cache_dtype="auto",  # as it was exported
             kv_cache_memory=self.fallback_memory,
             max_output_tokens=self.fallback_max_tokens,
             max_batched_tokens=256,  # its prefill is slow, and nobody is to wait long for a first token
@@ -284,6 +290,7 @@ class Settings(ResilienceSettings, BaseSettings):
             model_dir=str(model_dir),
             device=self.device,
             dtype=self.dtype,
+            kv_cache_dtype=self.kv_cache_dtype,
             threads=self.threads,
             attention=self.attention,
             block_size=self.block_size,

@@ -25,8 +25,10 @@ from helpers.oracle import PROMPTS, Oracle
 from tidewright.bench.machine import free_ports
 from tidewright.distributed.fingerprint import model_fingerprint
 from tidewright.distributed.handshake import Frames, SecretMismatchError, introduce
+from tidewright.distributed.placement import place
 from tidewright.distributed.rank_messages import Hello, Refused, decode_from_leader
 from tidewright.distributed.ranks import Ranks
+from tidewright.engine.engine import Engine
 from tidewright.engine.messages import Heartbeat, StepOutputs, Submit, encode
 from tidewright.schema import SamplingParams
 
@@ -102,6 +104,21 @@ def test_any_number_of_ranks_gives_the_same_tokens(tmp_path: Path, size: int) ->
         while not preemptions:
             message = started.hear()
             preemptions = message.stats.preemptions if isinstance(message, Heartbeat) else 0
+
+
+def test_two_ranks_with_a_quantized_cache_give_the_tokens_of_one(checkpoint: tuple[Path, Any]) -> None:
+    """A scale belongs to one head, so a rank that has some of the heads stores the same codes."""
+    options = {**HARD, "kv_cache_dtype": "int8"}
+    requests = [request for request in a_bit_of_everything() if request.sampling.temperature == 0]
+    alone = Engine(place(config(checkpoint[0], **options), 0))
+    wanted: dict[int, list[int]] = {request.request_id: [] for request in requests}
+    for request in requests:
+        assert alone.submit(request) is None
+    while alone.has_work:
+        for output in alone.step():
+            wanted[output.request_id] += output.token_ids
+    with group(checkpoint[0], 2, **options) as started:
+        assert tokens_of(started, requests) == wanted
 
 
 def test_three_ranks_of_the_embedded_model(model_dir: Path, oracle: Oracle) -> None:

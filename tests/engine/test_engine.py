@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import transformers
@@ -137,6 +138,31 @@ def test_no_feature_changes_a_token(
     assert (stats.tokens_accepted > 0) == (speculative_tokens > 0)
     if "max_model_len" in changes:
         assert stats.preemptions > 0
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_no_feature_changes_a_token_with_a_quantized_cache(folder: Path, kv_cache_dtype: str) -> None:
+    """Codes depend on their vector alone, so they are the same however a token came to be computed."""
+    plain = engine(folder, prefix_caching=False, kv_cache_dtype=kv_cache_dtype)
+    alone = [tokens(run(plain, [request]))[0] for request in requests()]
+    bytes_per_token = 2 * 2 * 2 * (8 + 4)
+    for changes in (
+        {"max_batched_tokens": 9},
+        {"kv_cache_memory": str(72 * bytes_per_token), "max_model_len": 64},
+        {"block_size": 1, "async_scheduling": "on"},
+    ):
+        options = {"kv_cache_dtype": kv_cache_dtype, "speculative_tokens": 3, **changes}
+        made = engine(folder, **options)
+        assert tokens(run(made, requests(), steps_between=2)) == alone
+        stats = made.stats()
+        assert stats.prefix_hits > 0
+        assert stats.tokens_accepted > 0
+        assert (stats.preemptions > 0) == ("max_model_len" in changes)
+    replayed = [
+        msgspec.structs.replace(request, output_token_ids=done[:10])
+        for request, done in zip(requests(), alone, strict=True)
+    ]
+    assert tokens(run(engine(folder, kv_cache_dtype=kv_cache_dtype), replayed)) == [done[10:] for done in alone]
 
 
 def test_a_step_is_launched_before_the_result_of_the_one_before_is_taken(folder: Path) -> None:

@@ -167,6 +167,14 @@ def test_ctrl_c_is_not_the_engines_business(engine: Bridge) -> None:
 BAD = [
     ({"model_dir": "/nowhere"}, "/nowhere/config.json can't be read"),
     ({"dtype": "int3"}, "dtype 'int3' is not supported; use one of: bfloat16, float16, float32"),
+    (
+        {"kv_cache_dtype": "fp4"},
+        "kv_cache_dtype 'fp4' is not supported; use one of: auto, bfloat16, float16, float32, fp8, int8",
+    ),
+    (
+        {"kv_cache_dtype": "float16", "attention": "native"},
+        "attention 'native' needs a KV cache in torch.float32, as the weights, in fp8 or in int8, not in torch.float16",
+    ),
     ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
     ({"device": "toaster"}, "device 'toaster' is not one"),
     ({"device": "meta"}, "device 'meta' is not supported"),
@@ -192,7 +200,7 @@ def test_a_bad_configuration_is_explained(model: Path, changes: dict[str, Any], 
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(("changes", "message"), [BAD[0], BAD[2]])
+@pytest.mark.parametrize(("changes", "message"), [BAD[0], BAD[4]])
 def test_the_process_gives_its_explanation_and_ends(model: Path, changes: dict[str, Any], message: str) -> None:
     with bridge() as started:
         started.begin(changed(model, changes))

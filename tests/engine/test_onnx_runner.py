@@ -152,6 +152,8 @@ def test_what_cannot_be_loaded_is_refused_with_the_reason(model: Model, tmp_path
     graph.write_bytes(b"\xff" * graph.stat().st_size)
     assert f"{graph} can't be run" in refusal(model, model_dir=str(corrupt))
 
+    assert "an ONNX model has a KV cache of its own format; choose auto" in refusal(model, kv_cache_dtype="int8")
+
     short = copied(model[1], tmp_path / "short")
     (short / model_file("float32")).write_bytes(b"")
     assert "no complete ONNX export" in refusal(model, model_dir=str(short))

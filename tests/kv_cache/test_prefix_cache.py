@@ -36,6 +36,13 @@ def test_a_chain_grows_as_if_it_had_been_made_at_once() -> None:
     assert len(grown.digests) == 3
 
 
+def test_blocks_of_another_format_or_salt_have_other_digests() -> None:
+    chains = [HashChain(salt, 2, name) for salt in (None, "", "int8") for name in ("int8", "fp8", "int8salt:")]
+    for made in chains:
+        made.extend([1, 2])
+    assert len({made.digests[0] for made in chains}) == len(chains)
+
+
 def test_a_block_is_found_only_behind_the_same_beginning() -> None:
     cache, table = stored([1, 2, 3, 4])
     assert cache.find([1, 2, 3, 4, 5], chain([1, 2, 3, 4, 5])) == table

@@ -28,11 +28,13 @@ def test_as_transformers_computes_it(tmp_path: Path, name: str) -> None:
     assert all(len(set(ids)) > 4 for ids in wanted)  # the model does not say the same thing whatever it reads
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "kv_cache_dtype"), [("float32", "auto"), ("bfloat16", "auto"), ("bfloat16", "int8"), ("float32", "fp8")]
+)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_layers_in_few_calls_compute_the_same_bits(tmp_path: Path, name: str, dtype: str) -> None:
+def test_layers_in_few_calls_compute_the_same_bits(tmp_path: Path, name: str, dtype: str, kv_cache_dtype: str) -> None:
     save(tmp_path, FAMILIES[name])
-    runner = ModelRunner(engine_config(tmp_path, dtype=dtype))
+    runner = ModelRunner(engine_config(tmp_path, dtype=dtype, kv_cache_dtype=kv_cache_dtype))
     ids = prompt(33, seed=1)
     in_few_TV = logits(runner, ids, chunk=5)
     assert (runner.device.fused_rows >= 5) == ("gemma" not in name)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from tidewright.attention.base import Attention, AttentionLayer, Rotation
+from tidewright.kv_cache.quantized import dequantize, quantize
 from tidewright.kv_cache.storage import LayerCache
 from tidewright.step.batch import StepBatch
 
@@ -98,23 +99,22 @@ class ReferenceAttention(Attention):
         batch: StepBatch,
         layer: AttentionLayer,
     ) -> torch.Tensor:
-        k_cache_NSKD, v_cache_NSKD = cache.keys_NSKD, cache.values_NSKD
-        kv_heads = k_cache_NSKD.shape[2]
+        kv_heads = cache.num_kv_heads
         # q and k lie side by side, so both turn in one go.
         qk_TXD, v_TKD = rotation.apply(qkv_TXD[:, :-kv_heads]), qkv_TXD[:, -kv_heads:]
         q_THD, k_TKD = qk_TXD[:, :-kv_heads], qk_TXD[:, -kv_heads:]
-        k_cache_NSKD.flatten(0, 1).index_copy_(0, batch.slots_T, k_TKD)
-        v_cache_NSKD.flatten(0, 1).index_copy_(0, batch.slots_T, v_TKD)
+        # What is read is what was stored, so a result does not depend on how a prompt was cut into chunks.
+        k_TKD = _store(cache.keys_NSKD, cache.key_scales_NKS, batch.slots_T, k_TKD)
+        v_TKD = _store(cache.values_NSKD, cache.value_scales_NKS, batch.slots_T, v_TKD)
         out_THD = torch.empty_like(q_THD)
         for group in self.decodes:
-            out_THD[group.rows_B] = _decode(q_THD[group.rows_B], k_cache_NSKD, v_cache_NSKD, group, layer)
+            out_THD[group.rows_B] = _decode(q_THD[group.rows_B], cache, group, layer)
         for prefill in self.prefills:
             rows = prefill.rows
             if prefill.blocks_M is None:
                 k_CKD, v_CKD = k_TKD[rows], v_TKD[rows]
             else:
-                k_CKD = _read(k_cache_NSKD, prefill.blocks_M)[: prefill.context]
-                v_CKD = _read(v_cache_NSKD, prefill.blocks_M)[: prefill.context]
+                k_CKD, v_CKD = (x[: prefill.context] for x in _read(cache, prefill.blocks_M, q_THD.dtype))
             mask_TC = None if prefill.is_plain(layer) else prefill.mask(layer.window)
             out_THD[rows] = _causal(q_THD[rows], k_CKD, v_CKD, mask_TC, layer)
         return out_THD
@@ -149,25 +149,44 @@ class ReferenceAttention(Attention):
         )
 
 
-def _read(cache_NSKD: torch.Tensor, blocks_M: torch.Tensor) -> torch.Tensor:
-    """The blocks' tokens, one after the other."""
-    return cache_NSKD.index_select(0, blocks_M).flatten(0, 1)
-
-
-def _decode(
-    q_BHD: torch.Tensor,
-    k_cache_NSKD: torch.Tensor,
-    v_cache_NSKD: torch.Tensor,
-    group: _DecodeGroup,
-    layer: AttentionLayer,
+def _store(
+    cache_NSKD: torch.Tensor, scales_NKS: torch.Tensor | None, slots_T: torch.Tensor, x_TKD: torch.Tensor
 ) -> torch.Tensor:
+    """Returns what a later step will read of it."""
+    if scales_NKS is None:
+        stored_TKD = x_TKD.to(cache_NSKD.dtype)
+        cache_NSKD.flatten(0, 1).index_copy_(0, slots_T, stored_TKD)
+        return stored_TKD.to(x_TKD.dtype)
+    codes_TKD, scales_TK = quantize(x_TKD, cache_NSKD.dtype)
+    # As bytes, because torch copies no rows of float8.
+    cache_NSKD.view(torch.uint8).flatten(0, 1).index_copy_(0, slots_T, codes_TKD.view(torch.uint8))
+    block_size = cache_NSKD.shape[1]
+    scales_NKS[slots_T // block_size, :, slots_T % block_size] = scales_TK
+    return dequantize(codes_TKD, scales_TK, x_TKD.dtype)
+
+
+def _read(cache: LayerCache, blocks_M: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of the blocks' tokens, one after the other."""
+
+    def read(cache_NSKD: torch.Tensor, scales_NKS: torch.Tensor | None) -> torch.Tensor:
+        if scales_NKS is None:
+            return cache_NSKD.index_select(0, blocks_M).flatten(0, 1).to(dtype)
+        codes_MSKD = cache_NSKD.view(torch.uint8).index_select(0, blocks_M).view(cache_NSKD.dtype)
+        scales_MSK = scales_NKS.index_select(0, blocks_M).transpose(1, 2)
+        return dequantize(codes_MSKD, scales_MSK, dtype).flatten(0, 1)
+
+    return read(cache.keys_NSKD, cache.key_scales_NKS), read(cache.values_NSKD, cache.value_scales_NKS)
+
+
+def _decode(q_BHD: torch.Tensor, cache: LayerCache, group: _DecodeGroup, layer: AttentionLayer) -> torch.Tensor:
     batch, heads, head_dim = q_BHD.shape
-    kv_heads = k_cache_NSKD.shape[2]
+    kv_heads = cache.num_kv_heads
     # The query heads that share a KV head take the place of a sequence of queries (G of them): no K or V is copied.
     q_BKGD = q_BHD.reshape(batch, kv_heads, heads // kv_heads, head_dim)
-    blocks = group.blocks_BM.flatten()
-    k_BKCD = _read(k_cache_NSKD, blocks).view(batch, -1, kv_heads, head_dim).transpose(1, 2)
-    v_BKCD = _read(v_cache_NSKD, blocks).view(batch, -1, kv_heads, head_dim).transpose(1, 2)
+    k_BKCD, v_BKCD = (
+        x.view(batch, -1, kv_heads, head_dim).transpose(1, 2)
+        for x in _read(cache, group.blocks_BM.flatten(), q_BHD.dtype)
+    )
     out_BKGD = _attend(q_BKGD, k_BKCD, v_BKCD, group.mask(layer.window), layer)
     return out_BKGD.reshape(batch, heads, head_dim)
 

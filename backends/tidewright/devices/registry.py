@@ -14,10 +14,12 @@ from tidewright.devices.cpu.device import CpuDevice
 from tidewright.devices.cpu.kernels import kernels_of
 from tidewright.devices.cpu.step_threads import StepThreads, processor_waits
 from tidewright.devices.visible_gpus import check_visible
+from tidewright.kv_cache.quantized import FP8, INT8, is_quantized
 
 _ATTENTIONS = ("auto", "native", "reference")
 _LARGEST_HEAD = 256  # of the kernels for GPUs
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_CACHE_DTYPES = {**_DTYPES, "fp8": FP8, "int8": INT8}
 
 log = logging.getLogger(__name__)
 
@@ -29,11 +31,27 @@ def dtype_of(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
+def cache_dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Of the KV cache's numbers, beside weights of `dtype`. Raises DeviceError."""
+    if name == "auto":
+        return dtype
+    if name not in _CACHE_DTYPES:
+        raise DeviceError(f"kv_cache_dtype {name!r} is not supported; use one of: auto, {', '.join(_CACHE_DTYPES)}")
+    return _CACHE_DTYPES[name]
+
+
 def make_device(
-    name: str, attention: str, block_size: int, dtype: torch.dtype, head_dim: int, adapt_threads: bool = False
+    name: str,
+    attention: str,
+    block_size: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    adapt_threads: bool = False,
+    cache_dtype: torch.dtype | None = None,
 ) -> Device:
     """`attention`: "native" is that of the device's own kernels, "auto" the fastest that there is for the model.
 
+    `cache_dtype`: of the KV cache; None is `dtype`.
     `adapt_threads`: steps on a CPU use fewer threads while other processes use the cores, where results allow it.
 
     Raises:
@@ -45,10 +63,14 @@ def make_device(
     if attention not in _ATTENTIONS:
         raise DeviceError(f"attention {attention!r} does not exist; there is: {', '.join(_ATTENTIONS)}")
     if attention != "reference":
-        lack = _lack_on_cpu(dtype) if device.type == "cpu" else _lack_on_cuda(head_dim)
+        lack = (
+            _lack_on_cpu(dtype, cache_dtype or dtype)
+            if device.type == "cpu"
+            else _lack_on_cuda(head_dim, cache_dtype in (None, dtype))
+        )
         if lack and attention == "native":
             raise DeviceError(f"attention 'native' needs {lack}; choose 'auto'")
-        if lack and device.type == "cuda":
+        if lack and (device.type == "cuda" or kernels_of(dtype) is not None):
             log.warning("attention is the reference's, which is slow: the kernels need %s", lack)
         attention = "reference" if lack else "native"
     if device.type == "cpu":
@@ -65,14 +87,18 @@ def make_device(
     return Device(device, ReferenceAttention(block_size, device))
 
 
-def _lack_on_cpu(dtype: torch.dtype) -> str:
+def _lack_on_cpu(dtype: torch.dtype, cache_dtype: torch.dtype) -> str:
     """What the kernels need and there is not; empty if nothing."""
     if kernels_of(dtype) is not None:
-        return ""
+        if cache_dtype == dtype or is_quantized(cache_dtype):
+            return ""
+        return f"a KV cache in {dtype}, as the weights, in fp8 or in int8, not in {cache_dtype}"
     return f"float32 or bfloat16, and a C++ compiler, not {dtype} (the log tells if the compiler failed)"
 
 
-def _lack_on_cuda(head_dim: int) -> str:
+def _lack_on_cuda(head_dim: int, is_plain: bool) -> str:
+    if not is_plain:
+        return "a KV cache in the type of the weights"
     if head_dim > _LARGEST_HEAD or head_dim % 2:
         return f"even head sizes up to {_LARGEST_HEAD}, not {head_dim}"
     return "" if find_spec("triton") else "PyPI's triton (pip install tidewright[gpu])"

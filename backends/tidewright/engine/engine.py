@@ -205,6 +205,7 @@ def make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
             prefix_caching=prefix_caching,
             speculative_tokens=config.speculative_tokens,
             embeds=embeds,
+            cache_format=config.cache_format,
         ),
         BlockPool(runner.num_blocks),
     )

@@ -20,6 +20,7 @@ class SchedulerConfig:
     prefix_caching: bool = True
     speculative_tokens: int = 0
     embeds: bool = False  # requests end after their prompt, with its embedding
+    cache_format: str = ""  # of the numbers in the KV cache
 
 
 class RequestRefusedError(ValueError):

@@ -23,6 +23,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     model_dir: str
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one
     dtype: str = "bfloat16"  # "bfloat16", "float16", "float32"
+    kv_cache_dtype: str = "auto"  # "fp8", "int8", or as dtype; "auto" is dtype
     threads: int = 0  # of each rank; 0: as many as it can keep busy (devices/cpu/step_threads.py)
     niceness: int = 0  # of the process; 10 gets a tenth of a core that another wants as well
     attention: str = "auto"
@@ -49,6 +50,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     task: Task = "generate"  # "embed": a request ends after its prompt, with the embedding
     pooling: Pooling = "last"
     normalize: bool = True  # embeddings have length 1
+
+    @property
+    def cache_format(self) -> str:
+        """Names the number format of the KV cache; "auto" is resolved."""
+        return self.dtype if self.kv_cache_dtype == "auto" else self.kv_cache_dtype
 
     @property
     def local_ranks(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from tidewright.devices.cpu.step_threads import set_threads
-from tidewright.devices.registry import dtype_of, make_device
+from tidewright.devices.registry import cache_dtype_of, dtype_of, make_device
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import DrawnToken, StepPlan, StepResult
@@ -49,11 +49,13 @@ class ModelRunner:
         set_threads(config.threads, config.local_ranks)
         folder = Path(config.model_dir)
         self.dtype = dtype_of(config.dtype)
+        cache_dtype = cache_dtype_of(config.kv_cache_dtype, self.dtype)
         model_json = read_json(folder / "config.json")
         architecture = model_class(model_json)
         model_config = read_config(model_json)
         device = config.device, config.attention, config.block_size
-        self.device = make_device(*device, self.dtype, model_config.head_dim, adapt_threads=config.threads == 0)
+        adapts = config.threads == 0
+        self.device = make_device(*device, self.dtype, model_config.head_dim, adapts, cache_dtype)
         limit = model_config.max_positions
         if config.max_model_len > limit:
             raise EngineConfigError(f"max_model_len is {config.max_model_len}, but the model's limit is {limit}")
@@ -82,7 +84,7 @@ class ModelRunner:
             self.model.num_kv_heads,
             model_config.head_dim,
             config.block_size,
-            self.dtype,
+            cache_dtype,
         )
         # Who sets a length gets that length; the model's own limit gives way to the memory.
         needed = config.max_model_len or min(limit, USEFUL_TOKENS)

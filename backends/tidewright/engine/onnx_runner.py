@@ -17,7 +17,7 @@ from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.cpu.step_threads import set_threads
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
-from tidewright.engine.runner import USEFUL_TOKENS, LaunchedStep
+from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedStep
 from tidewright.kv_cache.storage import KVCacheShape, count_blocks
 from tidewright.onnx_export.manifest import (
     PRECISIONS,
@@ -32,9 +32,14 @@ from tidewright.step.sampling import SamplingBatch
 
 
 class OnnxRunner:
-    """Raises IncompleteExportError, KVCacheMemoryError or OnnxModelError."""
+    """Raises EngineConfigError, IncompleteExportError, KVCacheMemoryError or OnnxModelError."""
 
     def __init__(self, config: EngineConfig) -> None:
+        if config.kv_cache_dtype != "auto":
+            raise EngineConfigError(
+                f"kv_cache_dtype is {config.kv_cache_dtype}, but an ONNX model has a KV cache of its own format; "
+                "choose auto"
+            )
         folder = Path(config.model_dir)
         manifest = load_manifest(folder)
         precision = next(name for name in PRECISIONS if name in manifest.files)  # int8 if there is it

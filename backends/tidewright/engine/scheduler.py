@@ -83,7 +83,7 @@ class Scheduler:
         sequence.stop_ids = frozenset(token for token in stop_ids if token < self._config.vocab_size)
         sequence.longest = longest(sequence, self._config)
         sequence.order = (sequence.sampling.priority, self._arrivals)
-        sequence.chain = HashChain(sequence.sampling.cache_salt, self._config.block_size)
+        sequence.chain = HashChain(sequence.sampling.cache_salt, self._config.block_size, self._config.cache_format)
         self._arrivals += 1
         self._by_id[sequence.request_id] = sequence
         insort(self._waiting, sequence, key=attrgetter("order"))

@@ -24,9 +24,11 @@ def parse_memory(text: str, free: int) -> int:
     return int(float(match[1]) * _UNITS[unit])
 
 
-def bytes_per_block(num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, value_bytes: int) -> int:
-    """Keys and values of `block_size` tokens, in all layers, of one rank's KV heads."""
-    return 2 * num_layers * num_kv_heads * head_dim * block_size * value_bytes
+def bytes_per_block(
+    num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, value_bytes: int, scale_bytes: int = 0
+) -> int:
+    """Keys and values of `block_size` tokens, in all layers, of one rank's KV heads. A scale is that of one vector."""
+    return 2 * num_layers * num_kv_heads * block_size * (head_dim * value_bytes + scale_bytes)
 
 
 def blocks_of(tokens: int, block_size: int) -> int:

@@ -1,8 +1,8 @@
 """Finds the blocks that already hold the beginning of a sequence, so that equal beginnings are computed once.
 
 A full block is known by the hash of its tokens and of all tokens before it (a hash chain, as in vLLM's automatic
-prefix caching), rooted in a salt that keeps tenants apart. Blocks keep their content, and stay findable, after
-their last owner is gone; they are forgotten when the pool gives them to someone else.
+prefix caching), rooted in the number format and in a salt that keeps tenants apart. Blocks keep their content, and stay
+findable, after their last owner is gone; they are forgotten when the pool gives them to someone else.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
 
 
 class HashChain:
-    """The digests of a sequence's full blocks, made as the sequence grows."""
+    """The digests of a sequence's full blocks, made as the sequence grows.
 
-    def __init__(self, salt: str | None, block_size: int) -> None:
+    `cache_format` names the number format of the blocks. It is part of every digest: one that outlives its cache never
+    names a block of another format.
+    """
+
+    def __init__(self, salt: str | None, block_size: int, cache_format: str = "") -> None:
         self._block_size = block_size
-        self._last = b"" if salt is None else blake2b(salt.encode(), digest_size=16).digest()
+        root = b"" if salt is None else b"salt:" + salt.encode()
+        self._last = blake2b(cache_format.encode() + b"\0" + root, digest_size=16).digest()
         self.digests: list[bytes] = []
 
     def extend(self, token_ids: Sequence[int]) -> None:

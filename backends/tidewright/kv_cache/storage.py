@@ -10,6 +10,7 @@ import torch
 
 from tidewright.devices.memory import DeviceMemory
 from tidewright.kv_cache.budget import blocks_of, bytes_per_block, parse_memory
+from tidewright.kv_cache.quantized import SCALE_BYTES, is_quantized
 
 
 class KVCacheMemoryError(ValueError):
@@ -29,28 +30,50 @@ class KVCacheShape:
     @property
     def bytes_per_block(self) -> int:
         sizes = self.num_layers, self.num_kv_heads, self.head_dim, self.block_size
-        return bytes_per_block(*sizes, self.dtype.itemsize)
+        return bytes_per_block(*sizes, self.dtype.itemsize, SCALE_BYTES if is_quantized(self.dtype) else 0)
 
 
 @dataclass(frozen=True, eq=False)
 class LayerCache:
-    """One layer's keys and values by block, in a type of their own: N blocks of S tokens with K heads of D values."""
+    """One layer's keys and values by block, in a type of their own: N blocks of S tokens with K heads of D values.
+
+    Where the type is one of kv_cache/quantized.py, float32 scales; those of a head's S tokens lie side by side.
+    """
 
     keys_NSKD: torch.Tensor
     values_NSKD: torch.Tensor
+    key_scales_NKS: torch.Tensor | None = None
+    value_scales_NKS: torch.Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.keys_NSKD.dtype
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.keys_NSKD.shape[2]
 
 
 @dataclass(frozen=True, eq=False)
 class KVCache:
-    """All layers' keys, and all their values, lie side by side."""
+    """All layers' keys, and all their values, lie side by side; so do their scales, if there are any."""
 
     k_cache_LNSKD: torch.Tensor
     v_cache_LNSKD: torch.Tensor
+    k_scales_LNKS: torch.Tensor | None = None
+    v_scales_LNKS: torch.Tensor | None = None
     layers: tuple[LayerCache, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        layers = zip(self.k_cache_LNSKD, self.v_cache_LNSKD, strict=True)
-        object.__setattr__(self, "layers", tuple(LayerCache(keys, values) for keys, values in layers))
+        none = (None,) * len(self.k_cache_LNSKD)
+        scales = (none if x is None else x for x in (self.k_scales_LNKS, self.v_scales_LNKS))
+        layers = zip(self.k_cache_LNSKD, self.v_cache_LNSKD, *scales, strict=True)
+        object.__setattr__(self, "layers", tuple(LayerCache(*parts) for parts in layers))
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        found = (self.k_cache_LNSKD, self.v_cache_LNSKD, self.k_scales_LNKS, self.v_scales_LNKS)
+        return tuple(tensor for tensor in found if tensor is not None)
 
     @property
     def num_blocks(self) -> int:
@@ -82,7 +105,10 @@ def count_blocks(shape: KVCacheShape, budget: str, needed_tokens: int, memory: D
 def allocate_kv_cache(shape: KVCacheShape, num_blocks: int, memory: DeviceMemory) -> KVCache:
     dimensions = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
     # Zeros, not empty: a masked position is multiplied by 0, and 0 * NaN would poison its neighbours.
-    return KVCache(memory.zeros(dimensions, shape.dtype), memory.zeros(dimensions, shape.dtype))
+    caches = [memory.zeros(dimensions, shape.dtype) for _ in range(2)]
+    of_scales = (shape.num_layers, num_blocks, shape.num_kv_heads, shape.block_size)
+    scales = [memory.zeros(of_scales, torch.float32) for _ in range(2)] if is_quantized(shape.dtype) else []
+    return KVCache(*caches, *scales)
 
 
 def _mib(count: int) -> str:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidewright.devices.cpu.kernels import CpuKernels, KernelArgumentError, kernels_for, kernels_of
+from tidewright.kv_cache.storage import LayerCache
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
@@ -150,7 +151,8 @@ def test_rotate_and_store(
     slots_T = torch.randperm(32, generator=generator)[:tokens]
     k_cache_NSKD = torch.full((32 // block_size, block_size, kv_heads, size), 7.0, dtype=dtype)
     v_cache_NSKD = k_cache_NSKD.clone()
-    q_THD = native(dtype).rotate_and_store(qkv_TXD, cos_PD, sin_PD, positions_T, slots_T, k_cache_NSKD, v_cache_NSKD)
+    cache = LayerCache(k_cache_NSKD, v_cache_NSKD)
+    q_THD = native(dtype).rotate_and_store(qkv_TXD, cos_PD, sin_PD, positions_T, slots_T, cache)
     expected = turned(qkv_TXD[:, : heads + kv_heads], angles_PD[positions_T])
     close(q_THD, expected[:, :heads])
     keys, values = k_cache_NSKD.flatten(0, 1), v_cache_NSKD.flatten(0, 1)

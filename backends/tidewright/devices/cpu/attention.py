@@ -13,6 +13,8 @@ from tidewright.step.batch import StepBatch
 class NativeCpuAttention(Attention):
     """For float32 and bfloat16, where the kernels load (`available`). Sums are taken in float32.
 
+    A cache of the same type, or a quantized one, whose codes are read in registers.
+
     Sequences that begin with the same blocks lie side by side in the batch: the kernel reads those once for all.
     """
 
@@ -32,13 +34,11 @@ class NativeCpuAttention(Attention):
             rotation.sin_PD,
             rotation.positions_T,
             batch.slots_T,
-            cache.keys_NSKD,
-            cache.values_NSKD,
+            cache,
         )
         return native.paged_attention(
             q_THD,
-            cache.keys_NSKD,
-            cache.values_NSKD,
+            cache,
             batch.spans_B4,
             batch.tables_PM,
             layer.scale,

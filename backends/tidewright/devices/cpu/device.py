@@ -71,7 +71,7 @@ class CpuDevice(Device):
         if len(batch.token_ids_T) > self.fused_rows:
             return super().forward(model, batch, kv_cache)
         indices = batch.positions_T, batch.slots_T, batch.spans_B4, batch.tables_PM
-        step = LayerStep(model.embed(batch.token_ids_T), *indices, kv_cache.k_cache_LNSKD, kv_cache.v_cache_LNSKD)
+        step = LayerStep(model.embed(batch.token_ids_T), *indices, kv_cache)
         for layer in self._layers:
             layer.run(step)
             model.layers_computed += 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 
 from tidewright.devices.cpu.build import load_library
+from tidewright.kv_cache.quantized import FP8, INT8, is_quantized
+from tidewright.kv_cache.storage import LayerCache
 
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 """Of the C functions, by what they take."""
@@ -26,13 +28,36 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "embedding": [c_void_p] * 3 + [c_int64] * 2,
     "rms_norm": [c_void_p] * 4 + [c_int64] * 2 + [c_float],
     "silu_and_mul": [c_void_p] * 2 + [c_int64] * 2,
-    "rotate_and_store": [c_void_p] * 8 + [c_int64] * 4,
-    "attention": [c_void_p, c_int64] + [c_void_p] * 5 + [c_int64] * 6 + [c_float] * 2,
+    "rotate_and_store": [c_void_p] * 7 + [c_int64] * 4,
+    "attention": [c_void_p, c_int64] + [c_void_p] * 4 + [c_int64] * 6 + [c_float] * 2,
 }
 
 
 class KernelArgumentError(TypeError):
     """A tensor has another dtype or layout than the kernel takes."""
+
+
+class CacheStruct(Structure):
+    """A layer's keys and values, as cache.h has them."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")],
+        *[(name, c_int64) for name in ("format", "block_size")],
+    ]
+
+    @classmethod
+    def of(cls, cache: LayerCache, dtype: torch.dtype) -> CacheStruct:
+        """For kernels that compute in `dtype`. Raises KernelArgumentError."""
+        tensors = (cache.keys_NSKD, cache.values_NSKD, cache.key_scales_NKS, cache.value_scales_NKS)
+        wanted = cache.dtype if is_quantized(cache.dtype) else dtype
+        is_scaled = cache.key_scales_NKS is not None and cache.value_scales_NKS is not None
+        if is_scaled != is_quantized(wanted):
+            raise KernelArgumentError(f"a cache of {cache.dtype} must have scales if it is quantized, and else none")
+        for tensor, kind in zip(tensors, (wanted, wanted, torch.float32, torch.float32), strict=True):
+            if tensor is not None and (tensor.dtype != kind or not tensor.is_contiguous()):
+                raise KernelArgumentError(f"a contiguous {kind} tensor is needed, not {tensor.dtype}")
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+        return cls(*pointers, {INT8: 1, FP8: 2}.get(cache.dtype, 0), cache.keys_NSKD.shape[1])
 
 
 @dataclass(frozen=True)
@@ -133,19 +158,18 @@ class CpuKernels:
         sin_PD: torch.Tensor,
         positions_T: torch.Tensor,
         slots_T: torch.Tensor,
-        k_cache_NSKD: torch.Tensor,
-        v_cache_NSKD: torch.Tensor,
+        cache: LayerCache,
     ) -> torch.Tensor:
         """The rotated queries q_THD; rotated keys and plain values go to slots_T (block * S + offset) of the cache.
 
         X: all heads of q, k and v, side by side. The tables are float32, and sin's first half negated; positions and
-        slots are int64.
+        slots are int64. A quantized cache gets the codes and scales of kv_cache/quantized.py.
         """
-        self._check(qkv_TXD, k_cache_NSKD, v_cache_NSKD)
+        self._check(qkv_TXD)
         if not (cos_PD.dtype == sin_PD.dtype == torch.float32 and positions_T.dtype == slots_T.dtype == torch.int64):
             raise KernelArgumentError("the tables of cosines and sines must be float32, positions and slots int64")
         tokens, all_heads, size = qkv_TXD.shape
-        kv_heads = k_cache_NSKD.shape[2]
+        kv_heads = cache.num_kv_heads
         heads = all_heads - 2 * kv_heads
         q_THD = qkv_TXD.new_empty((tokens, heads, size))
         self._rotate_and_store(
@@ -155,8 +179,7 @@ class CpuKernels:
             positions_T.data_ptr(),
             slots_T.data_ptr(),
             q_THD.data_ptr(),
-            k_cache_NSKD.data_ptr(),
-            v_cache_NSKD.data_ptr(),
+            ctypes.byref(CacheStruct.of(cache, self.dtype)),
             tokens,
             heads,
             kv_heads,
@@ -167,8 +190,7 @@ class CpuKernels:
     def paged_attention(
         self,
         q_THD: torch.Tensor,
-        k_cache_NSKD: torch.Tensor,
-        v_cache_NSKD: torch.Tensor,
+        cache: LayerCache,
         spans_B4: torch.Tensor,
         tables: torch.Tensor,
         scale: float,
@@ -181,16 +203,14 @@ class CpuKernels:
         number of tokens, and where in `tables` its list of blocks begins. window, softcap: as in AttentionLayer; 0 for
         none.
         """
-        self._check(k_cache_NSKD, v_cache_NSKD)
         q_THD = self._heads(q_THD)
         tokens, heads, size = q_THD.shape
-        _, block_size, kv_heads, _ = k_cache_NSKD.shape
+        _, block_size, kv_heads, _ = cache.keys_NSKD.shape
         out_THD = q_THD.new_empty((tokens, heads, size))
         self._attention(
             q_THD.data_ptr(),
             q_THD.stride(0),
-            k_cache_NSKD.data_ptr(),
-            v_cache_NSKD.data_ptr(),
+            ctypes.byref(CacheStruct.of(cache, self.dtype)),
             out_THD.data_ptr(),
             spans_B4.data_ptr(),
             tables.data_ptr(),

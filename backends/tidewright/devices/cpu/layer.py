@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 
 from tidewright.devices.cpu.build import load_library
-from tidewright.devices.cpu.kernels import SUFFIXES, KernelArgumentError, PackedWeight
+from tidewright.devices.cpu.kernels import SUFFIXES, CacheStruct, KernelArgumentError, PackedWeight
+from tidewright.kv_cache.storage import KVCache
 
 
 class Weight(NamedTuple):
@@ -73,6 +74,8 @@ class _Step(Structure):
         ("rows", c_int64),
         *[(name, c_void_p) for name in ("positions", "slots", "spans", "tables")],
         *[(name, c_int64) for name in ("num_spans", "block_size")],
+        ("cache", CacheStruct),
+        ("layer_vectors", c_int64),
     ]
 
 
@@ -90,17 +93,21 @@ class LayerStep:
         slots_T: torch.Tensor,
         spans_B4: torch.Tensor,
         tables: torch.Tensor,
-        k_cache_LNSKD: torch.Tensor,
-        v_cache_LNSKD: torch.Tensor,
+        cache: KVCache,
     ) -> None:
         self._indices = positions_T, slots_T, spans_B4, tables  # C knows their addresses only
         self.residual_TE, self.added_TE = embedded_TE, torch.empty_like(embedded_TE)
         pointers = (tensor.data_ptr() for tensor in self._indices)
-        block_size = k_cache_LNSKD.shape[2]
-        self.struct = _Step(embedded_TE.shape[0], *pointers, spans_B4.shape[0], block_size)
+        _, blocks, block_size, kv_heads, _ = cache.k_cache_LNSKD.shape
+        self.struct = _Step(
+            embedded_TE.shape[0],
+            *pointers,
+            spans_B4.shape[0],
+            block_size,
+            CacheStruct.of(cache.layers[0], embedded_TE.dtype),
+            blocks * block_size * kv_heads,
+        )
         self.reference = ctypes.byref(self.struct)
-        self.caches = k_cache_LNSKD.data_ptr(), v_cache_LNSKD.data_ptr()
-        self.bytes_per_layer = k_cache_LNSKD.stride(0) * k_cache_LNSKD.itemsize
 
     def hidden(self) -> torch.Tensor:
         """[T, E] once all layers have run."""
@@ -118,7 +125,7 @@ class CpuLayer:
         self._index, self._add_up = index, add_up
         self._kept = parts  # C knows the addresses only
         self._attention_half = getattr(library, f"attention_half_{SUFFIXES[dtype]}")
-        self._attention_half.argtypes = [POINTER(_AttentionHalf), POINTER(_Step)] + [c_void_p] * 5
+        self._attention_half.argtypes = [POINTER(_AttentionHalf), POINTER(_Step), c_int64] + [c_void_p] * 3
         self._mlp_half = getattr(library, f"mlp_half_{SUFFIXES[dtype]}")
         self._mlp_half.argtypes = [POINTER(_MlpHalf), POINTER(_Step)] + [c_void_p] * 3
         self._attention_half.restype = self._mlp_half.restype = None
@@ -152,13 +159,9 @@ class CpuLayer:
         self._attention_reference, self._mlp_reference = ctypes.byref(self._attention), ctypes.byref(self._mlp)
 
     def run(self, step: LayerStep) -> None:
-        offset = self._index * step.bytes_per_layer
-        k_cache, v_cache = step.caches
         residual, added = step.residual_TE.data_ptr(), step.added_TE.data_ptr()
         before = added if self._index else None  # the embedding alone is the stream
-        self._attention_half(
-            self._attention_reference, step.reference, before, residual, k_cache + offset, v_cache + offset, added
-        )
+        self._attention_half(self._attention_reference, step.reference, self._index, before, residual, added)
         self._add_up(step.added_TE)
         self._mlp_half(self._mlp_reference, step.reference, added, residual, added)
         self._add_up(step.added_TE)

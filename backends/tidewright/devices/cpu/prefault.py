@@ -32,7 +32,7 @@ class Prefaulter:
     """
 
     def __init__(self, cache: KVCache, ahead: int = _AHEAD) -> None:
-        self._caches = cache.k_cache_LNSKD, cache.v_cache_LNSKD
+        self._caches = cache.tensors
         self._num_blocks = cache.num_blocks
         self._ahead = ahead // max(sum(c[:, 0].nbytes for c in self._caches), 1) + 1  # blocks
         self._end = 0  # the blocks before it are in memory, or will be

@@ -2,30 +2,13 @@
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
-#include "vectors.h"
+#include "cache.h"
 
 namespace {
 
 constexpr int TILE_VECTORS = LANES == 16 ? 4 : 2, TILE_ROWS = 6;  // what a product keeps in registers
 constexpr int KEYS = TILE_VECTORS * LANES;
-
-// What scores are computed from: words of a T, two values at once, or else floats.
-template <typename T>
-using Scored = std::conditional_t<Product<T>::OF_WORDS, T, float>;
-
-// total += a y for words that hold one float or several values of another type.
-template <typename S>
-INLINE void add_product(Floats& total, float a, Floats y) {
-    if constexpr (std::is_same_v<S, float>) {
-        total += a * y;
-    } else {
-        uint32_t word;
-        std::memcpy(&word, &a, sizeof word);
-        Product<S>::add(total, Words{} + word, (Words)y);
-    }
-}
 
 // c[R, V vectors] = a[R, depth] b[depth, V vectors], added to what c holds if it is `more`.
 template <typename S, bool more, int R, int V>
@@ -43,7 +26,7 @@ void product_block(const float* a, int64_t lda, const float* b, int64_t ldb, flo
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 8
-            for (int v = 0; v < V; v++) add_product<S>(total[r][v], a[r * lda + k], y[v]);
+            for (int v = 0; v < V; v++) S::add(total[r][v], a[r * lda + k], y[v]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -74,7 +57,7 @@ void product_columns(
 }
 
 // c[rows, columns] = a[rows, depth] b[depth, columns], added to what c holds if it is `more`; columns are a multiple of
-// LANES, depth counts words of S.
+// LANES, depth counts words that S adds products of.
 template <typename S, bool more>
 void product(
     const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t rows, int64_t columns,
@@ -137,23 +120,13 @@ struct Ahead {
     }
 };
 
-// The words of a row of queries, as the scores need them.
-template <typename T>
-INLINE void read_query(const T* from, int64_t size, float* words) {
-    if constexpr (Product<T>::OF_WORDS)
-        for (int64_t d = 0; d < size; d += Wide<T>::WIDTH, words += LANES)
-            store(words, (Floats)read_words(from + d, size - d));
-    else
-        for (int64_t d = 0; d < size; d += LANES) store(words + d, load(from + d, size - d));
-}
-
-// A tile for many rows: the keys, transposed, as Scored; the values as floats, in the order of Wide's parts. What is
-// `next` is called from memory meanwhile.
-template <typename T>
+// A tile for many rows: the keys, transposed, as S takes them; the values as P takes them, if it exists, or else as floats, in
+// the order of Values' parts. What is `next` is called from memory meanwhile.
+template <typename S, typename P, typename C>
 void read_tile(
-    const T* k_cache, const T* v_cache, const int64_t* places, const int64_t* next, int count, float* keys,
+    const C* k_cache, const C* v_cache, const int64_t* places, const int64_t* next, int count, float* keys,
     float* values, int64_t size, int64_t width) {
-    constexpr int PARTS = Wide<T>::PARTS, WIDTH = Wide<T>::WIDTH;
+    constexpr int WIDTH = Wide<C>::WIDTH;
     for (int j = 0; j < count; j += LANES) {
         float* to = keys + j;
         for (int64_t d = 0; d < size; d += WIDTH) {
@@ -162,34 +135,39 @@ void read_tile(
             read_transposed(k_cache + d, places + j, size - d, x);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) {
-                if constexpr (Product<T>::OF_WORDS) {
-                    store(to, x[i]), to += KEYS;
-                    continue;
-                }
-                Floats parts[PARTS];
-                Wide<T>::split((Words)x[i], parts);
-                for (int p = 0; p < PARTS; p++, to += KEYS) store(to, parts[p]);
+                Floats parts[S::PARTS];
+                S::split((Words)x[i], parts);
+                for (int p = 0; p < S::PARTS; p++, to += KEYS) store(to, parts[p]);
             }
         }
     }
     for (int j = 0; j < count; j++) {
-        for (int64_t d = 0; d < size; d += WIDTH) {
-            __builtin_prefetch(v_cache + next[j] + d);
-            Floats parts[PARTS];
-            Wide<T>::split(read_words(v_cache + places[j] + d, size - d), parts);
+        for (int64_t d = 0; d < size; d += WIDTH) __builtin_prefetch(v_cache + next[j] + d);
+        if constexpr (P::EXIST) {
+            if (j % 2) continue;
+            for (int64_t d = 0; d < size; d += P::WIDTH) {
+                Floats parts[2];
+                P::read(v_cache + places[j] + d, v_cache + places[j + 1] + d, size - d, parts);
+                std::memcpy(values + j / 2 * width + d, parts, sizeof parts);
+            }
+            continue;
+        }
+        for (int64_t d = 0; d < size; d += Values<C>::WIDTH) {
+            Floats parts[Values<C>::PARTS];
+            Values<C>::read(v_cache + places[j] + d, size - d, parts);
             std::memcpy(values + j * width + d, parts, sizeof parts);
         }
     }
 }
 
 // For R rows, few, a tile of floats would not pay: the scores of a tile straight from the keys,
-template <int R, typename T>
+template <typename S, int R, typename C>
 void few_scores(
-    const float* queries, const T* keys, const int64_t* places, Ahead<T>& ahead, int count, float* scores,
+    const float* queries, const C* keys, const int64_t* places, Ahead<C>& ahead, int count, float* scores,
     int64_t size, int64_t stride) {
-    constexpr int WIDTH = Wide<T>::WIDTH, PARTS = Product<T>::OF_WORDS ? 1 : Wide<T>::PARTS;
+    constexpr int WIDTH = Wide<C>::WIDTH, PARTS = S::PARTS, SUMS = S::SUMS;
     for (int j = 0; j < count; j += LANES) {
-        Floats total[R][PARTS] = {};
+        Floats total[R][SUMS] = {};
         const float* query = queries;
         for (int64_t d = 0; d < size; d += WIDTH, query += PARTS * LANES) {
             Floats x[LANES];
@@ -197,28 +175,28 @@ void few_scores(
             read_transposed(keys + d, places + j, size - d, x);
 #pragma GCC unroll 16
             for (int i = 0; i < LANES; i++) {
-                Floats parts[PARTS] = {x[i]};
-                if constexpr (!Product<T>::OF_WORDS) Wide<T>::split((Words)x[i], parts);
+                Floats parts[PARTS];
+                S::split((Words)x[i], parts);
 #pragma GCC unroll 8
                 for (int r = 0; r < R; r++)
-#pragma GCC unroll 2
+#pragma GCC unroll 4
                     for (int p = 0; p < PARTS; p++)
-                        add_product<Scored<T>>(total[r][p], query[r * stride + i * PARTS + p], parts[p]);
+                        S::add(total[r][p % SUMS], query[r * stride + i * PARTS + p], parts[p]);
             }
         }
         for (int r = 0; r < R; r++) {
-            for (int p = 1; p < PARTS; p++) total[r][0] += total[r][p];
+            for (int p = 1; p < SUMS; p++) S::combine(total[r][0], total[r][p]);
             store(scores + r * KEYS + j, total[r][0]);
         }
     }
 }
 
-// and the sum of the weighted values, `left` of them from each of `count` positions, in V vectors of words.
-template <int R, int V, typename T>
+// and the sum of the weighted values, `left` of them from each of `count` positions, V times WIDTH at once.
+template <int R, int V, typename C>
 INLINE void few_values(
-    const float* weights, const T* values, const int64_t* places, Ahead<T>& ahead, int count, float* totals,
+    const float* weights, const C* values, const int64_t* places, Ahead<C>& ahead, int count, float* totals,
     int64_t left, int64_t width) {
-    constexpr int PARTS = Wide<T>::PARTS, WIDTH = Wide<T>::WIDTH;
+    constexpr int PARTS = Values<C>::PARTS, WIDTH = Values<C>::WIDTH;
     Floats total[R][V * PARTS];
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
@@ -226,10 +204,10 @@ INLINE void few_values(
         for (int i = 0; i < V * PARTS; i++) total[r][i] = load(totals + r * width + i * LANES);
     for (int j = 0; j < count; j++) {
         Floats parts[V * PARTS];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
         for (int v = 0; v < V; v++)
-            Wide<T>::split(read_words(values + places[j] + v * WIDTH, left - v * WIDTH), parts + v * PARTS);
-        ahead.call(V);
+            Values<C>::read(values + places[j] + v * WIDTH, left - v * WIDTH, parts + v * PARTS);
+        ahead.call((V * WIDTH * int(sizeof(C)) + 63) / 64);
 #pragma GCC unroll 8
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -239,6 +217,34 @@ INLINE void few_values(
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
         for (int i = 0; i < V * PARTS; i++) store(totals + r * width + i * LANES, total[r][i]);
+}
+
+// The same by pairs of positions; `units` are what the rows' sums have to be multiplied by.
+template <typename P, int R, int V, typename C>
+INLINE void few_pairs(
+    const float* words, const float* units, const C* values, const int64_t* places, Ahead<C>& ahead, int count,
+    float* totals, int64_t left, int64_t width) {
+    Floats total[R][2 * V] = {};
+    for (int j = 0; j < count; j += 2) {
+        Floats parts[2 * V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++)
+            P::read(
+                values + places[j] + v * P::WIDTH, values + places[j + 1] + v * P::WIDTH, left - v * P::WIDTH,
+                parts + 2 * v);
+        ahead.call((2 * V * P::WIDTH * int(sizeof(C)) + 63) / 64);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+            for (int i = 0; i < 2 * V; i++) P::add(total[r][i], words[r * KEYS + j / 2], parts[i]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < 2 * V; i++) {
+            float* to = totals + r * width + i * LANES;
+            store(to, load(to) + P::finish(total[r][i]) * units[r]);
+        }
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
 // The operations between the matrix products, one pass over memory each: norms, activation, rotation, storing into
 // the cache.
-#include "vectors.h"
+#include <vector>
+
+#include "cache.h"
 
 namespace {
 
@@ -45,8 +47,8 @@ void silu_and_mul(const T* gate_up, T* out, int64_t rows, int64_t size) {
 // ---- Rotation of halves, and storing into the cache ----
 
 // cos and sin hold `size` values each; those of sin's first half are negated.
-template <typename T, typename Table>
-INLINE void rotate_head(const T* x, const Table* cos, const Table* sin, T* out, int64_t size) {
+template <typename T, typename Out>
+INLINE void rotate_head(const T* x, const float* cos, const float* sin, Out* out, int64_t size) {
     int64_t half = size / 2;
     for (int64_t i = 0; i < half; i += LANES) {
         int64_t left = half - i;
@@ -58,20 +60,33 @@ INLINE void rotate_head(const T* x, const Table* cos, const Table* sin, T* out, 
     }
 }
 
-template <typename T>
+// A cache of codes takes them from the rotated keys before those would be rounded to a T.
+template <typename T, typename C>
 void rotate_and_store(
-    const T* qkv, const float* cos, const float* sin, const int64_t* positions, const int64_t* slots, T* q, T* k_cache,
-    T* v_cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size) {
-    int64_t all_heads = heads + 2 * kv_heads, row = kv_heads * size;
+    const T* qkv, const float* cos, const float* sin, const int64_t* positions, const int64_t* slots, T* q,
+    const Cache& cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size) {
+    int64_t all_heads = heads + 2 * kv_heads;
+    C *keys = (C*)cache.keys, *values = (C*)cache.values;
 #pragma omp parallel for schedule(static) if (tokens * all_heads * size > WORTH_THREADS)
     for (int64_t t = 0; t < tokens; t++) {
         const T* in = qkv + t * all_heads * size;
         const float *c = cos + positions[t] * size, *s = sin + positions[t] * size;
-        for (int64_t h = 0; h < heads + kv_heads; h++)
-            rotate_head(
-                in + h * size, c, s,
-                h < heads ? q + (t * heads + h) * size : k_cache + slots[t] * row + (h - heads) * size, size);
-        std::memcpy(v_cache + slots[t] * row, in + (heads + kv_heads) * size, row * sizeof(T));
+        int64_t vector = slots[t] * kv_heads;
+        for (int64_t h = 0; h < heads; h++) rotate_head(in + h * size, c, s, q + (t * heads + h) * size, size);
+        const T *k = in + heads * size, *v = k + kv_heads * size;
+        if constexpr (!QUANTIZED<C>) {
+            for (int64_t h = 0; h < kv_heads; h++) rotate_head(k + h * size, c, s, keys + (vector + h) * size, size);
+            std::memcpy(values + vector * size, v, kv_heads * size * sizeof(T));
+        } else {
+            static thread_local std::vector<float> x;
+            if ((int64_t)x.size() < size) x.resize(size);
+            for (int64_t h = 0; h < kv_heads; h++) {
+                rotate_head(k + h * size, c, s, x.data(), size);
+                int64_t scale = cache.scale_at(slots[t], h, kv_heads);
+                cache.key_scales[scale] = quantize(x.data(), keys + (vector + h) * size, size);
+                cache.value_scales[scale] = quantize(v + h * size, values + (vector + h) * size, size);
+            }
+        }
     }
 }
 
@@ -88,8 +103,11 @@ void rotate_and_store(
     }                                                                                                                 \
     void rotate_and_store_##suffix(                                                                                   \
         const T* qkv, const float* cos, const float* sin, const int64_t* positions, const int64_t* slots, T* q,       \
-        T* k_cache, T* v_cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size) {                      \
-        rotate_and_store(qkv, cos, sin, positions, slots, q, k_cache, v_cache, tokens, heads, kv_heads, size);        \
+        const Cache* cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size) {                          \
+        with_format<T>(*cache, [&](auto code) {                                                                       \
+            rotate_and_store<T, decltype(code)>(                                                                      \
+                qkv, cos, sin, positions, slots, q, *cache, tokens, heads, kv_heads, size);                           \
+        });                                                                                                           \
     }                                                                                                                 \
     }
 EXPORT(float, f32)

@@ -1,6 +1,6 @@
 // The kernels of the other files, by value type, for those that are made of them.
 #pragma once
-#include "vectors.h"
+#include "cache.h"
 
 // `count` new tokens of one sequence, from position `start`; their rows in q from `first_row` on. As attention/native.py
 // lays it out.
@@ -11,6 +11,12 @@ struct Span {
 template <typename T>
 struct Kernels;
 
+#define ATTENTION(name, T)                                                                                            \
+    name(                                                                                                             \
+        const T* q, int64_t q_stride, const Cache* cache, T* out, const Span* spans, const int32_t* tables,           \
+        int64_t num_spans, int64_t heads, int64_t kv_heads, int64_t size, int64_t block_size, int64_t window,         \
+        float scale, float softcap)
+
 #define DECLARE(T, suffix)                                                                                            \
     extern "C" {                                                                                                      \
     void linear_##suffix(                                                                                             \
@@ -20,11 +26,10 @@ struct Kernels;
     void silu_and_mul_##suffix(const T* gate_up, T* out, int64_t rows, int64_t size);                                 \
     void rotate_and_store_##suffix(                                                                                   \
         const T* qkv, const float* cos, const float* sin, const int64_t* positions, const int64_t* slots, T* q,       \
-        T* k_cache, T* v_cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size);                       \
-    void attention_##suffix(                                                                                          \
-        const T* q, int64_t q_stride, const T* k_cache, const T* v_cache, T* out, const Span* spans,                  \
-        const int32_t* tables, int64_t num_spans, int64_t heads, int64_t kv_heads, int64_t size, int64_t block_size,  \
-        int64_t window, float scale, float softcap);                                                                  \
+        const Cache* cache, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t size);                           \
+    void ATTENTION(attention_##suffix, T);                                                                            \
+    void ATTENTION(attention_int8_##suffix, T);                                                                       \
+    void ATTENTION(attention_fp8_##suffix, T);                                                                        \
     }                                                                                                                 \
     template <>                                                                                                       \
     struct Kernels<T> {                                                                                               \

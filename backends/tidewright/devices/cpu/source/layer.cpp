@@ -31,6 +31,8 @@ struct Step {
     const Span* spans;
     const int32_t* tables;
     int64_t num_spans, block_size;
+    Cache cache;            // the first layer's
+    int64_t layer_vectors;  // of keys, from a layer to the next
 };
 
 namespace {
@@ -48,12 +50,22 @@ T* scratch(int64_t size) {
     return memory.data();
 }
 
+inline Cache cache_of(const Step& step, int64_t layer, int64_t size, int64_t computed_bytes) {
+    Cache cache = step.cache;
+    int64_t vectors = layer * step.layer_vectors, bytes = size * (cache.format == AS_COMPUTED ? computed_bytes : 1);
+    cache.keys = (char*)cache.keys + vectors * bytes;
+    cache.values = (char*)cache.values + vectors * bytes;
+    if (cache.key_scales) cache.key_scales += vectors, cache.value_scales += vectors;
+    return cache;
+}
+
 // x is what is still to be added to the residual stream, and then what comes out; in the first layer, null comes in
 // `added`, as there is nothing yet but the stream.
 template <typename T>
 void attention_half(
-    const AttentionHalf& half, const Step& step, const T* added, T* residual, T* k_cache, T* v_cache, T* out) {
+    const AttentionHalf& half, const Step& step, int64_t layer, const T* added, T* residual, T* out) {
     using K = Kernels<T>;
+    Cache cache = cache_of(step, layer, half.size, sizeof(T));
     int64_t rows = step.rows, hidden = half.qkv.depth, size = half.size;
     int64_t row = (half.heads + 2 * half.kv_heads) * size;
     T *normed = scratch<T, 0>(rows * hidden), *qkv = scratch<T, 1>(rows * row);
@@ -68,9 +80,9 @@ void attention_half(
             K::rms_norm(k_heads, nullptr, (const T*)half.k_norm, k_heads, half.kv_heads, size, half.eps);
         }
     K::rotate_and_store(
-        qkv, half.cos, half.sin, step.positions, step.slots, q, k_cache, v_cache, rows, half.heads, half.kv_heads, size);
+        qkv, half.cos, half.sin, step.positions, step.slots, q, &cache, rows, half.heads, half.kv_heads, size);
     K::attention(
-        q, half.heads * size, k_cache, v_cache, attended, step.spans, step.tables, step.num_spans, half.heads,
+        q, half.heads * size, &cache, attended, step.spans, step.tables, step.num_spans, half.heads,
         half.kv_heads, size, step.block_size, half.window, half.scale, half.softcap);
     multiply(half.output, attended, out, rows);
 }
@@ -91,8 +103,8 @@ void mlp_half(const MlpHalf& half, int64_t rows, const T* added, T* residual, T*
 #define EXPORT(T, suffix)                                                                                             \
     extern "C" {                                                                                                      \
     void attention_half_##suffix(                                                                                     \
-        const AttentionHalf* half, const Step* step, const T* added, T* residual, T* k_cache, T* v_cache, T* out) {   \
-        attention_half(*half, *step, added, residual, k_cache, v_cache, out);                                         \
+        const AttentionHalf* half, const Step* step, int64_t layer, const T* added, T* residual, T* out) {            \
+        attention_half(*half, *step, layer, added, residual, out);                                                    \
     }                                                                                                                 \
     void mlp_half_##suffix(const MlpHalf* half, const Step* step, const T* added, T* residual, T* out) {              \
         mlp_half(*half, step->rows, added, residual, out);                                                            \

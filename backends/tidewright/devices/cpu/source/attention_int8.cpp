@@ -1,0 +1,11 @@
+// Attention over a cache of Int8 codes: compiled beside the other formats, as that takes long.
+#include "attention.h"
+
+#define EXPORT(T, suffix)                                                                                             \
+    extern "C" void ATTENTION(attention_int8_##suffix, T) {                                                           \
+        run_attention<T, Int8>(                                                                                      \
+            q, q_stride, cache, out, spans, tables, num_spans, heads, kv_heads, size, block_size, window, scale,      \
+            softcap);                                                                                                 \
+    }
+EXPORT(float, f32)
+EXPORT(BF16, bf16)
