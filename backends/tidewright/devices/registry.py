@@ -13,6 +13,7 @@ from tidewright.devices.cpu.attention import NativeCpuAttention
 from tidewright.devices.cpu.device import CpuDevice
 from tidewright.devices.cpu.kernels import kernels_of
 from tidewright.devices.cpu.step_threads import StepThreads, processor_waits
+from tidewright.devices.cuda.kernel_cache import keep_kernels
 from tidewright.devices.visible_gpus import check_visible
 from tidewright.kv_cache.quantized import FP8, INT8, is_quantized
 
@@ -81,6 +82,7 @@ def make_device(
             NativeCpuAttention() if attention == "native" else ReferenceAttention(block_size, device), threads
         )
     if attention == "native":
+        keep_kernels()
         from tidewright.devices.cuda.device import CudaDevice  # triton, which others don't need
 
         return CudaDevice(device)

@@ -10,13 +10,10 @@ from tidewright.engine.plan import Draw, History, ScheduledSequence, StepPlan
 from tidewright.schema import SamplingParams
 
 _MOST_TOKENS = 128  # of one sequence; more take no other kernels
-# Every part of sampling, and every combination of parts that is one kernel.
+# Every part of sampling, and every combination of parts that is another kernel.
 _ASKED: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
     {"temperature": 1.0},
-    {"temperature": 1.0, "top_p": 0.9},
-    {"temperature": 0.0, "presence_penalty": 1.0},
-    {"temperature": 1.0, "presence_penalty": 1.0},
     {"temperature": 1.0, "presence_penalty": 1.0, "top_p": 0.9},
     {"temperature": 0.0, "logprobs": 1, "logit_bias": {0: 1.0}, "allowed_token_ids": [0]},
 )

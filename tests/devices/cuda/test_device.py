@@ -108,6 +108,7 @@ def test_a_gpu_computes_with_the_kernels_where_they_take_the_model(
     current: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/nowhere")
 
     def made(attention: str, head_dim: int) -> Device:
         return registry.make_device("cuda:1", attention, 16, torch.bfloat16, head_dim)
