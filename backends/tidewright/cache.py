@@ -24,15 +24,16 @@ def cache_dir() -> Path:
 
 def prepared_path(model: str) -> Path:
     """The folder that `tidewright prepare MODEL` fills: `<cache>/models/<slug of MODEL>`."""
-    return cache_dir() / "models" / _slug(model)
+    return cache_dir() / "models" / slug(model)
 
 
 def fallback_path(model: str) -> Path:
     """The folder that `tidewright export-onnx MODEL` fills: the ONNX model that answers when MODEL can't."""
-    return cache_dir() / "fallbacks" / _slug(model)
+    return cache_dir() / "fallbacks" / slug(model)
 
 
-def _slug(model: str) -> str:
+def slug(model: str) -> str:
+    """The model's name as that of a folder."""
     if Path(model).exists():
         model = Path(model).resolve().as_posix()
     return re.sub(r"[^A-Za-z0-9._@-]+", "--", model).strip("-")

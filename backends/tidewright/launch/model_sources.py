@@ -28,8 +28,10 @@ _OPTIONAL_FILES = (
     "generation_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
-    "model.safetensors.index.json",
 )
+_INDEX = "model.safetensors.index.json"
+SMALL_FILES = (*_REQUIRED_FILES, *_OPTIONAL_FILES)
+"""Of a model folder: what is to be copied with the weights."""
 
 
 def download_embedded(scratch: Path) -> Path:
@@ -122,7 +124,7 @@ def link_hugging_face_folder(source: Path, folder: Path, weights: bool = True) -
     config = _read_json(source / "config.json")
     for path in _weights_of(source) if weights else ():
         link(path.resolve(), folder / path.name)
-    for name in (*_REQUIRED_FILES, *_OPTIONAL_FILES):
+    for name in (*SMALL_FILES, _INDEX):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
     if not (folder / "tokenizer_config.json").exists():
@@ -155,7 +157,7 @@ def folder_stamp(source: Path) -> str:
     for path in sorted(source.glob("*.safetensors")):
         status = path.stat()
         digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
-    for name in (*_REQUIRED_FILES, *_OPTIONAL_FILES):
+    for name in (*SMALL_FILES, _INDEX):
         if (source / name).is_file():
             digest.update(f"{name}:{sha256_of(source / name)}".encode())
     return digest.hexdigest()
