@@ -64,6 +64,13 @@ class Settings(ResilienceSettings, BaseSettings):
         description="Number format of the KV cache: auto is `dtype`; fp8 (e4m3) and int8, with a scale for each token "
         "and head, take half the memory of bfloat16.",
     )
+    quantization: Literal["auto", "none", "stored", "int8", "w8a8", "int4-g32", "int4-g64", "int4-g128", "fp8"] = Field(
+        "auto",
+        description="Format of the linear layers' weights: int8, w8a8, int4-g32, int4-g64, int4-g128 or fp8 quantize "
+        "plain weights while loading, none dequantizes, stored serves a quantized checkpoint as it is. auto: stored, "
+        "unless the checkpoint has plain weights as well.",
+    )
+    quantize_head: bool = Field(True, description="Quantize the head and the embedding as well.")
     threads: int = Field(
         0,
         ge=0,
@@ -291,6 +298,8 @@ class Settings(ResilienceSettings, BaseSettings):
             device=self.device,
             dtype=self.dtype,
             kv_cache_dtype=self.kv_cache_dtype,
+            quantization=self.quantization,
+            quantize_head=self.quantize_head,
             threads=self.threads,
             attention=self.attention,
             block_size=self.block_size,

@@ -163,7 +163,7 @@ def test_cuts_are_nearly_equal_and_leave_nothing_out(total: int, size: int) -> N
 @SIZES
 def test_embedding_and_head_over_a_vocabulary_that_need_not_divide(size: int, vocab: int) -> None:
     weight, ids_T, x_BE = random(vocab, 8), torch.arange(vocab).flip(0), random(3, 8)
-    embeddings = ranks(size, lambda group: VocabParallelEmbedding(vocab, 8, group))
+    embeddings = ranks(size, lambda group: VocabParallelEmbedding(vocab, 8, group, CPU))
     heads = ranks(size, lambda group: ParallelLMHead(vocab, 8, group, CPU))
     for embedding, head in zip(embeddings, heads, strict=True):
         embedding.method = head.method
@@ -204,7 +204,7 @@ def test_a_packed_weight_can_not_be_mistaken_for_a_plain_one() -> None:
 
 
 def test_a_tied_head_can_be_packed_without_taking_the_embedding_away() -> None:
-    embedding, head = VocabParallelEmbedding(50, 64, AloneGroup()), ParallelLMHead(50, 64, AloneGroup(), CPU)
+    embedding, head = VocabParallelEmbedding(50, 64, AloneGroup(), CPU), ParallelLMHead(50, 64, AloneGroup(), CPU)
     embedding.bfloat16()
     head.bfloat16()
     embedding.method = head.method
@@ -226,7 +226,7 @@ def _in_two_processes(rank: int, rendezvous: str) -> None:
     group = TensorParallelGroup(rank, 2, store=torch.distributed.FileStore(f"{rendezvous}-store", 2))
     weight, x_BE, ids_T = random(11, 8), random(3, 8), torch.tensor([0, 10, 5])
     head = ParallelLMHead(11, 8, group, CPU)
-    embedding = VocabParallelEmbedding(11, 8, group)
+    embedding = VocabParallelEmbedding(11, 8, group, CPU)
     load_vocabulary(head, weight)
     load_vocabulary(embedding, weight)
     logits_BV = head(x_BE)

@@ -13,6 +13,7 @@ from tidewright.attention.base import Attention
 from tidewright.devices.memory import DeviceMemory
 from tidewright.devices.moments import CudaMoment, Moment
 from tidewright.layers.linear_method import LinearMethod, PlainLinear
+from tidewright.quantization.choice import NOT_QUANTIZED
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.sampler import Sampler
 
@@ -38,6 +39,8 @@ class Device:
 
     def __init__(self, torch_device: torch.device, attention: Attention, memory: DeviceMemory | None = None) -> None:
         self.torch_device, self.attention = torch_device, attention
+        self.quantization = NOT_QUANTIZED
+        """Of the model whose layers are made next."""
         self.memory = memory or DeviceMemory(torch_device)
 
     def __str__(self) -> str:
@@ -45,9 +48,13 @@ class Device:
 
     # Layers
 
-    def linear_method(self, out_features: int, in_features: int) -> LinearMethod:
-        """For a layer's weight as the checkpoint has it: not quantized."""
-        return PlainLinear(out_features, in_features)
+    def linear_method(self, out_features: int, in_features: int, is_head: bool = False) -> LinearMethod:
+        """For a layer's weight, as `quantization` says. `is_head`: it makes logits, and may be a tied embedding."""
+        return PlainLinear(out_features, in_features, self.quantization.scheme_of(is_head))
+
+    def embedding_method(self, out_features: int, in_features: int) -> LinearMethod:
+        """For an embedding of its own, whose rows are read, never multiplied by."""
+        return PlainLinear(out_features, in_features, self.quantization.scheme_of(is_head=True))
 
     def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in x's type.

@@ -24,6 +24,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     device: str = "auto"  # "cpu", "cuda", "cuda:1"; "auto" takes a GPU if there is one
     dtype: str = "bfloat16"  # "bfloat16", "float16", "float32"
     kv_cache_dtype: str = "auto"  # "fp8", "int8", or as dtype; "auto" is dtype
+    quantization: str = "auto"  # as tidewright.quantization.choice reads it
+    quantize_head: bool = True  # and the embedding
     threads: int = 0  # of each rank; 0: as many as it can keep busy (devices/cpu/step_threads.py)
     niceness: int = 0  # of the process; 10 gets a tenth of a core that another wants as well
     attention: str = "auto"

@@ -24,11 +24,15 @@ from tidewright.layers.loading import load_weights
 from tidewright.models.families import read_config
 from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.registry import model_class
+from tidewright.quantization.checkpoint import has_plain_weights, stored_format
+from tidewright.quantization.choice import choose
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.logprobs import prompt_logprobs
 from tidewright.step.batch import StepBatch
 from tidewright.step.buffers import StepBuffers, StepLimits
 from tidewright.step.transfers import Download, Pending, upload
+
+logger = logging.getLogger(__name__)
 
 # Logits of a long prompt would take gigabytes at once.
 _LOGPROB_ROWS = 128
@@ -42,7 +46,8 @@ log = logging.getLogger(__name__)
 class ModelRunner:
     """One rank's part of the model. Only rank 0 draws tokens; the results of the others are empty.
 
-    Raises EngineConfigError, DeviceError, ModelConfigError, ShardingError, CheckpointError or KVCacheMemoryError.
+    Raises EngineConfigError, DeviceError, ModelConfigError, ShardingError, QuantizationError, CheckpointError or
+    KVCacheMemoryError.
     """
 
     def __init__(self, config: EngineConfig, group: TensorParallelGroup = ALONE) -> None:
@@ -56,6 +61,10 @@ class ModelRunner:
         device = config.device, config.attention, config.block_size
         adapts = config.threads == 0
         self.device = make_device(*device, self.dtype, model_config.head_dim, adapts, cache_dtype)
+        stored, has_plain = stored_format(folder, model_json), has_plain_weights(folder, model_json)
+        quantization = choose(config.quantization, config.quantize_head, stored, has_plain)
+        self.device.quantization = quantization
+        logger.info("quantization is %s", quantization.reason)
         limit = model_config.max_positions
         if config.max_model_len > limit:
             raise EngineConfigError(f"max_model_len is {config.max_model_len}, but the model's limit is {limit}")
@@ -77,7 +86,7 @@ class ModelRunner:
             self.embedding_size = model_config.hidden_size
             self._pooler = Pooler(config.pooling, config.normalize, self.model.norm)
         self.device.memory.place_weights(self.model)
-        load_weights(folder, self.model.loaders(), self.model.ignored_weights())
+        load_weights(folder, self.model.loaders(), self.model.ignored_weights(), not quantization.is_stored)
         self.device.finish(self.model)
         shape = KVCacheShape(
             model_config.num_layers,

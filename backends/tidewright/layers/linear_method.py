@@ -10,7 +10,7 @@ from torch import nn
 
 from tidewright.distributed.sharding import Cut
 from tidewright.layers.weights import Loader, WeightSlice, checked
-from tidewright.quantization.affine import AffineSource
+from tidewright.quantization.affine import AffineSource, AffineWeight, Scheme, quantize_rtn
 
 
 class LinearMethod(nn.Module, ABC):
@@ -39,23 +39,35 @@ class LinearMethod(nn.Module, ABC):
         """Rows of the weight, [T, E], as an embedding reads them."""
 
 
-class PlainLinear(LinearMethod):
-    """In the model's own type and order."""
+def read_part(source: WeightSlice, rows: Cut, columns: Cut, scheme: Scheme | None) -> torch.Tensor | AffineWeight:
+    """A rank's part, quantized as the checkpoint has it, else by `scheme`, if there is one.
 
-    def __init__(self, out_features: int, in_features: int) -> None:
+    Raises WeightShapeError or QuantizationError.
+    """
+    whole = checked(source, rows.total, columns.total)
+    if isinstance(whole, AffineSource):
+        return whole.cut(rows.slice, columns.slice)
+    part = whole[rows.slice, columns.slice]
+    return quantize_rtn(part, scheme) if scheme else part
+
+
+class PlainLinear(LinearMethod):
+    """In the model's own type and order; a quantized weight is dequantized as it is loaded.
+
+    With a `scheme` the weight becomes what quantization by it makes of it: for devices that have no kernel for it.
+    """
+
+    def __init__(self, out_features: int, in_features: int, scheme: Scheme | None = None) -> None:
         super().__init__()
+        self._scheme = scheme
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
 
     def loaders(self, name: str, rows: Cut, columns: Cut, first: int = 0, padding: int = 0) -> dict[str, Loader]:
         end = first + rows.count
 
         def load(source: WeightSlice) -> None:
-            whole = checked(source, rows.total, columns.total)
-            if isinstance(source, AffineSource):  # of a quantized checkpoint
-                own = source.cut(rows.slice, columns.slice).dequantized()
-            else:
-                own = whole[rows.slice, columns.slice]
-            self.weight[first:end].copy_(own)
+            part = read_part(source, rows, columns, self._scheme)
+            self.weight[first:end].copy_(part.dequantized() if isinstance(part, AffineWeight) else part)
             self.weight[end : end + padding].zero_()
 
         return {f"{name}.weight": load}

@@ -11,7 +11,7 @@ from torch import nn
 from tidewright.devices.base import Device
 from tidewright.distributed.group import TensorParallelGroup
 from tidewright.distributed.sharding import Cut, vocabulary_rows
-from tidewright.layers.linear_method import LinearMethod, PlainLinear
+from tidewright.layers.linear_method import LinearMethod
 from tidewright.layers.weights import Loader, WeightSlice, checked, not_here, replicated_loader
 
 
@@ -135,13 +135,18 @@ class VocabularyCut:
 class VocabParallelEmbedding(nn.Module):
     """Token embeddings cut by vocabulary. A tied one takes the method of the head."""
 
-    def __init__(self, vocab_size: int, hidden_size: int, group: TensorParallelGroup) -> None:
+    def __init__(self, vocab_size: int, hidden_size: int, group: TensorParallelGroup, device: Device) -> None:
         super().__init__()
-        self.cut, self.hidden_size, self.group = VocabularyCut(vocab_size, group), hidden_size, group
-        self.method: LinearMethod = PlainLinear(self.cut.rows, hidden_size)  # rows are read, never multiplied by
+        self.cut, self.hidden_size, self.group, self._device = (
+            VocabularyCut(vocab_size, group),
+            hidden_size,
+            group,
+            device,
+        )
+        self.method = device.embedding_method(self.cut.rows, hidden_size)
 
     def untie(self) -> None:
-        self.method = PlainLinear(self.cut.rows, self.hidden_size)
+        self.method = self._device.embedding_method(self.cut.rows, self.hidden_size)
 
     def loaders(self, name: str) -> dict[str, Loader]:
         return self.cut.loaders(self.method, name, self.hidden_size)
@@ -161,7 +166,7 @@ class ParallelLMHead(LinearLayer):
 
     def __init__(self, vocab_size: int, hidden_size: int, group: TensorParallelGroup, device: Device) -> None:
         cut = VocabularyCut(vocab_size, group)
-        super().__init__(device.linear_method(cut.rows, hidden_size))
+        super().__init__(device.linear_method(cut.rows, hidden_size, is_head=True))
         self.cut, self.vocab_size, self.hidden_size, self.group = cut, vocab_size, hidden_size, group
 
     def loaders(self, name: str) -> dict[str, Loader]:

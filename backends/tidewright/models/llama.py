@@ -135,7 +135,7 @@ class LlamaForCausalLM(nn.Module):
     def __init__(self, config: DecoderConfig, max_positions: int, group: TensorParallelGroup, device: Device) -> None:
         super().__init__()
         self.config, self.group = config, group
-        self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group)
+        self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group, device)
         # Most models turn alike in all layers; in some, those with a window turn differently.
         ropes = list(dict.fromkeys(layer.rope for layer in config.layers))
         self.rotaries = nn.ModuleList(RotaryEmbedding(rope, config.head_dim, max_positions) for rope in ropes)

@@ -91,6 +91,19 @@ def _quantized(tensors: dict[str, WeightSlice], config: Mapping[str, Any]) -> Ma
     return kept | {f"{module}.weight": weight for module, weight in by_layer.items()}
 
 
+def stored_format(folder: Path, config: Mapping[str, Any]) -> str:
+    """What the weights are quantized in; empty if they are plain."""
+    if (folder / GGUF_INDEX).is_file():
+        return "GGUF"
+    found = quantization_of(config)
+    return str(found["quant_method"]) if found else ""
+
+
+def has_plain_weights(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Beside quantized ones, if it has such."""
+    return has_plain_files(folder) and quantization_of(config) is None
+
+
 def has_plain_files(folder: Path) -> bool:
     return (folder / SINGLE_FILE).is_file() or (folder / INDEX_FILE).is_file()
 

@@ -22,18 +22,20 @@ COOPER_LAKE = SKYLAKE_X | {"avx512_vnni", "avx512_bf16"}
 SAPPHIRE_RAPIDS = COOPER_LAKE | {"amx_tile", "amx_bf16", "amx_int8"}
 TESTS = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)  # compilers, on a busy machine
-# The first is much as what is compiled for this very processor, on which all other tests run.
-OTHERS = [baseline.name for baseline in fitting(build.processor())][1:]
+# The first is much as what is compiled for this very processor, on which all other tests run. Each kernel of v4-vnni is
+# that of another.
+OTHERS = [baseline.name for baseline in fitting(build.processor()) if baseline.name != "x86-64-v4-vnni"][1:]
 
 
 @pytest.mark.parametrize(
     ("machine", "vendor", "features", "first", "count"),
     [
-        ("x86_64", INTEL, SAPPHIRE_RAPIDS, "x86-64-v4-amx", 3),
-        ("x86_64", INTEL, COOPER_LAKE, "x86-64-v4", 2),  # its dot product of bfloat16 is the slower way
-        ("x86_64", AMD, COOPER_LAKE, "x86-64-v4-bf16", 3),  # as Zen 4 has them
+        ("x86_64", INTEL, SAPPHIRE_RAPIDS, "x86-64-v4-amx", 4),
+        ("x86_64", INTEL, COOPER_LAKE, "x86-64-v4-vnni", 3),  # its dot product of bfloat16 is the slower way
+        ("x86_64", AMD, COOPER_LAKE, "x86-64-v4-bf16", 4),  # as Zen 4 has them
         ("x86_64", INTEL, SKYLAKE_X, "x86-64-v4", 2),
         ("x86_64", INTEL, SKYLAKE_X - {"avx512vl"}, "x86-64-v3", 1),  # Knights Landing
+        ("x86_64", INTEL, HASWELL | {"avx_vnni"}, "x86-64-v3-vnni", 2),  # Alder Lake
         ("x86_64", AMD, HASWELL, "x86-64-v3", 1),
         ("x86_64", INTEL, HASWELL - {"avx2"}, None, 0),
         ("aarch64", "", {"asimd"}, "armv8-a", 1),
@@ -60,6 +62,8 @@ def test_each_baseline_lets_the_compiler_use_no_more_than_it_asks_of_the_process
     """By the compiler's own predefined macros."""
     names = {
         "__AVX512BF16__": "avx512_bf16",
+        "__AVX512VNNI__": "avx512_vnni",
+        "__AVXVNNI__": "avx_vnni",
         "__AMX_TILE__": "amx_tile",
         "__AMX_BF16__": "amx_bf16",
         "__LZCNT__": "abm",
@@ -103,7 +107,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("built")
     compiler = folder / "quick"
     compiler.write_text(
-        '#!/bin/sh\ncase "$*" in *-mamx*|*-mavx512bf16*) last=-O0;; *) last=-O3;; esac\nexec g++ "$@" $last\n'
+        '#!/bin/sh\ncase "$*" in *-mamx*|*-mavx512bf16*|*vnni*) last=-O0;; *) last=-O3;; esac\nexec g++ "$@" $last\n'
     )
     compiler.chmod(0o755)
     environment = {**os.environ, "CXX": str(compiler)}
@@ -175,7 +179,7 @@ def test_the_name_of_openmp_is_that_which_the_loader_looks_for() -> None:
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_numbers_are_right_for_each_baseline(built: Path, name: str) -> None:
     """The tests of the kernels, on that build, without a compiler. With AVX2 alone, vectors are half as wide."""
-    chosen = [str(TESTS / "devices/cpu/test_kernels.py"), str(TESTS / "devices/cpu/test_attention.py")]
+    chosen = [str(TESTS / "devices/cpu" / f"test_{kernels}.py") for kernels in ("kernels", "quantized", "attention")]
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen],
         capture_output=True,

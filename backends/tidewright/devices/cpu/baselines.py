@@ -40,12 +40,24 @@ FAST_BF16_DOT = "-DFAST_BF16_DOT"
 _V3 = frozenset({"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _V4_FLAGS = ("-march=x86-64-v4",)
+_VNNI = ("-mavx512vnni",)  # dot products of 8-bit integers
 BASELINES = (
-    Baseline("x86-64-v4-amx", "x86_64", (*_V4_FLAGS, "-mamx-tile", "-mamx-bf16"), _V4 | {"amx_tile", "amx_bf16"}),
     Baseline(
-        "x86-64-v4-bf16", "x86_64", (*_V4_FLAGS, "-mavx512bf16", FAST_BF16_DOT), _V4 | {"avx512_bf16"}, vendor=AMD
+        "x86-64-v4-amx",
+        "x86_64",
+        (*_V4_FLAGS, *_VNNI, "-mamx-tile", "-mamx-bf16"),
+        _V4 | {"avx512_vnni", "amx_tile", "amx_bf16"},
     ),
+    Baseline(
+        "x86-64-v4-bf16",
+        "x86_64",
+        (*_V4_FLAGS, *_VNNI, "-mavx512bf16", FAST_BF16_DOT),
+        _V4 | {"avx512_vnni", "avx512_bf16"},
+        vendor=AMD,
+    ),
+    Baseline("x86-64-v4-vnni", "x86_64", (*_V4_FLAGS, *_VNNI), _V4 | {"avx512_vnni"}),
     Baseline("x86-64-v4", "x86_64", _V4_FLAGS, _V4),
+    Baseline("x86-64-v3-vnni", "x86_64", ("-march=x86-64-v3", "-mavxvnni"), _V3 | {"avx_vnni"}),
     Baseline("x86-64-v3", "x86_64", ("-march=x86-64-v3",), _V3),
     Baseline("armv8-a", "aarch64", ("-march=armv8-a",)),
 )

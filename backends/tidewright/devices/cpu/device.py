@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -16,7 +17,10 @@ from tidewright.devices.cpu.layer import CpuLayer, LayerStep
 from tidewright.devices.cpu.linear import CpuLinear, native_rows
 from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.cpu.prefault import Prefaulter
+from tidewright.devices.cpu.quantized import quantized_kernels_of
+from tidewright.devices.cpu.quantized_linear import CpuQuantizedLinear
 from tidewright.devices.cpu.step_threads import StepThreads
+from tidewright.layers.linear_method import LinearMethod
 
 if TYPE_CHECKING:
     from tidewright.kv_cache.storage import KVCache
@@ -29,14 +33,30 @@ class CpuDevice(Device):
 
     def __init__(self, attention: Attention, threads: StepThreads | None = None) -> None:
         """Without `threads`, steps compute with as many as torch has."""
-        super().__init__(torch.device("cpu"), attention, CpuMemory())
+        memory = CpuMemory()
+        super().__init__(torch.device("cpu"), attention, memory)
+        self._weights = memory.weights
         self._layers: list[CpuLayer] = []
         self.fused_rows = 0  # that go through them
         self._threads = threads or StepThreads(torch.get_num_threads(), None)
         self._prefaulter: Prefaulter | None = None
 
-    def linear_method(self, out_features: int, in_features: int) -> CpuLinear:
-        return CpuLinear(out_features, in_features)
+    def linear_method(self, out_features: int, in_features: int, is_head: bool = False) -> LinearMethod:
+        if quantized := self._quantized(out_features, in_features, is_head):
+            return quantized
+        return CpuLinear(out_features, in_features, self.quantization.scheme_of(is_head))
+
+    def embedding_method(self, out_features: int, in_features: int) -> LinearMethod:
+        quantized = self._quantized(out_features, in_features, is_head=True)
+        return quantized or super().embedding_method(out_features, in_features)
+
+    def _quantized(self, out_features: int, in_features: int, is_head: bool) -> LinearMethod | None:
+        """None: the weight stays as it is, or torch has to do it."""
+        kernels, chosen = quantized_kernels_of(torch.get_default_dtype()), self.quantization
+        scheme = chosen.scheme_of(is_head)
+        if kernels is None or not (scheme or chosen.is_stored):
+            return None
+        return CpuQuantizedLinear(out_features, in_features, scheme, kernels, self._weights.take)
 
     def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
         if weight_E.dtype == x_TE.dtype and (kernels := kernels_for(x_TE)):
@@ -58,7 +78,10 @@ class CpuDevice(Device):
     def finish(self, model: LlamaForCausalLM) -> None:
         super().finish(model)
         if layers := fuse_layers(model):
-            self._layers, self.fused_rows = layers, native_rows(model.dtype)
+            self._layers = layers
+            chosen = self.quantization
+            is_integer = chosen.is_stored or (chosen.scheme is not None and not chosen.scheme.is_float)
+            self.fused_rows = sys.maxsize if is_integer else native_rows(model.dtype)
 
     @contextmanager
     def step(self, cache: KVCache, newest_block: int) -> Iterator[None]:

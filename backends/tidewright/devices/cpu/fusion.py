@@ -5,6 +5,7 @@ from __future__ import annotations
 from tidewright.devices.cpu.attention import NativeCpuAttention
 from tidewright.devices.cpu.layer import CpuLayer, LayerParts, Weight
 from tidewright.devices.cpu.linear import CpuLinear
+from tidewright.devices.cpu.quantized_linear import CpuQuantizedLinear
 from tidewright.layers.rotary import RotaryEmbedding
 from tidewright.layers.tensor_parallel import LinearLayer
 from tidewright.models.llama import LlamaForCausalLM, LlamaLayer
@@ -51,5 +52,5 @@ def _parts(layer: LlamaLayer, rotary: RotaryEmbedding) -> LayerParts | None:
 
 
 def _packed(layer: LinearLayer) -> Weight | None:
-    packed = layer.method.packed if isinstance(layer.method, CpuLinear) else None
+    packed = layer.method.packed if isinstance(layer.method, CpuLinear | CpuQuantizedLinear) else None
     return None if packed is None else Weight(packed, layer.bias)

@@ -23,6 +23,23 @@ def huge_empty(size: int) -> torch.Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
+class HugePages:
+    """Hands out pieces of large mappings: a piece alone would be too small to have huge pages of its own."""
+
+    _CHUNK = 256 << 20  # bytes; what is not handed out takes no memory
+
+    def __init__(self) -> None:
+        self._left = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, size: int) -> torch.Tensor:
+        """[size] bytes, zero. Its mapping goes when all its pieces have."""
+        padded = -(-size // _ALIGNMENT) * _ALIGNMENT
+        if padded > len(self._left):
+            self._left = huge_empty(max(padded, self._CHUNK))
+        piece, self._left = self._left.split([padded, len(self._left) - padded])
+        return piece[:size]
+
+
 def move_to_huge_pages(module: nn.Module) -> None:
     """The parameters get new, empty memory there, side by side. To be called before they are loaded."""
     parameters = list(module.parameters())

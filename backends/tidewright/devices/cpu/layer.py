@@ -17,19 +17,20 @@ import torch
 
 from tidewright.devices.cpu.build import load_library
 from tidewright.devices.cpu.kernels import SUFFIXES, CacheStruct, KernelArgumentError, PackedWeight
+from tidewright.devices.cpu.quantized import PackedQuantizedWeight
 from tidewright.kv_cache.storage import KVCache
 
 
 class Weight(NamedTuple):
     """Of a linear layer."""
 
-    packed: PackedWeight
+    packed: PackedWeight | PackedQuantizedWeight
     bias_F: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerParts:
-    """What a layer is made of, on this rank. All weights contiguous and of one dtype, the tables float32."""
+    """What a layer is made of, on this rank: contiguous tensors of one dtype; float32 tables; weights of any kind."""
 
     attention_norm: torch.Tensor
     qkv: Weight
@@ -51,7 +52,11 @@ class LayerParts:
 
 
 class _Linear(Structure):
-    _fields_ = [("weight", c_void_p), ("bias", c_void_p), ("depth", c_int64), ("features", c_int64)]
+    # Either `weight` or `quantized`.
+    _fields_ = [
+        *[(name, c_void_p) for name in ("weight", "quantized", "bias")],
+        *[(name, c_int64) for name in ("depth", "features")],
+    ]
 
 
 class _AttentionHalf(Structure):
@@ -119,7 +124,7 @@ class CpuLayer:
 
     def __init__(self, index: int, parts: LayerParts, add_up: Callable[[torch.Tensor], object]) -> None:
         """Raises KernelArgumentError: the kernels don't take these tensors."""
-        library, dtype = load_library(), parts.qkv.packed.values.dtype
+        library, dtype = load_library(), parts.attention_norm.dtype
         if library is None or dtype not in SUFFIXES:
             raise KernelArgumentError(f"there are no kernels for {dtype}")
         self._index, self._add_up = index, add_up
@@ -136,8 +141,10 @@ class CpuLayer:
             return None if tensor is None else tensor.data_ptr()
 
         def linear(weight: Weight) -> _Linear:
-            packed = weight.packed
-            return _Linear(address(packed.values), address(weight.bias_F), packed.depth, packed.features)
+            packed, bias = weight.packed, address(weight.bias_F)
+            if isinstance(packed, PackedQuantizedWeight):
+                return _Linear(None, packed.address, bias, packed.depth, packed.features)
+            return _Linear(address(packed.values), None, bias, packed.depth, packed.features)
 
         self._attention = _AttentionHalf(
             address(parts.attention_norm),

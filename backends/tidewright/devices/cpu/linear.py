@@ -20,6 +20,7 @@ import torch
 
 from tidewright.devices.cpu.kernels import CpuKernels, PackedWeight, kernels_of
 from tidewright.layers.linear_method import PlainLinear
+from tidewright.quantization.affine import Scheme
 
 _LIMITS = (8, 48, 128, sys.maxsize)  # a way for up to so many rows each
 _MEASURED = (16, 64, 256)  # for all but the first
@@ -32,8 +33,8 @@ Ways = tuple[str, str, str, str]
 class CpuLinear(PlainLinear):
     """Once finished, where one of the ways is native, `packed` has the weight, and the parameter is empty."""
 
-    def __init__(self, out_features: int, in_features: int) -> None:
-        super().__init__(out_features, in_features)
+    def __init__(self, out_features: int, in_features: int, scheme: Scheme | None = None) -> None:
+        super().__init__(out_features, in_features, scheme)
         self.packed: PackedWeight | None = None
         self._native: CpuKernels | None = None
         self._onednn: torch.Tensor | None = None

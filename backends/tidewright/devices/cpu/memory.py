@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import nn
 
-from tidewright.devices.cpu.huge_pages import huge_empty, move_to_huge_pages
+from tidewright.devices.cpu.huge_pages import HugePages, huge_empty, move_to_huge_pages
 from tidewright.devices.memory import DeviceMemory
 from tidewright.kv_cache.budget import AUTO_CPU
 
@@ -18,6 +18,8 @@ class CpuMemory(DeviceMemory):
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
+        self.weights = HugePages()
+        """For weights that get their memory as they are loaded."""
 
     def free(self) -> int:
         return psutil.virtual_memory().available

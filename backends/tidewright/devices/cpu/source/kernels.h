@@ -8,6 +8,8 @@ struct Span {
     int32_t first_row, start, count, table;  // table: where in `tables` its list of blocks begins
 };
 
+struct QuantizedWeight;  // quantized.cpp
+
 template <typename T>
 struct Kernels;
 
@@ -21,6 +23,7 @@ struct Kernels;
     extern "C" {                                                                                                      \
     void linear_##suffix(                                                                                             \
         const T* x, const T* w, const T* bias, T* out, int64_t rows, int64_t depth, int64_t features);                \
+    void multiply_quantized_##suffix(const QuantizedWeight* w, const T* x, const T* bias, T* out, int64_t rows);      \
     void rms_norm_##suffix(                                                                                           \
         const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t size, float eps);                     \
     void silu_and_mul_##suffix(const T* gate_up, T* out, int64_t rows, int64_t size);                                 \
@@ -34,6 +37,7 @@ struct Kernels;
     template <>                                                                                                       \
     struct Kernels<T> {                                                                                               \
         static constexpr auto linear = linear_##suffix;                                                               \
+        static constexpr auto multiply_quantized = multiply_quantized_##suffix;                                       \
         static constexpr auto rms_norm = rms_norm_##suffix;                                                           \
         static constexpr auto silu_and_mul = silu_and_mul_##suffix;                                                   \
         static constexpr auto rotate_and_store = rotate_and_store_##suffix;                                           \

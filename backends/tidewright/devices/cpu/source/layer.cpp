@@ -6,7 +6,9 @@
 
 // As kernels/layer.py lays them out.
 struct Linear {
-    const void *weight, *bias;
+    const void* weight;
+    const QuantizedWeight* quantized;  // in its place
+    const void* bias;
     int64_t depth, features;
 };
 
@@ -39,6 +41,7 @@ namespace {
 
 template <typename T>
 void multiply(const Linear& linear, const T* x, T* out, int64_t rows) {
+    if (linear.quantized) return Kernels<T>::multiply_quantized(linear.quantized, x, (const T*)linear.bias, out, rows);
     Kernels<T>::linear(x, (const T*)linear.weight, (const T*)linear.bias, out, rows, linear.depth, linear.features);
 }
 

@@ -1,0 +1,325 @@
+// y = x w^T + bias by integers: w in 8 or 4 bits, x quantized to 8 as it comes, in groups of as many inputs as share a scale
+// of w, or the whole row. A group's products are summed up exactly, as integers, then the groups as floats, in order. So a
+// row's result does not depend on the others.
+//
+// Blocks, tiles and panels as in linear.cpp; a step here is four inputs, a word of 8-bit codes of each feature. Codes of 4 bits
+// lie in words of two steps, the first in the lower halves of their bytes.
+#include <algorithm>
+#include <vector>
+
+#include "integers.h"
+#include "kernels.h"
+
+// Some features of a linear layer, as devices/cpu/quantized.py lays it out; `next` are others, in another format.
+//
+// w = factor * (scale * (code - zero) + offset), with codes from 0 to 2^bits - 1. They lie in blocks of features, a block as
+// groups of inputs, a group as its features' scales and offsets (float16, if it has such) and then its codes.
+struct QuantizedWeight {
+    const uint8_t* blocks;
+    const float* factors;  // of each feature; as many as whole blocks have
+    const QuantizedWeight* next;
+    int64_t depth, features;
+    int64_t group;  // inputs; of the activations, too, which are quantized to match
+    int32_t bits, zero, has_scales, has_offsets;
+    int64_t first, width;  // of the layer's outputs: where these begin, and how many there are
+};
+
+namespace {
+
+constexpr int LINE = 64;  // bytes that memory hands out at once
+constexpr int VECTORS = 2, BLOCK = VECTORS * LANES, UNIT = BLOCK * 4, UNIT_LINES = UNIT / LINE;  // a unit: a word a feature
+constexpr int TILE_ROWS = LANES == 16 ? 12 : 4;
+constexpr int MOST_STEPS = 384;
+constexpr int PANEL_ROWS = 16 * TILE_ROWS;
+constexpr int AHEAD = 4096;  // bytes
+
+constexpr int unit_steps(int bits) { return 8 / bits; }
+
+// A weight's measures, in steps and bytes.
+struct Layout {
+    int64_t steps, group_steps, groups, unit_steps, header;
+
+    explicit Layout(const QuantizedWeight& w) {
+        unit_steps = ::unit_steps(w.bits);
+        steps = (w.depth + QUAD * unit_steps - 1) / (QUAD * unit_steps) * unit_steps;
+        group_steps = std::min(w.group / QUAD, steps);
+        groups = (steps + group_steps - 1) / group_steps;
+        header = (w.has_scales + w.has_offsets) * BLOCK * sizeof(uint16_t);
+    }
+    int64_t group_bytes(int64_t count) const { return header + count / unit_steps * UNIT; }
+    int64_t block_bytes() const { return groups * header + steps / unit_steps * UNIT; }
+};
+
+// Of a row and a group of inputs.
+struct GroupInfo {
+    float scale;
+    int32_t sum;  // of the codes
+};
+
+struct Problem {
+    const QuantizedWeight& w;
+    Layout layout;
+    const uint32_t* x;  // [rows, steps]
+    const GroupInfo* info;  // [rows, groups]
+    int64_t rows;
+};
+
+// M rows of x times steps up to `end` of a block, added to `sums`, unless they are the first. Each unit prefetches LINES lines
+// that are `ahead` of it. No part of its caller, or compilation would take minutes.
+template <int BITS, bool SCALES, bool OFFSETS, int M, int LINES>
+__attribute__((noinline)) void tile(
+    const Problem& p, const uint32_t* x, const GroupInfo* info, const uint8_t* w, int64_t step, int64_t end, float* sums,
+    int64_t ahead) {
+    constexpr int STEPS = unit_steps(BITS);
+    const int64_t x_stride = p.layout.steps, info_stride = p.layout.groups, group_steps = p.layout.group_steps;
+    const int32_t zero = p.w.zero;
+    Floats total[M][VECTORS];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int n = 0; n < VECTORS; n++) total[m][n] = step ? load(sums + m * BLOCK + n * LANES) : Floats{};
+    for (; step < end; step += group_steps, info++) {
+        Floats scales[VECTORS], offsets[VECTORS];
+#pragma GCC unroll 2
+        for (int n = 0; n < VECTORS; n++) {
+            if (SCALES) scales[n] = load_halves((const uint16_t*)w + n * LANES);
+            if (OFFSETS) offsets[n] = load_halves((const uint16_t*)w + BLOCK + n * LANES);
+        }
+        w += (SCALES + OFFSETS) * BLOCK * sizeof(uint16_t);
+        Ints part[M][VECTORS];
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+            for (int n = 0; n < VECTORS; n++) part[m][n] = Ints{} - zero * info[m * info_stride].sum;
+        int64_t units = std::min(group_steps, end - step) / STEPS;
+        for (int64_t unit = 0; unit < units; unit++, w += UNIT, x += STEPS) {
+#pragma GCC unroll 2
+            for (int i = 0; i < LINES; i++) __builtin_prefetch(w + ahead + i * LINE, 0, 2);
+            typename Dot<BITS>::Factor factors[STEPS][VECTORS];
+#pragma GCC unroll 2
+            for (int n = 0; n < VECTORS; n++) {
+                Words words;
+                std::memcpy(&words, w + n * sizeof words, sizeof words);
+                if constexpr (BITS == 8) factors[0][n] = Dot<BITS>::factor(words);
+                else {
+                    factors[0][n] = Dot<BITS>::factor(words & 0x0f0f0f0fu);
+                    factors[1][n] = Dot<BITS>::factor((words >> 4) & 0x0f0f0f0fu);
+                }
+            }
+#pragma GCC unroll 2
+            for (int s = 0; s < STEPS; s++)
+#pragma GCC unroll 16
+                for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+                    for (int n = 0; n < VECTORS; n++) Dot<BITS>::add(part[m][n], factors[s][n], x[m * x_stride + s]);
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++) {
+            GroupInfo of = info[m * info_stride];
+#pragma GCC unroll 2
+            for (int n = 0; n < VECTORS; n++) {
+                Floats value = to_floats(part[m][n]);
+                if (SCALES) value *= scales[n];
+                total[m][n] += value * of.scale;
+                if (OFFSETS) total[m][n] += offsets[n] * (of.scale * (float)of.sum);
+            }
+        }
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+        for (int n = 0; n < VECTORS; n++) store(sums + m * BLOCK + n * LANES, total[m][n]);
+}
+
+template <int BITS, bool SCALES, bool OFFSETS, int LINES, int LEAST, int M = TILE_ROWS, typename... Arguments>
+INLINE void tile_of(int64_t rows, Arguments... arguments) {
+    if (rows == M) tile<BITS, SCALES, OFFSETS, M, LINES>(arguments...);
+    else if constexpr (M > LEAST) tile_of<BITS, SCALES, OFFSETS, LINES, LEAST, M - 1>(rows, arguments...);
+}
+
+struct Output {
+    const void* bias;
+    void* out;
+    void (*finish)(const QuantizedWeight& w, const float* sums, int64_t row, int64_t rows, int64_t feature, const Output&);
+};
+
+// The sums of some rows and a block, from `row` and `feature` on, go to `out`.
+template <typename T>
+void finish(
+    const QuantizedWeight& w, const float* sums, int64_t row, int64_t rows, int64_t feature, const Output& output) {
+    const T* bias = (const T*)output.bias;
+    T* out = (T*)output.out;
+    for (int64_t end = row + rows; row < end; row++, sums += BLOCK)
+        for (int n = 0; n < BLOCK && feature + n < w.features; n += LANES) {
+            int64_t count = w.features - feature - n, at = w.first + feature + n;
+            Floats y = load(sums + n) * load(w.factors + feature + n);
+            if (bias) y += load(bias + at, count);
+            store(out + row * w.width + at, y, count);
+        }
+}
+
+// Some rows times a block.
+template <int BITS, bool SCALES, bool OFFSETS>
+void product(const Problem& p, const Output& output, int64_t first_row, int64_t rows, int64_t block) {
+    static thread_local std::vector<float> memory;
+    const Layout& layout = p.layout;
+    // A part of the depth is whole groups, about as many as the caches hold.
+    int64_t part = std::max<int64_t>(1, MOST_STEPS / layout.group_steps) * layout.group_steps;
+    bool is_whole = part >= layout.steps;
+    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    memory.resize((is_whole ? TILE_ROWS : rows) * BLOCK);
+    const uint8_t* w = p.w.blocks + block * layout.block_bytes();
+    for (int64_t step = 0, group = 0; step < layout.steps; step += part) {
+        int64_t end = std::min(step + part, layout.steps);
+        int64_t groups = (end - step + layout.group_steps - 1) / layout.group_steps;
+        int64_t bytes = groups * layout.header + (end - step) / layout.unit_steps * UNIT;
+        for (int64_t number = 0; number < tiles; number++) {
+            int64_t row = rows * number / tiles, count = rows * (number + 1) / tiles - row;
+            const uint32_t* x = p.x + (first_row + row) * layout.steps + step;
+            const GroupInfo* info = p.info + (first_row + row) * layout.groups + group;
+            float* sums = memory.data() + (is_whole ? 0 : row * BLOCK);
+            // Each of the first tiles prefetches one line of each unit of the part that follows this one.
+            int64_t ahead = tiles == 1 ? AHEAD : number < UNIT_LINES ? bytes + number * LINE : 0;
+            if (tiles == 1) tile_of<BITS, SCALES, OFFSETS, UNIT_LINES, 1>(count, p, x, info, w, step, end, sums, ahead);
+            else tile_of<BITS, SCALES, OFFSETS, 1, TILE_ROWS / 2>(count, p, x, info, w, step, end, sums, ahead);
+            if (end == layout.steps) output.finish(p.w, sums, first_row + row, count, block * BLOCK, output);
+        }
+        w += bytes, group += groups;
+    }
+}
+
+template <int BITS, bool SCALES, bool OFFSETS>
+void products(const Problem& p, const Output& output) {
+    int64_t blocks = (p.w.features + BLOCK - 1) / BLOCK, panels = (p.rows + PANEL_ROWS - 1) / PANEL_ROWS;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int64_t panel = 0; panel < panels; panel++)
+        for (int64_t block = 0; block < blocks; block++) {
+            int64_t row = p.rows * panel / panels, rows = p.rows * (panel + 1) / panels - row;
+            product<BITS, SCALES, OFFSETS>(p, output, row, rows, block);
+        }
+}
+
+template <typename T>
+void quantize_rows(const QuantizedWeight& w, const Layout& layout, const T* x, int64_t rows, uint32_t* codes, GroupInfo* info) {
+#pragma omp parallel for schedule(static) if (rows > TILE_ROWS)
+    for (int64_t row = 0; row < rows; row++) {
+        codes[(row + 1) * layout.steps - 1] = 0;
+        if (layout.unit_steps == 2) codes[(row + 1) * layout.steps - 2] = 0;
+        int8_t* to = (int8_t*)(codes + row * layout.steps);
+        for (int64_t group = 0; group < layout.groups; group++) {
+            int64_t first = group * layout.group_steps * QUAD, count = std::min(layout.group_steps * QUAD, w.depth - first);
+            GroupInfo& of = info[row * layout.groups + group];
+            of.scale = quantize(x + row * w.depth + first, count, to + first, of.sum);
+        }
+    }
+}
+
+template <typename T>
+void multiply(const QuantizedWeight& weight, const T* x, const T* bias, T* out, int64_t rows) {
+    static thread_local std::vector<uint32_t> codes;
+    static thread_local std::vector<GroupInfo> info;
+    if (!rows) return;
+    const QuantizedWeight* before = nullptr;
+    for (const QuantizedWeight* w = &weight; w; before = w, w = w->next) {
+        Layout layout(*w);
+        if (!before || before->group != w->group || before->bits != w->bits) {
+            codes.resize(rows * layout.steps);
+            info.resize(rows * layout.groups);
+            quantize_rows(*w, layout, x, rows, codes.data(), info.data());
+        }
+        Output output = {bias, out, finish<T>};
+        Problem p = {*w, layout, codes.data(), info.data(), rows};
+        if (w->bits == 8) {
+            if (w->has_offsets) products<8, true, true>(p, output);
+            else if (w->has_scales) products<8, true, false>(p, output);
+            else products<8, false, false>(p, output);
+        } else {
+            if (w->has_offsets) products<4, true, true>(p, output);
+            else products<4, true, false>(p, output);
+        }
+    }
+}
+
+// Rows of the weight, as an embedding reads them.
+template <typename T>
+void embedding(const QuantizedWeight& weight, const int64_t* features, T* out, int64_t count) {
+#pragma omp parallel for schedule(static) if (count > TILE_ROWS)
+    for (int64_t i = 0; i < count; i++) {
+        const QuantizedWeight* part = &weight;
+        while (features[i] >= part->first + part->features) part = part->next;
+        const QuantizedWeight& w = *part;
+        Layout layout(w);
+        int64_t feature = features[i] - w.first, lane = feature % BLOCK;
+        const uint8_t* from = w.blocks + feature / BLOCK * layout.block_bytes();
+        float factor = w.factors[feature], scale = 1, offset = 0, values[LANES];
+        T* to = out + i * w.depth;
+        for (int64_t k = 0, step = 0, filled = 0; k < w.depth; k++) {
+            if (k % QUAD == 0) step = k / QUAD;
+            if (k % (layout.group_steps * QUAD) == 0) {
+                if (k) from += layout.group_bytes(layout.group_steps);
+                const uint16_t* header = (const uint16_t*)from;
+                if (w.has_scales) scale = half_to_float(header[lane]);
+                if (w.has_offsets) offset = half_to_float(header[BLOCK + lane]);
+            }
+            int64_t local = step % layout.group_steps;
+            uint8_t code = from[layout.header + local / layout.unit_steps * UNIT + lane * QUAD + k % QUAD];
+            if (w.bits == 4) code = local % 2 ? code >> 4 : code & 15;
+            values[filled++] = factor * (scale * (float)(code - w.zero) + offset);
+            if (filled == LANES || k + 1 == w.depth) {
+                store(to + k + 1 - filled, load(values), filled);
+                filled = 0;
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+int64_t quantized_bytes(const QuantizedWeight* w) {
+    return (w->features + BLOCK - 1) / BLOCK * Layout(*w).block_bytes();
+}
+
+int64_t quantized_block() { return BLOCK; }
+
+// `codes` [features, depth], one a byte, with `zero` as w has it still to be added; scales and offsets [features, groups].
+void pack_quantized(
+    const QuantizedWeight* w, uint8_t* to, const int8_t* codes, const uint16_t* scales, const uint16_t* offsets) {
+    Layout layout(*w);
+    int64_t blocks = (w->features + BLOCK - 1) / BLOCK;
+#pragma omp parallel for schedule(static)
+    for (int64_t block = 0; block < blocks; block++) {
+        uint8_t* out = to + block * layout.block_bytes();
+        std::fill_n(out, layout.block_bytes(), 0);
+        for (int64_t group = 0; group < layout.groups; group++) {
+            int64_t step = group * layout.group_steps, count = std::min(layout.group_steps, layout.steps - step);
+            for (int64_t n = 0; n < BLOCK && block * BLOCK + n < w->features; n++) {
+                int64_t feature = block * BLOCK + n;
+                uint16_t* header = (uint16_t*)out;
+                if (w->has_scales) header[n] = scales[feature * layout.groups + group];
+                if (w->has_offsets) header[BLOCK + n] = offsets[feature * layout.groups + group];
+                const int8_t* from = codes + feature * w->depth;
+                for (int64_t k = step * QUAD; k < std::min((step + count) * QUAD, w->depth); k++) {
+                    int64_t local = k / QUAD - step;
+                    uint8_t& place = out[layout.header + local / layout.unit_steps * UNIT + n * QUAD + k % QUAD];
+                    uint8_t code = (uint8_t)(from[k] + w->zero);
+                    place |= w->bits == 4 ? (code & 15) << (local % 2 * 4) : code;
+                }
+            }
+            out += layout.group_bytes(count);
+        }
+    }
+}
+}
+
+#define EXPORT(T, suffix)                                                                                             \
+    extern "C" {                                                                                                      \
+    void multiply_quantized_##suffix(const QuantizedWeight* w, const T* x, const T* bias, T* out, int64_t rows) {     \
+        multiply(*w, x, bias, out, rows);                                                                   \
+    }                                                                                                                 \
+    void quantized_embedding_##suffix(const QuantizedWeight* w, const int64_t* features, T* out, int64_t count) {     \
+        embedding(*w, features, out, count);                                                                          \
+    }                                                                                                                 \
+    }
+EXPORT(float, f32)
+EXPORT(BF16, bf16)

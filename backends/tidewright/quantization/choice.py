@@ -1,0 +1,58 @@
+"""Which quantization a model is served with: what was asked for, against what the checkpoint is. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tidewright.quantization.affine import QuantizationError, Scheme, scheme_named
+
+AUTO, NONE, STORED = "auto", "none", "stored"
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Of a model's linear layers, its head and its embedding."""
+
+    scheme: Scheme | None = None
+    """Weights that the checkpoint has in 16 or 32 bits are quantized so as they are loaded; None: they stay."""
+    head: bool = True
+    """So are the head and the embedding. Of a quantized checkpoint they are what it says."""
+    is_stored: bool = False
+    """The checkpoint's own weights are quantized; each says how."""
+    reason: str = ""
+    """For the log: what was chosen, and why."""
+
+    def scheme_of(self, is_head: bool) -> Scheme | None:
+        """What a layer's weight becomes as it is loaded."""
+        return None if self.is_stored or (is_head and not self.head) else self.scheme
+
+
+NOT_QUANTIZED = Quantization()
+
+
+def choose(asked: str, head: bool, stored: str = "", has_plain: bool = True) -> Quantization:
+    """`asked` is the option: auto, none, stored or a scheme's name.
+
+    `stored` is the format that the checkpoint is quantized in, empty if it is not; `has_plain`: it has the same weights
+    in 16 or 32 bits as well. Raises QuantizationError.
+    """
+    if asked == STORED and not stored:
+        raise QuantizationError(
+            "quantization is 'stored', but the checkpoint is not quantized; choose auto or a scheme"
+        )
+    if stored and (asked == STORED or not has_plain):
+        if asked == NONE:
+            return Quantization(reason=f"none: as the option says, dequantized from {stored} while loading")
+        if asked not in (AUTO, STORED):
+            raise QuantizationError(
+                f"the checkpoint is quantized ({stored}) and can't be made {asked}; choose auto, or serve the "
+                f"checkpoint that it was made from"
+            )
+        return Quantization(head=head, is_stored=True, reason=f"{stored}: the checkpoint is quantized so")
+    if asked == AUTO:
+        return Quantization(reason="none: the checkpoint has plain weights")
+    if asked == NONE:
+        return Quantization(reason="none: as the option says")
+    scheme = scheme_named(asked)
+    reason = f"{scheme.name}: as the option says, rounded to nearest while loading"
+    return Quantization(scheme, head, reason=reason if head else f"{reason}; head and embedding are left as they are")
