@@ -101,8 +101,8 @@ class Settings(ResilienceSettings, BaseSettings):
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of the KV cache.")
     kv_cache_memory: str = Field(
         "auto",
-        description="Memory of the KV cache: 1GiB, 512MiB, or 80% of what is free once the weights are loaded. "
-        "auto: 1GiB on a CPU, 80% on a GPU.",
+        description="Memory of the KV cache: 1GiB, 512MiB, or 80% of what is free once the weights are loaded "
+        "(on a GPU less what the largest step takes). auto: 1GiB on a CPU, 90% on a GPU.",
     )
     max_model_len: int = Field(
         0, ge=0, description="Longest prompt plus output, in tokens; 0 takes the model's own limit."

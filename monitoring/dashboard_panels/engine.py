@@ -135,6 +135,18 @@ ENGINE = Dashboard(
                     ),
                 ),
                 Panel("Preemptions", "short", (Query(f"rate({of_engine('preemptions_total')}[1m])"),), "A second"),
+                Panel(
+                    "Tokens that a step may have",
+                    "none",
+                    (Query(of_engine("step_tokens")),),
+                    "Less than max_batched_tokens: a step ran out of memory",
+                ),
+                Panel(
+                    "Steps out of memory",
+                    "short",
+                    (Query(f"increase({of_engine('steps_out_of_memory_total')}[5m])"),),
+                    "In 5 minutes",
+                ),
                 Panel("Unused slots of used blocks", "none", (Query(of_engine("kv_slots_unused")),), "Fragmentation"),
             ),
         ),

@@ -65,10 +65,10 @@ class Simulation:
         self.feeder.engine_up()
         self.read_notes()
 
-    def dies(self) -> None:
+    def dies(self, to_blame: bool = True) -> None:
         self.deaths += 1
         self.running.clear()
-        self.feeder.engine_lost()
+        self.feeder.engine_lost(to_blame)
         self.read_notes()
 
     def submit(self, number: int) -> None:
@@ -155,3 +155,23 @@ def test_deaths_from_outside_cost_nothing(lengths: list[int], steps: list[int], 
     assert set(simulation.done) | dropped == set(range(len(lengths)))
     for number in simulation.done:
         assert simulation.sequences[number].token_ids == list(range(number, number + lengths[number]))
+
+
+def test_a_lack_of_memory_blames_nobody() -> None:
+    simulation = Simulation([3, 3], set())
+    for number in range(2):
+        simulation.submit(number)
+    for _ in range(3 * TRIES):
+        simulation.comes_up()
+        assert set(simulation.running) == {0, 1}  # no trials
+        simulation.dies(to_blame=False)
+    for _ in range(TRIES):
+        simulation.comes_up()
+        simulation.dies()
+    simulation.comes_up()
+    assert set(simulation.running) == {0}  # on trial
+    simulation.dies(to_blame=False)
+    simulation.comes_up()
+    for _ in range(10):
+        simulation.step()
+    assert (simulation.given_up, sorted(simulation.done)) == ([], [0, 1])

@@ -69,6 +69,8 @@ def test_every_sample_arrives_under_its_name(bridge: Any, family: type[Family]) 
         "requests_running": stats["running"],
         "batch_places": 93,
         "requests_waiting": stats["waiting"],
+        "step_tokens": stats["step_tokens"],
+        "steps_out_of_memory_total": stats["steps_out_of_memory"],
         "kv_blocks": stats["blocks_total"],
         "kv_blocks_free": stats["blocks_free"],
         "kv_blocks_cached": stats["blocks_cached"],

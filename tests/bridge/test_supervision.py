@@ -58,8 +58,10 @@ while True:
         while time.monotonic() < until:
             pass
         beats = True
+    elif word >= 4:
+        say(Failed("a step of 600 tokens", 300 if word == 4 else 2))
 """
-ANSWER, GARBAGE, WORK = 1, 2, 3
+ANSWER, GARBAGE, WORK, LACK, LACK_AGAIN = 1, 2, 3, 4, 5
 
 
 class Heard:
@@ -69,6 +71,7 @@ class Heard:
         self.ups: list[Ready] = []
         self.outputs: list[SequenceOutput] = []
         self.causes: list[str] = []
+        self.out_of_memory: list[str] = []
         self.error: Exception | None = None
 
     def note(self, kept: list[Any]) -> Callable[[Any], None]:
@@ -81,7 +84,8 @@ class Heard:
 
     @property
     def events(self) -> EngineEvents:
-        return EngineEvents(self.note(self.outputs), self.note([]), self.note(self.ups), self.note(self.causes))
+        kept = self.outputs, [], self.ups, self.causes, self.out_of_memory
+        return EngineEvents(*map(self.note, kept))
 
 
 @pytest.fixture
@@ -260,3 +264,38 @@ def test_one_that_hangs_is_ended_at_the_end(engine: Path) -> None:
     sending.join(PATIENCE)
     assert not sending.is_alive()
     assert not psutil.pid_exists(heard.ups[0].pid)
+
+
+def configured(client: EngineClient) -> EngineConfig:
+    """What the next process is told."""
+    return client._config
+
+
+def test_later_engines_get_the_blocks_that_the_first_counted(engine: Path) -> None:
+    with started() as (client, heard):
+        assert configured(client).num_blocks == 100
+        engine.write_text(_ENGINE.replace("16, 100,", "16, 60,"))  # one that has less
+        os.kill(heard.ups[0].pid, signal.SIGKILL)
+        wait_for(lambda: len(heard.ups) == 2)
+        assert heard.ups[1].num_blocks == 60
+        assert configured(client).num_blocks == 100  # so that the next tries again
+
+
+def test_an_engine_that_lacks_memory_is_followed_by_one_with_smaller_steps(engine: Path) -> None:
+    with started(standby=True, max_batched_tokens=2048) as (client, heard):
+        wait_for(lambda: client._standby)
+        assert client._standby
+        told_otherwise = client._standby[0].pid
+        ask(client, LACK)
+        wait_for(lambda: len(heard.ups) == 2)
+        assert (heard.out_of_memory, heard.causes) == (["a step of 600 tokens"], [])
+        assert configured(client).max_batched_tokens == 300
+        assert heard.ups[1].pid != told_otherwise
+        ask(client, LACK_AGAIN)
+        wait_for(lambda: len(heard.ups) == 3)
+        assert configured(client).max_batched_tokens == module.LEAST_STEP
+        assert (len(heard.out_of_memory), heard.causes) == (2, [])
+        ask(client, LACK_AGAIN)  # there are no smaller steps: now it may be a request
+        wait_for(lambda: len(heard.ups) == 4)
+        assert configured(client).max_batched_tokens == module.LEAST_STEP
+        assert (len(heard.out_of_memory), heard.causes) == (2, ["a step of 600 tokens"])

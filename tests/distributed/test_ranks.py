@@ -29,7 +29,7 @@ from tidewright.distributed.placement import place
 from tidewright.distributed.rank_messages import Hello, Refused, decode_from_leader
 from tidewright.distributed.ranks import Ranks
 from tidewright.engine.engine import Engine
-from tidewright.engine.messages import Heartbeat, StepOutputs, Submit, encode
+from tidewright.engine.messages import Failed, Heartbeat, StepOutputs, Submit, encode
 from tidewright.schema import SamplingParams
 
 
@@ -357,6 +357,28 @@ def test_another_plan_is_noticed_before_anything_is_computed(checkpoint: tuple[P
         assert b"request 1: 2 tokens from 0" in other.stderr.read()
         assert started.process.stderr is not None
         assert b"request 1: 5 tokens from 0" in started.process.stderr.read()
+
+
+def test_a_rank_that_lacks_memory_in_a_step_says_how_large_the_next_engines_may_be(
+    checkpoint: tuple[Path, Any],
+) -> None:
+    """No rank can take a step back alone: the others wait for it in a collective."""
+    program = (
+        "-c",
+        "import sys, torch; from tidewright.distributed import rank; from tidewright.engine import model_runner\n"
+        "def launch(self, plan):\n"
+        "    raise torch.OutOfMemoryError('CUDA out of memory')\n"
+        "model_runner.ModelRunner.launch = launch\n"
+        "sys.exit(rank.main())",
+    )
+    with two_hosts(checkpoint[0]) as (started, address), rank(address, 1, checkpoint[0], program):
+        hear_ready(started)
+        started.say(submit(1, prompt=9))
+        while not isinstance(message := started.hear(), Failed):
+            pass
+        what = "rank 1: a step of 9 tokens in 1 sequences ran out of memory (CUDA out of memory)"
+        assert (message.message, message.step_tokens) == (what, 4)
+        assert started.exit_code() == 1
 
 
 def test_a_rank_may_load_for_longer_than_a_collective_may_take(checkpoint: tuple[Path, Any]) -> None:

@@ -175,7 +175,7 @@ BAD = [
         {"kv_cache_dtype": "float16", "attention": "native"},
         "attention 'native' needs a KV cache in torch.float32, as the weights, in fp8 or in int8, not in torch.float16",
     ),
-    ({"device": "cuda:99"}, "device 'cuda:99' is not there"),
+    ({"device": "cuda:99"}, "device 'cuda:99' needs GPU 99, but torch sees "),
     ({"device": "toaster"}, "device 'toaster' is not one"),
     ({"device": "meta"}, "device 'meta' is not supported"),
     ({"attention": "magic"}, "attention 'magic' does not exist"),

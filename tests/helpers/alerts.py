@@ -201,6 +201,7 @@ SCENARIOS = {
         ),
         Scenario("KvCacheFull", "5m", ("2m", "9m"), {engine("kv_usage_ratio"): "0.9x10 0.99x12 0.5x60"}, "15s"),
         Scenario("PreemptionStorm", "5m", ("2m", "9m"), {engine("preemptions_total"): "0x12 0+30x10 300x60"}, "15s"),
+        Scenario("StepsOutOfMemory", "4m", ("2m", "14m"), {engine("steps_out_of_memory_total"): "0x12 2x60"}, "15s"),
         Scenario("Degraded", "4m", ("2m", "9m"), {gateway("degradation_level"): "0x12 2x10 0x60"}, "15s"),
         Scenario(
             "FallbackAnswers",

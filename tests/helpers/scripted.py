@@ -22,7 +22,7 @@ PATIENCE = 20.0  # seconds
 class ScriptedEngine:
     """In the place of the EngineClient: keeps what the bridge sends, and says what the test wants."""
 
-    def __init__(self, config: EngineConfig, events: EngineEvents, **_: float) -> None:
+    def __init__(self, config: EngineConfig, events: EngineEvents, **_: Any) -> None:
         self.events = events
         self.sent: list[ToEngine] = []
         self.on_send: Callable[[ToEngine], None] = lambda message: None
@@ -38,10 +38,10 @@ class ScriptedEngine:
     def comes_up(self) -> None:
         self.events.up(Ready(1, "cpu", "float32", 16, 100, 1000, 49152, 0.1))
 
-    def dies(self) -> None:
+    def dies(self, out_of_memory: bool = False) -> None:
         self.settle()
         self.sent.clear()
-        self.events.lost("killed by SIGKILL")
+        (self.events.out_of_memory if out_of_memory else self.events.lost)("killed by SIGKILL")
 
     def stop(self) -> None:
         pass

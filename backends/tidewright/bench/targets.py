@@ -144,7 +144,8 @@ class EngineTarget:
             outputs=lambda outputs: self._arrived.put((time.perf_counter(), outputs)),
             stats=self._take_stats,
             up=lambda ready: setattr(self, "ready", ready),
-            lost=lambda cause: self._arrived.put((0.0, TargetError(f"the engine died: {cause}"))),
+            lost=self._lost,
+            out_of_memory=self._lost,
         )
         self._client = EngineClient(
             settings.engine_config(model_dir),
@@ -169,6 +170,9 @@ class EngineTarget:
                 notes.take(output.request_id, at, len(output.token_ids))
                 ended += output.finish_reason is not None
         return notes.outcomes({})
+
+    def _lost(self, cause: str) -> None:
+        self._arrived.put((0.0, TargetError(f"the engine died: {cause}")))
 
     def stats(self) -> EngineStats:
         """The engine's counters now: those of the next heartbeat.

@@ -79,9 +79,10 @@ class Bridge:
         self._drain = Drain(settings.shutdown_grace)
         self._client = EngineClient(
             config,
-            EngineEvents(self._on_outputs, self._on_stats, self._on_up, self._on_lost),
+            EngineEvents(self._on_outputs, self._on_stats, self._on_up, self._on_lost, self._on_out_of_memory),
             start_timeout=settings.start_timeout,
             heartbeat_timeout=settings.heartbeat_timeout,
+            replayed_tokens=self._longest_in_flight,
         )
         self._sender = Sender(self._changed, self._outgoing, self._send, self._abandon, self._release)
         self._ask_triton = is_loaded
@@ -298,9 +299,22 @@ class Bridge:
         self._failed_starts, self._failing = 0, ""
         self._feeder.engine_up()
 
-    def _on_lost(self, cause: str) -> None:
+    def _on_out_of_memory(self, cause: str) -> None:
+        self._on_lost(cause, to_blame=False)
+
+    def _longest_in_flight(self) -> int:
+        """Tokens of prompt and output, at most, as the engine that took them counts."""
+        if not (engine := self.engine):
+            return 0
+        with self._changed:
+            requests = [request.parsed for request in self._active]
+        output = 0 if engine.embedding_size else 1  # embeddings have none
+        longest = max((len(one.prompt_token_ids) + output * one.sampling.max_tokens for one in requests), default=0)
+        return min(longest, engine.max_model_len)
+
+    def _on_lost(self, cause: str, to_blame: bool = True) -> None:
         self._cumulative_stats.engine_lost()
-        self._feeder.engine_lost()
+        self._feeder.engine_lost(to_blame)
         self._failed_starts += 1
         if self._failed_starts > MAX_FAILED_STARTS:  # the first was up
             self._failing = (

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from tidewright.bridge.liveness import Work
 from tidewright.engine.messages import (
     Begin,
@@ -46,6 +48,7 @@ QUIET = 3.0  # seconds without a message and without work, after which an engine
 POLL_INTERVAL = 0.25  # seconds; how often deadlines are looked at
 STOP_TIMEOUT = 3.0  # seconds from the polite request to SIGKILL
 KILL_TIMEOUT = 10.0  # seconds from SIGKILL to the end of a process that works
+LEAST_STEP = 128  # tokens: smaller steps take hardly less memory, and the next engine may find more
 STANDBY_DELAY = 3.0  # seconds that an engine is up before the next one gets ready to replace it
 STANDBY_RETRY = 60.0  # seconds until the next try to start one that could not be started, or that died
 
@@ -73,6 +76,8 @@ class EngineEvents:
     up: Callable[[Ready], None]
     lost: Callable[[str], None]
     """An engine that was up is gone, or one did not come up again, with the cause; the next start is on its way."""
+    out_of_memory: Callable[[str], None]
+    """As `lost`, but it ended itself for lack of memory: no request is to blame. The next one's steps are smaller."""
 
 
 class EngineClient:
@@ -84,10 +89,17 @@ class EngineClient:
     """
 
     def __init__(
-        self, config: EngineConfig, events: EngineEvents, *, start_timeout: float, heartbeat_timeout: float
+        self,
+        config: EngineConfig,
+        events: EngineEvents,
+        *,
+        start_timeout: float,
+        heartbeat_timeout: float,
+        replayed_tokens: Callable[[], int] = lambda: 0,
     ) -> None:
+        """`replayed_tokens`: of the longest request that is in flight, at its end."""
         self._config = config
-        self._events = events
+        self._events, self._replayed_tokens = events, replayed_tokens
         self._start_timeout = start_timeout
         self._heartbeat_timeout = heartbeat_timeout
         self._send_lock = threading.Lock()
@@ -98,6 +110,7 @@ class EngineClient:
         self._up_at = 0.0  # time.monotonic() when the engine came up
         self._heard_at = self._worked_at = 0.0  # likewise, when it last said something, and did something
         self._work: Work | None = None
+        self._lacked_memory = False  # the engine that ended last
         self._quiet = 0.0  # seconds without a message and without work
         self._stopping = threading.Event()
         self._stop_by = math.inf  # time.monotonic(); then the engine is killed
@@ -208,10 +221,10 @@ class EngineClient:
 
     def _run_engine(self) -> None:
         """Run one engine process until it ends, by itself or by us, and keep why it ended."""
-        cause, connection = "", None
+        cause, connection, self._lacked_memory = "", None, False
         try:
             self._process, connection = self._take_standby() or self._start_process()
-            connection.send_bytes(encode(Begin()))
+            connection.send_bytes(encode(Begin(self._replayed_tokens())))
             cause = self._read_messages(connection)
         except (EOFError, OSError):
             pass  # how the process ended says more
@@ -230,7 +243,7 @@ class EngineClient:
         if connection:
             connection.close()
         if self._came_up and not self._stopping.is_set():
-            self._report(self._events.lost, self._cause)
+            self._report(self._events.out_of_memory if self._lacked_memory else self._events.lost, self._cause)
 
     def _report(self, event: Callable[[_T], None], what: _T) -> None:
         """An error of the listener must not end the engine, or its supervision."""
@@ -316,8 +329,13 @@ class EngineClient:
             elif isinstance(message, Heartbeat):
                 self._report(self._events.stats, message.stats)
             elif isinstance(message, Failed):
+                if message.step_tokens:
+                    self._make_steps_smaller(message.step_tokens)
                 return message.message
             else:
+                if not self._config.num_blocks:
+                    # What it accepts, every later one has to take again.
+                    self._config = msgspec.structs.replace(self._config, num_blocks=message.num_blocks)
                 self._work = Work(message.pid)
                 self._connection = connection
                 self._up_at = time.monotonic()
@@ -327,6 +345,16 @@ class EngineClient:
                 extra = event("engine_restarted" if self.restarts else "engine_ready", engine_pid=message.pid)
                 what = message.pid, message.num_blocks, message.device
                 log.info("engine %d ready: %d KV blocks on %s", *what, extra=extra)
+
+    def _make_steps_smaller(self, tokens: int) -> None:
+        """Of all engines to come: with several ranks each further try of more would cost a restart."""
+        tokens = max(tokens, LEAST_STEP)
+        if tokens >= self._config.max_batched_tokens:
+            return
+        self._lacked_memory = True
+        log.warning("steps of engines to come have up to %d tokens", tokens, extra=event("out_of_memory"))
+        self._config = msgspec.structs.replace(self._config, max_batched_tokens=tokens)
+        self._drop_standby()  # which has been told otherwise
 
     def _end_process(self) -> str:
         """Make sure that the process is gone; return how it ended."""

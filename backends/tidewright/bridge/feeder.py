@@ -5,7 +5,8 @@ goes on after the last of them. A draw depends on the tokens before it and on no
 
 Quarantine: one of the sequences may be what kills the engine, and nobody sees which. One that got no token between two
 deaths is a suspect. Suspects run one at a time, beside those that are none, until each got a token or ended; if the
-engine dies in such a trial, the one on trial is given up.
+engine dies in such a trial, the one on trial is given up. An engine that ended for lack of memory says so, and then it
+was none of them.
 """
 
 from __future__ import annotations
@@ -69,8 +70,9 @@ class Feeder:
     def engine_up(self) -> None:
         self._notes.put(self._feed)
 
-    def engine_lost(self) -> None:
-        self._notes.put(self._lose)
+    def engine_lost(self, to_blame: bool = True) -> None:
+        """`to_blame`: one of the sequences may be the cause."""
+        self._notes.put(lambda: self._lose(to_blame))
 
     def _loop(self) -> None:
         while note := self._notes.get():
@@ -127,9 +129,9 @@ class Feeder:
         if self._trial:
             self._give(self._trial)
 
-    def _lose(self) -> None:
+    def _lose(self, to_blame: bool) -> None:
         self._engine_up = False
-        guilty = self._trial if self._trial and not self._trial.progressed else None
+        guilty = self._trial if to_blame and self._trial and not self._trial.progressed else None
         if guilty:
             del self._sequences[guilty.engine_request_id]
         for request_id in self._given & self._sequences.keys():
@@ -137,7 +139,7 @@ class Feeder:
             # One that ran beside a trial is not to blame: the one on trial is.
             if sequence.progressed:
                 sequence.deaths = 1
-            elif self._trial is None:
+            elif to_blame and self._trial is None:
                 sequence.deaths += 1
         self._given.clear()
         self._trial = None

@@ -75,7 +75,15 @@ METRICS = (
     ),
     MetricSpec("prompt_tokens_total", "counter", "Prompt tokens of requests that got their first token"),
     MetricSpec("generated_tokens_total", "counter", "Tokens generated"),
-    MetricSpec("preemptions_total", "counter", "Sequences pushed out of the batch for lack of KV blocks"),
+    MetricSpec("preemptions_total", "counter", "Sequences pushed out of the batch for lack of KV blocks or memory"),
+    MetricSpec(
+        "step_tokens",
+        "gauge",
+        "Tokens that a step may compute: `max_batched_tokens`, or less once a step ran out of memory",
+    ),
+    MetricSpec(
+        "steps_out_of_memory_total", "counter", "Steps that ran out of memory, and were computed in smaller ones"
+    ),
     MetricSpec("kv_blocks", "gauge", "Blocks of the KV cache"),
     MetricSpec("kv_blocks_free", "gauge", "Blocks of the KV cache that no request uses"),
     MetricSpec("kv_blocks_cached", "gauge", "Free blocks whose content the prefix cache can still find"),
@@ -111,6 +119,8 @@ def samples(bridge: Bridge) -> Samples:
         "prompt_tokens_total": stats.prompt_tokens,
         "generated_tokens_total": stats.generated_tokens,
         "preemptions_total": stats.preemptions,
+        "step_tokens": stats.step_tokens,
+        "steps_out_of_memory_total": stats.steps_out_of_memory,
         "kv_blocks": stats.blocks_total,
         "kv_blocks_free": stats.blocks_free,
         "kv_blocks_cached": stats.blocks_cached,

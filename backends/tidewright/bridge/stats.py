@@ -29,6 +29,7 @@ _NO_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
 _COUNTERS = (
     *("steps", "prompt_tokens", "generated_tokens", "preemptions"),
     *("prefix_queries", "prefix_hits", "prefix_evictions", "tokens_drafted", "tokens_accepted"),
+    "steps_out_of_memory",
     *(f"{phase}_seconds" for phase in STEP_PHASES),
 )
 

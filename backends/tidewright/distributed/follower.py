@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
 
+from tidewright.devices.memory import out_of_memory
 from tidewright.distributed.group import TensorParallelGroup
 from tidewright.distributed.rank_messages import Committed, Expire, Step, plan_checksum
 from tidewright.engine.engine import make_scheduler, make_sequence
@@ -12,6 +15,9 @@ from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.plan import StepPlan, StepResult
 from tidewright.engine.runner import LaunchedStep
+from tidewright.engine.step_budget import memory_error
+
+_T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +33,7 @@ class Follower:
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
 
     def follow(self, step: Step) -> None:
-        """Raises PlanMismatchError, before anything is computed."""
+        """Raises PlanMismatchError, before anything is computed, or StepMemoryError."""
         for entry in step.inputs:
             if isinstance(entry, Submit):
                 self._scheduler.add(make_sequence(entry))
@@ -35,7 +41,7 @@ class Follower:
                 self._scheduler.expire(entry.request_id)
             elif isinstance(entry, Committed):
                 plan, launched = self._in_flight.popleft()
-                launched.result()
+                _compute(plan, launched.result)
                 # The tokens are rank 0's: so they agree, however the ranks' processors round.
                 self._scheduler.commit(plan, StepResult(entry.results))
             else:
@@ -44,4 +50,14 @@ class Follower:
         if plan_checksum(plan) != step.checksum:
             log.error("this rank's plan, where rank 0 has another: %s", plan.summary)
             raise PlanMismatchError("it made another plan than rank 0; both are in the log")
-        self._in_flight.append((plan, self._runner.launch(plan)))
+        self._in_flight.append((plan, _compute(plan, lambda: self._runner.launch(plan))))
+
+
+def _compute(plan: StepPlan, compute: Callable[[], _T]) -> _T:
+    """Raises StepMemoryError."""
+    try:
+        return compute()
+    except Exception as error:
+        if cause := out_of_memory(error):
+            raise memory_error(plan, cause) from None
+        raise

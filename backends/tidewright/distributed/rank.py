@@ -41,6 +41,7 @@ from tidewright.distributed.rank_messages import (
 )
 from tidewright.distributed.secret import SecretFileError, rendezvous_secret
 from tidewright.engine.messages import encode
+from tidewright.engine.step_budget import StepMemoryError
 from tidewright.engine.torch_import import importing_torch
 from tidewright.engine.vital_thread import start_vital_thread
 from tidewright.parent_death import end_now, signal_on_parent_death
@@ -81,7 +82,8 @@ class Rank:
                 log.error("this rank can't go on: %s", error)
             else:
                 log.exception("this rank can't go on")
-            self._send(Failed(" ".join(str(error).split()) or type(error).__name__))
+            step_tokens = error.step_tokens if isinstance(error, StepMemoryError) else 0
+            self._send(Failed(" ".join(str(error).split()) or type(error).__name__, step_tokens))
         return 1
 
     def _follow(self, join: Join, rank: int, local_rank: int, model_dir: Path) -> None:

@@ -68,6 +68,7 @@ class Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True):
 
 class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
     message: str
+    step_tokens: int = 0  # as in what the engine says to the bridge
 
 
 FromLeader = Join | Refused | Step | Ping

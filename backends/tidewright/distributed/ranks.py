@@ -99,11 +99,12 @@ class Ranks:
             command += map(str, inherited)
             self._children[rank] = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)
 
-    def gather(self, device: str, store_port: int, on_lost: Callable[[str], None]) -> None:
+    def gather(self, device: str, store_port: int, on_lost: Callable[[str, int], None]) -> None:
         """Waits for all ranks, tells them to join torch.distributed's group, and begins to watch them.
 
         `device` is as configured, but for "auto", which each host would take for something else.
-        `on_lost` is called, from a thread of its own, with the cause when one of them is gone.
+        `on_lost` is called, from a thread of its own, with the cause when one of them is gone; and with the tokens
+        that steps may have, if it is a lack of memory, else 0.
 
         Raises:
             RankError: one ended or did not come in time.
@@ -127,7 +128,7 @@ class Ranks:
         for rank, connection in self._connections.items():
             end_when_silent(connection, lost_patience(self._config))
             self._send_to(rank, encode(Join(msgspec.structs.replace(self._config, device=device), store_port)))
-        start_vital_thread("rank-watch", lambda: self._watch(on_lost), on_lost)
+        start_vital_thread("rank-watch", lambda: self._watch(on_lost), lambda cause: on_lost(cause, 0))
 
     def send(self, plan: StepPlan, inputs: list[Input], pace: int) -> None:
         """Lets the ranks compute a step: what happened since the last one, and the plan that has to come of it.
@@ -227,7 +228,7 @@ class Ranks:
         except OSError as error:
             raise RankError(f"rank {rank} is gone ({error})") from None
 
-    def _watch(self, on_lost: Callable[[str], None]) -> None:
+    def _watch(self, on_lost: Callable[[str, int], None]) -> None:
         ranks = {connection: rank for rank, connection in self._connections.items()}
         while True:
             for ready in multiprocessing.connection.wait(list(ranks)):
@@ -236,7 +237,7 @@ class Ranks:
                     message = decode_from_rank(ready.recv_bytes())
                 except (EOFError, OSError) as error:
                     if not self._closing:
-                        on_lost(f"rank {ranks[ready]} {self._how_lost(ranks[ready], error)}")
+                        on_lost(f"rank {ranks[ready]} {self._how_lost(ranks[ready], error)}", 0)
                     return
                 if isinstance(message, Pong):
                     with self._answered:
@@ -244,7 +245,7 @@ class Ranks:
                         self._answered.notify_all()
                 elif isinstance(message, Failed):
                     log.error("rank 0's plan of the step: %s", self._plan.summary if self._plan else "none yet")
-                    on_lost(f"rank {ranks[ready]}: {message.message}")
+                    on_lost(f"rank {ranks[ready]}: {message.message}", message.step_tokens)
                     return
 
     def _how_lost(self, rank: int, error: EOFError | OSError) -> str:

@@ -37,7 +37,8 @@ def _run() -> int:
         with importing_torch():
             from tidewright.engine.process import EngineProcess
 
-        _expect(Begin, connection)
+        begin = _expect(Begin, connection)
+        config = msgspec.structs.replace(config, replayed_tokens=begin.replayed_tokens)
         logs.rename("fallback_engine" if config.is_onnx else "engine")
         if config.nodes > 1:
             ranks = Ranks(config)

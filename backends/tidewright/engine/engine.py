@@ -7,10 +7,12 @@ import logging
 import os
 import time
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
+from tidewright.devices.memory import out_of_memory
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.distributed.rank_messages import Committed, Expire, Input
 from tidewright.distributed.ranks import Ranks
@@ -22,9 +24,12 @@ from tidewright.engine.plan import DrawnToken, SequenceResult, StepPlan
 from tidewright.engine.runner import EngineConfigError, LaunchedStep, Runner
 from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
+from tidewright.engine.step_budget import memory_error
 from tidewright.engine.timing import Timing
 from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.logs import event
+
+_T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +38,9 @@ class _Flight(NamedTuple):
     """A step that is not committed yet."""
 
     plan: StepPlan
-    launched: LaunchedStep
+    launched: LaunchedStep | None  # None: memory did not suffice
     began: float  # on time.monotonic()
+    lack: str  # what the device said then
 
 
 class Engine:
@@ -105,7 +111,9 @@ class Engine:
     def step(self) -> list[SequenceOutput]:
         """Launches what can be launched, waits for the oldest step in flight, and tells what it has brought."""
         while not self._in_flight or (
-            len(self._in_flight) < self.runner.steps_in_flight and self.scheduler.may_run_ahead
+            len(self._in_flight) < self.runner.steps_in_flight
+            and self._in_flight[-1].launched
+            and self.scheduler.may_run_ahead
         ):
             if not self._launch():
                 break
@@ -124,11 +132,15 @@ class Engine:
         agreed = time.monotonic()
         self._agree_seconds += agreed - planned
         self._timing.planned(plan, began)
-        self._in_flight.append(_Flight(plan, self.runner.launch(plan), agreed))
+        launched, lack = _attempt(lambda: self.runner.launch(plan))
+        self._in_flight.append(_Flight(plan, launched, agreed, lack))
         return True
 
     def _commit(self, flight: _Flight) -> list[SequenceOutput]:
-        result = flight.launched.result()
+        result, lack = _attempt(flight.launched.result) if flight.launched else (None, flight.lack)
+        if result is None:
+            self._make_smaller([flight.plan, *(later.plan for later in self._in_flight)], lack)
+            return []
         computed = time.monotonic()
         # Of steps in flight, the device has begun one when it was done with the one before.
         self._pace.computed(flight.plan, computed - max(flight.began, self._computed))
@@ -139,6 +151,24 @@ class Engine:
         outputs = [self._timing.told(output, computed) for output in outputs]
         self._schedule_seconds += time.monotonic() - computed
         return outputs
+
+    def _make_smaller(self, plans: list[StepPlan], cause: str) -> None:
+        """Takes back the steps in flight, of which the first ran out of memory; later ones are smaller.
+
+        Raises:
+            StepMemoryError: they can't be, or other ranks wait for this one amid the step, so that all begin anew.
+        """
+        error = memory_error(plans[0], cause)
+        if self._ranks or not error.step_tokens:
+            raise error
+        self._in_flight.clear()
+        self.runner.trim()
+        self.scheduler.undo(plans)
+        log.warning(
+            "%s; going on with steps of up to %d tokens for a while",
+            *(error, self.scheduler.step_tokens),
+            extra=event("out_of_memory"),
+        )
 
     def _tell_ranks(self, entry: Input) -> None:
         if self._ranks:
@@ -178,6 +208,16 @@ class Engine:
             eos_ids=list(self.runner.eos_ids),
             embedding_size=self.runner.embedding_size,
         )
+
+
+def _attempt(compute: Callable[[], _T]) -> tuple[_T | None, str]:
+    """Its result; or None and the error's words, if memory did not suffice. The error would keep the step's tensors."""
+    try:
+        return compute(), ""
+    except Exception as error:
+        if not (lack := out_of_memory(error)):
+            raise
+        return None, lack
 
 
 def _make_runner(config: EngineConfig, group: TensorParallelGroup) -> Runner:

@@ -31,6 +31,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention: str = "auto"
     block_size: int = 16  # tokens a block
     kv_cache_memory: str = "auto"  # as tidewright.kv_cache.budget reads it
+    num_blocks: int = 0  # of the KV cache, as the first engine counted them; 0: this is the first
+    replayed_tokens: int = 0  # of the longest request in flight, at its end; as `Begin` says
     max_model_len: int = 0  # tokens; 0: the model's own limit
     max_batched_tokens: int = 2048  # token budget of one step
     prefill_step_time: float = 0.25  # seconds of a step that computes prompts beside running streams, about; 0: any
@@ -88,6 +90,8 @@ class Configure(msgspec.Struct, frozen=True, tag="configure", array_like=True):
 class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
     """Load the model. Until then the process has imported what it needs, and stands by in case another dies."""
 
+    replayed_tokens: int = 0  # of the longest request that will come again, at its end
+
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     """A validated request. `sampling.seed` is always set; `sampling.n` has no meaning here: each is its own request."""
@@ -129,6 +133,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
     """The engine can't start, or can't go on; `message` is one line that says why and, if it can, what to change."""
 
     message: str
+    step_tokens: int = 0  # memory did not suffice for a step: the next engine's must not have more; 0: it was not that
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):

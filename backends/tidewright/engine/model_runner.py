@@ -6,23 +6,30 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from tidewright.devices.base import DeviceError
 from tidewright.devices.cpu.step_threads import set_threads
+from tidewright.devices.memory import PATIENCE, DeviceMemory, out_of_memory
 from tidewright.devices.registry import cache_dtype_of, dtype_of, make_device
 from tidewright.distributed.group import ALONE, TensorParallelGroup
+from tidewright.engine.largest_step import largest_step
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import DrawnToken, StepPlan, StepResult
+from tidewright.engine.pool import pool_blocks
 from tidewright.engine.pooling import Pooler
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedStep
 from tidewright.engine.warm_up import warm_up_plans
-from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache, count_blocks
+from tidewright.kv_cache.budget import mib
+from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
 from tidewright.layers.loading import load_weights
 from tidewright.models.families import read_config
 from tidewright.models.folder import eos_ids, read_json
+from tidewright.models.llama import LlamaForCausalLM
 from tidewright.models.registry import model_class
 from tidewright.quantization.checkpoint import has_plain_weights, stored_format
 from tidewright.quantization.choice import choose
@@ -77,10 +84,17 @@ class ModelRunner:
         ahead = {"auto": self.device.torch_device.type == "cuda", "on": True, "off": False}[config.async_scheduling]
         self.steps_in_flight = 2 if ahead else 1
         self._group = group
-        with _defaults(self.device.torch_device, self.dtype):
-            self.model = architecture(model_config, wanted, group, self.device).eval()
-            if config.task == "embed":  # checkpoints of embedding models may lack the head
-                self.model.remove_head()
+
+        def make_model(place: torch.device) -> LlamaForCausalLM:
+            with _defaults(place, self.dtype):
+                model = architecture(model_config, wanted, group, self.device).eval()
+                if config.task == "embed":  # checkpoints of embedding models may lack the head
+                    model.remove_head()
+            return model
+
+        if self.device.memory.is_bounded:
+            _check_fits(make_model(torch.device("meta")), self.device.memory)
+        self.model = make_model(self.device.torch_device)
         self.embedding_size, self._pooler = 0, None
         if config.task == "embed":
             self.embedding_size = model_config.hidden_size
@@ -97,18 +111,51 @@ class ModelRunner:
         )
         # Who sets a length gets that length; the model's own limit gives way to the memory.
         needed = config.max_model_len or min(limit, USEFUL_TOKENS)
-        # The block tables are the same on all ranks, so the pool is as large as the smallest rank's.
-        num_blocks = group.smallest(count_blocks(shape, config.kv_cache_memory, needed, self.device.memory))
-        self.kv_cache = allocate_kv_cache(shape, num_blocks, self.device.memory)
+        limits = StepLimits(config.max_running, config.max_batched_tokens, wanted, config.block_size)
+        memory, step_bytes = self.device.memory, self._measure_largest_step(config, shape, limits)
+        num_blocks = pool_blocks(config, shape, needed, memory, step_bytes, group)
+        self.kv_cache = allocate_kv_cache(shape, num_blocks, memory)
         self.forward_seconds = self.sample_seconds = 0.0
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
-        limits = StepLimits(config.max_running, config.max_batched_tokens, self.max_model_len, config.block_size)
+        limits = replace(limits, max_model_len=self.max_model_len)
         sizes = self.device.decode_sizes(min(config.max_running, config.max_batched_tokens))
         self._buffers = StepBuffers(limits, self.device.torch_device, sizes=() if self._pooler else sizes)
         if not self._pooler:
             self.device.prepare(self.model, self.kv_cache, self._buffers)
         if self.device.compiles:
             self._warm_up(limits)
+
+    def _measure_largest_step(self, config: EngineConfig, shape: KVCacheShape, limits: StepLimits) -> int:
+        """Bytes beside the weights, buffers included; 0 where memory is not bounded, without computing it.
+
+        Kernels are compiled and loaded by it, too, so what they keep is taken already when the KV cache is sized.
+        """
+        memory = self.device.memory
+        if not memory.is_bounded:
+            return 0
+        plan = largest_step(limits, config.speculative_tokens, config.task == "embed")
+
+        def run() -> None:
+            self.forward_seconds = self.sample_seconds = 0.0
+            self.kv_cache = allocate_kv_cache(shape, 1, memory)
+            self._buffers = StepBuffers(limits, self.device.torch_device)
+            self.launch(plan).result()
+            self._sampler.forget([planned.request_id for planned in plan.sequences])
+            del self.kv_cache, self._buffers
+
+        before = memory.free()
+        try:
+            return memory.measure_peak(run)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            tokens = sum(planned.count for planned in plan.sequences)
+            raise EngineConfigError(
+                f"a step of {tokens} tokens in {len(plan.sequences)} sequences does not fit into the {mib(before)} "
+                f"that {memory} has free beside the weights; lower max_batched_tokens or max_running"
+            ) from None
+        finally:
+            memory.trim()
 
     @property
     def device_name(self) -> str:
@@ -132,6 +179,9 @@ class ModelRunner:
         self._buffers.fill(StepPlan((), ended))
         self.forward_seconds = self.sample_seconds = 0.0
         log.info("kernels are compiled, after %.1f s", time.monotonic() - began)
+
+    def trim(self) -> None:
+        self.device.memory.trim()
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> LaunchedStep:
@@ -192,6 +242,17 @@ class ModelRunner:
         if self.steps_in_flight > 1:  # the next step may take them from there
             self._buffers.keep(batch, self._group.broadcast(tokens_R))
         return drawn
+
+
+def _check_fits(model: LlamaForCausalLM, memory: DeviceMemory) -> None:
+    """Raises DeviceError. `model` has no memory of its own."""
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # tied weights are one
+    needed = sum(tensor.nbytes for tensor in tensors.values())
+    if not memory.await_free(needed, PATIENCE):
+        raise DeviceError(
+            f"the weights take {mib(needed)}, but {memory} has {mib(memory.free())} free: end what else uses it, or "
+            "use more ranks (tensor_parallel_size), or a smaller or quantized model"
+        )
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.cpu.step_threads import set_threads
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
+from tidewright.engine.pool import pool_blocks
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedStep
-from tidewright.kv_cache.storage import KVCacheShape, count_blocks
+from tidewright.kv_cache.storage import KVCacheShape
 from tidewright.onnx_export.manifest import (
     PRECISIONS,
     load_manifest,
@@ -54,7 +55,7 @@ class OnnxRunner:
             manifest.num_layers, manifest.num_kv_heads, manifest.head_dim, config.block_size, torch.float32
         )
         needed = min(wanted, USEFUL_TOKENS)
-        self.num_blocks = count_blocks(shape, config.kv_cache_memory, needed, CpuMemory())
+        self.num_blocks = pool_blocks(config, shape, needed, CpuMemory())
         self.max_model_len = min(wanted, self.num_blocks * config.block_size)
         self.progress, self.steps_in_flight = 0, 1
         self.forward_seconds = self.sample_seconds = 0.0
@@ -93,6 +94,11 @@ class OnnxRunner:
         self.forward_seconds += computed - began
         self.sample_seconds += time.monotonic() - computed
         return LaunchedStep(lambda: result)
+
+    def trim(self) -> None:
+        """Sequences begin anew, and must not go on with the past of a step that was not computed."""
+        self._past.clear()
+        self._batch = None
 
     def _decode(self, decoding: Sequence[ScheduledSequence]) -> dict[int, np.ndarray]:
         if not decoding:

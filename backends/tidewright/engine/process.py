@@ -10,6 +10,7 @@ import threading
 import time
 from multiprocessing.connection import Connection
 
+from tidewright.devices.base import DeviceError
 from tidewright.distributed.group import ALONE
 from tidewright.distributed.placement import resolve, take_place
 from tidewright.distributed.process_group import join_group, make_store
@@ -28,11 +29,15 @@ from tidewright.engine.messages import (
     encode,
 )
 from tidewright.engine.outbox import Outbox
+from tidewright.engine.runner import EngineConfigError
+from tidewright.engine.step_budget import StepMemoryError
 from tidewright.engine.vital_thread import start_vital_thread
+from tidewright.kv_cache.storage import KVCacheMemoryError
 from tidewright.sampling.grammar_compiler import Compiled, GrammarCompiler
 
 log = logging.getLogger(__name__)
 
+_EXPLAINED = DeviceError, EngineConfigError, KVCacheMemoryError, RankError, StepMemoryError
 RANK_GRACE = 0.5  # seconds from a failed step to giving its own error as the cause
 
 
@@ -92,17 +97,19 @@ class EngineProcess:
         if ranks:
             # A lost rank shows as a failed collective too, but its own end says more (`_rank_lost`).
             time.sleep(RANK_GRACE)
-        log.error(what, exc_info=error)
-        reason = str(error) if isinstance(error, ValueError | RankError) else f"{type(error).__name__}: {error}"
-        self._tell_failure(reason)
+        # What says what to change needs no traceback beside it.
+        log.error("%s: %s", what, error, exc_info=None if isinstance(error, _EXPLAINED) else error)
+        explained = isinstance(error, ValueError | RankError | StepMemoryError)
+        reason = str(error) if explained else f"{type(error).__name__}: {error}"
+        self._tell_failure(reason, error.step_tokens if isinstance(error, StepMemoryError) else 0)
 
-    def _tell_failure(self, cause: str) -> None:
-        self._send(Failed(" ".join(cause.split())))
+    def _tell_failure(self, cause: str, step_tokens: int = 0) -> None:
+        self._send(Failed(" ".join(cause.split()), step_tokens))
 
-    def _rank_lost(self, cause: str) -> None:
+    def _rank_lost(self, cause: str, step_tokens: int) -> None:
         """Called from another thread, at any time: the main one may wait in a collective that can't end."""
         log.error("%s", cause)
-        self._tell_failure(cause)
+        self._tell_failure(cause, step_tokens)
         os._exit(1)
 
     def _listen(self) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 
-# What "auto" stands for: without a GPU others want the memory as well, and on one what is left is for the steps.
-AUTO_CPU, AUTO_GPU = "1GiB", "80%"
+# What "auto" stands for: without a GPU others want the memory as well. On one, what the largest step takes is measured
+# and comes off; the rest is for what no measurement sees, such as fragments.
+AUTO_CPU, AUTO_GPU = "1GiB", "90%"
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
@@ -22,6 +23,16 @@ def parse_memory(text: str, free: int) -> int:
     if not match or unit not in _UNITS:
         raise ValueError(f"{text!r} is not an amount of memory; write e.g. 1GiB, 512MiB or 80%")
     return int(float(match[1]) * _UNITS[unit])
+
+
+def is_share(text: str) -> bool:
+    """Of the free memory, as "80%"."""
+    return text.rstrip().endswith("%")
+
+
+def mib(count: int) -> str:
+    """Bytes, for messages."""
+    return f"{count / 2**20:.1f} MiB"
 
 
 def bytes_per_block(

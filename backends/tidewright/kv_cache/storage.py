@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from tidewright.devices.memory import DeviceMemory
-from tidewright.kv_cache.budget import blocks_of, bytes_per_block, parse_memory
+from tidewright.devices.memory import PATIENCE, DeviceMemory
+from tidewright.kv_cache.budget import blocks_of, bytes_per_block, is_share, mib, parse_memory
 from tidewright.kv_cache.quantized import SCALE_BYTES, is_quantized
 
 
@@ -80,26 +80,59 @@ class KVCache:
         return self.k_cache_LNSKD.shape[1]
 
 
-def count_blocks(shape: KVCacheShape, budget: str, needed_tokens: int, memory: DeviceMemory) -> int:
+def count_blocks(
+    shape: KVCacheShape, budget: str, needed_tokens: int, memory: DeviceMemory, step_bytes: int = 0
+) -> int:
     """As many blocks as `budget` pays for: an amount, a share of the free memory, or "auto".
+
+    `step_bytes`: what the largest step takes; of a share it comes off.
 
     Raises:
         KVCacheMemoryError: fewer than `needed_tokens` tokens fit, or the memory is not there.
     """
     available = memory.free()
-    budget_bytes = parse_memory(memory.kv_budget if budget == "auto" else budget, available)
+    budget = memory.kv_budget if budget == "auto" else budget
+    budget_bytes = parse_memory(budget, available) - (step_bytes if is_share(budget) else 0)
+    budget_bytes, beside = max(budget_bytes, 0), _beside(step_bytes)
     num_blocks = budget_bytes // shape.bytes_per_block
     needed_bytes = blocks_of(needed_tokens, shape.block_size) * shape.bytes_per_block
     if budget_bytes < needed_bytes:
         raise KVCacheMemoryError(
-            f"the KV cache of {_mib(budget_bytes)} holds {num_blocks * shape.block_size} tokens, but one "
-            f"sequence may need {needed_tokens}; give it at least {_mib(needed_bytes)}, or lower max_model_len"
+            f"the KV cache of {mib(budget_bytes)} holds {num_blocks * shape.block_size} tokens, but one "
+            f"sequence may need {needed_tokens}; give it at least {mib(needed_bytes)}, or lower max_model_len "
+            f"({memory} has {mib(available)} free{beside})"
         )
-    if budget_bytes > available:
+    if budget_bytes + step_bytes > available:
         raise KVCacheMemoryError(
-            f"the KV cache wants {_mib(budget_bytes)}, but {memory} has {_mib(available)} free; lower kv_cache_memory"
+            f"the KV cache wants {mib(budget_bytes)}, but {memory} has {mib(available)} free{beside}; "
+            "lower kv_cache_memory"
         )
     return num_blocks
+
+
+def as_many_blocks(
+    shape: KVCacheShape, num_blocks: int, share: str, needed_tokens: int, memory: DeviceMemory, step_bytes: int = 0
+) -> int:
+    """`num_blocks`, which an engine before this one had, or what `share` of the free memory pays for after a while.
+
+    Raises:
+        KVCacheMemoryError: there is not even memory for `needed_tokens` tokens.
+    """
+    if memory.await_free(num_blocks * shape.bytes_per_block + step_bytes, PATIENCE):
+        return num_blocks
+    left = parse_memory(share, memory.free()) - step_bytes
+    num_blocks = min(num_blocks, max(left, 0) // shape.bytes_per_block)
+    if num_blocks < (needed := blocks_of(needed_tokens, shape.block_size)):
+        raise KVCacheMemoryError(
+            f"one sequence may need {needed_tokens} tokens of KV cache ({mib(needed * shape.bytes_per_block)}), "
+            f"but {memory} has {mib(memory.free())} free{_beside(step_bytes)}; it had more when the server started: "
+            "see what else takes it"
+        )
+    return num_blocks
+
+
+def _beside(step_bytes: int) -> str:
+    return f", of which a step takes up to {mib(step_bytes)} (max_batched_tokens, max_running)" if step_bytes else ""
 
 
 def allocate_kv_cache(shape: KVCacheShape, num_blocks: int, memory: DeviceMemory) -> KVCache:
@@ -109,7 +142,3 @@ def allocate_kv_cache(shape: KVCacheShape, num_blocks: int, memory: DeviceMemory
     of_scales = (shape.num_layers, num_blocks, shape.num_kv_heads, shape.block_size)
     scales = [memory.zeros(of_scales, torch.float32) for _ in range(2)] if is_quantized(shape.dtype) else []
     return KVCache(*caches, *scales)
-
-
-def _mib(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"

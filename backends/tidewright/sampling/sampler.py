@@ -30,7 +30,7 @@ from tidewright.step.transfers import Pending
 log = logging.getLogger(__name__)
 
 # Not the doing of one request: the engine has to start again.
-DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)
 
 
 @dataclass(frozen=True, eq=False)

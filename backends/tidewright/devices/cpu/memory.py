@@ -15,6 +15,7 @@ from tidewright.kv_cache.budget import AUTO_CPU
 
 class CpuMemory(DeviceMemory):
     kv_budget = AUTO_CPU
+    is_bounded = False
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -23,6 +24,9 @@ class CpuMemory(DeviceMemory):
 
     def free(self) -> int:
         return psutil.virtual_memory().available
+
+    def trim(self) -> None:
+        """What the C library keeps serves the next step."""
 
     def zeros(self, dimensions: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """To write a gigabyte of zeros would take a second, at each start: the kernel's pages are zero as they come."""

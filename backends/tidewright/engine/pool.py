@@ -1,0 +1,57 @@
+"""How many blocks an engine's KV cache has: counted by the first, kept by those that take its place.
+
+A request was accepted for the pool that there was then. With a smaller one its replay might be refused.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from tidewright.devices.memory import DeviceMemory
+from tidewright.distributed.group import ALONE, TensorParallelGroup
+from tidewright.engine.messages import EngineConfig
+from tidewright.kv_cache.budget import is_share, mib
+from tidewright.kv_cache.storage import KVCacheMemoryError, KVCacheShape, as_many_blocks, count_blocks
+from tidewright.logs import event
+
+_SHARE = 80  # percent of the free memory, if an engine finds less than an amount that was configured
+
+log = logging.getLogger(__name__)
+
+
+def pool_blocks(
+    config: EngineConfig,
+    shape: KVCacheShape,
+    needed_tokens: int,
+    memory: DeviceMemory,
+    step_bytes: int = 0,
+    group: TensorParallelGroup = ALONE,
+) -> int:
+    """The block tables are the same on all ranks, so the pool is as large as the smallest rank's.
+
+    Raises:
+        KVCacheMemoryError: there is no memory for one that is of use; for a later engine, for its requests in flight.
+    """
+    kept = config.num_blocks
+    if not kept:
+        return group.smallest(count_blocks(shape, config.kv_cache_memory, needed_tokens, memory, step_bytes))
+    budget = memory.kv_budget if config.kv_cache_memory == "auto" else config.kv_cache_memory
+    if not is_share(budget):
+        budget = f"{_SHARE if memory.is_bounded else _SHARE / config.local_ranks}%"
+    num_blocks = group.smallest(as_many_blocks(shape, kept, budget, needed_tokens, memory, step_bytes))
+    if num_blocks == kept:
+        return kept
+    size, tokens = shape.bytes_per_block, num_blocks * shape.block_size
+    found = (
+        f"there is memory for {num_blocks} blocks of KV cache ({mib(num_blocks * size)}) on each rank, not for the "
+        f"{kept} ({mib(kept * size)}) of the engine before"
+    )
+    if tokens < config.replayed_tokens:
+        raise KVCacheMemoryError(
+            f"{found}, and a request in flight needs {config.replayed_tokens} tokens where this holds {tokens}: "
+            "see what else takes the memory"
+        )
+    if group.rank == 0:
+        what = "%s; going on, but refusing requests of more than %d tokens until a restart finds more"
+        log.warning(what, found, tokens, extra=event("kv_cache_shrunk"))
+    return num_blocks

@@ -1,0 +1,94 @@
+"""The whole bridge with a real engine that is killed while something else takes memory: streams go on as they were."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import transformers
+
+from helpers.checkpoints import SIZES, save
+from helpers.engine_process import PATIENCE
+from helpers.scripted import Caller
+from tidewright.bridge import engine_client
+from tidewright.bridge.bridge import Bridge
+from tidewright.bridge.request import GenerationRequest, OutputOptions
+from tidewright.config import Settings
+from tidewright.schema import SamplingParams
+from tidewright.tokenization import Tokenizer
+
+BYTES_PER_TOKEN = 2 * 3 * 2 * 8 * 4  # keys and values, layers, KV heads, head size, float32
+
+# The machine has as much free memory as the file says.
+_PYTHON = """#!{python}
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+import psutil
+psutil.virtual_memory = lambda: SimpleNamespace(available=int(Path({file!r}).read_text()))
+from tidewright.kv_cache import storage
+storage.PATIENCE = 0.1
+sys.argv[1:3] = []
+from tidewright.engine.__main__ import main
+main()
+"""
+
+
+def wait_for(what: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.mark.heavy
+def test_a_stream_survives_engine_and_memory(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, free, python = tmp_path / "model", tmp_path / "free", tmp_path / "python3"
+    save(model, transformers.LlamaConfig(**SIZES | {"max_position_embeddings": 2048}))
+    python.write_text(_PYTHON.format(python=sys.executable, file=str(free)))
+    python.chmod(0o755)
+    monkeypatch.setattr(engine_client, "_python", lambda: str(python))
+    free.write_text(str(620 * BYTES_PER_TOKEN))
+    settings = Settings(dtype="float32", kv_cache_memory="80%", block_size=16, threads=1)
+    config = msgspec.structs.replace(settings.engine_config(model), standby=False)
+    bridge = Bridge(settings, config, tokenizer)
+    bridge.start()
+
+    def stream() -> Caller:
+        caller = Caller()
+        params = SamplingParams(max_tokens=400, ignore_eos=True, seed=5, temperature=2.0)
+        bridge.submit(GenerationRequest([5, 6, 7], "", True, params, OutputOptions()), caller, "")
+        return caller
+
+    def tokens(caller: Caller) -> list[int]:
+        return [token for response in caller.responses for token in response.deltas[0].token_ids]
+
+    try:
+        assert bridge.engine
+        assert bridge.engine.num_blocks == 31  # 80 %
+        caller = stream()
+        wait_for(lambda: caller.ends)
+        wanted = tokens(caller)
+        assert len(wanted) == 400
+
+        caller = stream()
+        wait_for(lambda: len(tokens(caller)) >= 5)
+        free.write_text(str(480 * BYTES_PER_TOKEN))  # the stream needs more
+        os.kill(bridge.engine.pid, signal.SIGKILL)
+        wait_for(lambda: "a request in flight needs 403 tokens where this holds 384" in bridge.trouble)
+        free.write_text(str(500 * BYTES_PER_TOKEN))  # of which 80 % would be too little, too
+        wait_for(lambda: caller.ends)
+        assert caller.error is None
+        assert tokens(caller) == wanted
+        assert bridge.engine.num_blocks == 31
+    finally:
+        bridge.stop()

@@ -1,0 +1,74 @@
+"""engine/pool.py: the first engine's count of blocks is kept by those that take its place, if memory allows."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.counted_memory import CountedMemory
+from tidewright.devices import memory as memory_module
+from tidewright.engine.messages import EngineConfig
+from tidewright.engine.pool import pool_blocks
+from tidewright.kv_cache import storage
+from tidewright.kv_cache.storage import KVCacheMemoryError, KVCacheShape
+
+SHAPE = KVCacheShape(num_layers=2, num_kv_heads=1, head_dim=32, block_size=4, dtype=torch.float32)
+SIZE = 2048  # bytes of a block
+
+
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PATIENCE", 0.0)
+
+
+def blocks(free: int, step: int = 0, **changes: Any) -> int:
+    """`free` and `step` in blocks; one sequence may need three."""
+    config = EngineConfig(model_dir="", **{"kv_cache_memory": "50%", **changes})
+    return pool_blocks(config, SHAPE, 12, CountedMemory(free * SIZE), step * SIZE)
+
+
+def test_later_engines_keep_what_the_first_counted() -> None:
+    assert blocks(100) == 50
+    assert blocks(100, step=10) == 40  # of the share
+    assert blocks(60, num_blocks=50) == 50  # although half of what is free now is less
+    assert blocks(60, num_blocks=50, step=10) == 50
+    assert blocks(1000, num_blocks=50) == 50
+
+
+def test_memory_of_an_engine_that_died_may_come_back_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PATIENCE", 60.0)
+    monkeypatch.setattr(memory_module, "_POLL", 0.001)
+    frees = iter([10, 20, 49, 50])
+    monkeypatch.setattr(CountedMemory, "free", lambda self: next(frees) * SIZE)
+    assert blocks(0, num_blocks=50) == 50
+
+
+def test_with_less_memory_it_goes_on_with_fewer(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert blocks(80, kv_cache_memory="80%", num_blocks=70, step=14, replayed_tokens=200) == 50
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        "there is memory for 50 blocks of KV cache (0.1 MiB) on each rank, not for the 70 (0.1 MiB) of the engine "
+        "before; going on, but refusing requests of more than 200 tokens until a restart finds more"
+    )
+    assert blocks(40, num_blocks=50) == 20
+    assert blocks(40, kv_cache_memory="100KiB", num_blocks=50) == 32
+    assert blocks(40, kv_cache_memory="100KiB", num_blocks=50, tensor_parallel_size=4) == 32  # each has its own device
+    monkeypatch.setattr(CountedMemory, "is_bounded", False)
+    assert blocks(40, kv_cache_memory="100KiB", num_blocks=50, tensor_parallel_size=4) == 8  # they share a machine
+
+
+def test_not_so_if_a_request_in_flight_needs_more() -> None:
+    with pytest.raises(KVCacheMemoryError, match=r"for 20 blocks .* in flight needs 81 tokens where this holds 80"):
+        blocks(40, num_blocks=50, replayed_tokens=81)
+
+
+def test_nor_if_it_is_of_no_use_at_all() -> None:
+    assert blocks(6, num_blocks=50) == 3
+    with pytest.raises(KVCacheMemoryError, match=r"may need 12 tokens .* 0\.0 MiB free; it had more when the server"):
+        blocks(3, num_blocks=50)
