@@ -23,6 +23,8 @@ def main() -> int:
         if options.only not in f"{variant.name} {variant.shape}" or (options.tested and not variant.tested):
             continue
         for arch in options.arch or sorted(SHARED_MEMORY):
+            if arch < variant.least_arch:
+                continue
             took = compile_for(variant, arch)
             complaints = took.complaints(arch)
             bad += bool(complaints)

@@ -39,7 +39,7 @@ def interpreted() -> Iterator[None]:
             raise RuntimeError("something imported triton as a compiler before; import it under interpreted() first")
         if not _mended:
             _mended.append(True)
-            _mend_bfloat16()
+            _mend_rounding()
             _patch_once()
         yield
     finally:
@@ -49,8 +49,12 @@ def interpreted() -> Iterator[None]:
             os.environ[_NAME] = before
 
 
-def _mend_bfloat16() -> None:
-    """Makes bfloat16 what it is on a GPU. The interpreter's `tl.dot` multiplies its bits, and its casts truncate."""
+def _mend_rounding() -> None:
+    """Makes bfloat16 and float8 what they are on a GPU.
+
+    The interpreter's `tl.dot` multiplies the bits of bfloat16, and casts to it truncate; those to float8 round to half
+    of the next power of two.
+    """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -72,8 +76,16 @@ def _mend_bfloat16() -> None:
         rounded = np.where(np.isnan(source.data), bits | 0x400000, to_even) >> 16
         return TensorHandle(rounded.astype(np.uint16), tl.bfloat16)
 
+    def to_float8(self: Any, source: Any, kind: Any, rounding: Any) -> Any:
+        if source.dtype.scalar != tl.float32 or kind.scalar != tl.float8e4nv:
+            return plain_fp_to_fp(self, source, kind, rounding)
+        codes = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+        return TensorHandle(codes.view(torch.uint8).numpy(), tl.float8e4nv)
+
     plain_dot, plain_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+    plain_fp_to_fp = InterpreterBuilder.create_fp_to_fp
     InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl = dot, cast
+    InterpreterBuilder.create_fp_to_fp = to_float8
 
 
 def _patch_once() -> None:

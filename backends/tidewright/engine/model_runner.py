@@ -33,6 +33,7 @@ from tidewright.models.llama import LlamaForCausalLM
 from tidewright.models.registry import model_class
 from tidewright.quantization.checkpoint import has_plain_weights, stored_format
 from tidewright.quantization.choice import choose
+from tidewright.quantization.stored_scheme import stored_scheme
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.logprobs import prompt_logprobs
 from tidewright.step.batch import StepBatch
@@ -70,6 +71,8 @@ class ModelRunner:
         self.device = make_device(*device, self.dtype, model_config.head_dim, adapts, cache_dtype)
         stored, has_plain = stored_format(folder, model_json), has_plain_weights(folder, model_json)
         quantization = choose(config.quantization, config.quantize_head, stored, has_plain)
+        if quantization.is_stored:
+            quantization = replace(quantization, scheme=stored_scheme(folder, prefer_plain=False))
         self.device.quantization = quantization
         logger.info("quantization is %s", quantization.reason)
         limit = model_config.max_positions

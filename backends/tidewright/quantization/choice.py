@@ -14,7 +14,10 @@ class Quantization:
     """Of a model's linear layers, its head and its embedding."""
 
     scheme: Scheme | None = None
-    """Weights that the checkpoint has in 16 or 32 bits are quantized so as they are loaded; None: they stay."""
+    """Weights that the checkpoint has in 16 or 32 bits are quantized so as they are loaded; None: they stay.
+
+    Of a quantized checkpoint: that of most of its weights.
+    """
     head: bool = True
     """So are the head and the embedding. Of a quantized checkpoint they are what it says."""
     is_stored: bool = False

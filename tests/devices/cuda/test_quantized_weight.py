@@ -144,6 +144,15 @@ def test_tokens_of_extreme_values() -> None:
     assert not bool(in_integers(packed, x)[3:].isfinite().any())
 
 
+def test_tokens_in_float8() -> None:
+    x = torch.cat([50 * random(3, 1100), random(1, 1100).bfloat16().float(), torch.zeros(1, 1100)])
+    tokens = quantize_tokens(x, torch.float8_e4m3fn)
+    scales = torch.where(x.abs().amax(1) > 0, x.abs().amax(1) / 448, 1.0)
+    assert torch.equal(tokens.scales_T, scales)
+    wanted = (x / scales[:, None]).clamp(-448, 448).to(torch.float8_e4m3fn)
+    assert torch.equal(tokens.codes_TE.float(), wanted.float())
+
+
 def test_splits_of_the_inputs_change_little(monkeypatch: pytest.MonkeyPatch) -> None:
     x, bias = random(2, 1100, seed=1).half(), random(20, seed=2).half()
     for scheme in (SCHEMES["int8"], SCHEMES["int4-g64"]):

@@ -43,6 +43,7 @@ class Variant:
     arguments: Mapping[str, Argument]
     launch: Launch
     tested: bool = False  # also compiled in the test suite: a few representatives
+    least_arch: int = 80  # the engine uses it from this one on
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from tidewright.devices.base import Device
 from tidewright.devices.cuda import activations, norms
 from tidewright.devices.cuda.attention import PagedCudaAttention
 from tidewright.devices.cuda.graphs import CudaRecorder, DecodeGraphs, Recorder, sizes_of
+from tidewright.devices.cuda.quantized_linear import CudaQuantizedLinear
 from tidewright.devices.cuda.sampler import CudaSampler
 from tidewright.devices.memory import DeviceMemory
+from tidewright.layers.linear_method import LinearMethod
 from tidewright.sampling.guided import GuidedDecoding
 
 if TYPE_CHECKING:
@@ -37,6 +39,19 @@ class CudaDevice(Device):
         self._recorder = recorder or (CudaRecorder(torch_device) if torch_device.type == "cuda" else None)
         self._graphs: DecodeGraphs | None = None
         self.compiles = torch_device.type == "cuda"  # elsewhere they are interpreted
+
+    def linear_method(self, out_features: int, in_features: int, is_head: bool = False) -> LinearMethod:
+        chosen = self.quantization
+        scheme = chosen.scheme_of(is_head)
+        if not (scheme or chosen.is_stored):
+            return super().linear_method(out_features, in_features, is_head)
+        # A head has few rows, and takes as long as its weight is read, whatever the activations are.
+        quantizes_tokens = chosen.scheme is not None and chosen.scheme.activation_bits == 8 and not is_head
+        device, dtype = self.torch_device, torch.get_default_dtype()
+        return CudaQuantizedLinear(out_features, in_features, scheme, quantizes_tokens, device, dtype)
+
+    def embedding_method(self, out_features: int, in_features: int) -> LinearMethod:
+        return self.linear_method(out_features, in_features, is_head=True)
 
     def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
         if weight_E.shape[0] > norms.MAX_SIZE:

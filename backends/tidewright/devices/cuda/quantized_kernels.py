@@ -144,10 +144,12 @@ def sum_kernel(
 
 @triton.jit
 def quantize_kernel(x_TE, codes_TE, scales_T, size, stride_x, TILE: tl.constexpr):
-    """A token's largest value becomes 127, others are rounded to the nearest, halves to even.
+    """A token's largest value becomes 127, or 448 in float8; others are rounded to the nearest, halves to even.
 
-    A token of zeros has scale 1, one with NaN or infinity has that as its scale.
+    A token of zeros has scale 1, one with NaN or infinity has infinity.
     """
+    IS_INTEGER: tl.constexpr = codes_TE.dtype.element_ty == tl.int8
+    LARGEST: tl.constexpr = 127.0 if IS_INTEGER else 448.0
     token = tl.program_id(0).to(tl.int64)
     columns_E = tl.arange(0, TILE)
     largest_E = tl.zeros((TILE,), tl.float32)
@@ -156,15 +158,15 @@ def quantize_kernel(x_TE, codes_TE, scales_T, size, stride_x, TILE: tl.constexpr
         x_E = tl.load(x_TE + token * stride_x + start + columns_E, mask=mask_E, other=0.0).to(tl.float32)
         largest_E = tl.maximum(largest_E, tl.where(x_E == x_E, tl.abs(x_E), float("inf")))
     largest = tl.max(largest_E, 0)
-    scale = tl.where(largest > 0, tl.div_rn(largest, 127.0), 1.0)
+    scale = tl.where(largest > 0, tl.div_rn(largest, LARGEST), 1.0)
     tl.store(scales_T + token, scale)
     for start in range(0, size, TILE):
         mask_E = start + columns_E < size
         x_E = tl.load(x_TE + token * stride_x + start + columns_E, mask=mask_E, other=0.0).to(tl.float32)
-        # Adding 1.5 * 2^23 leaves no bits behind the point.
-        code_E = (tl.div_rn(x_E, scale) + 12582912.0) - 12582912.0
-        code_E = tl.minimum(tl.maximum(code_E, -127.0), 127.0).to(tl.int8)
-        tl.store(codes_TE + token * size + start + columns_E, code_E, mask=mask_E)
+        code_E = tl.minimum(tl.maximum(tl.div_rn(x_E, scale), -LARGEST), LARGEST)
+        if IS_INTEGER:
+            code_E = (code_E + 12582912.0) - 12582912.0  # 1.5 * 2^23 leaves no bits behind the point
+        tl.store(codes_TE + token * size + start + columns_E, code_E.to(codes_TE.dtype.element_ty), mask=mask_E)
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def product_launch(layout: WeightLayout, itemsize: int, rows: int, splits: int) 
         features, tokens, columns, row_bytes, stages = 32, 16, min(columns, 16), 0, 2
     elif rows <= _FEW_ROWS:
         features, tokens = _FEATURES, max(16, power_of_two(rows))
-        row_bytes = 64 if layout.has_scales else 128  # as many as do not spill
+        row_bytes = max(64, 2 * columns) if layout.has_scales else 128  # as many as do not spill
     elif rows <= 64:
         features, tokens, row_bytes, stages = _FEATURES, 64, 64, 3
     else:
@@ -79,11 +79,12 @@ def product_launch(layout: WeightLayout, itemsize: int, rows: int, splits: int) 
         "SCALES_FIRST": layout.has_scales and tokens > _FEW_ROWS,
         "SPLITS": splits,
     }
-    return Launch(constants, warps, stages)
+    # Results of integers are the same to the bit, whichever kernel scales the sums.
+    return Launch(constants, warps, stages, fuses=itemsize != 1)
 
 
 def sum_launch(splits: int) -> Launch:
-    return Launch({"F": 512, "SPLITS": splits}, warps=4, stages=1)
+    return Launch({"F": 512, "SPLITS": splits}, warps=4, stages=1, fuses=False)
 
 
 def count_splits(features: int, depth: int, rows: int, processors: int) -> int:

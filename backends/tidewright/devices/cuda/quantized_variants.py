@@ -47,7 +47,8 @@ def variants() -> Iterator[Variant]:
     yield _product("int8", "bf16", 1, splits=8)
     yield _product("int8", "bf16", 1, splits=8, is_integer=True)
     for dtype in _SIZES:
-        yield _quantize(dtype, tested=dtype == "bf16")
+        yield _quantize(dtype, "i8", tested=dtype == "bf16")
+        yield _quantize(dtype, "fp8e4nv")
         for name in ("int8", "int4 g64 zeros"):
             yield _read(name, dtype, tested=dtype == "bf16" and name != "int8")
     yield _sum("*fp32", 8, tested=True)
@@ -103,10 +104,21 @@ def _with_bias(launch: Launch) -> Launch:
     return launch._replace(constants=launch.constants | {"HAS_BIAS": True})
 
 
-def _quantize(dtype: str, tested: bool) -> Variant:
-    arguments = {"x_TE": f"*{dtype}", "codes_TE": "*i8", "scales_T": "*fp32", "size": "i32:16", "stride_x": "i32:16"}
+def _quantize(dtype: str, codes: str, tested: bool = False) -> Variant:
+    arguments = {
+        "x_TE": f"*{dtype}",
+        "codes_TE": f"*{codes}",
+        "scales_T": "*fp32",
+        **dict.fromkeys(("size", "stride_x"), "i32:16"),
+    }
     return Variant(
-        "quantized: tokens", dtype, kernels.quantize_kernel, arguments, quantize_launch(_DEPTH), tested=tested
+        "quantized: tokens",
+        f"{dtype} to {codes}",
+        kernels.quantize_kernel,
+        arguments,
+        quantize_launch(_DEPTH),
+        tested=tested,
+        least_arch=80 if codes == "i8" else 90,
     )
 
 

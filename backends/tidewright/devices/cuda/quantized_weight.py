@@ -123,10 +123,11 @@ class QuantizedTokens:
     scales_T: torch.Tensor
 
 
-def quantize_tokens(x_TE: torch.Tensor) -> QuantizedTokens:
+def quantize_tokens(x_TE: torch.Tensor, dtype: torch.dtype = torch.int8) -> QuantizedTokens:
+    """`dtype` of the codes: int8 or float8_e4m3fn."""
     assert x_TE.stride(1) == 1
     rows, size = x_TE.shape
-    codes_TE = torch.empty((rows, size), dtype=torch.int8, device=x_TE.device)
+    codes_TE = torch.empty((rows, size), dtype=dtype, device=x_TE.device)
     scales_T = torch.empty(rows, dtype=torch.float32, device=x_TE.device)
     if rows:
         start(kernels.quantize_kernel, (rows,), quantize_launch(size), x_TE, codes_TE, scales_T, size, x_TE.stride(0))
