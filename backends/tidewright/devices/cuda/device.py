@@ -15,7 +15,7 @@ from tidewright.devices.cuda.attention import PagedCudaAttention
 from tidewright.devices.cuda.graphs import CudaRecorder, DecodeGraphs, Recorder, sizes_of
 from tidewright.devices.cuda.quantized_linear import CudaQuantizedLinear
 from tidewright.devices.cuda.sampler import CudaSampler
-from tidewright.devices.memory import DeviceMemory
+from tidewright.devices.memory import DeviceMemory, out_of_memory
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.sampling.guided import GuidedDecoding
 
@@ -85,8 +85,10 @@ class CudaDevice(Device):
         compute = functools.partial(super().forward, model, kv_cache=kv_cache)
         try:
             self._graphs = DecodeGraphs(self._recorder, buffers.sizes, buffers.decodes, compute)
-        except torch.OutOfMemoryError as error:
-            log.warning("no CUDA graphs, so decodes are slower: %s", error)
+        except Exception as error:
+            if not (reason := out_of_memory(error)):
+                raise
+            log.warning("no CUDA graphs, so decodes are slower: %s", reason)
             return
         took, mib = time.monotonic() - began, (before - self.memory.free()) / 2**20
         log.info("recorded CUDA graphs of %d batch sizes in %.1f s, %.0f MiB", len(buffers.sizes), took, mib)
