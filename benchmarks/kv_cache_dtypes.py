@@ -101,7 +101,7 @@ def step_of(name: str, model: str, sequences: int, context: int) -> Callable[[],
     runner = ModelRunner(config)
     fill(runner.kv_cache)
     step = plan(sequences, context)
-    return lambda: runner.run(step)
+    return lambda: runner.launch(step).result()
 
 
 def perplexity(name: str, dtype: str, model: str, prompts: Sequence[list[int]]) -> float:

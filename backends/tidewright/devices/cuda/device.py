@@ -81,6 +81,7 @@ class CudaDevice(Device):
     def prepare(self, model: LlamaForCausalLM, kv_cache: KVCache, buffers: StepBuffers) -> None:
         if not self._recorder or model.group.size > 1:
             return
+        log.info("recording CUDA graphs of %d batch sizes", len(buffers.sizes))
         began, before = time.monotonic(), self.memory.free()
         compute = functools.partial(super().forward, model, kv_cache=kv_cache)
         try:
@@ -91,7 +92,7 @@ class CudaDevice(Device):
             log.warning("no CUDA graphs, so decodes are slower: %s", reason)
             return
         took, mib = time.monotonic() - began, (before - self.memory.free()) / 2**20
-        log.info("recorded CUDA graphs of %d batch sizes in %.1f s, %.0f MiB", len(buffers.sizes), took, mib)
+        log.info("recorded CUDA graphs in %.1f s; they take %.0f MiB", took, mib)
 
     def forward(self, model: LlamaForCausalLM, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
         if self._graphs is None or not batch.padded_to:
