@@ -26,6 +26,7 @@ from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedS
 from tidewright.engine.warm_up import warm_up_plans
 from tidewright.kv_cache.budget import mib
 from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
+from tidewright.layers.linear_method import LinearMethod
 from tidewright.layers.loading import load_weights
 from tidewright.models.families import read_config
 from tidewright.models.folder import eos_ids, read_json
@@ -250,7 +251,8 @@ class ModelRunner:
 def _check_fits(model: LlamaForCausalLM, memory: DeviceMemory) -> None:
     """Raises DeviceError. `model` has no memory of its own."""
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}  # tied weights are one
-    needed = sum(tensor.nbytes for tensor in tensors.values())
+    pending = sum(module.pending_bytes for module in model.modules() if isinstance(module, LinearMethod))
+    needed = sum(tensor.nbytes for tensor in tensors.values()) + pending
     if not memory.await_free(needed, PATIENCE):
         raise DeviceError(
             f"the weights take {mib(needed)}, but {memory} has {mib(memory.free())} free: end what else uses it, or "

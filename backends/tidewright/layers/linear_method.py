@@ -20,6 +20,9 @@ class LinearMethod(nn.Module, ABC):
     in memory.
     """
 
+    pending_bytes = 0
+    """That the weight will take once it is loaded, beside parameters: about, as the checkpoint may say otherwise."""
+
     @abstractmethod
     def loaders(self, name: str, rows: Cut, columns: Cut, first: int = 0, padding: int = 0) -> dict[str, Loader]:
         """By names in the checkpoint, which calls the whole weight `name`.

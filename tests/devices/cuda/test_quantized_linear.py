@@ -11,10 +11,12 @@ import torch.nn.functional as F
 import transformers
 
 from helpers.checkpoints import SIZES, engine_config, greedy, logits, prompt, save
+from helpers.counted_memory import CountedMemory
 from helpers.interpreted import interpreted
 from tidewright.attention.reference import ReferenceAttention
-from tidewright.devices.base import Device
+from tidewright.devices.base import Device, DeviceError
 from tidewright.devices.cpu.memory import CpuMemory
+from tidewright.devices.cuda.launch import Launch
 from tidewright.distributed.sharding import Cut
 from tidewright.engine import model_runner
 from tidewright.engine.model_runner import ModelRunner
@@ -24,7 +26,7 @@ from tidewright.quantization.choice import Quantization
 from tidewright.quantization.quantize_model import QuantizationRun, Recipe
 
 with interpreted():
-    from tidewright.devices.cuda import quantized_linear
+    from tidewright.devices.cuda import quantized_linear, quantized_weight
     from tidewright.devices.cuda.device import CudaDevice
     from tidewright.devices.cuda.quantized_weight import quantize_tokens
 
@@ -86,6 +88,29 @@ def test_parts_of_several_formats_and_padding() -> None:
     assert_multiplies_by(method_of(list(parts), padding=6), whole_FE, 1e-3)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32", Scheme("", 4, 128), "fp8"])
+def test_what_a_weight_will_take_is_known_before(scheme: str | Scheme) -> None:
+    """Up to a factor of four bytes for each output. Without products of float8, it is that of the dequantized one."""
+    chosen = Quantization(scheme_named(scheme) if isinstance(scheme, str) else scheme, is_stored=True)
+    device = CudaDevice(CPU, CpuMemory())
+    device.quantization = chosen
+    before = device.linear_method(40, 256).pending_bytes
+    method = method_of([quantize_rtn(torch.randn(40, 256), chosen.scheme)], chosen)  # type: ignore[arg-type]
+    assert method.pending_bytes == 0
+    taken = sum(weight.nbytes - 4 * 40 for weight in method._weights) + sum(p.nbytes for p in method.parameters())
+    assert before == taken
+
+
+def test_a_device_too_small_for_quantized_weights_says_the_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, transformers.LlamaConfig(**SIZES, tie_word_embeddings=True))
+    monkeypatch.setattr(model_runner, "PATIENCE", 0.0)
+    monkeypatch.setattr(model_runner, "make_device", lambda *_, **__: CudaDevice(CPU, CountedMemory(50_000)))
+    with pytest.raises(DeviceError, match=r"the weights take 0\.1 MiB, but cpu has 0\.0 MiB free"):
+        ModelRunner(engine_config(tmp_path, quantization="int8"))
+
+
 @pytest.mark.usefixtures("has_float8")
 def test_float8() -> None:
     parts = [quantize_rtn(torch.randn(size, 64), scheme_named("fp8")) for size in (32, 16)]
@@ -118,6 +143,27 @@ def test_products_of_float8_that_torch_refuses_are_not_asked_for(caplog: pytest.
     for weight in (in_groups, odd):
         assert_multiplies_by(method_of([weight]), weight.dequantized())
     assert "a scale per tensor or channel, and sizes that 16 divides" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "w8a8"])
+def test_kernels_for_all_numbers_of_rows_are_compiled_before_the_first_request(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: set[frozenset[tuple[str, int]]] = set()
+
+    def start(kernel: object, grid: object, launch: Launch, *arguments: object) -> None:
+        made.add(frozenset(launch.constants.items()))
+
+    monkeypatch.setattr(quantized_weight, "start", start)
+    weight = quantize_rtn(torch.randn(40, 64), scheme_named(name))
+    method = method_of([weight], Quantization(scheme_named(name), is_stored=True))
+    assert not made  # interpreted kernels are not compiled
+    method._compiles = True
+    method.finish()
+    before = set(made)
+    for rows in range(1, 300):
+        method.multiply(torch.zeros(rows, 64), None)
+    assert made == before
 
 
 def quantized_in_torch(largest: float, round_to: Callable[[torch.Tensor], torch.Tensor]) -> type[PlainLinear]:

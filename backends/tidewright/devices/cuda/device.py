@@ -42,13 +42,10 @@ class CudaDevice(Device):
 
     def linear_method(self, out_features: int, in_features: int, is_head: bool = False) -> LinearMethod:
         chosen = self.quantization
-        scheme = chosen.scheme_of(is_head)
-        if not (scheme or chosen.is_stored):
+        if not (chosen.scheme_of(is_head) or chosen.is_stored):
             return super().linear_method(out_features, in_features, is_head)
-        # A head has few rows, and takes as long as its weight is read, whatever the activations are.
-        quantizes_tokens = chosen.scheme is not None and chosen.scheme.activation_bits == 8 and not is_head
         device, dtype = self.torch_device, torch.get_default_dtype()
-        return CudaQuantizedLinear(out_features, in_features, scheme, quantizes_tokens, device, dtype)
+        return CudaQuantizedLinear(out_features, in_features, chosen, is_head, device, dtype)
 
     def embedding_method(self, out_features: int, in_features: int) -> LinearMethod:
         return self.linear_method(out_features, in_features, is_head=True)

@@ -9,6 +9,8 @@ from tidewright.devices.cuda.launch import Launch, power_of_two
 PLANES = (64, 32, 16)
 """Inputs of one dot product, at most; all of them share their scale. Tensor cores take 16 at least."""
 MAX_SPLITS = 16
+TOKEN_TILES = (16, 32, 64, 128)
+"""Rows of a tile; each is another kernel."""
 _FEATURES = 64  # of a tile, for few rows
 _FEW_ROWS = 32
 _PROGRAMS = 2  # for each processor: fewer do not keep enough of the memory's requests in flight
@@ -63,7 +65,7 @@ def product_launch(layout: WeightLayout, itemsize: int, rows: int, splits: int) 
     if itemsize == 4:  # multiplied without tensor cores: such a product keeps its operands in registers
         features, tokens, columns, row_bytes, stages = 32, 16, min(columns, 16), 0, 2
     elif rows <= _FEW_ROWS:
-        features, tokens = _FEATURES, max(16, power_of_two(rows))
+        features, tokens = _FEATURES, 16 if rows <= 16 else 32
         row_bytes = max(64, 2 * columns) if layout.has_scales else 128  # as many as do not spill
     elif rows <= 64:
         features, tokens, row_bytes, stages = _FEATURES, 64, 64, 3

@@ -13,12 +13,14 @@ import torch
 
 from tidewright.devices.cuda import float8_weight
 from tidewright.devices.cuda.float8_weight import Float8Weight, multiplies_float8, pack_float8
+from tidewright.devices.cuda.quantized_launch import TOKEN_TILES
 from tidewright.devices.cuda.quantized_weight import CudaQuantizedWeight, layout_for, pack, quantize_tokens
 from tidewright.distributed.sharding import Cut
 from tidewright.layers.gathered_linear import GatheredLinear, Part, dequantized
 from tidewright.layers.linear_method import PlainLinear, read_part
 from tidewright.layers.weights import WeightSlice
 from tidewright.quantization.affine import AffineWeight, Scheme, joined, quantize_rtn
+from tidewright.quantization.choice import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -28,14 +30,18 @@ class CudaQuantizedLinear(GatheredLinear):
         self,
         out_features: int,
         in_features: int,
-        scheme: Scheme | None,
-        quantizes_tokens: bool,
+        quantization: Quantization,
+        is_head: bool,
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        """`quantizes_tokens`: W8A8, where the weight has one scale per output channel."""
-        super().__init__(out_features, in_features, scheme)
-        self._quantizes_tokens, self._device, self._dtype = quantizes_tokens, device, dtype
+        super().__init__(out_features, in_features, quantization.scheme_of(is_head))
+        self._device, self._dtype = device, dtype
+        scheme = quantization.scheme
+        # A head has few rows, and takes as long as its weight is read, whatever the activations are.
+        self._quantizes_tokens = scheme is not None and scheme.activation_bits == 8 and not is_head
+        self.pending_bytes = int(out_features * in_features * _bits(scheme, device, dtype) / 8)
+        self._compiles = device.type == "cuda"
         self._weights: list[CudaQuantizedWeight | Float8Weight] = []
         self._plain: PlainLinear | None = None
 
@@ -47,6 +53,7 @@ class CudaQuantizedLinear(GatheredLinear):
         return quantize_rtn(part.to(self._device), self.scheme)
 
     def take(self, parts: list[Part]) -> None:
+        self.pending_bytes = 0
         if reason := _obstacle(parts, self._device):
             _warn_once(reason)
             with self._device:
@@ -57,6 +64,15 @@ class CudaQuantizedLinear(GatheredLinear):
         for _, some in itertools.groupby(weights, _format):
             weight = joined(list(some))
             self._weights.append((pack_float8 if weight.is_float else pack)(weight, self._device))
+
+    @torch.inference_mode()
+    def finish(self) -> None:
+        """Compiles the kernels for all numbers of rows, unless another layer has them: steps at the start have few
+        rows for the head, which may have a format of its own.
+        """
+        if self._compiles and self._weights:
+            for rows in TOKEN_TILES:
+                self.multiply(torch.zeros((rows, self.shape[1]), dtype=self._dtype, device=self._device), None)
 
     def multiply(self, x_TE: torch.Tensor, bias_F: torch.Tensor | None) -> torch.Tensor:
         if self._plain:
@@ -84,6 +100,14 @@ class CudaQuantizedLinear(GatheredLinear):
             weight.read_rows(ids_T - first, out_TE)
             first += weight.features
         return out_TE
+
+
+def _bits(scheme: Scheme | None, device: torch.device, dtype: torch.dtype) -> float:
+    """Of a weight, scales included."""
+    if scheme is None or (scheme.is_float and not multiplies_float8(device)):
+        return 8 * dtype.itemsize
+    of_groups = (16 if scheme.symmetric else 32) / scheme.group_size if scheme.group_size else 0.0
+    return scheme.weight_bits + of_groups
 
 
 def _format(weight: AffineWeight) -> tuple[object, ...]:
