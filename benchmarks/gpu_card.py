@@ -7,6 +7,7 @@ Parts, each in a process of its own and with a time limit, so that one that fail
   requests a second that ask for 16 tokens each. Triton, the bridge and the gateway are left out: what they add does
   not depend on the GPU, and one Python client could not tell it from its own time. Without the model: random weights,
   and an engine in the client's process;
+- products: those with quantized weights beside torch's in 16 bits, kernel by kernel (gpu_products.py);
 - 1B, 8B: random weights of these shapes, in this process: the same workloads, and the share of the memory bandwidth in
   decode. Bytes are those that the step's kernels must move by their shapes (devices/cuda/traffic.py), and the
   bandwidth is that of a copy on this GPU, measured before. Steps are launched one ahead of the host, and their time is
@@ -33,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-LIMITS = {"correctness": 130, "135M": 80, "1B": 60, "8B": 75}
+LIMITS = {"correctness": 130, "products": 45, "135M": 80, "1B": 60, "8B": 75}
 """Seconds of each part, at most; a part takes less if less is left of --seconds."""
 LEAST = 10  # seconds; with less left, a part is not begun
 CARD_TESTS = ("tests/devices/cuda", "tests/engine/test_engine_cuda.py")
@@ -95,6 +96,8 @@ def _measurements(name: str, limit: float, options: argparse.Namespace) -> Part:
     figures = options.out / f"{name}.json"
     figures.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu_parts", name, str(figures), "--model", options.model]
+    if name == "products":
+        command = [sys.executable, "-m", "benchmarks.gpu_products", str(figures)]
     part = _run(name, command + ["--dry-run"] * options.dry_run, limit, options)
     if figures.is_file():
         part.figures = json.loads(figures.read_text())

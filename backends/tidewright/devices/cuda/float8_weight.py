@@ -29,6 +29,10 @@ class Float8Weight:
     def features(self) -> int:
         return self.codes_FE.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        return self.codes_FE.nbytes + self.scales_F.nbytes
+
     def multiply(self, x_TE: torch.Tensor, bias_F: torch.Tensor | None, out_TF: torch.Tensor) -> torch.Tensor:
         """x w^T + bias. A scale per token and per output needs results in bfloat16, whatever the model has."""
         if len(x_TE):
