@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import transformers as hf
 from click.testing import CliRunner, Result
@@ -15,7 +16,10 @@ from helpers.small_disk import run_on_small_disk
 from tidewright.cache import cache_dir, find_prepared
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.launch.cli import main
+from tidewright.quantization import report as report_module
+from tidewright.quantization.quality import Quality
 from tidewright.quantization.quantize_model import QuantizationRun
+from tidewright.quantization.report import Report
 
 WIDE = {**SIZES, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 
@@ -82,6 +86,28 @@ def test_gptq_reads_the_text_that_it_is_given(model: Path, tmp_path: Path) -> No
         assert result.exit_code == 0, result.output
         made.append((Path(result.stdout.strip()) / "model-00001-of-00004.safetensors").read_bytes())
     assert made[0] != made[1]
+
+
+def test_a_report_is_printed_and_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quality = Quality(**{**dict.fromkeys(Quality.__struct_fields__, 1.0), "tokens": 20_000, "perplexity": 1.03})
+    asked = []
+
+    def make_reports(source: Path, folders: dict[str, Path], *rest: object) -> dict[str, Report]:
+        asked.append((source, folders))
+        sizes = {"bytes": 5_000_000, "source_bytes": 10_000_000, "load_seconds": 1.0, "source_load_seconds": 2.0}
+        return {"int8": Report(scheme="int8", dtype="bfloat16", **sizes, quality=quality)}
+
+    monkeypatch.setattr(report_module, "make_reports", make_reports)
+    result = run(model, "--out", tmp_path / "made", "--report")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(tmp_path / "made")
+    ((source, folders),) = asked
+    assert (source, folders) == (find_prepared(str(model)), {"int8": tmp_path / "made"})
+    printed = [line.split() for line in result.stderr.splitlines()]
+    assert ["weights", "10", "MB", "5", "MB"] in printed
+    assert ["perplexity", "1.00", "1.03"] in printed
+    assert ["+3.0%"] in printed
+    assert msgspec.json.decode((tmp_path / "made" / "report.json").read_bytes(), type=Report).quality == quality
 
 
 def test_wrong_orders(model: Path, tmp_path: Path) -> None:

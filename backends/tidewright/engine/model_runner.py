@@ -19,7 +19,7 @@ from tidewright.devices.registry import cache_dtype_of, dtype_of, make_device
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.largest_step import largest_step
 from tidewright.engine.messages import EngineConfig, TokenLogprob
-from tidewright.engine.plan import DrawnToken, StepPlan, StepResult
+from tidewright.engine.plan import DrawnToken, ScheduledSequence, StepPlan, StepResult
 from tidewright.engine.pool import pool_blocks
 from tidewright.engine.pooling import Pooler
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedStep
@@ -122,6 +122,7 @@ class ModelRunner:
         self.forward_seconds = self.sample_seconds = 0.0
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
         limits = replace(limits, max_model_len=self.max_model_len)
+        self._first_blocks = tuple(range(-(-self.max_model_len // config.block_size)))
         sizes = self.device.decode_sizes(min(config.max_running, config.max_batched_tokens))
         self._buffers = StepBuffers(limits, self.device.torch_device, sizes=() if self._pooler else sizes)
         if not self._pooler:
@@ -215,6 +216,20 @@ class ModelRunner:
             return StepResult.of(plan, tokens, prompt, embeddings)
 
         return LaunchedStep(finish)
+
+    @torch.inference_mode()
+    def logits(self, token_ids: list[int], start: int, rows: slice) -> torch.Tensor:
+        """logits_TV of some of a sequence's tokens, for measurements: no other sequence may be there.
+
+        Tokens before `start` are in the cache from the calls before.
+        """
+        blocks = () if start else self._first_blocks
+        plan = StepPlan((ScheduledSequence(0, start, tuple(token_ids), blocks),))
+        batch = self._buffers.fill(plan)
+        with self.device.step(self.kv_cache, self._buffers.highest_block):
+            logits_TV = self.model.logits(self.device.forward(self.model, batch, self.kv_cache)[rows])
+        assert logits_TV is not None  # there is one rank
+        return logits_TV
 
     def _prompt_logprobs(
         self, plan: StepPlan, batch: StepBatch, hidden_TE: torch.Tensor

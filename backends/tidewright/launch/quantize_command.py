@@ -44,6 +44,11 @@ INTERRUPTED = 130  # as shells say it of SIGINT
     help="Embedding and head: in 8 bits, by the same scheme as the layers, or kept as they are, as vLLM needs them.",
 )
 @click.option("--force", is_flag=True, help="Make it anew even if it is there.")
+@click.option(
+    "--report",
+    is_flag=True,
+    help="Then compare it with MODEL on a book, and print what it has cost: minutes.",
+)
 def quantize(
     model: str,
     scheme: str,
@@ -52,6 +57,7 @@ def quantize(
     calibration: Path | None,
     head: Literal["int8", "same", "keep"],
     force: bool,
+    report: bool,
 ) -> None:
     """Make a quantized copy of MODEL, and print its folder, which `tidewright serve --model` takes.
 
@@ -68,15 +74,27 @@ def quantize(
     \b
     Examples:
       tidewright quantize --scheme w8a8
+      tidewright quantize --scheme int4-g64 --report
       tidewright quantize org/name --scheme int4-g64 --method gptq --out ./name-int4
       tidewright serve --model ./name-int4
     """
     console = Console(stderr=True)
     try:
         folder = make_quantized(model, scheme, out, console, method, head, calibration, force)
+        if report:
+            _report(model, folder, scheme, console)
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         console.print("Interrupted; the same command continues where this one stopped")
         sys.exit(INTERRUPTED)
     click.echo(folder)
+
+
+def _report(model: str, folder: Path, scheme: str, console: Console) -> None:
+    from tidewright.launch.quantize_report import print_reports, report
+
+    try:
+        print_reports([report(model, folder, scheme, console)], console)
+    except LaunchError as error:
+        raise click.ClickException(f"{folder} is made, but there is no report: {error}") from None
