@@ -31,7 +31,7 @@ constexpr int VECTORS = 2, BLOCK = VECTORS * LANES, UNIT = BLOCK * 4, UNIT_LINES
 constexpr int TILE_ROWS = LANES == 16 ? 12 : 4;
 constexpr int MOST_STEPS = 384;
 constexpr int PANEL_ROWS = 16 * TILE_ROWS;
-constexpr int AHEAD = 4096;  // bytes
+constexpr int AHEAD = 2048;  // bytes
 
 constexpr int unit_steps(int bits) { return 8 / bits; }
 
@@ -70,7 +70,7 @@ template <int BITS, bool SCALES, bool OFFSETS, int M, int LINES>
 __attribute__((noinline)) void tile(
     const Problem& p, const uint32_t* x, const GroupInfo* info, const uint8_t* w, int64_t step, int64_t end, float* sums,
     int64_t ahead) {
-    constexpr int STEPS = unit_steps(BITS);
+    constexpr int STEPS = unit_steps(BITS), HEADER = (SCALES + OFFSETS) * BLOCK * sizeof(uint16_t);
     const int64_t x_stride = p.layout.steps, info_stride = p.layout.groups, group_steps = p.layout.group_steps;
     const int32_t zero = p.w.zero;
     Floats total[M][VECTORS];
@@ -85,7 +85,9 @@ __attribute__((noinline)) void tile(
             if (SCALES) scales[n] = load_halves((const uint16_t*)w + n * LANES);
             if (OFFSETS) offsets[n] = load_halves((const uint16_t*)w + BLOCK + n * LANES);
         }
-        w += (SCALES + OFFSETS) * BLOCK * sizeof(uint16_t);
+        if (LINES > 1)
+            for (int i = 0; i < HEADER; i += LINE) __builtin_prefetch(w + ahead + i, 0, 2);
+        w += HEADER;
         Ints part[M][VECTORS];
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++)
