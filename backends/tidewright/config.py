@@ -70,7 +70,9 @@ class Settings(ResilienceSettings, BaseSettings):
         "plain weights while loading, none dequantizes, stored serves a quantized checkpoint as it is. auto: stored, "
         "unless the checkpoint has plain weights as well.",
     )
-    quantize_head: bool = Field(True, description="Quantize the head and the embedding as well.")
+    quantize_head: Literal["int8", "same", "keep"] = Field(
+        "int8", description="Head and embedding: in 8 bits, by the same scheme as the layers, or kept as they are."
+    )
     threads: int = Field(
         0,
         ge=0,

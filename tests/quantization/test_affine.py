@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tidewright.quantization import affine
 from tidewright.quantization.affine import (
     SCHEMES,
     AffineSource,
@@ -32,6 +33,16 @@ def test_every_weight_is_within_half_a_step_of_its_own(name: str, depth: int) ->
     else:
         assert (error <= scales * 0.501).all()
     assert (error[4] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["int8", "int4-g32", "fp8"])
+def test_large_weights_are_rounded_in_parts(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    weight_FE = torch.randn(7, 64)
+    whole = quantize_rtn(weight_FE, scheme_named(name))
+    monkeypatch.setattr(affine, "_CHUNK", 200)
+    parts = quantize_rtn(weight_FE, scheme_named(name))
+    assert torch.equal(parts.dequantized(), whole.dequantized())
+    assert parts.get_shape() == [7, 64]
 
 
 def test_a_symmetric_weight_of_four_bits_uses_them_all() -> None:

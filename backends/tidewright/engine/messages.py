@@ -25,7 +25,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     dtype: str = "bfloat16"  # "bfloat16", "float16", "float32"
     kv_cache_dtype: str = "auto"  # "fp8", "int8", or as dtype; "auto" is dtype
     quantization: str = "auto"  # as tidewright.quantization.choice reads it
-    quantize_head: bool = True  # and the embedding
+    quantize_head: str = "int8"  # and the embedding; "same" as the layers, or "keep"
     threads: int = 0  # of each rank; 0: as many as it can keep busy (devices/cpu/step_threads.py)
     niceness: int = 0  # of the process; 10 gets a tenth of a core that another wants as well
     attention: str = "auto"

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 _LARGEST_E4M3 = 448.0
+_CHUNK = 1 << 22  # weights that are rounded at once: it takes several times their memory
 _CODES = {torch.int8, torch.float8_e4m3fn}
 # What the largest absolute value of a group is divided by: which is best depends on how the others lie.
 _DIVISORS_INT4 = (7.0, 7.5, 8.0)
@@ -170,7 +171,7 @@ def joined(parts: Sequence[AffineWeight]) -> AffineWeight:
     offsets = [part.offsets_FG for part in parts if part.offsets_FG is not None]
     return replace(
         first,
-        codes_FE=torch.cat([part.codes_FE for part in parts]),
+        codes_FE=torch.cat([part.codes_FE.view(torch.int8) for part in parts]).view(first.codes_FE.dtype),
         scales_FG=torch.cat([part.scales_FG for part in parts]),
         offsets_FG=torch.cat(offsets) if offsets else None,
     )
@@ -178,6 +179,11 @@ def joined(parts: Sequence[AffineWeight]) -> AffineWeight:
 
 def quantize_rtn(weight_FE: torch.Tensor, scheme: Scheme) -> AffineWeight:
     """Each weight rounded to the nearest code of its group."""
+    rows = max(1, _CHUNK // weight_FE.shape[1])
+    return joined([_rounded(part_FE, scheme) for part_FE in weight_FE.split(rows)])
+
+
+def _rounded(weight_FE: torch.Tensor, scheme: Scheme) -> AffineWeight:
     depth = weight_FE.shape[1]
     size = min(scheme.group_size or depth, depth)
     # The last group is filled up by its own last value, which changes neither its smallest nor its largest.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tidewright.quantization.affine import QuantizationError, Scheme, scheme_named
+from tidewright.quantization.affine import SCHEMES, QuantizationError, Scheme, scheme_named
 
 AUTO, NONE, STORED = "auto", "none", "stored"
 
@@ -18,8 +18,8 @@ class Quantization:
 
     Of a quantized checkpoint: that of most of its weights.
     """
-    head: bool = True
-    """So are the head and the embedding. Of a quantized checkpoint they are what it says."""
+    head: Scheme | None = None
+    """The same for the head and the embedding."""
     is_stored: bool = False
     """The checkpoint's own weights are quantized; each says how."""
     reason: str = ""
@@ -27,14 +27,16 @@ class Quantization:
 
     def scheme_of(self, is_head: bool) -> Scheme | None:
         """What a layer's weight becomes as it is loaded."""
-        return None if self.is_stored or (is_head and not self.head) else self.scheme
+        if self.is_stored:
+            return None
+        return self.head if is_head else self.scheme
 
 
 NOT_QUANTIZED = Quantization()
 
 
-def choose(asked: str, head: bool, stored: str = "", has_plain: bool = True) -> Quantization:
-    """`asked` is the option: auto, none, stored or a scheme's name.
+def choose(asked: str, head: str, stored: str = "", has_plain: bool = True) -> Quantization:
+    """`asked` is the option: auto, none, stored or a scheme's name. `head`: "int8", "same" or "keep".
 
     `stored` is the format that the checkpoint is quantized in, empty if it is not; `has_plain`: it has the same weights
     in 16 or 32 bits as well. Raises QuantizationError.
@@ -51,11 +53,13 @@ def choose(asked: str, head: bool, stored: str = "", has_plain: bool = True) -> 
                 f"the checkpoint is quantized ({stored}) and can't be made {asked}; choose auto, or serve the "
                 f"checkpoint that it was made from"
             )
-        return Quantization(head=head, is_stored=True, reason=f"{stored}: the checkpoint is quantized so")
+        return Quantization(is_stored=True, reason=f"{stored}: the checkpoint is quantized so")
     if asked == AUTO:
         return Quantization(reason="none: the checkpoint has plain weights")
     if asked == NONE:
         return Quantization(reason="none: as the option says")
     scheme = scheme_named(asked)
-    reason = f"{scheme.name}: as the option says, rounded to nearest while loading"
-    return Quantization(scheme, head, reason=reason if head else f"{reason}; head and embedding are left as they are")
+    head_scheme = {"int8": SCHEMES["int8"], "same": scheme, "keep": None}[head]
+    said = head_scheme.name if head_scheme else "as they are"
+    reason = f"{scheme.name}: as the option says, rounded to nearest while loading; head and embedding: {said}"
+    return Quantization(scheme, head_scheme, reason=reason)

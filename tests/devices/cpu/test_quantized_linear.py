@@ -69,7 +69,9 @@ def test_a_layer_of_which_a_part_is_not_quantized_is_dequantized() -> None:
     load(method, quantized, Cut.whole(32), Cut.whole(64), first=32)
     method.finish()
     x_TE = torch.randn(3, 64)
-    torch.testing.assert_close(method.multiply(x_TE, None), x_TE @ torch.cat([plain, quantized.dequantized()]).T)
+    torch.testing.assert_close(
+        method.multiply(x_TE, None), x_TE @ torch.cat([plain, quantized.dequantized()]).T, atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -111,8 +113,8 @@ def test_an_engine_with_quantized_layers(tmp_path: Path, name: str, dtype: str) 
 
 
 def test_head_and_embedding_can_be_left() -> None:
-    left = device(choose("int8", head=False))
+    left = device(choose("int8", "keep"))
     assert left.linear_method(64, 64, is_head=True).state_dict()  # a plain weight
     assert not left.linear_method(64, 64).state_dict()
     assert left.embedding_method(64, 64).state_dict()
-    assert not device(choose("int8", head=True)).embedding_method(64, 64).state_dict()
+    assert not device(choose("int8", "same")).embedding_method(64, 64).state_dict()

@@ -213,7 +213,7 @@ def test_steps_say_what_dequantized_weights_say(tmp_path: Path, name: str, monke
 
     def runner(device: Device) -> ModelRunner:
         monkeypatch.setattr(model_runner, "make_device", lambda *_, **__: device)
-        return ModelRunner(engine_config(tmp_path, block_size=16, quantization=name))
+        return ModelRunner(engine_config(tmp_path, block_size=16, quantization=name, quantize_head="same"))
 
     found, wanted = (
         runner(CudaDevice(CPU, CpuMemory())),
