@@ -64,11 +64,7 @@ def make_device(
     if attention not in _ATTENTIONS:
         raise DeviceError(f"attention {attention!r} does not exist; there is: {', '.join(_ATTENTIONS)}")
     if attention != "reference":
-        lack = (
-            _lack_on_cpu(dtype, cache_dtype or dtype)
-            if device.type == "cpu"
-            else _lack_on_cuda(head_dim, cache_dtype in (None, dtype))
-        )
+        lack = _lack_on_cpu(dtype, cache_dtype or dtype) if device.type == "cpu" else _lack_on_cuda(head_dim)
         if lack and attention == "native":
             raise DeviceError(f"attention 'native' needs {lack}; choose 'auto'")
         if lack and (device.type == "cuda" or kernels_of(dtype) is not None):
@@ -98,9 +94,7 @@ def _lack_on_cpu(dtype: torch.dtype, cache_dtype: torch.dtype) -> str:
     return f"float32 or bfloat16, and a C++ compiler, not {dtype} (the log tells if the compiler failed)"
 
 
-def _lack_on_cuda(head_dim: int, is_plain: bool) -> str:
-    if not is_plain:
-        return "a KV cache in the type of the weights"
+def _lack_on_cuda(head_dim: int) -> str:
     if head_dim > _LARGEST_HEAD or head_dim % 2:
         return f"even head sizes up to {_LARGEST_HEAD}, not {head_dim}"
     return "" if find_spec("triton") else "PyPI's triton (pip install tidewright[gpu])"

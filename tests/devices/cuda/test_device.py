@@ -103,6 +103,19 @@ def test_an_engine_that_draws_on_a_gpu(
             assert bool(ours) == (name in SAMPLED[number])
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_a_quantized_cache_as_the_reference_has_it(
+    tmp_path: Path, kv_cache_dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, FAMILIES["llama, tied"])
+    config = engine_config(tmp_path, block_size=16, kv_cache_dtype=kv_cache_dtype, attention="reference")
+    ids = prompt(20, seed=1)
+    wanted_TV = logits(ModelRunner(config), ids, chunk=15)
+    device = CudaDevice(torch.device("cpu"), CpuMemory())
+    monkeypatch.setattr(model_runner, "make_device", lambda *_, **__: device)
+    torch.testing.assert_close(logits(ModelRunner(config), ids, chunk=15), wanted_TV, rtol=1e-3, atol=1e-3)
+
+
 def test_a_gpu_computes_with_the_kernels_where_they_take_the_model(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

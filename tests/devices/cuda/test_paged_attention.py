@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from helpers.interpreted import interpreted
 from helpers.paged import UNUSED, Model, Step, make_step
 from tidewright.attention.base import AttentionLayer
+from tidewright.kv_cache.storage import LayerCache
 
 with interpreted():
     from tidewright.devices.cuda.paged_attention import PagedStep, paged_attention
@@ -30,8 +31,8 @@ def padded(paged: PagedStep, count: int, **bounds: int) -> PagedStep:
 
 
 def run(step: Step, layer: AttentionLayer, paged: PagedStep | None = None) -> torch.Tensor:
-    caches = step.k_cache_NSKD, step.v_cache_NSKD
-    return paged_attention(step.q_THD, *caches, paged or PagedStep.of(step.batch()), layer)
+    cache = LayerCache(step.k_cache_NSKD, step.v_cache_NSKD)
+    return paged_attention(step.q_THD, cache, paged or PagedStep.of(step.batch()), layer)
 
 
 def check(

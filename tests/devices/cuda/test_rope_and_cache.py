@@ -8,6 +8,7 @@ import torch
 
 from helpers.interpreted import interpreted
 from tidewright.attention.base import Rotation
+from tidewright.kv_cache.storage import LayerCache
 from tidewright.layers.rotary import RotaryEmbedding
 from tidewright.models.config import Rope
 
@@ -48,7 +49,9 @@ def check(
     qkv_TXD = wide_TXD[:, :all_heads]  # rows lie a stride apart
     tables = rotation(head_dim)
     slots_T = torch.tensor(SLOTS)
-    q_THD = rotate_and_store(qkv_TXD, tables.cos_PD, tables.sin_PD, tables.positions_T, slots_T, k_cache, v_cache)
+    q_THD = rotate_and_store(
+        qkv_TXD, tables.cos_PD, tables.sin_PD, tables.positions_T, slots_T, LayerCache(k_cache, v_cache)
+    )
 
     q, k, v = qkv_TXD.split((heads, kv_heads, kv_heads), dim=1)
     assert q_THD.dtype == dtype
@@ -83,8 +86,8 @@ def test_a_cache_of_another_type_whose_blocks_hold_keys_and_values_side_by_side(
 
 
 def test_no_rows() -> None:
-    cache = torch.zeros((1, 16, 1, 64))
+    cache = LayerCache(*torch.zeros((2, 1, 16, 1, 64)))
     tables = rotation(64)
     nothing = torch.empty(0, dtype=torch.int64)
-    q_THD = rotate_and_store(torch.empty((0, 4, 64)), tables.cos_PD, tables.sin_PD, nothing, nothing, cache, cache)
+    q_THD = rotate_and_store(torch.empty((0, 4, 64)), tables.cos_PD, tables.sin_PD, nothing, nothing, cache)
     assert q_THD.shape == (0, 2, 64)

@@ -27,7 +27,6 @@ class PagedCudaAttention(Attention):
         batch: StepBatch,
         layer: AttentionLayer,
     ) -> torch.Tensor:
-        keys_NSKD, values_NSKD = cache.keys_NSKD, cache.values_NSKD
         tables = rotation.cos_PD, rotation.sin_PD, rotation.positions_T
-        q_THD = rotate_and_store(qkv_TXD, *tables, batch.slots_T, keys_NSKD, values_NSKD)
-        return paged_attention(q_THD, keys_NSKD, values_NSKD, self._step, layer)
+        q_THD = rotate_and_store(qkv_TXD, *tables, batch.slots_T, cache)
+        return paged_attention(q_THD, cache, self._step, layer)

@@ -10,18 +10,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tidewright.devices.cuda.cache_codes import numbers_of, unit_of
+
 
 @triton.jit
 def _attend(
     q_MD,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     table,
     positions_M,
     first,
     end,
     stride_n,
     stride_s,
+    stride_scales,
     scale,
     window,
     softcap,
@@ -31,11 +36,15 @@ def _attend(
     TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     """The context from `first` to `end` seen from each row: (weighted values, greatest score, sum of weights).
 
-    A row that sees nothing has a sum of 0 and a greatest score of -inf. The caches begin at this KV head.
+    A row that sees nothing has a sum of 0 and a greatest score of -inf. The caches begin at this KV head. A quantized
+    cache stays as it is: the scale of a key goes to its score, that of a value to its weight.
     """
+    # Weights times scales may be less than float16 holds.
+    V_TYPE: tl.constexpr = tl.bfloat16 if CODES > 0 and q_MD.dtype == tl.float16 else q_MD.dtype
     M: tl.constexpr = q_MD.shape[0]
     LOG2_E: tl.constexpr = 1.4426950408889634
     dims_D = tl.arange(0, D)
@@ -48,8 +57,13 @@ def _attend(
         blocks_C = tl.load(table + places_C // BLOCK_SIZE, mask=exists_C, other=0).to(tl.int64)
         slots_C = blocks_C * stride_n + (places_C % BLOCK_SIZE) * stride_s
         mask_CD = exists_C[:, None] & (dims_D < HEAD_DIM)[None, :]
-        k_CD = tl.load(k_cache + slots_C[:, None] + dims_D[None, :], mask=mask_CD, other=0.0)
+        k_CD = tl.load(k_cache + slots_C[:, None] + dims_D[None, :], mask=mask_CD, other=0)
+        k_CD = numbers_of(k_CD, CODES, q_MD.dtype)
         scores_MC = tl.dot(q_MD, tl.trans(k_CD), input_precision="ieee") * scale
+        if CODES > 0:
+            scales_C = blocks_C * stride_scales + places_C % BLOCK_SIZE
+            k_scales_C = tl.load(k_scales + scales_C, mask=exists_C, other=0.0) * unit_of(CODES)
+            scores_MC = scores_MC * k_scales_C[None, :]
         if HAS_SOFTCAP:  # softcap * tanh(score / softcap), in the form that overflows nowhere
             scores_MC = softcap - 2.0 * softcap / (1.0 + tl.exp2(scores_MC * (2.0 * LOG2_E / softcap)))
         sees_MC = exists_C[None, :] & (places_C[None, :] <= positions_M[:, None])
@@ -62,9 +76,13 @@ def _attend(
         weights_MC = tl.exp2(scores_MC - base_M[:, None])
         shrink_M = tl.exp2(greatest_M - base_M)
         sum_M = sum_M * shrink_M + tl.sum(weights_MC, 1)
-        v_CD = tl.load(v_cache + slots_C[:, None] + dims_D[None, :], mask=mask_CD, other=0.0)
+        v_CD = tl.load(v_cache + slots_C[:, None] + dims_D[None, :], mask=mask_CD, other=0)
+        v_CD = numbers_of(v_CD, CODES, V_TYPE)
+        if CODES > 0:
+            v_scales_C = tl.load(v_scales + scales_C, mask=exists_C, other=0.0) * unit_of(CODES)
+            weights_MC = weights_MC * v_scales_C[None, :]
         values_MD = values_MD * shrink_M[:, None]
-        values_MD = tl.dot(weights_MC.to(v_CD.dtype), v_CD, values_MD, input_precision="ieee")
+        values_MD = tl.dot(weights_MC.to(V_TYPE), v_CD, values_MD, input_precision="ieee")
         greatest_M = new_M
     return values_MD, greatest_M, sum_M
 
@@ -77,6 +95,8 @@ def decode_kernel(
     q_BHD,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     tables_PM,
     spans_B4,
     lengths_B,
@@ -85,6 +105,7 @@ def decode_kernel(
     stride_n,
     stride_s,
     stride_k,
+    stride_scales,
     scale,
     window,
     softcap,
@@ -98,6 +119,7 @@ def decode_kernel(
     MIN_SPLIT: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     """One program a (sequence, KV head, split): the KV head's GROUP query heads, over one split of the context.
 
@@ -133,12 +155,15 @@ def decode_kernel(
         q_MD,
         k_cache + kv_head * stride_k,
         v_cache + kv_head * stride_k,
+        k_scales + kv_head * BLOCK_SIZE,
+        v_scales + kv_head * BLOCK_SIZE,
         tables_PM + tl.load(spans_B4 + sequence * 4 + 3),
         positions_M,
         first,
         end,
         stride_n,
         stride_s,
+        stride_scales,
         scale,
         window,
         softcap,
@@ -148,6 +173,7 @@ def decode_kernel(
         TILE,
         HAS_WINDOW,
         HAS_SOFTCAP,
+        CODES,
     )
     divisor_M = tl.where(sum_M > 0.0, sum_M, 1.0)
     values_MD = values_MD / divisor_M[:, None]
@@ -193,6 +219,8 @@ def prefill_kernel(
     q_THD,
     k_cache,
     v_cache,
+    k_scales,
+    v_scales,
     tables_PM,
     spans_B4,
     num_sequences,
@@ -201,6 +229,7 @@ def prefill_kernel(
     stride_n,
     stride_s,
     stride_k,
+    stride_scales,
     scale,
     window,
     softcap,
@@ -212,6 +241,7 @@ def prefill_kernel(
     TILE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    CODES: tl.constexpr,
 ):
     """One program a (tile of new tokens, KV head); the rows are M // GROUP tokens times their GROUP query heads.
 
@@ -256,12 +286,15 @@ def prefill_kernel(
         q_MD,
         k_cache + kv_head * stride_k,
         v_cache + kv_head * stride_k,
+        k_scales + kv_head * BLOCK_SIZE,
+        v_scales + kv_head * BLOCK_SIZE,
         tables_PM + tl.load(span + 3),
         context + tokens_M,
         begin,
         end,
         stride_n,
         stride_s,
+        stride_scales,
         scale,
         window,
         softcap,
@@ -271,6 +304,7 @@ def prefill_kernel(
         TILE,
         HAS_WINDOW,
         HAS_SOFTCAP,
+        CODES,
     )
     values_MD = values_MD / tl.where(sum_M > 0.0, sum_M, 1.0)[:, None]
     tl.store(out_THD + row_M[:, None] * stride_out + at_MD, values_MD.to(out_THD.dtype.element_ty), mask=mask_MD)

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from tidewright.devices.cuda.launch import Launch, power_of_two
 
+PLAIN, INT8_CODES, FP8_CODES = 0, 1, 2
+"""Of a cache: numbers, or codes of kv_cache/quantized.py."""
+CODE_NAMES = ("", ", int8 cache", ", fp8 cache")
 HEAD_SIZES = (64, 80, 96, 128, 256)  # tested and compiled
 MIN_SPLIT = 256  # tokens; less is not worth a program of its own and the combination
 MAX_SPLITS = 64
@@ -14,7 +17,7 @@ _LEAST_ROWS = 16  # of a tensor core's product
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What is compiled into a layer's attention kernels. `itemsize`: bytes of a cached number."""
+    """What is compiled into a layer's attention kernels. `itemsize`: bytes of a number in products, that is of q."""
 
     heads: int
     kv_heads: int
@@ -23,6 +26,7 @@ class AttentionShape:
     itemsize: int
     has_window: bool = False
     has_softcap: bool = False
+    codes: int = PLAIN  # what the cache holds
 
     @property
     def group(self) -> int:
@@ -37,7 +41,13 @@ class AttentionShape:
             "BLOCK_SIZE": self.block_size,
             "HAS_WINDOW": self.has_window,
             "HAS_SOFTCAP": self.has_softcap,
+            "CODES": self.codes,
         }
+
+    @property
+    def is_unpacked(self) -> bool:
+        """Codes become float32, which takes four times their registers."""
+        return self.codes != PLAIN and self.itemsize == 4
 
     @property
     def row_bytes(self) -> int:
@@ -46,8 +56,10 @@ class AttentionShape:
 
 def decode_launch(shape: AttentionShape, splits: int) -> Launch:
     rows = max(_LEAST_ROWS, power_of_two(shape.group))
-    constants = {**shape.constants, "M": rows, "TILE": _tile(shape), "SPLITS": splits, "MIN_SPLIT": MIN_SPLIT}
-    return Launch(constants, warps=4, stages=2 if shape.itemsize == 4 else 3)
+    # What becomes of codes takes registers, too.
+    tile = 16 if shape.codes != PLAIN and shape.head_dim > 128 else _tile(shape)
+    constants = {**shape.constants, "M": rows, "TILE": tile, "SPLITS": splits, "MIN_SPLIT": MIN_SPLIT}
+    return Launch(constants, warps=8 if shape.is_unpacked else 4, stages=_stages(shape, 3))
 
 
 def combine_launch(shape: AttentionShape, splits: int) -> Launch:
@@ -59,7 +71,15 @@ def prefill_launch(shape: AttentionShape, max_query: int) -> Launch:
     """`max_query`: most new tokens of one sequence; small ones get a small tile."""
     rows = max(_LEAST_ROWS, power_of_two(min(max_query * shape.group, _most_rows(shape))), power_of_two(shape.group))
     constants = {**shape.constants, "M": rows, "TILE": _tile(shape)}
-    return Launch(constants, warps=8 if rows > 64 or rows * shape.row_bytes > 64 * 256 else 4, stages=2)
+    is_large = rows > 64 or rows * shape.row_bytes > 64 * 256
+    is_large |= shape.codes != PLAIN and (rows == 64 or shape.head_dim > 64)
+    return Launch(constants, warps=8 if is_large else 4, stages=_stages(shape, 2))
+
+
+def _stages(shape: AttentionShape, most: int) -> int:
+    if shape.is_unpacked:
+        return 1
+    return 2 if shape.itemsize == 4 else most
 
 
 def _tile(shape: AttentionShape) -> int:
@@ -74,7 +94,9 @@ def _tile(shape: AttentionShape) -> int:
 
 def _most_rows(shape: AttentionShape) -> int:
     if shape.itemsize == 4:
-        return 32
+        return 16 if shape.is_unpacked else 32
+    if shape.codes != PLAIN:
+        return 64
     return 128 if shape.head_dim <= 128 else 64
 
 

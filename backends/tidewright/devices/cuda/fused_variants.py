@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tidewright.devices.cuda import activations, norms, rope_and_cache, sampling_kernels
+from tidewright.devices.cuda.attention_launch import CODE_NAMES, FP8_CODES, INT8_CODES, PLAIN
 from tidewright.devices.cuda.compile_ahead import Variant
 from tidewright.devices.cuda.sampling_launch import COUNT_LAUNCH, Work, launches_of
 
@@ -36,6 +37,9 @@ def variants() -> Iterator[Variant]:
     for dtype in ("bf16", "fp16", "fp32"):
         for head_dim in (64, 80, 96, 128, 256):
             yield _rope(dtype, 32 + 2 * 8, head_dim, tested=head_dim == 80 and dtype == "bf16")
+            for codes in (INT8_CODES, FP8_CODES):
+                tested = (dtype, head_dim, codes) == ("bf16", 256, FP8_CODES)
+                yield _rope(dtype, 32 + 2 * 8, head_dim, codes, tested)
         for size in (576, 2048, 4096, 8192):
             yield _norm(dtype, dtype, 256, size, is_added=True, tested=size == 8192 and dtype == "bf16")
         yield _norm(dtype, dtype, 256, 4096, is_added=False)
@@ -48,7 +52,7 @@ def variants() -> Iterator[Variant]:
     yield from _sampling("bf16", 49152)
 
 
-def _rope(dtype: str, heads: int, head_dim: int, tested: bool = False) -> Variant:
+def _rope(dtype: str, heads: int, head_dim: int, codes: int = PLAIN, tested: bool = False) -> Variant:
     arguments = {
         "qkv_TXD": f"*{dtype}",
         "cos_PD": "*fp32",
@@ -56,16 +60,15 @@ def _rope(dtype: str, heads: int, head_dim: int, tested: bool = False) -> Varian
         "positions_T": "*i64",
         "slots_T": "*i64",
         "q_THD": f"*{dtype}",
-        "k_cache": f"*{dtype}",
-        "v_cache": f"*{dtype}",
+        **dict.fromkeys(("k_cache", "v_cache"), f"*{dtype}" if codes == PLAIN else "*i8"),
+        **dict.fromkeys(("k_scales", "v_scales"), f"*{dtype}" if codes == PLAIN else "*fp32"),
         "heads": "i32",
         "kv_heads": "i32",
-        **dict.fromkeys(("stride_qkv", "stride_q", "stride_n", "stride_s", "stride_k"), "i32:16"),
+        **dict.fromkeys(("stride_qkv", "stride_q", "stride_n", "stride_s", "stride_k", "stride_scales"), "i32:16"),
     }
-    launch = rope_and_cache.launch_of(heads, head_dim, 16)
-    return Variant(
-        "rope and cache", f"{dtype} D{head_dim}", rope_and_cache.rotate_kernel, arguments, launch, tested=tested
-    )
+    launch = rope_and_cache.launch_of(heads, head_dim, 16, codes)
+    shape = f"{dtype} D{head_dim}{CODE_NAMES[codes]}"
+    return Variant("rope and cache", shape, rope_and_cache.rotate_kernel, arguments, launch, tested=tested)
 
 
 def _norm(dtype: str, weight: str, rows: int, size: int, is_added: bool, tested: bool = False) -> Variant:

@@ -23,7 +23,9 @@ from tidewright.devices.cuda.attention_launch import (
     decode_launch,
     prefill_launch,
 )
+from tidewright.devices.cuda.cache_arguments import cache_arguments, cache_strides, check_layout, codes_in
 from tidewright.devices.cuda.launch import start
+from tidewright.kv_cache.storage import LayerCache
 from tidewright.step.batch import StepBatch
 
 _INTERPRETED_PROCESSORS = 132  # without a GPU, under the interpreter: as an H100
@@ -59,8 +61,7 @@ class PagedStep:
 
 def paged_attention(
     q_THD: torch.Tensor,
-    k_cache_NSKD: torch.Tensor,
-    v_cache_NSKD: torch.Tensor,
+    cache: LayerCache,
     step: PagedStep,
     layer: AttentionLayer,
     out_THD: torch.Tensor | None = None,
@@ -68,30 +69,27 @@ def paged_attention(
     """Causal grouped-query attention of all rows: one launch for decodes (two if split), one for all other spans."""
     if out_THD is None:
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    for cache in (k_cache_NSKD, v_cache_NSKD):
-        assert cache.stride() == k_cache_NSKD.stride(), "one layout for keys and values"
-        assert cache.stride(3) == 1, "a head's numbers are contiguous"
+    check_layout(cache)
     for rows in (q_THD, out_THD):
         assert rows.stride()[1:] == (rows.shape[2], 1), "a row's heads are contiguous"
     decodes = step.num_decodes
     if decodes:
-        decode(q_THD[:decodes], k_cache_NSKD, v_cache_NSKD, step, layer, out_THD[:decodes])
+        decode(q_THD[:decodes], cache, step, layer, out_THD[:decodes])
     if len(step.spans_B4) > decodes:
-        prefill(q_THD, k_cache_NSKD, v_cache_NSKD, step, layer, out_THD)
+        prefill(q_THD, cache, step, layer, out_THD)
     return out_THD
 
 
 def decode(
     q_BHD: torch.Tensor,
-    k_cache_NSKD: torch.Tensor,
-    v_cache_NSKD: torch.Tensor,
+    cache: LayerCache,
     step: PagedStep,
     layer: AttentionLayer,
     out_BHD: torch.Tensor,
 ) -> None:
     """One new token a sequence. Torch's allocator provides the memory between splits and combination."""
     batch, heads, head_dim = q_BHD.shape
-    shape = _shape_of(q_BHD, k_cache_NSKD, layer)
+    shape = _shape_of(q_BHD, cache, layer)
     splits = count_splits(shape.kv_heads, step.max_context, _processors(q_BHD.device))
     values, sums = out_BHD, out_BHD  # unused without splits
     if splits > 1:
@@ -105,14 +103,13 @@ def decode(
         values,
         sums,
         q_BHD,
-        k_cache_NSKD,
-        v_cache_NSKD,
+        *cache_arguments(cache),
         step.tables_PM,
         step.spans_B4,
         step.lengths_B,
         out_BHD.stride(0),
         q_BHD.stride(0),
-        *k_cache_NSKD.stride()[:3],
+        *cache_strides(cache),
         *_numbers(layer),
     )
     if splits > 1:
@@ -122,14 +119,13 @@ def decode(
 
 def prefill(
     q_THD: torch.Tensor,
-    k_cache_NSKD: torch.Tensor,
-    v_cache_NSKD: torch.Tensor,
+    cache: LayerCache,
     step: PagedStep,
     layer: AttentionLayer,
     out_THD: torch.Tensor,
 ) -> None:
     """The spans after the decodes: any number of new tokens each, and their earlier context from the cache."""
-    shape = _shape_of(q_THD, k_cache_NSKD, layer)
+    shape = _shape_of(q_THD, cache, layer)
     decodes = step.num_decodes
     spans_B4 = step.spans_B4[decodes:]
     sequences = len(spans_B4)
@@ -140,14 +136,13 @@ def prefill(
         launch,
         out_THD,
         q_THD,
-        k_cache_NSKD,
-        v_cache_NSKD,
+        *cache_arguments(cache),
         step.tables_PM,
         spans_B4,
         sequences,
         out_THD.stride(0),
         q_THD.stride(0),
-        *k_cache_NSKD.stride()[:3],
+        *cache_strides(cache),
         *_numbers(layer),
     )
 
@@ -156,16 +151,17 @@ def _numbers(layer: AttentionLayer) -> tuple[float, int, float]:
     return layer.scale, layer.window or 0, layer.softcap or 1.0
 
 
-def _shape_of(q_THD: torch.Tensor, cache_NSKD: torch.Tensor, layer: AttentionLayer) -> AttentionShape:
-    _, block_size, kv_heads, head_dim = cache_NSKD.shape
+def _shape_of(q_THD: torch.Tensor, cache: LayerCache, layer: AttentionLayer) -> AttentionShape:
+    _, block_size, kv_heads, head_dim = cache.keys_NSKD.shape
     return AttentionShape(
         heads=q_THD.shape[1],
         kv_heads=kv_heads,
         head_dim=head_dim,
         block_size=block_size,
-        itemsize=cache_NSKD.dtype.itemsize,
+        itemsize=q_THD.dtype.itemsize,
         has_window=layer.window is not None,
         has_softcap=layer.softcap is not None,
+        codes=codes_in(cache),
     )
 
 
