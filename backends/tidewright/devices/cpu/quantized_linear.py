@@ -30,15 +30,11 @@ class CpuQuantizedLinear(GatheredLinear):
         super().__init__(out_features, in_features, scheme)
         self._kernels, self._allocate = kernels, allocate
         self._quantized: PackedQuantizedWeight | None = None
-        self._plain: CpuLinear | None = None
+        self._plain: CpuLinear | None = None  # a module of its own, which the device finishes
 
     @property
     def packed(self) -> PackedWeight | PackedQuantizedWeight | None:
         return self._plain.packed if self._plain else self._quantized
-
-    def finish(self) -> None:
-        if self._plain:
-            self._plain.finish()
 
     def multiply(self, x_TE: torch.Tensor, bias_F: torch.Tensor | None) -> torch.Tensor:
         if self._plain:
