@@ -187,10 +187,11 @@ struct OfFloats {
     static INLINE Floats finish(Floats total) { return total; }
 };
 
-// Sums of products of pairs of bfloat16.
+// Sums of products of pairs of T, which is bfloat16 where the processor is fast at that.
+template <typename T>
 struct OfPairs : OfFloats {
     static INLINE void add(Floats& total, float a, Floats y) {
-        if constexpr (Product<BF16>::OF_WORDS) Product<BF16>::add(total, Words{} + bits_of(a), (Words)y);
+        if constexpr (Product<T>::OF_WORDS) Product<T>::add(total, Words{} + bits_of(a), (Words)y);
     }
 };
 
@@ -200,7 +201,7 @@ constexpr bool BY_PAIRS = std::is_same_v<T, BF16> && Product<BF16>::OF_WORDS;
 // What products of queries and keys are made of. PARTS words of a query meet each word of a key, in SUMS sums; `add` takes
 // such a word and a part of LANES keys; `finish` makes scores of sums.
 template <typename T, typename C>
-struct Scores : std::conditional_t<BY_PAIRS<T>, OfPairs, OfFloats> {
+struct Scores : std::conditional_t<BY_PAIRS<T>, OfPairs<T>, OfFloats> {
     static_assert(std::is_same_v<T, C>);
     static constexpr int PARTS = BY_PAIRS<T> ? 1 : Wide<T>::PARTS, SUMS = PARTS;
     static INLINE void split(Words words, Floats* parts) {
@@ -240,7 +241,7 @@ struct Scores<T, Int8> : OfShorts {
 
 // Sums are not split, so that few rows add up in the order in which many do.
 template <typename T>
-struct Scores<T, Fp8> : std::conditional_t<BY_PAIRS<T>, OfPairs, OfFloats> {
+struct Scores<T, Fp8> : std::conditional_t<BY_PAIRS<T>, OfPairs<T>, OfFloats> {
     static constexpr int PARTS = BY_PAIRS<T> ? 2 : 4, SUMS = 1;
     static INLINE void split(Words words, Floats* parts) {
         if constexpr (BY_PAIRS<T>) {
@@ -318,7 +319,7 @@ struct Pairs<T, Int8> : OfShorts {
 
 // Weights are rounded to bfloat16, which is nothing beside the rounding of the values.
 template <>
-struct Pairs<BF16, Fp8> : OfPairs {
+struct Pairs<BF16, Fp8> : OfPairs<BF16> {
     static constexpr bool EXIST = BY_PAIRS<BF16>;
     static constexpr int WIDTH = 2 * LANES;
     static INLINE float store_weights(const float* weights, int count, float* words) {
