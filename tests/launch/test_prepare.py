@@ -20,10 +20,13 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+from helpers.checkpoints import engine_config, expected, greedy
 from helpers.killed import run_until_killed
 from tidewright.cache import EMBEDDED_MODEL, MANIFEST, ModelNotPreparedError, find_prepared, prepared_path
+from tidewright.engine.model_runner import ModelRunner
 from tidewright.launch import prepare as prepare_module
 from tidewright.launch.errors import PrepareError, UnsupportedModelError
 from tidewright.launch.gguf_source import GgufSource, _bf16_bits
@@ -67,21 +70,38 @@ def hugging_face_folder(tmp_path: Path, model_dir: Path) -> Path:
     return folder
 
 
-@pytest.mark.heavy
-def test_weights_equal_those_that_transformers_reads_from_the_file(
-    converted: Path, gguf_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    # transformers makes the same map of all names for each name.
-    monkeypatch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
-    with torch.device("meta"):
+@pytest.fixture(scope="module")
+def theirs(converted: Path, gguf_file: Path) -> LlamaForCausalLM:
+    """transformers' own reading of the file, in float32."""
+    with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+        # transformers makes the same map of all names for each name.
+        patch.setattr(gguf, "get_tensor_name_map", functools.cache(gguf.get_tensor_name_map))
         skeleton = LlamaForCausalLM(LlamaConfig.from_pretrained(converted))
-    expected = load_gguf_checkpoint(gguf_file, return_tensors=True, model_to_load=skeleton)["tensors"]
-    ours = load_file(converted / "model.safetensors")
-    assert ours.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(ours[name], torch.as_tensor(tensor, dtype=torch.float32).to(torch.bfloat16)), name
+        tensors = load_gguf_checkpoint(gguf_file, return_tensors=True, model_to_load=skeleton)["tensors"]
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(converted)).float().eval()
+    state = {name: torch.as_tensor(tensor, dtype=torch.float32, device="cpu") for name, tensor in tensors.items()}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert (missing, unexpected) in (([], []), (["lm_head.weight"], []))  # which is tied
+    return model
+
+
+@pytest.mark.heavy
+def test_weights_equal_those_that_transformers_reads_from_the_file(converted: Path, theirs: LlamaForCausalLM) -> None:
+    ours, expected = load_file(converted / "model.safetensors"), theirs.state_dict()
+    assert ours.keys() == expected.keys() - {"lm_head.weight"}
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, expected[name].to(torch.bfloat16)), name
+
+
+@pytest.mark.heavy
+def test_the_file_itself_answers_as_transformers_does(
+    tmp_path: Path, gguf_file: Path, theirs: LlamaForCausalLM
+) -> None:
+    GgufSource(gguf_file).keep(tmp_path)
+    # With weights alone: our kernels for quantized weights quantize activations as well.
+    runner = ModelRunner(engine_config(tmp_path, quantization="none", max_model_len=64, kv_cache_memory="16MiB"))
+    prompts = [Tokenizer(tmp_path).encode(text) for text in ("The capital of France is", "def fibonacci(n):\n    if")]
+    assert greedy(runner, prompts, 16, 8) == [expected(theirs, ids, 16) for ids in prompts]
 
 
 def test_the_kept_file_has_the_converted_weights(cache: Path, converted: Path, gguf_file: Path) -> None:

@@ -28,7 +28,7 @@ INTERRUPTED = 130  # as shells say it of SIGINT
     type=click.Choice(["rtn", "gptq"]),
     default="rtn",
     show_default=True,
-    help="Round to nearest, or by GPTQ, which reads a text and takes minutes: better in 4 bits.",
+    help="Round to nearest, or by GPTQ, which reads a text and takes minutes: closer in 4 bits.",
 )
 @click.option(
     "--calibration",
