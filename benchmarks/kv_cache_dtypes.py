@@ -89,7 +89,7 @@ def attention_of(name: str, dtype: torch.dtype, sequences: int, context: int) ->
     return run
 
 
-def step_of(name: str, model: str, sequences: int, context: int) -> Callable[[], object]:
+def step_of(name: str, model: str, sequences: int, context: int, threads: int) -> Callable[[], object]:
     blocks = sequences * (context // BLOCK_SIZE + 1)
     config = EngineConfig(
         model_dir=model,
@@ -97,6 +97,7 @@ def step_of(name: str, model: str, sequences: int, context: int) -> Callable[[],
         kv_cache_memory=f"{blocks * BLOCK_SIZE * 24 // 1024 + 1}MiB",
         max_running=sequences,
         max_model_len=context + BLOCK_SIZE,
+        threads=threads,
     )
     runner = ModelRunner(config)
     fill(runner.kv_cache)
@@ -139,28 +140,31 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=2000, help="Tokens of each sequence.")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, default=0, help="0: as many as torch takes.")
+    parser.add_argument("--processor-time", action="store_true", help="Of one thread, for a machine with other work.")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--perplexity", nargs="+", metavar="FILE", help="Of these texts, instead of time.")
     parser.add_argument("--tokens", type=int, default=20480, help="Of the texts, at most.")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    threads = 1 if options.processor_time else options.threads
+    clock = time.process_time if options.processor_time else time.perf_counter
+    if threads:
+        torch.set_num_threads(threads)
     if options.perplexity:
         report_perplexity(options.model, options.dtype, options.perplexity, options.tokens)
         return
     runs: dict[str, Callable[[], object]] = {}
     for name in FORMATS:
         if options.model:
-            runs[name] = step_of(name, options.model, options.sequences, options.context)
+            runs[name] = step_of(name, options.model, options.sequences, options.context, threads)
         elif name not in ("bfloat16", "float32") or name == options.dtype:
             runs[name] = attention_of(name, dtype, options.sequences, options.context)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(options.repeats + 1):
         for name, run in runs.items():
-            began = time.perf_counter()
+            began = clock()
             run()
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock() - began)
     what = "whole steps" if options.model else f"attention of {LAYERS} layers"
     print(f"{what}, {options.sequences} contexts of {options.context} tokens, {torch.get_num_threads()} threads; ms")
     print(f"{'':10} {'median':>8} {'least':>8} {'to bf16':>8} {'bytes a token and layer':>24}")

@@ -115,6 +115,14 @@ struct Values<Fp8> : CodedValues<Fp8> {};
 
 constexpr float NEGLIGIBLE = 0x1p-100f;  // vectors of smaller numbers count as zeros
 
+template <int STEP = LANES / 2>
+INLINE int32_t largest_of(Ints x) {
+    Ints other = (Ints)opposite<STEP>((Floats)x);
+    x = x > other ? x : other;
+    if constexpr (STEP > 1) return largest_of<STEP / 2>(x);
+    else return x[0];
+}
+
 // Of `size` values; NaN if there is one.
 template <typename X>
 INLINE float largest_magnitude(const X* x, int64_t size) {
@@ -123,8 +131,7 @@ INLINE float largest_magnitude(const X* x, int64_t size) {
         Ints bits = (Ints)load(x + d, size - d) & 0x7fffffff;
         most = bits > most ? bits : most;
     }
-    int32_t high = 0;
-    for (int i = 0; i < LANES; i++) high = std::max(high, most[i]);
+    int32_t high = largest_of(most);
     float magnitude;
     std::memcpy(&magnitude, &high, sizeof magnitude);
     return magnitude;
