@@ -56,7 +56,7 @@ class Engine:
         self._last = 0
         settings = Settings(threads=kind.threads, kv_cache_memory="256MiB", prefix_caching=False)
         config = msgspec.structs.replace(settings.engine_config(folder), standby=False)
-        events = EngineEvents(outputs=self._count, stats=_ignore, up=_ignore, lost=_lost)
+        events = EngineEvents(outputs=self._count, stats=_ignore, up=_ignore, lost=_lost, out_of_memory=_lost)
         self._client = EngineClient(config, events, start_timeout=300, heartbeat_timeout=300)
         with quota(cores) if cores else contextlib.nullcontext(), environment("GOMP_SPINCOUNT", kind.spins):
             self._client.start()

@@ -35,7 +35,7 @@ from tidewright.launch.model_sources import download_embedded
 from tidewright.launch.prepare import prepare
 from tidewright.quantization.affine import AffineSource
 from tidewright.quantization.checkpoint import open_checkpoint
-from tidewright.quantization.gguf_index import INDEX_FILE
+from tidewright.quantization.gguf_index import GGUF_FILE, INDEX_FILE
 from tidewright.tokenization import Tokenizer
 
 QUIET = Console(file=open(os.devnull, "w"))  # noqa: SIM115 - lives as long as the tests
@@ -322,15 +322,18 @@ def test_weights_of_a_folder_take_no_second_space(cache: Path, hugging_face_fold
 
 @pytest.mark.heavy
 def test_a_run_killed_half_way_leaves_nothing_that_looks_ready(cache: Path, gguf_file: Path) -> None:
-    code = f"from tidewright.launch.prepare import prepare; prepare({str(gguf_file)!r})"
+    code = (
+        "import time; from tidewright.launch import prepare\n"
+        f"prepare.sha256_of = lambda file: time.sleep(60)\nprepare.prepare({str(gguf_file)!r})"
+    )
     target = prepared_path(str(gguf_file))
     partial = target.with_name(f".{target.name}.partial")
-    run_until_killed(code, partial / "model.safetensors")
+    run_until_killed(code, partial / INDEX_FILE)
     assert partial.exists()
     with pytest.raises(ModelNotPreparedError):
         find_prepared(str(gguf_file))
     folder = prepare(str(gguf_file), QUIET)
-    assert (folder / "model.safetensors").stat().st_size == 269_062_936
+    assert (folder / GGUF_FILE).stat().st_size == gguf_file.stat().st_size
     assert not partial.exists()
 
 

@@ -13,7 +13,7 @@ from gguf.quants import dequantize
 
 from tidewright.quantization.affine import AffineSource, QuantizationError
 from tidewright.quantization.checkpoint import CheckpointError, open_checkpoint
-from tidewright.quantization.gguf_index import GGUF_FILE, INDEX_FILE, GgufIndex, GgufTensor
+from tidewright.quantization.gguf_index import GGUF_FILE, INDEX_FILE, PLAIN_TYPES, SERVED_TYPES, GgufIndex, GgufTensor
 from tidewright.quantization.gguf_types import BLOCK_TYPES
 
 ROWS, COLUMNS, HEADS = 24, 512, 3
@@ -105,3 +105,7 @@ def test_plain_weights_beside_it_come_first_if_preferred(tmp_path: Path) -> None
     for prefer_plain, shape in ((True, [1]), (False, [8, 16])):
         with open_checkpoint(tmp_path, prefer_plain) as weights:
             assert weights["x.weight"].get_shape() == shape
+
+
+def test_each_type_that_is_served_is_plain_or_has_a_decoder() -> None:
+    assert {*SERVED_TYPES} == {*PLAIN_TYPES, *BLOCK_TYPES}

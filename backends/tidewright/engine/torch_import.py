@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SPINS = "2000"
+SPINS = "20000"
 """How often an OpenMP thread looks for work before it sleeps (GOMP_SPINCOUNT of GCC's library, which torch brings).
 
 The library's own 300,000 take 7.5 ms, longer than Linux lets a thread run while another waits: a thread that waits at
-a barrier keeps the thread that it waits for from its core. See docs/engine.md for what was measured.
+a barrier keeps the thread that it waits for from its core. These take 0.5 ms: with ten times fewer, threads slept some
+20 times a step even where nobody else used the cores. See docs/engine.md for what was measured.
 """
 
 

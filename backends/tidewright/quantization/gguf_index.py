@@ -1,4 +1,4 @@
-"""Where the tensors of a GGUF file stand: an index beside it. No torch: the command line writes it.
+"""Where the tensors of a GGUF file stand: an index beside it. Neither torch nor numpy: the command line imports it.
 
 `tidewright prepare` does so, once, as reading a GGUF file's own header takes seconds.
 """
@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import msgspec
 
-from tidewright.quantization.gguf_types import BLOCK_TYPES
-
 GGUF_FILE = "model.gguf"
 INDEX_FILE = "model.gguf.index.json"
 PLAIN_TYPES = ("F32", "F16", "BF16")
-SERVED_TYPES = (*PLAIN_TYPES, *BLOCK_TYPES)
+SERVED_TYPES = (*PLAIN_TYPES, "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+"""gguf_types.py, which imports numpy, decodes the others."""
 
 
 class GgufTensor(msgspec.Struct, frozen=True):
