@@ -68,8 +68,19 @@ SMOLLM = replace(
 )
 # Of two ranks the second has more heads, the first the biases of what is summed.
 BIASED = replace(SMOLLM, qkv_bias=True, output_bias=True, mlp_bias=True)
-WORDS = ("context", "concurrent", "mean_tokens", "gpu", "gpus_per_node", "headroom", "dtype", "block_size", "size")
-# Models, then what stands in WORDS.
+WORDS = (
+    "context",
+    "concurrent",
+    "mean_tokens",
+    "gpu",
+    "gpus_per_node",
+    "headroom",
+    "dtype",
+    "block_size",
+    "size",
+    "kv",
+)
+# Models, then what stands in WORDS; the KV cache's dtype, the last, is auto.
 TABLE: list[tuple[Any, ...]] = [
     (LLAMA_8B, 8192, 200, 8192, "H200", 8, 5, "bfloat16", 16, None),
     (LLAMA_8B, 8192, 200, 1300, "L4", 4, 5, "bfloat16", 16, None),
@@ -86,6 +97,9 @@ TABLE: list[tuple[Any, ...]] = [
     (SMOLLM, 8192, 1, 8192, "T4", 1, 5, "float16", 16, None),
     (SMOLLM, 2048, 999, 700, "A30", 8, 5, "bfloat16", 256, 2),
     (BIASED, 2048, 999, 700, "A30", 8, 5, "bfloat16", 16, 2),
+    (BIASED, 2048, 999, 700, "A30", 8, 5, "bfloat16", 16, 2, "int8"),
+    (LLAMA_8B, 8192, 200, 8192, "H200", 8, 5, "float32", 16, None, "fp8"),
+    (LLAMA_8B, 8192, 200, 8192, "H200", 8, 5, "bfloat16", 16, None, "float32"),
     (SMOLLM, 2048, 999, 700, "A30", 9, 33, "bfloat16", 7, 9),
 ]
 
@@ -123,16 +137,20 @@ def blocks(kind: str, folder: Path) -> Iterator[tuple[Path, str, dict[str, Any]]
                     yield file, name.strip('"'), content
 
 
+def named(case: tuple[Any, ...]) -> dict[str, Any]:
+    return {"kv": "auto", **dict(zip(WORDS, case[1:], strict=False))}
+
+
 def planned(case: tuple[Any, ...]) -> Plan:
-    model, words = case[0], dict(zip(WORDS, case[1:], strict=True))
+    model, words = case[0], named(case)
     load = Load(context=words["context"], concurrent=words["concurrent"], mean_tokens=words["mean_tokens"])
     machine = Machine(gpu=GPUS[words["gpu"]], gpus_per_node=words["gpus_per_node"], headroom=words["headroom"])
-    engine = Engine(dtype=words["dtype"], block_size=words["block_size"])
+    engine = Engine(dtype=words["dtype"], kv_cache_dtype=words["kv"], block_size=words["block_size"])
     return make_plan(model, load, machine, engine, words["size"])
 
 
 def variables(case: tuple[Any, ...]) -> dict[str, Any]:
-    model, words = case[0], dict(zip(WORDS, case[1:], strict=True))
+    model, words = case[0], named(case)
     return {
         "model": sizing_model(model),
         "context": words["context"],
@@ -142,6 +160,7 @@ def variables(case: tuple[Any, ...]) -> dict[str, Any]:
         "gpus_per_node": words["gpus_per_node"],
         "headroom_percent": words["headroom"],
         "dtype": words["dtype"],
+        "kv_cache_dtype": words["kv"],
         "block_size": words["block_size"],
         "tensor_parallel_size": words["size"],
     }
@@ -226,7 +245,7 @@ def test_its_own_tests_pass_without_a_provider(tmp_path: Path) -> None:
     shutil.copytree(FOLDER / "modules" / "sizing", folder, ignore=shutil.ignore_patterns(".terraform*"))
     terraform(folder, "init", "-backend=false", "-no-color")
     terraform(folder, "validate", "-no-color")
-    assert re.search(r"Success! 11 passed, 0 failed", terraform(folder, "test", "-no-color"))
+    assert re.search(r"Success! 12 passed, 0 failed", terraform(folder, "test", "-no-color"))
 
 
 def test_all_files_are_formatted() -> None:

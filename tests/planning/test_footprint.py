@@ -111,6 +111,15 @@ def test_a_loaded_engine_has_allocated_so_much(tmp_path: Path, name: str) -> Non
     assert footprint.parameters(model) == hf.AutoModelForCausalLM.from_pretrained(tmp_path).num_parameters()
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8"])
+def test_a_quantized_cache_has_its_scales_counted(tmp_path: Path, kv_cache_dtype: str) -> None:
+    save(tmp_path, FAMILIES["qwen 3"])
+    runner = ModelRunner(engine_config(tmp_path, kv_cache_dtype=kv_cache_dtype))
+    model = read_config(read_json(tmp_path / "config.json"))
+    allocated = sum(tensor.nbytes for tensor in runner.kv_cache.tensors)
+    assert footprint.kv_block_bytes(model, 1, 4) * runner.num_blocks == allocated
+
+
 def test_the_embedded_model_in_a_real_engine_has_so_much(model_dir: Path) -> None:
     """Weights that the kernels rearranged are counted where they are now, padding of theirs included."""
     runner = ModelRunner(EngineConfig(model_dir=str(model_dir), kv_cache_memory="64MiB"))

@@ -7,6 +7,8 @@ import re
 # What "auto" stands for: without a GPU others want the memory as well. On one, what the largest step takes is measured
 # and comes off; the rest is for what no measurement sees, such as fragments.
 AUTO_CPU, AUTO_GPU = "1GiB", "90%"
+SCALE_BYTES = 4
+"""Of a key or value in codes of one byte (kv_cache/quantized.py)."""
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 

@@ -17,7 +17,6 @@ SMALLEST_NORMAL = 2.0**-6
 because some processors are slow on what kernels would make of the codes of smaller numbers."""
 NEGLIGIBLE = 2.0**-100
 """A vector whose numbers are all smaller is stored as zeros: the inverse of its scale might be infinite."""
-SCALE_BYTES = 4
 
 
 def is_quantized(dtype: torch.dtype) -> bool:

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from tidewright.devices.memory import PATIENCE, DeviceMemory
-from tidewright.kv_cache.budget import blocks_of, bytes_per_block, is_share, mib, parse_memory
-from tidewright.kv_cache.quantized import SCALE_BYTES, is_quantized
+from tidewright.kv_cache.budget import SCALE_BYTES, blocks_of, bytes_per_block, is_share, mib, parse_memory
+from tidewright.kv_cache.quantized import is_quantized
 
 
 class KVCacheMemoryError(ValueError):

@@ -12,7 +12,7 @@ import click
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.kv_cache.budget import parse_memory
 from tidewright.launch.terminal import output_console
-from tidewright.planning.gpus import DTYPES, GB, GPUS, TFLOPS, Gpu, find_gpu
+from tidewright.planning.gpus import DTYPES, GB, GPUS, KV_DTYPES, TFLOPS, Gpu, find_gpu
 from tidewright.planning.plan import Engine, Load, Machine, PlanError, make_plan
 
 PIPE_WIDTH = 120  # characters, where the output is no terminal
@@ -66,6 +66,13 @@ _TOKENS = click.IntRange(1, MAX_TOKENS)
 @click.option("--prompt-tokens", type=_TOKENS, help="Mean length of prompts, with --output-tokens.")
 @click.option("--output-tokens", type=_TOKENS, help="Mean length of answers.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bfloat16", show_default=True, help="As of serve.")
+@click.option(
+    "--kv-cache-dtype",
+    type=click.Choice(["auto", *KV_DTYPES]),
+    default="auto",
+    show_default=True,
+    help="As of serve; auto is --dtype.",
+)
 @click.option("--tensor-parallel-size", type=click.IntRange(1, 1024), help="GPUs per replica.  [default: the cheapest]")
 @click.option("--gpus-per-node", type=click.IntRange(1, 128), default=8, show_default=True, help="GPUs of each host.")
 @click.option("--headroom", type=click.IntRange(0, 90), default=5, show_default=True, help="Percent kept free.")
@@ -85,6 +92,7 @@ def plan(
     prompt_tokens: int | None,
     output_tokens: int | None,
     dtype: str,
+    kv_cache_dtype: str,
     tensor_parallel_size: int | None,
     gpus_per_node: int,
     headroom: int,
@@ -122,7 +130,12 @@ def plan(
         lengths = (prompt_tokens, output_tokens) if prompt_tokens and output_tokens else None
         load = Load(context=longest, concurrent=concurrent, mean_tokens=sum(lengths) if lengths else longest)
         machine = Machine(gpu=gpu, gpus_per_node=gpus_per_node, headroom=headroom)
-        engine = Engine(dtype=dtype, block_size=block_size, max_batched_tokens=max_batched_tokens)
+        engine = Engine(
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            block_size=block_size,
+            max_batched_tokens=max_batched_tokens,
+        )
         made = make_plan(shapes, load, machine, engine, tensor_parallel_size)
     except (ModelConfigError, PlanError) as error:
         raise click.ClickException(str(error)) from None

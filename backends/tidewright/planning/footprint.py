@@ -6,7 +6,7 @@ terraform/modules/sizing does the same in HCL; a test holds the two together.
 from __future__ import annotations
 
 from tidewright.distributed.sharding import cut, cut_heads, vocabulary_rows
-from tidewright.kv_cache.budget import bytes_per_block
+from tidewright.kv_cache.budget import SCALE_BYTES, bytes_per_block
 from tidewright.models.config import DecoderConfig
 
 FLOAT32 = 4
@@ -46,7 +46,8 @@ def rotary_tables(model: DecoderConfig) -> int:
 def kv_block_bytes(model: DecoderConfig, value_bytes: int, block_size: int, size: int = 1) -> int:
     """On the rank with the most KV heads, whose pool is the smallest: all ranks have as many blocks. ShardingError."""
     kv_heads = max(cut_heads(model.num_heads, model.num_kv_heads, rank, size)[1].count for rank in range(size))
-    return bytes_per_block(model.num_layers, kv_heads, model.head_dim, block_size, value_bytes)
+    scale_bytes = SCALE_BYTES if value_bytes == 1 else 0
+    return bytes_per_block(model.num_layers, kv_heads, model.head_dim, block_size, value_bytes, scale_bytes)
 
 
 def step_bytes(model: DecoderConfig, value_bytes: int, tokens: int, size: int = 1) -> int:

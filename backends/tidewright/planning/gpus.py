@@ -7,6 +7,8 @@ from dataclasses import dataclass
 GB, TFLOPS = 10**9, 10**12
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a value."""
+KV_DTYPES = {**DTYPES, "int8": 1, "fp8": 1}
+"""Likewise, of the KV cache."""
 
 
 @dataclass(frozen=True)

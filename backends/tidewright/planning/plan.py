@@ -13,7 +13,7 @@ from tidewright.distributed.sharding import ShardingError, tensor_parallel_sizes
 from tidewright.kv_cache.budget import blocks_of
 from tidewright.models.config import DecoderConfig
 from tidewright.planning import footprint
-from tidewright.planning.gpus import DTYPES, Gpu
+from tidewright.planning.gpus import DTYPES, KV_DTYPES, Gpu
 
 MIB = 2**20
 RUNTIME_BYTES = 2**30
@@ -52,12 +52,17 @@ class Engine:
     """Options of `tidewright serve` that memory depends on."""
 
     dtype: str = "bfloat16"
+    kv_cache_dtype: str = "auto"
     block_size: int = 16
     max_batched_tokens: int = 2048
 
     @property
     def value_bytes(self) -> int:
         return DTYPES[self.dtype]
+
+    @property
+    def kv_value_bytes(self) -> int:
+        return self.value_bytes if self.kv_cache_dtype == "auto" else KV_DTYPES[self.kv_cache_dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +120,7 @@ def make_replica(model: DecoderConfig, load: Load, machine: Machine, engine: Eng
     tables = footprint.table_bytes(model, load.context)
     logits = footprint.logits_bytes(model, bytes_, size)
     step = footprint.step_bytes(model, bytes_, engine.max_batched_tokens, size) + footprint.SCORED_ROWS * logits
-    block = footprint.kv_block_bytes(model, bytes_, engine.block_size, size)
+    block = footprint.kv_block_bytes(model, engine.kv_value_bytes, engine.block_size, size)
     left = max(0, usable - weights - tables - step - ROUNDING_BYTES)
     kv, longest = (blocks_of(tokens, engine.block_size) * block for tokens in (load.mean_tokens, load.context))
     gathered, longest_gathered = (GATHERED_LAYERS * one // model.num_layers for one in (kv, longest))

@@ -39,6 +39,8 @@ class Report:
         flags = {"model": self.name}
         if self.engine.dtype != Engine().dtype:
             flags["dtype"] = self.engine.dtype
+        if self.engine.kv_cache_dtype != Engine().kv_cache_dtype:
+            flags["kv-cache-dtype"] = self.engine.kv_cache_dtype
         if size > 1:
             flags["tensor-parallel-size"] = str(size)
         if nodes > 1:
@@ -79,6 +81,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "head_dim": model.head_dim,
             "max_positions": model.max_positions,
             "dtype": report.engine.dtype,
+            "kv_cache_dtype": report.engine.kv_cache_dtype,
         },
         "gpu": {"name": gpu.name, "memory_bytes": gpu.memory, "source": gpu.source},
         "load": {

@@ -11,6 +11,9 @@ locals {
 
   m           = var.model
   value_bytes = var.dtype == "float32" ? 4 : 2
+  # Values of one byte have a scale of four for each head's vector.
+  kv_dtype    = var.kv_cache_dtype == "auto" ? var.dtype : var.kv_cache_dtype
+  head_bytes  = contains(["int8", "fp8"], local.kv_dtype) ? local.m.head_dim + 4 : local.m.head_dim * (local.kv_dtype == "float32" ? 4 : 2)
   norm_bytes  = local.m.float32_norms ? 4 : local.value_bytes
   mean_tokens = var.mean_tokens == null ? var.context : var.mean_tokens
   group       = local.m.query_heads / local.m.kv_heads
@@ -82,7 +85,7 @@ locals {
         3 * local.m.hidden_size + (3 * local.most[size].heads + 4 * local.most[size].kv) * local.m.head_dim,
         3 * local.m.hidden_size + 3 * local.most[size].features,
       )
-      per_token = 2 * local.m.layers * local.most[size].kv * local.m.head_dim * local.value_bytes
+      per_token = 2 * local.m.layers * local.most[size].kv * local.head_bytes
     }
   }
 

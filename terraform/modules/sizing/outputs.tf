@@ -107,6 +107,7 @@ output "serve_options" {
   description = "Options of `tidewright serve`, for serving.yaml."
   value = {
     dtype                = var.dtype
+    kv_cache_dtype       = var.kv_cache_dtype
     tensor_parallel_size = local.size
     max_model_len        = var.context
     max_running          = local.running

@@ -35,13 +35,24 @@ variable "model" {
 }
 
 variable "dtype" {
-  description = "Number format of weights and KV cache: bfloat16, float16 or float32."
+  description = "Number format of weights: bfloat16, float16 or float32."
   type        = string
   default     = "bfloat16"
 
   validation {
     condition     = contains(["bfloat16", "float16", "float32"], var.dtype)
     error_message = "dtype must be bfloat16, float16 or float32."
+  }
+}
+
+variable "kv_cache_dtype" {
+  description = "Number format of the KV cache: auto (as dtype), bfloat16, float16, float32, int8 or fp8."
+  type        = string
+  default     = "auto"
+
+  validation {
+    condition     = contains(["auto", "bfloat16", "float16", "float32", "int8", "fp8"], var.kv_cache_dtype)
+    error_message = "kv_cache_dtype must be auto, bfloat16, float16, float32, int8 or fp8."
   }
 }
 

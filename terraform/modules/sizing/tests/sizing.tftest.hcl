@@ -102,6 +102,14 @@ run "an_unknown_dtype" {
   expect_failures = [var.dtype]
 }
 
+run "an_unknown_kv_cache_dtype" {
+  command = plan
+  variables {
+    kv_cache_dtype = "int4"
+  }
+  expect_failures = [var.kv_cache_dtype]
+}
+
 run "gigabytes_for_bytes" {
   command = plan
   variables {
