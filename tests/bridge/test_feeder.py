@@ -175,3 +175,21 @@ def test_a_lack_of_memory_blames_nobody() -> None:
     for _ in range(10):
         simulation.step()
     assert (simulation.given_up, sorted(simulation.done)) == ([], [0, 1])
+
+
+def test_a_lack_of_memory_is_no_death_of_those_that_had_come_on() -> None:
+    """Or one death more would make suspects of them."""
+    simulation = Simulation([9, 9], set())
+    for number in range(2):
+        simulation.submit(number)
+    simulation.comes_up()
+    simulation.step()
+    simulation.dies(to_blame=False)
+    for sequence in simulation.sequences:
+        sequence.progressed = False
+    for _ in range(TRIES - 1):
+        simulation.comes_up()
+        assert set(simulation.running) == {0, 1}
+        simulation.dies()
+    simulation.comes_up()
+    assert set(simulation.running) == {0, 1}

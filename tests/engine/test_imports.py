@@ -11,7 +11,7 @@ import transformers
 from helpers.checkpoints import SIZES, save
 
 _STEP = """
-import sys
+import os, sys
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.schema import SamplingParams
@@ -19,7 +19,8 @@ config = EngineConfig(model_dir=sys.argv[1], device="cpu", dtype="float32", thre
 engine = Engine(config)
 engine.submit(Submit(1, [3, 4], SamplingParams(seed=0, top_k=2, frequency_penalty=1.0)))
 assert len(engine.step()[0].token_ids) == 1
-print(*{name.partition(".")[0] for name in sys.modules} & {"triton", "transformers", "onnxruntime"})
+print(*{name.partition(".")[0] for name in sys.modules} & {"triton", "transformers", "onnxruntime"}, flush=True)
+os._exit(0)  # as the engine's process does: a thread of it may be inside torch, which Python can't end
 """
 
 

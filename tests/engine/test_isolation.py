@@ -54,7 +54,14 @@ def test_logits_are_left_as_they_are() -> None:
     assert not logits_BV.any()
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("no memory"), torch.AcceleratorError("device-side assert")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory"),
+        torch.AcceleratorError("device-side assert"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory"),
+    ],
+)
 def test_a_device_that_fails_is_nobodys_fault(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def fail(*_: object) -> None:
         raise error

@@ -16,6 +16,7 @@ from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.base import Device, DeviceError
 from tidewright.engine import model_runner
 from tidewright.engine.engine import Engine
+from tidewright.engine.largest_step import largest_step
 from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.plan import StepPlan
@@ -23,10 +24,17 @@ from tidewright.engine.runner import EngineConfigError, LaunchedStep
 from tidewright.engine.step_budget import StepMemoryError
 from tidewright.kv_cache.storage import KVCacheMemoryError
 from tidewright.schema import SamplingParams
+from tidewright.step.buffers import StepLimits
 
 CPU = torch.device("cpu")
 BLOCK_BYTES = 2 * 3 * 2 * 8 * 4 * 4  # keys and values, layers, KV heads, head size, tokens, float32
 MIB = 1 << 20
+
+
+def test_the_largest_step_has_guesses_as_real_steps_have_them() -> None:
+    for planned in largest_step(StepLimits(64, 2048, 4096, 16), 3, embeds=False).sequences:
+        assert [len(draw.history.drafts) for draw in planned.draws] == [0, 1, 2, 3]
+        assert all(draw.history.length + len(draw.history.drafts) == draw.position for draw in planned.draws)
 
 
 @pytest.fixture(scope="module")

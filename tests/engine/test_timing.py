@@ -42,8 +42,10 @@ def test_the_wait_is_told_once_and_preemptions_are_bounded() -> None:
     for now in range(100):
         timing.planned(StepPlan((), preempted=(1,)), float(now))
     timing.planned(StepPlan((), ended=(2,)), 100.0)
+    timing.planned(StepPlan((), ended=(3,), preempted=(3,)), 100.0)  # it ended after its preemption
     output = timing.told(SequenceOutput(1, [5]), 101.0)
     assert output.times is not None
     assert len(output.times.preempted) == MAX_PREEMPTIONS
     again = SequenceOutput(1, [5])
     assert timing.told(again, 102.0) is again
+    assert timing._preempted == {}

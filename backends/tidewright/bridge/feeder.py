@@ -138,7 +138,7 @@ class Feeder:
             sequence = self._sequences[request_id]
             # One that ran beside a trial is not to blame: the one on trial is.
             if sequence.progressed:
-                sequence.deaths = 1
+                sequence.deaths = int(to_blame)
             elif to_blame and self._trial is None:
                 sequence.deaths += 1
         self._given.clear()

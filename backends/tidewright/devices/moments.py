@@ -14,7 +14,7 @@ class Moment:
         self._time = time.monotonic()
 
     def until(self, later: Moment) -> float:
-        """Seconds. Both have to be over: a result that came later has arrived."""
+        """Seconds. Waits until the later one is over."""
         return later._time - self._time
 
 
@@ -25,4 +25,5 @@ class CudaMoment(Moment):
 
     def until(self, later: Moment) -> float:
         assert isinstance(later, CudaMoment)
+        later._event.synchronize()  # of a step that sends nothing back, nobody has waited for
         return self._event.elapsed_time(later._event) / 1e3

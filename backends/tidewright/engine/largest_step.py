@@ -29,6 +29,7 @@ def largest_step(limits: StepLimits, speculative_tokens: int = 0, embeds: bool =
 def _sequence(request_id: int, count: int, draws: int, limits: StepLimits, embeds: bool) -> ScheduledSequence:
     start = max(min(_CONTEXT, limits.max_model_len) - count, 0)
     end, tokens = start + count, [0] * (start + count)
+    known = end - draws + 1  # what comes after them are guesses
     return ScheduledSequence(
         request_id,
         start,
@@ -37,8 +38,8 @@ def _sequence(request_id: int, count: int, draws: int, limits: StepLimits, embed
         ()
         if embeds
         else tuple(
-            Draw(request_id, _COSTLIEST, position, history=History(tokens, position, 1))
-            for position in range(end - draws + 1, end + 1)
+            Draw(request_id, _COSTLIEST, position, history=History(tokens, known, 1, (0,) * (position - known)))
+            for position in range(known, end + 1)
         ),
         embeds=embeds,
     )

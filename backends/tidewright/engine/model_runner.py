@@ -148,6 +148,7 @@ class ModelRunner:
             self._sampler.forget([planned.request_id for planned in plan.sequences])
             del self.kv_cache, self._buffers
 
+        self._group.wait_for_all()  # one may load for much longer than a collective may take
         before = memory.free()
         try:
             return memory.measure_peak(run)

@@ -33,13 +33,13 @@ class Timing:
 
     def planned(self, plan: StepPlan, began: float) -> None:
         """A step computes this plan since `began`."""
-        for request_id in plan.ended:  # some ended before they ran, or before they had a token
-            self._waiting.pop(request_id, None)
-            self._preempted.pop(request_id, None)
         for request_id in plan.preempted:
             times = self._preempted.setdefault(request_id, [])
             if len(times) < MAX_PREEMPTIONS:
                 times.append(began)
+        for request_id in plan.ended:  # some ended before they ran, or before they had a token; or since a preemption
+            self._waiting.pop(request_id, None)
+            self._preempted.pop(request_id, None)
         if self._waiting:
             for sequence in plan.sequences:
                 if waiting := self._waiting.get(sequence.request_id):

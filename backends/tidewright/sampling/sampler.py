@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tidewright.devices.memory import out_of_memory
 from tidewright.engine.messages import TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken
 from tidewright.sampling.guided import GuidedDecoding
@@ -29,8 +30,10 @@ from tidewright.step.transfers import Pending
 
 log = logging.getLogger(__name__)
 
-# Not the doing of one request: the engine has to start again.
-DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError, MemoryError)
+
+def is_of_device(error: Exception) -> bool:
+    """Not the doing of one request."""
+    return isinstance(error, torch.AcceleratorError) or bool(out_of_memory(error))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,9 +75,9 @@ def sample(
     counts = TokenCounts() if counts is None else counts
     try:
         return _sample(logits_BV, batch, guided, counts)
-    except DEVICE_ERRORS:
-        raise
     except Exception as error:
+        if is_of_device(error):
+            raise
         log.exception("a batch could not be sampled; trying its rows one by one")
         drawn = [_sample_alone(logits_BV[row : row + 1], draw, guided, counts) for row, draw in enumerate(batch.draws)]
         if len(drawn) > 1 and all(token.error for token in drawn):
@@ -87,9 +90,9 @@ def _sample_alone(
 ) -> DrawnToken:
     try:
         return _sample(logits_1V, SamplingBatch.of([draw], logits_1V.device), guided, counts)[0]
-    except DEVICE_ERRORS:
-        raise
     except Exception as error:
+        if is_of_device(error):
+            raise
         return DrawnToken(0, error=unusable(error))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -158,3 +159,17 @@ def test_what_the_gpu_cannot_do_the_host_does(
     wanted = sampler.sample(logits(4, 0), SamplingBatch.of(draws), Grammars())
     same(ours.sample(logits(4, 0), SamplingBatch.of(draws)).drawn.now(), wanted)
     assert "trying it on the host" in caplog.text
+
+
+def test_a_place_that_a_failed_step_counted_anew_is_nobodys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drew there; then B's counts took its place in a step that ran out of memory; then A is back."""
+    mix: list[dict[str, Any]] = [{"presence_penalty": 1.0, "temperature": 0.0}] * 2
+    ours, requests = CudaSampler(Grammars(), CPU), Requests(mix)
+    draws = requests.draws([0])
+    requests.grow(draws, ours.sample(logits(1, 1), SamplingBatch.of(draws)).drawn.now())
+    assert not ours._counts_of_places.missing(SamplingBatch.of(requests.draws([0])))
+    with monkeypatch.context() as patched:
+        patched.setattr(cuda_sampler, "sample", mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+        with pytest.raises(torch.OutOfMemoryError):
+            ours.sample(logits(1, 1), SamplingBatch.of(requests.draws([1])))
+    assert "prompt 0" in ours._counts_of_places.missing(SamplingBatch.of(requests.draws([0])))

@@ -84,7 +84,10 @@ class CudaDevice(Device):
         try:
             self._graphs = DecodeGraphs(self._recorder, buffers.sizes, buffers.decodes, compute)
         except Exception as error:
-            if not (reason := out_of_memory(error)):
+            # The end of a recording that ran out of memory has an error of its own.
+            before_it = error.__context__
+            reason = out_of_memory(error) or (isinstance(before_it, Exception) and out_of_memory(before_it))
+            if not reason:
                 raise
             log.warning("no CUDA graphs, so decodes are slower: %s", reason)
             return

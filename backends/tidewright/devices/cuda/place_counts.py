@@ -54,8 +54,10 @@ class PlaceCounts:
         for name, prompt_ids in sent.items():
             kind, _, place = name.partition(" ")
             if kind == "prompt":
+                self._counted.pop(int(place), None)  # if the step fails, it is nobody's
                 counts.set(int(place), prompt_ids, sent[f"output {place}"])
-        return torch.where(batch.device.is_penalised, batch.places_R, -1).int()
+        has_row_R = batch.device.is_penalised & (batch.places_R < len(counts.counts_NV))
+        return torch.where(has_row_R, batch.places_R, -1).int()
 
     def add(self, batch: SamplingBatch, rows_R: torch.Tensor, tokens_R: torch.Tensor) -> None:
         """Counts what was drawn."""
@@ -65,6 +67,11 @@ class PlaceCounts:
             draw = batch.draws[row]
             counted = _Counted(draw.request_id, draw.history.token_ids, draw.position + 1)
             self._counted[int(batch.host_places_R[row])] = counted
+
+    def doubt(self, batch: SamplingBatch) -> None:
+        """What was drawn for these rows is not what was counted."""
+        for place in batch.host_places_R.tolist():
+            self._counted.pop(place, None)
 
     def forget(self, ended: Sequence[int]) -> None:
         if ended and self._counted:

@@ -15,7 +15,7 @@ from tidewright.engine.plan import DrawnToken
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.logprobs import report
 from tidewright.sampling.restrictions import Restrictions
-from tidewright.sampling.sampler import DEVICE_ERRORS, Sampled, Sampler
+from tidewright.sampling.sampler import Sampled, Sampler, is_of_device
 from tidewright.step.sampling import SamplingBatch
 from tidewright.step.transfers import Pending, upload
 
@@ -39,9 +39,10 @@ class CudaSampler(Sampler):
             return super().sample(logits_RV, batch)
         try:
             return self._sample(logits_RV, batch)
-        except DEVICE_ERRORS:
-            raise
-        except Exception:
+        except Exception as error:
+            if is_of_device(error):
+                raise
+            self._counts_of_places.doubt(batch)
             log.exception("a batch could not be sampled on the GPU; trying it on the host")
             return super().sample(logits_RV, batch)
 
