@@ -18,7 +18,7 @@ class Layer:
 
     def __init__(self, in_features: int, out_features: int, group_size: int, bits: int, symmetric: bool) -> None:
         rng = np.random.default_rng(in_features * bits + symmetric)
-        groups = in_features // group_size
+        groups = -(-in_features // group_size)
         self.bits, self.symmetric, self.group_size = bits, symmetric, group_size
         self.codes = rng.integers(0, 2**bits, (in_features, out_features))
         shape = (groups, out_features)
@@ -30,7 +30,8 @@ class Layer:
     def weight(self) -> torch.Tensor:
         """[F, E]"""
         scales, zeros = (
-            np.repeat(part, self.group_size, axis=0) for part in (self.scales.astype(np.float32), self.zeros)
+            np.repeat(part, self.group_size, axis=0)[: len(self.codes)]
+            for part in (self.scales.astype(np.float32), self.zeros)
         )
         return torch.from_numpy((scales * (self.codes - zeros).astype(np.float32)).T.copy())
 

@@ -132,6 +132,12 @@ def test_a_folder_of_something_else_is_left_alone(model: Path, tmp_path: Path) -
     (tmp_path / "file").write_text("mine")
     for name in ("notes", "file"):
         assert "is not a quantized model; remove it" in refused(model, "--out", tmp_path / name)
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    (prepared / "tidewright.json").write_text("{}")
+    (tmp_path / "link").symlink_to(model.parent)
+    for other in (prepared, tmp_path / "link" / model.name):
+        assert "is not a quantized model; remove it" in refused(model, "--out", other)
     assert (tmp_path / "notes" / "a").read_text() == (tmp_path / "file").read_text() == "mine"
     assert "can't write to" in refused(model, "--out", tmp_path / "file" / "below")
 
@@ -169,6 +175,10 @@ def test_an_interrupted_run_says_so_and_the_next_continues(
     assert (tmp_path / "made" / "model-00001-of-00004.safetensors").stat().st_mtime_ns == begun
     assert reported == sorted(reported)
     assert reported[-1] == 1
+    # If only the last step is missing, nothing is computed again.
+    (tmp_path / "made").rename(tmp_path / ".made.quantizing")
+    assert run(model, "--out", tmp_path / "made").exit_code == 0
+    assert (tmp_path / "made" / "model-00001-of-00004.safetensors").stat().st_mtime_ns == begun
     # What was begun for another scheme is no part of it.
     monkeypatch.setattr(QuantizationRun, "run", interrupted)
     run(model, "--out", tmp_path / "other")

@@ -86,3 +86,12 @@ def test_malformed_weights_are_refused() -> None:
             AffineWeight(*arguments)
     with pytest.raises(QuantizationError, match="int8, w8a8"):
         scheme_named("int5")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_numbers_that_are_not_finite_are_refused(name: str, value: float) -> None:
+    weight = torch.ones(4, 128)
+    weight[1, 5] = value
+    with pytest.raises(QuantizationError, match="not finite"):
+        quantize_rtn(weight, SCHEMES[name])

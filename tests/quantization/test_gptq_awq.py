@@ -45,6 +45,27 @@ def test_reads_whole_and_cut(tmp_path: Path, form: str, symmetric: bool) -> None
             source.cut(slice(0, rows), slice(0, 48))
 
 
+@pytest.mark.parametrize("has_order", [True, False])
+@pytest.mark.parametrize(("form", "make"), [("gptq", gptq), ("awq", awq)])
+def test_the_last_group_may_be_smaller(
+    tmp_path: Path, form: str, make: Callable[[Layer], tuple[dict[str, torch.Tensor], dict[str, Any]]], has_order: bool
+) -> None:
+    """96 inputs in groups of 64 have two scales, which would fit two groups of 48 as well."""
+    layer = Layer(96, 24, 64, 4, symmetric=False)
+    tensors, config = make(layer)
+    if not has_order:
+        tensors.pop(f"{LAYER}.g_idx", None)
+    with open_checkpoint(save(tmp_path / "model", tensors, config)) as weights:
+        source = weights[f"{LAYER}.weight"]
+        assert isinstance(source, AffineSource)
+        whole = source.cut(slice(0, 24), slice(0, 96)).dequantized()
+        torch.testing.assert_close(whole, layer.weight, rtol=0, atol=1e-5)
+        assert torch.equal(source.cut(slice(0, 24), slice(64, 96)).dequantized(), whole[:, 64:])
+    with pytest.raises(CheckpointError, match=r"has 2 scales for 96 inputs, but config\.json says groups of 32"):
+        with open_checkpoint(save(tmp_path / "wrong", tensors, config | {"group_size": 32})):
+            pass
+
+
 @pytest.mark.parametrize(
     ("form", "changes", "message"),
     [

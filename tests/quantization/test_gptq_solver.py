@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tidewright.quantization.affine import SCHEMES, Scheme, quantize_rtn
+from tidewright.quantization.affine import SCHEMES, QuantizationError, Scheme, quantize_rtn
 from tidewright.quantization.gptq_solver import _DAMPING, InputProducts, quantize_gptq
 
 
@@ -55,3 +55,19 @@ def test_inputs_that_never_come() -> None:
     weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(1))
     found = quantize_gptq(weight, products, SCHEMES["int4-g32"])
     assert (found.dequantized() - weight).abs().max() < 1
+
+
+def test_few_tokens_for_many_inputs() -> None:
+    """Their products have hardly a rank, and large numbers beside small ones."""
+    inputs = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 256)
+    products = InputProducts(256)
+    products.add(inputs)
+    weight = torch.randn(8, 256, generator=torch.Generator().manual_seed(1))
+    assert quantize_gptq(weight, products, SCHEMES["int4-g32"]).dequantized().isfinite().all()
+
+
+def test_inputs_that_are_no_numbers() -> None:
+    products = InputProducts(64)
+    products.add(torch.full((4, 64), float("nan")))
+    with pytest.raises(QuantizationError, match="longer --calibration text"):
+        quantize_gptq(torch.ones(8, 64), products, SCHEMES["int4-g32"])

@@ -11,7 +11,7 @@ import torch
 import transformers as hf
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers.checkpoints import SIZES, engine_config, logits, prompt
 from helpers.checkpoints import save as save_model
@@ -141,3 +141,29 @@ def test_what_is_quantized_already_and_groups_that_do_not_divide(source: Path, t
         QuantizationError, match=r"groups of 128 don't divide the inputs of .* \(64\); take int4-g32, int4-g64"
     ):
         quantized(source, tmp_path / "wide", "int4-g128")
+
+
+def test_names_without_the_prefix(source: Path, tmp_path: Path) -> None:
+    """As of models that were saved without their head."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_bytes((source / "config.json").read_bytes())
+    weights = load_file(source / "model.safetensors")
+    save_file({name.removeprefix("model."): one for name, one in weights.items()}, bare / "model.safetensors")
+    calibration = tuple(prompt(300, 7))
+    found, expected = (
+        stored(quantized(folder, tmp_path / f"{number}", "int4-g32", None, calibration=calibration))
+        for number, folder in enumerate((bare, source))
+    )
+    assert all(torch.equal(expected[name if name in expected else f"model.{name}"], one) for name, one in found.items())
+
+
+def test_a_damaged_weight_is_named(source: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    (damaged / "config.json").write_bytes((source / "config.json").read_bytes())
+    weights = load_file(source / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+    save_file(weights, damaged / "model.safetensors")
+    with pytest.raises(QuantizationError, match=r"layers\.1\.mlp\.up_proj.*not finite"):
+        quantized(damaged, tmp_path / "q", "int8")

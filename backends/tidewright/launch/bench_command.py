@@ -227,7 +227,7 @@ def _start(
                     targets.append(stack.enter_context(peers.running(SERVERS[name](model_dir))))
             except ImportError as error:
                 missing[name] = f"{error}; to compare with it: pip install 'tidewright[bench]'"
-            except TargetError as error:
+            except (TargetError, OSError, ValueError) as error:  # such as a folder that transformers can't read
                 missing[name] = str(error)
     return targets, missing
 

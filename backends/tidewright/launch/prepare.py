@@ -115,7 +115,10 @@ def _fill(model: str, folder: Path, console: Console, weights: bool) -> str | No
         opened = _open_gguf(gguf, console)
         if weights:
             _convert(opened, folder, console)
-        return _keep(opened, folder, weights)
+        sha256 = _keep(opened, folder, weights)
+        if not weights:
+            gguf.unlink()
+        return sha256
     if found := HUB_ID.fullmatch(model):
         with waiting(console, f"Fetching {model} from the Hugging Face hub"):
             snapshot = download_from_hub(found["repository"], weights, found["revision"])

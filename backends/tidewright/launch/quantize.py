@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from pathlib import Path
@@ -74,7 +73,8 @@ def quantize(
         raise QuantizeError("--calibration is for --method gptq: rounding to nearest reads no text")
     text = _read_text(calibration or _BUILT_IN_TEXT) if method == "gptq" else ""
     source, target = prepare(model, console), (out or quantized_path(model, scheme_name)).absolute()
-    if target == source or (target.exists() and not (target / MANIFEST).is_file() and any(_listed(target))):
+    is_other = target.exists() and not (target / _MADE).is_file() and any(_listed(target))
+    if target.resolve() == source.resolve() or is_other:
         raise QuantizeError(f"{target} is there and is not a quantized model; remove it, or choose another --out")
     order = _order(model, source, scheme_name, head, method, text)
     try:
@@ -115,12 +115,16 @@ def _make(source: Path, target: Path, order: Order, text: str, console: Console)
     for name in SMALL_FILES:
         if name != "config.json" and (source / name).is_file():
             shutil.copyfile(source / name, partial / name)
-    (partial / _STATE).rename(partial / _MADE)
     manifest = Manifest(source=order.model, created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
     write_json(partial / MANIFEST, manifest)
+    (partial / _MADE).write_bytes(msgspec.json.encode(order))
+    (partial / _STATE).unlink(missing_ok=True)
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
-    os.replace(partial, target)
+        target.rename(replaced)
+    partial.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _recipe(order: Order, source: Path, text: str) -> Recipe:
@@ -179,7 +183,8 @@ def _is_made(target: Path, order: Order) -> bool:
 
 
 def _continues(partial: Path, order: Order) -> bool:
-    return _read_order(partial / _STATE) == order
+    """Also if only its last step is missing."""
+    return order in (_read_order(partial / _STATE), _read_order(partial / _MADE))
 
 
 def _read_order(file: Path) -> Order | None:

@@ -178,7 +178,7 @@ def joined(parts: Sequence[AffineWeight]) -> AffineWeight:
 
 
 def quantize_rtn(weight_FE: torch.Tensor, scheme: Scheme) -> AffineWeight:
-    """Each weight rounded to the nearest code of its group."""
+    """Each weight rounded to the nearest code of its group. Raises QuantizationError: one is not finite."""
     rows = max(1, _CHUNK // weight_FE.shape[1])
     return joined([_rounded(part_FE, scheme) for part_FE in weight_FE.split(rows)])
 
@@ -186,6 +186,8 @@ def quantize_rtn(weight_FE: torch.Tensor, scheme: Scheme) -> AffineWeight:
 def _rounded(weight_FE: torch.Tensor, scheme: Scheme) -> AffineWeight:
     depth = weight_FE.shape[1]
     size = min(scheme.group_size or depth, depth)
+    if not weight_FE.isfinite().all():  # which codes would hide
+        raise QuantizationError("it has numbers that are not finite; the file is damaged")
     # The last group is filled up by its own last value, which changes neither its smallest nor its largest.
     filled_FE = torch.nn.functional.pad(weight_FE.float()[None], (0, -depth % size), mode="replicate")[0]
     groups_FGS = filled_FE.unflatten(1, (-1, size))

@@ -27,13 +27,15 @@ _PLACES = [0, 4, 1, 5, 2, 6, 3, 7]
 
 
 class AwqWeight(StoredWeight):
-    def __init__(self, name: str, parts: Mapping[str, WeightSlice]) -> None:
+    def __init__(self, name: str, parts: Mapping[str, WeightSlice], group_size: object = None) -> None:
+        """`group_size`: as config.json says; -1: one group."""
         expect_parts(name, parts, "qweight", "qzeros", "scales")
         self._parts = parts
         (in_features, words), (groups, _) = (two_sizes(name, parts[part]) for part in ("qweight", "scales"))
         expect_shape(f"{name}.scales", parts["scales"], groups, words * PER_WORD)
         expect_shape(f"{name}.qzeros", parts["qzeros"], groups, words)
-        super().__init__(name, (words * PER_WORD, in_features), BITS, size_of_groups(name, in_features, groups))
+        size = size_of_groups(name, in_features, groups, group_size)
+        super().__init__(name, (words * PER_WORD, in_features), BITS, size)
 
     def _read(self, rows: slice, columns: slice, groups: slice) -> Parts:
         words, inside = words_around(rows, BITS)
@@ -55,5 +57,5 @@ def awq_weights(tensors: Mapping[str, WeightSlice], config: Mapping[str, Any]) -
             f"AWQ with {bits!r} bits, version {version!r}, zero_point {config.get('zero_point', True)!r} is not "
             "supported; use a checkpoint with 4 bits, version gemm and zero points"
         )
-    found = modules(tensors).items()
-    return {module: AwqWeight(module, parts) for module, parts in found if "qweight" in parts}
+    found, group_size = modules(tensors).items(), config.get("group_size", config.get("q_group_size"))
+    return {module: AwqWeight(module, parts, group_size) for module, parts in found if "qweight" in parts}

@@ -43,6 +43,8 @@ class WholeWeight(StoredWeight):
             expect_shape(f"{name}.weight_scale", parts["weight_scale"], shape[0], groups)
         if (zeros := parts.get("weight_zero_point")) is not None and not self._per_tensor:
             expect_shape(f"{name}.weight_zero_point", zeros, shape[0], groups)
+        if zeros is not None and self._per_tensor and not _is_single(zeros):
+            raise QuantizationError(f"{name} has one scale, but several zero points")
         super().__init__(name, shape, 8, size_of_groups(name, shape[1], groups))
 
     def _read(self, rows: slice, columns: slice, groups: slice) -> Parts:

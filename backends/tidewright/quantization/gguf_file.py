@@ -108,6 +108,8 @@ class GgufFile:
         return {name: self._weight(name, tensor) for name, tensor in self._index.tensors.items()}
 
     def _weight(self, name: str, tensor: GgufTensor) -> GgufWeight | GgufPlainWeight:
+        if not tensor.shape:
+            raise QuantizationError(f"{name} has no shape; prepare the model anew")
         *leading, depth = tensor.shape
         rows = leading[0] if leading else 1
         block, dtype = BLOCK_TYPES.get(tensor.type), _DTYPES.get(tensor.type)

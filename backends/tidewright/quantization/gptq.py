@@ -24,7 +24,16 @@ from tidewright.quantization.stored import (
 
 
 class GptqWeight(StoredWeight):
-    def __init__(self, name: str, parts: Mapping[str, WeightSlice], bits: int, symmetric: bool, zero_plus: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Mapping[str, WeightSlice],
+        bits: int,
+        symmetric: bool,
+        zero_plus: int,
+        group_size: object = None,
+    ) -> None:
+        """`group_size`: as config.json says; -1: one group."""
         expect_parts(name, parts, "qweight", "qzeros", "scales")
         self._parts, self._symmetric, self._zero_plus = parts, symmetric, zero_plus
         per_word = WORD_BITS // bits
@@ -34,7 +43,8 @@ class GptqWeight(StoredWeight):
         in_features = words * per_word
         expect_shape(f"{name}.scales", parts["scales"], groups, out_features)
         expect_shape(f"{name}.qzeros", parts["qzeros"], groups, -(-out_features // per_word))
-        super().__init__(name, (out_features, in_features), bits, size_of_groups(name, in_features, groups))
+        size = size_of_groups(name, in_features, groups, group_size)
+        super().__init__(name, (out_features, in_features), bits, size)
         self._check_order()
 
     def _check_order(self) -> None:
@@ -76,7 +86,7 @@ def gptq_weights(tensors: Mapping[str, WeightSlice], config: Mapping[str, Any]) 
     # The first version of the format stores zero points less one.
     symmetric, zero_plus = bool(config.get("sym", True)), int(form == "gptq")
     return {
-        module: GptqWeight(module, parts, bits, symmetric, zero_plus)
+        module: GptqWeight(module, parts, bits, symmetric, zero_plus, config.get("group_size"))
         for module, parts in modules(tensors).items()
         if "qweight" in parts
     }

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from tidewright.quantization.affine import AffineWeight, Scheme, quantize_rtn
+from tidewright.quantization.affine import AffineWeight, QuantizationError, Scheme, quantize_rtn
 
 _DAMPING = 0.01  # of the mean of the diagonal: without, inputs that always come together spoil the inverse
 _BLOCK = 128  # columns after which those behind the block make up for it, in one product
@@ -65,9 +65,14 @@ def _limits(scheme: Scheme) -> tuple[int, int]:
 
 def _inverse_factor(products_EE: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor of the inverse: row i says how columns from i on make up for an error in column i."""
-    damped_EE = products_EE.clone()
-    diagonal_E = damped_EE.diagonal()
-    diagonal_E[diagonal_E == 0] = 1  # an input that never came
-    diagonal_E += _DAMPING * diagonal_E.mean()
-    factor_EE = torch.linalg.cholesky(damped_EE)
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor_EE), upper=True)
+    for damping in (_DAMPING, 10 * _DAMPING, 100 * _DAMPING):
+        damped_EE = products_EE.clone()
+        diagonal_E = damped_EE.diagonal()
+        diagonal_E[diagonal_E == 0] = 1  # an input that never came
+        diagonal_E += damping * diagonal_E.mean()
+        try:
+            factor_EE = torch.linalg.cholesky(damped_EE)
+            return torch.linalg.cholesky(torch.cholesky_inverse(factor_EE), upper=True)
+        except torch.linalg.LinAlgError:
+            continue  # more inputs than tokens of text, or such that depend on each other
+    raise QuantizationError("GPTQ can't tell its inputs apart; take a longer --calibration text, or --method rtn")

@@ -64,13 +64,13 @@ class QuantizationRun:
                 file = self._target / f"model-{number + 1:05}-of-{len(units):05}.safetensors"
                 layer = _LAYER.match(names[0])
                 if self._recipe.calibration and layer and run is None:
-                    run = CalibrationRun(self._folder, list(self._recipe.calibration), weights)
+                    run = CalibrationRun(self._folder, list(self._recipe.calibration), _whole_names(weights))
                 if not file.is_file():
-                    inputs = run.inputs(int(layer[1]), weights) if run and layer else {}
+                    inputs = run.inputs(int(layer[1]), _whole_names(weights)) if run and layer else {}
                     _save(self._quantized(names, weights, inputs), file)
                 if run and layer:
                     with _opened(file, self.quantization_config) as quantized:
-                        run.pass_layer(int(layer[1]), quantized)
+                        run.pass_layer(int(layer[1]), _whole_names(quantized))
                 done += sum(_count(weights[name]) for name in names)
                 on_progress(done, total)
             self._finish()
@@ -120,10 +120,13 @@ class QuantizationRun:
                 tensors[name] = source[tuple(slice(None) for _ in source.get_shape())].clone()
                 continue
             rows, columns = source.get_shape()
-            if layer in inputs:
-                weight = quantize_gptq(source[0:rows, 0:columns], inputs[layer], scheme)
-            else:
-                weight = _rounded(source, scheme)
+            try:
+                if (products := inputs.get(_whole(layer))) is not None:
+                    weight = quantize_gptq(source[0:rows, 0:columns], products, scheme)
+                else:
+                    weight = _rounded(source, scheme)
+            except QuantizationError as error:
+                raise QuantizationError(f"{name}: {error}") from None
             tensors |= stored_tensors(layer, weight, scheme, scale_dtype(scheme, self._dtype))
         return tensors
 
@@ -138,6 +141,15 @@ class QuantizationRun:
         (self._target / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         config = {**self._config, "quantization_config": self.quantization_config}
         (self._target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _whole(name: str) -> str:
+    """A model saved without its head, as embedding models are, has names without the prefix."""
+    return name if name.startswith(("model.", f"{_HEAD}.")) else f"model.{name}"
+
+
+def _whole_names(weights: Mapping[str, Source]) -> dict[str, Source]:
+    return {_whole(name): source for name, source in weights.items()}
 
 
 def _rounded(source: WeightSlice, scheme: Scheme) -> AffineWeight:

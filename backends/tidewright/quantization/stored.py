@@ -73,8 +73,17 @@ def expect_shape(name: str, tensor: WeightSlice, *shape: int) -> None:
         raise QuantizationError(f"{name} has shape {tuple(tensor.get_shape())}, expected {shape}")
 
 
-def size_of_groups(name: str, in_features: int, groups: int) -> int:
-    """Of so many equal groups. Raises QuantizationError."""
+def size_of_groups(name: str, in_features: int, groups: int, said: object = None) -> int:
+    """Of so many groups, the last of which may be smaller than `said`; or all equal, if the configuration says nothing.
+
+    Raises QuantizationError.
+    """
+    if isinstance(said, int) and said > 0:
+        if groups != -(-in_features // said):
+            raise QuantizationError(
+                f"{name} has {groups} scales for {in_features} inputs, but config.json says groups of {said}"
+            )
+        return min(said, in_features)
     if groups < 1 or in_features % groups:
         raise QuantizationError(f"{name}: {in_features} inputs can't be {groups} groups of one size")
     return in_features // groups
