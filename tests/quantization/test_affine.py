@@ -95,3 +95,11 @@ def test_numbers_that_are_not_finite_are_refused(name: str, value: float) -> Non
     weight[1, 5] = value
     with pytest.raises(QuantizationError, match="not finite"):
         quantize_rtn(weight, SCHEMES[name])
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("depth", [64, 70])
+def test_a_rank_may_have_no_rows(name: str, depth: int) -> None:
+    """Of a small vocabulary over many."""
+    weight = quantize_rtn(torch.ones(0, depth), SCHEMES[name])
+    assert weight.dequantized().shape == (0, depth)

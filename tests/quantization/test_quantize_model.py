@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers as hf
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from helpers.checkpoints import SIZES, engine_config, logits, prompt
 from helpers.checkpoints import save as save_model
 from tidewright.engine.model_runner import ModelRunner
+from tidewright.quantization import quantize_model
 from tidewright.quantization.affine import SCHEMES, AffineSource, QuantizationError, quantize_rtn
 from tidewright.quantization.checkpoint import INDEX_FILE, open_checkpoint
 from tidewright.quantization.quantize_model import QuantizationRun, Recipe
@@ -167,3 +171,14 @@ def test_a_damaged_weight_is_named(source: Path, tmp_path: Path) -> None:
     save_file(weights, damaged / "model.safetensors")
     with pytest.raises(QuantizationError, match=r"layers\.1\.mlp\.up_proj.*not finite"):
         quantized(damaged, tmp_path / "q", "int8")
+
+
+def test_a_disk_that_fills_while_a_file_is_written_is_an_error_of_the_system(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library's own error has only the text."""
+    full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    monkeypatch.setattr(quantize_model, "save_file", mock.Mock(side_effect=full))
+    with pytest.raises(OSError, match="No space left") as raised:
+        quantized(source, tmp_path / "q", "int8")
+    assert raised.value.errno == errno.ENOSPC

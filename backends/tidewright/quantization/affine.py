@@ -189,7 +189,8 @@ def _rounded(weight_FE: torch.Tensor, scheme: Scheme) -> AffineWeight:
     if not weight_FE.isfinite().all():  # which codes would hide
         raise QuantizationError("it has numbers that are not finite; the file is damaged")
     # The last group is filled up by its own last value, which changes neither its smallest nor its largest.
-    filled_FE = torch.nn.functional.pad(weight_FE.float()[None], (0, -depth % size), mode="replicate")[0]
+    filled_FE = weight_FE.float()
+    filled_FE = torch.cat([filled_FE, filled_FE[:, -1:].expand(-1, -depth % size)], dim=1)
     groups_FGS = filled_FE.unflatten(1, (-1, size))
     if scheme.is_float:
         scales_FG1 = _nonzero(groups_FGS.abs().amax(2, keepdim=True) / _LARGEST_E4M3)

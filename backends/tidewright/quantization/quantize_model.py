@@ -5,6 +5,7 @@ What an interrupted run has finished, the next one takes as it is.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tidewright.layers.weights import WeightSlice
@@ -191,7 +192,13 @@ def _count(source: Source) -> int:
 
 def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
     partial = file.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"format": "pt"})
+    try:
+        save_file(tensors, partial, metadata={"format": "pt"})
+    except SafetensorError as error:  # which hides what the system said
+        for code in (errno.ENOSPC, errno.EDQUOT):
+            if f"os error {code})" in str(error):
+                raise OSError(code, os.strerror(code), str(partial)) from error
+        raise
     partial.chmod(0o644)  # the library makes files for their owner alone
     os.replace(partial, file)
 
