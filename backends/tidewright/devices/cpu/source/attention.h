@@ -18,6 +18,13 @@
 #include "attention_amx.h"
 #include "kernels.h"
 
+// Defines a kernel of kernels.h: `RUN` gets what it is called with.
+#define DEFINE_ATTENTION(name, T, RUN)                                                                                \
+    extern "C" void ATTENTION(name, T) {                                                                              \
+        RUN(q, q_stride, cache, out, spans, tables, num_spans, heads, kv_heads, size, block_size, window, scale,      \
+            softcap);                                                                                                 \
+    }
+
 namespace {
 
 constexpr int ROWS = 96, SPLIT = 256;

@@ -1,11 +1,5 @@
 // Attention over a cache of Int8 codes: compiled beside the other formats, as that takes long.
 #include "attention.h"
 
-#define EXPORT(T, suffix)                                                                                             \
-    extern "C" void ATTENTION(attention_int8_##suffix, T) {                                                           \
-        run_attention<T, Int8>(                                                                                      \
-            q, q_stride, cache, out, spans, tables, num_spans, heads, kv_heads, size, block_size, window, scale,      \
-            softcap);                                                                                                 \
-    }
-EXPORT(float, f32)
-EXPORT(BF16, bf16)
+DEFINE_ATTENTION(attention_int8_f32, float, (run_attention<float, Int8>))
+DEFINE_ATTENTION(attention_int8_bf16, BF16, (run_attention<BF16, Int8>))

@@ -115,28 +115,6 @@ struct Values<Fp8> : CodedValues<Fp8> {};
 
 constexpr float NEGLIGIBLE = 0x1p-100f;  // vectors of smaller numbers count as zeros
 
-template <int STEP = LANES / 2>
-INLINE int32_t largest_of(Ints x) {
-    Ints other = (Ints)opposite<STEP>((Floats)x);
-    x = x > other ? x : other;
-    if constexpr (STEP > 1) return largest_of<STEP / 2>(x);
-    else return x[0];
-}
-
-// Of `size` values; NaN if there is one.
-template <typename X>
-INLINE float largest_magnitude(const X* x, int64_t size) {
-    Ints most = {};  // as integers, NaN is above infinity, which is above all others
-    for (int64_t d = 0; d < size; d += LANES) {
-        Ints bits = (Ints)load(x + d, size - d) & 0x7fffffff;
-        most = bits > most ? bits : most;
-    }
-    int32_t high = largest_of(most);
-    float magnitude;
-    std::memcpy(&magnitude, &high, sizeof magnitude);
-    return magnitude;
-}
-
 INLINE uint32_t bits_of(float x) {
     uint32_t bits;
     std::memcpy(&bits, &x, sizeof bits);

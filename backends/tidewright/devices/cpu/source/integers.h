@@ -123,33 +123,11 @@ INLINE void store_codes(int8_t* to, Ints codes, int64_t count) {
     else std::memcpy(to, buffer, count);
 }
 
-template <int STEP = LANES / 2>
-INLINE int32_t sum(Ints x) {
-    x += (Ints)opposite<STEP>((Floats)x);
-    if constexpr (STEP > 1) return sum<STEP / 2>(x);
-    else return x[0];
-}
-
-template <int STEP = LANES / 2>
-INLINE int32_t largest(Ints x) {
-    Ints other = (Ints)opposite<STEP>((Floats)x);
-    x = x > other ? x : other;
-    if constexpr (STEP > 1) return largest<STEP / 2>(x);
-    else return x[0];
-}
-
 // Values become codes from -127 to 127 times what is returned; `total` is the sum of the codes. A value that is no number,
 // or infinite, makes the scale so.
 template <typename T>
 INLINE float quantize(const T* x, int64_t count, int8_t* codes, int32_t& total) {
-    Ints most = {};
-    for (int64_t i = 0; i < count; i += LANES) {
-        Ints bits = (Ints)load(x + i, count - i) & 0x7fffffff;  // of absolute values; in their order, NaN the largest
-        most = bits > most ? bits : most;
-    }
-    int32_t bits = largest(most);
-    float amount;
-    std::memcpy(&amount, &bits, sizeof amount);
+    float amount = largest_magnitude(x, count);
     float factor = amount > 1e-30f ? 127 / amount : 0;  // also 0 for NaN
     Ints sums = {};
     for (int64_t i = 0; i < count; i += LANES) {

@@ -103,19 +103,34 @@ INLINE Floats opposite(Floats x) {
     return __builtin_shuffle(x, from);
 }
 
-template <int STEP = LANES / 2>
-INLINE float sum(Floats x) {
-    x += opposite<STEP>(x);
+// Of Floats or of Ints, as the next one.
+template <int STEP = LANES / 2, typename V>
+INLINE auto sum(V x) {
+    x += (V)opposite<STEP>((Floats)x);
     if constexpr (STEP > 1) return sum<STEP / 2>(x);
     else return x[0];
 }
 
-template <int STEP = LANES / 2>
-INLINE float largest(Floats x) {
-    Floats other = opposite<STEP>(x);
+template <int STEP = LANES / 2, typename V>
+INLINE auto largest(V x) {
+    V other = (V)opposite<STEP>((Floats)x);
     x = x > other ? x : other;
     if constexpr (STEP > 1) return largest<STEP / 2>(x);
     else return x[0];
+}
+
+// Of `size` values; NaN if there is one.
+template <typename T>
+INLINE float largest_magnitude(const T* x, int64_t size) {
+    Ints most = {};  // as integers, NaN is above infinity, which is above all others
+    for (int64_t d = 0; d < size; d += LANES) {
+        Ints bits = (Ints)load(x + d, size - d) & 0x7fffffff;
+        most = bits > most ? bits : most;
+    }
+    int32_t bits = largest(most);
+    float magnitude;
+    std::memcpy(&magnitude, &bits, sizeof magnitude);
+    return magnitude;
 }
 
 // The fast way to widen: WIDTH values make a vector of words, which is split into PARTS vectors of floats; value i goes
