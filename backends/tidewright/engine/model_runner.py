@@ -41,8 +41,6 @@ from tidewright.step.batch import StepBatch
 from tidewright.step.buffers import StepBuffers, StepLimits
 from tidewright.step.transfers import Download, Pending, upload
 
-logger = logging.getLogger(__name__)
-
 # Logits of a long prompt would take gigabytes at once.
 _LOGPROB_ROWS = 128
 
@@ -75,7 +73,7 @@ class ModelRunner:
         if quantization.is_stored:
             quantization = replace(quantization, scheme=stored_scheme(folder, prefer_plain=False))
         self.device.quantization = quantization
-        logger.info("quantization is %s", quantization.reason)
+        log.info("quantization is %s", quantization.reason)
         limit = model_config.max_positions
         if config.max_model_len > limit:
             raise EngineConfigError(f"max_model_len is {config.max_model_len}, but the model's limit is {limit}")

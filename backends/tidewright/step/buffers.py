@@ -127,14 +127,14 @@ class StepBuffers:
         token_ids = list(chain.from_iterable(sequences[i].token_ids for i in order_B.tolist()))
         num_tokens, size = len(token_ids), self._block_size
         host["token_ids"][:num_tokens] = token_ids
-        pending_N = np.flatnonzero(host["token_ids"][:num_tokens] == PENDING)
-        host["pending_rows"][: len(pending_N)] = pending_N
         positions_T = host["positions"][:num_tokens]
         positions_T[:] = _ranges(sorted_starts_B, sorted_counts_B)
-        blocks_T = tables.host_PM[np.repeat(sorted_places_B, sorted_counts_B), positions_T // size]
+        places_T = np.repeat(sorted_places_B, sorted_counts_B)
+        blocks_T = tables.host_PM[places_T, positions_T // size]
         host["slots"][:num_tokens] = blocks_T.astype(np.int64) * size + positions_T % size
-
-        host["pending_places"][: len(pending_N)] = np.repeat(sorted_places_B, sorted_counts_B)[pending_N]
+        pending_N = np.flatnonzero(host["token_ids"][:num_tokens] == PENDING)
+        host["pending_rows"][: len(pending_N)] = pending_N
+        host["pending_places"][: len(pending_N)] = places_T[pending_N]
 
         draws = [draw for planned in sequences for draw in planned.draws]
         num_draws_B = np.array([len(planned.draws) for planned in sequences], np.int64)
