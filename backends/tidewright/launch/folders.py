@@ -18,18 +18,31 @@ def new_folder(target: Path) -> Iterator[Path]:
 
     The caller holds the lock: leftovers are of dead runs.
     """
-    partial, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("partial", "replaced"))
-    for leftover in (partial, replaced):
+    partial = target.with_name(f".{target.name}.partial")
+    for leftover in (partial, _replaced(target)):
         shutil.rmtree(leftover, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
+        put_in_place(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}.replaced")
+
+
+def put_in_place(partial: Path, target: Path) -> None:
+    """Of what is at `target`, which goes; at no time half of either is there. The caller holds the lock."""
+    replaced = _replaced(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+    try:
         if target.exists():
             target.rename(replaced)
         partial.rename(target)
     finally:
-        for leftover in (partial, replaced):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from tidewright.cache import EMBEDDED_MODEL, MANIFEST, cache_dir, slug
 from tidewright.launch.errors import LaunchError
-from tidewright.launch.folders import locked, write_json
+from tidewright.launch.folders import locked, put_in_place, write_json
 from tidewright.launch.model_sources import SMALL_FILES
 from tidewright.launch.prepare import Manifest, prepare
 from tidewright.launch.progress import progress_bar
@@ -119,12 +119,7 @@ def _make(source: Path, target: Path, order: Order, text: str, console: Console)
     write_json(partial / MANIFEST, manifest)
     (partial / _MADE).write_bytes(msgspec.json.encode(order))
     (partial / _STATE).unlink(missing_ok=True)
-    replaced = target.with_name(f".{target.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if target.exists():
-        target.rename(replaced)
-    partial.rename(target)
-    shutil.rmtree(replaced, ignore_errors=True)
+    put_in_place(partial, target)
 
 
 def _recipe(order: Order, source: Path, text: str) -> Recipe:

@@ -171,6 +171,7 @@ def joined(parts: Sequence[AffineWeight]) -> AffineWeight:
     offsets = [part.offsets_FG for part in parts if part.offsets_FG is not None]
     return replace(
         first,
+        # Which takes no float8.
         codes_FE=torch.cat([part.codes_FE.view(torch.int8) for part in parts]).view(first.codes_FE.dtype),
         scales_FG=torch.cat([part.scales_FG for part in parts]),
         offsets_FG=torch.cat(offsets) if offsets else None,

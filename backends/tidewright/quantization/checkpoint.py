@@ -51,7 +51,7 @@ def open_checkpoint(folder: Path, prefer_plain: bool = True) -> Iterator[Mapping
     Raises:
         CheckpointError: files are missing or damaged, or quantized in a way that isn't served.
     """
-    if (folder / GGUF_INDEX).is_file() and not (prefer_plain and has_plain_files(folder)):
+    if reads_gguf(folder, prefer_plain):
         try:
             weights: Mapping[str, Source] = GgufFile(folder).weights()
         except QuantizationError as error:
@@ -89,6 +89,11 @@ def _quantized(tensors: dict[str, WeightSlice], config: Mapping[str, Any]) -> Ma
         if part not in _NEVER_LOADED and (module not in by_layer or part == "bias")
     }
     return kept | {f"{module}.weight": weight for module, weight in by_layer.items()}
+
+
+def reads_gguf(folder: Path, prefer_plain: bool) -> bool:
+    """The weights come from a GGUF file, as `open_checkpoint` chooses."""
+    return (folder / GGUF_INDEX).is_file() and not (prefer_plain and has_plain_files(folder))
 
 
 def stored_format(folder: Path, config: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ import torch
 from tidewright.quantization.affine import AffineWeight, QuantizationError, groups_of_columns
 from tidewright.quantization.gguf_index import GGUF_FILE, INDEX_FILE, GgufIndex, GgufTensor
 from tidewright.quantization.gguf_types import BLOCK_TYPES, BlockType
+from tidewright.quantization.stored import check_finite
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -58,9 +59,7 @@ class GgufWeight:
             else torch.from_numpy(np.ascontiguousarray(numbers.reshape(len(packed), -1)[:, groups]))
             for numbers in (scales, offsets)
         )
-        for numbers in (scales_FG, offsets_FG):
-            if numbers is not None and not numbers.isfinite().all():
-                raise QuantizationError(f"{self.name} has scales that are not finite; the file is damaged")
+        check_finite(self.name, scales_FG, offsets_FG)
         assert scales_FG is not None
         return AffineWeight(torch.from_numpy(np.ascontiguousarray(codes_FE)), scales_FG, offsets_FG, block.bits, size)
 

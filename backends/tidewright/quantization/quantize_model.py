@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tidewright.layers.weights import WeightSlice
-from tidewright.quantization.affine import AffineSource, AffineWeight, QuantizationError, Scheme, quantize_rtn
+from tidewright.quantization.affine import AffineSource, AffineWeight, QuantizationError, Scheme, joined, quantize_rtn
 from tidewright.quantization.calibration import CalibrationRun
 from tidewright.quantization.checkpoint import INDEX_FILE, Source, open_checkpoint
 from tidewright.quantization.compressed_tensors import compressed_tensors_weights
@@ -157,13 +157,8 @@ def _rounded(source: WeightSlice, scheme: Scheme) -> AffineWeight:
     """Rounded to nearest, some rows at a time, as if at once."""
     rows, columns = source.get_shape()
     step = max(_CHUNK // columns, 1)
-    parts = [quantize_rtn(source[first : min(first + step, rows), 0:columns], scheme) for first in range(0, rows, step)]
-    offsets = [part.offsets_FG for part in parts if part.offsets_FG is not None]
-    # torch.cat takes no float8.
-    codes_FE = torch.cat([part.codes_FE.view(torch.int8) for part in parts]).view(parts[0].codes_FE.dtype)
-    scales_FG = torch.cat([part.scales_FG for part in parts])
-    return AffineWeight(
-        codes_FE, scales_FG, torch.cat(offsets) if offsets else None, parts[0].bits, parts[0].group_size
+    return joined(
+        [quantize_rtn(source[first : min(first + step, rows), 0:columns], scheme) for first in range(0, rows, step)]
     )
 
 

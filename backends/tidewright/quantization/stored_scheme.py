@@ -11,7 +11,7 @@ import msgspec
 
 from tidewright.models.folder import read_json
 from tidewright.quantization.affine import SCHEMES, QuantizationError, Scheme
-from tidewright.quantization.checkpoint import has_plain_files
+from tidewright.quantization.checkpoint import reads_gguf
 from tidewright.quantization.gguf_index import INDEX_FILE, GgufIndex
 from tidewright.quantization.gguf_types import BLOCK_TYPES
 from tidewright.quantization.methods import AWQ, GPTQ, quantization_of
@@ -22,7 +22,7 @@ def stored_scheme(folder: Path, prefer_plain: bool = True) -> Scheme | None:
 
     Raises ModelConfigError or QuantizationError.
     """
-    if (folder / INDEX_FILE).is_file() and not (prefer_plain and has_plain_files(folder)):
+    if reads_gguf(folder, prefer_plain):
         return _of_gguf(folder)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
     found = quantization_of(config)
