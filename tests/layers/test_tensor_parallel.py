@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from helpers.on_disk import OnDisk
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.cpu.device import CpuDevice
 from tidewright.distributed.group import ALONE, TensorParallelGroup
@@ -35,21 +36,6 @@ class AloneGroup(TensorParallelGroup):
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         return x
-
-
-class OnDisk:
-    """A checkpoint's tensor that counts how much of it is read."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.values_read = tensor, 0
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
-        part = self.tensor[index]
-        self.values_read += part.numel()
-        return part
 
 
 def random(*shape: int) -> torch.Tensor:

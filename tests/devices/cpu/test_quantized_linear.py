@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from helpers import checkpoints, families
+from helpers.on_disk import OnDisk
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.base import Device
 from tidewright.devices.cpu.device import CpuDevice
@@ -29,17 +30,6 @@ def device(quantization: Quantization, kind: type[Device] = CpuDevice) -> Device
 
 def load(method: LinearMethod, weight: object, rows: Cut, columns: Cut, first: int = 0, padding: int = 0) -> None:
     method.loaders("layer", rows, columns, first, padding)["layer.weight"](weight)  # type: ignore[arg-type]
-
-
-class OnDisk:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
-        return self.tensor[index]
 
 
 @pytest.mark.parametrize("name", ["int8", "int4-g32", "fp8"])

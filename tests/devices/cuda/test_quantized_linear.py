@@ -13,6 +13,7 @@ import transformers
 from helpers.checkpoints import SIZES, engine_config, greedy, logits, prompt, save
 from helpers.counted_memory import CountedMemory
 from helpers.interpreted import interpreted
+from helpers.on_disk import OnDisk
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.base import Device, DeviceError
 from tidewright.devices.cpu.memory import CpuMemory
@@ -56,17 +57,6 @@ def method_of(
         first += rows
     method.finish()
     return method
-
-
-class OnDisk:
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor = tensor
-
-    def get_shape(self) -> list[int]:
-        return list(self.tensor.shape)
-
-    def __getitem__(self, index: tuple[slice, ...]) -> torch.Tensor:
-        return self.tensor[index]
 
 
 def assert_multiplies_by(method: LinearMethod, weight_FE: torch.Tensor, tolerance: float = 1e-4) -> None:
