@@ -24,7 +24,7 @@ from tidewright.cache import EMBEDDED_MODEL
 from tidewright.config_file import read_options
 from tidewright.distributed.gpu_choice import DEVICE_PATTERN, gpus_of
 from tidewright.engine.messages import AsyncScheduling, EngineConfig, parse_rendezvous
-from tidewright.kv_cache.budget import parse_memory
+from tidewright.kv_cache.budget import is_share, parse_memory
 from tidewright.logs.setup import LogFormat, LogLevel
 from tidewright.resilience.config import ResilienceSettings
 from tidewright.schema import Pooling, Task
@@ -136,6 +136,20 @@ class Settings(ResilienceSettings, BaseSettings):
         "last", description="Task embed: the vector is the final hidden state of the last token, or the mean of all."
     )
     normalize: bool = Field(True, description="Task embed: scale each vector to length 1.")
+    adapter_folder: str = Field(
+        "",
+        description="Folder below which LoRA adapters in Hugging Face PEFT format lie: only from there they are loaded "
+        "while the server runs. Empty: none.",
+    )
+    max_adapters: int = Field(
+        8, ge=1, le=64, description="LoRA adapters that the sequences of one step may use; requests for more wait."
+    )
+    max_lora_rank: int = Field(64, ge=1, le=512, description="Highest rank of a LoRA adapter; one of more is refused.")
+    adapter_memory: str = Field(
+        "1GiB",
+        description="Memory of the host for LoRA adapters, e.g. 512MiB. The least recently used give way, and are "
+        "read again from their folder when a request wants them.",
+    )
     max_waiting: int = Field(512, ge=0, description="Requests that may wait; one more is refused as overloaded.")
     streaming_share: float = Field(
         0.1,
@@ -213,7 +227,15 @@ class Settings(ResilienceSettings, BaseSettings):
             parse_memory(value, 1)
         return value
 
-    @field_validator("rendezvous_secret_file")
+    @field_validator("adapter_memory")
+    @classmethod
+    def _memory_is_bytes(cls, value: str) -> str:
+        if is_share(value):
+            raise ValueError(f"{value!r} is a share; write an amount of memory, e.g. 1GiB")
+        parse_memory(value, 1)
+        return value
+
+    @field_validator("rendezvous_secret_file", "adapter_folder")
     @classmethod
     def _is_the_same_in_other_folders(cls, value: str) -> str:
         return str(Path(value).absolute()) if value else ""
@@ -280,6 +302,7 @@ class Settings(ResilienceSettings, BaseSettings):
             kv_cache_dtype="auto",  # as it was exported
             kv_cache_memory=self.fallback_memory,
             max_output_tokens=self.fallback_max_tokens,
+            adapter_folder="",
             max_batched_tokens=256,  # its prefill is slow, and nobody is to wait long for a first token
             max_running=16,
             prefix_caching=False,
@@ -317,6 +340,10 @@ class Settings(ResilienceSettings, BaseSettings):
             task=self.task,
             pooling=self.pooling,
             normalize=self.normalize,
+            adapter_folder=self.adapter_folder,
+            max_adapters=self.max_adapters,
+            max_lora_rank=self.max_lora_rank,
+            adapter_memory=self.adapter_memory,
             heartbeat_interval=self.heartbeat_interval,
             heartbeat_timeout=self.heartbeat_timeout,
             start_timeout=self.start_timeout,

@@ -31,7 +31,7 @@ class Simulation:
 
     def sequence(self, number: int) -> Any:
         request = SimpleNamespace(
-            parsed=SimpleNamespace(prompt_token_ids=[1], bad_words_ids=[], sampling=SamplingParams(seed=1)),
+            parsed=SimpleNamespace(prompt_token_ids=[1], bad_words_ids=[], sampling=SamplingParams(seed=1), adapter=""),
             deadline=None,
             trace_id="",
         )

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tidewright.bridge.active_request import ActiveRequest, Origin, ids_of
+from tidewright.bridge.adapters import Adapter, Done, unknown_adapter
 from tidewright.bridge.answers import Answers
 from tidewright.bridge.canceller import Canceller
 from tidewright.bridge.drain import Drain
@@ -79,7 +80,14 @@ class Bridge:
         self._drain = Drain(settings.shutdown_grace)
         self._client = EngineClient(
             config,
-            EngineEvents(self._on_outputs, self._on_stats, self._on_up, self._on_lost, self._on_out_of_memory),
+            EngineEvents(
+                self._on_outputs,
+                self._on_stats,
+                self._on_up,
+                self._on_lost,
+                self._on_out_of_memory,
+                lambda change: self._feeder.adapter_changed(change),
+            ),
             start_timeout=settings.start_timeout,
             heartbeat_timeout=settings.heartbeat_timeout,
             replayed_tokens=self._longest_in_flight,
@@ -225,7 +233,7 @@ class Bridge:
         Raises:
             TimedOutError: its timeout is over already, and its caller has no tokens, which would be the answer.
             OverloadedError: as many sequences as may run and wait are already in flight.
-            InvalidRequestError: it has more sequences than may ever be in flight.
+            InvalidRequestError: it has more sequences than may ever be in flight, or its adapter is not loaded.
             EngineUnavailableError: the engine does not come up again, or the server is draining.
         """
         arrived_at = time.monotonic() if arrived_at is None else arrived_at
@@ -236,10 +244,10 @@ class Bridge:
         ids = [next(self._ids) for _ in range(sampling.n)]
         request = ActiveRequest(parsed, responder, self._tokenizer, ids, arrived_at, deadline, client_id, origin)
         with self._changed:
-            self._drain.check()
-            if self._failing:
-                raise EngineUnavailableError(self._failing)
+            self._check_open()
             self._check_room(sampling.n)
+            if parsed.adapter:
+                self._check_adapter(parsed.adapter)
             self._active[request] = None
             self._sequences.update((sequence.engine_request_id, sequence) for sequence in request.sequences)
             self._changed.notify_all()
@@ -262,6 +270,39 @@ class Bridge:
             for request in found:
                 self._fail(request, CancelledError("cancelled by its id"))
         return len(found)
+
+    @property
+    def adapters(self) -> list[Adapter]:
+        """The LoRA adapters that are loaded, or are about to be, or to go; in order of their loading."""
+        return list(self._feeder.adapters.by_name.values())
+
+    def load_adapter(self, name: str, path: str, done: Done) -> None:
+        """Load a LoRA adapter from a folder below `adapter_folder`. `done` gets it, or the reason, from another thread.
+
+        Raises:
+            EngineUnavailableError: the engine does not come up again, or the server is draining.
+        """
+        self._check_open()
+        self._feeder.load_adapter(name, path, done)
+
+    def unload_adapter(self, name: str, done: Done) -> None:
+        """Give it to no further request; `done` is called once those that have it have ended, and it is gone.
+
+        Raises as `load_adapter`.
+        """
+        self._check_open()
+        self._feeder.unload_adapter(name, done)
+
+    def _check_open(self) -> None:
+        self._drain.check()
+        if self._failing:
+            raise EngineUnavailableError(self._failing)
+
+    def _check_adapter(self, name: str) -> None:
+        known = self._feeder.adapters.by_name
+        adapter = known.get(name)
+        if adapter is None or adapter.state == "unloading":
+            raise unknown_adapter(name, known)
 
     def _check_room(self, n: int) -> None:
         if n > self._limit:
@@ -321,6 +362,7 @@ class Bridge:
                 f"the engine died, and {MAX_FAILED_STARTS} starts failed since ({cause}); see the server's log"
             )
             self._fail_all(self._failing)
+            self._feeder.fail_adapters(self._failing)
 
     def _give_up(self, sequence: OutputSequence, error: RequestError) -> None:
         with self._changed:

@@ -23,6 +23,7 @@ import msgspec
 
 from tidewright.bridge.liveness import Work
 from tidewright.engine.messages import (
+    AdapterChanged,
     Begin,
     Configure,
     EngineConfig,
@@ -78,6 +79,7 @@ class EngineEvents:
     """An engine that was up is gone, or one did not come up again, with the cause; the next start is on its way."""
     out_of_memory: Callable[[str], None]
     """As `lost`, but it ended itself for lack of memory: no request is to blame. The next one's steps are smaller."""
+    adapter: Callable[[AdapterChanged], None] = lambda _: None
 
 
 class EngineClient:
@@ -328,6 +330,8 @@ class EngineClient:
                 self._report(self._events.outputs, message.outputs)
             elif isinstance(message, Heartbeat):
                 self._report(self._events.stats, message.stats)
+            elif isinstance(message, AdapterChanged):
+                self._report(self._events.adapter, message)
             elif isinstance(message, Failed):
                 if message.step_tokens:
                     self._make_steps_smaller(message.step_tokens)

@@ -1,5 +1,7 @@
 """What the engine is given, in order, by one thread: sequences, their aborts, and all of it again when it died.
 
+LoRA adapters go the same way (adapters.py), so that an engine has loaded them before the sequences that need them.
+
 Replay: a sequence that was in flight when an engine died goes to the next one with the tokens that came so far, and
 goes on after the last of them. A draw depends on the tokens before it and on nothing else, so nothing else is lost.
 
@@ -19,8 +21,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from tidewright.bridge.adapters import Adapters, Done
 from tidewright.bridge.output_sequence import OutputSequence
-from tidewright.engine.messages import Abort, Submit, ToEngine
+from tidewright.engine.messages import Abort, AdapterChanged, Submit, ToEngine
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
 from tidewright.schema import KILLS_ENGINES
 
@@ -39,6 +42,7 @@ class Feeder:
         self._give_up = give_up
         self._notes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="feeder", daemon=True)
+        self.adapters = Adapters(send)
         # The thread's own:
         self._sequences: dict[int, OutputSequence] = {}  # not yet ended, in order of arrival
         self._given: set[int] = set()  # to the engine that runs
@@ -74,6 +78,19 @@ class Feeder:
         """`to_blame`: one of the sequences may be the cause."""
         self._notes.put(lambda: self._lose(to_blame))
 
+    def load_adapter(self, name: str, path: str, done: Done) -> None:
+        self._notes.put(lambda: self.adapters.load(name, path, done))
+
+    def unload_adapter(self, name: str, done: Done) -> None:
+        self._notes.put(lambda: self.adapters.unload(name, done))
+
+    def adapter_changed(self, change: AdapterChanged) -> None:
+        self._notes.put(lambda: self.adapters.changed(change))
+
+    def fail_adapters(self, cause: str) -> None:
+        """No engine comes up any more: nobody waits for a load any longer."""
+        self._notes.put(lambda: self.adapters.fail(cause))
+
     def _loop(self) -> None:
         while note := self._notes.get():
             try:
@@ -82,6 +99,7 @@ class Feeder:
                 pass  # it just died: `engine_lost` is on its way, and later `engine_up`
             except Exception:
                 log.exception("the engine could not be given its work")
+        self.adapters.fail("the server is shutting down")
 
     def _take(self, sequence: OutputSequence) -> None:
         self._sequences[sequence.engine_request_id] = sequence
@@ -118,10 +136,12 @@ class Feeder:
 
     def _feed(self) -> None:
         self._engine_up = True
+        self.adapters.engine_up()
         for sequence in self._sequences.values():
             if sequence.deaths < TRIES:
                 self._give(sequence)
         self._next_trial()
+        self.adapters.unload_again()
 
     def _next_trial(self) -> None:
         waiting = (sequence for sequence in self._sequences.values() if sequence.engine_request_id not in self._given)
@@ -131,6 +151,7 @@ class Feeder:
 
     def _lose(self, to_blame: bool) -> None:
         self._engine_up = False
+        self.adapters.engine_lost()
         guilty = self._trial if to_blame and self._trial and not self._trial.progressed else None
         if guilty:
             del self._sequences[guilty.engine_request_id]
@@ -170,4 +191,5 @@ def _submission(sequence: OutputSequence) -> Submit:
         parsed.bad_words_ids,
         list(sequence.token_ids),
         request.trace_id,
+        parsed.adapter,
     )

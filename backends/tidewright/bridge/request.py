@@ -46,6 +46,7 @@ class GenerationRequest:
     returns: OutputOptions
     resume_ids: list[int] = field(default_factory=list)  # output that the caller has already
     bad_words_ids: list[list[int]] = field(default_factory=list)
+    adapter: str = ""  # name of the LoRA adapter; empty: the base model
 
 
 # What an embedding request may have beside its prompt; the rest is about generated text.

@@ -80,6 +80,8 @@ class Engine:
     def submit(self, request: Submit) -> SequenceOutput | None:
         """Takes a request; the output that ends it at once, if it can't be taken."""
         try:
+            if request.adapter:
+                raise RequestRefusedError(f"there is no LoRA adapter {request.adapter!r}")
             self.scheduler.add(make_sequence(request))
         except RequestRefusedError as error:
             log.debug("request %d refused: %s", request.request_id, error, extra=event("request_refused"))

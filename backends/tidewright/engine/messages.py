@@ -1,7 +1,7 @@
 """What the bridge and the engine process say to each other: msgpack structs over one local socket.
 
-Bridge to engine: one `Configure`, one `Begin`, then any of `Submit`, `Abort`, `Shutdown`.
-Engine to bridge: `Ready`, then `StepOutputs` and `Heartbeat`; at any time `Failed`, as the last.
+Bridge to engine: one `Configure`, one `Begin`, then `Submit`, `Abort`, `LoadAdapter`, `UnloadAdapter`, `Shutdown`.
+Engine to bridge: `Ready`, then `StepOutputs`, `AdapterChanged` and `Heartbeat`; at any time `Failed`, as the last.
 """
 
 from __future__ import annotations
@@ -54,6 +54,10 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     task: Task = "generate"  # "embed": a request ends after its prompt, with the embedding
     pooling: Pooling = "last"
     normalize: bool = True  # embeddings have length 1
+    adapter_folder: str = ""  # LoRA adapters are loaded from below it, and from nowhere else; empty: LoRA is off
+    max_adapters: int = 8  # LoRA adapters that sequences of one step may use
+    max_lora_rank: int = 64  # of an adapter
+    adapter_memory: str = "1GiB"  # of the host, for all adapters, as tidewright.kv_cache.budget reads it
 
     @property
     def cache_format(self) -> str:
@@ -103,12 +107,26 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     bad_words_ids: list[list[int]] = []
     output_token_ids: list[int] = []  # what an engine that died had generated already
     trace_id: str = ""  # for logs
+    adapter: str = ""  # name of the LoRA adapter; empty: the base model
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
     """Stop a request without a further output; unknown ids are ignored (it may just have ended)."""
 
     request_id: int
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter", array_like=True):
+    """Answered by `AdapterChanged`. Requests for the adapter that come behind it wait until it is loaded."""
+
+    name: str
+    path: str  # a folder in Hugging Face PEFT format, below `adapter_folder`
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter", array_like=True):
+    """No request gets the adapter from here on; once those that have it ended, it goes, as `AdapterChanged` says."""
+
+    name: str
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", array_like=True):
@@ -127,6 +145,16 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     max_output_tokens: int = 0  # 0: as many as a request asks for
     eos_ids: list[int] = []
     embedding_size: int = 0  # numbers; 0: the engine generates text
+
+
+class AdapterChanged(msgspec.Struct, frozen=True, tag="adapter", array_like=True):
+    """What came of `LoadAdapter` or `UnloadAdapter`."""
+
+    name: str
+    loaded: bool  # requests can have it now
+    error: str = ""  # why it could not be loaded, for the caller
+    rank: int = 0  # the highest of its matrices
+    bytes: int = 0  # that it takes in all ranks' memory
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
@@ -217,8 +245,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
     stats: EngineStats
 
 
-ToEngine = Configure | Begin | Submit | Abort | Shutdown
-ToBridge = Ready | Failed | StepOutputs | Heartbeat
+ToEngine = Configure | Begin | Submit | Abort | LoadAdapter | UnloadAdapter | Shutdown
+ToBridge = Ready | Failed | StepOutputs | AdapterChanged | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -18,13 +18,16 @@ from tidewright.distributed.ranks import RankError, Ranks
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import (
     Abort,
+    AdapterChanged,
     EngineConfig,
     Failed,
+    LoadAdapter,
     SequenceOutput,
     Shutdown,
     Submit,
     ToBridge,
     ToEngine,
+    UnloadAdapter,
     decode_to_engine,
     encode,
 )
@@ -134,6 +137,8 @@ class EngineProcess:
             elif isinstance(message, Abort):
                 self._grammars.drop(message.request_id)
                 self._engine.abort(message.request_id)
+            elif isinstance(message, LoadAdapter | UnloadAdapter):
+                self._send(AdapterChanged(message.name, False, "LoRA adapters are not supported by this engine"))
             elif isinstance(message, Shutdown):
                 return False
             message = self._inbox.get_nowait() if not self._inbox.empty() else None

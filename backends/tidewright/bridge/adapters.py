@@ -1,0 +1,157 @@
+"""The LoRA adapters that the engine is to have: a new one gets those that the one before had, ahead of any request.
+
+An adapter that is being unloaded is loaded again, too, for the requests that still have it, and unloaded after them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tidewright.engine.messages import AdapterChanged, LoadAdapter, ToEngine, UnloadAdapter
+from tidewright.errors import EngineUnavailableError, InvalidRequestError, OverloadedError, RequestError
+
+log = logging.getLogger(__name__)
+
+MOST_ADAPTERS = 1000
+LONGEST_NAME = 256  # characters
+LONGEST_PATH = 4096
+TRIES = 2  # engines that may die before an adapter is loaded again, after which it is dropped
+
+State = Literal["loading", "loaded", "unloading"]
+Done = Callable[["Adapter | RequestError"], None]
+"""Called once, from the feeder's thread, with the adapter as it is then (state "unloading": it is gone now)."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    name: str
+    path: str
+    state: State = "loading"
+    rank: int = 0
+    bytes: int = 0  # in the memory of all ranks
+
+
+@dataclass
+class _Pending:
+    """What the engine that runs was asked for, and has not answered."""
+
+    done: Done | None = None
+    deaths: int = 0  # of engines that were asked for it
+    sent: bool = False
+
+
+class Adapters:
+    """All methods are for the feeder's thread; `by_name` is replaced, never changed, so that any thread may read it."""
+
+    def __init__(self, send: Callable[[ToEngine], None]) -> None:
+        self._send = send
+        self._engine_up = False
+        self._pending: dict[str, _Pending] = {}
+        self.by_name: dict[str, Adapter] = {}
+
+    def load(self, name: str, path: str, done: Done) -> None:
+        if refusal := self._refusal(name, path):
+            done(refusal)
+            return
+        self._set(Adapter(name, path))
+        self._pending[name] = _Pending(done)
+        self._ask(name)
+
+    def unload(self, name: str, done: Done) -> None:
+        adapter = self.by_name.get(name)
+        if adapter is None:
+            done(unknown_adapter(name, self.by_name))
+        elif adapter.state != "loaded":
+            done(OverloadedError(f"the adapter {name!r} is {adapter.state} already; try again later"))
+        else:
+            self._set(replace(adapter, state="unloading"))
+            pending = self._pending.setdefault(name, _Pending())  # it may be about to be loaded again
+            pending.done = done
+            if self._engine_up:
+                self._send(UnloadAdapter(name))
+
+    def changed(self, change: AdapterChanged) -> None:
+        """What the engine says."""
+        adapter, pending = self.by_name.get(change.name), self._pending.pop(change.name, _Pending())
+        if adapter is None:
+            return
+        if change.loaded:
+            adapter = replace(adapter, rank=change.rank, bytes=change.bytes)
+            if adapter.state == "unloading":  # loaded again, for those that have it
+                self._set(adapter)
+                self._pending[change.name] = _Pending(pending.done)
+                return
+            adapter = replace(adapter, state="loaded")
+            self._set(adapter)
+        else:
+            self._drop(change.name)
+            if change.error and not pending.done:
+                log.error("the adapter %r could not be loaded again: %s", change.name, change.error)
+        if pending.done:
+            pending.done(InvalidRequestError(change.error) if change.error else adapter)
+
+    def engine_up(self) -> None:
+        self._engine_up = True
+        for name in self.by_name:
+            self._pending.setdefault(name, _Pending())
+            self._ask(name)
+
+    def unload_again(self) -> None:
+        """To be called when the engine has got all requests that were in flight."""
+        for name, adapter in self.by_name.items():
+            if adapter.state == "unloading":
+                self._send(UnloadAdapter(name))
+
+    def engine_lost(self) -> None:
+        self._engine_up = False
+        for name, pending in list(self._pending.items()):
+            if not pending.sent:
+                continue
+            pending.deaths, pending.sent = pending.deaths + 1, False
+            if self.by_name[name].state == "loading" or pending.deaths >= TRIES:
+                log.error("the engine ended while it loaded the adapter %r, which is dropped", name)
+                self._drop(name)
+                del self._pending[name]
+                if pending.done:
+                    pending.done(EngineUnavailableError("the engine ended while it loaded the adapter; try again"))
+
+    def fail(self, cause: str) -> None:
+        """No engine will answer: nobody waits any longer."""
+        for name, pending in list(self._pending.items()):
+            if self.by_name[name].state == "loading":
+                self._drop(name)
+                del self._pending[name]
+            if pending.done:
+                pending.done(EngineUnavailableError(cause))
+                pending.done = None
+
+    def _ask(self, name: str) -> None:
+        if self._engine_up:
+            self._pending[name].sent = True
+            self._send(LoadAdapter(name, self.by_name[name].path))
+
+    def _refusal(self, name: str, path: str) -> RequestError | None:
+        if adapter := self.by_name.get(name):
+            words = "loaded already; unload it first" if adapter.state == "loaded" else f"{adapter.state} just now"
+            return InvalidRequestError(f"the adapter {name!r} is {words}")
+        if not name or len(name) > LONGEST_NAME or not name.isprintable():
+            return InvalidRequestError(f"an adapter's name has 1 to {LONGEST_NAME} printable characters")
+        if not path or len(path) > LONGEST_PATH or "\0" in path:
+            return InvalidRequestError(f"an adapter's path has 1 to {LONGEST_PATH} characters, none of them NUL")
+        if len(self.by_name) >= MOST_ADAPTERS:
+            return OverloadedError(f"{MOST_ADAPTERS} adapters are loaded already; unload one first")
+        return None
+
+    def _set(self, adapter: Adapter) -> None:
+        self.by_name = {**self.by_name, adapter.name: adapter}
+
+    def _drop(self, name: str) -> None:
+        self.by_name = {other: adapter for other, adapter in self.by_name.items() if other != name}
+
+
+def unknown_adapter(name: str, known: dict[str, Adapter]) -> InvalidRequestError:
+    names = ", ".join(sorted(known)[:10]) or "none"
+    return InvalidRequestError(f"no adapter {name!r} is loaded (loaded: {names}{', …' if len(known) > 10 else ''})")

@@ -1,0 +1,140 @@
+"""The bridge's list of adapters against a scripted engine: each call is answered once, and adapters survive deaths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tidewright.bridge.adapters import MOST_ADAPTERS, Adapter, Adapters
+from tidewright.engine.messages import AdapterChanged, LoadAdapter, ToEngine, UnloadAdapter
+from tidewright.errors import RequestError
+
+
+class Bridge:
+    def __init__(self) -> None:
+        self.sent: list[ToEngine] = []
+        self.answers: list[str] = []
+        self.adapters = Adapters(self.sent.append)
+        self.adapters.engine_up()
+
+    def done(self, name: str) -> Callable[[Adapter | RequestError], None]:
+        return lambda answer: self.answers.append(f"{name}: {answer if isinstance(answer, RequestError) else 'ok'}")
+
+    def load(self, name: str, path: str = "folder") -> None:
+        self.adapters.load(name, path, self.done(name))
+
+    def loaded(self, name: str) -> None:
+        self.load(name)
+        self.adapters.changed(AdapterChanged(name, True, rank=8, bytes=100))
+        self.sent.clear()
+        self.answers.clear()
+
+    def unload(self, name: str) -> None:
+        self.adapters.unload(name, self.done(name))
+
+    def restart(self) -> None:
+        self.adapters.engine_lost()
+        self.sent.clear()
+        self.adapters.engine_up()
+        self.adapters.unload_again()
+
+    @property
+    def states(self) -> dict[str, str]:
+        return {name: adapter.state for name, adapter in self.adapters.by_name.items()}
+
+
+def test_a_load_and_an_unload_are_answered_when_the_engine_has_done_it() -> None:
+    bridge = Bridge()
+    bridge.load("one")
+    assert bridge.sent == [LoadAdapter("one", "folder")]
+    assert bridge.answers == []
+    bridge.adapters.changed(AdapterChanged("one", True, rank=8, bytes=100))
+    assert bridge.adapters.by_name == {"one": Adapter("one", "folder", "loaded", 8, 100)}
+    bridge.unload("one")
+    assert bridge.sent[1:] == [UnloadAdapter("one")]
+    assert bridge.states == {"one": "unloading"}
+    bridge.adapters.changed(AdapterChanged("one", False))
+    assert bridge.answers == ["one: ok", "one: ok"]
+    assert bridge.states == {}
+
+
+def test_a_refusal_is_told_and_leaves_nothing() -> None:
+    bridge = Bridge()
+    bridge.load("bad")
+    bridge.adapters.changed(AdapterChanged("bad", False, "its rank is 512"))
+    assert bridge.answers == ["bad: its rank is 512"]
+    assert bridge.states == {}
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "x" * 257, "one"])
+def test_a_name_that_can_t_be_is_refused_at_once(name: str) -> None:
+    bridge = Bridge()
+    bridge.loaded("one")
+    bridge.load(name)
+    assert bridge.sent == []
+    assert len(bridge.answers) == 1
+    assert bridge.states == {"one": "loaded"}
+
+
+def test_the_list_is_bounded() -> None:
+    bridge = Bridge()
+    for number in range(MOST_ADAPTERS):
+        bridge.load(str(number))
+    bridge.load("one more")
+    assert bridge.answers == [f"one more: {MOST_ADAPTERS} adapters are loaded already; unload one first"]
+
+
+def test_the_next_engine_gets_what_the_one_before_had() -> None:
+    bridge = Bridge()
+    for name in ("one", "two", "going"):
+        bridge.loaded(name)
+    bridge.unload("going")
+    bridge.load("new")
+    bridge.restart()
+    # What was never loaded may be what killed the engine.
+    assert bridge.answers == ["new: the engine ended while it loaded the adapter; try again"]
+    loads = [LoadAdapter(name, "folder") for name in ("one", "two", "going")]
+    assert bridge.sent == [*loads, UnloadAdapter("going")]
+    for name in ("one", "two", "going"):
+        bridge.adapters.changed(AdapterChanged(name, True))
+    bridge.adapters.changed(AdapterChanged("going", False))
+    assert bridge.answers[1:] == ["going: ok"]
+    assert bridge.states == {"one": "loaded", "two": "loaded"}
+
+
+def test_one_that_engines_die_of_is_dropped() -> None:
+    bridge = Bridge()
+    bridge.loaded("one")
+    bridge.restart()
+    bridge.restart()
+    assert bridge.states == {"one": "loaded"}
+    bridge.restart()
+    assert bridge.states == {}
+    assert bridge.sent == []
+
+
+def test_one_that_can_t_be_loaded_again_is_dropped() -> None:
+    bridge = Bridge()
+    bridge.loaded("one")
+    bridge.restart()
+    bridge.adapters.changed(AdapterChanged("one", False, "there is no such folder"))
+    assert bridge.states == {}
+
+
+def test_asked_for_without_an_engine_it_comes_with_the_next() -> None:
+    bridge = Bridge()
+    bridge.adapters.engine_lost()
+    bridge.load("one")
+    assert bridge.sent == []
+    bridge.adapters.engine_up()
+    assert bridge.sent == [LoadAdapter("one", "folder")]
+
+
+def test_nobody_waits_for_an_engine_that_does_not_come() -> None:
+    bridge = Bridge()
+    bridge.loaded("one")
+    bridge.load("two")
+    bridge.unload("one")
+    bridge.adapters.fail("the server is shutting down")
+    assert sorted(bridge.answers) == ["one: the server is shutting down", "two: the server is shutting down"]
