@@ -216,3 +216,14 @@ def test_single_tokens_are_padded_to_the_next_size(staged: bool) -> None:
     assert seen.lengths_B.tolist() == [2, 2, 2, 0]
     assert (seen.token_ids_T[3], seen.positions_T[3], seen.spans_B4[3].tolist()) == (0, 0, [3, 0, 1, 0])
     assert buffers.fill(StepPlan(tuple(planned(i, 2, 1) for i in range(2)))).padded_to == 2
+
+
+def test_a_step_is_computed_again() -> None:
+    """As measurements do: it is no step further."""
+    buffers = StepBuffers(StepLimits(2, 8, 64, 16), CPU)
+    prompt = StepPlan((ScheduledSequence(1, 0, (5, 6), (0, 1)),))
+    decode = StepPlan((ScheduledSequence(1, 2, (7,), (), (Draw(1, SamplingParams(seed=3), 3),)),))
+    buffers.fill(prompt)
+    for _ in range(2):
+        batch = buffers.fill(decode)
+        assert (batch.positions_T.tolist(), batch.lengths_B.tolist(), batch.slots_T.tolist()) == ([2], [3], [2])

@@ -1,5 +1,7 @@
 """Persistent buffers of a step, and how a plan gets into them: what stays the same from step to step is not written."""
 
+# ruff: noqa: N815 - fields, too, carry their shape
+
 from __future__ import annotations
 
 from bisect import bisect_left
@@ -10,7 +12,7 @@ from itertools import chain
 import numpy as np
 import torch
 
-from tidewright.engine.plan import PENDING, StepPlan
+from tidewright.engine.plan import PENDING, ScheduledSequence, StepPlan
 from tidewright.step.arena import Arena
 from tidewright.step.batch import StepBatch
 from tidewright.step.block_tables import BlockTables, tables_arrays
@@ -27,6 +29,29 @@ class StepLimits:
     max_batched_tokens: int
     max_model_len: int
     block_size: int
+
+
+@dataclass(eq=False)
+class _Decodes:
+    """A step that computed one token of each sequence, and drew the next."""
+
+    sequences: tuple[ScheduledSequence, ...]
+    order: list[int]  # of the plan's sequences in the batch
+    sorted_places_B: np.ndarray  # in the batch's order
+    places_B: np.ndarray  # in the plan's order
+    batch: StepBatch
+
+    def go_on_with(self, plan: StepPlan) -> bool:
+        """The plan is the next token of the same sequences, and of no other."""
+        if plan.ended or plan.preempted or len(plan.sequences) != len(self.sequences):
+            return False
+        return all(
+            planned.request_id == before.request_id
+            and planned.start == before.start + 1
+            and len(planned.token_ids) == 1 == len(planned.draws)
+            and not (planned.new_blocks and planned.first_block == 0)
+            for planned, before in zip(plan.sequences, self.sequences, strict=True)
+        )
 
 
 class StepBuffers:
@@ -65,6 +90,7 @@ class StepBuffers:
         # The last token that was drawn for the sequence at each place, so that a step can take it as input that is
         # launched before the host knows it. The last entry is for tokens after which the same step draws another.
         self.last_tokens_P = torch.zeros(places + 1, dtype=torch.int64, device=device)
+        self._last: _Decodes | None = None  # what the buffers hold, if it can go on
 
     @property
     def highest_block(self) -> int:
@@ -72,6 +98,8 @@ class StepBuffers:
         return self._tables.highest_block
 
     def fill(self, plan: StepPlan) -> StepBatch:
+        if self._last and self._last.go_on_with(plan):
+            return self._advance(self._last, plan)
         return self._fill(plan, self._padded_size(plan))
 
     def decodes(self, size: int) -> StepBatch:
@@ -98,8 +126,7 @@ class StepBuffers:
         return self.sizes[at] if at < len(self.sizes) else 0
 
     def _fill(self, plan: StepPlan, padded_to: int) -> StepBatch:
-        if self._uploaded:
-            self._uploaded.synchronize()  # the host writes again what the last step may not have sent yet
+        self._await_upload()
         tables, sequences, host = self._tables, plan.sequences, self._arena.host
         tables.begin((*plan.ended, *plan.preempted))
         places_B = np.array([tables.place(planned) for planned in sequences], np.int64)
@@ -132,9 +159,6 @@ class StepBuffers:
         places_T = np.repeat(sorted_places_B, sorted_counts_B)
         blocks_T = tables.host_PM[places_T, positions_T // size]
         host["slots"][:num_tokens] = blocks_T.astype(np.int64) * size + positions_T % size
-        pending_N = np.flatnonzero(host["token_ids"][:num_tokens] == PENDING)
-        host["pending_rows"][: len(pending_N)] = pending_N
-        host["pending_places"][: len(pending_N)] = places_T[pending_N]
 
         draws = [draw for planned in sequences for draw in planned.draws]
         num_draws_B = np.array([len(planned.draws) for planned in sequences], np.int64)
@@ -143,15 +167,9 @@ class StepBuffers:
 
         if padded_to:
             self._pad(num_sequences, padded_to)
-        self._arena.upload()
-        tables.upload()
-        if self._uploaded:
-            self._uploaded.record(torch.cuda.current_stream(self.last_tokens_P.device))
+        self._upload(token_ids, places_T)
         on_device = self._arena.device
-        if len(pending_N):
-            tokens_N = self.last_tokens_P[on_device["pending_places"][: len(pending_N)]]
-            on_device["token_ids"].index_copy_(0, on_device["pending_rows"][: len(pending_N)], tokens_N)
-        return StepBatch(
+        batch = StepBatch(
             token_ids_T=on_device["token_ids"][:num_tokens],
             positions_T=on_device["positions"][:num_tokens],
             slots_T=on_device["slots"][:num_tokens],
@@ -167,6 +185,53 @@ class StepBuffers:
             max_context=tables.host_PM.shape[1] * self._block_size,
             padded_to=padded_to,
         )
+        can_go_on = num_sequences > 0 and not several_B.any() and bool((num_draws_B == 1).all())
+        self._last = _Decodes(sequences, order_B.tolist(), sorted_places_B, places_B, batch) if can_go_on else None
+        return batch
+
+    def _advance(self, last: _Decodes, plan: StepPlan) -> StepBatch:
+        """As `_fill`, but writes only what changes when each sequence of the last step goes on by a token."""
+        self._await_upload()
+        tables, sequences, host, size = self._tables, plan.sequences, self._arena.host, self._block_size
+        tables.begin(())
+        for planned in sequences:
+            if planned.new_blocks:
+                tables.place(planned)
+        count = len(sequences)
+        token_ids = [sequences[i].token_ids[0] for i in last.order]
+        host["token_ids"][:count] = token_ids
+        host["positions"][:count] += 1
+        host["lengths"][:count] += 1
+        last.batch.host_spans_B4[:, 1] += 1
+        slots_T = host["slots"]
+        slots_T[:count] += 1
+        for row, i in enumerate(last.order):
+            if sequences[i].start % size == 0:  # the first of a block
+                slots_T[row] = tables.host_PM[last.sorted_places_B[row], sequences[i].start // size] * size
+        sampling = self._sampling.gather([planned.draws[0] for planned in sequences], last.places_B)
+        self._upload(token_ids, last.sorted_places_B)
+        last.sequences, last.batch = sequences, replace(last.batch, sampling=sampling)
+        return last.batch
+
+    def _await_upload(self) -> None:
+        """The host writes again what the last step may not have sent yet."""
+        if self._uploaded:
+            self._uploaded.synchronize()
+
+    def _upload(self, token_ids: list[int], places_T: np.ndarray) -> None:
+        """Sends the buffers to the device, and puts the tokens there that the host does not know yet."""
+        host, on_device = self._arena.host, self._arena.device
+        pending = [row for row, token in enumerate(token_ids) if token == PENDING] if PENDING in token_ids else []
+        if count := len(pending):
+            host["pending_rows"][:count] = pending
+            host["pending_places"][:count] = places_T[pending]
+        self._arena.upload()
+        self._tables.upload()
+        if self._uploaded:
+            self._uploaded.record(torch.cuda.current_stream(self.last_tokens_P.device))
+        if count:
+            tokens_N = self.last_tokens_P[on_device["pending_places"][:count]]
+            on_device["token_ids"].index_copy_(0, on_device["pending_rows"][:count], tokens_N)
 
     def _pad(self, first: int, end: int) -> None:
         """Rows of single tokens that attend to nothing, and that no cache keeps."""

@@ -123,13 +123,14 @@ class SamplingColumns:
         self._params: list[SamplingParams | None] = [None] * places
         self._errors: dict[int, str] = {}  # by place
         self._gathered: np.ndarray = np.empty(0, np.int64)  # the places whose columns are in the arena
+        self._is_plain_step = True  # all of these
         self._host = Columns(**{name: arena.host[f"sampling.{name}"] for name in _TYPES})
         self._host_place, self._device_place = arena.host["sampling.place"], arena.device["sampling.place"]
         self._device = Columns(**{name: arena.device[f"sampling.{name}"] for name in _TYPES})
 
     def gather(self, draws: Sequence[Draw], places_R: np.ndarray) -> SamplingBatch:
         """`places_R`: of the draws' sequences. The caller uploads the arena."""
-        is_new = not np.array_equal(places_R, self._gathered)
+        is_new = places_R is not self._gathered and not np.array_equal(places_R, self._gathered)
         for draw, place in zip(draws, places_R.tolist(), strict=True):
             if self._params[place] is not draw.params:
                 self._read(place, draw.params)
@@ -141,9 +142,9 @@ class SamplingColumns:
             to_keep_R = self._host_place[: len(draws)]
             to_keep_R[:] = places_R
             to_keep_R[:-1][places_R[1:] == places_R[:-1]] = len(self._params)
+            self._is_plain_step = bool(self._is_plain[places_R].all())
         self._host.position[: len(draws)] = [draw.position for draw in draws]
-        is_plain = bool(self._is_plain[places_R].all())
-        is_plain = is_plain and not any(draw.banned_ids or draw.bad_words_ids for draw in draws)
+        is_plain = self._is_plain_step and not any(draw.banned_ids or draw.bad_words_ids for draw in draws)
         errors: dict[int, str] = {}
         if self._errors:
             errors = {row: self._errors[place] for row, place in enumerate(places_R.tolist()) if place in self._errors}
