@@ -124,6 +124,24 @@ PRINTED = {
         "MISSED streams without an end: 1 (0)\n",
         {"soak.availability": 0.9997, "soak.failed": 5e-5, "soak.unended": 1},
     ),
+    "quantized_engine": (
+        "W1 decode, tokens/s        int8             median     171.8  best     177.1   1.55x\n"
+        "W1 decode, tokens/s        int4-g64         median     229.3  best     233.4   2.06x\n"
+        "W1 decode, tokens/s        stored           median     216.2  best     237.7   1.89x\n"
+        "W2 throughput, tokens/s    int8             median     608.4  best     622.0   1.39x\n"
+        "W4 time, ms                int8             median     611.9  best     580.7   1.27x\n",
+        {"Q1.int8_w1": 1.55, "Q1.int4_w1": 2.06, "B3.gguf_w1": 1.89, "Q1.int8_w2": 1.39, "Q1.int8_w4": 1.27},
+    ),
+    "quantization_quality": (
+        "perplexity           32.31         32.51     32.35\n                                  +0.6%     +0.1%\n",
+        {"Q1.perplexity": 0.6},
+    ),
+    "kv_cache_dtypes": (
+        "bfloat16      25.09    24.81     1.00                      768\n"
+        "int8          21.42    21.27     0.85                      408\n"
+        "fp8           23.09    22.94     0.92                      408\n",
+        {"K2.bytes": 408, "K2.int8_time": 0.85, "K2.fp8_time": 0.92},
+    ),
     "coverage": ("TOTAL     18000    540    97%", {"T1.lines": 97}),
 }
 
