@@ -210,6 +210,8 @@ MAX_ALLOWED_TOKEN_IDS = 1024
 MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 64, 64
 MAX_LOGIT_BIASES = 300
 MAX_SALT_LENGTH = 256
+MAX_TENANT_LENGTH = 256
+MAX_WEIGHT = 1000
 MAX_GRAMMAR_LENGTH = 65_536
 MAX_CHOICES = 8192
 MAX_PARAMETERS_LENGTH = 1 << 20  # of the JSON of all sampling parameters
@@ -287,6 +289,11 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Seconds from arrival after which the request ends with `timeout`, with the tokens it has."""
     cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
     """Only requests with the same salt share prefixes in the KV cache; keeps tenants apart."""
+    tenant: Annotated[str, msgspec.Meta(max_length=MAX_TENANT_LENGTH)] = ""
+    """Whose request it is: of one priority, tenants get service in proportion to their weights, and cached prefixes are
+    their own. The gateway names the API key; what its callers name counts for nothing."""
+    tenant_weight: Annotated[int, msgspec.Meta(ge=1, le=MAX_WEIGHT)] = 1
+    """Share of service of `tenant`, in proportion to that of others."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, which msgspec makes a ValidationError of."""

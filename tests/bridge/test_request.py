@@ -60,6 +60,9 @@ def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> Gen
         ({"text_input": "a", "sampling_parameters": {"priority": 1.5}}, "priority"),
         ({"text_input": "a", "sampling_parameters": {"cache_salt": "x" * 257}}, "length <= 256 for `cache_salt`"),
         ({"text_input": "a", "sampling_parameters": {"cache_salt": ""}}, "length >= 1 for `cache_salt`"),
+        ({"text_input": "a", "sampling_parameters": {"tenant": "x" * 257}}, "length <= 256 for `tenant`"),
+        ({"text_input": "a", "sampling_parameters": {"tenant_weight": 0}}, ">= 1 for `tenant_weight`"),
+        ({"text_input": "a", "sampling_parameters": {"tenant_weight": 1001}}, "<= 1000 for `tenant_weight`"),
         ({"text_input": "a", "sampling_parameters": {"repetition_penalty": 0}}, "repetition_penalty"),
         ({"text_input": "a", "sampling_parameters": {"presence_penalty": 2.1}}, "presence_penalty"),
         ({"text_input": "a", "sampling_parameters": {"frequency_penalty": "nan"}}, "frequency_penalty"),
@@ -251,7 +254,7 @@ def test_a_server_that_generates_refuses_embeddings(tokenizer: Tokenizer) -> Non
 
 
 def test_an_embedding_request_may_fill_the_context(tokenizer: Tokenizer) -> None:
-    options = {"priority": 3, "timeout": 2, "cache_salt": "tenant", "max_tokens": 16}
+    options = {"priority": 3, "timeout": 2, "cache_salt": "tenant", "max_tokens": 16, "tenant": "t", "tenant_weight": 2}
     engine = replace(EMBED_ENGINE, max_model_len=10)  # less than the default of max_tokens
     inputs = tensors(input_ids=[1] * 10, embed=True, sampling_parameters=options)
     request = parse_request(inputs, "", tokenizer, engine)

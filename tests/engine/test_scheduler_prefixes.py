@@ -63,6 +63,14 @@ def test_other_salts_share_nothing() -> None:
         assert shape(plan)[0][1] == (4 if request_id == 4 else 0)
 
 
+def test_other_tenants_share_nothing() -> None:
+    scheduler, _ = make(blocks=20, prefix_caching=True)
+    for request_id, tenant in enumerate(("", "a", "b", "a")):
+        scheduler.add(sequence(request_id, 8, max_tokens=1, cache_salt="same", tenant=tenant))
+        plan, _ = step(scheduler)
+        assert shape(plan)[0][1] == (4 if request_id == 3 else 0)
+
+
 def test_cached_tokens_are_those_of_the_first_admission() -> None:
     """Preempted before its first token, a sequence finds its own blocks again."""
     scheduler, _ = make(blocks=8, max_batched_tokens=8, prefix_caching=True)

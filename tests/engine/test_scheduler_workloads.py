@@ -89,6 +89,8 @@ class Arrival:
     ignore_eos: bool
     salt: str | None
     needs_history: bool
+    tenant: str
+    weight: int
 
     def longest(self, work: Workload) -> int:
         return min(len(self.prompt) + self.max_tokens, int(str(work.config["max_model_len"])))
@@ -124,6 +126,8 @@ def workloads(draw: st.DrawFn) -> Workload:
                 ignore_eos=draw(st.booleans()),
                 salt=draw(st.sampled_from([None, None, "a"])),
                 needs_history=draw(st.integers(0, 7)) == 7,
+                tenant=draw(st.sampled_from(["", "", "a", "b"])),
+                weight=draw(st.integers(1, 3)),
             )
         )
     events = st.sets(st.tuples(st.integers(0, 40), st.integers(0, len(arrivals) - 1)), max_size=4)
@@ -177,6 +181,8 @@ def test_random_workloads(work: Workload) -> None:
                     cache_salt=a.salt,
                     timeout=1,
                     presence_penalty=float(a.needs_history),
+                    tenant=a.tenant,
+                    tenant_weight=a.weight,
                 )
                 for scheduler in (first, second):
                     scheduler.add(Sequence(request_id, list(a.prompt), params))

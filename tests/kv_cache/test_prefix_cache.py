@@ -43,6 +43,14 @@ def test_blocks_of_another_format_or_salt_have_other_digests() -> None:
     assert len({made.digests[0] for made in chains}) == len(chains)
 
 
+def test_tenants_have_chains_of_their_own() -> None:
+    roots = [(salt, tenant) for salt in (None, "", "a", "tenant:1:a") for tenant in ("", "a", "salt:", "asalt:a")]
+    chains = [HashChain(salt, 2, "int8", tenant) for salt, tenant in roots]
+    for made in chains:
+        made.extend([1, 2])
+    assert len({made.digests[0] for made in chains}) == len(chains)
+
+
 def test_a_block_is_found_only_behind_the_same_beginning() -> None:
     cache, table = stored([1, 2, 3, 4])
     assert cache.find([1, 2, 3, 4, 5], chain([1, 2, 3, 4, 5])) == table

@@ -50,7 +50,7 @@ class GenerationRequest:
 
 
 # What an embedding request may have beside its prompt; the rest is about generated text.
-_EMBEDDING_PARAMETERS = ("priority", "timeout", "cache_salt")
+_EMBEDDING_PARAMETERS = ("priority", "timeout", "cache_salt", "tenant", "tenant_weight")
 _NOT_FOR_EMBEDDINGS = (
     "stream",
     "exclude_input_in_output",

@@ -23,6 +23,9 @@ class SchedulerConfig:
     cache_format: str = ""  # of the numbers in the KV cache
 
 
+QUEUE_SHARE = 3  # times the places that are free: a tenant alone fills three quarters of the queue
+
+
 class RequestRefusedError(ValueError):
     """The request can't be taken; the message says what to change."""
 
@@ -54,4 +57,18 @@ def check_request(sequence: Sequence, config: SchedulerConfig, num_blocks: int) 
         raise RequestRefusedError(
             f"prompt and max_tokens may need {needed} tokens of KV cache, but it holds {room}; "
             f"lower max_tokens or shorten the prompt"
+        )
+
+
+def check_share(sequence: Sequence, config: SchedulerConfig, requests: int, own: int) -> None:
+    """Raises RequestRefusedError: of all `requests`, its tenant has `own`, and too few places are left for others.
+
+    The bound shrinks with the places that are left (dynamic thresholds, Choudhury and Hahne 1998): several floods leave
+    some as well. Requests without a tenant may have the whole queue.
+    """
+    free = config.max_running + config.max_waiting - requests
+    if sequence.sampling.tenant and own - config.max_running >= QUEUE_SHARE * free:
+        raise RequestRefusedError(
+            f"{own} requests of this tenant run or wait already, which is its share of the queue; try again later",
+            "overloaded",
         )

@@ -6,13 +6,12 @@ token budget a step. Every rank runs its own copy, so nothing here may depend on
 
 from __future__ import annotations
 
-from bisect import insort
 from collections import deque
-from collections.abc import Callable
-from operator import attrgetter
+from collections.abc import Callable, Iterable, Iterator
 
 from tidewright.engine.draws import accept, draw_after, embedded
-from tidewright.engine.limits import RequestRefusedError, SchedulerConfig, check_request, longest
+from tidewright.engine.fairness import FairQueue, fair_order, goes_before, victims
+from tidewright.engine.limits import RequestRefusedError, SchedulerConfig, check_request, check_share, longest
 from tidewright.engine.messages import EngineStats, SequenceOutput
 from tidewright.engine.plan import (
     PENDING,
@@ -30,13 +29,13 @@ from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
 
 
 class Scheduler:
-    """By priority, then first come, first served.
+    """By priority, then fair between tenants (fairness.py), then first come, first served.
 
     A step may be planned while the one before is in flight, that is, planned and not committed, if `may_run_ahead`:
     each sequence of that one is taken to get its token and to go on. One that ends with it has been computed for
     nothing, and what the second step finds for it is dropped. Requests may come and end at any time between.
 
-    Both queues are in that order, and of one priority everything that runs came before everything that waits.
+    Of one tenant and priority, everything that runs came before everything that waits.
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
@@ -45,7 +44,7 @@ class Scheduler:
         self.idle_audit = IdleAudit(self._cache)
         self._budget = StepBudget(config.max_batched_tokens)
         self._running: list[Sequence] = []
-        self._waiting: list[Sequence] = []
+        self._waiting = FairQueue()
         self._by_id: dict[int, Sequence] = {}
         self._in_flight: deque[list[Sequence]] = deque()  # of each plan
         self._ended: list[int] = []
@@ -75,6 +74,7 @@ class Scheduler:
             raise RequestRefusedError(f"request id {sequence.request_id} is already in use")
         if len(self._by_id) >= self._config.max_running + self._config.max_waiting:
             raise RequestRefusedError(f"{len(self._by_id)} requests run or wait already; try again later", "overloaded")
+        check_share(sequence, self._config, len(self._by_id), self._waiting.requests(sequence.sampling.tenant))
         check_request(sequence, self._config, self._cache.pool.num_blocks)
         stop_ids = [*sequence.sampling.stop_token_ids]
         if not sequence.sampling.ignore_eos:
@@ -83,10 +83,11 @@ class Scheduler:
         sequence.stop_ids = frozenset(token for token in stop_ids if token < self._config.vocab_size)
         sequence.longest = longest(sequence, self._config)
         sequence.order = (sequence.sampling.priority, self._arrivals)
-        sequence.chain = HashChain(sequence.sampling.cache_salt, self._config.block_size, self._config.cache_format)
+        salt, tenant = sequence.sampling.cache_salt, sequence.sampling.tenant
+        sequence.chain = HashChain(salt, self._config.block_size, self._config.cache_format, tenant)
         self._arrivals += 1
         self._by_id[sequence.request_id] = sequence
-        insort(self._waiting, sequence, key=attrgetter("order"))
+        self._waiting.add(sequence)
 
     def abort(self, request_id: int) -> None:
         """Ends a request without output; unknown ids are ignored."""
@@ -110,19 +111,20 @@ class Scheduler:
         if there is no work.
         """
         assert len(self._in_flight) <= 1, "a step can only run ahead of one other"
-        budget, index, admitting = self._budget.tokens, 0, True
+        self._waiting.begin_step()
+        if self._waiting.is_shared:
+            self._running.sort(key=fair_order)
+        budget, index, waiting = self._budget.tokens, 0, self._waiting.first()
         paced = budget if pace is None or not any(s.decodes for s in self._running) else pace
         preemptions = self._preemptions
         scheduled: list[ScheduledSequence] = []
         while budget:
             running = self._running[index] if index < len(self._running) else None
-            waiting = self._waiting[0] if self._waiting and admitting and paced else None
-            if waiting and (running is None or waiting.order[0] < running.order[0]):
+            if waiting and paced and (running is None or goes_before(waiting, running)):
                 # A request that does not fit blocks those behind it, or it might wait forever. And one that was just
                 # preempted is not admitted again in the same step.
-                admitted = self._admit(waiting, index)
-                admitting = admitted and self._preemptions == preemptions
-                if not admitted:
+                if not self._admit(waiting, index):
+                    waiting = None
                     continue
             elif running is None:
                 break
@@ -141,11 +143,15 @@ class Scheduler:
             if not scheduled:
                 self._cache.begin_step()
             planned = self._take(sequence, share)
+            self._waiting.charge(sequence, bool(planned.draws))
             scheduled.append(planned)
             budget -= planned.count
             if not decodes:
                 paced -= planned.count
-            admitting = admitting and self._preemptions == preemptions
+            if self._preemptions != preemptions:
+                waiting = None
+            elif sequence is waiting:
+                waiting = self._waiting.first()  # now that it is known what this one costs
             index += 1
         if not scheduled:
             return StepPlan(())
@@ -192,8 +198,8 @@ class Scheduler:
         self._in_flight.clear()
         self._cache.forget_unwritten()
         self._undone += 1
-        while self._running:
-            self._preempt(self._running.pop())
+        for sequence in [*reversed(self._running)]:
+            self._preempt(sequence)
 
     def stats(self) -> EngineStats:
         size = self._config.block_size
@@ -235,14 +241,17 @@ class Scheduler:
         needed = self._blocks(sequence.num_known) - len(shared)
         # Each running sequence gets at least one token a step.
         max_running = min(self._config.max_running, self._budget.tokens)
-        # All from `index` on have a lower priority, and are not yet part of this step.
-        if not self._make_room(index, shared, needed, lambda left, running: running <= min(left, max_running - 1)):
+        # Those from `index` on are not yet part of this step.
+        size = max_running, self._cache.pool.num_blocks
+        others = victims(sequence, self._running, index, needed + len(shared), size)
+        if not self._make_room(others, shared, needed, lambda left, running: running <= min(left, max_running - 1)):
             return False
-        self._waiting.remove(sequence)
+        self._waiting.begin(sequence)
         self._running.insert(index, sequence)
         sequence.block_table = self._cache.take(shared, needed)
         sequence.num_registered = len(shared)
         sequence.num_computed = len(shared) * self._config.block_size
+        sequence.num_charged = max(sequence.num_charged, sequence.num_computed)
         if sequence.cached_tokens is None:  # else it was preempted, and what it finds now may be its own
             sequence.cached_tokens = sequence.num_computed
         if not sequence.num_generated:
@@ -258,37 +267,48 @@ class Scheduler:
         if sequence.num_expected <= len(sequence.block_table) * self._config.block_size:
             return True
         needed = self._blocks(sequence.num_expected) - len(sequence.block_table)
-        if not self._make_room(index + 1, [], needed, lambda left, _: left >= 0):
+        if not self._make_room(reversed(self._running[index + 1 :]), [], needed, lambda left, _: left >= 0):
             return False
         sequence.block_table += self._cache.take([], needed)
         return True
 
-    def _make_room(self, first: int, shared: list[int], needed: int, fits: Callable[[int, int], bool]) -> bool:
-        """Preempts from the end, but none before number `first`, until `fits`; preempts none if that never comes.
+    def _make_room(
+        self, others: Iterable[Sequence], shared: list[int], needed: int, fits: Callable[[int, int], bool]
+    ) -> bool:
+        """Preempts `others`, one after the other, until `fits`; preempts none if that never comes.
 
         `fits` gets the blocks that are left once `shared` and `needed` more are taken, and the number that still run.
         """
-        running = len(self._running)
-        tables = (sequence.block_table for sequence in reversed(self._running[first:]))
-        for left in self._cache.free_after(shared, needed, tables):
-            if fits(left, running):
+        chosen: list[Sequence] = []
+
+        def tables() -> Iterator[list[int]]:
+            for other in others:
+                chosen.append(other)
+                yield other.block_table
+
+        for left in self._cache.free_after(shared, needed, tables()):
+            if fits(left, len(self._running) - len(chosen)):
                 break
-            running -= 1
         else:
             return False
-        while len(self._running) > running:
-            self._preempt(self._running.pop())
+        for other in chosen:
+            self._preempt(other)
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the queue; what the prefix cache does not keep of it is computed anew later."""
+        self._running.remove(sequence)
         self._release(sequence)
-        insort(self._waiting, sequence, key=attrgetter("order"))
+        sequence.yields_from = sequence.num_known + self._config.block_size
+        self._waiting.preempt(sequence)
         self._preemptions += 1
         self._preempted.append(sequence.request_id)
 
     def _end(self, sequence: Sequence) -> None:
-        (self._running if sequence in self._running else self._waiting).remove(sequence)
+        runs = sequence in self._running
+        if runs:
+            self._running.remove(sequence)
+        self._waiting.end(sequence, runs)
         self._release(sequence)
         del self._by_id[sequence.request_id]
         sequence.ended = True

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING
 
 from tidewright.engine.messages import TokenLogprob
 from tidewright.engine.prompt_lookup import PromptLookup
 from tidewright.kv_cache.prefix_cache import HashChain
 from tidewright.schema import SamplingParams
+
+if TYPE_CHECKING:
+    from tidewright.engine.fairness import Account
 
 
 @dataclass(eq=False)
@@ -35,6 +39,9 @@ class Sequence:
     stop_ids: frozenset[int] = field(init=False, default=frozenset())
     longest: int = field(init=False, default=0)  # tokens of prompt and output, at most
     chain: HashChain = field(init=False)
+    account: Account = field(init=False)  # its tenant's
+    num_charged: int = field(init=False, default=0)  # tokens that it has paid for, or that the prefix cache had
+    yields_from: int = field(init=False, default=0)  # known tokens; with fewer, it is not preempted for another tenant
     lookup: PromptLookup = field(init=False, default_factory=PromptLookup)
 
     def __post_init__(self, output_token_ids: Iterable[int]) -> None:
@@ -54,6 +61,11 @@ class Sequence:
     def decodes(self) -> bool:
         """It has a token already, or a step in flight draws it, and waits for the next one."""
         return len(self.prompt_token_ids) < self.num_expected == self.num_computed + 1
+
+    @property
+    def may_yield(self) -> bool:
+        """It has come on since it was preempted: so that tenants can't preempt each other for ever."""
+        return len(self.token_ids) >= self.yields_from
 
     @property
     def num_generated(self) -> int:

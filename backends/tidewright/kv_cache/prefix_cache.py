@@ -24,9 +24,11 @@ class HashChain:
     names a block of another format.
     """
 
-    def __init__(self, salt: str | None, block_size: int, cache_format: str = "") -> None:
+    def __init__(self, salt: str | None, block_size: int, cache_format: str = "", tenant: str = "") -> None:
         self._block_size = block_size
         root = b"" if salt is None else b"salt:" + salt.encode()
+        if tenant:
+            root = f"tenant:{len(tenant)}:{tenant}".encode() + root
         self._last = blake2b(cache_format.encode() + b"\0" + root, digest_size=16).digest()
         self.digests: list[bytes] = []
 

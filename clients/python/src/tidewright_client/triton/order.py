@@ -50,6 +50,8 @@ class Sampling(TypedDict, total=False):
     n: int
     priority: int
     cache_salt: str | None
+    tenant: str
+    tenant_weight: int
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,277 @@
+"""Who waits, and whose turn it is: tenants get service in proportion to their weights. Pure; the same on every rank.
+
+The Virtual Token Counter (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): a tenant's counter
+grows by the cost of what is computed for it, divided by its weight, and the waiting tenant with the lowest counter is
+next. A tenant that begins to wait is lifted to the lowest counter of those that do, so idle time earns no credit, and
+to the virtual time of start-time fair queueing (Goyal et al., SIGCOMM 1996) where none does. So an idle tenant whose
+counter is not above that time can be forgotten: state is bounded by the work, not by the names.
+
+Each priority is a class with counters of its own; a more urgent class goes first.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import insort
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
+
+from tidewright.engine.sequence import Sequence
+
+UNIT = 720_720  # of a counter, for one token at weight 1; integers, and without a rest for weights up to 16
+MOST_DEBTORS = 4096  # tenants of a class that are remembered while they are idle, because they are ahead of others
+
+_arrival = attrgetter("order")
+
+
+class Account:
+    """A tenant in one class."""
+
+    __slots__ = ("counter", "is_queued", "rank", "running", "tenant", "waiting", "weight")
+
+    def __init__(self, tenant: str, counter: int) -> None:
+        self.tenant, self.weight = tenant, 1
+        self.counter = self.rank = counter  # `rank`: as it was when the step began
+        self.waiting: list[Sequence] = []  # by arrival
+        self.running = 0
+        self.is_queued = False  # its entry is in the heap of the class
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    @property
+    def turn(self) -> tuple[int, bool, int, Account]:
+        """Lower goes first. Of equal counters, who has nothing yet, then who has waited for longest."""
+        return self.counter, self.running > 0, self.waiting[0].order[1], self
+
+
+class _Class:
+    """The requests of one priority."""
+
+    def __init__(self) -> None:
+        self.accounts: dict[str, Account] = {}
+        self.num_waiting = self.num_active = 0
+        self._time = 0  # virtual: no counter of a tenant that waits is below
+        # Both are lazy: what an entry says may be out of date, but counters only grow.
+        self._turns: list[tuple[int, bool, int, Account]] = []
+        self._debtors: list[tuple[int, str]] = []
+
+    def enqueue(self, sequence: Sequence) -> None:
+        tenant = sequence.sampling.tenant
+        account = self.accounts.get(tenant)
+        if account is None:
+            account = self.accounts[tenant] = Account(tenant, self._time)
+        self.num_active += account.is_idle
+        if not account.waiting:
+            # Nobody's idle time counts: neither of those that come back, nor of those that only ran.
+            least = self.first()
+            self._time = max(self._time, least.account.counter if least else 0)
+            account.counter = max(account.counter, self._time)
+            account.rank = max(account.rank, self._time)
+        account.weight = sequence.sampling.tenant_weight
+        sequence.account = account
+        insort(account.waiting, sequence, key=_arrival)
+        self.num_waiting += 1
+        if not account.is_queued:
+            self._queue(account)
+
+    def first(self) -> Sequence | None:
+        turns = self._turns
+        while turns:
+            account = turns[0][3]
+            if not account.waiting:
+                heapq.heappop(turns)
+                account.is_queued = False
+            elif turns[0] != account.turn:
+                heapq.heapreplace(turns, account.turn)
+            else:
+                return account.waiting[0]
+        return None
+
+    def _queue(self, account: Account) -> None:
+        if len(self._turns) > 2 * len(self.accounts) + 16:  # most entries are of tenants that are forgotten
+            for entry in self._turns:
+                entry[3].is_queued = False
+            queued = [each for each in self.accounts.values() if each.waiting]
+            self._turns = [each.turn for each in queued]
+            heapq.heapify(self._turns)
+            for each in queued:
+                each.is_queued = True
+        if not account.is_queued:
+            heapq.heappush(self._turns, account.turn)
+            account.is_queued = True
+
+    def leave_queue(self, sequence: Sequence) -> None:
+        sequence.account.waiting.remove(sequence)
+        self.num_waiting -= 1
+        self._settle(sequence.account)
+
+    def begin(self, sequence: Sequence) -> None:
+        """The first of those that wait runs."""
+        account = sequence.account
+        account.waiting.remove(sequence)
+        self.num_waiting -= 1
+        account.running += 1
+        self._time = max(self._time, account.counter)
+        self._forget()
+
+    def leave(self, sequence: Sequence) -> None:
+        """It ran, and does not any more."""
+        sequence.account.running -= 1
+        self._settle(sequence.account)
+
+    def _settle(self, account: Account) -> None:
+        if account.is_idle:
+            self.num_active -= 1
+            heapq.heappush(self._debtors, (account.counter, account.tenant))
+            self._forget()
+
+    def _forget(self) -> None:
+        """Drops the tenants that would begin anew with the counter that they have, or with more."""
+        debtors = self._debtors
+        while debtors and (debtors[0][0] <= self._time or len(debtors) > MOST_DEBTORS):
+            counter, tenant = heapq.heappop(debtors)
+            account = self.accounts.get(tenant)
+            if account and account.is_idle and account.counter == counter:
+                del self.accounts[tenant]
+
+
+class FairQueue:
+    """All that wait, and the accounts of those that run."""
+
+    def __init__(self) -> None:
+        self._classes: dict[int, _Class] = {}
+        self._charged: list[Account] = []  # since the step began
+        self._requests: dict[str, int] = {}  # by tenant: that wait or run
+
+    def __len__(self) -> int:
+        return sum(each.num_waiting for each in self._classes.values())
+
+    @property
+    def is_shared(self) -> bool:
+        """There is more than one tenant in a class."""
+        return any(len(each.accounts) > 1 for each in self._classes.values())
+
+    @property
+    def num_accounts(self) -> int:
+        return sum(len(each.accounts) for each in self._classes.values())
+
+    def requests(self, tenant: str) -> int:
+        """That wait or run, in all classes."""
+        return self._requests.get(tenant, 0)
+
+    def add(self, sequence: Sequence) -> None:
+        """A new request."""
+        tenant = sequence.sampling.tenant
+        self._requests[tenant] = self._requests.get(tenant, 0) + 1
+        self._enqueue(sequence)
+
+    def begin_step(self) -> None:
+        """From here on, ranks are what counters are now: they don't change while a step is planned."""
+        for account in self._charged:
+            account.rank = account.counter
+        self._charged.clear()
+
+    def first(self) -> Sequence | None:
+        """Whose turn it is."""
+        for priority in sorted(self._classes):
+            if sequence := self._classes[priority].first():
+                return sequence
+        return None
+
+    def begin(self, sequence: Sequence) -> None:
+        """`first()` runs."""
+        self._classes[sequence.order[0]].begin(sequence)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """It ran, and waits again."""
+        sequence.account.running -= 1
+        self._classes[sequence.order[0]].num_active -= sequence.account.is_idle
+        self._enqueue(sequence)
+
+    def end(self, sequence: Sequence, ran: bool) -> None:
+        tenant, priority = sequence.sampling.tenant, sequence.order[0]
+        its_class = self._classes[priority]
+        (its_class.leave if ran else its_class.leave_queue)(sequence)
+        if not its_class.num_active:
+            del self._classes[priority]  # nobody has waited for what was used: all begin anew
+        self._requests[tenant] -= 1
+        if not self._requests[tenant]:
+            del self._requests[tenant]
+
+    def charge(self, sequence: Sequence, draws: bool) -> None:
+        """Of what is computed of it now, what was not before; a token drawn counts as one more.
+
+        So a generated token costs two of a prompt, as in the paper. What the cache has, and what is computed again
+        (after a preemption, or a step that was taken back), costs nothing.
+        """
+        cost = sequence.num_computed - sequence.num_charged
+        if cost <= 0:
+            return
+        account = sequence.account
+        if account.counter == account.rank:
+            self._charged.append(account)
+        account.counter += (cost + draws) * UNIT // account.weight
+        sequence.num_charged = sequence.num_computed
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        self._classes.setdefault(sequence.order[0], _Class()).enqueue(sequence)
+
+
+def goes_before(sequence: Sequence, running: Sequence) -> bool:
+    """Whether one that waits gets its tokens and its blocks before one that runs."""
+    if sequence.order[0] != running.order[0]:
+        return sequence.order[0] < running.order[0]
+    account, other = sequence.account, running.account
+    if account is other:
+        return False  # first come, first served
+    return account.rank < other.rank or (account.rank == other.rank and not account.running)
+
+
+def fair_order(sequence: Sequence) -> tuple[int, int, int]:
+    """Of those that run."""
+    priority, arrival = sequence.order
+    return priority, sequence.account.rank, arrival
+
+
+def victims(
+    sequence: Sequence, running: list[Sequence], first: int, blocks: int, size: tuple[int, int]
+) -> Iterator[Sequence]:
+    """Which of `running`, from number `first` on, make room for one that waits and wants `blocks`, in this order.
+
+    First those of less urgent classes. Then, of its own class, those whose tenants are ahead of its own and hold more,
+    by weight, than its own would: the larger of their shares of places and blocks, of which there are `size` (dominant
+    shares, Ghodsi et al., NSDI 2011). As its own tenant then holds less than they did, they can't take it back.
+    """
+    for other in reversed(running[first:]):
+        if other.order[0] <= sequence.order[0]:
+            break
+        yield other
+    account = sequence.account
+    rivals = [s for s in running[first:] if s.order[0] == sequence.order[0] and s.account is not account]
+    if not rivals:
+        return
+    held = _held(running)
+    num_running, num_blocks = held.get(account, (0, 0))
+    own = _dominant((num_running + 1, num_blocks + blocks), size)
+    for other in reversed(rivals):
+        rival = other.account
+        if rival.rank < account.rank or not other.may_yield:
+            continue
+        if _dominant(held[rival], size) * account.weight > own * rival.weight:
+            held[rival] = held[rival][0] - 1, held[rival][1] - len(other.block_table)
+            yield other
+
+
+def _held(running: Iterable[Sequence]) -> dict[Account, tuple[int, int]]:
+    held: dict[Account, tuple[int, int]] = {}
+    for sequence in running:
+        count, blocks = held.get(sequence.account, (0, 0))
+        held[sequence.account] = count + 1, blocks + len(sequence.block_table)
+    return held
+
+
+def _dominant(held: tuple[int, int], size: tuple[int, int]) -> int:
+    """In units that only depend on `size`."""
+    return max(held[0] * size[1], held[1] * size[0])
