@@ -33,8 +33,8 @@ def reference(prompt: tuple[int, ...], max_tokens: int, ignore_eos: bool) -> lis
 class FakeModel:
     """A KV cache whose cells say of which salt and history they are; it reads nothing but them."""
 
-    def __init__(self, block_size: int, salts: dict[int, str | None]) -> None:
-        self._block_size = block_size
+    def __init__(self, block_size: int, salts: dict[int, str | None], num_blocks: int) -> None:
+        self._block_size, self.num_blocks = block_size, num_blocks
         self._salts = salts
         self._cells: dict[tuple[int, int], tuple[str | None, tuple[int, ...]]] = {}
         self._tables: dict[int, list[int]] = {}
@@ -46,6 +46,7 @@ class FakeModel:
             table = self._tables.setdefault(planned.request_id, [])
             assert planned.first_block in (0, len(table))
             table[planned.first_block :] = planned.new_blocks
+            assert max(table) < self.num_blocks
         for planned in reversed(plan.sequences):
             self._write(planned)
         results = tuple(self._read(planned) for planned in plan.sequences)
@@ -55,6 +56,16 @@ class FakeModel:
             if result.drawn
         }
         return StepResult(results)
+
+    def resize(self, num_blocks: int, moves: dict[int, int]) -> None:
+        """What blocks held that are gone is lost."""
+        self.num_blocks = num_blocks
+        cells = {
+            (moves.get(block, block), offset): cell
+            for (block, offset), cell in self._cells.items()
+            if block not in moves.values()
+        }
+        self._cells = {at: cell for at, cell in cells.items() if at[0] < num_blocks}
 
     def fail(self, plan: StepPlan, how_far: int) -> None:
         """Runs out of memory: before it looked at the plan (0), before it wrote (1), or with rubbish written (2)."""
@@ -106,6 +117,7 @@ class Workload:
     ahead: bool  # steps overlap
     # By step: it runs out of memory. How far its launch gets, or 3: as its result is waited for.
     failures: dict[int, int]
+    resizes: dict[int, int]  # by step: blocks beyond those that the longest request needs
 
 
 @st.composite
@@ -140,14 +152,17 @@ def workloads(draw: st.DrawFn) -> Workload:
         "speculative_tokens": draw(st.integers(-3, 3).map(lambda count: max(count, 0))),
     }
     failures = draw(st.dictionaries(st.integers(0, 30), st.integers(0, 3), max_size=4))
-    return Workload(blocks, config, arrivals, draw(events), draw(events), draw(st.booleans()), failures)
+    resizes = draw(st.dictionaries(st.integers(0, 30), st.integers(0, 10), max_size=4))
+    return Workload(blocks, config, arrivals, draw(events), draw(events), draw(st.booleans()), failures, resizes)
 
 
 @settings(max_examples=300, deadline=None)
 @given(workloads())
 def test_random_workloads(work: Workload) -> None:
     (first, pool), (second, _) = (make(work.blocks, **work.config) for _ in range(2))
-    model = FakeModel(int(str(work.config["block_size"])), {i: a.salt for i, a in enumerate(work.arrivals)})
+    block_size = int(str(work.config["block_size"]))
+    least = -(-int(str(work.config["max_model_len"])) // block_size)
+    model = FakeModel(block_size, {i: a.salt for i, a in enumerate(work.arrivals)}, work.blocks)
     arrivals = work.arrivals
     produced: dict[int, list[int]] = {}
     ends: dict[int, list[str]] = {}
@@ -198,6 +213,13 @@ def test_random_workloads(work: Workload) -> None:
             if output:
                 ends[request_id].append("timeout")
 
+        if now in work.resizes:
+            num_blocks = least + work.resizes[now]
+            moves = first.resize(num_blocks)
+            assert moves == second.resize(num_blocks)
+            model.resize(num_blocks, moves)
+            first.check_integrity()
+
         while not in_flight or (work.ahead and len(in_flight) == 1 and first.may_run_ahead):
             plan = first.schedule()
             assert plan == second.schedule()
@@ -233,7 +255,7 @@ def test_random_workloads(work: Workload) -> None:
         first.check_integrity()
         now += 1
         # The first in order advances each step, so all is done within the work that computing everything anew would be.
-        assert now <= last_arrival + 2 + total_tokens * (total_tokens + 2 + len(work.failures))
+        assert now <= last_arrival + 2 + total_tokens * (total_tokens + 2 + len(work.failures) + len(work.resizes))
     assert pool.num_free == pool.num_blocks
     for request_id, a in enumerate(work.arrivals):
         expected = reference(a.prompt, a.longest(work) - len(a.prompt), a.ignore_eos)

@@ -91,3 +91,26 @@ def test_random_use_agrees_with_a_plain_count(size: int, operations: list[tuple[
         assert [pool.references(block) for block in range(size)] == counts
         assert pool.num_free == counts.count(0)
         pool.check_integrity(range(pool.num_blocks))
+
+
+def test_a_pool_that_grows_gives_its_new_blocks_out_first_and_in_order() -> None:
+    pool = BlockPool(3)
+    assert pool.resize(5) == {}
+    assert (pool.num_blocks, pool.num_free) == (5, 5)
+    assert pool.allocate(5) == [3, 4, 0, 1, 2]
+
+
+def test_a_pool_that_shrinks_moves_what_is_used_at_its_end_into_what_is_free() -> None:
+    pool = BlockPool(6)
+    pool.allocate(6)
+    pool.retain([5])
+    for block in (4, 1, 2):
+        pool.free(block)
+    with pytest.raises(BlockPoolError, match="3 blocks are in use, which do not fit into 2"):
+        pool.resize(2)
+    assert pool.resize(4) == {5: 1}
+    assert [pool.references(block) for block in range(4)] == [1, 2, 0, 1]
+    pool.check_integrity(range(4))
+    assert pool.allocate(1) == [2]
+    with pytest.raises(BlockPoolError, match="4 blocks are in use"):
+        pool.resize(3)

@@ -88,3 +88,12 @@ def test_totals_that_do_not_add_up_are_found_at_once(cache: PrefixCache) -> None
     cache._digests.popitem()
     with pytest.raises(BlockPoolError, match="63 blocks have a digest, but 64 are in the prefix index and 64"):
         audit.begin()
+
+
+def test_an_audit_goes_on_over_a_pool_that_shrank(cache: PrefixCache) -> None:
+    audit = IdleAudit(cache)
+    audit.begin()
+    for _ in range(CALLS - 1):
+        audit.check_some()
+    cache.resize(BLOCKS)
+    assert calls(audit) == 1

@@ -201,3 +201,23 @@ def test_an_uncomputed_block_that_nobody_owns_any_longer_is_forgotten_too() -> N
     cache.forget_unwritten()
     assert cache.num_cached == 0
     assert cache.find([1, 2, 3], chain([1, 2, 3])) == []
+
+
+def test_a_cache_that_shrinks_finds_what_it_still_has_where_it_is_now() -> None:
+    first, second = [1, 2, 3, 4], [5, 6, 7, 8]
+    cache, table = stored(first)
+    other = cache.take([], 2)
+    cache.register(other, second, 4, chain(second), 0)
+    cache.free(table)  # blocks 0 and 1, which can still be found; block 1 is older
+    look_up = chain([*second, 9])
+    assert cache.find([*second, 9], look_up) == [2, 3]
+    assert cache.resize(3) == {3: 1}
+    cache.check_integrity([[2, 1]])
+    assert cache.find([*second, 9], look_up) == [2, 1]
+    assert cache.find([*first, 9], chain(first)) == [0]
+    assert (cache.num_cached, cache.evictions) == (1, 1)
+    cache.free([2, 1])
+    assert cache.resize(1) == {}
+    cache.check_totals()
+    cache.check_integrity([])
+    assert (cache.num_cached, cache.evictions) == (1, 3)

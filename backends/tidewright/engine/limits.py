@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tidewright.engine.sequence import Sequence
+from tidewright.kv_cache.budget import blocks_of
 from tidewright.schema import FinishReason
 
 
@@ -21,6 +22,11 @@ class SchedulerConfig:
     speculative_tokens: int = 0
     embeds: bool = False  # requests end after their prompt, with its embedding
     cache_format: str = ""  # of the numbers in the KV cache
+
+    @property
+    def least_blocks(self) -> int:
+        """The longest request that may be accepted fits into so many alone."""
+        return blocks_of(self.max_model_len, self.block_size)
 
 
 QUEUE_SHARE = 3  # times the places that are free: a tenant alone fills three quarters of the queue

@@ -23,7 +23,7 @@ from tidewright.engine.plan import (
 )
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.step_budget import StepBudget
-from tidewright.kv_cache.block_pool import BlockPool
+from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
 from tidewright.kv_cache.idle_audit import IdleAudit
 from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
 
@@ -200,6 +200,32 @@ class Scheduler:
         self._undone += 1
         for sequence in [*reversed(self._running)]:
             self._preempt(sequence)
+
+    @property
+    def num_blocks(self) -> int:
+        return self._cache.pool.num_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """That no sequence has, less one for each that runs: it would soon be preempted for lack of it."""
+        return max(self._cache.pool.num_free - len(self._running), 0)
+
+    def resize(self, num_blocks: int) -> dict[int, int]:
+        """Gives the KV cache so many blocks from the next plan on; which blocks' content has to move, and where to.
+
+        Requests run on. If those in use are more than what is left, the last in order are preempted. No request may
+        be accepted, or has been, that does not fit in alone: see `SchedulerConfig.least_blocks`.
+        """
+        if num_blocks < self._config.least_blocks:
+            raise BlockPoolError(f"{num_blocks} blocks are fewer than the {self._config.least_blocks} that one may need")
+        while self._cache.pool.num_used > num_blocks:
+            self._preempt(self._running.pop())
+        moves = self._cache.resize(num_blocks)
+        for sequence in self._running if moves else ():
+            if not moves.keys().isdisjoint(sequence.block_table):
+                sequence.block_table = [moves.get(block, block) for block in sequence.block_table]
+                sequence.num_planned_blocks = 0  # the next plan has its whole table
+        return moves
 
     def stats(self) -> EngineStats:
         size = self._config.block_size

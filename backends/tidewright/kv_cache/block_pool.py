@@ -14,7 +14,7 @@ class BlockPoolError(RuntimeError):
 
 
 class BlockPool:
-    """Hands out blocks 0 … num_blocks - 1. Every operation costs O(1) a block."""
+    """Hands out blocks 0 … num_blocks - 1. Every operation costs O(1) a block; `resize`, a block that comes or goes."""
 
     def __init__(self, num_blocks: int) -> None:
         if num_blocks < 1:
@@ -56,6 +56,33 @@ class BlockPool:
             self._free[block] = None
             if reuse_first:
                 self._free.move_to_end(block, last=False)
+
+    @property
+    def num_used(self) -> int:
+        return self.num_blocks - len(self._free)
+
+    def resize(self, num_blocks: int) -> dict[int, int]:
+        """Adds blocks at the end, or takes those at the end away, and tells to which blocks the used ones of these move.
+
+        Whoever has a block must know it by its new number from now on.
+        """
+        if num_blocks < max(self.num_used, 1):
+            raise BlockPoolError(f"{self.num_used} blocks are in use, which do not fit into {num_blocks}")
+        for block in reversed(range(self.num_blocks, num_blocks)):  # they hold nothing: the lowest is used first
+            self._free[block] = None
+            self._free.move_to_end(block, last=False)
+        self._references += [0] * (num_blocks - self.num_blocks)
+        gone = range(num_blocks, self.num_blocks)
+        for block in gone:
+            self._free.pop(block, None)
+        moves: dict[int, int] = {}
+        for block in gone:
+            if references := self._references[block]:
+                moves[block] = self._free.popitem(last=False)[0]
+                self._references[moves[block]] = references
+        del self._references[num_blocks:]
+        self.num_blocks = num_blocks
+        return moves
 
     def check_integrity(self, blocks: range) -> None:
         """Raises BlockPoolError unless exactly those of `blocks` without a reference are in the free list."""

@@ -29,6 +29,7 @@ class IdleAudit:
 
     def check_some(self) -> None:
         """Looks at some of the blocks that are due. Raises BlockPoolError if one is not what it is said to be."""
+        self._next %= self._cache.pool.num_blocks  # which may be fewer than at the last call
         blocks = range(self._next, min(self._next + min(BLOCKS, self._left), self._cache.pool.num_blocks))
         self._cache.check_integrity([], blocks)
         self._left -= len(blocks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import chain as chained
 
@@ -115,12 +115,29 @@ class PrefixCache:
         self.num_cached -= sum(1 for block in shared if self.pool.references(block) == 0)
         self.pool.retain(shared)
         fresh = self.pool.allocate(count)
-        for block in fresh:
+        self._evict(fresh)
+        return shared + fresh
+
+    def resize(self, num_blocks: int) -> dict[int, int]:
+        """As BlockPool's. What the blocks hold that go or are moved to is forgotten; what moves is found where it is."""
+        gone = range(num_blocks, self.pool.num_blocks)
+        self._evict(block for block in gone if not self.pool.references(block))
+        moves = self.pool.resize(num_blocks)
+        self._evict(moves.values())
+        for block, place in moves.items():
+            if digest := self._digests.pop(block, None):
+                self._entries[digest] = replace(self._entries[digest], block=place)
+                self._digests[place] = digest
+                self._doubt_latest(digest)
+        return moves
+
+    def _evict(self, blocks: Iterable[int]) -> None:
+        """What these hold, which were free, can no longer be found."""
+        for block in blocks:
             if digest := self._digests.pop(block, None):
                 self._drop(digest)
                 self.num_cached -= 1
                 self.evictions += 1
-        return shared + fresh
 
     def register(
         self, block_table: Sequence[int], token_ids: Sequence[int], end: int, chain: HashChain, first: int
