@@ -19,7 +19,7 @@ from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.cpu.attention import NativeCpuAttention
 from tidewright.devices.cpu.kernels import CpuKernels, kernels_of
 from tidewright.engine.plan import ScheduledSequence, StepPlan
-from tidewright.kv_cache.storage import KVCache
+from tidewright.kv_cache.storage import LayerCache
 from tidewright.step.buffers import StepBuffers, StepLimits
 
 LAYERS, HIDDEN, FFN, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 30, 576, 1536, 9, 3, 64, 49152
@@ -114,7 +114,10 @@ def attention(dtype: torch.dtype, repeats: int) -> None:
         qkv = torch.randn(total, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=dtype)
         tables = (torch.randn(start + count, HEAD_DIM) for _ in range(2))
         rotation = Rotation(*tables, torch.arange(start, start + count).repeat(sequences))
-        layer, caches = AttentionLayer(HEAD_DIM**-0.5), KVCache(k_cache, v_cache).layers
+        layer, caches = (
+            AttentionLayer(HEAD_DIM**-0.5),
+            [LayerCache(*parts) for parts in zip(k_cache, v_cache, strict=True)],
+        )
         times = []
         batch = StepBuffers(StepLimits(sequences, total, blocks * BLOCK_SIZE, BLOCK_SIZE), CPU).fill(plan)
         for implementation in (ReferenceAttention(BLOCK_SIZE, CPU), NativeCpuAttention()):

@@ -27,7 +27,7 @@ from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.plan import Draw, ScheduledSequence, StepPlan
 from tidewright.kv_cache.quantized import quantize
-from tidewright.kv_cache.storage import KVCache, KVCacheShape, allocate_kv_cache
+from tidewright.kv_cache.storage import KVCache, KVCacheShape
 from tidewright.schema import SamplingParams
 from tidewright.step.buffers import StepBuffers, StepLimits
 from tidewright.tokenization import Tokenizer
@@ -72,7 +72,7 @@ def attention_of(name: str, dtype: torch.dtype, sequences: int, context: int) ->
     cache_dtype = cache_dtype_of(name, dtype)
     shape = KVCacheShape(LAYERS, KV_HEADS, HEAD_DIM, BLOCK_SIZE, cache_dtype)
     blocks = context // BLOCK_SIZE + 1
-    cache = allocate_kv_cache(shape, sequences * blocks, CpuMemory())
+    cache = KVCache(shape, sequences * blocks, CpuMemory())
     fill(cache)
     attention = make_device("cpu", "auto", BLOCK_SIZE, dtype, HEAD_DIM, cache_dtype=cache_dtype).attention
     limits = StepLimits(sequences, sequences, blocks * BLOCK_SIZE, BLOCK_SIZE)

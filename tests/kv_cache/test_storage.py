@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import psutil
 import pytest
 import torch
 
 from tidewright.devices.cpu.memory import CpuMemory
-from tidewright.kv_cache.storage import KVCacheMemoryError, KVCacheShape, allocate_kv_cache, count_blocks
+from tidewright.kv_cache.storage import KVCache, KVCacheMemoryError, KVCacheShape, count_blocks
 
 SHAPE = KVCacheShape(num_layers=2, num_kv_heads=3, head_dim=8, block_size=4, dtype=torch.bfloat16)
 BLOCK_BYTES = 2 * 2 * 3 * 8 * 4 * 2  # k and v, layers, heads, head size, tokens, bytes a value
@@ -19,17 +21,62 @@ def test_budget_buys_whole_blocks() -> None:
 
 
 def test_the_cache_has_so_many_blocks() -> None:
-    cache = allocate_kv_cache(SHAPE, 10, CPU)
+    cache = KVCache(SHAPE, 10, CPU)
     assert cache.num_blocks == 10
-    for tensor in (cache.k_cache_LNSKD, cache.v_cache_LNSKD):
-        assert tensor.shape == (2, 10, 4, 3, 8)
-        assert tensor.dtype == torch.bfloat16
-        assert not tensor.any()
+    assert cache.nbytes == 10 * BLOCK_BYTES
     for layer, own in enumerate(cache.layers):
+        for tensor in own.tensors:
+            assert tensor.shape == (10, 4, 3, 8)
+            assert tensor.dtype == torch.bfloat16
+            assert not tensor.any()
         own.keys_NSKD.fill_(layer + 1)
         own.values_NSKD.fill_(-layer - 1)
-    assert cache.k_cache_LNSKD[:, 3, 1, 2, 7].tolist() == [1, 2]
-    assert cache.v_cache_LNSKD[:, 3, 1, 2, 7].tolist() == [-1, -2]
+    assert [own.keys_NSKD[3, 1, 2, 7].item() for own in cache.layers] == [1, 2]
+    assert [own.values_NSKD[3, 1, 2, 7].item() for own in cache.layers] == [-1, -2]
+
+
+class Copied(CpuMemory):
+    """As a GPU's: nothing is reserved, so layers are copied."""
+
+    reserves = False
+
+
+@pytest.mark.parametrize("memory", [CPU, Copied()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn])
+def test_a_cache_that_shrinks_and_grows_keeps_what_its_blocks_hold(memory: CpuMemory, dtype: torch.dtype) -> None:
+    cache = KVCache(replace(SHAPE, dtype=dtype), 10, memory, most_blocks=12)
+    for layer, own in enumerate(cache.layers):
+        for kind, tensor in enumerate(own.tensors):
+            numbers = 2 * layer + kind + torch.arange(len(tensor))  # which even fp8 has
+            tensor.copy_(numbers.view(-1, *[1] * (tensor.dim() - 1)))
+    before = [[tensor.float().clone() for tensor in own.tensors] for own in cache.layers]
+    assert cache.resize(6, {9: 2, 7: 0}) == (not memory.reserves)
+    assert cache.resize(12, {}) == (not memory.reserves)
+    assert cache.num_blocks == 12
+    for own, was in zip(cache.layers, before, strict=True):
+        for tensor, old in zip(own.tensors, was, strict=True):
+            assert tensor.shape == (12, *old.shape[1:])
+            assert tensor.dtype in (dtype, torch.float32)
+            assert torch.equal(tensor[:6].float(), old[[7, 1, 9, 3, 4, 5]])
+
+
+def test_blocks_that_go_give_their_memory_back() -> None:
+    shape = KVCacheShape(num_layers=2, num_kv_heads=1, head_dim=64, block_size=16, dtype=torch.float32)
+    cache = KVCache(shape, 1000, CpuMemory(), most_blocks=1 << 20)  # 16 GiB, of which nothing is used
+
+    def resident() -> int:
+        return psutil.Process().memory_info().rss
+
+    before = resident()
+    for own in cache.layers:
+        for tensor in own.tensors:
+            tensor[:1000] = 1.0
+    used = resident() - before
+    assert used >= 1000 * shape.bytes_per_block
+    cache.resize(200, {})
+    assert resident() - before < 0.5 * used
+    assert all(tensor[:200].eq(1).all() for own in cache.layers for tensor in own.tensors)
+    assert not any(tensor[201:1000].any() for own in cache.layers for tensor in own.tensors)
 
 
 def test_a_cache_that_holds_no_whole_sequence_is_refused() -> None:

@@ -100,6 +100,11 @@ class Device:
     def prepare(self, model: LlamaForCausalLM, kv_cache: KVCache, buffers: StepBuffers) -> None:
         """To be called before the first step, if there will be decodes."""
 
+    def resized(self, model: LlamaForCausalLM, kv_cache: KVCache, buffers: StepBuffers, is_elsewhere: bool) -> None:
+        """The cache has another number of blocks, and its layers may have other memory. No `prepare` is needed."""
+        if is_elsewhere:
+            self.prepare(model, kv_cache, buffers)
+
     def step(self, cache: KVCache, newest_block: int) -> AbstractContextManager[None]:
         """Around each step; `newest_block` is the highest that it uses."""
         return contextlib.nullcontext()

@@ -21,6 +21,8 @@ class DeviceMemory:
     """What `kv_cache_memory: auto` stands for."""
     is_bounded = True
     """What does not fit fails, so sizes are checked ahead and the largest step is measured."""
+    reserves = False
+    """What `zeros` gives takes memory only when it is written to, and can be given back in parts by `release`."""
 
     def __init__(self, torch_device: torch.device) -> None:
         self._torch_device = torch_device
@@ -57,6 +59,9 @@ class DeviceMemory:
 
     def zeros(self, dimensions: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(dimensions, dtype=dtype, device=self._torch_device)
+
+    def release(self, tensor: torch.Tensor) -> None:
+        """Its content is of no use: the memory goes back. The tensor stays, and takes memory again when written to."""
 
     def place_weights(self, model: nn.Module) -> None:
         """To be called before they are loaded."""

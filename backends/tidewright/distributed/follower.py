@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from tidewright.devices.memory import out_of_memory
 from tidewright.distributed.group import TensorParallelGroup
-from tidewright.distributed.rank_messages import Committed, Expire, Step, plan_checksum
+from tidewright.distributed.rank_messages import Committed, Expire, Input, Resize, Step, plan_checksum
 from tidewright.engine.engine import make_scheduler, make_sequence
 from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.engine.model_runner import ModelRunner
@@ -34,7 +34,16 @@ class Follower:
 
     def follow(self, step: Step) -> None:
         """Raises PlanMismatchError, before anything is computed, or StepMemoryError."""
-        for entry in step.inputs:
+        self.take(step.inputs)
+        plan = self._scheduler.schedule(step.pace)
+        if plan_checksum(plan) != step.checksum:
+            log.error("this rank's plan, where rank 0 has another: %s", plan.summary)
+            raise PlanMismatchError("it made another plan than rank 0; both are in the log")
+        self._in_flight.append((plan, _compute(plan, lambda: self._runner.launch(plan))))
+
+    def take(self, inputs: list[Input]) -> None:
+        """Raises StepMemoryError."""
+        for entry in inputs:
             if isinstance(entry, Submit):
                 self._scheduler.add(make_sequence(entry))
             elif isinstance(entry, Expire):
@@ -44,13 +53,10 @@ class Follower:
                 _compute(plan, launched.result)
                 # The tokens are rank 0's: so they agree, however the ranks' processors round.
                 self._scheduler.commit(plan, StepResult(entry.results))
+            elif isinstance(entry, Resize):
+                self._runner.resize(entry.num_blocks, self._scheduler.resize(entry.num_blocks))
             else:
                 self._scheduler.abort(entry.request_id)
-        plan = self._scheduler.schedule(step.pace)
-        if plan_checksum(plan) != step.checksum:
-            log.error("this rank's plan, where rank 0 has another: %s", plan.summary)
-            raise PlanMismatchError("it made another plan than rank 0; both are in the log")
-        self._in_flight.append((plan, _compute(plan, lambda: self._runner.launch(plan))))
 
 
 def _compute(plan: StepPlan, compute: Callable[[], _T]) -> _T:

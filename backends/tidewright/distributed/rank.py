@@ -30,6 +30,7 @@ from tidewright.distributed.rank_messages import (
     FromLeader,
     FromRank,
     Hello,
+    Inputs,
     Join,
     Ping,
     Pong,
@@ -105,6 +106,8 @@ class Rank:
                 raise TimeoutError(f"nothing came from rank 0 for {config.heartbeat_timeout:g} s") from None
             if isinstance(message, Step):
                 follower.follow(message)
+            elif isinstance(message, Inputs):
+                follower.take(message.inputs)
             elif isinstance(message, Ping):
                 self._send(Pong(message.number))
 

@@ -1,7 +1,7 @@
 """What rank 0 and the other tensor-parallel ranks say to each other: msgpack structs over one TCP connection each.
 
-A rank says `Hello` and is told `Join` or `Refused`. Then rank 0 sends `Step` and `Ping`; a rank answers pings with
-`Pong`, and says `Failed` before it gives up.
+A rank says `Hello` and is told `Join` or `Refused`. Then rank 0 sends `Step`, `Inputs` and `Ping`; a rank answers
+pings with `Pong`, and says `Failed` before it gives up.
 """
 
 from __future__ import annotations
@@ -47,7 +47,13 @@ class Committed(msgspec.Struct, frozen=True, tag="committed", array_like=True):
     results: tuple[SequenceResult, ...]  # the drawn tokens, without log-probabilities
 
 
-Input = Submit | Abort | Expire | Committed
+class Resize(msgspec.Struct, frozen=True, tag="resize", array_like=True):
+    """The KV cache has another number of blocks, as Scheduler.resize says."""
+
+    num_blocks: int
+
+
+Input = Submit | Abort | Expire | Committed | Resize
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
@@ -56,6 +62,12 @@ class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
     inputs: list[Input]
     pace: int  # as `Scheduler.schedule` takes it
     checksum: int
+
+
+class Inputs(msgspec.Struct, frozen=True, tag="inputs", array_like=True):
+    """As those of a step, when there is none to come: what they do must not wait for one."""
+
+    inputs: list[Input]
 
 
 class Ping(msgspec.Struct, frozen=True, tag="ping", array_like=True):
@@ -71,7 +83,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
     step_tokens: int = 0  # as in what the engine says to the bridge
 
 
-FromLeader = Join | Refused | Step | Ping
+FromLeader = Join | Refused | Step | Inputs | Ping
 FromRank = Hello | Pong | Failed
 
 decode_from_leader = msgspec.msgpack.Decoder(FromLeader).decode

@@ -26,6 +26,7 @@ from tidewright.distributed.rank_messages import (
     Failed,
     Hello,
     Input,
+    Inputs,
     Join,
     Ping,
     Pong,
@@ -138,6 +139,12 @@ class Ranks:
         """
         self._plan = plan
         message = encode(Step(inputs, pace, plan_checksum(plan)))
+        for rank in self._connections:
+            self._send_to(rank, message)
+
+    def tell(self, inputs: list[Input]) -> None:
+        """As `send`, when there is no step to come. Raises RankError."""
+        message = encode(Inputs(inputs))
         for rank in self._connections:
             self._send_to(rank, message)
 

@@ -14,7 +14,7 @@ import msgspec
 
 from tidewright.devices.memory import out_of_memory
 from tidewright.distributed.group import ALONE, TensorParallelGroup
-from tidewright.distributed.rank_messages import Committed, Expire, Input
+from tidewright.distributed.rank_messages import Committed, Expire, Input, Resize
 from tidewright.distributed.ranks import Ranks
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig
 from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
@@ -109,6 +109,21 @@ class Engine:
                 self._tell_ranks(Expire(request_id))
                 outputs.append(output)
         return outputs
+
+    def resize(self, num_blocks: int) -> None:
+        """Gives the KV cache another number of blocks, while requests run.
+
+        Raises what the device does if memory does not suffice; then the cache has at least as many as before.
+        """
+        if num_blocks > self.scheduler.num_blocks:
+            self.runner.resize(num_blocks, {})
+            self.scheduler.resize(num_blocks)
+        else:
+            self.runner.resize(num_blocks, self.scheduler.resize(num_blocks))
+        self._tell_ranks(Resize(num_blocks))
+        if self._ranks and not self.has_work:
+            self._ranks.tell(self._inputs)
+            self._inputs = []
 
     def step(self) -> list[SequenceOutput]:
         """Launches what can be launched, waits for the oldest step in flight, and tells what it has brought."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from tidewright.engine.pooling import Pooler
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedStep
 from tidewright.engine.warm_up import warm_up_plans
 from tidewright.kv_cache.budget import mib
-from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
+from tidewright.kv_cache.storage import KVCache, KVCacheShape
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.layers.loading import load_weights
 from tidewright.models.families import read_config
@@ -116,7 +116,7 @@ class ModelRunner:
         limits = StepLimits(config.max_running, config.max_batched_tokens, wanted, config.block_size)
         memory, step_bytes = self.device.memory, self._measure_largest_step(config, shape, limits)
         num_blocks = pool_blocks(config, shape, needed, memory, step_bytes, group)
-        self.kv_cache = allocate_kv_cache(shape, num_blocks, memory)
+        self.kv_cache = KVCache(shape, num_blocks, memory)
         self.forward_seconds = self.sample_seconds = 0.0
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
         limits = replace(limits, max_model_len=self.max_model_len)
@@ -140,7 +140,7 @@ class ModelRunner:
 
         def run() -> None:
             self.forward_seconds = self.sample_seconds = 0.0
-            self.kv_cache = allocate_kv_cache(shape, 1, memory)
+            self.kv_cache = KVCache(shape, 1, memory)
             self._buffers = StepBuffers(limits, self.device.torch_device)
             self.launch(plan).result()
             self._sampler.forget([planned.request_id for planned in plan.sequences])
@@ -183,6 +183,14 @@ class ModelRunner:
         self._buffers.fill(StepPlan((), ended))
         self.forward_seconds = self.sample_seconds = 0.0
         log.info("kernels are compiled, after %.1f s", time.monotonic() - began)
+
+    @torch.inference_mode()
+    def resize(self, num_blocks: int, moves: Mapping[int, int]) -> None:
+        """Of the KV cache, as Scheduler.resize says; steps in flight are computed before. Raises what torch does."""
+        is_elsewhere = self.kv_cache.resize(num_blocks, moves)
+        self._buffers.forget_blocks(num_blocks)
+        if not self._pooler:
+            self.device.resized(self.model, self.kv_cache, self._buffers, is_elsewhere)
 
     def trim(self) -> None:
         self.device.memory.trim()

@@ -7,7 +7,7 @@ padded on the left. As long as the same sequences decode, that batch stays as it
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +94,10 @@ class OnnxRunner:
         self.forward_seconds += computed - began
         self.sample_seconds += time.monotonic() - computed
         return LaunchedStep(lambda: result)
+
+    def resize(self, num_blocks: int, moves: Mapping[int, int]) -> None:
+        """Sequences have memory of their own: blocks only limit it."""
+        self.num_blocks = num_blocks
 
     def trim(self) -> None:
         """Sequences begin anew, and must not go on with the past of a step that was not computed."""

@@ -61,7 +61,8 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     The last may be PENDING: the step before draws it, and the device has it then. There are several draws when the last
     tokens are speculative: one after each of the last len(draws) tokens.
     `new_blocks` continue the block table that the plans before this one gave; it begins anew with `first_block` 0,
-    when the sequence was admitted since, or some of its blocks were moved. Block number i of a table holds positions i * S … i * S + S - 1.
+    when the sequence was admitted since, or some of its blocks were moved.
+    Block number i of a table holds positions i * S … i * S + S - 1.
     """
 
     request_id: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -44,4 +44,5 @@ class Runner(Protocol):
     @property
     def progress(self) -> int: ...
     def launch(self, plan: StepPlan) -> LaunchedStep: ...
+    def resize(self, num_blocks: int, moves: Mapping[int, int]) -> None: ...
     def trim(self) -> None: ...  # after a step that ran out of memory: gives back what it left

@@ -216,8 +216,8 @@ class Scheduler:
         Requests run on. If those in use are more than what is left, the last in order are preempted. No request may
         be accepted, or has been, that does not fit in alone: see `SchedulerConfig.least_blocks`.
         """
-        if num_blocks < self._config.least_blocks:
-            raise BlockPoolError(f"{num_blocks} blocks are fewer than the {self._config.least_blocks} that one may need")
+        if num_blocks < (least := self._config.least_blocks):
+            raise BlockPoolError(f"{num_blocks} blocks are fewer than the {least} that one request may need")
         while self._cache.pool.num_used > num_blocks:
             self._preempt(self._running.pop())
         moves = self._cache.resize(num_blocks)

@@ -62,7 +62,7 @@ class BlockPool:
         return self.num_blocks - len(self._free)
 
     def resize(self, num_blocks: int) -> dict[int, int]:
-        """Adds blocks at the end, or takes those at the end away, and tells to which blocks the used ones of these move.
+        """Adds blocks at the end, or takes those at the end away; to which blocks the used ones of these move.
 
         Whoever has a block must know it by its new number from now on.
         """

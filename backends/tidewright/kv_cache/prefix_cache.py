@@ -119,7 +119,7 @@ class PrefixCache:
         return shared + fresh
 
     def resize(self, num_blocks: int) -> dict[int, int]:
-        """As BlockPool's. What the blocks hold that go or are moved to is forgotten; what moves is found where it is."""
+        """As BlockPool's. Blocks that go, or that others move to, are forgotten; those that move are found there."""
         gone = range(num_blocks, self.pool.num_blocks)
         self._evict(block for block in gone if not self.pool.references(block))
         moves = self.pool.resize(num_blocks)

@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 
@@ -50,34 +51,76 @@ class LayerCache:
         return self.keys_NSKD.dtype
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        found = (self.keys_NSKD, self.values_NSKD, self.key_scales_NKS, self.value_scales_NKS)
+        return tuple(tensor for tensor in found if tensor is not None)
+
+    @property
     def num_kv_heads(self) -> int:
         return self.keys_NSKD.shape[2]
 
 
-@dataclass(frozen=True, eq=False)
 class KVCache:
-    """All layers' keys, and all their values, lie side by side; so do their scales, if there are any."""
+    """All layers' blocks, of which the first `num_blocks` are in use."""
 
-    k_cache_LNSKD: torch.Tensor
-    v_cache_LNSKD: torch.Tensor
-    k_scales_LNKS: torch.Tensor | None = None
-    v_scales_LNKS: torch.Tensor | None = None
-    layers: tuple[LayerCache, ...] = field(init=False)
+    def __init__(self, shape: KVCacheShape, num_blocks: int, memory: DeviceMemory, most_blocks: int = 0) -> None:
+        """`most_blocks`: that there may ever be. Where memory can be reserved, layers have room for them at once.
 
-    def __post_init__(self) -> None:
-        none = (None,) * len(self.k_cache_LNSKD)
-        scales = (none if x is None else x for x in (self.k_scales_LNKS, self.v_scales_LNKS))
-        layers = zip(self.k_cache_LNSKD, self.v_cache_LNSKD, *scales, strict=True)
-        object.__setattr__(self, "layers", tuple(LayerCache(*parts) for parts in layers))
+        Zeros, not empty: a masked position is multiplied by 0, and 0 * NaN would poison its neighbours.
+        """
+        self.num_blocks, self._memory = num_blocks, memory
+        self.room = max(num_blocks, most_blocks if memory.reserves else 0)
+        """Blocks of a layer, used or not; from one layer to the next it is so far, where memory is reserved."""
+        of_values = shape.block_size, shape.num_kv_heads, shape.head_dim
+        kinds = [self._layers_of(shape.num_layers, of_values, shape.dtype) for _ in range(2)]
+        if is_quantized(shape.dtype):
+            of_scales = shape.num_kv_heads, shape.block_size
+            kinds += [self._layers_of(shape.num_layers, of_scales, torch.float32) for _ in range(2)]
+        self.layers = [LayerCache(*parts) for parts in zip(*kinds, strict=True)]
+
+    def _layers_of(self, num_layers: int, sizes: tuple[int, ...], dtype: torch.dtype) -> Iterable[torch.Tensor]:
+        """Side by side if they are to stay where they are, else each by itself, so that one can be replaced."""
+        if self._memory.reserves:
+            return self._memory.zeros((num_layers, self.room, *sizes), dtype)
+        return [self._memory.zeros((self.room, *sizes), dtype) for _ in range(num_layers)]
 
     @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        found = (self.k_cache_LNSKD, self.v_cache_LNSKD, self.k_scales_LNKS, self.v_scales_LNKS)
-        return tuple(tensor for tensor in found if tensor is not None)
+    def nbytes(self) -> int:
+        """Of the blocks in use."""
+        return sum(tensor[: self.num_blocks].nbytes for layer in self.layers for tensor in layer.tensors)
 
-    @property
-    def num_blocks(self) -> int:
-        return self.k_cache_LNSKD.shape[1]
+    def resize(self, num_blocks: int, moves: Mapping[int, int]) -> bool:
+        """Moves the content of blocks as BlockPool.resize says, and gives back what is behind the first `num_blocks`.
+
+        Where memory is reserved, layers stay where they are. Otherwise one after the other is copied, so that there
+        must be memory for one more; True: they are elsewhere now. One that runs out of memory in between has at least
+        as many blocks as it needs, if it was to shrink, and as it had, if it was to grow.
+        """
+        for layer in self.layers if moves else ():
+            for tensor in layer.tensors:
+                # As bytes, for not every type of numbers can be copied by index.
+                bytes_NSKX = tensor.view(torch.uint8)
+                sources, places = (torch.tensor([*of], device=tensor.device) for of in (moves.keys(), moves.values()))
+                bytes_NSKX[places] = bytes_NSKX[sources]
+        before, self.num_blocks = self.num_blocks, num_blocks
+        if self._memory.reserves:
+            assert num_blocks <= self.room, "no more than were reserved"
+            for layer in self.layers:
+                for tensor in layer.tensors:
+                    self._memory.release(tensor[num_blocks:before])
+            return False
+        self.num_blocks = min(before, num_blocks)
+        for index in range(len(self.layers)):
+            self.layers[index] = LayerCache(*(self._copied(x, num_blocks) for x in self.layers[index].tensors))
+        self.num_blocks = self.room = num_blocks
+        self._memory.trim()
+        return True
+
+    def _copied(self, tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
+        made = self._memory.zeros((num_blocks, *tensor.shape[1:]), tensor.dtype)
+        kept = min(num_blocks, len(tensor))
+        made[:kept].copy_(tensor[:kept])
+        return made
 
 
 def count_blocks(
@@ -133,12 +176,3 @@ def as_many_blocks(
 
 def _beside(step_bytes: int) -> str:
     return f", of which a step takes up to {mib(step_bytes)} (max_batched_tokens, max_running)" if step_bytes else ""
-
-
-def allocate_kv_cache(shape: KVCacheShape, num_blocks: int, memory: DeviceMemory) -> KVCache:
-    dimensions = (shape.num_layers, num_blocks, shape.block_size, shape.num_kv_heads, shape.head_dim)
-    # Zeros, not empty: a masked position is multiplied by 0, and 0 * NaN would poison its neighbours.
-    caches = [memory.zeros(dimensions, shape.dtype) for _ in range(2)]
-    of_scales = (shape.num_layers, num_blocks, shape.num_kv_heads, shape.block_size)
-    scales = [memory.zeros(of_scales, torch.float32) for _ in range(2)] if is_quantized(shape.dtype) else []
-    return KVCache(*caches, *scales)

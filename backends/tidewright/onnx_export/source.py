@@ -10,7 +10,7 @@ from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.cpu.device import CpuDevice
 from tidewright.distributed.group import ALONE
 from tidewright.engine.plan import ScheduledSequence, StepPlan
-from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
+from tidewright.kv_cache.storage import KVCache, KVCacheShape
 from tidewright.layers.loading import load_weights
 from tidewright.models.families import read_config
 from tidewright.models.folder import read_json
@@ -35,7 +35,7 @@ class SourceModel:
         load_weights(folder, self.decoder.loaders(), self.decoder.ignored_weights())
         sizes = (self.config.num_layers, self.config.num_kv_heads, self.config.head_dim)
         self._buffers = StepBuffers(StepLimits(1, longest, longest, longest), _CPU)
-        self._cache = allocate_kv_cache(KVCacheShape(*sizes, longest, torch.float32), 1, self._device.memory)
+        self._cache = KVCache(KVCacheShape(*sizes, longest, torch.float32), 1, self._device.memory)
 
     def pack(self) -> None:
         """To be called when the weights are written: it computes faster then, and they can't be read any more."""

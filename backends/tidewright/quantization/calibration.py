@@ -14,7 +14,7 @@ from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.cpu.device import CpuDevice
 from tidewright.distributed.group import ALONE
 from tidewright.engine.plan import ScheduledSequence, StepPlan
-from tidewright.kv_cache.storage import KVCacheShape, allocate_kv_cache
+from tidewright.kv_cache.storage import KVCache, KVCacheShape
 from tidewright.layers.weights import WeightSlice
 from tidewright.models.families import read_config
 from tidewright.models.folder import read_json
@@ -52,7 +52,7 @@ class CalibrationRun:
         self._device = CpuDevice(ReferenceAttention(length, _CPU))
         self._limits = StepLimits(1, length, length, length)
         sizes = self._config.num_kv_heads, self._config.head_dim, length, torch.float32
-        self._cache = allocate_kv_cache(KVCacheShape(1, *sizes), 1, self._device.memory)
+        self._cache = KVCache(KVCacheShape(1, *sizes), 1, self._device.memory)
         self._hidden: Hidden = self._embedded(weights["model.embed_tokens.weight"])
 
     @torch.inference_mode()

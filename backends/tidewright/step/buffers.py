@@ -97,6 +97,10 @@ class StepBuffers:
         """Of all blocks that sequences have used so far."""
         return self._tables.highest_block
 
+    def forget_blocks(self, first: int) -> None:
+        """From number `first` on they are as if they had never been used."""
+        self._tables.highest_block = min(self._tables.highest_block, first - 1)
+
     def fill(self, plan: StepPlan) -> StepBatch:
         if self._last and self._last.go_on_with(plan):
             return self._advance(self._last, plan)

@@ -12,14 +12,18 @@ import torch
 from tidewright.devices.cpu import prefault
 from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.cpu.prefault import Prefaulter
-from tidewright.kv_cache.storage import KVCache, KVCacheShape, allocate_kv_cache
+from tidewright.kv_cache.storage import KVCache, KVCacheShape
 
 LAYERS, BLOCKS = 3, 8192
 SHAPE = KVCacheShape(num_layers=LAYERS, num_kv_heads=1, head_dim=64, block_size=16, dtype=torch.float32)  # 4 KiB
 
 
 def cache() -> KVCache:
-    return allocate_kv_cache(SHAPE, BLOCKS, CpuMemory())
+    return KVCache(SHAPE, BLOCKS, CpuMemory())
+
+
+def tensors(kv: KVCache) -> list[torch.Tensor]:
+    return [tensor for layer in kv.layers for tensor in layer.tensors]
 
 
 def resident(memory: torch.Tensor) -> float:
@@ -37,7 +41,7 @@ def _kernel_can() -> None:
     with made.step(0):
         pass
     made.wait()
-    if not resident(kv.k_cache_LNSKD[0, :512]):
+    if not resident(kv.layers[0].keys_NSKD[:512]):
         pytest.skip("this kernel does not know MADV_POPULATE_WRITE (Linux 5.14)")
 
 
@@ -51,23 +55,24 @@ def test_blocks_ahead_of_the_highest_are_in_memory_in_all_layers() -> None:
     made = Prefaulter(kv, ahead=1000 * SHAPE.bytes_per_block)
     step(made, 2000)
     made.wait()
-    for memory in (kv.k_cache_LNSKD, kv.v_cache_LNSKD):
-        for layer in memory:
-            assert resident(layer[:3000]) == 1
-            assert resident(layer[4096:]) == 0  # a huge page may reach a little further
+    for memory in tensors(kv):
+        assert resident(memory[:3000]) == 1
+        assert resident(memory[4096:]) == 0  # a huge page may reach a little further
     step(made, 5000)
     made.wait()
-    assert resident(kv.v_cache_LNSKD[LAYERS - 1, :6000]) == 1
+    assert resident(kv.layers[-1].values_NSKD[:6000]) == 1
 
 
 def test_what_is_written_meanwhile_stays() -> None:
     kv = cache()
     made = Prefaulter(kv, ahead=BLOCKS * SHAPE.bytes_per_block)
     step(made, 0)
-    kv.k_cache_LNSKD[:, ::7] = 3.0
+    for memory in tensors(kv):
+        memory[::7] = 3.0
     made.wait()
-    assert (kv.k_cache_LNSKD[:, ::7] == 3.0).all()
-    assert not kv.k_cache_LNSKD[:, 1::7].any()
+    for memory in tensors(kv):
+        assert (memory[::7] == 3.0).all()
+        assert not memory[1::7].any()
 
 
 def test_it_stands_back_while_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,9 +82,9 @@ def test_it_stands_back_while_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> No
     step(made, 0)
     with made.step(0):  # before the first has been quiet for long enough
         time.sleep(1.2)
-        assert resident(kv.k_cache_LNSKD) == 0
+        assert sum(map(resident, tensors(kv))) == 0
     made.wait()
-    assert resident(kv.k_cache_LNSKD) == 1
+    assert all(resident(memory) == 1 for memory in tensors(kv))
 
 
 def test_it_begins_again_only_when_there_is_enough_to_do() -> None:

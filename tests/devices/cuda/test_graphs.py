@@ -43,10 +43,15 @@ def test_sizes_reach_up_to_the_most_and_waste_little(most: int) -> None:
 
 
 def test_an_engine_that_replays_says_what_transformers_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With prompts read while others are answered, and steps planned ahead: inputs that only the device has."""
+    """With prompts read while others are answered, and steps planned ahead: inputs that only the device has.
+
+    And a cache that is resized meanwhile, for which graphs are recorded anew.
+    """
     model = save(tmp_path, transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
     recorder = recording(monkeypatch, [activations, norms, paged_attention, rope_and_cache, sampling])
-    device = CudaDevice(CPU, CpuMemory(), recorder)
+    memory = CpuMemory()
+    monkeypatch.setattr(memory, "reserves", False)  # as a GPU's
+    device = CudaDevice(CPU, memory, recorder)
     monkeypatch.setattr(model_runner, "make_device", lambda *_, **__: device)
     config = engine_config(tmp_path, block_size=16, max_running=4, async_scheduling="on", kv_cache_memory="1MiB")
     engine = Engine(config)
@@ -56,12 +61,19 @@ def test_an_engine_that_replays_says_what_transformers_says(tmp_path: Path, monk
     for number, ids in enumerate(prompts):
         count = (2, 3, 4)[number]
         engine.submit(Submit(number, ids, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, seed=0)))
+    old: list[int] = []
     while engine.has_work:
         for output in engine.step():
             tokens[output.request_id] += output.token_ids
+        if not old:
+            old = recorder.replays[:]
+            engine.resize(16)  # layers are elsewhere then
+            assert recorder.replays[3:] == [0, 0, 0]
     assert list(tokens.values()) == [expected(model, prompts[i], len(tokens[i])) for i in range(3)]
     assert [len(got) for got in tokens.values()] == [2, 3, 4]
-    assert all(recorder.replays)
+    assert recorder.replays[:3] == old
+    assert any(recorder.replays[3:])
+    assert all(map(sum, zip(old, recorder.replays[3:], strict=True)))
 
 
 def test_without_memory_for_graphs_decodes_run_eagerly(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tidewright.kv_cache.storage import KVCache
     from tidewright.models.llama import LlamaForCausalLM
     from tidewright.step.batch import StepBatch
+    from tidewright.step.buffers import StepBuffers
 
 
 class CpuDevice(Device):
@@ -89,6 +90,10 @@ class CpuDevice(Device):
             self._prefaulter = Prefaulter(cache)
         with self._threads.step(), self._prefaulter.step(newest_block):
             yield
+
+    def resized(self, model: LlamaForCausalLM, kv_cache: KVCache, buffers: StepBuffers, is_elsewhere: bool) -> None:
+        if self._prefaulter:
+            self._prefaulter.resized()
 
     def forward(self, model: LlamaForCausalLM, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
         if len(batch.token_ids_T) > self.fused_rows:

@@ -6,21 +6,39 @@ With small ones the processor spends its time looking up where they are, the mor
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 
 import torch
 from torch import nn
 
+_MAP_NORESERVE = 0x4000  # of Linux; Python's mmap module has it from 3.12 on
 _ALIGNMENT = 64  # bytes: a line of the processor's cache
 
 
-def huge_empty(size: int) -> torch.Tensor:
-    """[size] bytes, zero, which take memory only when they are written to."""
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def huge_empty(size: int, reserves: bool = False) -> torch.Tensor:
+    """[size] bytes, zero, which take memory only when they are written to.
+
+    `reserves`: most may never be, so a kernel that is careful with promises should not count them.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if reserves else 0)
+    pages = mmap.mmap(-1, size, flags=flags)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def release_pages(memory: torch.Tensor) -> None:
+    """Gives the kernel back what lies wholly within: it is zero when it is next read. `memory` is of `huge_empty`."""
+    if not memory.nbytes:
+        return
+    page = mmap.PAGESIZE
+    start, end = -(-memory.data_ptr() // page) * page, (memory.data_ptr() + memory.nbytes) // page * page
+    libc = ctypes.CDLL(None, use_errno=True)
+    dont_need = ctypes.c_int(mmap.MADV_DONTNEED)
+    if start < end and libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need) != 0:
+        raise OSError(ctypes.get_errno(), "madvise")  # not a page of ours: a bug
 
 
 class HugePages:

@@ -103,7 +103,7 @@ class LayerStep:
         self._indices = positions_T, slots_T, spans_B4, tables  # C knows their addresses only
         self.residual_TE, self.added_TE = embedded_TE, torch.empty_like(embedded_TE)
         pointers = (tensor.data_ptr() for tensor in self._indices)
-        _, blocks, block_size, kv_heads, _ = cache.k_cache_LNSKD.shape
+        blocks, block_size, kv_heads, _ = cache.layers[0].keys_NSKD.shape
         self.struct = _Step(
             embedded_TE.shape[0],
             *pointers,

@@ -8,7 +8,7 @@ import psutil
 import torch
 from torch import nn
 
-from tidewright.devices.cpu.huge_pages import HugePages, huge_empty, move_to_huge_pages
+from tidewright.devices.cpu.huge_pages import HugePages, huge_empty, move_to_huge_pages, release_pages
 from tidewright.devices.memory import DeviceMemory
 from tidewright.kv_cache.budget import AUTO_CPU
 
@@ -16,6 +16,7 @@ from tidewright.kv_cache.budget import AUTO_CPU
 class CpuMemory(DeviceMemory):
     kv_budget = AUTO_CPU
     is_bounded = False
+    reserves = True
 
     def __init__(self) -> None:
         super().__init__(torch.device("cpu"))
@@ -30,7 +31,10 @@ class CpuMemory(DeviceMemory):
 
     def zeros(self, dimensions: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """To write a gigabyte of zeros would take a second, at each start: the kernel's pages are zero as they come."""
-        return huge_empty(math.prod(dimensions) * dtype.itemsize).view(dtype).view(dimensions)
+        return huge_empty(math.prod(dimensions) * dtype.itemsize, reserves=True).view(dtype).view(dimensions)
+
+    def release(self, tensor: torch.Tensor) -> None:
+        release_pages(tensor)
 
     def place_weights(self, model: nn.Module) -> None:
         move_to_huge_pages(model)

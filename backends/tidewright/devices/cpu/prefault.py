@@ -32,9 +32,8 @@ class Prefaulter:
     """
 
     def __init__(self, cache: KVCache, ahead: int = _AHEAD) -> None:
-        self._caches = cache.tensors
-        self._num_blocks = cache.num_blocks
-        self._ahead = ahead // max(sum(c[:, 0].nbytes for c in self._caches), 1) + 1  # blocks
+        self._cache = cache
+        self._ahead = ahead * cache.num_blocks // max(cache.nbytes, 1) + 1  # blocks
         self._end = 0  # the blocks before it are in memory, or will be
         self._worker: threading.Thread | None = None
         self._in_step = False
@@ -48,12 +47,16 @@ class Prefaulter:
             yield
         finally:
             self._in_step, self._last_step = False, time.monotonic()
-            end = min(block + 1 + self._ahead, self._num_blocks)
-            is_worth_it = end - self._end > self._ahead // 4 or self._end < end == self._num_blocks
+            end = min(block + 1 + self._ahead, self._cache.num_blocks)
+            is_worth_it = end - self._end > self._ahead // 4 or self._end < end == self._cache.num_blocks
             if is_worth_it and (self._worker is None or not self._worker.is_alive()):
                 self._worker = threading.Thread(target=self._populate, args=(self._end, end), daemon=True)
                 self._end = end
                 self._worker.start()
+
+    def resized(self) -> None:
+        """Blocks behind the last are no longer in memory."""
+        self._end = min(self._end, self._cache.num_blocks)
 
     def wait(self) -> None:
         """Until the blocks ahead are in memory."""
@@ -61,9 +64,10 @@ class Prefaulter:
             self._worker.join()
 
     def _populate(self, first: int, end: int) -> None:
-        for cache in self._caches:
-            for layer in cache:
-                for piece in layer[first:end].view(-1).split(_PIECE // layer.itemsize):
+        for layer in self._cache.layers:
+            for tensor in layer.tensors:
+                used = tensor[first : min(end, self._cache.num_blocks)]
+                for piece in used.view(-1).split(_PIECE // tensor.itemsize):
                     while self._in_step or time.monotonic() - self._last_step < _QUIET:
                         time.sleep(_QUIET)
                     if not _populate(piece):

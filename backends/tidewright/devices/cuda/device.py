@@ -79,6 +79,7 @@ class CudaDevice(Device):
         if not self._recorder or model.group.size > 1:
             return
         log.info("recording CUDA graphs of %d batch sizes", len(buffers.sizes))
+        self._graphs = None  # those that there were knew another cache
         began, before = time.monotonic(), self.memory.free()
         compute = functools.partial(super().forward, model, kv_cache=kv_cache)
         try:
