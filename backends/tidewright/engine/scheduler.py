@@ -219,7 +219,7 @@ class Scheduler:
         if num_blocks < (least := self._config.least_blocks):
             raise BlockPoolError(f"{num_blocks} blocks are fewer than the {least} that one request may need")
         while self._cache.pool.num_used > num_blocks:
-            self._preempt(self._running.pop())
+            self._preempt(self._running[-1])
         moves = self._cache.resize(num_blocks)
         for sequence in self._running if moves else ():
             if not moves.keys().isdisjoint(sequence.block_table):
