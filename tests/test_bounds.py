@@ -61,6 +61,9 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "priority": ([-(2**31), INT32], [-(2**31) - 1, INT32 + 1, 2**64]),
     "timeout": ([0, 1e9], [-0.001, 1.001e9, 10**400]),
     "cache_salt": (["x", "x" * 256], ["", "x" * 257]),
+    "tenant": (["", "x" * 256], ["x" * 257]),
+    "tenant_weight": ([1, 1000], [0, 1001, 2**64]),
+    "lora_name": (["x", "x" * 128, "org/sql-v2:3.1"], ["", "x" * 129, "-x", "a b", "a\n", "a,b", "a=b"]),
 }
 
 

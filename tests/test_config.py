@@ -213,3 +213,20 @@ def test_serve_prints_its_options_and_reads_them(tmp_path: Path) -> None:
     again = CliRunner().invoke(main, ["serve", "--print-config", "--config", str(tmp_path / "serving.yaml")])
     assert again.stdout == printed.stdout
     assert "max_running: 7\n" in again.stdout
+
+
+def test_adapters_are_a_list_of_names_and_paths_below_the_folder() -> None:
+    settings = Settings(adapter_folder="adapters", adapters="sql=sql-v2, law=/a/law=1,")
+    assert settings.adapter_paths == {"sql": "sql-v2", "law": "/a/law=1"}
+    assert Settings().adapter_paths == {}
+    for wrong, message in (
+        ("sql", "'sql' must be NAME=PATH"),
+        ("sql=", "must be NAME=PATH"),
+        ("=a", "'' must have 1 to 128"),
+        ("a b=c", "'a b' must have"),
+        ("a=b,a=c", "a stands twice"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Settings(adapter_folder="adapters", adapters=wrong)
+    with pytest.raises(ValueError, match="adapters need adapter_folder"):
+        Settings(adapters="a=b")

@@ -27,7 +27,7 @@ from tidewright.engine.messages import AsyncScheduling, EngineConfig, parse_rend
 from tidewright.kv_cache.budget import is_share, parse_memory
 from tidewright.logs.setup import LogFormat, LogLevel
 from tidewright.resilience.config import ResilienceSettings
-from tidewright.schema import Pooling, Task
+from tidewright.schema import AdapterName, Pooling, Task
 from tidewright.tracing.endpoint import OtlpEndpoint
 
 CONFIG_FILE_VARIABLE = "TIDEWRIGHT_CONFIG"
@@ -141,6 +141,11 @@ class Settings(ResilienceSettings, BaseSettings):
         description="Folder below which LoRA adapters in Hugging Face PEFT format lie: only from there they are loaded "
         "while the server runs. Empty: none.",
     )
+    adapters: str = Field(
+        "",
+        description="LoRA adapters that are loaded at the start: NAME=PATH,NAME=PATH, with paths below "
+        "`adapter_folder`. Requests name one as `model`.",
+    )
     max_adapters: int = Field(
         8, ge=1, le=64, description="LoRA adapters that the sequences of one step may use; requests for more wait."
     )
@@ -240,6 +245,17 @@ class Settings(ResilienceSettings, BaseSettings):
     def _is_the_same_in_other_folders(cls, value: str) -> str:
         return str(Path(value).absolute()) if value else ""
 
+    @field_validator("adapters")
+    @classmethod
+    def _adapters_are_readable(cls, value: str) -> str:
+        parse_adapters(value)
+        return value
+
+    @property
+    def adapter_paths(self) -> dict[str, str]:
+        """Of `adapters`, by name."""
+        return parse_adapters(self.adapters)
+
     @model_validator(mode="after")
     def _values_agree(self) -> Settings:
         ports = [self.http_port, self.grpc_port, self.metrics_port, self.gateway_port]
@@ -257,6 +273,8 @@ class Settings(ResilienceSettings, BaseSettings):
             gpus_of(self.device, self.tensor_parallel_size // self.nodes)
         if (self.nodes > 1) != bool(self.rendezvous):
             raise ValueError("nodes > 1 and rendezvous go together: the other hosts come to HOST:PORT")
+        if self.adapters and not self.adapter_folder:
+            raise ValueError("adapters need adapter_folder: they are loaded from below it, and from nowhere else")
         if self.rendezvous:
             parse_rendezvous(self.rendezvous)
         for name in ("fallback", "speculative_tokens"):
@@ -352,6 +370,25 @@ class Settings(ResilienceSettings, BaseSettings):
             rendezvous=self.rendezvous,
             rendezvous_secret_file=self.rendezvous_secret_file,
         )
+
+
+def parse_adapters(text: str) -> dict[str, str]:
+    """Paths by name. Raises ValueError: it is not NAME=PATH,NAME=PATH."""
+    found: dict[str, str] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, path = part.partition("=")
+        if not equals or not path:
+            raise ValueError(f"{part!r} must be NAME=PATH")
+        try:
+            msgspec.convert(name, AdapterName)
+        except msgspec.ValidationError:
+            raise ValueError(
+                f"{name!r} must have 1 to 128 letters, digits or ._:/@+-, and begin with a letter or digit"
+            ) from None
+        if name in found:
+            raise ValueError(f"{name} stands twice")
+        found[name] = path
+    return found
 
 
 def options_in_order(settings: type[ResilienceSettings]) -> list[tuple[str, FieldInfo]]:

@@ -16,6 +16,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tidewright import stub
+from tidewright.bridge.adapter_commands import AdapterCommands
 from tidewright.bridge.bridge import Bridge
 from tidewright.bridge.intake import Arrival, Intake
 from tidewright.bridge.metrics import FALLBACK_PREFIX, METRICS, samples
@@ -29,7 +30,17 @@ from tidewright.errors import CancelledError, EngineUnavailableError, InvalidReq
 from tidewright.metrics import PREFIX, MetricsMirror
 from tidewright.onnx_export.manifest import load_manifest
 from tidewright.parent_death import end_within
-from tidewright.schema import ATTEMPT, CANCEL, CONTROL, CONTROL_WORDS, DECODER_INPUTS, EMBEDDING, FAILED
+from tidewright.schema import (
+    ATTEMPT,
+    CANCEL,
+    CONTROL,
+    CONTROL_WORDS,
+    DECODER_INPUTS,
+    EMBEDDING,
+    FAILED,
+    LOAD_LORA,
+    UNLOAD_LORA,
+)
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger("tidewright")
@@ -62,10 +73,14 @@ class TritonPythonModel:
             self._tokenizer = Tokenizer(model_dir)
             self._name, self._version = args["model_name"], args["model_version"]
             self._traces = BridgeTraces(settings.otlp_endpoint) if settings.otlp_endpoint else None
-            self._bridge = Bridge(settings, config(model_dir), self._tokenizer, self._is_loaded, self._traces)
+            engine_config = config(model_dir)
+            self._bridge = Bridge(settings, engine_config, self._tokenizer, self._is_loaded, self._traces)
+            self._adapters = AdapterCommands(self._bridge, engine_config.adapter_folder)
             limit = settings.max_running + settings.max_waiting
             self._intake = Intake(self._take, lambda arrival, error: self._refuse(arrival.sender, error), limit)
             self._bridge.start()
+            if not is_fallback:
+                self._adapters.load_at_start(settings.adapter_paths, settings.start_timeout)
             self._intake.start()
         except Exception as error:
             report_start_error(error)
@@ -134,19 +149,34 @@ class TritonPythonModel:
     def _control(self, sender: object, word: str) -> None:
         if word.startswith(CANCEL):
             return self._cancel(sender, word.removeprefix(CANCEL))
+        for command, run in ((LOAD_LORA, self._adapters.load), (UNLOAD_LORA, self._adapters.unload)):
+            if word.startswith(command):
+                return run(word.removeprefix(command), lambda error: self._answer(sender, error))
         if word not in CONTROL_WORDS:
-            known = ", ".join((*CONTROL_WORDS, f"{CANCEL}<request id>"))
+            commands = (f"{CANCEL}<request id>", f"{LOAD_LORA}<JSON>", f"{UNLOAD_LORA}<JSON>")
+            known = ", ".join((*CONTROL_WORDS, *commands))
             raise InvalidRequestError(f"control is {word!r}; it can be: {known}")
         if word == "status":
             status = self._bridge.status
-            status = msgspec.structs.replace(status, active=status.active + self._intake.active)
+            active = status.active + self._intake.active
+            status = msgspec.structs.replace(status, active=active, adapters=self._adapters.statuses)
             return self._bridge.reply(lambda: stub.send_text(sender, msgspec.json.encode(status)))
+        if word == "list_lora":
+            adapters = msgspec.json.encode(self._bridge.adapters)
+            return self._bridge.reply(lambda: stub.send_text(sender, adapters))
         if word == "drain":
             self._bridge.drain()
         elif trouble := self._bridge.trouble:
             # Not `_refuse`: it is no request that failed.
             return self._bridge.reply(lambda: stub.send_final(sender, error=stub.error(trouble, "UNAVAILABLE")))
         self._bridge.reply(lambda: stub.send_text(sender, b"ok"))
+
+    def _answer(self, sender: object, error: RequestError | None) -> None:
+        """To a command about an adapter."""
+        if error is None:
+            self._bridge.reply(lambda: stub.send_text(sender, b"ok"))
+        else:
+            self._bridge.reply(lambda: stub.send_error(sender, str(error), error.reason))
 
     def _cancel(self, sender: object, client_id: str) -> None:
         if not client_id:

@@ -50,13 +50,16 @@ TOKENIZER_OUTPUTS = (TensorSpec("input_ids", "TYPE_INT32", (-1,)),)
 
 # Asks about the server instead of for text, and is answered at once, however much is queued.
 CONTROL = TensorSpec("control", "TYPE_STRING", (1,), optional=True)
-ControlWord = Literal["health", "drain", "status"]
+ControlWord = Literal["health", "drain", "status", "list_lora"]
 DRAINING = "draining: no new requests are taken"  # the answer to "health" while that is so
 # The answer to "health" begins so where only a reload of the model helps, with its process killed.
 STUCK = "stuck: "
 CONTROL_WORDS: tuple[str, ...] = get_args(ControlWord)
 # Before a request id: ends the requests of that id, also where Triton carries no cancel, as through an ensemble.
 CANCEL = "cancel:"
+# Before an AdapterOrder in JSON: load and unload a LoRA adapter. Answered when that is done.
+LOAD_LORA, UNLOAD_LORA = "load_lora:", "unload_lora:"
+MAX_CONTROL_LENGTH = 8192  # characters
 # Between a request id and a number: one attempt of `failsafe` at that request. A control character, so that no client's
 # own id looks like one. "cancel:<request id>" ends all attempts, "cancel:<whole id>" only that one.
 ATTEMPT = "\x1f"
@@ -82,6 +85,33 @@ PROTOCOL = 2
 OLDEST_PROTOCOL = PROTOCOL - 1  # of a replica that this version's gateway works with
 
 Protocol = Annotated[int, msgspec.Meta(ge=1)]
+
+
+# A letter or digit, then these: it is a model's name in URLs, and a part of NAME=PATH in lists with commas.
+AdapterName = Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*\Z")]
+MAX_ADAPTERS_KNOWN = 256  # by name, of one server: those that are loaded, and those that were
+
+
+class AdapterOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What "load_lora:" and "unload_lora:" are about."""
+
+    name: AdapterName
+    path: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    """To load: a folder that the server can read."""
+    at: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
+    """Unix time of the user's command, for AdapterStatus; 0: now."""
+
+
+class AdapterStatus(msgspec.Struct, frozen=True):
+    """What a server knows of a LoRA adapter's name."""
+
+    name: str
+    path: str
+    loaded: bool
+    """False: it was unloaded."""
+    at: float = 0.0
+    """Unix time of the command that made it so; 0: the server's own option `adapters`. The newest of all replicas says
+    what is wanted."""
 
 
 class StatusVersion(msgspec.Struct, frozen=True):
@@ -123,6 +153,8 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     """It knows return_stop_reason and return_num_cached_tokens; older servers refuse them."""
     tells_timings: bool = False
     """It knows return_timings."""
+    adapters: list[AdapterStatus] | None = None
+    """LoRA adapters that are loaded, and those that were; None: this server serves none."""
     protocol: Protocol = 1
     """As in StatusVersion."""
 
@@ -294,6 +326,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     their own. The gateway names the API key; what its callers name counts for nothing."""
     tenant_weight: Annotated[int, msgspec.Meta(ge=1, le=MAX_WEIGHT)] = 1
     """Share of service of `tenant`, in proportion to that of others."""
+    lora_name: AdapterName | None = None
+    """The LoRA adapter that answers; None: the base model."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, which msgspec makes a ValidationError of."""

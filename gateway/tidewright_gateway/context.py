@@ -9,6 +9,7 @@ from typing import Any
 
 from tidewright.logs import bounded
 from tidewright.resilience.degradation import Route
+from tidewright.schema import AdapterStatus
 from tidewright_gateway.admission.limits import Reservation
 from tidewright_gateway.admission.limits.store import LimitName
 from tidewright_gateway.auth.callers import ANONYMOUS, Caller
@@ -39,6 +40,8 @@ class RequestContext:
 
     model: str | None = None
     """That it asks for."""
+    adapter: AdapterStatus | None = None
+    """The LoRA adapter that this names."""
     caller: Caller = ANONYMOUS
     """Valid once the request is authenticated."""
     reservation: Reservation = field(default_factory=lambda: Reservation(""))
@@ -84,6 +87,10 @@ class RequestContext:
     """Why the gateway ended it, if it did."""
     error: ApiError | None = None
     """With which it was answered, or its stream ended."""
+
+    @property
+    def adapter_name(self) -> str | None:
+        return self.adapter.name if self.adapter else None
 
     def take(self, index: int, reply: Reply) -> None:
         """Counts a reply of a generation."""

@@ -21,7 +21,7 @@ import msgspec
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.degradation import Route
 from tidewright.resilience.errors import ModelError
-from tidewright.schema import SamplingParams
+from tidewright.schema import AdapterStatus, SamplingParams
 from tidewright_gateway.admission.ladder import LoadLadder
 from tidewright_gateway.admission.limits import Estimates, Limiter, subjects_of
 from tidewright_gateway.admission.limits.store import Subject
@@ -33,10 +33,11 @@ from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.openai.chat import ChatRequest
-from tidewright_gateway.openai.errors import ApiError, invalid
+from tidewright_gateway.openai.errors import MAX_SHOWN, ApiError, invalid
 from tidewright_gateway.openai.parsing import parse
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import Body, GenerationBody
+from tidewright_gateway.replicas.adapters import choices
 from tidewright_gateway.replicas.failover import Failover, Generation, timed_out
 from tidewright_gateway.replicas.triton import Reply
 
@@ -118,7 +119,9 @@ class Pipeline:
             policy.ignores_unknown = self._settings.unknown_fields == "ignore"
             request = parse(kind, body, self._failover.max_model_len, self._settings.max_choices, policy)
             context.model = request.model
-            self.check_model(request.model)
+            context.adapter = await self.adapter_of(request.model)
+            if context.adapter:
+                self.metrics.adapter_asked(context.adapter.name)
             record.end()
             yield request
         except asyncio.CancelledError:
@@ -135,12 +138,22 @@ class Pipeline:
                 if (seconds := context.time_per_output_token) is not None:
                     self.metrics.time_per_output_token(seconds)
 
-    def check_model(self, name: str | None) -> None:
-        """Raises ApiError: another model than ours is asked for."""
+    async def adapter_of(self, name: str | None) -> AdapterStatus | None:
+        """The LoRA adapter that a request's `model` names; None: it is the model itself.
+
+        Raises:
+            ApiError: there is no such model.
+        """
         served = self._settings.model_name
-        if name is not None and name != served:
-            message = f"there is no model {name!r} here; this gateway serves {served!r}"
-            raise ApiError(404, message, code="model_not_found", param="model")
+        if name is None or name == served:
+            return None
+        adapters = self._failover.adapters
+        if adapter := await adapters.find(name):
+            return adapter
+        message = f"there is no model {name[:MAX_SHOWN]!r} here; this gateway serves {served!r}"
+        if loaded := adapters.loaded:
+            message += f" and its LoRA adapters {choices(loaded)}"
+        raise ApiError(404, message, code="model_not_found", param="model")
 
     def check_task(self, embeds: bool) -> None:
         """Raises ApiError: the replicas have another task (`tidewright serve --task`)."""
@@ -211,6 +224,7 @@ class Pipeline:
             min_tokens=min(sampling.min_tokens, given.max_tokens) if context.is_shortened else sampling.min_tokens,
             priority=priority_of(caller, sampling.priority),
             cache_salt=salt_of(caller, request.user, sampling.cache_salt),
+            lora_name=context.adapter_name,
         )
 
     async def _reserve_tokens(
@@ -304,9 +318,10 @@ class Pipeline:
         """The replies of a generation, from the cache or an identical running one if possible."""
         key: bytes | None = None
         if context.is_repeatable and context.route is Route.DECODER:
-            key = cache_key(
-                context.caller, self._settings.model_name, generation.prompt, generation.sampling, generation.logprobs
-            )
+            model = self._settings.model_name
+            if adapter := context.adapter:  # another one may have had this name before
+                model += f"\n{adapter.path}\n{adapter.at}"
+            key = cache_key(context.caller, model, generation.prompt, generation.sampling, generation.logprobs)
         state, replies = self._cache.open(
             key,
             lambda: self._generate(context, generation),
@@ -354,7 +369,11 @@ class Pipeline:
         self._ladder.treatment(1, is_guided=True)  # it is refused or whole
         context.num_prompt_tokens = sum(map(len, prompts))
         await self._extend(context, subjects_of(caller, user, settings), 0)
-        sampling = SamplingParams(priority=priority_of(caller, priority), cache_salt=salt_of(caller, user, None))
+        sampling = SamplingParams(
+            priority=priority_of(caller, priority),
+            cache_salt=salt_of(caller, user, None),
+            lora_name=context.adapter_name,
+        )
         deadline, shared = Deadline.after(settings.request_timeout, context.arrived_at), (context.trace, context.record)
         context.generations = [
             Generation(f"{context.request_id}-{index}", prompt, sampling, deadline, False, *shared, index, embeds=True)

@@ -70,6 +70,26 @@ TENANTS = Dashboard(
             ),
         ),
         Row(
+            "LoRA adapters",
+            (
+                Panel(
+                    "Requests by adapter",
+                    "reqps",
+                    (Query(f"topk(10, sum by (adapter) (rate({G}adapter_requests_total[1m])))", "{{adapter}}"),),
+                ),
+                Panel(
+                    "Loaded, by replica",
+                    "none",
+                    (Query("tidewright_adapters_loaded", "{{instance}}"),),
+                ),
+                Panel(
+                    "Loads and unloads, 1 hour",
+                    "none",
+                    (Query("sum by (change) (increase(tidewright_adapter_changes_total[1h]))", "{{change}}"),),
+                ),
+            ),
+        ),
+        Row(
             "Queue",
             (
                 Panel(

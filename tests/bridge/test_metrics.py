@@ -35,6 +35,8 @@ def bridge() -> Any:
         active=0,
         request_stats=RequestStats(),
         traces=None,
+        adapters=[],
+        adapter_counts=Counter(),
         cumulative_stats=cumulative_stats,
     )
 

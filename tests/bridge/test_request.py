@@ -338,3 +338,15 @@ def test_bad_words_become_tokens_as_they_stand_alone_and_after_a_space(tokenizer
     assert ids() == []
     assert ids("cat", "  New York", "cat") == [encode(t) for t in ("cat", " cat", "New York", " New York")]
     assert len(encode(" New York")) > 1
+
+
+def test_an_adapter_is_named_in_the_tensor_or_beside_it(tokenizer: Tokenizer) -> None:
+    """Beside the tensor, other parameters count for nothing; but the base model must not answer for an adapter."""
+    tensor, beside = {"lora_name": "sql"}, '{"lora_name": "sql", "max_tokens": 99}'
+    assert parse(tokenizer, text_input="a").adapter == ""
+    assert parse(tokenizer, beside, text_input="a").adapter == "sql"
+    assert parse(tokenizer, text_input="a", sampling_parameters=tensor).adapter == "sql"
+    both = parse(tokenizer, beside, text_input="a", sampling_parameters={"max_tokens": 5})
+    assert (both.adapter, both.sampling.max_tokens) == ("sql", 5)
+    with pytest.raises(InvalidRequestError, match="lora_name"):
+        parse(tokenizer, '{"lora_name": "a b"}', text_input="a", sampling_parameters={})

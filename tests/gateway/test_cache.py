@@ -27,7 +27,7 @@ OTHER = {
     "guided_regex": "a", "guided_grammar": "a", "guided_choice": ["a"], "seed": 6, "max_tokens": 17, "min_tokens": 1,
     "stop": "a", "stop_token_ids": [3], "ignore_eos": True, "logprobs": 1, "prompt_logprobs": 1, "n": 2,
     "cache_salt": "a", "priority": 1, "timeout": 9.0, "include_stop_str_in_output": True, "skip_special_tokens": False,
-    "allowed_token_ids": [3],
+    "allowed_token_ids": [3], "lora_name": "a",
 }  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from tidewright_gateway.replicas.triton import Reply
 IDS = (
     "cancelResponse countTokens createChatCompletion createCompletion createEmbedding createMessage createResponse "
     "createScore deleteResponse detokenize drainReplica getHealth getLiveness getMetrics getModel getReadiness "
-    "getResponse getStatus getVersion listInputItems listModels tokenize"
+    "getResponse getStatus getVersion listInputItems listModels loadLoraAdapter tokenize unloadLoraAdapter"
 )
 LOGPROBS = "message.output_text.logprobs"
 CHAT = [{"role": "user", "content": "Hi"}]

@@ -15,7 +15,17 @@ import msgspec
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tidewright.bench.machine import free_ports
-from tidewright.schema import CONTROL, EMBED, INPUT_IDS, DecoderStatus, SamplingParams
+from tidewright.schema import (
+    CONTROL,
+    EMBED,
+    INPUT_IDS,
+    LOAD_LORA,
+    UNLOAD_LORA,
+    AdapterOrder,
+    AdapterStatus,
+    DecoderStatus,
+    SamplingParams,
+)
 
 TOKEN = 11  # the id of each of its tokens
 
@@ -44,6 +54,10 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.status = DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, max_model_len=max_model_len)
         self.errors: dict[str, str] = {}
         """Of each model that answers with an error."""
+        self.commands: list[str] = []
+        """About LoRA adapters, which it serves if its status has a list of them."""
+        self.refusals: dict[str, str] = {}
+        """Of adapters, by name."""
         self.go_on = threading.Event()
         """Clear it, and generations wait before their first token."""
         self.go_on.set()
@@ -77,17 +91,31 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> Iterator[service_pb2.ModelStreamInferResponse]:
         for request in requests:
             inputs = dict(zip((one.name for one in request.inputs), request.raw_input_contents, strict=True))
-            if inputs.get(CONTROL.name, b"")[4:] == b"drain":
-                self.status = msgspec.structs.replace(self.status, draining=True)
-                yield _response("decoder", text_output=_text(b"ok"))
-            elif CONTROL.name in inputs:
-                yield _response("decoder", text_output=_text(msgspec.json.encode(self.status)))
+            if CONTROL.name in inputs:
+                yield self._control(inputs[CONTROL.name][4:].decode())
             elif error := self.errors.get(request.model_name):
                 yield service_pb2.ModelStreamInferResponse(error_message=error)
             elif EMBED.name in inputs:
                 yield self._embed(request.model_name, inputs)
             else:
                 yield from self._generate(request.model_name, inputs, context)
+
+    def _control(self, word: str) -> service_pb2.ModelStreamInferResponse:
+        answer = b"ok"
+        if word == "drain":
+            self.status = msgspec.structs.replace(self.status, draining=True)
+        elif word.startswith((LOAD_LORA, UNLOAD_LORA)):
+            command, _, text = word.partition(":")
+            order = msgspec.json.decode(text, type=AdapterOrder)
+            self.commands.append(f"{command} {order.name}")
+            if error := self.refusals.get(order.name):
+                return service_pb2.ModelStreamInferResponse(error_message=f"{error} [invalid]")
+            done = AdapterStatus(order.name, order.path, command == "load_lora", order.at)
+            others = [one for one in self.status.adapters or () if one.name != order.name]
+            self.status = msgspec.structs.replace(self.status, adapters=[*others, done])
+        else:
+            answer = msgspec.json.encode(self.status)
+        return _response("decoder", text_output=_text(answer))
 
     def _embed(self, model: str, inputs: dict[str, bytes]) -> service_pb2.ModelStreamInferResponse:
         sampling = msgspec.json.decode(inputs["sampling_parameters"][4:], type=SamplingParams)

@@ -6,9 +6,10 @@ An adapter that is being unloaded is loaded again, too, for the requests that st
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 from tidewright.engine.messages import AdapterChanged, LoadAdapter, ToEngine, UnloadAdapter
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, OverloadedError, RequestError
@@ -21,6 +22,8 @@ LONGEST_PATH = 4096
 TRIES = 2  # engines that may die before an adapter is loaded again, after which it is dropped
 
 State = Literal["loading", "loaded", "unloading"]
+AdapterChange = Literal["loaded", "unloaded", "failed"]
+ADAPTER_CHANGES: tuple[AdapterChange, ...] = get_args(AdapterChange)
 Done = Callable[["Adapter | RequestError"], None]
 """Called once, from the feeder's thread, with the adapter as it is then (state "unloading": it is gone now)."""
 
@@ -51,6 +54,8 @@ class Adapters:
         self._engine_up = False
         self._pending: dict[str, _Pending] = {}
         self.by_name: dict[str, Adapter] = {}
+        self.counts: Counter[AdapterChange] = Counter()
+        """What the engine has done, over all engines that there were."""
 
     def load(self, name: str, path: str, done: Done) -> None:
         if refusal := self._refusal(name, path):
@@ -78,6 +83,7 @@ class Adapters:
         adapter, pending = self.by_name.get(change.name), self._pending.pop(change.name, _Pending())
         if adapter is None:
             return
+        self.counts["failed" if change.error else "loaded" if change.loaded else "unloaded"] += 1
         if change.loaded:
             adapter = replace(adapter, rank=change.rank, bytes=change.bytes)
             if adapter.state == "unloading":  # loaded again, for those that have it

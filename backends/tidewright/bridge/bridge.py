@@ -14,11 +14,11 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tidewright.bridge.active_request import ActiveRequest, Origin, ids_of
-from tidewright.bridge.adapters import Adapter, Done, unknown_adapter
+from tidewright.bridge.adapters import Adapter, AdapterChange, Done, unknown_adapter
 from tidewright.bridge.answers import Answers
 from tidewright.bridge.canceller import Canceller
 from tidewright.bridge.drain import Drain
@@ -275,6 +275,10 @@ class Bridge:
     def adapters(self) -> list[Adapter]:
         """The LoRA adapters that are loaded, or are about to be, or to go; in order of their loading."""
         return list(self._feeder.adapters.by_name.values())
+
+    @property
+    def adapter_counts(self) -> Mapping[AdapterChange, int]:
+        return self._feeder.adapters.counts
 
     def load_adapter(self, name: str, path: str, done: Done) -> None:
         """Load a LoRA adapter from a folder below `adapter_folder`. `done` gets it, or the reason, from another thread.

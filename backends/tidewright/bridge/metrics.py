@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING
 
+from tidewright.bridge.adapters import ADAPTER_CHANGES
 from tidewright.bridge.stats import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
 from tidewright.bridge.traces import EXPORTED
 from tidewright.engine.messages import STEP_PHASES
@@ -94,6 +95,13 @@ METRICS = (
     MetricSpec("prefix_cache_evictions_total", "counter", "Cached blocks given away for other content"),
     MetricSpec("speculative_tokens_drafted_total", "counter", "Tokens guessed by speculative decoding"),
     MetricSpec("speculative_tokens_accepted_total", "counter", "Guessed tokens that were right"),
+    MetricSpec("adapters_loaded", "gauge", "LoRA adapters that requests can have"),
+    MetricSpec(
+        "adapter_changes_total",
+        "counter",
+        "Loads and unloads of LoRA adapters by the engine, also those after a restart; failed: not loaded",
+        (Label("change", ADAPTER_CHANGES),),
+    ),
     MetricSpec(
         "spans_exported_total", "counter", "Spans of requests without the gateway that were handed to `otlp_endpoint`"
     ),
@@ -131,9 +139,12 @@ def samples(bridge: Bridge) -> Samples:
         "prefix_cache_evictions_total": stats.prefix_evictions,
         "speculative_tokens_drafted_total": stats.tokens_drafted,
         "speculative_tokens_accepted_total": stats.tokens_accepted,
+        "adapters_loaded": sum(adapter.state == "loaded" for adapter in bridge.adapters),
     }
     for name, value in single.items():
         yield name, "", value
+    for change in ADAPTER_CHANGES:
+        yield "adapter_changes_total", change, bridge.adapter_counts[change]
     found = _cause(trouble, is_up)
     for cause in UNHEALTHY:
         yield "unhealthy", cause, int(cause == found)

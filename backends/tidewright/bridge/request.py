@@ -18,6 +18,7 @@ from tidewright.schema import EMBED, MAX_PARAMETERS_LENGTH, SamplingParams, Toke
 from tidewright.tokenization import InvalidPromptError, Tokenizer
 from tidewright.tracing.trace_context import PARAMETER
 
+_LORA_NAME = "lora_name"
 # vLLM's newer name of guided_…, as one object.
 _STRUCTURED = {"json": "guided_json", "regex": "guided_regex", "choice": "guided_choice", "grammar": "guided_grammar"}
 
@@ -46,11 +47,15 @@ class GenerationRequest:
     returns: OutputOptions
     resume_ids: list[int] = field(default_factory=list)  # output that the caller has already
     bad_words_ids: list[list[int]] = field(default_factory=list)
-    adapter: str = ""  # name of the LoRA adapter; empty: the base model
+
+    @property
+    def adapter(self) -> str:
+        """Name of the LoRA adapter; empty: the base model."""
+        return self.sampling.lora_name or ""
 
 
 # What an embedding request may have beside its prompt; the rest is about generated text.
-_EMBEDDING_PARAMETERS = ("priority", "timeout", "cache_salt", "tenant", "tenant_weight")
+_EMBEDDING_PARAMETERS = ("priority", "timeout", "cache_salt", "tenant", "tenant_weight", "lora_name")
 _NOT_FOR_EMBEDDINGS = (
     "stream",
     "exclude_input_in_output",
@@ -120,6 +125,9 @@ def _sampling_fields(text: str | None, parameters: str) -> dict[str, Any]:
         raise InvalidRequestError('sampling_parameters must be a JSON object such as {"max_tokens": 64}')
     if text is None:
         fields.pop(PARAMETER, None)  # of the trace
+    elif _LORA_NAME in parameters and _LORA_NAME not in fields:
+        # Beside the tensor, request parameters count for nothing; but the base model must not answer for an adapter.
+        fields[_LORA_NAME] = json.loads(parameters).get(_LORA_NAME)
     return fields
 
 

@@ -31,7 +31,7 @@ from tidewright.resilience.degradation import Degradation, Ladder, Level, Load, 
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.resilience.retry import NoRetry
-from tidewright.resilience.succession import FINAL, LOST, failed_at_fallback
+from tidewright.resilience.succession import FINAL, LOST, failed_at_fallback, fallback_may_answer
 from tidewright.schema import CANCEL, FinishReason, SamplingParams
 
 log = logging.getLogger(__name__)
@@ -266,8 +266,8 @@ class Failsafe:
         return relay.begin("decoder", now + delay, permit=permit)
 
     def _can_fall_back(self, relay: Relay) -> bool:
-        fits = relay.request.fits_fallback and (relay.request.continues or not relay.delivered)
-        return fits and self._pulse.fallback_ready
+        fits = relay.request.fits_fallback and fallback_may_answer(relay.sampling)
+        return fits and (relay.request.continues or not relay.delivered) and self._pulse.fallback_ready
 
     def _begin_fallback(self, relay: Relay, reason: str, now: float) -> Attempt:
         self._counters.count("fallbacks_total", reason)

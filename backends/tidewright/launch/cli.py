@@ -24,6 +24,7 @@ class _LazyGroup(click.Group):
         "gateway": "tidewright.launch.gateway_command",
         "health": "tidewright.launch.health_commands",
         "keys": "tidewright.launch.keys_command",
+        "lora": "tidewright.launch.lora_command",
         "plan": "tidewright.launch.plan_command",
         "quantize": "tidewright.launch.quantize_command",
         "serve": "tidewright.launch.serve_command",

@@ -95,6 +95,16 @@ class Gateway:
         """
         return str(self._ask("/admin/drain", {"replica": replica} if replica else {}, timeout, "draining")["draining"])
 
+    def command(self, path: str, body: dict[str, Any], timeout: float) -> None:
+        """Has an operator's command obeyed whose answer says nothing more. Raises as `drain`."""
+        answer = Question(self._url + path, body, timeout, self._key).response(timeout)
+        if answer.status != 200:
+            raise TroubleError(refusal(self._url, answer, self._key))
+
+    def models(self, timeout: float) -> list[dict[str, Any]]:
+        """As GET /v1/models has them. Raises as `status`."""
+        return list(self._ask("/v1/models", None, timeout, "data")["data"])
+
     def wait_ended(self, replica: str) -> None:
         """Returns once the gateway no longer sees the replica drain, or ends itself.
 

@@ -11,7 +11,7 @@ from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, Unreachable
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.key_option import key_options
 
-_URL = click.option(
+URL = click.option(
     "--url",
     default="http://127.0.0.1:8000",
     show_default=True,
@@ -20,7 +20,7 @@ _URL = click.option(
 
 
 @click.command()
-@_URL
+@URL
 @key_options
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), default=5.0, show_default=True, help="Seconds.")
 @click.option("--live", is_flag=True, help="Only whether it answers, and so needs no restart: for liveness probes.")
@@ -70,7 +70,7 @@ def health(url: str, key: str | None, timeout: float, live: bool) -> None:
 
 
 @click.command()
-@_URL
+@URL
 @key_options
 @click.option(
     "--replica", metavar="HOST:PORT", help="Through a gateway: the replica to end. Not needed if there is only one."

@@ -15,6 +15,11 @@ FINAL = frozenset((Outcome.INVALID, Outcome.CANCELLED, Outcome.REQUEST_TIMEOUT))
 LOST = frozenset((Outcome.UNAVAILABLE, Outcome.STALLED, Outcome.STUB_DIED))
 
 
+def fallback_may_answer(sampling: SamplingParams) -> bool:
+    """Whether the fallback can be asked the same at all: it has no LoRA adapters, and must not answer without them."""
+    return sampling.lora_name is None
+
+
 def fallback_can_go_on(sampling: SamplingParams, delivered: bool) -> bool:
     """Whether the fallback can take up what the decoder has written. `delivered`: that is something.
 

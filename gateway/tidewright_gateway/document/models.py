@@ -1,4 +1,4 @@
-"""The served model, as each API lists it."""
+"""The served model and its LoRA adapters, as each API lists them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ class Model(Shown):
     """Its name in requests."""
     object: Literal["model"]
     created: int
-    """When it was prepared, in seconds since 1970."""
+    """When it was prepared, or the adapter loaded, in seconds since 1970."""
     owned_by: str
     max_model_len: int
     """Tokens of prompt and answer that it takes."""
+    root: str
+    """Of a LoRA adapter: the name of its folder. Else as `id`."""
+    parent: str | None
+    """Of a LoRA adapter: the model that it belongs to."""
 
 
 class ModelList(Shown):

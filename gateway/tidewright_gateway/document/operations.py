@@ -19,6 +19,7 @@ from tidewright_gateway.document import (
     vectors,
 )
 from tidewright_gateway.document.errors import AnthropicError, ErrorBody
+from tidewright_gateway.http.adapters import LoadAdapterRequest, UnloadAdapterRequest
 from tidewright_gateway.http.operations import DrainRequest
 from tidewright_gateway.openai.chat import ChatRequest, TokenizeRequest
 from tidewright_gateway.openai.embeddings import EmbeddingRequest, ScoreRequest
@@ -85,6 +86,8 @@ OPERATIONS: dict[tuple[str, str], Described] = {
     ("get", "/v1/models/{name}"): Described(
         "getModel", "models", (models.Model, models.AnthropicModel), errors=_EITHER
     ),
+    ("post", "/v1/load_lora_adapter"): Described("loadLoraAdapter", "models", (), LoadAdapterRequest),
+    ("post", "/v1/unload_lora_adapter"): Described("unloadLoraAdapter", "models", (), UnloadAdapterRequest),
     ("get", "/health/live"): Described("getLiveness", "operations", (status.Liveness,)),
     ("get", "/health/ready"): Described("getReadiness", "operations", (status.Readiness,)),
     ("get", "/health"): Described("getHealth", "operations", (status.Readiness,)),
@@ -101,6 +104,6 @@ TAGS = {
     "messages": "Anthropic's Messages API.",
     "responses": "OpenAI's Responses API.",
     "tokens": "Tokens of texts and texts of tokens.",
-    "models": "The served model.",
+    "models": "The served model and its LoRA adapters.",
     "operations": "Health, metrics, status and drain.",
 }

@@ -54,6 +54,10 @@ class ReplicaStatus(Shown):
     generation_probe_seconds: float | None
     failed_generation_probes: int
     slow_start_share: float
+    adapters: list[str]
+    """LoRA adapters that it has."""
+    adapter_troubles: dict[str, str]
+    """Why it did not load or unload one as it was told."""
 
 
 class GatewayStatus(Shown):

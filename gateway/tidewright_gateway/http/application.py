@@ -26,6 +26,7 @@ from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.cache.responses import ResponseCache
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.http import certificates
+from tidewright_gateway.http.adapters import make_adapter_router
 from tidewright_gateway.http.authentication import Authentication
 from tidewright_gateway.http.connection import PatientProtocol
 from tidewright_gateway.http.cors import LoggedCors
@@ -133,6 +134,7 @@ def make_app(
         make_model_router(settings, failover, pipeline, prepared_at(folder), query),
         make_stream_router(settings, hub, backend, hosts, metrics),
         make_operations_router(parts, sampler),
+        make_adapter_router(settings, failover.adapters),
         make_page_router(app),
     )
     for router in routers:

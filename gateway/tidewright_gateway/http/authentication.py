@@ -21,7 +21,7 @@ FOR_ALL = frozenset(
     )
 )
 _FOR_ALL_BELOW = "/page/"
-_FOR_ADMINS = ("/metrics", "/admin/")
+_FOR_ADMINS = ("/metrics", "/admin/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 
 
 class Authentication:

@@ -86,6 +86,13 @@ GATEWAY = (
     ),
     MetricSpec("cached_tokens_total", "counter", "Prompt tokens that an engine's prefix cache had"),
     MetricSpec("streams_open", "gauge", "Streams open now", (Label("kind", ("sse", "websocket")),)),
+    # LoRA adapters.
+    MetricSpec(
+        "adapter_requests_total",
+        "counter",
+        "Requests that name a LoRA adapter; `_other` sums all but the first 64 names",
+        (Label("adapter"),),
+    ),
     # Keys.
     MetricSpec(
         "key_requests_total",

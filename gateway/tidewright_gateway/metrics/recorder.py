@@ -10,11 +10,12 @@ from prometheus_client.metrics import MetricWrapperBase
 from tidewright import __version__
 from tidewright.resilience.outcome import Outcome, Verdict
 from tidewright_gateway.cache.responses import CacheState
-from tidewright_gateway.metrics.busiest import Busiest
+from tidewright_gateway.metrics.busiest import OTHER, Busiest
 from tidewright_gateway.metrics.registry import Registry
 from tidewright_gateway.probes import is_probe
 
 _PROMOTIONS_OF_WORKERS = 4  # times `busiest_keys`: their series stay for ever
+_MOST_ADAPTERS = 64  # with series of their own, since the process began
 _MAX_LABEL = 128  # characters
 _FAILURES = [outcome for outcome in Outcome if outcome.verdict is Verdict.FAILURE]
 _API_PATHS = ("/tokenize", "/detokenize")
@@ -40,6 +41,8 @@ class Metrics:
         self._key_tokens = registry.counter("key_tokens_total")
         self._key_refusals = registry.counter("key_refusals_total")
         self._refusals = registry.counter("refusals_total")
+        self._adapter_requests = registry.counter("adapter_requests_total")
+        self._adapters: set[str] = set()
         self._queue_wait = registry.histogram("queue_wait_seconds")
         self._degradation = registry.gauge("degradation_level", "livemax")
         self._reasons = registry.gauge("degradation_reason", "livemax")
@@ -102,6 +105,11 @@ class Metrics:
         self._of(self._key_requests, key, outcome).inc()
         if limit:
             self._of(self._key_refusals, key, limit).inc()
+
+    def adapter_asked(self, name: str) -> None:
+        if len(self._adapters) < _MOST_ADAPTERS:
+            self._adapters.add(name)
+        self._of(self._adapter_requests, name if name in self._adapters else OTHER).inc()
 
     def refused_connection(self) -> None:
         self._of(self._refusals, "max_connections").inc()

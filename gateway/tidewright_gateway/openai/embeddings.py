@@ -65,8 +65,8 @@ Vector = npt.NDArray[np.float32]
 class Embeddings:
     """Makes the answers."""
 
-    def __init__(self, pipeline: Pipeline, failover: Failover, prompts: Prompts, model: str) -> None:
-        self._pipeline, self._failover, self._prompts, self._model = pipeline, failover, prompts, model
+    def __init__(self, pipeline: Pipeline, failover: Failover, prompts: Prompts) -> None:
+        self._pipeline, self._failover, self._prompts = pipeline, failover, prompts
 
     async def embed(self, context: RequestContext, body: bytes) -> bytes:
         async with self._pipeline.enter(context, EmbeddingRequest, body) as request:
@@ -82,7 +82,7 @@ class Embeddings:
         data = [
             {"object": "embedding", "index": index, "embedding": encode(vector)} for index, vector in enumerate(vectors)
         ]
-        return msgspec.json.encode({"object": "list", "data": data, "model": self._model, "usage": _usage(context)})
+        return msgspec.json.encode({"object": "list", "data": data, "model": context.model, "usage": _usage(context)})
 
     async def score(self, context: RequestContext, body: bytes) -> bytes:
         async with self._pipeline.enter(context, ScoreRequest, body) as request:
@@ -102,7 +102,7 @@ class Embeddings:
             for index, (left, right) in enumerate(pairs)
         ]
         head = {"id": f"score-{context.request_id}", "object": "list", "created": int(time.time())}
-        return msgspec.json.encode({**head, "model": self._model, "data": data, "usage": _usage(context)})
+        return msgspec.json.encode({**head, "model": context.model, "data": data, "usage": _usage(context)})
 
     async def _tokenize(self, texts: Sequence[str | list[int]], places: Sequence[str], param: str) -> list[list[int]]:
         if not texts:

@@ -135,7 +135,9 @@ class GenerationBody(SamplingFields, ABC):
         "use_beam_search": "send n and choose among the answers",
         "length_penalty": "it is of beam search; send n and choose among the answers",
         "chat_template": "the model's own is used; chat_template_kwargs sets its variables",
-        "lora": "no adapters are served",
+        "lora": "name the adapter in model",
+        "lora_name": "name the adapter in model",
+        "lora_request": "name the adapter in model",
     }
 
     max_tokens: StrictInt | None = None

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Depends, Query, Request
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 
+from tidewright.schema import AdapterStatus
 from tidewright_gateway.anthropic.api import MessagesApi
 from tidewright_gateway.anthropic.models import model_info, model_list
 from tidewright_gateway.anthropic.protocol import CountTokensRequest
@@ -47,7 +49,7 @@ def make_pipeline_router(
         """Continues a prompt, or each of several; a prompt is text or token ids."""
         return Exchange(pipeline, CompletionApi(prompts), await _body(request), keep_alive)
 
-    embeddings = Embeddings(pipeline, failover, prompts, settings.model_name)
+    embeddings = Embeddings(pipeline, failover, prompts)
 
     @router.post("/v1/embeddings")
     async def embed(request: Request) -> Response:
@@ -108,15 +110,19 @@ def make_model_router(
     """`created`: when the model was prepared, in seconds since 1970."""
     router = APIRouter(dependencies=[Depends(query)])
 
-    def described(request: Request) -> dict[str, Any]:
+    def described(request: Request, adapter: AdapterStatus | None = None) -> dict[str, Any]:
+        name, at = (adapter.name, int(adapter.at) or created) if adapter else (settings.model_name, created)
         if _context(request).is_anthropic:
-            return model_info(settings.model_name, failover.max_model_len, created)
+            return model_info(name, failover.max_model_len, at)
         return {
-            "id": settings.model_name,
+            "id": name,
             "object": "model",
-            "created": created,
+            "created": at,
             "owned_by": "tidewright",
             "max_model_len": failover.max_model_len,
+            # Not the whole path: callers need not know the folders of the servers.
+            "root": Path(adapter.path).name if adapter else settings.model_name,
+            "parent": settings.model_name if adapter else None,
         }
 
     @router.get("/v1/models")
@@ -126,15 +132,17 @@ def make_model_router(
         after_id: str | None = None,
         before_id: str | None = None,
     ) -> dict[str, Any]:
-        """The served model. With the header anthropic-version, as Anthropic's API lists it."""
-        found = [] if after_id or before_id else [described(request)]
-        return model_list(found) if _context(request).is_anthropic else {"object": "list", "data": found}
+        """The served model, then its LoRA adapters. With the header anthropic-version, in Anthropic's shape."""
+        adapters = sorted(failover.adapters.loaded.values(), key=lambda adapter: adapter.name)
+        found = [described(request), *(described(request, adapter) for adapter in adapters)]
+        if _context(request).is_anthropic:
+            return model_list(found, limit, after_id, before_id)
+        return {"object": "list", "data": found}
 
     @router.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> dict[str, Any]:
-        """The served model, by its name. With the header anthropic-version, as Anthropic's API has it."""
-        pipeline.check_model(name)
-        return described(request)
+        """The served model or a LoRA adapter, by name. With the header anthropic-version, in Anthropic's shape."""
+        return described(request, await pipeline.adapter_of(name))
 
     return router
 

@@ -25,10 +25,11 @@ from tidewright.resilience.degradation import Route
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.resilience.retry import NoRetry
-from tidewright.resilience.succession import FINAL, LOST, failed_at_fallback, fallback_can_go_on
+from tidewright.resilience.succession import FINAL, LOST, failed_at_fallback, fallback_can_go_on, fallback_may_answer
 from tidewright.schema import SamplingParams
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.replicas.adapters import Adapters
 from tidewright_gateway.replicas.health import Expected
 from tidewright_gateway.replicas.replica import Attempt, Replica
 from tidewright_gateway.replicas.replica_set import DECODER, FALLBACK, WATCH_INTERVAL, ReplicaLoad, ReplicaSet
@@ -93,6 +94,11 @@ class Failover:
 
     async def stop(self) -> None:
         await self._set.stop()
+
+    @property
+    def adapters(self) -> Adapters:
+        """LoRA adapters of the replicas."""
+        return self._set.adapters
 
     @property
     def replicas(self) -> list[Replica]:
@@ -271,7 +277,8 @@ class Failover:
         now = began = time.monotonic()
         until = min(now + self._settings.wait_for_replica, generation.deadline.at)
         avoid = generation.served_by[-1] if generation.served_by else ""
-        while not (chosen := self._set.choose(generation.prompt, avoid, now, generation.embeds)):
+        adapter = generation.sampling.lora_name
+        while not (chosen := self._set.choose(generation.prompt, avoid, now, generation.embeds, adapter)):
             waited_enough = now >= until or now - began >= self._settings.patience
             if waited_enough and self._fallback_for(generation, course):
                 course.cause = course.cause or _nobody()
@@ -298,7 +305,7 @@ class Failover:
 
     def _fallback_for(self, generation: Generation, course: _Course) -> Replica | None:
         asked = course.asked_fallbacks
-        if generation.embeds:
+        if generation.embeds or not fallback_may_answer(generation.sampling):
             return None
         if len(asked) >= MAX_FALLBACKS or not fallback_can_go_on(generation.sampling, bool(generation.delivered)):
             return None
@@ -337,7 +344,7 @@ class Failover:
         generation.model = model
         self._metrics.attempt(replica.address, model)
         call = replica.client.generate(model, request)
-        attempt = Attempt(replica, model, call, permit, generation.deadline)
+        attempt = Attempt(replica, model, call, permit, generation.deadline, generation.sampling.lora_name)
         if trace and generation.record.is_kept:
             attempt.span_id, attempt.began, attempt.tokens_before = trace.span_id, now, len(generation.delivered)
         return attempt

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from tidewright.resilience.breaker import BreakerConfig, CircuitBreaker, Permit
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright.schema import DecoderStatus
+from tidewright.schema import AdapterStatus, DecoderStatus
 from tidewright_gateway.replicas.discovery import Endpoint
 from tidewright_gateway.replicas.routing import Candidate, slow_start
 from tidewright_gateway.replicas.triton import Reply, TritonCall, TritonClient
@@ -36,6 +36,8 @@ class Attempt:
     """Of the replica's breaker, for the decoder; given back with the outcome."""
     deadline: Deadline
     """Of its generation. The replica is told, and should keep it by itself."""
+    adapter: str | None = None
+    """Its LoRA adapter."""
     is_last: bool = False
     """No further one follows if it brings no token."""
     num_tokens: int = 0
@@ -112,6 +114,14 @@ class Replica:
     """It knows the outputs that older servers refuse to be asked for."""
     tells_timings: bool = False
     """Likewise, of `timings`."""
+    adapters: Mapping[str, AdapterStatus] = field(default_factory=dict)
+    """By name, as of its last status: LoRA adapters that it has, or had."""
+    serves_adapters: bool = False
+    """By its last status."""
+    adapter_troubles: dict[str, str] = field(default_factory=dict)
+    """Why it did not load or unload an adapter as it was told."""
+    adapters_retry_at: float = -math.inf
+    """When it may be told again."""
     fallback: DecoderStatus | None = None
     """The last status of its fallback; None if it has none that can be used."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not checked yet", Outcome.UNAVAILABLE))
@@ -154,6 +164,10 @@ class Replica:
         """It computes embeddings, and generates no text."""
         return bool(self.embedding_size)
 
+    def has_adapter(self, name: str | None) -> bool:
+        """None is the base model."""
+        return name is None or ((found := self.adapters.get(name)) is not None and found.loaded)
+
     @property
     def is_up(self) -> bool:
         """Its status allows requests."""
@@ -192,6 +206,8 @@ class Replica:
         self.misfit = misfit
         self.embedding_size, self.tells_details = status.embedding_size, status.tells_details
         self.tells_timings = status.tells_timings
+        self.serves_adapters = status.adapters is not None
+        self.adapters = {adapter.name: adapter for adapter in status.adapters or ()}
         self.lived_at = max(self.lived_at, now - status.silence)
         # The figure may or may not include what began or ended since the status request.
         self.others = max(status.active - max(len(self.attempts), self.in_flight_when_asked), 0)
@@ -276,4 +292,6 @@ class Replica:
             "generation_probe_seconds": self.probe_took,
             "failed_generation_probes": self.failed_probes,
             "slow_start_share": candidate.share,
+            "adapters": sorted(name for name, adapter in self.adapters.items() if adapter.loaded),
+            "adapter_troubles": dict(self.adapter_troubles),
         }

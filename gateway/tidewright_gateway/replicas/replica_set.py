@@ -20,6 +20,7 @@ from tidewright.resilience.outcome import Outcome
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas import replica as replicas
+from tidewright_gateway.replicas.adapters import Adapters
 from tidewright_gateway.replicas.credentials import ReplicaCredentials
 from tidewright_gateway.replicas.discovery import Discovery, Endpoint, make_source
 from tidewright_gateway.replicas.health import STATUS_TIMEOUT, Expected, GenerationProbes, ask_fallback, ask_status
@@ -66,6 +67,7 @@ class ReplicaSet:
         self._jobs: list[asyncio.Task[None]] = []
         self._started = False
         self._changed = asyncio.Event()
+        self.adapters = Adapters(self, self._changed.set)
 
     async def start(self) -> None:
         """Discovers and checks the replicas, and keeps doing so. Call it in the event loop: gRPC needs it."""
@@ -73,7 +75,7 @@ class ReplicaSet:
         with suppress(asyncio.TimeoutError):  # an unresponsive name server must not block the start
             await asyncio.wait_for(self._discovery.looked.wait(), STATUS_TIMEOUT)
         first, self._started = list(self.replicas), True
-        await asyncio.gather(*map(self._ask, first), self._ask_fallbacks())
+        await asyncio.gather(*map(self.ask, first), self._ask_fallbacks())
         for replica in first:
             replica.came_at = -math.inf  # no slow start for replicas that were there before the gateway
             self._live(replica)
@@ -91,7 +93,7 @@ class ReplicaSet:
         jobs = [*self._jobs, *self._lives.values()]
         for job in jobs:
             job.cancel()
-        await asyncio.gather(*jobs, return_exceptions=True)
+        await asyncio.gather(*jobs, self.adapters.stop(), return_exceptions=True)
         for replica in self.replicas:
             await replica.client.close()
 
@@ -117,18 +119,18 @@ class ReplicaSet:
 
     def max_model_len(self, limit: int) -> int:
         """The smallest context of all replicas in tokens, at most `limit`."""
-        lengths = [replica.status.max_model_len for replica in self._own if replica.status]
+        lengths = [replica.status.max_model_len for replica in self.own if replica.status]
         return min(lengths, default=limit)
 
     @property
-    def _own(self) -> list[Replica]:
+    def own(self) -> list[Replica]:
         """Those of this gateway's model, as far as they have said so: others may share its DNS name."""
         return [replica for replica in self.replicas if not (replica.leaving or replica.misfit)]
 
     @property
     def embedding_sizes(self) -> set[int]:
         """Of all replicas that have ever answered; 0 is one that generates text."""
-        sizes = (replica.embedding_size for replica in self._own)
+        sizes = (replica.embedding_size for replica in self.own)
         return {size for size in sizes if size is not None}
 
     def snapshot(self) -> list[dict[str, Any]]:
@@ -148,18 +150,18 @@ class ReplicaSet:
         )
 
     def choose(
-        self, prompt: Sequence[int], avoid: str, now: float, embeds: bool = False
+        self, prompt: Sequence[int], avoid: str, now: float, embeds: bool = False, adapter: str | None = None
     ) -> tuple[Replica, Permit] | None:
         """Selects a replica and acquires its breaker's permit; avoids `avoid` if there is another. None: no replica.
 
-        `embeds`: one that computes embeddings instead of one that generates.
+        `embeds`: one that computes embeddings instead of one that generates. `adapter`: one that has it.
         """
-        able = [replica for replica in self.usable if replica.embeds == embeds]
+        able = [replica for replica in self.usable if replica.embeds == embeds and replica.has_adapter(adapter)]
         able = [replica for replica in able if replica.address != avoid] or able
         refused: Replica | None = None
         while able:
             candidates = [replica.candidate(self._settings.slow_start, now) for replica in able]
-            replica = able[self._router.choose(candidates, prompt)]
+            replica = able[self._router.choose(candidates, prompt, adapter)]
             permit = replica.breaker.acquire(now)
             if not isinstance(permit, Refusal):
                 return replica, permit
@@ -171,7 +173,7 @@ class ReplicaSet:
     def choose_fallback(self, length: int, avoid: Sequence[str] = ()) -> Replica | None:
         """Selects a replica by its fallback, which can be healthy where the decoder is not. `length`: tokens of prompt
         and output so far. None: there is none but those in `avoid`."""
-        able = [one for one in self._own if one.address not in avoid and _takes(one, length)]
+        able = [one for one in self.own if one.address not in avoid and _takes(one, length)]
         if not able:
             return None
         candidates = [Candidate(one.address, len(one.fallbacks), None, one.weight) for one in able]
@@ -179,12 +181,12 @@ class ReplicaSet:
 
     @property
     def _has_fallback(self) -> bool:
-        return any(_takes(replica, 0) for replica in self._own)
+        return any(_takes(replica, 0) for replica in self.own)
 
-    def _elsewhere(self, replica: Replica) -> bool:
-        """Whether another replica can take over."""
+    def _elsewhere(self, replica: Replica, adapter: str | None) -> bool:
+        """Whether another replica can take over what needs the adapter."""
         others = (other for other in self.replicas if other is not replica and other.embeds == replica.embeds)
-        return any(other.takes_requests for other in others)
+        return any(other.takes_requests and other.has_adapter(adapter) for other in others)
 
     def generated(self, replica: Replica, now: float) -> None:
         """A request there got its first token."""
@@ -206,7 +208,7 @@ class ReplicaSet:
             ModelError: it did not accept that.
         """
         await replica.client.control("drain", STATUS_TIMEOUT)
-        await self._ask(replica)  # its next status check may be a second away
+        await self.ask(replica)
 
     def settle(self, replica: Replica) -> None:
         """Call it after any change: logs whether the replica takes requests, and wakes those that wait for one."""
@@ -253,7 +255,7 @@ class ReplicaSet:
         """Checks the replica until it is removed and empty."""
         while not replica.leaving or replica.in_flight:
             try:
-                await self._ask(replica)
+                await self.ask(replica)
             except Exception:
                 log.exception("a replica could not be asked how it is")
             await self._pause(replica)
@@ -274,9 +276,11 @@ class ReplicaSet:
             if is_awaited or time.monotonic() >= until:
                 return
 
-    async def _ask(self, replica: Replica) -> None:
+    async def ask(self, replica: Replica) -> None:
+        """Its status, now: the next check may be a second away."""
         await ask_status(replica, self._settings.patience, self._expected)
         self.settle(replica)
+        self.adapters.heard(replica)
 
     async def _ask_fallbacks(self) -> None:
         if self._settings.fallback:
@@ -315,10 +319,13 @@ class ReplicaSet:
             self._metrics.load_is_stale(replica.address, is_stale)
         if not replica.in_flight:
             return
-        elsewhere = self._elsewhere(replica)
-        has_other = elsewhere or self._has_fallback
+        adapters = {attempt.adapter for attempt in replica.running}
+        elsewhere = {adapter: self._elsewhere(replica, adapter) for adapter in adapters}
+        has_fallback = self._has_fallback
         for attempt in replica.running:
-            if error := self._overdue(attempt, elsewhere, has_other, now):
+            is_elsewhere = elsewhere[attempt.adapter]
+            has_other = is_elsewhere or (has_fallback and attempt.adapter is None)
+            if error := self._overdue(attempt, is_elsewhere, has_other, now):
                 attempt.call.abandon(error)
 
     def _overdue(self, attempt: Attempt, elsewhere: bool, has_other: bool, now: float) -> ModelError | None:

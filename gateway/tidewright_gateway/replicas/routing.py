@@ -43,8 +43,8 @@ def slow_start(since: float, duration: float) -> float:
 
 
 class Router(Protocol):
-    def choose(self, candidates: Sequence[Candidate], prompt: Sequence[int]) -> int:
-        """Index of the one to take; there is at least one."""
+    def choose(self, candidates: Sequence[Candidate], prompt: Sequence[int], adapter: str | None = None) -> int:
+        """Index of the one to take; there is at least one. `adapter`: the LoRA adapter that the prompt is for."""
         ...
 
     def forget(self, name: str) -> None:
@@ -58,7 +58,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._credits: dict[str, float] = {}
 
-    def choose(self, candidates: Sequence[Candidate], prompt: Sequence[int]) -> int:
+    def choose(self, candidates: Sequence[Candidate], prompt: Sequence[int], adapter: str | None = None) -> int:
         # What the unit of the weights is must not matter to what is kept from one choice to the next.
         unit = max(candidate.capacity for candidate in candidates)
         total = 0.0
@@ -83,7 +83,7 @@ class LeastLoad:
     def __init__(self) -> None:
         self._turns = RoundRobin()
 
-    def choose(self, candidates: Sequence[Candidate], prompt: Sequence[int]) -> int:
+    def choose(self, candidates: Sequence[Candidate], prompt: Sequence[int], adapter: str | None = None) -> int:
         # One that says nothing would look idle: then all are compared by what is known of all.
         known = all(candidate.load is not None for candidate in candidates)
         costs = [candidate.cost if known else float(candidate.in_flight) for candidate in candidates]
@@ -106,8 +106,8 @@ class PrefixAware:
         self._fallback = fallback
         self._homes: OrderedDict[int, str] = OrderedDict()
 
-    def choose(self, candidates: Sequence[Candidate], prompt: Sequence[int]) -> int:
-        blocks = _blocks(prompt)
+    def choose(self, candidates: Sequence[Candidate], prompt: Sequence[int], adapter: str | None = None) -> int:
+        blocks = _blocks(prompt, adapter)
         index = self._home_of(blocks, candidates)
         if index is None:
             index = self._fallback.choose(candidates, prompt)
@@ -140,9 +140,9 @@ class PrefixAware:
         return None
 
 
-def _blocks(prompt: Sequence[int]) -> list[int]:
-    """A hash for each whole block, of all tokens up to its end."""
-    found, so_far = [], 0
+def _blocks(prompt: Sequence[int], adapter: str | None = None) -> list[int]:
+    """A hash for each whole block, of all tokens up to its end, and of the adapter: its keys and values are its own."""
+    found, so_far = [], hash(adapter) if adapter else 0
     for end in range(PREFIX_BLOCK, len(prompt) + 1, PREFIX_BLOCK):
         so_far = hash((so_far, *prompt[end - PREFIX_BLOCK : end]))
         found.append(so_far)
