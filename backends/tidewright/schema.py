@@ -155,6 +155,8 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     """It knows return_timings."""
     adapters: list[AdapterStatus] | None = None
     """LoRA adapters that are loaded, and those that were; None: this server serves none."""
+    knows_tenants: bool = False
+    """It knows the sampling parameters tenant and tenant_weight."""
     protocol: Protocol = 1
     """As in StatusVersion."""
 
@@ -242,7 +244,7 @@ MAX_ALLOWED_TOKEN_IDS = 1024
 MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 64, 64
 MAX_LOGIT_BIASES = 300
 MAX_SALT_LENGTH = 256
-MAX_TENANT_LENGTH = 256
+MAX_TENANT_LENGTH = 320
 MAX_WEIGHT = 1000
 MAX_GRAMMAR_LENGTH = 65_536
 MAX_CHOICES = 8192

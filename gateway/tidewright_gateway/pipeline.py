@@ -27,7 +27,7 @@ from tidewright_gateway.admission.limits import Estimates, Limiter, subjects_of
 from tidewright_gateway.admission.limits.store import Subject
 from tidewright_gateway.admission.queue import Queue, priority_class
 from tidewright_gateway.auth import Authenticator
-from tidewright_gateway.auth.callers import priority_of, salt_of
+from tidewright_gateway.auth.callers import priority_of, salt_of, tenant_of
 from tidewright_gateway.cache.responses import Replies, ResponseCache, cache_key, is_repeatable
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
@@ -225,6 +225,8 @@ class Pipeline:
             priority=priority_of(caller, sampling.priority),
             cache_salt=salt_of(caller, request.user, sampling.cache_salt),
             lora_name=context.adapter_name,
+            tenant=tenant_of(caller),
+            tenant_weight=caller.weight,
         )
 
     async def _reserve_tokens(
@@ -338,7 +340,7 @@ class Pipeline:
         began, priority = time.monotonic(), generation.sampling.priority
         until = min(began + self._settings.queue_timeout, generation.deadline.at)
         try:
-            place = await self._queue.enter(context.caller.key_id, priority, until)
+            place = await self._queue.enter(context.caller.key_id, priority, until, context.caller.weight)
         except ModelError as error:
             raise (timed_out(error) if generation.deadline.expired(time.monotonic()) else error) from None
         finally:
@@ -373,6 +375,8 @@ class Pipeline:
             priority=priority_of(caller, priority),
             cache_salt=salt_of(caller, user, None),
             lora_name=context.adapter_name,
+            tenant=tenant_of(caller),
+            tenant_weight=caller.weight,
         )
         deadline, shared = Deadline.after(settings.request_timeout, context.arrived_at), (context.trace, context.record)
         context.generations = [

@@ -60,7 +60,7 @@ def parse(tokenizer: Tokenizer, parameters: str = "{}", **values: object) -> Gen
         ({"text_input": "a", "sampling_parameters": {"priority": 1.5}}, "priority"),
         ({"text_input": "a", "sampling_parameters": {"cache_salt": "x" * 257}}, "length <= 256 for `cache_salt`"),
         ({"text_input": "a", "sampling_parameters": {"cache_salt": ""}}, "length >= 1 for `cache_salt`"),
-        ({"text_input": "a", "sampling_parameters": {"tenant": "x" * 257}}, "length <= 256 for `tenant`"),
+        ({"text_input": "a", "sampling_parameters": {"tenant": "x" * 321}}, "length <= 320 for `tenant`"),
         ({"text_input": "a", "sampling_parameters": {"tenant_weight": 0}}, ">= 1 for `tenant_weight`"),
         ({"text_input": "a", "sampling_parameters": {"tenant_weight": 1001}}, "<= 1000 for `tenant_weight`"),
         ({"text_input": "a", "sampling_parameters": {"repetition_penalty": 0}}, "repetition_penalty"),

@@ -206,6 +206,7 @@ def test_limits_count_the_prompts_tokens(model_dir: Path, replica: EchoReplica, 
         assert ask(4).status_code == 429
         assert ask(3).status_code == 200
         assert replica.requests[-1][1].cache_salt  # keys share no prefixes
+        assert replica.requests[-1][1].tenant
         assert running.http.post("/v1/embeddings", json={"model": MODEL, "input": "a"}).status_code == 401
 
 

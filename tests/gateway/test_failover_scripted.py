@@ -77,6 +77,12 @@ def test_replicas_of_an_older_version_are_not_asked_for_what_they_do_not_know(cl
         client.status = {"b:1": msgspec.structs.replace(WELL, tells_details=tells_details)}
         run(generate)
         assert [request.details for _, request in client.requests] == [tells_details]
+    for knows in (False, True):
+        client.scripts, client.requests = {"b:1": [[8]]}, []
+        client.status = {"b:1": msgspec.structs.replace(WELL, knows_tenants=knows)}
+        run(lambda failover: generate(failover, tenant="alice", tenant_weight=3))
+        (request,) = [request for _, request in client.requests]
+        assert (b"tenant" in request.sampling) == knows
 
 
 async def has_begun(client: type[ScriptedClient]) -> None:

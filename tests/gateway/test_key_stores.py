@@ -87,6 +87,7 @@ ENTRIES = st.builds(
     limits=LIMITS,
     user_limits=LIMITS,
     priority=st.integers(-(10**6), 10**6),
+    weight=st.integers(1, 1000),
     expires=st.none() | st.datetimes(timezones=st.just(timezone.utc)),
     disabled=st.booleans(),
     note=st.text(),

@@ -46,6 +46,8 @@ def test_the_life_of_a_key(where: str) -> None:
         "admin",
         "--priority",
         "-1",
+        "--weight",
+        "4",
         "--expires",
         "90d",
         "--note",
@@ -55,7 +57,7 @@ def test_the_life_of_a_key(where: str) -> None:
     assert made.exit_code == 0
     first = made.stdout.rstrip("\n")
     assert first not in made.stderr
-    expected = Caller("alice", Role.ADMIN, Limits(2.5, 3, 4), Limits(tokens_per_day=5), -1)
+    expected = Caller("alice", Role.ADMIN, Limits(2.5, 3, 4), Limits(tokens_per_day=5), -1, 4)
     assert ask(where, first) == expected
 
     again = run("create", "alice", where=where)

@@ -27,7 +27,7 @@ CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 PATIENCE = 30.0  # seconds
 KEYS: dict[str, dict[str, Any]] = {
     "boss": {"role": Role.ADMIN},
-    "plain": {"priority": 7},
+    "plain": {"priority": 7, "weight": 3},
     "once": {"limits": Limits(requests_per_second=0.001)},
     "once_too": {"limits": Limits(requests_per_second=0.001)},
     "once_more": {"limits": Limits(requests_per_second=0.001)},
@@ -151,6 +151,30 @@ def test_the_engine_is_told_the_priority_of_the_key_and_only_admins_go_first(gat
     assert priority("plain", priority=2**31 - 1) == 7 + 1000
     assert priority("boss", priority=-5) == -5
     assert priority("boss", priority=-(2**31)) == -1000
+
+
+def test_the_engine_is_told_whose_request_it_is(gateway: Gateway) -> None:
+    def told() -> tuple[str, int]:
+        sampling = gateway.replica.requests[-1][1]
+        return sampling.tenant, sampling.tenant_weight
+
+    for path, body in (
+        ("/v1/completions", PROMPT),
+        ("/v1/chat/completions", CHAT),
+        ("/v1/responses", {"model": MODEL, "input": "Hi"}),
+        ("/v1/messages", {**CHAT, "max_tokens": 2}),
+    ):
+        assert gateway.post("plain", body, path).status_code == 200
+        assert told() == ("plain", 3)
+        for forged in ({"tenant": "boss"}, {"tenant_weight": 1000}):
+            answer = gateway.post("plain", {**body, **forged}, path)
+            assert answer.status_code == 400 or told() == ("plain", 3), (path, answer.text)
+    assert gateway.post("shared").status_code == 200
+    assert told() == ("shared", 1)
+    with StreamClient(gateway.url, token=gateway.keys["plain"]) as client:
+        client.start("a", **PROMPT)
+        client.rest()
+    assert told() == ("plain", 3)
 
 
 def test_nobody_shares_a_kv_cache_with_another_key_or_user(gateway: Gateway) -> None:

@@ -51,7 +51,7 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.metadata: list[dict[str, Any]] = []
         """Of the same."""
         self.sent = 0  # tokens
-        self.status = DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, max_model_len=max_model_len)
+        self.status = DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, max_model_len=max_model_len, knows_tenants=True)
         self.errors: dict[str, str] = {}
         """Of each model that answers with an error."""
         self.commands: list[str] = []

@@ -132,8 +132,9 @@ async def generate(
     failover: Failover,
     deadline: Deadline = Deadline(),  # noqa: B008 - frozen
     fall_back: bool = False,
+    **sampling: Any,
 ) -> tuple[str, Generation]:
-    generation = Generation("r", [1, 2], SamplingParams(seed=3), deadline)
+    generation = Generation("r", [1, 2], SamplingParams(seed=3, **sampling), deadline)
     text, route = "", Route.FALLBACK if fall_back else Route.DECODER
     async with aclosing(failover.generate(generation, route)) as replies:
         async for reply in replies:

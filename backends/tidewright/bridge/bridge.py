@@ -164,6 +164,7 @@ class Bridge:
             embedding_size=self.engine.embedding_size if self.engine else 0,
             tells_details=True,
             tells_timings=True,
+            knows_tenants=True,
             protocol=PROTOCOL,
         )
 

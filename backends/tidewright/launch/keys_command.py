@@ -90,6 +90,9 @@ def keys() -> None:
     help="admin may use the admin endpoints as well.",
 )
 @click.option("--priority", type=int, default=0, show_default=True, help="Added to that of each request.")
+@click.option(
+    "--weight", type=int, default=1, show_default=True, help="Share of service beside other keys, from 1 to 1000."
+)
 @click.option("--expires", type=_Moment(), help="When it ends: 2027-01-31 (0:00 UTC), 2027-01-31T12:00:00Z, or 90d.")
 @click.option("--note", default="", help="Whatever helps to know the key; shown by list.")
 @_limit_options
@@ -133,7 +136,9 @@ def list_keys(where: str) -> None:
     """Show all keys, without anything secret."""
     with _store(where) as store:
         entries, faults = store.read() or ({}, [])
-    table = Table("id", "role", "state", "secrets", "expires", "priority", "limits", "per user", "note", box=None)
+    table = Table(
+        "id", "role", "state", "secrets", "expires", "priority", "weight", "limits", "per user", "note", box=None
+    )
     for entry in sorted(entries.values(), key=lambda entry: entry.id):
         table.add_row(
             entry.id,
@@ -148,6 +153,7 @@ def list_keys(where: str) -> None:
             "new and old" if len(entry.hashes) > 1 else "one",
             entry.expires.isoformat() if entry.expires else "never",
             str(entry.priority),
+            str(entry.weight),
             _shown(entry.limits),
             _shown(entry.user_limits),
             entry.note,

@@ -1,4 +1,4 @@
-"""Queue for generations: by priority, then fair between callers, then by age."""
+"""Queue for generations: by priority, then fair between callers by their weights, then by age."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tidewright.resilience.outcome import Outcome
 class _Waiter:
     caller: str
     since: float
+    weight: int
     turn: asyncio.Future[None]
 
 
@@ -29,8 +30,15 @@ class Place:
         self._leave(self._caller)
 
 
+SPARE = 0.25  # of the places
+
+
 class Queue:
-    """Used by one event loop only, by whose clock times are (time.monotonic())."""
+    """Used by one event loop only, by whose clock times are (time.monotonic()).
+
+    While all places are taken, a caller that would hold less than another does, by weight, gets one of a few spare
+    ones: the engine, which can preempt, then decides between the two. Else it would wait until one of the other ends.
+    """
 
     def __init__(self, capacity: Callable[[], int], max_waiting: int, max_share: float = 1.0) -> None:
         """`capacity`: current number of places; may change at any time. `max_share`: maximum share of the queue for one
@@ -38,6 +46,7 @@ class Queue:
         self._capacity, self._max_waiting = capacity, max_waiting
         self._max_of_caller = math.ceil(max_waiting * max_share)
         self._running: Counter[str] = Counter()
+        self._weights: dict[str, int] = {}  # of the callers that run
         self._waiting: dict[int, dict[str, deque[_Waiter]]] = {}  # by priority (lower first), then caller; none empty
 
     @property
@@ -71,14 +80,14 @@ class Queue:
         heads = [queue[0].since for callers in self._waiting.values() for queue in callers.values()]
         return now - min(heads, default=now)
 
-    async def enter(self, caller: str, priority: int, until: float) -> Place:
-        """Waits for a place. `until`: when to give up, on the loop's clock.
+    async def enter(self, caller: str, priority: int, until: float, weight: int = 1) -> Place:
+        """Waits for a place. `until`: when to give up, on the loop's clock. `weight`: the caller's share.
 
         Raises:
             ModelError: OVERLOADED; too many wait already, or none became free in time.
         """
         if not self._waiting and self.num_running < self._capacity():
-            self._running[caller] += 1
+            self._run(caller, weight)
             return Place(self._leave, caller)
         if self.num_waiting >= self._max_waiting:
             raise ModelError(
@@ -88,7 +97,7 @@ class Queue:
             message = f"the queue is full for this key: {self._max_of_caller} requests (max_queue_share)"
             raise ModelError(message, Outcome.OVERLOADED, "max_queue_share")
         loop = asyncio.get_running_loop()
-        waiter = _Waiter(caller, loop.time(), loop.create_future())
+        waiter = _Waiter(caller, loop.time(), weight, loop.create_future())
         self._waiting.setdefault(priority, {}).setdefault(caller, deque()).append(waiter)
         self._admit()  # there may be more places than when the last one left
         timer = loop.call_at(until, _time_out, waiter.turn)
@@ -115,22 +124,41 @@ class Queue:
             queue.remove(waiter)
             self._drop_empty(priority, waiter.caller)
 
+    def _run(self, caller: str, weight: int) -> None:
+        self._running[caller] += 1
+        self._weights[caller] = weight
+
     def _leave(self, caller: str) -> None:
         self._running[caller] -= 1
         if not self._running[caller]:
-            del self._running[caller]
+            del self._running[caller], self._weights[caller]
         self._admit()
 
     def _admit(self) -> None:
-        while self._waiting and self.num_running < self._capacity():
+        while self._waiting:
             priority = min(self._waiting)
             callers = self._waiting[priority]
-            caller = min(callers, key=lambda name: (self._running[name], callers[name][0].since))
+
+            def held(name: str, callers: dict[str, deque[_Waiter]] = callers) -> tuple[float, float]:
+                """What it would hold, by weight, with one more."""
+                return (self._running[name] + 1) / callers[name][0].weight, callers[name][0].since
+
+            caller = min(callers, key=held)
+            if not self._has_place(held(caller)[0]):
+                break
             waiter = callers[caller].popleft()
             self._drop_empty(priority, caller)
             if not waiter.turn.done():
-                self._running[caller] += 1
+                self._run(caller, waiter.weight)
                 waiter.turn.set_result(None)
+
+    def _has_place(self, held: float) -> bool:
+        """For a caller that would then hold so much, by weight."""
+        free = self._capacity() - self.num_running
+        if free > 0:
+            return True
+        most = max((count / self._weights[name] for name, count in self._running.items()), default=0.0)
+        return free > -int(SPARE * self._capacity()) and held < most
 
     def _drop_empty(self, priority: int, caller: str) -> None:
         callers = self._waiting[priority]

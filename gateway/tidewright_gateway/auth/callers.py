@@ -46,6 +46,8 @@ class Caller(msgspec.Struct, frozen=True):
     """Of each `user` that its requests name."""
     priority: int = 0
     """Added to the request's own; lower goes first."""
+    weight: int = 1
+    """Share of service, in proportion to that of other keys."""
 
 
 ANONYMOUS = Caller("anonymous", Role.ADMIN)
@@ -56,6 +58,11 @@ def priority_of(caller: Caller, own: int) -> int:
     """Priority of the key plus the request's own, which only admins may make negative."""
     lowest = -LOWEST_PRIORITY if caller.role is Role.ADMIN else 0
     return caller.priority + min(max(own, lowest), LOWEST_PRIORITY)
+
+
+def tenant_of(caller: Caller) -> str:
+    """Whose share of service a request takes: the key's, whatever the request says. Without keys, all are one."""
+    return "" if caller == ANONYMOUS else caller.key_id
 
 
 def salt_of(caller: Caller, user: str | None, own: str | None) -> str | None:

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import msgspec
 
+from tidewright.schema import MAX_WEIGHT
 from tidewright_gateway.auth.callers import ANONYMOUS, Caller, Limits, Role
 
 KEY_PREFIX = "tw-"
@@ -35,6 +36,7 @@ class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     limits: Limits = Limits()
     user_limits: Limits = Limits()
     priority: Annotated[int, msgspec.Meta(ge=-1_000_000, le=1_000_000)] = 0
+    weight: Annotated[int, msgspec.Meta(ge=1, le=MAX_WEIGHT)] = 1
     expires: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     disabled: bool = False
     note: str = ""
@@ -58,7 +60,7 @@ class KeyEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
 
     @property
     def caller(self) -> Caller:
-        return Caller(self.id, self.role, self.limits, self.user_limits, self.priority)
+        return Caller(self.id, self.role, self.limits, self.user_limits, self.priority, self.weight)
 
     @property
     def state(self) -> str:

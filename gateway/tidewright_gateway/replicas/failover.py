@@ -325,6 +325,8 @@ class Failover:
         sampling = generation.sampling
         if math.isfinite(generation.deadline.at):
             sampling = msgspec.structs.replace(sampling, timeout=generation.deadline.remaining(now))
+        if not replica.knows_tenants:
+            sampling = msgspec.structs.replace(sampling, tenant="", tenant_weight=1)  # which are not sent then
         trace = generation.trace
         if trace and generation.record.is_kept:
             trace = trace.child()

@@ -122,6 +122,8 @@ class Replica:
     """Why it did not load or unload an adapter as it was told."""
     adapters_retry_at: float = -math.inf
     """When it may be told again."""
+    knows_tenants: bool = False
+    """Likewise, the sampling parameters `tenant` and `tenant_weight`."""
     fallback: DecoderStatus | None = None
     """The last status of its fallback; None if it has none that can be used."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not checked yet", Outcome.UNAVAILABLE))
@@ -205,9 +207,9 @@ class Replica:
         self.status, self.heard_at, self.trouble, self.suspicion = status, now, None, None
         self.misfit = misfit
         self.embedding_size, self.tells_details = status.embedding_size, status.tells_details
-        self.tells_timings = status.tells_timings
         self.serves_adapters = status.adapters is not None
         self.adapters = {adapter.name: adapter for adapter in status.adapters or ()}
+        self.tells_timings, self.knows_tenants = status.tells_timings, status.knows_tenants
         self.lived_at = max(self.lived_at, now - status.silence)
         # The figure may or may not include what began or ended since the status request.
         self.others = max(status.active - max(len(self.attempts), self.in_flight_when_asked), 0)
