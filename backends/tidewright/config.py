@@ -115,7 +115,22 @@ class Settings(ResilienceSettings, BaseSettings):
         ge=0,
         le=60,
         description="Seconds that a step should take while streams wait for their next token: it computes as much of "
-        "the prompts beside them as that allows, by what tokens were measured to cost. 0: up to max_batched_tokens.",
+        "the prompts beside them as that allows, by what tokens were measured to cost. 0: up to max_batched_tokens. "
+        "A tpot_target takes its place.",
+    )
+    ttft_target: float = Field(
+        0.0,
+        ge=0,
+        le=3600,
+        description="Seconds from arrival to the first token that the server aims at: a request that would wait "
+        "longer in the queue is refused at once, as overloaded. 0: none.",
+    )
+    tpot_target: float = Field(
+        0.0,
+        ge=0,
+        le=60,
+        description="Seconds between two tokens of a stream that the server aims at: steps with prompts are as short, "
+        "and fewer sequences run where streams alone would take longer. 0: none.",
     )
     max_running: int = Field(64, ge=1, le=4096, description="Sequences computed in one engine step, at most.")
     prefix_caching: bool = Field(True, description="Share the KV blocks of equal prompt beginnings.")
@@ -323,6 +338,8 @@ class Settings(ResilienceSettings, BaseSettings):
             adapter_folder="",
             max_batched_tokens=256,  # its prefill is slow, and nobody is to wait long for a first token
             max_running=16,
+            ttft_target=0.0,
+            tpot_target=0.0,
             prefix_caching=False,
             speculative_tokens=0,
             async_scheduling="off",
@@ -350,6 +367,8 @@ class Settings(ResilienceSettings, BaseSettings):
             max_model_len=self.max_model_len,
             max_batched_tokens=self.max_batched_tokens,
             prefill_step_time=self.prefill_step_time,
+            ttft_target=self.ttft_target,
+            tpot_target=self.tpot_target,
             max_running=self.max_running,
             max_waiting=self.max_waiting,
             prefix_caching=self.prefix_caching,

@@ -238,6 +238,7 @@ MAX_LOGPROBS = 20
 MAX_N = 16
 MAX_TOKENS = 2**31 - 1  # of any count of tokens, and of any token id: what an INT32 tensor holds
 MAX_TIMEOUT = 1e9  # seconds; threads can't wait much longer
+MAX_TARGET = 3600.0  # seconds of a latency target
 MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256  # length: in characters, as of all texts here
 MAX_STOP_TOKEN_IDS = 1024
 MAX_ALLOWED_TOKEN_IDS = 1024
@@ -321,6 +322,10 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """Lower values run first, and are preempted last."""
     timeout: Annotated[float, msgspec.Meta(ge=0.0, le=MAX_TIMEOUT)] | None = None
     """Seconds from arrival after which the request ends with `timeout`, with the tokens it has."""
+    ttft_target: Annotated[float, msgspec.Meta(gt=0.0, le=MAX_TARGET)] | None = None
+    """Seconds to the first token, instead of the server's `ttft_target`."""
+    tpot_target: Annotated[float, msgspec.Meta(gt=0.0, le=MAX_TARGET)] | None = None
+    """Seconds between two tokens, instead of the server's `tpot_target`; a stricter one counts, but changes no step."""
     cache_salt: Annotated[str, msgspec.Meta(min_length=1, max_length=MAX_SALT_LENGTH)] | None = None
     """Only requests with the same salt share prefixes in the KV cache; keeps tenants apart."""
     tenant: Annotated[str, msgspec.Meta(max_length=MAX_TENANT_LENGTH)] = ""

@@ -26,7 +26,8 @@ OTHER = {
     "frequency_penalty": 0.1, "logit_bias": {5: 1.0}, "bad_words": ["a"], "guided_json": {"type": "object"},
     "guided_regex": "a", "guided_grammar": "a", "guided_choice": ["a"], "seed": 6, "max_tokens": 17, "min_tokens": 1,
     "stop": "a", "stop_token_ids": [3], "ignore_eos": True, "logprobs": 1, "prompt_logprobs": 1, "n": 2,
-    "cache_salt": "a", "priority": 1, "timeout": 9.0, "include_stop_str_in_output": True, "skip_special_tokens": False,
+    "cache_salt": "a", "priority": 1, "timeout": 9.0, "ttft_target": 1.0, "tpot_target": 0.1,
+    "include_stop_str_in_output": True, "skip_special_tokens": False,
     "allowed_token_ids": [3], "lora_name": "a", "tenant": "a", "tenant_weight": 2,
 }  # fmt: skip
 
@@ -178,7 +179,7 @@ def test_its_key_has_all_that_changes_the_answer() -> None:
         return cache_key(caller, model, prompt, SamplingParams(**{"seed": 5, **own}), logprobs)
 
     assert set(OTHER) == set(SamplingParams.__struct_fields__)  # a new one belongs in one of the two groups here
-    same = {"priority", "timeout", "tenant", "tenant_weight"}
+    same = {"priority", "timeout", "ttft_target", "tpot_target", "tenant", "tenant_weight"}
     different = [key(**{name: value}) for name, value in OTHER.items() if name not in same]
     different += [key(), key(model="mm"), key(prompt=[1, 3]), key(prompt=[1]), key(logprobs=True)]
     different.append(key(Caller("another")))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import count
 
 from helpers.scheduling import make, result
+from tidewright.engine.pace import UNPACED, StepPace
 from tidewright.engine.plan import StepPlan
 from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
@@ -45,7 +46,7 @@ class Tenants:
         return request_id
 
     def step(self, pace: int | None = None) -> StepPlan:
-        plan = self.scheduler.schedule(pace)
+        plan = self.scheduler.schedule(UNPACED if pace is None else StepPace(most=pace))
         self.note(plan)
         self.commit(plan)
         return plan

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from helpers.triton import RunningServer
-from tidewright.engine.pace import FIRST, LEAST
 
-LENGTH = 2000  # tokens of the prompt: one step's work without a pace
+LENGTH = 1000  # tokens of the prompt: one step's work without a pace
 
 
 def test_a_stream_goes_on_beside_a_long_prompt(model_dir: Path) -> None:
-    # A step takes longer than that on any machine: after the first of the prompt, each computes the least that it may.
+    # A step takes longer than that on any machine: each computes the least that it may.
     with RunningServer(model_dir, prefill_step_time=0.001, streaming_share=1) as server, server.stream() as stream:
         sampling = {"max_tokens": 3000, "ignore_eos": True, "temperature": 0}
         stream.send("stream", text_input="Once upon a time", stream=True, sampling_parameters=sampling)
@@ -24,6 +23,5 @@ def test_a_stream_goes_on_beside_a_long_prompt(model_dir: Path) -> None:
             stream.next()
         long = stream.generations["long"]
         assert (long.error, len(long.token_ids)) == (None, 1)
-        steps = 1 + (LENGTH - FIRST) // LEAST
-        # The last tokens may come behind the other's answer.
-        assert len(stream.generations["stream"].token_ids) - before > 0.8 * steps
+        # In one step without a pace. A part has the time of a quarter of a stream's step, or LEAST tokens.
+        assert len(stream.generations["stream"].token_ids) - before > 5

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from tidewright.engine.messages import Abort, EngineConfig, Submit
+from tidewright.engine.pace import StepPace
 from tidewright.engine.plan import SequenceResult, StepPlan
 
 
@@ -60,7 +61,7 @@ class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
     """Compute the next step: all that its plan depends on, in order, and what the plan must come out as."""
 
     inputs: list[Input]
-    pace: int  # as `Scheduler.schedule` takes it
+    pace: StepPace
     checksum: int
 
 

@@ -40,6 +40,7 @@ from tidewright.distributed.rank_messages import (
 from tidewright.distributed.reception import Arrival, Reception
 from tidewright.distributed.secret import SecretFileError, rendezvous_secret
 from tidewright.engine.messages import EngineConfig, encode
+from tidewright.engine.pace import StepPace
 from tidewright.engine.plan import StepPlan
 from tidewright.engine.vital_thread import start_vital_thread
 
@@ -131,7 +132,7 @@ class Ranks:
             self._send_to(rank, encode(Join(msgspec.structs.replace(self._config, device=device), store_port)))
         start_vital_thread("rank-watch", lambda: self._watch(on_lost), lambda cause: on_lost(cause, 0))
 
-    def send(self, plan: StepPlan, inputs: list[Input], pace: int) -> None:
+    def send(self, plan: StepPlan, inputs: list[Input], pace: StepPace) -> None:
         """Lets the ranks compute a step: what happened since the last one, and the plan that has to come of it.
 
         Raises:

@@ -16,15 +16,17 @@ from tidewright.devices.memory import out_of_memory
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.distributed.rank_messages import Committed, Expire, Input, Resize
 from tidewright.distributed.ranks import Ranks
+from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig
 from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
 from tidewright.engine.model_runner import ModelRunner
-from tidewright.engine.pace import Pace
+from tidewright.engine.pace import StepPace
 from tidewright.engine.plan import DrawnToken, SequenceResult, StepPlan
 from tidewright.engine.runner import EngineConfigError, LaunchedStep, Runner
 from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.step_budget import memory_error
+from tidewright.engine.step_cost import StepLoad
 from tidewright.engine.timing import Timing
 from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.logs import event
@@ -59,7 +61,9 @@ class Engine:
         self.config = config
         self.scheduler = make_scheduler(config, self.runner)
         self.idle_audit = self.scheduler.idle_audit
-        self._pace = Pace(config.prefill_step_time, config.max_batched_tokens)
+        self._latency = LatencyController(
+            config.prefill_step_time, config.tpot_target, config.max_batched_tokens, config.max_running
+        )
         self._ranks = ranks
         self._inputs: list[Input] = []  # that the other ranks have not got yet
         self._in_flight: deque[_Flight] = deque()
@@ -90,6 +94,7 @@ class Engine:
             log.exception("request %d could not be taken", request.request_id)
             message = f"the engine can't take this request ({type(error).__name__}: {error})"
             return SequenceOutput(request.request_id, [], "invalid", message=message)
+        self._latency.submitted(request.sampling)
         self._tell_ranks(request)
         self._timing.arrived(request.request_id, time.monotonic())
         if request.deadline is not None:
@@ -139,7 +144,7 @@ class Engine:
     def _launch(self) -> bool:
         """False: there is nothing to compute."""
         began = time.monotonic()
-        pace = self._pace.tokens
+        pace = self._latency.pace(self.scheduler.running)
         plan = self.scheduler.schedule(pace)
         planned = time.monotonic()
         self._schedule_seconds += planned - began
@@ -160,7 +165,7 @@ class Engine:
             return []
         computed = time.monotonic()
         # Of steps in flight, the device has begun one when it was done with the one before.
-        self._pace.computed(flight.plan, computed - max(flight.began, self._computed))
+        self._latency.computed(StepLoad.of(flight.plan), computed - max(flight.began, self._computed))
         self._computed = computed
         if self._ranks:
             self._tell_ranks(Committed(tuple(_only_tokens(drawn) for drawn in result.sequences)))
@@ -191,7 +196,7 @@ class Engine:
         if self._ranks:
             self._inputs.append(entry)
 
-    def _lead(self, plan: StepPlan, pace: int) -> None:
+    def _lead(self, plan: StepPlan, pace: StepPace) -> None:
         """Lets the other ranks begin the same step."""
         if self._ranks:
             self._ranks.send(plan, self._inputs, pace)

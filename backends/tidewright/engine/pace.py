@@ -1,29 +1,57 @@
-"""How many prompt tokens a step may compute while streams wait for their next token: measured, not configured.
-
-The scheduler reads no clock; it gets the number as an argument, and so do the schedulers of other ranks.
+"""What a step may cost while streams wait for their next token. Pure: rank 0 measures it (latency.py), and the same
+numbers reach the schedulers of all ranks with the step.
 """
 
 from __future__ import annotations
 
-from tidewright.engine.plan import StepPlan
+import math
 
-FIRST = 128  # tokens, until a step has been measured
-LEAST = 64  # so that a prompt comes on however slow the machine is
-_WEIGHT = 0.5  # of the newest step: a token costs more the longer the context is
+import msgspec
+
+_UNBOUNDED = 2**31 - 1
 
 
-class Pace:
-    def __init__(self, seconds: float, most: int) -> None:
-        """`seconds`: what a step should take at most; 0: any time. `most`: tokens of a step."""
-        self._seconds, self._most = seconds, most
-        self._cost = 0.0  # seconds a token
-        self.tokens = min(FIRST, most) if seconds else most
+class StepPace(msgspec.Struct, frozen=True, array_like=True):
+    """Only additions, products, quotients and square roots of these floats are taken, which IEEE 754 rounds the same
+    on all processors: so ranks agree.
+    """
 
-    def computed(self, plan: StepPlan, seconds: float) -> None:
-        count = sum(planned.count for planned in plan.sequences)
-        # Few tokens say nothing about many: reading the weights takes the same time for both.
-        if not self._seconds or count - len(plan.sequences) < min(LEAST, self._most) // 2:
-            return
-        cost = seconds / count
-        self._cost = cost if self._cost == 0.0 else _WEIGHT * cost + (1 - _WEIGHT) * self._cost
-        self.tokens = max(min(int(self._seconds / max(self._cost, 1e-9)), self._most), min(LEAST, self._most))
+    seconds: float = math.inf  # for the prompt tokens of a step beside streams
+    token: float = 0.0  # seconds that one takes,
+    context: float = 0.0  # and for each token before it in its prompt
+    least: int = 0  # prompt tokens of such a step in any case, so that prompts come on however slow the machine is
+    most: int = _UNBOUNDED
+    running: int = _UNBOUNDED  # while so many run, a request is admitted only in the place of another
+
+    def cost(self, start: int, count: int) -> float:
+        """Seconds of `count` prompt tokens behind the first `start`."""
+        return count * (self.token + self.context * (start + count / 2))
+
+    def fits(self, start: int, seconds: float) -> int:
+        """The largest count whose cost is within `seconds`."""
+        if seconds <= 0:
+            return 0
+        first = self.token + self.context * start
+        divisor = first + math.sqrt(first * first + 2 * self.context * seconds)
+        # Of the two forms of the positive root, the one that loses no digits and allows context 0.
+        return int(min(2 * seconds / divisor, self.most)) if divisor and math.isfinite(seconds) else self.most
+
+
+UNPACED = StepPace()
+
+
+class Allowance:
+    """What is left of a pace in one step."""
+
+    def __init__(self, pace: StepPace) -> None:
+        self._pace = pace
+        self._seconds, self._given = pace.seconds, 0
+
+    def tokens(self, start: int) -> int:
+        """Of a prompt behind its first `start` tokens."""
+        pace = self._pace
+        return min(max(pace.fits(start, self._seconds), pace.least - self._given), pace.most - self._given)
+
+    def take(self, start: int, count: int) -> None:
+        self._seconds -= self._pace.cost(start, count)
+        self._given += count

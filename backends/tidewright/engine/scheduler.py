@@ -7,12 +7,13 @@ token budget a step. Every rank runs its own copy, so nothing here may depend on
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from tidewright.engine.draws import accept, draw_after, embedded
 from tidewright.engine.fairness import FairQueue, fair_order, goes_before, victims
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig, check_request, check_share, longest
 from tidewright.engine.messages import EngineStats, SequenceOutput
+from tidewright.engine.pace import UNPACED, Allowance, StepPace
 from tidewright.engine.plan import (
     PENDING,
     Draw,
@@ -56,6 +57,10 @@ class Scheduler:
     def step_tokens(self) -> int:
         """That a step may compute, at most."""
         return self._budget.tokens
+
+    @property
+    def running(self) -> Collection[Sequence]:
+        return self._running
 
     @property
     def has_work(self) -> bool:
@@ -104,8 +109,8 @@ class Scheduler:
         message = f"timed out after {sequence.sampling.timeout:g} s {where}"
         return SequenceOutput(request_id, [], "timeout", message=message)
 
-    def schedule(self, pace: int | None = None) -> StepPlan:
-        """`pace`: prompt tokens that are computed, at most, while other sequences wait for their next token.
+    def schedule(self, pace: StepPace = UNPACED) -> StepPlan:
+        """`pace`: what a step may cost while sequences wait for their next token.
 
         A plan without sequences has changed nothing and need not be run; while nothing is in flight, there is one only
         if there is no work.
@@ -115,15 +120,15 @@ class Scheduler:
         if self._waiting.is_shared:
             self._running.sort(key=fair_order)
         budget, index, waiting = self._budget.tokens, 0, self._waiting.first()
-        paced = budget if pace is None or not any(s.decodes for s in self._running) else pace
+        allowance = Allowance(pace if any(s.decodes for s in self._running) else UNPACED)
         preemptions = self._preemptions
         scheduled: list[ScheduledSequence] = []
         while budget:
             running = self._running[index] if index < len(self._running) else None
-            if waiting and paced and (running is None or goes_before(waiting, running)):
+            if waiting and (running is None or goes_before(waiting, running)) and allowance.tokens(0):
                 # A request that does not fit blocks those behind it, or it might wait forever. And one that was just
                 # preempted is not admitted again in the same step.
-                if not self._admit(waiting, index):
+                if not self._admit(waiting, index, pace.running):
                     waiting = None
                     continue
             elif running is None:
@@ -136,7 +141,7 @@ class Scheduler:
             share = max(budget - (len(self._running) - index - 1), 1)
             decodes = sequence.decodes
             if not decodes:
-                share = min(share, paced)
+                share = min(share, allowance.tokens(sequence.num_computed))
                 if not share:
                     index += 1  # in a later step
                     continue
@@ -147,7 +152,7 @@ class Scheduler:
             scheduled.append(planned)
             budget -= planned.count
             if not decodes:
-                paced -= planned.count
+                allowance.take(planned.start, planned.count)
             if self._preemptions != preemptions:
                 waiting = None
             elif sequence is waiting:
@@ -256,17 +261,18 @@ class Scheduler:
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
 
-    def _admit(self, sequence: Sequence, index: int) -> bool:
+    def _admit(self, sequence: Sequence, index: int, limit: int) -> bool:
         """Moves the first waiting sequence to place `index` of the running ones, if it fits.
 
-        One block is left for each running sequence: without it, the new one would soon be preempted again.
+        One block is left for each running sequence: without it, the new one would soon be preempted again. If `limit`
+        sequences run or more, the new one takes the place of another, or waits.
         """
         # Prompt log-probabilities need all of the prompt's hidden states, also those that a cached block would skip.
         may_skip = sequence.sampling.prompt_logprobs is None
         shared = self._cache.find(sequence.token_ids, sequence.chain) if may_skip else []
         needed = self._blocks(sequence.num_known) - len(shared)
         # Each running sequence gets at least one token a step.
-        max_running = min(self._config.max_running, self._budget.tokens)
+        max_running = min(self._config.max_running, self._budget.tokens, max(limit, len(self._running)))
         # Those from `index` on are not yet part of this step.
         size = max_running, self._cache.pool.num_blocks
         others = victims(sequence, self._running, index, needed + len(shared), size)

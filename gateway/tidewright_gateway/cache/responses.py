@@ -76,6 +76,7 @@ def is_repeatable(sampling: SamplingParams) -> bool:
 def cache_key(caller: Caller, model: str, prompt: Sequence[int], sampling: SamplingParams, logprobs: bool) -> bytes:
     """Of all that changes the answer, and of the caller's key, as nobody may learn what others asked for."""
     same: dict[str, Any] = {"timeout": None, "priority": 0, "tenant": "", "tenant_weight": 1}
+    same |= {"ttft_target": None, "tpot_target": None}
     if sampling.temperature == 0:
         same["seed"] = None
     if sampling.logit_bias:

@@ -108,6 +108,10 @@ class SamplingFields(Body):
     """Lower runs first; added to the key's own. Negative values count as 0 unless the key is an admin's."""
     timeout: Number | None = None
     """Maximum duration in seconds; the answer is what exists by then."""
+    ttft_target: Number | None = None
+    """Seconds to the first token, instead of the server's target; a request that would wait longer is refused."""
+    tpot_target: Number | None = None
+    """Seconds between two tokens, instead of the server's target; a stricter one is only counted."""
     cache_salt: StrictStr | None = None
     """Within one key and user, requests share a KV cache only with the same salt."""
 

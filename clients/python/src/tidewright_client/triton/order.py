@@ -49,6 +49,8 @@ class Sampling(TypedDict, total=False):
     prompt_logprobs: int | None
     n: int
     priority: int
+    ttft_target: float | None
+    tpot_target: float | None
     cache_salt: str | None
     tenant: str
     tenant_weight: int

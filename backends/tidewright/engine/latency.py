@@ -1,0 +1,86 @@
+"""Keeps streams near their latency target: how much of the prompts a step computes, and how many sequences run.
+
+It reads measured step times, which the scheduler does not; what it finds goes to the schedulers of all ranks as a
+`StepPace`. The rules and their bounds: docs/scheduling.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from statistics import median
+
+from tidewright.engine.pace import UNPACED, StepPace
+from tidewright.engine.sequence import Sequence
+from tidewright.engine.step_cost import StepCost, StepLoad
+from tidewright.schema import SamplingParams
+
+FIRST = 64  # prompt tokens, until a step with prompts has been measured; then at most twice as many as ever
+LEAST = 16  # prompt tokens of a step, however slow the machine is
+SHARE = 0.25  # what prompts get in any case: of the target's time, or of the streams' where that is more
+# Shares of the target that streams alone may take: above the first fewer run, below the second one more may.
+HOLD, RELEASE = 1 - SHARE, 0.8 * (1 - SHARE)
+WINDOW = 8  # steps between two changes of that number
+_SHARPEST = 0.75  # of what ran: no change takes more away at once
+
+
+class LatencyController:
+    def __init__(self, step_time: float, tpot_target: float, max_tokens: int, max_running: int) -> None:
+        """In seconds. `step_time` holds without a `tpot_target` (0), and sizes steps only; 0: any time."""
+        self._target = tpot_target or step_time
+        self._limits_running = tpot_target > 0
+        self._max_tokens, self._max_running = max_tokens, max_running
+        self._most = min(FIRST, max_tokens)
+        self._recent: list[float] = []  # seconds that streams took of each step
+        self._streams = 0  # at most, in these
+        self._own_targets = False
+        self.cost = StepCost(max_running)
+        self.running = max_running
+        """Sequences that may run."""
+
+    def submitted(self, sampling: SamplingParams) -> None:
+        self._own_targets |= sampling.tpot_target is not None
+
+    def computed(self, load: StepLoad, seconds: float) -> None:
+        prompts = load.tokens and load.tokens * self.cost.token + load.context * self.cost.context
+        self.cost.computed(load, seconds)
+        if 2 * load.tokens > self._most:
+            self._most = min(2 * load.tokens, self._max_tokens)
+        if self._limits_running and load.streams:
+            self._streams = max(self._streams, load.streams)
+            self._recent.append(max(seconds - prompts, 0.0))
+            if len(self._recent) == WINDOW:
+                self._adapt(median(self._recent), self._streams)
+                self._recent, self._streams = [], 0
+
+    def pace(self, running: Collection[Sequence]) -> StepPace:
+        """For the next step."""
+        if not self._target:
+            return UNPACED
+        return StepPace(
+            seconds=self.prompt_seconds(len(running), self._effective_target(running)),
+            token=self.cost.token,
+            context=self.cost.context,
+            least=min(LEAST, self._max_tokens),
+            most=self._most,
+            running=self.running,
+        )
+
+    def prompt_seconds(self, streams: int, target: float = 0.0) -> float:
+        """For prompts, in a step beside so many streams. `target`: another than the server's."""
+        target, decode = target or self._target, self.cost.decode(streams)
+        return max(target - decode, SHARE * max(target, decode)) if target else float("inf")
+
+    def _effective_target(self, running: Collection[Sequence]) -> float:
+        """The strictest of those that run, but never below the server's: no caller slows the others' prompts."""
+        if not self._own_targets:
+            return self._target
+        own = (sequence.sampling.tpot_target or self._target for sequence in running)
+        return max(self._target, min(own, default=self._target))
+
+    def _adapt(self, seconds: float, streams: int) -> None:
+        """`streams` took so long. More than may run since the last change: wait until some have ended."""
+        if seconds > HOLD * self._target and streams <= self.running:
+            fewer = int(streams * max(HOLD * self._target / seconds, _SHARPEST))
+            self.running = max(min(fewer, self.running - 1), 1)
+        elif seconds < RELEASE * self._target and streams >= self.running:
+            self.running = min(self.running + 1, self._max_running)
