@@ -90,6 +90,16 @@ def test_what_can_not_be_continued_can_begin_elsewhere(sampling: dict[str, Any])
         assert end(it.submit(**sampling).end()) == ("fallback", "engine_failed")
 
 
+@pytest.mark.parametrize("settings", [{}, {"degradation": True}])
+def test_the_fallback_never_answers_for_an_adapter(settings: dict[str, Any]) -> None:
+    with world(retry_max_attempts=1, **settings) as it:
+        it.models.scripts["decoder"] = [["no memory is left [engine_failed]"]]
+        caller = it.submit(lora_name="sql")
+        assert caller.end() is None
+        assert (caller.error, caller.reason) == ("no memory is left", "engine_failed")
+        assert not it.models.of("fallback")
+
+
 def test_a_stream_may_not_be_continued_if_the_settings_say_so() -> None:
     with world(failsafe_resume="fail") as it:
         it.models.scripts["decoder"] = [[[1], UNLOADED], [UNLOADED]]

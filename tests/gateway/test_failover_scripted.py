@@ -12,9 +12,10 @@ import pytest
 from helpers.scripted_replicas import WELL, ScriptedClient, error, generate, named, run, until
 from tidewright.resilience.breaker import State
 from tidewright.resilience.deadline import Deadline
+from tidewright.resilience.degradation import Route
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright.schema import SamplingParams
+from tidewright.schema import AdapterStatus, SamplingParams
 from tidewright_gateway.replicas.failover import Failover, Generation
 
 
@@ -314,6 +315,34 @@ def test_the_fallback_answers_where_no_decoder_is_there(client: type[ScriptedCli
     client.status["b:1"] = error(Outcome.UNAVAILABLE)
     text, generation = run(generate, replicas="b:1", patience=0.05, wait_for_replica=wait)
     assert (text, generation.model) == ("<4><5>", "fallback")
+
+
+def test_the_fallback_never_answers_for_an_adapter(client: type[ScriptedClient]) -> None:
+    client.scripts = {"b:1": [[error(Outcome.ENGINE_KILLED)]], "b:1/fallback": [[4]]}
+    client.status["b:1"] = msgspec.structs.replace(WELL, adapters=[AdapterStatus("sql", "p", True)])
+
+    async def body(failover: Failover) -> None:
+        generation = Generation("r", [1], SamplingParams(lora_name="sql"), Deadline())
+        async with aclosing(failover.generate(generation, Route.FALLBACK)) as replies:  # as under load
+            async for _ in replies:
+                pass
+
+    with pytest.raises(ModelError, match="scripted"):
+        run(body, replicas="b:1")
+    assert [address for address, _ in client.requests] == ["b:1"]
+
+
+def test_what_needs_an_adapter_goes_where_it_is_and_waits_for_it(client: type[ScriptedClient]) -> None:
+    client.scripts = {"b:1": [], "a:1": [[7, error(Outcome.UNAVAILABLE)], [8, 9]]}
+    client.status["a:1"] = msgspec.structs.replace(WELL, adapters=[AdapterStatus("sql", "p", True)])
+    client.status["b:1"] = msgspec.structs.replace(WELL, adapters=[AdapterStatus("sql", "p", False)])
+
+    async def body(failover: Failover) -> list[int]:
+        generation = Generation("r", [1], SamplingParams(lora_name="sql"), Deadline())
+        async with aclosing(failover.generate(generation)) as replies:
+            return [token_id async for reply in replies for token_id in reply.token_ids]
+
+    assert run(body) == [7, 8, 9]  # after a:1 is found well again
 
 
 def test_what_the_fallback_could_not_go_on_with_ends(client: type[ScriptedClient]) -> None:

@@ -95,6 +95,14 @@ def test_prompts_find_their_home_when_all_are_new() -> None:
     assert len({router.choose(candidates, [5] * PREFIX_BLOCK) for _ in range(9)}) == 1
 
 
+def test_prompts_have_a_home_for_each_adapter() -> None:
+    router, prompt = PrefixAware(LeastLoad()), [5] * PREFIX_BLOCK
+    homes = {adapter: router.choose(idle(), prompt, adapter) for adapter in (None, "a", "b")}
+    assert len(set(homes.values())) == 3  # in turn, as each is new
+    for _ in range(3):
+        assert {adapter: router.choose(idle(), prompt, adapter) for adapter in homes} == homes
+
+
 @given(st.floats(0, 1e6), st.floats(0, 1e6), st.floats(0, 3600))
 def test_a_share_grows_from_a_tenth_to_all(early: float, late: float, duration: float) -> None:
     early, late = sorted((early, late))

@@ -54,6 +54,7 @@ class Sampling(TypedDict, total=False):
     cache_salt: str | None
     tenant: str
     tenant_weight: int
+    lora_name: str | None
 
 
 @dataclass(frozen=True)
