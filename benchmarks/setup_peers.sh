@@ -44,20 +44,29 @@ install_llama() {
   tar xzf "llama.cpp/llama_cpp_python-$LLAMA.tar.gz" --strip-components 1 -C llama.cpp/source || return
   cmake -S llama.cpp/source/vendor/llama.cpp -B llama.cpp/build -DCMAKE_BUILD_TYPE=Release \
     -DGGML_NATIVE=ON -DGGML_OPENMP=ON -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DBUILD_SHARED_LIBS=OFF &&
-    cmake --build llama.cpp/build --target llama-server --parallel "$(nproc)"
+    cmake --build llama.cpp/build --target llama-server llama-quantize --parallel "$(nproc)"
 }
 
-# The very weights that we serve; vLLM's environment has what llama.cpp's converter needs.
+# The very weights that we serve, and quantized by llama.cpp's own tool, as it does unless told otherwise. A GGUF file that
+# the model came in needs nothing. vLLM's environment has what llama.cpp's converter needs.
 convert_model() {
-  local gguf
-  gguf=llama.cpp/$(basename "$MODEL").gguf
-  [ -e "$gguf" ] && return
-  vllm/bin/python llama.cpp/source/vendor/llama.cpp/convert_hf_to_gguf.py --outtype bf16 --outfile "$gguf.part" "$MODEL" &&
-    mv "$gguf.part" "$gguf"
+  local name python=vllm/bin/python
+  name=llama.cpp/$(basename "$MODEL")
+  [ -x "$python" ] || python=$PYTHON
+  [ -e "$name.gguf" ] || {
+    "$python" llama.cpp/source/vendor/llama.cpp/convert_hf_to_gguf.py --outtype bf16 --outfile "$name.gguf.part" "$MODEL" &&
+      mv "$name.gguf.part" "$name.gguf"
+  } || return
+  for type in Q8_0 Q4_0; do
+    [ -e "$name-$type.gguf" ] || {
+      llama.cpp/build/bin/llama-quantize "$name.gguf" "$name-$type.gguf.part" "$type" &&
+        mv "$name-$type.gguf.part" "$name-$type.gguf"
+    } || return
+  done
 }
 
 install_vllm || failed+=("vLLM")
-[ -x llama.cpp/build/bin/llama-server ] || install_llama || failed+=("llama.cpp")
+{ [ -x llama.cpp/build/bin/llama-server ] && [ -x llama.cpp/build/bin/llama-quantize ]; } || install_llama || failed+=("llama.cpp")
 convert_model || failed+=("the model for llama.cpp")
 
 if [ ${#failed[@]} -gt 0 ]; then

@@ -15,6 +15,7 @@ from helpers.checkpoints import save as save_model
 from helpers.small_disk import run_on_small_disk
 from tidewright.cache import cache_dir, find_prepared
 from tidewright.engine.model_runner import ModelRunner
+from tidewright.launch import quantize as quantize_module
 from tidewright.launch.cli import main
 from tidewright.quantization import report as report_module
 from tidewright.quantization.quality import Quality
@@ -179,6 +180,15 @@ def test_an_interrupted_run_says_so_and_the_next_continues(
     (tmp_path / "made").rename(tmp_path / ".made.quantizing")
     assert run(model, "--out", tmp_path / "made").exit_code == 0
     assert (tmp_path / "made" / "model-00001-of-00004.safetensors").stat().st_mtime_ns == begun
+    # What another version has begun or made is no part of it: it may have written it differently.
+    (tmp_path / "made").rename(tmp_path / ".made.quantizing")
+    with monkeypatch.context() as later:
+        later.setattr(quantize_module, "FORMAT_VERSION", quantize_module.FORMAT_VERSION + 1)
+        assert run(model, "--out", tmp_path / "made").exit_code == 0
+    anew = (tmp_path / "made" / "model-00001-of-00004.safetensors").stat().st_mtime_ns
+    assert anew != begun
+    assert run(model, "--out", tmp_path / "made").exit_code == 0
+    assert (tmp_path / "made" / "model-00001-of-00004.safetensors").stat().st_mtime_ns != anew
     # What was begun for another scheme is no part of it.
     monkeypatch.setattr(QuantizationRun, "run", interrupted)
     run(model, "--out", tmp_path / "other")

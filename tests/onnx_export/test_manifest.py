@@ -63,6 +63,17 @@ def test_changed_weights_or_settings_are_another_source(source: Path) -> None:
     assert read_source(source).eos_token_ids == (2, 0)
 
 
+def test_a_gguf_file_counts_if_it_is_what_is_read(source: Path) -> None:
+    (source / "model.gguf").write_bytes(b"the same weights")
+    beside_plain = read_source(source)
+    os.utime(source / "model.gguf", ns=(1, 1))
+    assert read_source(source) == beside_plain
+    (source / "model.safetensors").unlink()
+    alone = read_source(source)
+    os.utime(source / "model.gguf", ns=(2, 2))
+    assert read_source(source) != alone
+
+
 def test_only_a_complete_folder_of_this_version_counts(source: Path) -> None:
     folder = source / "export"
     folder.mkdir()

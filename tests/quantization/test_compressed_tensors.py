@@ -11,7 +11,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
 from helpers.quantized import LAYER, save
-from tidewright.quantization.affine import AffineSource
+from tidewright.quantization.affine import AffineSource, QuantizationError
 from tidewright.quantization.checkpoint import CheckpointError, open_checkpoint
 
 INPUTS = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
@@ -89,6 +89,15 @@ def test_what_is_not_supported_is_named(tmp_path: Path, changes: dict[str, Any],
     with pytest.raises(CheckpointError, match=message):
         with open_checkpoint(save(tmp_path / "model", tensors, config | changes)):
             pass
+
+
+@pytest.mark.parametrize("part", ["weight_shape", "weight_packed", "weight_zero_point"])
+def test_numbers_that_are_not_whole_are_damage(tmp_path: Path, part: str) -> None:
+    tensors, config, _ = compressed(*FORMATS["int4, zero points"])
+    tensors[f"{LAYER}.{part}"] = tensors[f"{LAYER}.{part}"].float()
+    with pytest.raises((CheckpointError, QuantizationError), match=r"stored as torch\.float32, expected"):
+        with open_checkpoint(save(tmp_path / "model", tensors, config)) as weights:
+            weights[f"{LAYER}.weight"].cut(slice(0, ROWS), slice(0, COLUMNS))  # type: ignore[union-attr]
 
 
 def test_the_order_of_activations_is_refused(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ def test_cuts_are_those_of_the_whole(tmp_path: Path, name: str, permuted: bool) 
             (slice(0, ROWS), slice(0, COLUMNS)),
             (slice(5, 17), slice(32, 480)),  # amid a block of 256
             (slice(0, 1), slice(256, 512)),
+            (slice(ROWS, ROWS), slice(0, COLUMNS)),  # of a rank without vocabulary
         ):
             own = source.cut(*part)
             assert torch.equal(own.dequantized(), expected[part])
@@ -65,6 +66,7 @@ def test_plain_types(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     data = whole.view(torch.uint8).numpy()
     with open_checkpoint(write(tmp_path, data, type=name, shape=(ROWS, COLUMNS))) as weights:
         assert torch.equal(weights["x.weight"][3:9, 5:], whole[3:9, 5:])  # type: ignore[index]
+        assert weights["x.weight"][ROWS:ROWS, 5:].shape == (0, COLUMNS - 5)  # type: ignore[index]
     with open_checkpoint(write(tmp_path, data[0], type=name, shape=(COLUMNS,))) as weights:
         assert torch.equal(weights["x.weight"][(slice(None),)], whole[0])  # type: ignore[index]
 

@@ -22,5 +22,10 @@ def test_decodes_as_gguf_does(name: str) -> None:
     if offsets is not None:
         weights += offsets[:, :, None]
     np.testing.assert_array_equal(weights.reshape(64, -1), dequantize(packed, theirs))
+    # A rank may have no rows of a weight.
+    empty = block.decode(packed[:0])
+    assert [None if one is None else one.shape[1] for one in empty] == [
+        None if one is None else one.shape[1] for one in (codes, scales, offsets)
+    ]
     most = 15 if block.bits == 4 else 127
     assert -8 <= codes.min() <= codes.max() <= most or block.bits == 8

@@ -81,6 +81,15 @@ def test_the_library_and_ours_read_what_was_rounded(
             torch.testing.assert_close(ours, rounded, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("head", ["int8", None])
+@pytest.mark.parametrize("scheme", ["w8a8", "int4-g32"])
+def test_the_bytes_needed_are_those_of_the_tensors(source: Path, tmp_path: Path, scheme: str, head: str | None) -> None:
+    folder = quantized(source, tmp_path / "q", scheme, head)
+    needed = QuantizationRun(source, folder, Recipe(SCHEMES[scheme], SCHEMES[head] if head else None)).bytes_needed()
+    shapes = 16 * len([name for name in stored(folder) if name.endswith("weight_shape")])
+    assert needed == sum(tensor.nbytes for tensor in stored(folder).values()) - shapes
+
+
 def test_transformers_computes_what_we_do(source: Path, tmp_path: Path) -> None:
     folder = quantized(source, tmp_path / "q", "int4-g32", None)
     # As they come, it expects zero points in another shape than its library packs them in.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
     from tidewright.quantization.quantize_model import Recipe
 
 SCHEMES = ("int8", "w8a8", "int4-g32", "int4-g64", "int4-g128", "fp8")
+FORMAT_VERSION = 2  # to be raised whenever the same order would be carried out differently
 CALIBRATION_TOKENS = 8192
 MAX_CALIBRATION_BYTES = 16 << 20
 _BUILT_IN_TEXT = Path(__file__).parent.parent / "quantization" / "texts" / "alice.txt"
 _STATE, _MADE = "quantizing.json", "quantized.json"
+_OTHER_FILES = 16 << 20  # bytes: the tokenizer's files and headers take so much at most, about
 _ELSEWHERE = "choose another folder with --out"
 
 
@@ -39,6 +43,7 @@ class QuantizeError(LaunchError):
 class Order(msgspec.Struct, frozen=True, kw_only=True):
     """What was asked for: only a run for the same continues what another has begun."""
 
+    format_version: int
     model: str
     fingerprint: str
     scheme: str
@@ -96,22 +101,18 @@ def _make(source: Path, target: Path, order: Order, text: str, console: Console)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         (partial / _STATE).write_bytes(msgspec.json.encode(order))
-    needed = _estimate(source, order.scheme) - _size(partial)
-    check_space(partial, needed, "the quantized model", _ELSEWHERE, QuantizeError)
     # Not at the top: they load torch.
     from tidewright.devices.cpu.step_threads import set_threads
-    from tidewright.quantization.affine import QuantizationError
-    from tidewright.quantization.checkpoint import CheckpointError
     from tidewright.quantization.quantize_model import QuantizationRun
 
     set_threads(0, sharers=1)
-    try:
+    with _refused(order, partial):
         run = QuantizationRun(source, partial, _recipe(order, source, text))
+        needed = run.bytes_needed() + _OTHER_FILES - _size(partial)
+    check_space(partial, needed, "the quantized model", _ELSEWHERE, QuantizeError)
+    with _refused(order, partial):
         with progress_bar(console, f"Quantizing to {order.scheme} by {order.method}") as on_progress:
             run.run(on_progress)
-    except (QuantizationError, CheckpointError, ModelConfigError, QuantizeError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise QuantizeError(f"can't quantize {order.model}: {error}") from error
     for name in SMALL_FILES:
         if name != "config.json" and (source / name).is_file():
             shutil.copyfile(source / name, partial / name)
@@ -120,6 +121,19 @@ def _make(source: Path, target: Path, order: Order, text: str, console: Console)
     (partial / _MADE).write_bytes(msgspec.json.encode(order))
     (partial / _STATE).unlink(missing_ok=True)
     put_in_place(partial, target)
+
+
+@contextmanager
+def _refused(order: Order, partial: Path) -> Iterator[None]:
+    """Names the model that can't be quantized, and leaves nothing of it."""
+    from tidewright.quantization.affine import QuantizationError
+    from tidewright.quantization.checkpoint import CheckpointError
+
+    try:
+        yield
+    except (QuantizationError, CheckpointError, ModelConfigError, QuantizeError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise QuantizeError(f"can't quantize {order.model}: {error}") from error
 
 
 def _recipe(order: Order, source: Path, text: str) -> Recipe:
@@ -164,6 +178,7 @@ def _order(model: str, source: Path, scheme: str, head: str, method: str, text: 
     from tidewright.distributed.fingerprint import model_fingerprint
 
     return Order(
+        format_version=FORMAT_VERSION,
         model=model if model == EMBEDDED_MODEL or not Path(model).exists() else str(Path(model).resolve()),
         fingerprint=model_fingerprint(source),
         scheme=scheme,
@@ -191,12 +206,6 @@ def _read_order(file: Path) -> Order | None:
 
 def _listed(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else [folder]
-
-
-def _estimate(source: Path, scheme: str) -> int:
-    """Bytes that it takes, at most about: embedding and head may stay in 16 bits."""
-    plain = sum(file.stat().st_size for file in source.glob("*.safetensors")) or _size(source)
-    return int(plain * (0.45 if scheme.startswith("int4") else 0.55)) + (16 << 20)
 
 
 def _size(folder: Path) -> int:

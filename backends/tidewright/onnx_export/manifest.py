@@ -95,7 +95,8 @@ def read_manifest(folder: Path) -> Manifest | None:
 
 def read_source(folder: Path) -> Source:
     """Reads no weights. Raises ModelConfigError."""
-    files = [*folder.glob("*.safetensors"), *(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())]
+    weights = [*folder.glob("*.safetensors")] or [*folder.glob("*.gguf")]  # of both, the export reads the plain ones
+    files = [*weights, *(folder / name for name in TOKENIZER_FILES if (folder / name).is_file())]
     stamps = sorted((file.name, file.stat().st_mtime_ns) for file in files)
     return Source(
         folder=str(folder),

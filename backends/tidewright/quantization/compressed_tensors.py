@@ -76,7 +76,10 @@ class PackedWeight(StoredWeight):
                 f"{name} is quantized in the order of activations (actorder: group), which is not supported; take a "
                 "checkpoint made without, or run `tidewright quantize` on the original model"
             )
-        out_features, in_features = parts["weight_shape"][(slice(None),)].tolist()
+        sizes = parts["weight_shape"][(slice(None),)]
+        if sizes.is_floating_point() or sizes.is_complex():
+            raise QuantizationError(f"{name}.weight_shape is stored as {sizes.dtype}, expected whole numbers")
+        out_features, in_features = sizes.tolist()
         (rows, words) = two_sizes(f"{name}.weight_packed", parts["weight_packed"])
         bits = next((bits for bits in PACKED_BITS if in_features > 0 and -(-in_features * bits // 32) == words), 0)
         if rows != out_features or not bits:

@@ -11,7 +11,7 @@ import torch
 
 from tidewright.quantization.affine import AffineWeight, QuantizationError, groups_of_columns
 from tidewright.quantization.gguf_index import GGUF_FILE, INDEX_FILE, GgufIndex, GgufTensor
-from tidewright.quantization.gguf_types import BLOCK_TYPES, BlockType
+from tidewright.quantization.gguf_types import BLOCK_TYPES, BlockType, flat
 from tidewright.quantization.stored import check_finite
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -48,15 +48,18 @@ class GgufWeight:
         groups_of_columns(self._shape[1], size, columns.start, columns.stop)
         first, last = columns.start // block.elements, -(-columns.stop // block.elements)
         packed = self._rows.read(rows, first * block.bytes, last * block.bytes)
-        codes, scales, offsets = block.decode(packed.reshape(-1, block.bytes))
+        blocks = packed.shape[1] // block.bytes
+        codes, scales, offsets = (
+            None if numbers is None else flat(numbers.reshape(len(packed), blocks, numbers.shape[1]))
+            for numbers in block.decode(packed.reshape(len(packed) * blocks, block.bytes))
+        )
+        assert codes is not None
         # A block may have more groups than were asked for.
         skipped, width = columns.start - first * block.elements, columns.stop - columns.start
         groups = slice(skipped // size, (skipped + width) // size)
-        codes_FE = codes.reshape(len(packed), -1)[:, skipped : skipped + width]
+        codes_FE = codes[:, skipped : skipped + width]
         scales_FG, offsets_FG = (
-            None
-            if numbers is None
-            else torch.from_numpy(np.ascontiguousarray(numbers.reshape(len(packed), -1)[:, groups]))
+            None if numbers is None else torch.from_numpy(np.ascontiguousarray(numbers[:, groups]))
             for numbers in (scales, offsets)
         )
         check_finite(self.name, scales_FG, offsets_FG)
@@ -80,7 +83,8 @@ class GgufPlainWeight:
             rows, columns = index
         first, last, _ = columns.indices(self._shape[-1])
         packed = self._rows.read(rows, first * self._dtype.itemsize, last * self._dtype.itemsize)
-        values = torch.from_numpy(packed).view(self._dtype)
+        # Flat: a matrix without rows has strides that torch does not view as another type.
+        values = torch.from_numpy(packed.reshape(-1)).view(self._dtype).reshape(len(packed), last - first)
         return values[0] if len(self._shape) == 1 else values
 
 

@@ -5,6 +5,7 @@ Only types whose weights are scale * code + offset in groups are here; the other
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,10 +30,15 @@ def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
 
 
+def flat(rows: np.ndarray) -> np.ndarray:
+    """All but the first dimension as one, also of no rows, for which NumPy does not infer it."""
+    return rows.reshape(len(rows), math.prod(rows.shape[1:]))
+
+
 def _nibbles(packed: np.ndarray, run: int) -> np.ndarray:
     """Runs of `run` bytes: all their low halves, then all their high ones."""
-    runs = packed.reshape(len(packed), -1, 1, run)
-    return np.concatenate((runs & 15, runs >> 4), axis=2).reshape(len(packed), -1)
+    runs = packed.reshape(len(packed), packed.shape[1] // run, 1, run)
+    return flat(np.concatenate((runs & 15, runs >> 4), axis=2))
 
 
 def _fifth_bits(packed: np.ndarray) -> np.ndarray:
@@ -79,7 +85,7 @@ def _q4_k(blocks: np.ndarray) -> Decoded:
 def _q5_k(blocks: np.ndarray) -> Decoded:
     # Bit b of byte i belongs to code 32 b + i.
     fifth = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8)[:, None]) & 1
-    codes = _nibbles(blocks[:, 48:], 32) | (fifth.reshape(len(blocks), -1) << 4)
+    codes = _nibbles(blocks[:, 48:], 32) | (flat(fifth) << 4)
     return codes.view(np.int8), *_scales_of_k(blocks)
 
 
@@ -87,7 +93,7 @@ def _q6_k(blocks: np.ndarray) -> Decoded:
     low = _nibbles(blocks[:, :128], 64)
     # Four codes a byte, 32 bytes apart, twice.
     pairs = blocks[:, 128:192].reshape(len(blocks), 2, 1, 32) >> np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]
-    codes = low | ((pairs & 3) << 4).reshape(len(blocks), -1)
+    codes = low | flat((pairs & 3) << 4)
     scales = blocks[:, 192:208].view(np.int8).astype(np.float32)
     return codes.view(np.int8) - np.int8(32), _float16(blocks, 208) * scales, None
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from tidewright.quantization.affine import QuantizationError
+
 WORD_BITS = 32
 PACKED_BITS = (4, 8)
 
 
 def unpack(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
-    """Unsigned codes, uint8; `dim` grows by as many as a word holds."""
+    """Unsigned codes, uint8; `dim` grows by as many as a word holds. Raises QuantizationError: words are no int32."""
+    if words.dtype != torch.int32:
+        raise QuantizationError(f"packed codes are stored as {words.dtype}, expected int32; the file is damaged")
     shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32)
     moved = words.movedim(dim, -1)
     codes = (moved[..., None] >> shifts) & (2**bits - 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -75,6 +76,23 @@ class QuantizationRun:
                 done += sum(_count(weights[name]) for name in names)
                 on_progress(done, total)
             self._finish()
+
+    def bytes_needed(self) -> int:
+        """That the weights take once they are written. Raises as `run`."""
+        with open_checkpoint(self._folder) as weights:
+            self.check(weights)
+            return sum(self._stored_bytes(name, source) for name, source in weights.items())
+
+    def _stored_bytes(self, name: str, source: Source) -> int:
+        scheme = self._scheme_of(name, source)
+        if scheme is None:
+            assert not isinstance(source, AffineSource)
+            first = source[tuple(slice(0, 1) for _ in source.get_shape())]
+            return _count(source) * first.element_size()
+        rows, columns = source.get_shape()
+        groups = rows * (-(-columns // scheme.group_size) if scheme.group_size else 1)
+        of_group = scale_dtype(scheme, self._dtype).itemsize + (0 if scheme.symmetric else scheme.weight_bits / 8)
+        return math.ceil(rows * columns * scheme.weight_bits / 8 + groups * of_group)
 
     def check(self, weights: Mapping[str, Source]) -> None:
         """Raises QuantizationError: the model is quantized already, or can't be by this scheme."""

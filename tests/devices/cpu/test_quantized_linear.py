@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from helpers import checkpoints, families
 from helpers.on_disk import OnDisk
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.base import Device
+from tidewright.devices.cpu import linear
 from tidewright.devices.cpu.device import CpuDevice
 from tidewright.distributed.sharding import Cut
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.quantization.affine import QuantizationError, quantize_rtn, scheme_named
 from tidewright.quantization.choice import Quantization, choose
+from tidewright.quantization.quantize_model import QuantizationRun, Recipe
 
 pytestmark = pytest.mark.usefixtures("all_cores")
 
@@ -100,6 +105,23 @@ def test_an_engine_with_quantized_layers(tmp_path: Path, name: str, dtype: str) 
     assert torch.equal(checkpoints.logits(runner, ids[:11], chunk=1), together[:11])
     runner.device.fused_rows = 0
     assert torch.equal(checkpoints.logits(runner, ids, chunk=40), together)
+
+
+def test_plain_layers_of_a_quantized_checkpoint_keep_their_ways(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fused layers multiply by our kernels, which are not the fastest for many rows everywhere."""
+    monkeypatch.setattr(linear, "choose_ways", lambda dtype: ("native", "native", "native", "plain"))
+    checkpoints.save(tmp_path / "plain", families.FAMILIES["qwen 3"])
+    QuantizationRun(tmp_path / "plain", tmp_path, Recipe(scheme_named("int8"), None)).run(lambda done, total: None)
+    assert ModelRunner(checkpoints.engine_config(tmp_path)).device.fused_rows == sys.maxsize  # type: ignore[attr-defined]
+    with safe_open(tmp_path / "plain" / "model.safetensors", framework="pt") as weights:
+        name = "model.layers.1.mlp.down_proj"
+        file = next(file for file in tmp_path.glob("*.safetensors") if f"{name}.weight_packed" in load_file(file))
+        kept = {part: tensor for part, tensor in load_file(file).items() if not part.startswith(name)}
+        save_file({**kept, f"{name}.weight": weights.get_tensor(f"{name}.weight")}, file)
+    device = ModelRunner(checkpoints.engine_config(tmp_path)).device
+    assert device.fused_rows == 128  # type: ignore[attr-defined]
 
 
 def test_head_and_embedding_can_be_left() -> None:

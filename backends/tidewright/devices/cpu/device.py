@@ -80,9 +80,9 @@ class CpuDevice(Device):
         super().finish(model)
         if layers := fuse_layers(model):
             self._layers = layers
-            chosen = self.quantization
-            is_integer = chosen.is_stored or (chosen.scheme is not None and not chosen.scheme.is_float)
-            self.fused_rows = sys.maxsize if is_integer else native_rows(model.dtype)
+            # A plain weight, which a quantized checkpoint may have as well, has a faster way for many rows.
+            all_quantized = all(layer.is_quantized for layer in layers)
+            self.fused_rows = sys.maxsize if all_quantized else native_rows(model.dtype)
 
     @contextmanager
     def step(self, cache: KVCache, newest_block: int) -> Iterator[None]:

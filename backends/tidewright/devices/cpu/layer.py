@@ -128,6 +128,8 @@ class CpuLayer:
         if library is None or dtype not in SUFFIXES:
             raise KernelArgumentError(f"there are no kernels for {dtype}")
         self._index, self._add_up = index, add_up
+        weights = (parts.qkv, parts.output, parts.gate_up, parts.down)
+        self.is_quantized = all(isinstance(weight.packed, PackedQuantizedWeight) for weight in weights)
         self._kept = parts  # C knows the addresses only
         self._attention_half = getattr(library, f"attention_half_{SUFFIXES[dtype]}")
         self._attention_half.argtypes = [POINTER(_AttentionHalf), POINTER(_Step), c_int64] + [c_void_p] * 3

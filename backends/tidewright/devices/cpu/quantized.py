@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from tidewright.devices.cpu.build import load_library
 from tidewright.devices.cpu.kernels import SUFFIXES, KernelArgumentError
 from tidewright.quantization.affine import AffineWeight, QuantizationError, joined
+from tidewright.quantization.half_scales import as_halves
 
 ACTIVATION_GROUP = 64
 """Inputs that share a scale of the activations, where the weight's scales do not say."""
@@ -82,8 +83,8 @@ class PackedQuantizedWeight:
             factors_F = scales_FG[:, 0]
         else:
             struct.has_scales, struct.has_offsets = 1, int(offsets_FG is not None)
-            factors_F = _powers(scales_FG, offsets_FG)
-            halves = [_halves(values, factors_F) for values in (scales_FG, offsets_FG)]
+            factors_F, *found = as_halves(scales_FG, offsets_FG, _HALF_EXPONENT)
+            halves = [None if values is None else values.contiguous() for values in found]
         factors_F = F.pad(factors_F, (0, padding)).contiguous()
         struct.factors = factors_F.data_ptr()
         size = library.quantized_bytes(ctypes.byref(struct))
@@ -167,19 +168,6 @@ def _zero(weight: AffineWeight) -> int:
     if least + zero < 0 or most + zero > 15:
         raise QuantizationError(f"codes of 4 bits are -8 to 7 or 0 to 15, not {least} to {most}")
     return zero
-
-
-def _powers(scales_FG: torch.Tensor, offsets_FG: torch.Tensor | None) -> torch.Tensor:
-    """For each feature a power of two: divided by it, the scales of a checkpoint in 16 bits are exact in float16."""
-    largest_F = scales_FG.abs().amax(1)
-    if offsets_FG is not None:
-        largest_F = torch.maximum(largest_F, offsets_FG.abs().amax(1))
-    exponents_F = torch.frexp(largest_F).exponent - _HALF_EXPONENT
-    return torch.ldexp(torch.ones_like(largest_F), exponents_F.clamp(-120, 120))
-
-
-def _halves(values_FG: torch.Tensor | None, factors_F: torch.Tensor) -> torch.Tensor | None:
-    return None if values_FG is None else (values_FG / factors_F[:, None]).half().contiguous()
 
 
 def _format(weight: AffineWeight) -> tuple[object, ...]:

@@ -34,6 +34,7 @@ from tidewright.devices.cuda.quantized_launch import (
     sum_launch,
 )
 from tidewright.quantization.affine import AffineWeight, QuantizationError
+from tidewright.quantization.half_scales import as_halves
 
 _INTERPRETED_PROCESSORS = 4
 _LARGEST_EXPONENT = 7  # of a row's scales, divided by its factor: products with codes must not exceed float16, either
@@ -161,21 +162,10 @@ def pack(weight: AffineWeight, device: torch.device) -> CudaQuantizedWeight:
         factors_F = scales_FG[:, 0].contiguous()
         return CudaQuantizedWeight(layout, codes_FE.contiguous(), None, None, factors_F, depth, group)
     offsets_FG = None if weight.offsets_FG is None else weight.offsets_FG.to(device)
-    factors_F1 = _factors(scales_FG, offsets_FG)
-    scales_GF = (scales_FG / factors_F1).half().T.contiguous()
-    offsets_GF = None if offsets_FG is None else (offsets_FG / factors_F1).half().T.contiguous()
-    return CudaQuantizedWeight(
-        layout, codes_FE.contiguous(), scales_GF, offsets_GF, factors_F1[:, 0].contiguous(), depth, group
-    )
-
-
-def _factors(scales_FG: torch.Tensor, offsets_FG: torch.Tensor | None) -> torch.Tensor:
-    """[F, 1]. An offset is a scale times a zero point, at most 15 with 4 bits; so it counts as a sixteenth."""
-    largest_F1 = scales_FG.abs().amax(1, keepdim=True)
-    if offsets_FG is not None:
-        largest_F1 = torch.maximum(largest_F1, offsets_FG.abs().amax(1, keepdim=True) / 16)
-    exponents_F1 = torch.frexp(largest_F1).exponent - _LARGEST_EXPONENT
-    return torch.ldexp(torch.ones_like(largest_F1), exponents_F1.clamp(-100, 100))
+    # An offset is a scale times a zero point, at most 15 with 4 bits.
+    factors_F, *halves = as_halves(scales_FG, offsets_FG, _LARGEST_EXPONENT, 1 / 16)
+    scales_GF, offsets_GF = (None if values is None else values.T.contiguous() for values in halves)
+    return CudaQuantizedWeight(layout, codes_FE.contiguous(), scales_GF, offsets_GF, factors_F, depth, group)
 
 
 def _product(
