@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from tidewright.devices.cuda.traffic import WEIGHT_FORMATS, Traffic, decode_step, step_seconds
+from tidewright.devices.cuda.traffic import Traffic, decode_step, step_seconds
 from tidewright.models.families import read_config
 from tidewright.planning.gpus import GPUS
+from tidewright.planning.weight_formats import SCHEMES
 
 H200 = replace(GPUS["H200"], bandwidth=4.3e12, flops_16=790e12, source="copies 4.3 TB/s, bf16 products 790 TFLOP/s")
 BATCHES = (1, 16, 64, 256)
@@ -43,7 +44,7 @@ SHAPES = {
     "8B": _llama(4096, 14336, 32, 32, 8, 128256, is_tied=False),  # Llama 3.1 8B
 }
 """As in config.json."""
-FORMATS = {"bf16": None, **WEIGHT_FORMATS}
+FORMATS = {"bf16": None, **{name: SCHEMES[name] for name in ("int8", "int4-g64")}}
 MODELS = {name: read_config(SHAPES[name]) for name in ("1B", "8B")}
 
 

@@ -79,8 +79,10 @@ WORDS = (
     "block_size",
     "size",
     "kv",
+    "quantization",
+    "head",
 )
-# Models, then what stands in WORDS; the KV cache's dtype, the last, is auto.
+# Models, then what stands in WORDS; the last three have serve's defaults.
 TABLE: list[tuple[Any, ...]] = [
     (LLAMA_8B, 8192, 200, 8192, "H200", 8, 5, "bfloat16", 16, None),
     (LLAMA_8B, 8192, 200, 1300, "L4", 4, 5, "bfloat16", 16, None),
@@ -101,6 +103,11 @@ TABLE: list[tuple[Any, ...]] = [
     (LLAMA_8B, 8192, 200, 8192, "H200", 8, 5, "float32", 16, None, "fp8"),
     (LLAMA_8B, 8192, 200, 8192, "H200", 8, 5, "bfloat16", 16, None, "float32"),
     (SMOLLM, 2048, 999, 700, "A30", 9, 33, "bfloat16", 7, 9),
+    (LLAMA_8B, 8192, 200, 8192, "H200", 8, 5, "bfloat16", 16, None, "auto", "int8"),
+    (BIASED, 2048, 999, 700, "A30", 8, 5, "bfloat16", 16, 3, "int8", "int4-g128", "keep"),
+    (LLAMA_70B, 2048, 4, 1000, "L40S", 8, 5, "bfloat16", 16, 7, "auto", "int4-g32", "same"),
+    (LLAMA_70B, 2048, 4, 1000, "L40S", 8, 5, "float16", 16, None, "auto", "fp8"),
+    (replace(SMOLLM, head_dim=320), 2048, 999, 700, "A30", 8, 5, "bfloat16", 16, 1),
 ]
 
 
@@ -138,14 +145,20 @@ def blocks(kind: str, folder: Path) -> Iterator[tuple[Path, str, dict[str, Any]]
 
 
 def named(case: tuple[Any, ...]) -> dict[str, Any]:
-    return {"kv": "auto", **dict(zip(WORDS, case[1:], strict=False))}
+    return {"kv": "auto", "quantization": "auto", "head": "int8", **dict(zip(WORDS, case[1:], strict=False))}
 
 
 def planned(case: tuple[Any, ...]) -> Plan:
     model, words = case[0], named(case)
     load = Load(context=words["context"], concurrent=words["concurrent"], mean_tokens=words["mean_tokens"])
     machine = Machine(gpu=GPUS[words["gpu"]], gpus_per_node=words["gpus_per_node"], headroom=words["headroom"])
-    engine = Engine(dtype=words["dtype"], kv_cache_dtype=words["kv"], block_size=words["block_size"])
+    engine = Engine(
+        dtype=words["dtype"],
+        kv_cache_dtype=words["kv"],
+        quantization=words["quantization"],
+        quantize_head=words["head"],
+        block_size=words["block_size"],
+    )
     return make_plan(model, load, machine, engine, words["size"])
 
 
@@ -161,6 +174,8 @@ def variables(case: tuple[Any, ...]) -> dict[str, Any]:
         "headroom_percent": words["headroom"],
         "dtype": words["dtype"],
         "kv_cache_dtype": words["kv"],
+        "quantization": words["quantization"],
+        "quantize_head": words["head"],
         "block_size": words["block_size"],
         "tensor_parallel_size": words["size"],
     }

@@ -11,18 +11,27 @@ from torch import nn
 
 from helpers.checkpoints import engine_config, save
 from helpers.families import FAMILIES
+from helpers.interpreted import interpreted
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.base import Device
 from tidewright.devices.cpu.linear import CpuLinear
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import EngineConfig
 from tidewright.engine.model_runner import ModelRunner
+from tidewright.layers.linear_method import PlainLinear
 from tidewright.models.config import DecoderConfig
 from tidewright.models.families import READERS, read_config
 from tidewright.models.folder import read_json
 from tidewright.models.registry import model_class
 from tidewright.planning import footprint
 from tidewright.planning.plan import possible_sizes
+from tidewright.planning.weight_formats import SCHEMES, WeightFormat, WeightFormats, formats_of, stored_formats
+from tidewright.quantization.affine import quantize_rtn, scheme_named
+from tidewright.quantization.compressed_tensors_writer import quantization_config
+
+with interpreted():
+    from tidewright.devices.cuda.float8_weight import pack_float8
+    from tidewright.devices.cuda.quantized_weight import pack
 
 POSITIONS = 64
 # Shapes as they are published, with the number of parameters that their own pages name.
@@ -96,6 +105,52 @@ def test_weights_and_tables_of_every_rank_are_those_of_its_layers(name: str, dty
         assert [footprint.weight_bytes(model, dtype.itemsize, rank, size) for rank in range(size)] == wanted
         assert wanted[footprint.largest_rank(model, dtype.itemsize, size)] == max(wanted)
         assert footprint.table_bytes(model, POSITIONS) == tensors(ranks[0], parameters=False)
+
+
+@pytest.mark.parametrize("name", [*SCHEMES])
+def test_a_quantized_weight_takes_what_the_gpu_packs_it_into(name: str) -> None:
+    scheme = scheme_named(name)
+    for features, depth in ((32, 64), (48, 272), (16, 1536), (32, 96)):
+        weight = quantize_rtn(torch.randn(features, depth), scheme)
+        made = (pack_float8 if scheme.is_float else pack)(weight, torch.device("cpu"))
+        assert SCHEMES[name].bytes(depth, features) == made.nbytes, (features, depth)
+
+
+@pytest.mark.parametrize("head", ["int8", "keep"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_quantized_weights_of_every_rank_are_those_of_its_layers(name: str, head: str) -> None:
+    _, model = shapes(FAMILIES[name])
+    formats = formats_of("int4-g32", head, 2, None)
+    for size in possible_sizes(model):
+        for rank in range(size):
+            made = rank_of(FAMILIES[name], TensorParallelGroup(rank, size), torch.bfloat16)
+            heads = {id(layer.method) for layer in (made.head, made.embedding)}  # type: ignore[union-attr]
+            methods = [module for module in made.modules() if isinstance(module, PlainLinear)]
+            matrices = {id(method.weight): (method, id(method) in heads) for method in methods}
+            plain = tensors(made, parameters=True) - sum(method.weight.nbytes for method, _ in matrices.values())
+            quantized = sum(
+                (formats.head if is_head else formats.layers).bytes(*reversed(method.weight.shape))
+                for method, is_head in matrices.values()
+            )
+            assert footprint.weight_bytes(model, 2, rank, size, formats) == plain + quantized
+
+
+def test_a_quantized_checkpoint_is_counted_as_its_config_says() -> None:
+    def found(**quantization: object) -> WeightFormats | None:
+        return stored_formats({"quantization_config": quantization}, 2)
+
+    kept = WeightFormats.plain(2).head
+    assert stored_formats({}, 2) is None
+    assert found(quant_method="fp8") == WeightFormats(SCHEMES["fp8"], kept)
+    assert found(quant_method="awq", bits=4, group_size=128) == WeightFormats(SCHEMES["int4-g128"], kept)
+    gptq = found(quant_method="gptq", bits=4, group_size=128, sym=True)
+    assert gptq == WeightFormats(WeightFormat(4, 128, block=64), kept)
+    for name, head in (("w8a8", "int8"), ("int4-g32", "int8"), ("int4-g64", "int4-g64"), ("fp8", None)):
+        config = quantization_config(scheme_named(name), scheme_named(head) if head else None, [])
+        assert found(**config) == WeightFormats(SCHEMES[name], SCHEMES[head] if head else kept)
+    assert formats_of("int4-g64", "keep", 2, gptq) == WeightFormats(SCHEMES["int4-g64"], kept)
+    assert formats_of("auto", "int8", 2, gptq) == gptq
+    assert formats_of("none", "int8", 2, gptq) == WeightFormats.plain(2)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -65,9 +65,30 @@ def test_llama_8b_on_an_h200() -> None:
     assert made.replica.weights == 2 * 8_030_261_248
     assert made.replica.kv_per_token == 128 * 1024
     assert made.replica.kv_per_sequence == GIB
-    # 141 GB less 5 % and 1 GiB is 123.7 GiB; the weights take 15 GiB: 100 sequences of 1 GiB and their workspace fit.
-    assert 95 <= made.replica.max_sequences <= 105
+    # 141 GB less 5 % and 1 GiB is 123.7 GiB; the weights take 15 GiB: 107 sequences of 1 GiB and their workspace fit.
+    assert 105 <= made.replica.max_sequences <= 108
     assert (made.replicas, made.running, made.gpus, made.nodes) == (2, 100, 2, 1)
+
+
+def test_quantized_llama_8b_on_an_h200() -> None:
+    """By hand: a byte for each weight of the matrices, 4 bytes for each of their outputs; norms as they were."""
+    machine, wanted = Machine(gpu=GPUS["H200"]), load(8192, 200)
+    plain = make_plan(LLAMA_8B, wanted, machine, Engine()).replica
+    made = make_plan(LLAMA_8B, wanted, machine, Engine(quantization="int8")).replica
+    norms = (2 * 32 + 1) * 4096
+    outputs = 32 * (6144 + 4096 + 28672 + 4096) + 2 * 128256
+    assert made.weights == 8_030_261_248 - norms + 4 * outputs + 2 * norms
+    assert made.max_sequences - plain.max_sequences in (7, 8)  # 7.5 GiB less, and a sequence takes 1 GiB
+    four = make_plan(LLAMA_8B, wanted, machine, Engine(quantization="int4-g64", quantize_head="same")).replica
+    assert four.weights == pytest.approx(made.weights * 4.5 / 8, rel=0.01)
+    with pytest.raises(PlanError, match=r"the A10 does not multiply fp8, .*; choose int8"):
+        make_plan(LLAMA_8B, wanted, Machine(gpu=GPUS["A10"]), Engine(quantization="fp8"))
+
+
+def test_a_model_that_only_fits_quantized_is_told_so() -> None:
+    with pytest.raises(PlanError, match=r"or --quantization int8$"):
+        plan(LLAMA_8B, "A10", load(65536), 1)
+    assert make_plan(LLAMA_8B, load(65536), Machine(gpu=GPUS["A10"]), Engine(quantization="int8"), 1)
 
 
 def test_llama_70b_needs_several_gpus() -> None:
@@ -94,7 +115,7 @@ def test_ranks_stay_on_one_host_if_that_will_do() -> None:
 
 
 def test_shorter_sequences_need_fewer_gpus() -> None:
-    long, short = (plan(LLAMA_8B, "H100", load(8192, 500, mean)) for mean in (8192, 1024))
+    long, short = (plan(LLAMA_8B, "H100", load(8192, 500, mean), 1) for mean in (8192, 1024))
     assert short.gpus < long.gpus
     assert short.replica.max_longest == long.replica.max_longest > 0
 
@@ -145,7 +166,7 @@ def test_what_is_planned_has_room(
     size = engine.block_size
     assert made.kv_blocks >= made.running * blocks_of(wanted.mean_tokens, size)
     assert made.kv_blocks >= blocks_of(context, size)
-    workspace = made.running * (replica.logits_per_sequence + replica.gathered_per_sequence)
+    workspace = made.running * (replica.rows_per_sequence + replica.gathered_per_sequence)
     assert replica.fixed + workspace + made.kv_cache <= replica.usable
     assert made.nodes * per_node >= made.gpus
     # No other size that is compared takes fewer.

@@ -13,12 +13,12 @@ from tidewright.devices.cpu.attention import NativeCpuAttention
 from tidewright.devices.cpu.device import CpuDevice
 from tidewright.devices.cpu.kernels import kernels_of
 from tidewright.devices.cpu.step_threads import StepThreads, processor_waits
+from tidewright.devices.cuda.head_sizes import LARGEST_HEAD, takes_head
 from tidewright.devices.cuda.kernel_cache import keep_kernels
 from tidewright.devices.visible_gpus import check_visible
 from tidewright.kv_cache.quantized import FP8, INT8, is_quantized
 
 _ATTENTIONS = ("auto", "native", "reference")
-_LARGEST_HEAD = 256  # of the kernels for GPUs
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _CACHE_DTYPES = {**_DTYPES, "fp8": FP8, "int8": INT8}
 
@@ -95,8 +95,8 @@ def _lack_on_cpu(dtype: torch.dtype, cache_dtype: torch.dtype) -> str:
 
 
 def _lack_on_cuda(head_dim: int) -> str:
-    if head_dim > _LARGEST_HEAD or head_dim % 2:
-        return f"even head sizes up to {_LARGEST_HEAD}, not {head_dim}"
+    if not takes_head(head_dim):
+        return f"even head sizes up to {LARGEST_HEAD}, not {head_dim}"
     return "" if find_spec("triton") else "PyPI's triton (pip install tidewright[gpu])"
 
 

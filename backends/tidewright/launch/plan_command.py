@@ -14,6 +14,7 @@ from tidewright.kv_cache.budget import parse_memory
 from tidewright.launch.terminal import output_console
 from tidewright.planning.gpus import DTYPES, GB, GPUS, KV_DTYPES, TFLOPS, Gpu, find_gpu
 from tidewright.planning.plan import Engine, Load, Machine, PlanError, make_plan
+from tidewright.planning.weight_formats import SCHEMES, stored_formats
 
 PIPE_WIDTH = 120  # characters, where the output is no terminal
 MAX_TOKENS = 1 << 27
@@ -73,6 +74,20 @@ _TOKENS = click.IntRange(1, MAX_TOKENS)
     show_default=True,
     help="As of serve; auto is --dtype.",
 )
+@click.option(
+    "--quantization",
+    type=click.Choice(["auto", "none", *SCHEMES]),
+    default="auto",
+    show_default=True,
+    help="As of serve; auto is what config.json says.",
+)
+@click.option(
+    "--quantize-head",
+    type=click.Choice(["int8", "same", "keep"]),
+    default="int8",
+    show_default=True,
+    help="As of serve.",
+)
 @click.option("--tensor-parallel-size", type=click.IntRange(1, 1024), help="GPUs per replica.  [default: the cheapest]")
 @click.option("--gpus-per-node", type=click.IntRange(1, 128), default=8, show_default=True, help="GPUs of each host.")
 @click.option("--headroom", type=click.IntRange(0, 90), default=5, show_default=True, help="Percent kept free.")
@@ -93,6 +108,8 @@ def plan(
     output_tokens: int | None,
     dtype: str,
     kv_cache_dtype: str,
+    quantization: str,
+    quantize_head: str,
     tensor_parallel_size: int | None,
     gpus_per_node: int,
     headroom: int,
@@ -133,6 +150,9 @@ def plan(
         engine = Engine(
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
+            quantization=quantization,
+            quantize_head=quantize_head,
+            stored=stored_formats(config, DTYPES[dtype]),
             block_size=block_size,
             max_batched_tokens=max_batched_tokens,
         )

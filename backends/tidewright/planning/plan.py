@@ -1,25 +1,24 @@
 """How many GPUs a model and a load need, and what a replica holds. Whole numbers, as in terraform/modules/sizing.
 
 The memory of a GPU, after a share that stays free and what CUDA itself takes: weights, activations of the largest step,
-and then for each sequence its KV blocks, the copy that attention makes of a layer's, and a row of logits.
+and then for each sequence its KV blocks, what attention keeps beside them, and a row of logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tidewright.distributed.sharding import ShardingError, tensor_parallel_sizes
 from tidewright.kv_cache.budget import blocks_of
 from tidewright.models.config import DecoderConfig
 from tidewright.planning import footprint
 from tidewright.planning.gpus import DTYPES, KV_DTYPES, Gpu
+from tidewright.planning.weight_formats import WeightFormats, formats_of
 
 MIB = 2**20
 RUNTIME_BYTES = 2**30
 """CUDA's context, its libraries, and what the allocator does not give back: an assumption."""
-GATHERED_LAYERS = 2
-"""The attention copies keys and values of one layer, padded to twice their length at most (attention/reference.py)."""
 ROUNDING_BYTES = 3 * MIB
 """What rounding the KV cache down to whole MiB may cost at most."""
 MAX_RUNNING = 4096  # as config.Settings bounds it
@@ -53,12 +52,20 @@ class Engine:
 
     dtype: str = "bfloat16"
     kv_cache_dtype: str = "auto"
+    quantization: str = "auto"
+    quantize_head: str = "int8"
+    stored: WeightFormats | None = None
+    """Of a quantized checkpoint."""
     block_size: int = 16
     max_batched_tokens: int = 2048
 
     @property
     def value_bytes(self) -> int:
         return DTYPES[self.dtype]
+
+    @property
+    def formats(self) -> WeightFormats:
+        return formats_of(self.quantization, self.quantize_head, self.value_bytes, self.stored)
 
     @property
     def kv_value_bytes(self) -> int:
@@ -78,8 +85,10 @@ class Replica:
     kv_per_token: int
     kv_per_sequence: int
     """Of a sequence of mean length."""
-    logits_per_sequence: int
+    rows_per_sequence: int
+    """Logits, and what attention combines, of a sequence's newest token."""
     gathered_per_sequence: int
+    """The copy of a layer's keys and values, where attention needs one."""
     max_sequences: int
     """Of mean length, that fit at a time; 0 if not even one of the longest does."""
     max_longest: int
@@ -116,17 +125,20 @@ def make_replica(model: DecoderConfig, load: Load, machine: Machine, engine: Eng
     """Raises ShardingError."""
     bytes_ = engine.value_bytes
     usable = machine.gpu.memory * (100 - machine.headroom) // 100 - RUNTIME_BYTES
-    weights = footprint.weight_bytes(model, bytes_, footprint.largest_rank(model, bytes_, size), size)
+    largest = footprint.largest_rank(model, bytes_, size, engine.formats)
+    weights = footprint.weight_bytes(model, bytes_, largest, size, engine.formats)
     tables = footprint.table_bytes(model, load.context)
     logits = footprint.logits_bytes(model, bytes_, size)
+    rows = logits + footprint.partial_bytes(model, load.context, size)
     step = footprint.step_bytes(model, bytes_, engine.max_batched_tokens, size) + footprint.SCORED_ROWS * logits
     block = footprint.kv_block_bytes(model, engine.kv_value_bytes, engine.block_size, size)
     left = max(0, usable - weights - tables - step - ROUNDING_BYTES)
     kv, longest = (blocks_of(tokens, engine.block_size) * block for tokens in (load.mean_tokens, load.context))
-    gathered, longest_gathered = (GATHERED_LAYERS * one // model.num_layers for one in (kv, longest))
-    max_longest = left // (longest + longest_gathered + logits)
+    layers = footprint.gathered_layers(model)
+    gathered, longest_gathered = (layers * one // model.num_layers for one in (kv, longest))
+    max_longest = left // (longest + longest_gathered + rows)
     # However many run, the pool can hold one of the longest.
-    most = max(0, left - longest - longest_gathered) // logits
+    most = max(0, left - longest - longest_gathered) // rows
     return Replica(
         tensor_parallel_size=size,
         usable=usable,
@@ -135,9 +147,9 @@ def make_replica(model: DecoderConfig, load: Load, machine: Machine, engine: Eng
         step=step,
         kv_per_token=block // engine.block_size,
         kv_per_sequence=kv,
-        logits_per_sequence=logits,
+        rows_per_sequence=rows,
         gathered_per_sequence=gathered,
-        max_sequences=min(left // (kv + gathered + logits), most),
+        max_sequences=min(left // (kv + gathered + rows), most),
         max_longest=max_longest,
     )
 
@@ -158,6 +170,8 @@ def make_plan(
         )
     if engine.dtype == "bfloat16" and not machine.gpu.has_bfloat16:
         raise PlanError(f"the {machine.gpu.name} does not compute in bfloat16; choose float16 or float32")
+    if engine.quantization == "fp8" and not machine.gpu.has_float8:
+        raise PlanError(f"the {machine.gpu.name} does not multiply fp8, and keeps such weights in 16 bits; choose int8")
     sizes = possible_sizes(model)
     if tensor_parallel_size is not None and tensor_parallel_size not in sizes:
         raise PlanError(
@@ -176,7 +190,7 @@ def make_plan(
     best = min(fitting, key=lambda one: (_gpus(one, load), one.tensor_parallel_size))
     replicas = _replicas(best, load)
     running = -(-load.concurrent // replicas)
-    kv_cache = _kv_cache(best, running, model.num_layers)
+    kv_cache = _kv_cache(best, running, model)
     size = best.tensor_parallel_size
     return Plan(
         replica=best,
@@ -222,10 +236,10 @@ def _nodes(replicas: int, size: int, gpus_per_node: int) -> int:
     return -(-replicas // (gpus_per_node // size))
 
 
-def _kv_cache(replica: Replica, running: int, num_layers: int) -> int:
-    """All that is left when `running` sequences have their logits: more than they need keeps prefixes."""
-    left = replica.usable - replica.fixed - running * replica.logits_per_sequence
-    return left * num_layers // (num_layers + GATHERED_LAYERS) // MIB * MIB
+def _kv_cache(replica: Replica, running: int, model: DecoderConfig) -> int:
+    """All that is left when `running` sequences have their rows: more than they need keeps prefixes."""
+    left = replica.usable - replica.fixed - running * replica.rows_per_sequence
+    return left * model.num_layers // (model.num_layers + footprint.gathered_layers(model)) // MIB * MIB
 
 
 def _why_nothing_fits(
@@ -241,8 +255,9 @@ def _why_nothing_fits(
         return f"{wanted[0]} ranks can't be shared equally by hosts with {per_node} GPUs; change --gpus-per-node"
     least = min(made, key=lambda one: one.fixed)
     longest = blocks_of(load.context, engine.block_size) * engine.block_size * least.kv_per_token
-    gathered = GATHERED_LAYERS * longest // model.num_layers
-    needed = least.fixed + longest + gathered + least.logits_per_sequence + ROUNDING_BYTES
+    layers = footprint.gathered_layers(model)
+    gathered = layers * longest // model.num_layers
+    needed = least.fixed + longest + gathered + least.rows_per_sequence + ROUNDING_BYTES
     memory = -(-(needed + RUNTIME_BYTES) * 100 // (100 - machine.headroom))
     said = (
         f"the model does not fit: at tensor-parallel size {least.tensor_parallel_size} each GPU needs "
@@ -255,12 +270,18 @@ def _why_nothing_fits(
             ways.append(f"tensor-parallel size {size}")
             break
     ways.append(f"GPUs with at least {gib(memory)}")
-    left = least.usable - least.fixed - least.logits_per_sequence - ROUNDING_BYTES
-    per_token = least.kv_per_token + GATHERED_LAYERS * least.kv_per_token // model.num_layers
+    left = least.usable - least.fixed - least.rows_per_sequence - ROUNDING_BYTES
+    per_token = least.kv_per_token + layers * least.kv_per_token // model.num_layers
     if (tokens := left // per_token // engine.block_size * engine.block_size) > 0:
         ways.append(f"a context of {tokens}")
     if engine.value_bytes > 2:
         ways.append("a dtype of two bytes")
+    if engine.formats == WeightFormats.plain(engine.value_bytes):
+        for name in ("int8", "int4-g64"):
+            smaller = replace(engine, quantization=name)
+            if make_replica(model, load, machine, smaller, least.tensor_parallel_size).max_sequences:
+                ways.append(f"--quantization {name}")
+                break
     return f"{said}. What would do: {', or '.join(ways)}"
 
 

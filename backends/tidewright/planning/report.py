@@ -14,6 +14,7 @@ from tidewright.models.config import DecoderConfig
 from tidewright.planning import footprint
 from tidewright.planning.plan import MIB, Engine, Load, Machine, Plan
 from tidewright.planning.roofline import Throughput
+from tidewright.planning.weight_formats import WeightFormats
 
 RENDEZVOUS_PORT = 29400
 
@@ -33,6 +34,13 @@ class Report:
     throughput: Throughput | None
 
     @property
+    def weights(self) -> str:
+        """What they are quantized as; empty if they are not."""
+        if self.engine.formats == WeightFormats.plain(self.engine.value_bytes):
+            return ""
+        return "as the checkpoint is quantized" if self.engine.quantization == "auto" else self.engine.quantization
+
+    @property
     def flags(self) -> dict[str, str]:
         """Of `tidewright serve` on each replica; what is its default already is left out."""
         size, nodes = self.plan.replica.tensor_parallel_size, self.plan.nodes_per_replica
@@ -41,6 +49,9 @@ class Report:
             flags["dtype"] = self.engine.dtype
         if self.engine.kv_cache_dtype != Engine().kv_cache_dtype:
             flags["kv-cache-dtype"] = self.engine.kv_cache_dtype
+        for name in ("quantization", "quantize_head"):
+            if (value := getattr(self.engine, name)) != getattr(Engine(), name):
+                flags[name.replace("_", "-")] = value
         if size > 1:
             flags["tensor-parallel-size"] = str(size)
         if nodes > 1:
@@ -82,6 +93,8 @@ def as_json(report: Report) -> dict[str, Any]:
             "max_positions": model.max_positions,
             "dtype": report.engine.dtype,
             "kv_cache_dtype": report.engine.kv_cache_dtype,
+            "quantization": report.engine.quantization,
+            "quantize_head": report.engine.quantize_head,
         },
         "gpu": {"name": gpu.name, "memory_bytes": gpu.memory, "source": gpu.source},
         "load": {
@@ -96,7 +109,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "step_bytes": replica.step,
             "kv_bytes_per_token": replica.kv_per_token,
             "kv_bytes_per_sequence": replica.kv_per_sequence,
-            "workspace_bytes_per_sequence": replica.gathered_per_sequence + replica.logits_per_sequence,
+            "workspace_bytes_per_sequence": replica.gathered_per_sequence + replica.rows_per_sequence,
             "kv_cache_bytes": plan.kv_cache,
             "kv_blocks": plan.kv_blocks,
         },
@@ -168,10 +181,10 @@ def print_report(report: Report, console: Console) -> None:
     table.add_row(f"[bold]Each GPU[/] ({gpu.name}{ranks})", "", "")
     row("  memory", _gib(gpu.memory), gpu.source)
     row("  for the model", _gib(replica.usable), f"without {report.machine.headroom} % headroom and 1 GiB for CUDA")
-    row("  weights", _gib(replica.weights))
+    row("  weights", _gib(replica.weights), report.weights)
     row("  rotary tables", _gib(replica.tables), f"of {load.context} positions")
     row("  largest step", _gib(replica.step), f"{report.engine.max_batched_tokens} tokens; estimated from the shapes")
-    workspace = replica.gathered_per_sequence + replica.logits_per_sequence
+    workspace = replica.gathered_per_sequence + replica.rows_per_sequence
     row("  workspace", _gib(plan.running * workspace), f"of {plan.running} sequences: attention, logits; estimated")
     pool = f"{plan.kv_blocks} blocks, {plan.kv_blocks * report.engine.block_size} tokens"
     row("  KV cache", _gib(plan.kv_cache), pool)

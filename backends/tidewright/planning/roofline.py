@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tidewright.models.config import DecoderConfig
-from tidewright.planning.footprint import head_values, layer_values
+from tidewright.planning.footprint import head_bytes, head_values, layer_bytes, layer_values
 from tidewright.planning.gpus import Gpu
 from tidewright.planning.plan import Engine, Plan
 
@@ -44,7 +44,8 @@ def estimate(
     size = plan.replica.tensor_parallel_size
     layers = layer_values(model, size)
     matrices = layers + head_values(model, size)
-    read = matrices * engine.value_bytes + plan.running * mean_context * plan.replica.kv_per_token
+    of_layers = layer_bytes(model, engine.formats, size)
+    read = of_layers + head_bytes(model, engine.formats, size) + plan.running * mean_context * plan.replica.kv_per_token
     # Each query head multiplies with all keys, and weighs all values.
     attention = 4 * model.num_layers * -(-model.num_heads // size) * model.head_dim  # for a token of context
     memory = read / gpu.bandwidth
@@ -54,7 +55,7 @@ def estimate(
     if lengths:
         prompt, output = lengths
         seconds = prompt * (2 * layers + attention * prompt / 2) / flops  # on average a token sees half of them
-        prompt_seconds = max(seconds, layers * engine.value_bytes / gpu.bandwidth)
+        prompt_seconds = max(seconds, of_layers / gpu.bandwidth)
         rate = plan.replicas / (seconds + output * step / plan.running)
     return Throughput(
         bound="memory bandwidth" if memory >= arithmetic else "arithmetic",

@@ -108,6 +108,8 @@ output "serve_options" {
   value = {
     dtype                = var.dtype
     kv_cache_dtype       = var.kv_cache_dtype
+    quantization         = var.quantization
+    quantize_head        = var.quantize_head
     tensor_parallel_size = local.size
     max_model_len        = var.context
     max_running          = local.running

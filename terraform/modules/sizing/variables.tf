@@ -56,6 +56,28 @@ variable "kv_cache_dtype" {
   }
 }
 
+variable "quantization" {
+  description = "Number format of weights while they are loaded: auto or none (as dtype), int8, w8a8, int4-g32, int4-g64, int4-g128 or fp8."
+  type        = string
+  default     = "auto"
+
+  validation {
+    condition     = contains(["auto", "none", "int8", "w8a8", "int4-g32", "int4-g64", "int4-g128", "fp8"], var.quantization)
+    error_message = "quantization must be auto, none, int8, w8a8, int4-g32, int4-g64, int4-g128 or fp8."
+  }
+}
+
+variable "quantize_head" {
+  description = "What head and embedding become with quantization: int8, same or keep."
+  type        = string
+  default     = "int8"
+
+  validation {
+    condition     = contains(["int8", "same", "keep"], var.quantize_head)
+    error_message = "quantize_head must be int8, same or keep."
+  }
+}
+
 variable "context" {
   description = "Longest prompt plus output, in tokens."
   type        = number

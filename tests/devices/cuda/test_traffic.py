@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.gpu_roofline import MODELS, main
-from tidewright.devices.cuda.traffic import WEIGHT_FORMATS, Traffic, decode_step, rope_and_cache, step_seconds
+from tidewright.devices.cuda.traffic import Traffic, decode_step, rope_and_cache, step_seconds
 from tidewright.planning import footprint
 from tidewright.planning.gpus import GPUS
 from tidewright.planning.plan import Engine, Load, Machine, make_plan
 from tidewright.planning.roofline import estimate
+from tidewright.planning.weight_formats import SCHEMES
 
 LLAMA_8B = MODELS["8B"]
 SLOW = replace(GPUS["H200"], bandwidth=1000.0, flops_16=100.0)
@@ -43,7 +44,7 @@ def test_quantized_weights_by_hand() -> None:
     """A weight of 4 bits in groups of 64 with offsets has 4.5 bits, one of 8 has 8, and outputs have 4 bytes each."""
     features = {"q, k and v": 6144, "output of attention": 4096, "gate and up": 28672, "down": 4096, "head": 128256}
     for name, bits in (("int8", 8), ("int4-g64", 4.5)):
-        step = decode_step(LLAMA_8B, 1, 100, weights=WEIGHT_FORMATS[name])
+        step = decode_step(LLAMA_8B, 1, 100, weights=SCHEMES[name])
         plain = decode_step(LLAMA_8B, 1, 100)
         for kernel, as_plain in zip(step, plain, strict=True):
             beside = 4 * features.get(kernel.kernel, 0)

@@ -13,30 +13,12 @@ from dataclasses import dataclass
 
 from tidewright.distributed.sharding import vocabulary_rows
 from tidewright.models.config import DecoderConfig
-from tidewright.planning.footprint import FLOAT32
 from tidewright.planning.gpus import Gpu
+from tidewright.planning.weight_formats import FLOAT32, WeightFormat
 
 SEARCH_PASSES = 16
 """Passes over a row's weights for each of top_k and top_p; see sampling.py."""
 INT64 = 8
-
-
-@dataclass(frozen=True)
-class WeightFormat:
-    """How quantized_weight.py has a weight in memory; activations are in 16 bits."""
-
-    bits: int
-    group: int = 0
-    """Inputs that share a scale; 0: all."""
-    has_offsets: bool = False
-
-    def bytes(self, depth: int, features: int) -> int:
-        of_groups = -(-depth // self.group) * (4 if self.has_offsets else 2) if self.group else 0
-        return features * (depth * self.bits // 8 + of_groups + FLOAT32)
-
-
-WEIGHT_FORMATS = {"int8": WeightFormat(8), "int4-g64": WeightFormat(4, 64, has_offsets=True)}
-"""By the names of quantization/affine.py's schemes."""
 
 
 @dataclass(frozen=True)
