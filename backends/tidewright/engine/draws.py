@@ -11,18 +11,14 @@ from tidewright.schema import FinishReason
 def draw_after(sequence: Sequence, drafts: list[int]) -> Draw:
     """Of the token after all that it has or expects, and after these guesses."""
     num_expected, prompt_length = sequence.num_expected, len(sequence.prompt_token_ids)
-    may_stop = num_expected - prompt_length + len(drafts) >= sequence.sampling.min_tokens
+    position, sampling = num_expected + len(drafts), sequence.sampling
+    may_stop = position - prompt_length >= sampling.min_tokens
+    banned_ids = () if may_stop else tuple(sorted(sequence.stop_ids))
     history = NO_HISTORY
     if sequence.needs_history:
         history = History(sequence.token_ids, num_expected, prompt_length, tuple(drafts))
-    return Draw(
-        request_id=sequence.request_id,
-        params=sequence.sampling,
-        position=num_expected + len(drafts),
-        banned_ids=() if may_stop else tuple(sorted(sequence.stop_ids)),
-        bad_words_ids=sequence.bad_words_ids,
-        history=history,
-    )
+    # By place: names cost half as much again, for each token that is generated.
+    return Draw(sequence.request_id, sampling, position, banned_ids, sequence.bad_words_ids, history)
 
 
 def accept(sequence: Sequence, drafts: tuple[int, ...], computed: SequenceResult) -> tuple[SequenceOutput, int]:

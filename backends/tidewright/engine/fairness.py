@@ -27,10 +27,10 @@ _arrival = attrgetter("order")
 class Account:
     """A tenant in one class."""
 
-    __slots__ = ("counter", "is_queued", "rank", "running", "tenant", "waiting", "weight")
+    __slots__ = ("counter", "is_queued", "rank", "running", "tenant", "unit", "waiting", "weight")
 
     def __init__(self, tenant: str, counter: int) -> None:
-        self.tenant, self.weight = tenant, 1
+        self.tenant, self.weight, self.unit = tenant, 1, UNIT
         self.counter = self.rank = counter  # `rank`: as it was when the step began
         self.waiting: list[Sequence] = []  # by arrival
         self.running = 0
@@ -70,6 +70,7 @@ class _Class:
             account.counter = max(account.counter, self._time)
             account.rank = max(account.rank, self._time)
         account.weight = sequence.sampling.tenant_weight
+        account.unit = UNIT // account.weight
         sequence.account = account
         insort(account.waiting, sequence, key=_arrival)
         self.num_waiting += 1
@@ -209,11 +210,11 @@ class FairQueue:
         cost = sequence.num_computed - sequence.num_charged
         if cost <= 0:
             return
+        sequence.num_charged = sequence.num_computed
         account = sequence.account
         if account.counter == account.rank:
             self._charged.append(account)
-        account.counter += (cost + draws) * UNIT // account.weight
-        sequence.num_charged = sequence.num_computed
+        account.counter += (cost + draws) * account.unit
 
     def _enqueue(self, sequence: Sequence) -> None:
         self._classes.setdefault(sequence.order[0], _Class()).enqueue(sequence)

@@ -123,8 +123,9 @@ class Scheduler:
         allowance = Allowance(pace if any(s.decodes for s in self._running) else UNPACED)
         preemptions = self._preemptions
         scheduled: list[ScheduledSequence] = []
+        line = self._running
         while budget:
-            running = self._running[index] if index < len(self._running) else None
+            running = line[index] if index < len(line) else None
             if waiting and (running is None or goes_before(waiting, running)) and allowance.tokens(0):
                 # A request that does not fit blocks those behind it, or it might wait forever. And one that was just
                 # preempted is not admitted again in the same step.
@@ -136,9 +137,9 @@ class Scheduler:
             elif self._is_complete(running) or not self._grow(running, index):
                 index += 1  # no token is left or no block to be had; it keeps its place for the next step
                 continue
-            sequence = self._running[index]
+            sequence = line[index]
             # One token is left for each that runs behind this one.
-            share = max(budget - (len(self._running) - index - 1), 1)
+            share = max(budget - (len(line) - index - 1), 1)
             decodes = sequence.decodes
             if not decodes:
                 share = min(share, allowance.tokens(sequence.num_computed))
@@ -296,9 +297,9 @@ class Scheduler:
 
         The first never fails, for `check_request` made sure that it fits in alone: so there is always progress.
         """
-        if sequence.num_expected <= len(sequence.block_table) * self._config.block_size:
-            return True
         needed = self._blocks(sequence.num_expected) - len(sequence.block_table)
+        if needed <= 0:
+            return True
         if not self._make_room(reversed(self._running[index + 1 :]), [], needed, lambda left, _: left >= 0):
             return False
         sequence.block_table += self._cache.take([], needed)
@@ -358,36 +359,36 @@ class Scheduler:
         sequence.num_computed = sequence.num_registered = sequence.num_planned_blocks = 0
 
     def _take(self, sequence: Sequence, budget: int) -> ScheduledSequence:
-        start, num_expected = sequence.num_computed, sequence.num_expected
+        start, known, num_expected = sequence.num_computed, sequence.token_ids, sequence.num_expected
         end = min(num_expected, start + budget)
-        token_ids = tuple(sequence.token_ids[start:end])
-        if len(token_ids) < end - start:
+        token_ids = tuple(known[start:end])
+        if end > len(known):
             token_ids += (PENDING,)
         draws: tuple[Draw, ...] = ()
         completes = end == num_expected
         if completes and not self._config.embeds:
             draws = (draw_after(sequence, []),)
-            if drafts := self._drafts(sequence, budget - len(token_ids)):
+            if self._config.speculative_tokens and (drafts := self._drafts(sequence, budget - len(token_ids))):
                 draws += tuple(draw_after(sequence, drafts[:count]) for count in range(1, len(drafts) + 1))
                 token_ids += tuple(drafts)
             sequence.num_pending += 1
         sequence.num_computed = end
-        self._register(sequence)
-        first_block = sequence.num_planned_blocks
-        new_blocks = tuple(sequence.block_table[first_block:])
-        sequence.num_planned_blocks += len(new_blocks)
-        prompt_logprobs = sequence.sampling.prompt_logprobs
-        wanted = prompt_logprobs is not None and not sequence.num_generated
+        if end >= (sequence.num_registered + 1) * self._config.block_size:
+            self._register(sequence)
+        first_block, num_blocks = sequence.num_planned_blocks, len(sequence.block_table)
+        sequence.num_planned_blocks = num_blocks
+        new_blocks = tuple(sequence.block_table[first_block:]) if num_blocks > first_block else ()
+        logprobs = sequence.sampling.prompt_logprobs
+        following: tuple[int, ...] = ()
+        if logprobs is not None:
+            if sequence.num_generated:
+                logprobs = None
+            else:
+                following = tuple(sequence.prompt_token_ids[start + 1 : end + 1])
+        embeds = completes and self._config.embeds
+        # By place, as in draw_after.
         return ScheduledSequence(
-            request_id=sequence.request_id,
-            start=start,
-            token_ids=token_ids,
-            new_blocks=new_blocks,
-            draws=draws,
-            prompt_logprobs=prompt_logprobs if wanted else None,
-            next_prompt_ids=tuple(sequence.prompt_token_ids[start + 1 : end + 1]) if wanted else (),
-            embeds=self._config.embeds and completes,
-            first_block=first_block,
+            sequence.request_id, start, token_ids, new_blocks, draws, logprobs, following, embeds, first_block
         )
 
     def _register(self, sequence: Sequence) -> None:
@@ -400,8 +401,6 @@ class Scheduler:
     def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
         """Guesses of the next tokens, as far as they cost nobody a token or a block."""
         config = self._config
-        if not config.speculative_tokens:
-            return []
         # A draw follows the last guess, and must not go beyond the last token.
         count = min(config.speculative_tokens, budget, sequence.longest - sequence.num_known - 1)
         if count <= 0 or sequence.sampling.guided:
