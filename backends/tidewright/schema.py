@@ -89,6 +89,7 @@ Protocol = Annotated[int, msgspec.Meta(ge=1)]
 
 # A letter or digit, then these: it is a model's name in URLs, and a part of NAME=PATH in lists with commas.
 AdapterName = Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*\Z")]
+NO_ADAPTER = "no adapter "  # how the error of a request begins whose adapter is not loaded
 MAX_ADAPTERS_KNOWN = 256  # by name, of one server: those that are loaded, and those that were
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,31 @@ def serving(*adapters: AdapterStatus) -> EchoReplica:
     return replica
 
 
+@dataclass(frozen=True)
+class Pair:
+    gateway: RunningGateway
+    """Its client has the key of an admin."""
+    one: EchoReplica
+    other: EchoReplica
+    keys: Path
+    admin: str
+    user: str
+
+    def second(self, model_dir: Path) -> RunningGateway:
+        """Another gateway of the same replicas."""
+        made = RunningGateway(model_dir, self.one, self.other, keys=self.keys, **OPTIONS)
+        made.http.headers["Authorization"] = f"Bearer {self.admin}"
+        return made
+
+
 @pytest.fixture(scope="module")
-def pair(model_dir: Path) -> Iterator[tuple[RunningGateway, EchoReplica, EchoReplica]]:
-    with serving() as one, serving() as other, RunningGateway(model_dir, one, other, **OPTIONS) as gateway:
-        yield gateway, one, other
+def pair(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    store = FileStore(keys)
+    admin, user = add(store, "a", role=Role.ADMIN), add(store, "u")
+    with serving() as one, serving() as other, RunningGateway(model_dir, one, other, keys=keys, **OPTIONS) as gateway:
+        gateway.http.headers["Authorization"] = f"Bearer {admin}"
+        yield Pair(gateway, one, other, keys, admin, user)
 
 
 def load(gateway: RunningGateway, name: Any, path: Any = "folder", **more: Any) -> httpx.Response:
@@ -55,10 +77,8 @@ def names(gateway: RunningGateway) -> list[str]:
     return [model["id"] for model in gateway.http.get("/v1/models").json()["data"]]
 
 
-def test_an_adapter_is_loaded_everywhere_called_by_name_in_each_api_and_unloaded(
-    pair: tuple[RunningGateway, EchoReplica, EchoReplica],
-) -> None:
-    gateway, one, other = pair
+def test_an_adapter_is_loaded_everywhere_called_by_name_in_each_api_and_unloaded(pair: Pair) -> None:
+    gateway, one, other = pair.gateway, pair.one, pair.other
     answer = load(gateway, "sql", "/adapters/sql-v2")
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'sql' added successfully.")
     assert one.commands == other.commands == ["load_lora sql"]
@@ -99,10 +119,8 @@ def test_an_adapter_is_loaded_everywhere_called_by_name_in_each_api_and_unloaded
     assert (told.status_code, told.json()["error"]["code"]) == (404, "adapter_not_found")
 
 
-def test_what_can_not_be_loaded_is_refused_with_the_replica_s_reason(
-    pair: tuple[RunningGateway, EchoReplica, EchoReplica],
-) -> None:
-    gateway, one, other = pair
+def test_what_can_not_be_loaded_is_refused_with_the_replica_s_reason(pair: Pair) -> None:
+    gateway, one, other = pair.gateway, pair.one, pair.other
     one.refusals["bad"] = other.refusals["bad"] = "its rank is 512"
     told = load(gateway, "bad")
     assert (told.status_code, told.json()["error"]["code"]) == (400, "adapter_refused")
@@ -123,11 +141,11 @@ def test_what_can_not_be_loaded_is_refused_with_the_replica_s_reason(
     assert "name the adapter in model" in told.json()["error"]["message"]
 
 
-def test_the_command_line(pair: tuple[RunningGateway, EchoReplica, EchoReplica]) -> None:
-    gateway, one, _ = pair
+def test_the_command_line(pair: Pair) -> None:
+    gateway, one = pair.gateway, pair.one
 
     def run(*words: str) -> tuple[int, str]:
-        result = CliRunner().invoke(main, ["lora", *words, "--url", gateway.url])
+        result = CliRunner().invoke(main, ["lora", *words, "--url", gateway.url], env={"TIDEWRIGHT_KEY": pair.admin})
         return result.exit_code, result.output
 
     assert run("list") == (0, "no adapter is loaded\n")
@@ -140,10 +158,8 @@ def test_the_command_line(pair: tuple[RunningGateway, EchoReplica, EchoReplica])
     assert one.commands[-2:] == ["load_lora law", "unload_lora law"]
 
 
-def test_where_only_some_replicas_load_it_these_serve_it_and_the_others_are_told_again(
-    pair: tuple[RunningGateway, EchoReplica, EchoReplica],
-) -> None:
-    gateway, one, other = pair
+def test_where_only_some_replicas_load_it_these_serve_it_and_the_others_are_told_again(pair: Pair) -> None:
+    gateway, one, other = pair.gateway, pair.one, pair.other
     other.refusals["half"] = "no such folder"
     told = load(gateway, "half")
     assert (told.status_code, told.json()["error"]["code"]) == (409, "adapter_partly")
@@ -159,39 +175,38 @@ def test_where_only_some_replicas_load_it_these_serve_it_and_the_others_are_told
     assert unload(gateway, "half").status_code == 200
 
 
-def test_a_replica_that_comes_later_and_a_second_gateway_follow(model_dir: Path) -> None:
-    with (
-        serving() as one,
-        serving(AdapterStatus("own", "o", True)) as other,
-        RunningGateway(model_dir, one, other, **OPTIONS) as gateway,
-        RunningGateway(model_dir, one, other, **OPTIONS) as second,
-    ):
-        assert sorted(names(gateway)) == ["own", MODEL]  # of one replica's configuration, and only there
-        assert load(gateway, "sql").status_code == 200
-        told = second.post("/v1/completions", {"prompt": "Hi", "max_tokens": 2, "model": "sql"})
+def test_a_replica_that_comes_later_and_a_second_gateway_follow(model_dir: Path, pair: Pair) -> None:
+    gateway, one, other = pair.gateway, pair.one, pair.other
+    other.status = msgspec.structs.replace(other.status, adapters=[AdapterStatus("own", "o", True)])
+    until(lambda: sorted(names(gateway)) == ["own", MODEL])  # of one replica's configuration, and only there
+    with pair.second(model_dir) as second:
+        assert load(gateway, "tax").status_code == 200
+        told = second.post("/v1/completions", {"prompt": "Hi", "max_tokens": 2, "model": "tax"})
         assert told.status_code == 200  # at once: it asks before it says that there is none
         other.status = msgspec.structs.replace(other.status, adapters=[])  # as after a restart
-        until(lambda: other.commands.count("load_lora sql") >= 2)
-        assert unload(second, "sql").status_code == 200
-        other.status = msgspec.structs.replace(other.status, adapters=[AdapterStatus("sql", "folder", True, 1.0)])
-        until(lambda: other.commands.count("unload_lora sql") == 2)  # away meanwhile, it still had it
+        until(lambda: other.commands.count("load_lora tax") >= 2)
+        assert unload(second, "tax").status_code == 200
+        other.status = msgspec.structs.replace(other.status, adapters=[AdapterStatus("tax", "folder", True, 1.0)])
+        until(lambda: other.commands.count("unload_lora tax") == 2)  # away meanwhile, it still had it
         until(lambda: names(gateway) == [MODEL])
         assert "load_lora own" not in one.commands
 
 
-def test_only_admins_load_and_unload_and_replicas_without_adapters_say_so(model_dir: Path, tmp_path: Path) -> None:
-    store = FileStore(tmp_path / "keys.yaml")
-    admin, user = add(store, "a", role=Role.ADMIN), add(store, "u")
-    with (
-        EchoReplica() as replica,
-        RunningGateway(model_dir, replica, keys=tmp_path / "keys.yaml", **OPTIONS) as gateway,
-    ):
-        for path in ("/v1/load_lora_adapter", "/v1//load_lora_adapter", "/v1/unload_lora_adapter"):
-            body = {"lora_name": "a", **({"lora_path": "p"} if path.endswith("/load_lora_adapter") else {})}
-            for key, status in ((None, 401), (user, 403), (admin, 404 if "unload" in path else 400)):
-                headers = {"Authorization": f"Bearer {key}"} if key else {}
-                assert gateway.http.post(path, json=body, headers=headers).status_code == status, (path, key)
-        headers = {"Authorization": f"Bearer {admin}"}
-        told = gateway.http.post("/v1/load_lora_adapter", json={"lora_name": "a", "lora_path": "p"}, headers=headers)
-        assert told.json()["error"]["code"] == "adapters_off"
-        assert replica.commands == []
+def test_only_admins_load_and_unload(pair: Pair) -> None:
+    for path in ("/v1/load_lora_adapter", "/v1//load_lora_adapter", "/v1/unload_lora_adapter"):
+        body = {"lora_name": "none", **({} if "unload" in path else {"lora_path": "p"})}
+        for key, status in (("wrong", 401), (pair.user, 403)):
+            answer = pair.gateway.http.post(path, json=body, headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == status, (path, key)
+    assert "load_lora none" not in pair.one.commands
+    answer = pair.gateway.http.get("/v1/models", headers={"Authorization": f"Bearer {pair.user}"})
+    assert answer.status_code == 200
+
+
+def test_replicas_that_serve_none_say_how_to_change_that(pair: Pair) -> None:
+    before = pair.one.status, pair.other.status
+    pair.one.status, pair.other.status = (msgspec.structs.replace(status, adapters=None) for status in before)
+    told = load(pair.gateway, "none")
+    pair.one.status, pair.other.status = before
+    assert (told.status_code, told.json()["error"]["code"]) == (400, "adapters_off")
+    assert "--adapter-folder" in told.json()["error"]["message"]

@@ -345,6 +345,29 @@ def test_what_needs_an_adapter_goes_where_it_is_and_waits_for_it(client: type[Sc
     assert run(body) == [7, 8, 9]  # after a:1 is found well again
 
 
+def test_a_replica_that_lost_an_adapter_is_left_and_an_adapter_that_is_gone_ends_the_request(
+    client: type[ScriptedClient],
+) -> None:
+    gone = ModelError("no adapter 'sql' is loaded (loaded: none) [invalid]")
+    client.scripts = {"b:1": [[gone], [gone]], "a:1": [[8, 9], [gone]]}
+    for name in ("a:1", "b:1"):
+        client.status[name] = msgspec.structs.replace(WELL, adapters=[AdapterStatus("sql", "p", True)])
+
+    async def ask(failover: Failover) -> list[int]:
+        generation = Generation("r", [1], SamplingParams(lora_name="sql"), Deadline())
+        async with aclosing(failover.generate(generation)) as replies:
+            return [token_id async for reply in replies for token_id in reply.token_ids]
+
+    async def body(failover: Failover) -> None:
+        assert await ask(failover) == [8, 9]
+        assert named(failover, "b:1").takes_requests  # of others
+        with pytest.raises(ModelError) as caught:
+            await ask(failover)
+        assert caught.value.outcome is Outcome.INVALID
+
+    run(body, probe_interval=60)
+
+
 def test_what_the_fallback_could_not_go_on_with_ends(client: type[ScriptedClient]) -> None:
     client.scripts = {"b:1": [[7, error(Outcome.ENGINE_KILLED)]], "b:1/fallback": [[4]]}
 

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 from tidewright.engine.messages import AdapterChanged, LoadAdapter, ToEngine, UnloadAdapter
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, OverloadedError, RequestError
+from tidewright.schema import NO_ADAPTER
 
 log = logging.getLogger(__name__)
 
@@ -160,4 +161,4 @@ class Adapters:
 
 def unknown_adapter(name: str, known: dict[str, Adapter]) -> InvalidRequestError:
     names = ", ".join(sorted(known)[:10]) or "none"
-    return InvalidRequestError(f"no adapter {name!r} is loaded (loaded: {names}{', …' if len(known) > 10 else ''})")
+    return InvalidRequestError(f"{NO_ADAPTER}{name!r} is loaded (loaded: {names}{', …' if len(known) > 10 else ''})")

@@ -27,6 +27,11 @@ class AdapterBook:
             oldest = min(self._newest.values(), key=lambda status: (status.loaded, status.at))
             del self._newest[oldest.name]
 
+    @property
+    def wanted(self) -> dict[str, AdapterStatus]:
+        """The adapters that replicas should have, by name."""
+        return {name: status for name, status in self._newest.items() if status.loaded}
+
     def newest(self, name: str) -> AdapterStatus | None:
         return self._newest.get(name)
 

@@ -14,7 +14,7 @@ import msgspec
 from tidewright.logs import event
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright.schema import LOAD_LORA, UNLOAD_LORA, AdapterOrder, AdapterStatus
+from tidewright.schema import LOAD_LORA, NO_ADAPTER, UNLOAD_LORA, AdapterOrder, AdapterStatus
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.replicas.adapter_book import AdapterBook
 from tidewright_gateway.replicas.replica import Replica
@@ -50,7 +50,7 @@ class Adapters:
         self._book = AdapterBook()
         self._catching_up: dict[Replica, asyncio.Task[None]] = {}
         self._looked_at = 0.0
-        self._lock = asyncio.Lock()  # one command after the other
+        self._lock = asyncio.Lock()  # one operator's command after the other
 
     async def stop(self) -> None:
         jobs = list(self._catching_up.values())
@@ -60,8 +60,8 @@ class Adapters:
 
     @property
     def loaded(self) -> dict[str, AdapterStatus]:
-        """By name, those that a replica has, or should have: it may be away for a moment."""
-        found: dict[str, AdapterStatus] = {}
+        """By name, those that a replica has, or should have: it may be starting again."""
+        found = self._book.wanted
         for replica in self._replicas.own:
             for status in replica.adapters.values():
                 known = self._book.newest(status.name)
@@ -78,6 +78,16 @@ class Adapters:
             self._looked_at = now
             await asyncio.gather(*(self._replicas.ask(replica) for replica in self._replicas.own))
         return self.loaded.get(name)
+
+    def is_missed(self, replica: Replica, name: str | None, error: ModelError) -> bool:
+        """Whether a request failed because the replica lacks an adapter that it should have, as after a restart.
+
+        It gets no requests for the adapter until its status has it again.
+        """
+        if name is None or not str(error).startswith(NO_ADAPTER):
+            return False
+        replica.adapters = {other: status for other, status in replica.adapters.items() if other != name}
+        return name in self.loaded
 
     @property
     def _any_support(self) -> bool:
@@ -96,15 +106,14 @@ class Adapters:
         return self._book.due(replica.adapters)
 
     async def _catch_up(self, replica: Replica) -> None:
-        async with self._lock:
-            for wanted in self._due(replica):
-                had = replica.adapters.get(wanted.name)
-                error = None
-                if wanted.loaded and had and had.loaded:  # the same name from another folder
-                    error = await self._tell(replica, msgspec.structs.replace(wanted, loaded=False))
-                error = error or await self._tell(replica, wanted)
-                if error:
-                    replica.adapters_retry_at = time.monotonic() + RETRY
+        for wanted in self._due(replica):
+            had = replica.adapters.get(wanted.name)
+            error = None
+            if wanted.loaded and had and had.loaded:  # the same name from another folder
+                error = await self._tell(replica, msgspec.structs.replace(wanted, loaded=False))
+            error = error or await self._tell(replica, wanted)
+            if error:
+                replica.adapters_retry_at = time.monotonic() + RETRY
         await self._replicas.ask(replica)
 
     async def _tell(self, replica: Replica, wanted: AdapterStatus) -> ModelError | None:

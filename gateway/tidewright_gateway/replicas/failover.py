@@ -214,12 +214,16 @@ class Failover:
         self._record(failed, error.outcome)
         if failed.model == FALLBACK:
             return await self._after_fallback(generation, course, failed, error)
+        is_missed = self._set.adapters.is_missed(failed.replica, generation.sampling.lora_name, error)
+        if is_missed:
+            error = ModelError(str(error), Outcome.UNAVAILABLE)
         course.cause = error
         if error.outcome in FINAL:
             raise error
         if generation.deadline.expired(time.monotonic()):
             raise timed_out(error)
-        self._set.failed(failed.replica, error)
+        if not is_missed:
+            self._set.failed(failed.replica, error)
         course.failures = 1 if failed.num_tokens else course.failures + 1
         attempt: Attempt | None = None
         if await self._may_ask_again(error, course.failures, generation.deadline):
