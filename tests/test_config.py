@@ -225,6 +225,7 @@ def test_adapters_are_a_list_of_names_and_paths_below_the_folder() -> None:
         ("=a", "'' must have 1 to 128"),
         ("a b=c", "'a b' must have"),
         ("a=b,a=c", "a stands twice"),
+        (",".join(f"a{number}=p" for number in range(257)), "257 adapters"),
     ):
         with pytest.raises(ValueError, match=message):
             Settings(adapter_folder="adapters", adapters=wrong)

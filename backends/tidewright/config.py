@@ -27,7 +27,7 @@ from tidewright.engine.messages import AsyncScheduling, EngineConfig, parse_rend
 from tidewright.kv_cache.budget import is_share, parse_memory
 from tidewright.logs.setup import LogFormat, LogLevel
 from tidewright.resilience.config import ResilienceSettings
-from tidewright.schema import AdapterName, Pooling, Task
+from tidewright.schema import MAX_ADAPTERS_KNOWN, AdapterName, Pooling, Task
 from tidewright.tracing.endpoint import OtlpEndpoint
 
 CONFIG_FILE_VARIABLE = "TIDEWRIGHT_CONFIG"
@@ -407,6 +407,8 @@ def parse_adapters(text: str) -> dict[str, str]:
         if name in found:
             raise ValueError(f"{name} stands twice")
         found[name] = path
+    if len(found) > MAX_ADAPTERS_KNOWN:
+        raise ValueError(f"there are {len(found)} adapters, more than the limit of {MAX_ADAPTERS_KNOWN}")
     return found
 
 

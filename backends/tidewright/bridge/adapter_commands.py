@@ -97,6 +97,9 @@ class AdapterCommands:
             self._obeyed(order, path, is_loaded=True)  # told by two gateways at once
             return answer(None)
 
+        if len(self._bridge.adapters) >= MAX_ADAPTERS_KNOWN:
+            raise InvalidRequestError(f"{MAX_ADAPTERS_KNOWN} adapters are loaded, which is the limit; unload one first")
+
         def done(result: Adapter | RequestError) -> None:
             if isinstance(result, RequestError):
                 log.warning("adapter %s: %s", order.name, result, extra=event("adapter_refused"))
@@ -141,5 +144,5 @@ class AdapterCommands:
             self._commanded.pop(order.name, None)
             self._commanded[order.name] = AdapterStatus(order.name, path, is_loaded, order.at or time.time())
             if len(self._commanded) > MAX_ADAPTERS_KNOWN:
-                gone = next((name for name, status in self._commanded.items() if not status.loaded), None)
-                self._commanded.pop(gone or next(iter(self._commanded)))
+                gone = (name for name, status in self._commanded.items() if not status.loaded)
+                del self._commanded[next(gone, next(iter(self._commanded)))]
