@@ -28,6 +28,9 @@ curl -s http://127.0.0.1:8002/metrics | grep tidewright_kv_usage_ratio
 
 `tidewright top` shows the most important ones live in a terminal (`--once` prints them for a script or a ticket).
 
+Where one Triton serves [several models](serving.md#several-models), the series of engines beside the first have the label
+`model` as well, and the gateway's view of a replica for such a model has `replica="HOST:PORT/NAME"`.
+
 A counter never falls, except when its process is started again. A label shown without values takes any. Values of labels
 are bounded: paths are those of routes, error codes those of [serving.md](serving.md), and of the API keys the
 `busiest_keys` busiest have series of their own; a key that falls behind loses its series, and the sum `_other` takes on.

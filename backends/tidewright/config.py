@@ -6,12 +6,13 @@ and docs/configuration.md are made from these fields.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -28,9 +29,41 @@ from tidewright.kv_cache.budget import is_share, parse_memory
 from tidewright.logs.setup import LogFormat, LogLevel
 from tidewright.resilience.config import ResilienceSettings
 from tidewright.schema import MAX_ADAPTERS_KNOWN, AdapterName, Pooling, Task
+from tidewright.served_models import Listed, ServedModel, check_names, served_name
 from tidewright.tracing.endpoint import OtlpEndpoint
 
 CONFIG_FILE_VARIABLE = "TIDEWRIGHT_CONFIG"
+OF_A_MODEL = (
+    "device",
+    "dtype",
+    "kv_cache_dtype",
+    "quantization",
+    "quantize_head",
+    "threads",
+    "tensor_parallel_size",
+    "attention",
+    "block_size",
+    "kv_cache_share",
+    "max_model_len",
+    "max_batched_tokens",
+    "prefill_step_time",
+    "ttft_target",
+    "tpot_target",
+    "max_running",
+    "prefix_caching",
+    "speculative_tokens",
+    "async_scheduling",
+    "adapter_folder",
+    "adapters",
+    "max_adapters",
+    "max_lora_rank",
+    "adapter_memory",
+    "task",
+    "pooling",
+    "normalize",
+    "max_waiting",
+)
+"""Options that a model beside the first may have of its own."""
 
 
 class Settings(ResilienceSettings, BaseSettings):
@@ -42,6 +75,15 @@ class Settings(ResilienceSettings, BaseSettings):
         EMBEDDED_MODEL,
         min_length=1,
         description="Prepared name, model folder, GGUF file or hub id (`org/name`, `org/name@revision`) to serve.",
+    )
+    served_model_name: str = Field(
+        "",
+        description="Name of `model` in the gateway's API. Empty: the last part of `model`, without a revision.",
+    )
+    models: Listed[ServedModel] = Field(
+        [],
+        description="Further models, each with an engine of its own (docs/serving.md). The flag is `--model` once "
+        "more, as SOURCE or NAME=SOURCE; a variable has several with commas between.",
     )
     host: str = Field("127.0.0.1", description="Address that Triton listens on; 0.0.0.0 for all.")
     http_port: int = Field(8000, ge=1, le=65535, description="Triton's HTTP port.")
@@ -103,8 +145,15 @@ class Settings(ResilienceSettings, BaseSettings):
     block_size: int = Field(16, ge=1, le=256, description="Tokens in one block of the KV cache.")
     kv_cache_memory: str = Field(
         "auto",
-        description="Memory of the KV cache: 1GiB, 512MiB, or 80% of what is free once the weights are loaded "
-        "(on a GPU less what the largest step takes). auto: 1GiB on a CPU, 90% on a GPU.",
+        description="Memory of the KV cache, for all models together: 1GiB, 512MiB, or 80% of what is free once the "
+        "weights are loaded (on a GPU less what the largest step takes). auto: 1GiB on a CPU, 90% on a GPU.",
+    )
+    kv_cache_share: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of `kv_cache_memory` that the model gets where several share it. 0: of what the shares of "
+        "others leave, as much as each other model without one.",
     )
     max_model_len: int = Field(
         0, ge=0, description="Longest prompt plus output, in tokens; 0 takes the model's own limit."
@@ -299,6 +348,29 @@ class Settings(ResilienceSettings, BaseSettings):
             raise ValueError("pooling and normalize are for embeddings; add task: embed (--task embed)")
         return self
 
+    @model_validator(mode="after")
+    def _models_agree(self) -> Settings:
+        if not self.models:
+            return self
+        check_names(self.model_name, self.models)
+        if self.nodes > 1:
+            raise ValueError("models beside the first need nodes: 1, for workers serve one model")
+        self._shares()
+        for one in self.models:
+            if unknown := sorted(one.options.keys() - OF_A_MODEL):
+                raise ValueError(
+                    f"models: {one.name} can't have {unknown[0]} of its own; what a model can have is: "
+                    f"{', '.join(OF_A_MODEL)}"
+                )
+            try:
+                self.of(one.name)
+            except ValidationError as error:
+                first = error.errors()[0]
+                place = ".".join(map(str, first["loc"])) or "its options"
+                message = first["msg"].removeprefix("Value error, ")
+                raise ValueError(f"models: {one.name}: {place}: {message}") from None
+        return self
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -314,6 +386,44 @@ class Settings(ResilienceSettings, BaseSettings):
             return (*sources, InitSettingsSource(settings_cls, options))
         return sources
 
+    @property
+    def model_name(self) -> str:
+        """Of the first model."""
+        return self.served_model_name or served_name(self.model)
+
+    @property
+    def names(self) -> list[str]:
+        """Of all models, loaded or not; the first is first."""
+        return [self.model_name, *(one.name for one in self.models)]
+
+    def of(self, name: str) -> Settings:
+        """Those of one of the models, as if it were alone but for its part of the memory.
+
+        Raises:
+            KeyError: there is no model of that name.
+            ValidationError: its own options are wrong, alone or beside the server's.
+        """
+        share = self._shares()[name]
+        if name == self.model_name:
+            return self.model_copy(update={"models": [], "kv_cache_share": share})
+        found = next(one for one in self.models if one.name == name)
+        # For the first alone: adapters that fit it, a fallback, and the failsafe that calls that.
+        values = self.model_dump(exclude={"models"}) | {"adapters": ""}
+        own = {"model": found.model, "served_model_name": name, "fallback": "", "degradation": False, "models": []}
+        made = type(self)(**{**values, "kv_cache_share": 0.0, **found.options, **own})
+        return made.model_copy(update={"kv_cache_share": share})
+
+    def _shares(self) -> dict[str, float]:
+        """Of the memory, by name. Raises ValueError: there is not enough."""
+        given = [self.kv_cache_share, *(_share(one) for one in self.models)]
+        left, without = 1 - sum(given), given.count(0)
+        if len(given) == 1:
+            return {self.model_name: self.kv_cache_share or 1.0}
+        if left < -1e-9 or (without and left < 1e-9):
+            what = "more than 1" if left < -1e-9 else "all, and leave nothing for the models without one"
+            raise ValueError(f"kv_cache_share: the shares of all models are {1 - left:g}, {what}")
+        return {name: share or left / without for name, share in zip(self.names, given, strict=True)}
+
     def in_order(self) -> dict[str, Any]:
         """As the YAML file has them, in the order of help and docs."""
         values = self.model_dump()
@@ -322,6 +432,7 @@ class Settings(ResilienceSettings, BaseSettings):
     def as_environment(self) -> dict[str, str]:
         """The variables from which the same settings are read again, in Triton's stub processes."""
         values: dict[str, Any] = self.model_dump()
+        values["models"] = json.dumps(values["models"])
         return {f"TIDEWRIGHT_{name.upper()}": str(value) for name, value in values.items()}
 
     def fallback_engine_config(self, model_dir: Path) -> EngineConfig:
@@ -334,6 +445,7 @@ class Settings(ResilienceSettings, BaseSettings):
             niceness=10,
             kv_cache_dtype="auto",  # as it was exported
             kv_cache_memory=self.fallback_memory,
+            kv_cache_share=1.0,
             max_output_tokens=self.fallback_max_tokens,
             adapter_folder="",
             max_batched_tokens=256,  # its prefill is slow, and nobody is to wait long for a first token
@@ -364,6 +476,7 @@ class Settings(ResilienceSettings, BaseSettings):
             attention=self.attention,
             block_size=self.block_size,
             kv_cache_memory=self.kv_cache_memory,
+            kv_cache_share=self.kv_cache_share or 1.0,
             max_model_len=self.max_model_len,
             max_batched_tokens=self.max_batched_tokens,
             prefill_step_time=self.prefill_step_time,
@@ -410,6 +523,12 @@ def parse_adapters(text: str) -> dict[str, str]:
     if len(found) > MAX_ADAPTERS_KNOWN:
         raise ValueError(f"there are {len(found)} adapters, more than the limit of {MAX_ADAPTERS_KNOWN}")
     return found
+
+
+def _share(model: ServedModel) -> float:
+    """As configured; what is no share is found where its options are validated."""
+    given = model.options.get("kv_cache_share", 0)
+    return float(given) if isinstance(given, int | float) and 0 <= given <= 1 else 0.0
 
 
 def options_in_order(settings: type[ResilienceSettings]) -> list[tuple[str, FieldInfo]]:

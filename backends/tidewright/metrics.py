@@ -14,7 +14,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -69,9 +69,15 @@ class MetricsMirror:
     """A thread that copies samples into Triton's metrics; `family` is pb_utils.MetricFamily."""
 
     def __init__(
-        self, specs: tuple[MetricSpec, ...], samples: Callable[[], Samples], family: Any, prefix: str = PREFIX
+        self,
+        specs: tuple[MetricSpec, ...],
+        samples: Callable[[], Samples],
+        family: Any,
+        prefix: str = PREFIX,
+        labels: Mapping[str, str] | None = None,
     ) -> None:
-        self._samples, self._prefix = samples, prefix
+        """`labels`: that all series have beside their own."""
+        self._samples, self._prefix, self._labels = samples, prefix, dict(labels or {})
         self._family = family
         self._families: list[Any] = []  # a metric dies with its family
         self._gauges: set[str] = set()
@@ -117,7 +123,7 @@ class MetricsMirror:
         made = self._family(name=f"{self._prefix}{name}", description=meaning, kind=kind)
         self._families.append(made)
         for value in label.values if label else ("",):
-            self._metrics[name, value] = made.Metric(labels={label.name: value} if label else {})
+            self._metrics[name, value] = made.Metric(labels=self._labels | ({label.name: value} if label else {}))
 
     def _loop(self) -> None:
         failing = False

@@ -6,7 +6,6 @@ Only translates between Triton's objects and `tidewright.bridge`; the model itse
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import threading
 from pathlib import Path
@@ -41,6 +40,7 @@ from tidewright.schema import (
     LOAD_LORA,
     UNLOAD_LORA,
 )
+from tidewright.served_models import PARAMETER
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger("tidewright")
@@ -56,11 +56,9 @@ class TritonPythonModel:
     """What Triton calls. Responses go out later, from the bridge's sender thread."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        settings = stub.begin(args["model_name"])
+        settings = stub.begin(args)
         try:
-            # config.pbtxt says which of the two models this is.
-            parameters = json.loads(args["model_config"]).get("parameters", {})
-            is_fallback = parameters.get("engine", {}).get("string_value") == "onnx"
+            is_fallback = stub.parameter(args, "engine") == "onnx"
             if is_fallback:
                 if not settings.fallback:  # its server was told to load all models
                     raise NoFallbackError(
@@ -86,7 +84,9 @@ class TritonPythonModel:
             report_start_error(error)
             raise
         prefix = FALLBACK_PREFIX if is_fallback else PREFIX
-        self._metrics = MetricsMirror(METRICS, lambda: samples(self._bridge), pb_utils.MetricFamily, prefix)
+        name = stub.parameter(args, PARAMETER)  # of a model beside the first, whose series stay as they are when alone
+        labels = {"model": name} if name else {}
+        self._metrics = MetricsMirror(METRICS, lambda: samples(self._bridge), pb_utils.MetricFamily, prefix, labels)
         self._metrics.start()
 
     def execute(self, requests: list) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -12,18 +13,25 @@ from tidewright.config import Settings
 from tidewright.errors import InvalidRequestError
 from tidewright.parent_death import exit_with_parent
 from tidewright.schema import FinishReason
+from tidewright.served_models import PARAMETER
 
 MAX_ELEMENTS = 1 << 24  # of a tensor: more than any model's context
 # Names in pb_utils.TritonError, which the stub fills in only after models are imported.
 _ERROR_CODES: dict[FinishReason, str] = {"invalid": "INVALID_ARG", "cancelled": "CANCELLED"}
 
 
-def begin(model: str) -> Settings:
-    """For the beginning of `initialize`."""
+def begin(args: Mapping[str, str]) -> Settings:
+    """For the beginning of `initialize`, whose argument this is. Returns the settings of the model that it serves."""
     exit_with_parent()
     settings = Settings()
-    logs.set_up(model, settings.log_format, settings.log_level)
-    return settings
+    logs.set_up(args["model_name"], settings.log_format, settings.log_level)
+    return settings.of(parameter(args, PARAMETER) or settings.model_name)
+
+
+def parameter(args: Mapping[str, str], name: str) -> str:
+    """A parameter of config.pbtxt; empty if it has none of that name."""
+    found = json.loads(args["model_config"]).get("parameters", {}).get(name, {})
+    return str(found.get("string_value", ""))
 
 
 def inputs_of(request: object, names: Iterable[str]) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tidewright.logs import bounded
 from tidewright.resilience.degradation import Route
@@ -21,6 +21,9 @@ from tidewright_gateway.replicas.failover import Generation
 from tidewright_gateway.replicas.triton import Reply
 from tidewright_gateway.tracing.context import TraceContext
 from tidewright_gateway.tracing.record import NO_RECORD, Record
+
+if TYPE_CHECKING:
+    from tidewright_gateway.models import Model
 
 _MAX_MODEL, _MAX_REPLICAS = 128, 64
 
@@ -42,6 +45,8 @@ class RequestContext:
     """That it asks for."""
     adapter: AdapterStatus | None = None
     """The LoRA adapter that this names."""
+    served: Model = None  # type: ignore[assignment]
+    """The one that it gets; valid once its body is read."""
     caller: Caller = ANONYMOUS
     """Valid once the request is authenticated."""
     reservation: Reservation = field(default_factory=lambda: Reservation(""))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tidewright_gateway.admission.ladder import LoadLadder
 from tidewright_gateway.admission.limits import Limiter
-from tidewright_gateway.admission.queue import Queue
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.cache.responses import ResponseCache
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.models import Models
 from tidewright_gateway.openai.responses.store import ResponseStore
-from tidewright_gateway.replicas.failover import Failover
 from tidewright_gateway.websocket.hub import Hub
 
 
@@ -19,9 +17,7 @@ from tidewright_gateway.websocket.hub import Hub
 class Parts:
     authenticator: Authenticator
     limiter: Limiter
-    failover: Failover
-    queue: Queue
-    ladder: LoadLadder
+    models: Models
     cache: ResponseCache
     metrics: Metrics
     responses: ResponseStore

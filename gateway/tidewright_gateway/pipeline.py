@@ -21,24 +21,22 @@ import msgspec
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.degradation import Route
 from tidewright.resilience.errors import ModelError
-from tidewright.schema import AdapterStatus, SamplingParams
-from tidewright_gateway.admission.ladder import LoadLadder
+from tidewright.schema import SamplingParams
 from tidewright_gateway.admission.limits import Estimates, Limiter, subjects_of
 from tidewright_gateway.admission.limits.store import Subject
-from tidewright_gateway.admission.queue import Queue, priority_class
+from tidewright_gateway.admission.queue import priority_class
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.auth.callers import priority_of, salt_of, tenant_of
 from tidewright_gateway.cache.responses import Replies, ResponseCache, cache_key, is_repeatable
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.models import Models
 from tidewright_gateway.openai.chat import ChatRequest
-from tidewright_gateway.openai.errors import MAX_SHOWN, ApiError, invalid
+from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.parsing import parse
-from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import Body, GenerationBody
-from tidewright_gateway.replicas.adapters import choices
-from tidewright_gateway.replicas.failover import Failover, Generation, timed_out
+from tidewright_gateway.replicas.failover import Generation, timed_out
 from tidewright_gateway.replicas.triton import Reply
 
 B = TypeVar("B", bound=Body)
@@ -54,15 +52,12 @@ class Pipeline:
         settings: GatewaySettings,
         authenticator: Authenticator,
         limiter: Limiter,
-        prompts: Prompts,
-        ladder: LoadLadder,
-        queue: Queue,
+        models: Models,
         cache: ResponseCache,
-        failover: Failover,
         metrics: Metrics,
     ) -> None:
-        self._settings, self._authenticator, self._limiter, self._prompts = settings, authenticator, limiter, prompts
-        self._ladder, self._queue, self._cache, self._failover = ladder, queue, cache, failover
+        self._settings, self._authenticator, self._limiter = settings, authenticator, limiter
+        self._models, self._cache = models, cache
         self.metrics = metrics
         self._estimates = Estimates()
         self._running: dict[RequestContext, asyncio.Task[object]] = {}
@@ -84,7 +79,7 @@ class Pipeline:
             ApiError: it can't be done as asked.
         """
         async with self.enter(context, kind, body) as given:  # who, reserve a request, validate … settle
-            self.check_task(embeds=False)
+            context.served.check_task(embeds=False)
             record = context.record
             record.begin("tokenize")
             request = await translate(context, given)
@@ -117,9 +112,9 @@ class Pipeline:
         try:
             policy = context.ignored_fields
             policy.ignores_unknown = self._settings.unknown_fields == "ignore"
-            request = parse(kind, body, self._failover.max_model_len, self._settings.max_choices, policy)
+            request = parse(kind, body, self._models.max_model_len, self._settings.max_choices, policy)
             context.model = request.model
-            context.adapter = await self.adapter_of(request.model)
+            context.served, context.adapter = await self._models.find(request.model)
             if context.adapter:
                 self.metrics.adapter_asked(context.adapter.name)
             record.end()
@@ -137,34 +132,6 @@ class Pipeline:
                 self.metrics.tokens(caller.key_id, *used)
                 if (seconds := context.time_per_output_token) is not None:
                     self.metrics.time_per_output_token(seconds)
-
-    async def adapter_of(self, name: str | None) -> AdapterStatus | None:
-        """The LoRA adapter that a request's `model` names; None: it is the model itself.
-
-        Raises:
-            ApiError: there is no such model.
-        """
-        served = self._settings.model_name
-        if name is None or name == served:
-            return None
-        adapters = self._failover.adapters
-        if adapter := await adapters.find(name):
-            return adapter
-        message = f"there is no model {name[:MAX_SHOWN]!r} here; this gateway serves {served!r}"
-        if loaded := adapters.loaded:
-            message += f" and its LoRA adapters {choices(loaded)}"
-        raise ApiError(404, message, code="model_not_found", param="model")
-
-    def check_task(self, embeds: bool) -> None:
-        """Raises ApiError: the replicas have another task (`tidewright serve --task`)."""
-        tasks = {bool(size) for size in self._failover.embedding_sizes}
-        if not tasks or embeds in tasks:
-            return
-        if embeds:
-            message = "this server generates text; embeddings need one that runs with: tidewright serve --task embed"
-        else:
-            message = "this server computes embeddings (serve --task embed); use /v1/embeddings or /v1/score"
-        raise ApiError(404, message, code="unsupported")
 
     async def end_revoked(self) -> None:
         """Runs for ever: ends running requests whose key was revoked or has expired."""
@@ -184,7 +151,7 @@ class Pipeline:
     # Tokenize and reserve tokens.
 
     def _sampling(self, context: RequestContext, request: GenerationBody) -> SamplingParams:
-        dialect, use = self._prompts.dialect, request.tool_use
+        dialect, use = context.served.prompts.dialect, request.tool_use
         sampling = request.sampling(dialect.defaults)
         context.is_guided = sampling.guided or (use is not None and use.is_forced)
         guided = dialect.guide(sampling, use)
@@ -198,8 +165,8 @@ class Pipeline:
             raise invalid("n must be at least 1", "n")
         if request.num_prompts * n > most:
             raise invalid(f"{request.num_prompts} prompts times n = {n} is more than {most} (max_choices)", "n")
-        limit = self._failover.max_model_len
-        tokenized = await self._prompts.of_request(request, limit)
+        limit = context.served.failover.max_model_len
+        tokenized = await context.served.prompts.of_request(request, limit)
         if (asked := request.asked_tokens or 0) > limit:
             name = "max_tokens" if request.max_tokens == asked else "max_completion_tokens"
             raise invalid(f"{name} is {asked}, more than the model's context of {limit} tokens", name)
@@ -215,8 +182,8 @@ class Pipeline:
         context.is_repeatable = is_repeatable(sampling)
         max_tokens = sampling.max_tokens
         if isinstance(request, ChatRequest) and request.asked_tokens is None:
-            max_tokens = max(self._failover.max_model_len - len(prompts[0]), 1)
-        given = self._ladder.treatment(max_tokens, is_guided=sampling.guided)
+            max_tokens = max(context.served.failover.max_model_len - len(prompts[0]), 1)
+        given = context.served.ladder.treatment(max_tokens, is_guided=sampling.guided)
         context.route, context.is_shortened = given.route, given.max_tokens < max_tokens
         return msgspec.structs.replace(
             sampling,
@@ -320,7 +287,7 @@ class Pipeline:
         """The replies of a generation, from the cache or an identical running one if possible."""
         key: bytes | None = None
         if context.is_repeatable and context.route is Route.DECODER:
-            model = self._settings.model_name
+            model = context.served.name
             if adapter := context.adapter:  # another one may have had this name before
                 model += f"\n{adapter.path}\n{adapter.at}"
             key = cache_key(context.caller, model, generation.prompt, generation.sampling, generation.logprobs)
@@ -340,7 +307,7 @@ class Pipeline:
         began, priority = time.monotonic(), generation.sampling.priority
         until = min(began + self._settings.queue_timeout, generation.deadline.at)
         try:
-            place = await self._queue.enter(context.caller.key_id, priority, until, context.caller.weight)
+            place = await context.served.queue.enter(context.caller.key_id, priority, until, context.caller.weight)
         except ModelError as error:
             raise (timed_out(error) if generation.deadline.expired(time.monotonic()) else error) from None
         finally:
@@ -349,7 +316,7 @@ class Pipeline:
             context.queued_for = max(context.queued_for or 0.0, waited)
             generation.record.took("queue", began, generation.index)
         try:
-            async with aclosing(self._failover.generate(generation, context.route)) as replies:
+            async with aclosing(context.served.failover.generate(generation, context.route)) as replies:
                 async for reply in replies:
                     if context.growth and not reply.finish_reason and await self._is_over(context, reply):
                         yield replace(reply, finish_reason="length")
@@ -368,7 +335,7 @@ class Pipeline:
             ModelError: one of them failed; the others are cancelled.
         """
         caller, settings = context.caller, self._settings
-        self._ladder.treatment(1, is_guided=True)  # it is refused or whole
+        context.served.ladder.treatment(1, is_guided=True)  # it is refused or whole
         context.num_prompt_tokens = sum(map(len, prompts))
         await self._extend(context, subjects_of(caller, user, settings), 0)
         sampling = SamplingParams(
@@ -393,7 +360,7 @@ class Pipeline:
                         found[index] = reply.embedding or b""
 
         # No more than are computed at once, so that a long list alone does not fill the queue.
-        width = max(min(len(prompts), EMBEDDED_AT_ONCE, self._queue.capacity), 1)
+        width = max(min(len(prompts), EMBEDDED_AT_ONCE, context.served.queue.capacity), 1)
         jobs = [asyncio.create_task(work()) for _ in range(width)]
         try:
             await asyncio.gather(*jobs)

@@ -177,3 +177,11 @@ def test_gauges_of_a_stub_that_died_do_not_stay(bridge: Any, family: type[Family
     calls = family.calls[f"{PREFIX}requests_running"]
     mirrored.refresh()
     assert family.calls[f"{PREFIX}requests_running"] == calls
+
+
+def test_another_model_s_series_have_its_name(bridge: Any, family: type[Family]) -> None:
+    labels = {"model": "small"}
+    MetricsMirror(METRICS, lambda: samples(bridge), family, labels=labels).refresh()
+    mirror(bridge, family).refresh()  # the first model's beside them
+    of_small = {key for key in family.series if "{model=small}" in key}
+    assert {key.replace("{model=small}", "", 1) for key in of_small} == set(family.series) - of_small

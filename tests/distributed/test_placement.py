@@ -19,6 +19,7 @@ from tidewright.distributed.rank_messages import Join
 from tidewright.engine import process
 from tidewright.engine.messages import EngineConfig
 from tidewright.engine.process import EngineProcess
+from tidewright.kv_cache.budget import parse_memory
 
 
 @pytest.fixture
@@ -74,6 +75,22 @@ def test_ranks_on_a_cpu_divide_its_memory() -> None:
     config = EngineConfig(model_dir="m", device="cpu", tensor_parallel_size=6, nodes=2, kv_cache_memory="60%")
     placed = place(config, 1)
     assert (placed.device, placed.kv_cache_memory) == ("cpu", "20%")
+
+
+@pytest.mark.parametrize(
+    ("device", "memory", "expected"),
+    [
+        ("cpu", "auto", "268435456B"),
+        ("cuda:0", "auto", "22.5%"),
+        ("cpu", "80%", "20%"),
+        ("cpu", "2GiB", "536870912B"),
+    ],
+)
+@pytest.mark.usefixtures("calls")
+def test_a_model_gets_its_part_of_the_memory(device: str, memory: str, expected: str) -> None:
+    placed = place(EngineConfig(model_dir="m", device=device, kv_cache_memory=memory, kv_cache_share=0.25), 0)
+    assert placed.kv_cache_memory == expected
+    assert parse_memory(expected, 2**30) > 0
 
 
 def test_threads_and_amounts_that_were_asked_for_stay() -> None:

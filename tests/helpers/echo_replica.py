@@ -52,12 +52,18 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
         """Of the same."""
         self.sent = 0  # tokens
         self.status = DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, max_model_len=max_model_len, knows_tenants=True)
+        self.statuses: dict[str, DecoderStatus] = {}
+        """Of models that have another than the rest."""
         self.errors: dict[str, str] = {}
         """Of each model that answers with an error."""
         self.commands: list[str] = []
         """About LoRA adapters, which it serves if its status has a list of them."""
         self.refusals: dict[str, str] = {}
         """Of adapters, by name."""
+        self.away: set[str] = set()
+        """Models that are not loaded."""
+        self.asked: list[str] = []
+        """The model of each generation."""
         self.go_on = threading.Event()
         """Clear it, and generations wait before their first token."""
         self.go_on.set()
@@ -91,8 +97,14 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
     ) -> Iterator[service_pb2.ModelStreamInferResponse]:
         for request in requests:
             inputs = dict(zip((one.name for one in request.inputs), request.raw_input_contents, strict=True))
+            if request.model_name in self.away:
+                unknown = f"Request for unknown model: '{request.model_name}' is not found"
+                yield service_pb2.ModelStreamInferResponse(error_message=unknown)
+                continue
+            if CONTROL.name not in inputs and not request.id.startswith("probe"):
+                self.asked.append(request.model_name)
             if CONTROL.name in inputs:
-                yield self._control(inputs[CONTROL.name][4:].decode())
+                yield self._control(request.model_name, inputs[CONTROL.name][4:].decode())
             elif error := self.errors.get(request.model_name):
                 yield service_pb2.ModelStreamInferResponse(error_message=error)
             elif EMBED.name in inputs:
@@ -100,10 +112,10 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
             else:
                 yield from self._generate(request.model_name, inputs, context)
 
-    def _control(self, word: str) -> service_pb2.ModelStreamInferResponse:
-        answer = b"ok"
+    def _control(self, model: str, word: str) -> service_pb2.ModelStreamInferResponse:
+        answer, status = b"ok", self.statuses.get(model, self.status)
         if word == "drain":
-            self.status = msgspec.structs.replace(self.status, draining=True)
+            status = msgspec.structs.replace(status, draining=True)
         elif word.startswith((LOAD_LORA, UNLOAD_LORA)):
             command, _, text = word.partition(":")
             order = msgspec.json.decode(text, type=AdapterOrder)
@@ -111,10 +123,14 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
             if error := self.refusals.get(order.name):
                 return service_pb2.ModelStreamInferResponse(error_message=f"{error} [invalid]")
             done = AdapterStatus(order.name, order.path, command == "load_lora", order.at)
-            others = [one for one in self.status.adapters or () if one.name != order.name]
-            self.status = msgspec.structs.replace(self.status, adapters=[*others, done])
+            others = [one for one in status.adapters or () if one.name != order.name]
+            status = msgspec.structs.replace(status, adapters=[*others, done])
         else:
-            answer = msgspec.json.encode(self.status)
+            answer = msgspec.json.encode(status)
+        if model in self.statuses:
+            self.statuses[model] = status
+        else:
+            self.status = status
         return _response("decoder", text_output=_text(answer))
 
     def _embed(self, model: str, inputs: dict[str, bytes]) -> service_pb2.ModelStreamInferResponse:

@@ -42,6 +42,9 @@ class ScriptedTriton:
         """Nothing is broken any more once a stub was killed."""
         self.http_url = self.metrics_url = ""
 
+    def embeds(self, model: str) -> bool:
+        return self.settings.task == "embed"
+
     def stub(self, model: str) -> Stub:
         process = SimpleNamespace(
             kill=lambda: self._killed(model), cpu_times=lambda: SimpleNamespace(user=0.0, system=0.0)

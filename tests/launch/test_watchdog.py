@@ -89,6 +89,45 @@ def test_one_that_embeds_is_asked_for_an_embedding(triton: ScriptedTriton) -> No
     world.stop()
 
 
+def test_a_further_model_is_watched_by_its_own_answers(triton: ScriptedTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first has answered says nothing of it."""
+    triton.models_with_engine = {"decoder", "decoder_small"}
+    answer, served = triton.answer, iter(range(10**6))
+
+    def busy(path: str, body: dict) -> object:
+        found = answer(path, body)
+        if path != "/metrics":
+            return found
+        lines = (
+            '{reason="stop"} 5',
+            f'{{model="small",reason="stop"}} {next(served)}',
+            '{model="other",reason="stop"} 5',
+        )
+        return 200, "".join(f"tidewright_requests_finished_total{line}\n" for line in lines).encode()
+
+    monkeypatch.setattr(triton, "answer", busy)
+    world = World(triton)
+    world.asks("token decoder", 5)
+    before = triton.count("token decoder_small")
+    world.asks("token decoder", 10)
+    assert triton.count("token decoder_small") == before
+    for question in ("infer tokenizer_small", "health decoder_small"):
+        world.asks(question)
+    triton.broken["health decoder_small"] = DEAD
+    world.hears("the stub of decoder_small died")
+    world.asks("load decoder_small", 1)
+    assert set(triton.killed) == {"decoder_small"}
+    world.stop()
+
+
+def test_a_question_that_meets_a_model_being_loaded_blames_nobody(world: World) -> None:
+    """One of Triton's threads answers nothing meanwhile, though all is well."""
+    world.triton.broken = {"index": (200, b'[{"name": "x", "state": "LOADING"}]'), "health decoder": HANG}
+    world.asks("index", 1)
+    world.asks("health decoder", 1)
+    assert world.said == []
+
+
 def test_who_answers_others_is_not_asked_for_a_token(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     answer, served = world.triton.answer, iter(range(10**6))
 

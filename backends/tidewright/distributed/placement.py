@@ -8,6 +8,7 @@ import torch
 from tidewright.devices.visible_gpus import check_visible
 from tidewright.distributed.gpu_choice import gpus_of
 from tidewright.engine.messages import EngineConfig
+from tidewright.kv_cache.budget import AUTO_CPU, AUTO_GPU, part_of
 
 
 def resolve(config: EngineConfig) -> EngineConfig:
@@ -20,22 +21,26 @@ def resolve(config: EngineConfig) -> EngineConfig:
 def place(config: EngineConfig, local_rank: int) -> EngineConfig:
     """The configuration for one of `config.local_ranks` ranks on this host.
 
-    On a CPU the ranks divide the share of memory that the KV cache may take, and the cores (step_threads.py).
+    Of the memory for KV caches it gets its model's share. On a CPU the ranks divide the part of the free memory that
+    the KV cache may take, and the cores (step_threads.py).
 
     Raises:
         DeviceError: this host lacks a GPU for one of its ranks, whichever.
         GpuChoiceError: `device` names too few, or too many.
     """
     config = resolve(config)
-    ranks = config.local_ranks
-    if config.device.startswith("cuda") and not config.is_onnx:
+    ranks, is_gpu = config.local_ranks, config.device.startswith("cuda")
+    memory = config.kv_cache_memory
+    if config.kv_cache_share < 1:
+        memory = part_of((AUTO_GPU if is_gpu else AUTO_CPU) if memory == "auto" else memory, config.kv_cache_share)
+        config = msgspec.structs.replace(config, kv_cache_memory=memory, kv_cache_share=1.0)
+    if is_gpu and not config.is_onnx:
         gpus = gpus_of(config.device, ranks)
         whose = f"the {ranks} ranks of this host need" if ranks > 1 else f"device {config.device!r} needs"
         check_visible(gpus, whose)
         return msgspec.structs.replace(config, device=f"cuda:{gpus[local_rank]}")
-    memory = config.kv_cache_memory
     if memory.endswith("%") and ranks > 1:
-        memory = f"{float(memory[:-1]) / ranks:g}%"
+        memory = part_of(memory, 1 / ranks)
     return msgspec.structs.replace(config, kv_cache_memory=memory)
 
 

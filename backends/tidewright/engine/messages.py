@@ -31,6 +31,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     attention: str = "auto"
     block_size: int = 16  # tokens a block
     kv_cache_memory: str = "auto"  # as tidewright.kv_cache.budget reads it
+    kv_cache_share: float = 1.0  # of it, for this engine; other models of the server have the rest
     num_blocks: int = 0  # of the KV cache, as the first engine counted them; 0: this is the first
     replayed_tokens: int = 0  # of the longest request in flight, at its end; as `Begin` says
     max_model_len: int = 0  # tokens; 0: the model's own limit

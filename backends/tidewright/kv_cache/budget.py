@@ -32,6 +32,13 @@ def is_share(text: str) -> bool:
     return text.rstrip().endswith("%")
 
 
+def part_of(text: str, share: float) -> str:
+    """`share` (0 to 1) of an amount, or of a share of the free memory, as `parse_memory` reads it."""
+    if is_share(text):
+        return f"{float(text.rstrip()[:-1]) * share:g}%"
+    return f"{int(parse_memory(text, 0) * share)}B"
+
+
 def mib(count: int) -> str:
     """Bytes, for messages."""
     return f"{count / 2**20:.1f} MiB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import signal
 import subprocess
@@ -30,11 +31,13 @@ class GatewayProcess(ChildProcess):
             raise LaunchError("the gateway needs: pip install 'tidewright[gateway]'; or do without: --gateway-port 0")
         check_port(HOST, settings.gateway_port, "gateway_port")
         self.url = f"http://{HOST}:{settings.gateway_port}"
-        self.model_name = os.environ.get("TIDEWRIGHT_GATEWAY_SERVED_MODEL_NAME") or Path(settings.model).name
+        named = settings.served_model_name or os.environ.get("TIDEWRIGHT_GATEWAY_SERVED_MODEL_NAME")
+        self.model_name = named or settings.model_name
         self._environment = {
             **os.environ,
             "TIDEWRIGHT_GATEWAY_MODEL": str(model_dir),
             "TIDEWRIGHT_GATEWAY_SERVED_MODEL_NAME": self.model_name,
+            "TIDEWRIGHT_GATEWAY_MODELS": json.dumps([f"{one.name}={one.model}" for one in settings.models]),
             "TIDEWRIGHT_GATEWAY_HOST": HOST,
             "TIDEWRIGHT_GATEWAY_PORT": str(settings.gateway_port),
             "TIDEWRIGHT_GATEWAY_TLS_CERT": "",  # nobody else sees what stays on this machine

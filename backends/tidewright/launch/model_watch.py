@@ -24,7 +24,7 @@ from tidewright.launch.control import (
     ask,
 )
 from tidewright.launch.errors import LaunchError
-from tidewright.launch.repository import INDEX, is_away, why_away
+from tidewright.launch.repository import INDEX, is_away, is_loading, why_away
 from tidewright.launch.server import TritonServer
 from tidewright.schema import DRAINING, EMBED, STUCK, DecoderStatus
 
@@ -42,13 +42,11 @@ RELOAD_INTERVAL = 5.0  # seconds between attempts to load a model that would not
 RELOAD_PATIENCE = 60.0  # seconds of such attempts
 
 DIED = "died"
-# Answers that a model gave, in Triton's metrics.
+# Answers that a model gave, in Triton's metrics: a counter, and its labels.
 _ANSWERS = {
-    "failsafe": re.compile(r'^tidewright_failsafe_requests_served_total\{by="\w+"\} (\S+)', re.MULTILINE),
-    "decoder": re.compile(r'^tidewright_requests_finished_total\{reason="(?:stop|length)"\} (\S+)', re.MULTILINE),
-    "fallback": re.compile(
-        r'^tidewright_fallback_requests_finished_total\{reason="(?:stop|length)"\} (\S+)', re.MULTILINE
-    ),
+    "failsafe": ("tidewright_failsafe_requests_served_total", r'by="\w+"'),
+    "decoder": ("tidewright_requests_finished_total", r'reason="(?:stop|length)"'),
+    "fallback": ("tidewright_fallback_requests_finished_total", r'reason="(?:stop|length)"'),
 }
 _FIRST = {"priority": -(2**31)}  # ahead of all that waits
 _ONE_TOKEN = {**_FIRST, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
@@ -68,10 +66,16 @@ class ModelWatch:
     def __init__(self, server: TritonServer, model: str, say: Callable[[str], None], lost: Callable[[], None]) -> None:
         """`lost` is called when the model's process is gone, with all that it was at."""
         self._server, self._model, self._say, self._lost = server, model, say, lost
+        # A model beside the first has a decoder_NAME, whose metrics have its name as a label.
+        self._kind, _, name = model.partition("_")
+        if answers := _ANSWERS.get(self._kind):
+            counter, labels = answers
+            of_model = f'model="{re.escape(name)}",' if name else ""
+            self._answered = re.compile(rf"^{counter}\{{{of_model}{labels}\}} (\S+)", re.MULTILINE)
         self._url = f"{server.http_url}/v2/models/{model}"
         self._patience = server.settings.heartbeat_timeout  # for a token: a step may take as long
         # When to look next at what it generates, and when it was loaded again, if ever: time.monotonic().
-        self._due = time.monotonic() + GENERATION_INTERVALS.get(model, 0.0)
+        self._due = time.monotonic() + GENERATION_INTERVALS.get(self._kind, 0.0)
         self._loaded_at = -math.inf
         self._suspected = False
         self._answers: float | None = None
@@ -122,7 +126,7 @@ class ModelWatch:
         self._tasks = tasks
 
     def _checks(self) -> list[Waiting[str]]:
-        return [self._check(), *([self._check_generation()] if self._model in GENERATION_INTERVALS else [])]
+        return [self._check(), *([self._check_generation()] if self._kind in GENERATION_INTERVALS else [])]
 
     def _check(self) -> Waiting[str]:
         """Asks how the model is; returns what is wrong.
@@ -145,7 +149,7 @@ class ModelWatch:
                     return "does not answer"
             except TroubleError as error:
                 # An engine that is down comes up again by itself.
-                if str(error) == DRAINING and self._model == "decoder":
+                if str(error) == DRAINING and self._kind == "decoder":
                     raise DrainingError(DRAINING) from None
                 if str(error).startswith(STUCK):
                     return f"is {error}"
@@ -165,7 +169,7 @@ class ModelWatch:
         return why_away(index, self._server.http_url, self._model)
 
     def _ask_how_it_is(self, patience: float) -> Waiting[bytes]:
-        if self._model == "tokenizer":
+        if self._kind == "tokenizer":
             text = {"name": "text_input", "shape": [1, 1], "datatype": "BYTES", "data": ["a"]}
             return ask(f"{self._url}/infer", {"inputs": [text]}, patience)
         return ask(f"{self._url}/generate", {"control": "health"}, patience)
@@ -181,7 +185,7 @@ class ModelWatch:
             except NoAnswerError:
                 computes = self._cpu_seconds() - used > COMPUTES * LOOK_PATIENCE
                 if not computes or time.monotonic() - began > HUNG_AFTER:
-                    return (yield from self._triton_answers())
+                    return (yield from self._triton_answers()) and not (yield from self._loads_another())
             except LaunchError:
                 return False  # the next question shows what is wrong
 
@@ -201,6 +205,14 @@ class ModelWatch:
             return False
         return True
 
+    def _loads_another(self) -> Waiting[bool]:
+        """One of Triton's HTTP threads loads a model, as somebody asked it to, and this question may have met it."""
+        try:
+            index = yield from ask(f"{self._server.http_url}{INDEX}", {}, LOOK_PATIENCE)
+        except LaunchError:
+            return True
+        return is_loading(index)
+
     def _check_generation(self) -> Waiting[str]:
         """Asks for a token if nobody got an answer lately; returns what is wrong."""
         while True:
@@ -213,7 +225,7 @@ class ModelWatch:
             else:
                 why = yield from self._generate(self._patience)
             # Only now: what a reload of another model cuts short is asked again after it.
-            self._due, self._suspected = time.monotonic() + GENERATION_INTERVALS[self._model], False
+            self._due, self._suspected = time.monotonic() + GENERATION_INTERVALS[self._kind], False
             if why:
                 return why
 
@@ -223,12 +235,12 @@ class ModelWatch:
             text = yield from ask(self._server.metrics_url, None, LOOK_PATIENCE)
         except LaunchError:
             return False
-        before, self._answers = self._answers, sum(map(float, _ANSWERS[self._model].findall(text.decode())))
+        before, self._answers = self._answers, sum(map(float, self._answered.findall(text.decode())))
         return before is not None and self._answers > before
 
     def _generate(self, patience: float) -> Waiting[str]:
         """What is wrong if no answer comes. That the server is full, or the time over, is one."""
-        embeds = self._server.settings.task == "embed" and self._model == "decoder"
+        embeds = self._kind == "decoder" and self._server.embeds(self._model)
         sampling = {**(_FIRST if embeds else _ONE_TOKEN), "timeout": patience / 2}
         body = {"input_ids": [0], "sampling_parameters": json.dumps(sampling), **({EMBED.name: True} if embeds else {})}
         try:

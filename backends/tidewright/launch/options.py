@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from tidewright.config import options_in_order
 from tidewright.resilience.config import ResilienceSettings
+from tidewright.served_models import split
 
 S = TypeVar("S", bound=ResilienceSettings)
 Command = Callable[..., Any]
@@ -21,13 +22,20 @@ _TYPES = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN", str: "TEXT"}
 
 
 def settings_options(settings: type[ResilienceSettings]) -> Callable[[Command], Command]:
-    """One flag for each field; unset flags leave the word to environment and file."""
+    """One flag for each field; unset flags leave the word to environment and file.
+
+    `--model` may come several times: what follows the first becomes `models`, which has no flag.
+    """
 
     def decorate(command: Command) -> Command:
         for name, field in reversed(options_in_order(settings)):
+            if name == "models":
+                continue
             flag = "--" + name.replace("_", "-")
             text = field.description if field.default == "" else f"{field.description}  [default: {field.default}]"
-            command = click.option(flag, name, default=None, metavar=_type(field), help=text)(command)
+            several: dict[str, Any] = {"multiple": True, "metavar": "[NAME=]SOURCE"} if name == "model" else {}
+            given = {"default": None, "metavar": _type(field), "help": text, **several}
+            command = click.option(flag, name, **given)(command)
         return command
 
     return decorate
@@ -51,10 +59,17 @@ def grouped(groups: Mapping[str, type[BaseModel]]) -> type[click.Command]:
     return Grouped
 
 
-def settings_from(settings: type[S], flags: Mapping[str, str | None]) -> S:
+def settings_from(settings: type[S], flags: Mapping[str, Any]) -> S:
     """Raises click.ClickException, which names what is wrong."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    if models := given.pop("model", ()):
+        name, given["model"] = split(models[0])
+        if name:
+            given.setdefault("served_model_name", name)
+        if models[1:]:
+            given["models"] = list(models[1:])
     try:
-        return settings(**{name: value for name, value in flags.items() if value is not None})
+        return settings(**given)
     except ValidationError as error:
         raise click.ClickException("; ".join(map(_problem, error.errors()))) from None
     except (OSError, ValueError) as error:

@@ -33,6 +33,14 @@ def why_away(index: bytes, url: str, model: str) -> str:
     return f"{model} could not be loaded: {reason}"
 
 
+def is_loading(index: bytes) -> bool:
+    """Of Triton's answer to INDEX: some model is being loaded."""
+    try:
+        return any(one.get("state") == "LOADING" for one in json.loads(index))
+    except (ValueError, TypeError, AttributeError):
+        return False
+
+
 def explained(error: TroubleError, url: str, model: str) -> LaunchError:
     """The error, with what the repository says if it is that the model is away."""
     if is_away(error):

@@ -55,16 +55,19 @@ class _StopSignals:
 @click.option("--print-config", is_flag=True, help="Print all options as such a file, and end.")
 @settings_options(Settings)
 def serve(config: str | None, print_config: bool, **flags: str | None) -> None:
-    """Serve a model through Triton until Ctrl-C.
+    """Serve a model, or several, through Triton until Ctrl-C.
 
     Prepares the model if needed, starts tritonserver, and reports ready only after a first token has been
     generated through the whole chain. Every option is also an environment variable TIDEWRIGHT_<NAME> and a key
     of the YAML file; flags win over the environment, the environment over the file.
 
+    --model may be given several times. Each model has an engine of its own; requests to the gateway name theirs.
+
     \b
     Examples:
       tidewright serve
       tidewright serve --model ./my-model --dtype float32 --http-port 9000
+      tidewright serve --model smollm2-135m --model small=./my-model
       TIDEWRIGHT_KV_CACHE_MEMORY=4GiB tidewright serve --config serving.yaml
     """
     if config:
@@ -91,6 +94,8 @@ def _run(settings: Settings, terminal: Terminal) -> int:
         host = parse_rendezvous(settings.rendezvous)[0] if settings.rendezvous else "localhost"
         rendezvous_secret(settings.rendezvous_secret_file, host)  # the engine does so again; a mistake shows at once
         model_dir = prepare(settings.model, console)
+        further = [one.model_copy(update={"model": str(prepare(one.model, console))}) for one in settings.models]
+        settings = settings.model_copy(update={"models": further})
         if settings.fallback and not is_export(Path(settings.fallback)):
             source = settings.model if settings.fallback == "auto" else settings.fallback
             folder = prepare_fallback(settings.model, source, console, force=False)
@@ -138,9 +143,11 @@ def _welcome(terminal: Terminal, server: TritonServer, gateway: GatewayProcess |
     elif gateway:
         body = f'{{"model": "{gateway.model_name}", "messages": [{{"role": "user", "content": "Hello"}}]}}'
         talk = f"  curl {gateway.url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
+    names = [gateway.model_name if gateway else settings.model_name, *settings.names[1:]]
+    what = f"model {names[0]}" if len(names) == 1 else f"models {', '.join(names)}"
     markup = f"[green]Ready[/] after {seconds:.1f} s: {escape(settings.model)}\n" + escape(
         (
-            f"  gateway {gateway.url}/v1 (OpenAI's API, model {gateway.model_name}); to read: {gateway.url}/docs\n"
+            f"  gateway {gateway.url}/v1 (OpenAI's API, {what}); to read: {gateway.url}/docs\n"
             + ("" if embeds else f"  chat    {gateway.url}/\n")
             if gateway
             else ""

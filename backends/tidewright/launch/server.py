@@ -25,10 +25,12 @@ from tidewright.launch.child_process import ChildProcess
 from tidewright.launch.control import NoAnswerError, Question, UnreachableError, control, post
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.leftovers import Leftovers, remove_those_of_the_dead
+from tidewright.launch.model_chain import write_chain
 from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
 from tidewright.logs import LogHandler, LogLevel, open_handler
 from tidewright.logs.relay import MAX_LINE, structured
 from tidewright.schema import EMBED, EMBEDDING
+from tidewright.served_models import chain_of, decoder_of
 from tidewright.tracing.endpoint import traces_url
 
 IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figure lags by up to 0.25 s
@@ -38,6 +40,7 @@ END_TIMEOUT = 10.0  # seconds from SIGKILL until the kernel has ended a process,
 FIRST_PATIENCE = 15.0  # seconds for the first answer of a server that starts; twice as many for each further one
 _GRACE = 10.0  # seconds beyond start_timeout, within which the server itself says why it did not start
 _TAIL_LINES = 20
+_ACTIVE = re.compile(r"^tidewright_requests_active(?:\{[^}]*\})? (\S+)", re.MULTILINE)
 
 
 ABORTS_AT_START = "boost::interprocess::lock_exception"
@@ -66,7 +69,8 @@ class TritonServer(ChildProcess):
         """`log`: where the lines of tritonserver and of all below it go; None for standard error."""
         super().__init__()
         self._log = log or open_handler("")
-        self.settings = settings.model_copy(update={"model": str(model_dir)})
+        own = {"model": str(model_dir), "served_model_name": settings.model_name}
+        self.settings = settings.model_copy(update=own)
         self.log_tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self.ready = False
         """It has generated a token, or computed an embedding."""
@@ -84,14 +88,20 @@ class TritonServer(ChildProcess):
 
     @property
     def models(self) -> set[str]:
-        """Names of those that it serves."""
+        """Names of Triton's models that it loads at its start."""
         found = {folder.name for repository in _repositories() for folder in repository.iterdir() if folder.is_dir()}
-        return found if self.settings.fallback else found - {"fallback"}
+        further = {name for one in self.settings.models if one.load for name in chain_of(one.name)}
+        return (found if self.settings.fallback else found - {"fallback"}) | further
 
     @property
     def models_with_engine(self) -> set[str]:
-        """Those that take `control`."""
-        return self.models & {"decoder", "fallback"}
+        """Those that take `control`, loaded or not."""
+        return (self.models & {"decoder", "fallback"}) | {decoder_of(one.name) for one in self.settings.models}
+
+    def embeds(self, model: str) -> bool:
+        """Whether this decoder computes embeddings."""
+        own = model.removeprefix(decoder_of(""))
+        return self.settings.of(self.settings.model_name if own == "decoder" else own).task == "embed"
 
     def start_again(self) -> None:
         """After it has ended by itself: to its first token. Raises LaunchError, as `start` and `wait_ready`."""
@@ -111,13 +121,21 @@ class TritonServer(ChildProcess):
         install = find_triton()
         remove_those_of_the_dead()
         self._leftovers = leftovers = Leftovers()
+        for one in self.settings.models:
+            write_chain(one.name, _repositories(), self._further)
         command = self._command(install.binary, assemble_backend_dir(install, leftovers.folder / "backends"))
         self._launch(command, self._environment(), piped=True, inherited=[leftovers.lock.fileno()])
         self._pump = threading.Thread(target=self._pump_log, name="triton-log", daemon=True)
         self._pump.start()
 
+    @property
+    def _further(self) -> Path:
+        """The repository of the models beside the first."""
+        assert self._leftovers is not None
+        return self._leftovers.folder / "models"
+
     def wait_ready(self) -> None:
-        """Wait until a real one-token generation, or an embedding through the whole chain has succeeded.
+        """Wait until a real one-token generation, or an embedding through the whole chain has succeeded at each model.
 
         Once, a tritonserver that aborts by a known fault of its own is started again.
 
@@ -125,12 +143,20 @@ class TritonServer(ChildProcess):
             ServerStartError: Triton ended, or the model can't be loaded, or start_timeout passed.
             LaunchError: as `start`.
         """
-        has_aborted = False
-        embeds = self.settings.task == "embed"
-        url = f"{self.http_url}/v2/models/{'decoder' if embeds else 'generate'}/generate"
+        deadline = time.monotonic() + self.settings.start_timeout + _GRACE
+        self._wait_for("decoder", "generate", deadline)
+        for one in self.settings.models:
+            if one.load:
+                _, decoder, generate = chain_of(one.name)
+                self._wait_for(decoder, generate, deadline)
+        self.ready = True
+
+    def _wait_for(self, decoder: str, generate: str, deadline: float) -> None:
+        """Wait for an answer of one model; `generate` is its chain."""
+        has_aborted, embeds, patience = False, self.embeds(decoder), FIRST_PATIENCE
+        url = f"{self.http_url}/v2/models/{decoder if embeds else generate}/generate"
         body: dict[str, Any] = {"text_input": "Hello"}
         body |= {EMBED.name: True} if embeds else {"max_tokens": 1, "temperature": 0.0}
-        deadline, patience = time.monotonic() + self.settings.start_timeout + _GRACE, FIRST_PATIENCE
         while time.monotonic() < deadline:
             if not self.running:
                 why = self._why_it_ended()
@@ -144,7 +170,8 @@ class TritonServer(ChildProcess):
             try:
                 answer = json.loads(post(url, body, patience))
                 if EMBEDDING.name in answer or answer.get("served_by") == "decoder":
-                    self.ready = True
+                    return
+                if decoder != "decoder" and "text_output" in answer:
                     return
             except NoAnswerError as error:  # a model may be that slow, but a request that was lost never ends
                 self.log_tail.append(f"serve: {error}; asking again\n")
@@ -153,6 +180,7 @@ class TritonServer(ChildProcess):
                 pass  # not yet
             time.sleep(0.05)
         what = "embedding was computed" if embeds else "token was generated"
+        what += "" if decoder == "decoder" else f" by {decoder}"
         limit = f"{self.settings.start_timeout:g} s (start_timeout)"
         raise ServerStartError(f"no {what} within {limit}; the last lines of the log:\n{''.join(self.log_tail)}")
 
@@ -218,6 +246,8 @@ class TritonServer(ChildProcess):
     def _command(self, binary: Path, backends: Path) -> list[str]:
         assert self._leftovers is not None
         settings, repositories = self.settings, _repositories()
+        if settings.models:
+            repositories.append(self._further)
         shown = get_args(LogLevel).index(settings.log_level)  # what Triton calls info is for debugging
         return [
             str(binary),
@@ -303,8 +333,7 @@ class TritonServer(ChildProcess):
             return False
         except LaunchError:
             return True  # too loaded to say
-        match = re.search(r"^tidewright_requests_active(?:\{\})? (\S+)", text, re.MULTILINE)
-        return match is not None and float(match[1]) > 0
+        return any(float(count) > 0 for count in _ACTIVE.findall(text))
 
     def _session_processes(self) -> list[psutil.Process]:
         """tritonserver and all that came of it: they share the session that it leads."""

@@ -6,13 +6,14 @@ import contextlib
 import functools
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tidewright.launch.control import NoAnswerError, Waiting, ask
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.gateway_process import GatewayProcess
 from tidewright.launch.model_watch import DrainingError, HopelessError, ModelWatch, pause
 from tidewright.launch.server import ANSWER_TIME, TritonServer
+from tidewright.served_models import chain_of, decoder_of
 
 ROUND = 0.2  # seconds between two looks
 LIVE_INTERVAL = 2.0  # seconds between two questions to Triton itself
@@ -49,9 +50,10 @@ class Watchdog:
     def _begin(self) -> None:
         """With a server that is up."""
         self._live = self._listen()
+        engines = sorted(self._server.models_with_engine)
         self._models = {
             model: ModelWatch(self._server, model, self._say, functools.partial(self._lost, model))
-            for model in ("tokenizer", "failsafe", *sorted(self._server.models_with_engine))
+            for model in ("tokenizer", "failsafe", *_tokenizers(engines), *engines)
         }
 
     def _look(self) -> None:
@@ -110,3 +112,9 @@ class Watchdog:
     def _say(self, text: str) -> None:
         with contextlib.suppress(Exception, SystemExit):  # rich exits if nobody reads its output any more
             self._tell(text)
+
+
+def _tokenizers(engines: Iterable[str]) -> list[str]:
+    """Of the models beside the first."""
+    prefix = decoder_of("")
+    return [chain_of(model.removeprefix(prefix))[0] for model in engines if model.startswith(prefix)]

@@ -49,7 +49,7 @@ KEEP = 5.0  # seconds
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        settings = stub.begin(args["model_name"])
+        settings = stub.begin(args)
         self._failsafe = Failsafe(settings, _control)
         self._translator = translator(settings)
         self._started = False

@@ -23,7 +23,10 @@ TICK = 0.25  # seconds
 class LoadLadder:
     """Off unless the settings say `degradation`."""
 
-    def __init__(self, settings: GatewaySettings, failover: Failover, queue: Queue, metrics: Metrics) -> None:
+    def __init__(
+        self, settings: GatewaySettings, failover: Failover, queue: Queue, metrics: Metrics, model: str = ""
+    ) -> None:
+        self._model = model
         self._settings, self._failover, self._queue, self._metrics = settings, failover, queue, metrics
         self._ladder = Ladder(settings.ladder_config())
         self._now = Degradation(Level.ALL_FEATURES, Level.ALL_FEATURES, ())
@@ -55,12 +58,15 @@ class LoadLadder:
             is_worse = self._now.level > before.level
             log.log(
                 logging.WARNING if is_worse else logging.INFO,
-                "degradation: %s (%s)",
+                "degradation%s: %s (%s)",
+                f" of {self._model}" if self._model else "",
                 self._now.level.name.lower().replace("_", " "),
                 reasons,
                 extra=event("degradation" if is_worse else "degradation_lifted"),
             )
-            self._metrics.degraded(self._now.level, {signal: signal in self._now.reasons for signal in SIGNALS})
+            self._metrics.degraded(
+                self._now.level, {signal: signal in self._now.reasons for signal in SIGNALS}, self._model
+            )
 
     def treatment(self, max_tokens: int, is_guided: bool) -> Treatment:
         """What a request for `max_tokens` gets. Answers with a grammar are never shortened: half of one is useless.

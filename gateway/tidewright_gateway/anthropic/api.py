@@ -21,4 +21,4 @@ class MessagesApi(Api[MessagesRequest, TranslatedRequest]):
         return as_sent(error)
 
     def answer(self, context: RequestContext, request: TranslatedRequest) -> Answer:
-        return MessagesAnswer(context, request, self._prompts.dialect)
+        return MessagesAnswer(context, request, context.served.prompts.dialect)

@@ -1,4 +1,4 @@
-"""The served model as Anthropic's API lists it."""
+"""The served models as Anthropic's API lists them."""
 
 from __future__ import annotations
 

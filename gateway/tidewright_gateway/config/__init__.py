@@ -16,9 +16,9 @@ from pydantic import BaseModel, field_validator, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tidewright.address import check_redis_url, check_url
-from tidewright.cache import HUB_ID
 from tidewright.config_file import read_options
 from tidewright.resilience.config import ResilienceSettings
+from tidewright.served_models import check_names, served_name
 from tidewright_gateway.config.api import ApiSettings
 from tidewright_gateway.config.auth import AuthSettings
 from tidewright_gateway.config.cache import CacheSettings
@@ -91,6 +91,11 @@ class GatewaySettings(
         if isinstance(source, FileSource):
             source.read()
         return value
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> GatewaySettings:
+        check_names(self.model_name, self.models)
+        return self
 
     @model_validator(mode="after")
     def _others_need_a_key(self) -> GatewaySettings:
@@ -169,8 +174,7 @@ class GatewaySettings(
 
     @property
     def model_name(self) -> str:
-        hub_id = None if Path(self.model).exists() else HUB_ID.fullmatch(self.model)
-        return self.served_model_name or Path(hub_id["repository"] if hub_id else self.model).name
+        return self.served_model_name or served_name(self.model)
 
 
 def _is_loopback(host: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import BaseModel, Field
 
 from tidewright.cache import EMBEDDED_MODEL
+from tidewright.served_models import Listed, NamedModel
 
 
 class ServerSettings(BaseModel):
@@ -12,6 +13,11 @@ class ServerSettings(BaseModel):
         EMBEDDED_MODEL,
         min_length=1,
         description="Model that the replicas serve; the gateway needs its tokenizer. As in `serve`.",
+    )
+    models: Listed[NamedModel] = Field(
+        [],
+        description="Further models of the replicas, under the names that they have in `serve`. The flag is `--model` "
+        "once more, as SOURCE or NAME=SOURCE; a variable has several with commas between.",
     )
     served_model_name: str = Field(
         "", description="Model name in the API. Empty: the last part of `model`, without a revision."

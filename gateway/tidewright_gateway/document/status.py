@@ -6,6 +6,8 @@ from typing import Literal
 
 from tidewright_gateway.document.base import ABSENT, Shown
 
+Level = Literal["all_features", "short_answers", "fallback_only", "shed"]
+
 
 class Liveness(Shown):
     status: Literal["live"]
@@ -19,6 +21,8 @@ class Readiness(Shown):
     """Every API key is refused."""
     replicas_in_trouble: int = ABSENT
     """Replicas that can't take requests."""
+    models_in_trouble: list[str] = ABSENT
+    """Models that no replica can serve."""
 
 
 class Version(Shown):
@@ -60,14 +64,25 @@ class ReplicaStatus(Shown):
     """Why it did not load or unload one as it was told."""
 
 
+class ModelStatus(Shown):
+    level: Level
+    running: int
+    waiting: int
+    replicas: list[ReplicaStatus]
+
+
 class GatewayStatus(Shown):
-    level: Literal["all_features", "short_answers", "fallback_only", "shed"]
+    level: Level
+    """Of the model that is worst off."""
     running: int
     waiting: int
     stores: dict[str, str]
     """`well`, or what is wrong."""
     cache: CacheStatus
     replicas: list[ReplicaStatus]
+    """As they serve the first model."""
+    models: dict[str, ModelStatus]
+    """Those beside the first, by name."""
 
 
 class Draining(Shown):

@@ -8,9 +8,8 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictStr
 from starlette.responses import PlainTextResponse
 
-from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.models import Models
 from tidewright_gateway.openai.errors import invalid
-from tidewright_gateway.replicas.adapters import Adapters
 
 _Name = Annotated[StrictStr, Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$")]
 
@@ -22,6 +21,8 @@ class LoadAdapterRequest(BaseModel):
     """How requests call it, as `model`."""
     lora_path: Annotated[StrictStr, Field(min_length=1, max_length=4096)]
     """Its folder on the replicas, absolute or below their `adapter_folder`."""
+    base_model_name: Annotated[StrictStr, Field(max_length=128)] | None = None
+    """The model that it belongs to, of several. Default: the first."""
 
 
 class UnloadAdapterRequest(BaseModel):
@@ -31,22 +32,27 @@ class UnloadAdapterRequest(BaseModel):
     """The name that it was loaded by."""
 
 
-def make_adapter_router(settings: GatewaySettings, adapters: Adapters) -> APIRouter:
+def make_adapter_router(models: Models) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/load_lora_adapter")
     async def load(request: Request, body: LoadAdapterRequest) -> PlainTextResponse:
         """Loads a LoRA adapter on all replicas, also on those that come later. Requires the role admin."""
-        if body.lora_name == settings.model_name:
-            raise invalid(f"lora_name: {body.lora_name!r} is the model itself; choose another name", "lora_name")
-        await adapters.load(body.lora_name, body.lora_path)
+        name, base = body.lora_name, models.base(body.base_model_name)
+        if name in models.names:
+            raise invalid(f"lora_name: {name!r} is a model itself; choose another name", "lora_name")
+        if (other := models.adapters.get(name)) and other is not base:
+            message = f"the model {other.name} has a LoRA adapter {name!r}; choose another lora_name"
+            raise invalid(message, "lora_name", "adapter_exists")
+        await base.failover.adapters.load(name, body.lora_path)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @router.post("/v1/unload_lora_adapter")
     async def unload(request: Request, body: UnloadAdapterRequest) -> PlainTextResponse:
         """Unloads a LoRA adapter from all replicas: requests that have it finish, new ones get a 404. Requires the
         role admin."""
-        await adapters.unload(body.lora_name)
+        model = models.adapters.get(body.lora_name, models.first)
+        await model.failover.adapters.unload(body.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     return router

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from tidewright import __version__, logs
 from tidewright.cache import find_prepared, prepared_at
+from tidewright.served_models import decoder_of
 from tidewright.tokenization import Tokenizer
 from tidewright_gateway.admission.ladder import LoadLadder
 from tidewright_gateway.admission.limits import make_limiter
@@ -37,6 +38,7 @@ from tidewright_gateway.http.operations import make_operations_router
 from tidewright_gateway.http.query import QueryCheck
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.metrics.sampling import Sampler
+from tidewright_gateway.models import Model, Models
 from tidewright_gateway.openai.dialect import Dialect
 from tidewright_gateway.openai.errors import ApiError, internal, invalid
 from tidewright_gateway.openai.prompts import Prompts
@@ -49,6 +51,7 @@ from tidewright_gateway.parts import Parts
 from tidewright_gateway.pipeline import Pipeline
 from tidewright_gateway.replicas.failover import Failover
 from tidewright_gateway.replicas.health import Expected
+from tidewright_gateway.replicas.replica import DECODER
 from tidewright_gateway.tracing.context import Tracer
 from tidewright_gateway.tracing.traces import Traces
 from tidewright_gateway.websocket.backend import PipelineBackend
@@ -72,18 +75,11 @@ def make_app(
     logs.on_dropped(metrics.log_lines_dropped)
     tracer, traces = Tracer(settings.trace_sample_ratio, settings.trace_callers), Traces(settings, metrics)
     authenticator = Authenticator(settings)
-    folder = find_prepared(settings.model)
-    tokenizer = Tokenizer(folder)
-    prompts = Prompts(tokenizer, Dialect(tokenizer, settings))
-    expected = Expected(folder.name, prompts.tokenizer.fingerprint)
-    failover = Failover(settings, metrics, expected, prompts.tokenizer.max_model_len)
+    models = _models(settings, metrics)
     limiter, cache = make_limiter(settings, limits_socket), ResponseCache(settings.cache_size, settings.cache_ttl)
-    share = settings.max_queue_share if settings.asks_for_keys else 1.0  # without keys, all are one caller
-    queue = Queue(_capacity(settings, failover), settings.max_queue, share)
-    ladder = LoadLadder(settings, failover, queue, metrics)
-    pipeline = Pipeline(settings, authenticator, limiter, prompts, ladder, queue, cache, failover, metrics)
+    pipeline = Pipeline(settings, authenticator, limiter, models, cache, metrics)
     hub, shelf = Hub(settings), Shelf(make_store(settings, settings.workers), settings.max_body)
-    parts = Parts(authenticator, limiter, failover, queue, ladder, cache, metrics, shelf.store, hub)
+    parts = Parts(authenticator, limiter, models, cache, metrics, shelf.store, hub)
     sampler = Sampler(parts, settings.tls_cert)
     PatientProtocol.refused = metrics.refused_connection
 
@@ -92,17 +88,17 @@ def make_app(
         traces.start()
         await authenticator.start()
         await limiter.start()
-        await failover.start()
+        await models.start()
         hub.start()
         background = (
-            ladder.run(),
+            models.run_ladders(),
             sampler.run(),
             pipeline.end_revoked(),
             certificates.watch(settings.tls_cert, settings.tls_key),
         )
         jobs = [asyncio.create_task(job) for job in (*background, shelf.store.watch())]
         if announce:
-            announce(_greeting(settings, failover))
+            announce(_greeting(settings, models))
         # Long-lived objects are left out of garbage collection, which would stop all requests for 50 ms each time.
         gc.collect()
         gc.freeze()
@@ -112,7 +108,7 @@ def make_app(
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
         await hub.stop()
-        await failover.stop()
+        await models.stop()
         await limiter.close()
         await shelf.store.close()
         await authenticator.stop()
@@ -125,16 +121,16 @@ def make_app(
         openapi_url=None,  # `page` has the document, and pages that load nothing from a CDN
         redirect_slashes=False,  # redirects would contain the caller's Host header
     )
-    fast = make_pipeline_router(settings, failover, prompts, pipeline, shelf)
+    fast = make_pipeline_router(settings, pipeline, shelf)
     backend = PipelineBackend(pipeline, authenticator, tracer, traces, metrics)
     query = QueryCheck(ignores_unknown=settings.unknown_fields == "ignore")
     routers = (
         fast,
         make_responses_router(pipeline, shelf, query),
-        make_model_router(settings, failover, pipeline, prepared_at(folder), query),
+        make_model_router(models, query),
         make_stream_router(settings, hub, backend, hosts, metrics),
         make_operations_router(parts, sampler),
-        make_adapter_router(settings, failover.adapters),
+        make_adapter_router(models),
         make_page_router(app),
     )
     for router in routers:
@@ -161,11 +157,33 @@ def _paths(routers: Iterable[APIRouter]) -> tuple[frozenset[str], frozenset[str]
     return frozenset(one.path for one in of_bodies), frozenset(one.path for one in routes if "{" not in one.path)
 
 
-def _greeting(settings: GatewaySettings, failover: Failover) -> str:
+def _greeting(settings: GatewaySettings, models: Models) -> str:
     asked = "with a key" if settings.asks_for_keys else "without a key"
-    lines = [f"The gateway listens on {settings.url}/v1 (OpenAI's API, model {settings.model_name}, {asked})"]
-    lines += [f"  replica {replica.address}: {replica.why_not or 'healthy'}" for replica in failover.replicas]
-    return "\n".join(lines if failover.replicas else [*lines, f"  no replica yet: {failover.trouble}"])
+    served = f"model{'s' if len(models.names) > 1 else ''} {', '.join(models.names)}"
+    lines = [f"The gateway listens on {settings.url}/v1 (OpenAI's API, {served}, {asked})"]
+    lines += [f"  replica {replica.label}: {replica.why_not or 'healthy'}" for replica in models.replicas]
+    return "\n".join(lines if models.replicas else [*lines, f"  no replica yet: {models.first.failover.trouble}"])
+
+
+def _models(settings: GatewaySettings, metrics: Metrics) -> Models:
+    """Loads a tokenizer for each."""
+    first = _model(settings, metrics, settings.model_name, settings.model, DECODER)
+    alone = settings.model_copy(update={"fallback": False})  # the replicas' fallback is the first's
+    return Models(
+        [first, *(_model(alone, metrics, one.name, one.model, decoder_of(one.name)) for one in settings.models)]
+    )
+
+
+def _model(settings: GatewaySettings, metrics: Metrics, name: str, source: str, decoder: str) -> Model:
+    folder = find_prepared(source)
+    tokenizer = Tokenizer(folder)
+    prompts = Prompts(tokenizer, Dialect(tokenizer, settings))
+    expected = Expected(folder.name, tokenizer.fingerprint)
+    failover = Failover(settings, metrics, expected, tokenizer.max_model_len, decoder)
+    share = settings.max_queue_share if settings.asks_for_keys else 1.0  # without keys, all are one caller
+    queue = Queue(_capacity(settings, failover), settings.max_queue, share)
+    ladder = LoadLadder(settings, failover, queue, metrics, "" if decoder == DECODER else name)
+    return Model(name, prepared_at(folder), prompts, failover, queue, ladder)
 
 
 def _capacity(settings: GatewaySettings, failover: Failover) -> Callable[[], int]:

@@ -13,6 +13,7 @@ from tidewright import __version__
 from tidewright.logs import event
 from tidewright.resilience.errors import ModelError
 from tidewright_gateway.metrics.sampling import Sampler
+from tidewright_gateway.models import Model
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.parts import Parts
 from tidewright_gateway.replicas.failover import Failover
@@ -39,20 +40,23 @@ def make_operations_router(parts: Parts, sampler: Sampler) -> APIRouter:
     @router.get("/health")
     @router.get("/health/ready")
     async def ready() -> dict[str, Any]:
-        """200 if a replica can take requests, else 503. Names lost stores, says if the key store is empty, and counts
-        replicas that can't take requests; /admin/status has more."""
+        """200 if a replica can take requests for one of the models, else 503. Names lost stores and models that no
+        replica can serve, says if the key store is empty, and counts replicas that can't take requests; /admin/status
+        has more."""
         lost = [name for name, trouble in parts.stores.items() if trouble]
-        if parts.failover.trouble:
+        if parts.models.trouble:
             message = "no replica can take requests"
             if parts.authenticator.has_no_keys:
                 message += ", and the key store is empty, so every API key is refused"
             raise ApiError(503, message, code="not_ready", retry_after=1)
-        in_trouble = sum(not (one.takes_requests or one.leaving) for one in parts.failover.replicas)
+        in_trouble = {one.address for one in parts.models.replicas if not (one.takes_requests or one.leaving)}
+        away = parts.models.in_trouble
         return {
             "status": "ready",
             **({"lost_stores": lost} if lost else {}),
             **({"key_store_empty": True} if parts.authenticator.has_no_keys else {}),
-            **({"replicas_in_trouble": in_trouble} if in_trouble else {}),
+            **({"replicas_in_trouble": len(in_trouble)} if in_trouble else {}),
+            **({"models_in_trouble": away} if away else {}),
         }
 
     @router.get("/version")
@@ -69,32 +73,43 @@ def make_operations_router(parts: Parts, sampler: Sampler) -> APIRouter:
     @router.get("/admin/status")
     async def status() -> dict[str, Any]:
         """Status of the gateway and its replicas; times in seconds. Requires the role admin."""
+        first, *further = parts.models
         return {
-            "level": parts.ladder.level.name.lower(),
-            "running": parts.queue.num_running,
-            "waiting": parts.queue.num_waiting,
+            "level": parts.models.level.name.lower(),
+            "running": parts.models.num_running,
+            "waiting": parts.models.num_waiting,
             "stores": {name: trouble or "well" for name, trouble in parts.stores.items()},
             "cache": {
                 "bytes": parts.cache.num_bytes,
                 **{state.value.lower(): count for state, count in parts.cache.counts.items()},
             },
-            "replicas": parts.failover.snapshot(),
+            "replicas": first.failover.snapshot(),
+            "models": {model.name: _of_model(model) for model in further},
         }
 
     @router.post("/admin/drain")
     async def drain(request: Request, body: DrainRequest) -> dict[str, str]:
         """Ends a replica gently: it takes no new requests, finishes those it has, and its `tidewright serve` ends.
         Requires the role admin."""
-        replica = _named(body.replica, parts.failover)
+        replica = _named(body.replica, parts.models.first.failover)
         key_id = request.scope["state"]["context"].caller.key_id
         log.info("drained by %s", key_id, extra=event("replica_drained", replica=replica.address))
         try:
-            await parts.failover.drain(replica)
+            await parts.models.drain(replica.address)
         except ModelError as error:
             raise ApiError(503, f"{replica.address} can't be drained: {error}", code="not_drained") from None
         return {"draining": replica.address}
 
     return router
+
+
+def _of_model(model: Model) -> dict[str, Any]:
+    return {
+        "level": model.ladder.level.name.lower(),
+        "running": model.queue.num_running,
+        "waiting": model.queue.num_waiting,
+        "replicas": model.failover.snapshot(),
+    }
 
 
 def _named(address: str | None, failover: Failover) -> Replica:

@@ -61,6 +61,7 @@ class Metrics:
         self._connections = registry.gauge("websocket_connections", "livesum")
         self._log_lines_dropped = registry.counter("log_lines_dropped_total")
         registry.gauge("info", "livemax").labels(__version__, model).set(1)
+        self._levels: dict[str, tuple[int, Mapping[str, bool]]] = {}
         self._series: dict[tuple[Any, ...], Any] = {}
 
     def text(self) -> bytes:
@@ -154,11 +155,12 @@ class Metrics:
     def queued(self, priority_class: str, seconds: float) -> None:
         self._of(self._queue_wait, priority_class).observe(seconds)
 
-    def degraded(self, level: int, reasons: Mapping[str, bool]) -> None:
-        """`reasons`: each signal, and whether it holds the level."""
-        self._degradation.set(level)
-        for signal, holds in reasons.items():
-            self._of(self._reasons, signal).set(holds)
+    def degraded(self, level: int, reasons: Mapping[str, bool], model: str = "") -> None:
+        """`reasons`: each signal, and whether it holds the level. Of several models, the worst is shown."""
+        self._levels[model] = (level, reasons)
+        self._degradation.set(max(level for level, _ in self._levels.values()))
+        for signal in reasons:
+            self._of(self._reasons, signal).set(any(reasons[signal] for _, reasons in self._levels.values()))
 
     def cache(self, state: CacheState) -> None:
         self._of(self._cache, state.value.lower()).inc()

@@ -13,8 +13,8 @@ from tidewright.resilience.breaker import State
 from tidewright_gateway.http import certificates
 from tidewright_gateway.http.connection import PatientProtocol
 from tidewright_gateway.metrics.families import PRIORITY_CLASSES
+from tidewright_gateway.models import Models
 from tidewright_gateway.parts import Parts
-from tidewright_gateway.replicas.failover import Failover
 
 log = logging.getLogger(__name__)
 
@@ -71,11 +71,11 @@ class Sampler:
     def sample(self) -> None:
         """Brings what is only read now and then up to date."""
         parts = self._parts
-        waiting = parts.queue.waiting_by_class
+        queues = [model.queue for model in parts.models]
         for name in PRIORITY_CLASSES:
-            self._queue_length.labels(name).set(waiting[name])
-        self._places.set(parts.queue.capacity)
-        self._running.set(parts.queue.num_running)
+            self._queue_length.labels(name).set(sum(queue.waiting_by_class[name] for queue in queues))
+        self._places.set(sum(queue.capacity for queue in queues))
+        self._running.set(parts.models.num_running)
         self._cache_bytes.set(parts.cache.num_bytes)
         for store, trouble in parts.stores.items():
             self._stores.labels(store).set(bool(trouble))
@@ -88,27 +88,27 @@ class Sampler:
         self._credits.set(flow.credits)
         self._stalled.set(flow.stalled)
         self._unsent.set(flow.unsent_bytes)
-        self._sample_replicas(parts.failover)
+        self._sample_replicas(parts.models)
 
-    def _sample_replicas(self, failover: Failover) -> None:
+    def _sample_replicas(self, models: Models) -> None:
         now, changes = time.monotonic(), Counter[tuple[str, str]]()
-        self._usable.set(sum(replica.takes_requests for replica in failover.replicas))
-        self._budget.set(failover.retry_budget(now))
-        addresses = {replica.address for replica in failover.replicas}
-        for replica in failover.replicas:
+        self._usable.set(models.num_usable)
+        self._budget.set(models.retry_budget())
+        labels_now = {replica.label for replica in models.replicas}
+        for replica in models.replicas:
             breaker = replica.breaker.snapshot(now)
             for state in State:
-                self._breakers.labels(replica.address, state.value).set(breaker.state is state)
+                self._breakers.labels(replica.label, state.value).set(breaker.state is state)
             for (old, new), count in breaker.transitions.items():
-                changes[replica.address, f"{old.value}_{new.value}"] = count
-            self._in_flight.labels(replica.address).set(replica.in_flight)
+                changes[replica.label, f"{old.value}_{new.value}"] = count
+            self._in_flight.labels(replica.label).set(replica.in_flight)
         for labels, growth in self._changes_seen.of(changes):
             self._changes.labels(*labels).inc(growth)
-        for address in self._replicas - addresses:
+        for label in self._replicas - labels_now:
             if not self._metrics.registry.is_shared:
                 for metric in (self._breakers, self._changes, self._in_flight):
-                    metric.remove_by_labels({"replica": address})
-        self._replicas = addresses
+                    metric.remove_by_labels({"replica": label})
+        self._replicas = labels_now
 
 
 class _Growth(Generic[K]):

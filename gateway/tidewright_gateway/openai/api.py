@@ -11,7 +11,6 @@ from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.chat_answer import ChatAnswer
 from tidewright_gateway.openai.completion_answer import CompletionAnswer
 from tidewright_gateway.openai.errors import ApiError
-from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.protocol import Body, CompletionRequest, GenerationBody
 
 B = TypeVar("B", bound=Body)
@@ -22,9 +21,6 @@ class Api(ABC, Generic[B, G]):
     """For one request."""
 
     kind: type[B]
-
-    def __init__(self, prompts: Prompts) -> None:
-        self._prompts = prompts
 
     @abstractmethod
     async def translate(self, context: RequestContext, body: B) -> G:
@@ -46,7 +42,8 @@ class ChatApi(Api[ChatRequest, ChatRequest]):
         return body
 
     def answer(self, context: RequestContext, request: ChatRequest) -> Answer:
-        return ChatAnswer(context, request, self._prompts.dialect, self._prompts.tokenizer)
+        prompts = context.served.prompts
+        return ChatAnswer(context, request, prompts.dialect, prompts.tokenizer)
 
 
 class CompletionApi(Api[CompletionRequest, CompletionRequest]):
@@ -56,4 +53,4 @@ class CompletionApi(Api[CompletionRequest, CompletionRequest]):
         return body
 
     def answer(self, context: RequestContext, request: CompletionRequest) -> Answer:
-        return CompletionAnswer(context, request, self._prompts.tokenizer)
+        return CompletionAnswer(context, request, context.served.prompts.tokenizer)

@@ -18,12 +18,12 @@ from starlette.types import Receive, Scope, Send
 from tidewright.resilience.errors import ModelError
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.http.middleware import ClientGoneError, unless_client_leaves
+from tidewright_gateway.models import Model
 from tidewright_gateway.openai.errors import JSON, ApiError, invalid, of_model
 from tidewright_gateway.openai.fields import Many
-from tidewright_gateway.openai.prompts import Prompts, places_of
+from tidewright_gateway.openai.prompts import places_of
 from tidewright_gateway.openai.protocol import Body
 from tidewright_gateway.pipeline import Pipeline
-from tidewright_gateway.replicas.failover import Failover
 
 
 class EmbeddingRequest(Body):
@@ -65,16 +65,16 @@ Vector = npt.NDArray[np.float32]
 class Embeddings:
     """Makes the answers."""
 
-    def __init__(self, pipeline: Pipeline, failover: Failover, prompts: Prompts) -> None:
-        self._pipeline, self._failover, self._prompts = pipeline, failover, prompts
+    def __init__(self, pipeline: Pipeline) -> None:
+        self._pipeline = pipeline
 
     async def embed(self, context: RequestContext, body: bytes) -> bytes:
         async with self._pipeline.enter(context, EmbeddingRequest, body) as request:
-            self._pipeline.check_task(embeds=True)
-            size = max(self._failover.embedding_sizes, default=0)
+            context.served.check_task(embeds=True)
+            size = max(context.served.failover.embedding_sizes, default=0)
             if request.dimensions and size:
                 _check_dimensions(request.dimensions, size)
-            prompts = await self._tokenize(request.inputs, places_of(request.input, "input"), "input")
+            prompts = await _tokenize(context.served, request.inputs, places_of(request.input, "input"), "input")
             vectors = await self._pipeline.embed(context, prompts, request.user, request.priority or 0)
             if request.dimensions:
                 vectors = [_shortened(vector, request.dimensions) for vector in vectors]
@@ -86,14 +86,14 @@ class Embeddings:
 
     async def score(self, context: RequestContext, body: bytes) -> bytes:
         async with self._pipeline.enter(context, ScoreRequest, body) as request:
-            self._pipeline.check_task(embeds=True)
+            context.served.check_task(embeds=True)
             first, second = _as_list(request.text_1), _as_list(request.text_2)
             if len(first) not in (1, len(second)):
                 raise invalid(
                     f"text_1 has {len(first)} texts and text_2 has {len(second)}; send one or as many", "text_1"
                 )
-            prompts = await self._tokenize(first, places_of(request.text_1, "text_1"), "text_1")
-            prompts += await self._tokenize(second, places_of(request.text_2, "text_2"), "text_2")
+            prompts = await _tokenize(context.served, first, places_of(request.text_1, "text_1"), "text_1")
+            prompts += await _tokenize(context.served, second, places_of(request.text_2, "text_2"), "text_2")
             vectors = await self._pipeline.embed(context, prompts, request.user, request.priority or 0)
         lefts, rights = vectors[: len(first)], vectors[len(first) :]
         pairs = zip(lefts * (len(second) // len(first)), rights, strict=True)
@@ -103,20 +103,6 @@ class Embeddings:
         ]
         head = {"id": f"score-{context.request_id}", "object": "list", "created": int(time.time())}
         return msgspec.json.encode({**head, "model": context.model, "data": data, "usage": _usage(context)})
-
-    async def _tokenize(self, texts: Sequence[str | list[int]], places: Sequence[str], param: str) -> list[list[int]]:
-        if not texts:
-            raise invalid(f"{param} is an empty list; send at least one text", param)
-        limit, found = self._failover.max_model_len, []
-        for text, place in zip(texts, places, strict=True):
-            token_ids = await self._prompts.of_text(text, limit, place)
-            if len(token_ids) > limit:
-                # Clients look for the first words.
-                message = f"This model's maximum context length is {limit} tokens; {place} has {len(token_ids)}"
-                raise invalid(message, place, "context_length_exceeded")
-            found.append(token_ids)
-            await asyncio.sleep(0)  # many texts must not hold up other requests
-        return found
 
 
 class Computed(Response):
@@ -135,6 +121,23 @@ class Computed(Response):
         except ModelError as error:
             raise of_model(error) from None
         await Response(body, headers=dict(context.headers), media_type=JSON)(scope, receive, send)
+
+
+async def _tokenize(
+    model: Model, texts: Sequence[str | list[int]], places: Sequence[str], param: str
+) -> list[list[int]]:
+    if not texts:
+        raise invalid(f"{param} is an empty list; send at least one text", param)
+    limit, found = model.failover.max_model_len, []
+    for text, place in zip(texts, places, strict=True):
+        token_ids = await model.prompts.of_text(text, limit, place)
+        if len(token_ids) > limit:
+            # Clients look for the first words.
+            message = f"This model's maximum context length is {limit} tokens; {place} has {len(token_ids)}"
+            raise invalid(message, place, "context_length_exceeded")
+        found.append(token_ids)
+        await asyncio.sleep(0)  # many texts must not hold up other requests
+    return found
 
 
 def _as_list(text: str | list[str]) -> list[str]:

@@ -121,7 +121,7 @@ class Adapters:
         word = LOAD_LORA if wanted.loaded else UNLOAD_LORA
         order = AdapterOrder(wanted.name, wanted.path if wanted.loaded else "", wanted.at)
         try:
-            await replica.client.control(word + msgspec.json.encode(order).decode(), COMMAND_TIMEOUT)
+            await replica.client.control(word + msgspec.json.encode(order).decode(), COMMAND_TIMEOUT, replica.decoder)
         except ModelError as error:
             if replica.adapter_troubles.get(wanted.name) != str(error):
                 extra = event("adapter_refused", replica=replica.address)

@@ -31,8 +31,8 @@ from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas.adapters import Adapters
 from tidewright_gateway.replicas.health import Expected
-from tidewright_gateway.replicas.replica import Attempt, Replica
-from tidewright_gateway.replicas.replica_set import DECODER, FALLBACK, WATCH_INTERVAL, ReplicaLoad, ReplicaSet
+from tidewright_gateway.replicas.replica import DECODER, FALLBACK, Attempt, Replica
+from tidewright_gateway.replicas.replica_set import WATCH_INTERVAL, ReplicaLoad, ReplicaSet
 from tidewright_gateway.replicas.triton import CallRequest, Reply
 from tidewright_gateway.tracing.context import TraceContext
 from tidewright_gateway.tracing.record import NO_RECORD, AttemptNote, Record
@@ -80,11 +80,18 @@ class _Course:
 
 
 class Failover:
-    def __init__(self, settings: GatewaySettings, metrics: Metrics, expected: Expected, max_model_len: int) -> None:
-        """`max_model_len`: the model's context in tokens; replicas may have less."""
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        metrics: Metrics,
+        expected: Expected,
+        max_model_len: int,
+        decoder: str = DECODER,
+    ) -> None:
+        """`max_model_len`: the model's context in tokens; replicas may have less. `decoder`: its name in Triton."""
         self._settings, self._metrics = settings, metrics
         self._max_model_len = max_model_len
-        self._set = ReplicaSet(settings, metrics, expected)
+        self._set = ReplicaSet(settings, metrics, expected, decoder)
         self._retries = settings.retry_policy()
         self._budget = RetryBudget(settings.budget_config(), time.monotonic())
 
@@ -186,7 +193,7 @@ class Failover:
             replica.breaker.record(permit, Outcome.SUCCESS, now)
             if permit.is_probe and replica.breaker.state is State.CLOSED:
                 replica.came_at = now
-                log.info("the breaker is closed again", extra=event("breaker_closed", replica=replica.address))
+                log.info("the breaker is closed again", extra=event("breaker_closed", replica=replica.label))
 
     def _record(self, attempt: Attempt, outcome: Outcome) -> None:
         if attempt.permit:
@@ -194,7 +201,7 @@ class Failover:
             before = replica.breaker.state
             replica.breaker.record(attempt.permit, outcome, time.monotonic())
             if replica.breaker.state is State.OPEN and before is not State.OPEN:
-                extra = event("breaker_opened", replica=replica.address)
+                extra = event("breaker_opened", replica=replica.label)
                 log.warning("the breaker is open: %s", outcome.label, extra=extra)
 
     def _leave(self, attempt: Attempt) -> None:
@@ -206,9 +213,9 @@ class Failover:
 
     async def _next(self, generation: Generation, course: _Course, failed: Attempt, error: ModelError) -> Attempt:
         """The attempt after a failed one. Raises ModelError: there is none."""
-        self._metrics.attempt_failed(failed.replica.address, failed.model, error.outcome)
+        self._metrics.attempt_failed(failed.replica.label, failed.model, error.outcome)
         level = logging.DEBUG if error.outcome in FINAL else logging.WARNING  # the former are the caller's
-        address = failed.replica.address
+        address = failed.replica.label
         extra = event("attempt_failed", request_id=generation.request_id, replica=address)
         log.log(level, "%s of %s failed: %s", failed.model, address, error, extra=extra)
         self._record(failed, error.outcome)
@@ -348,8 +355,8 @@ class Failover:
         )
         generation.served_by.append(replica.address)
         generation.model = model
-        self._metrics.attempt(replica.address, model)
-        call = replica.client.generate(model, request)
+        self._metrics.attempt(replica.label, model)
+        call = replica.client.generate(replica.decoder if model == DECODER else model, request)
         attempt = Attempt(replica, model, call, permit, generation.deadline, generation.sampling.lora_name)
         if trace and generation.record.is_kept:
             attempt.span_id, attempt.began, attempt.tokens_before = trace.span_id, now, len(generation.delivered)

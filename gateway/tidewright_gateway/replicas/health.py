@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 STATUS_TIMEOUT = 2.0  # seconds; longer than Triton takes to say that a stub is dead
 NOT_LOADED = (
-    "its model decoder is not loaded; `tidewright health` at that Triton's HTTP port says why, and how to load it again"
+    "its model %s is not loaded; `tidewright health` at that Triton's HTTP port says why, and how to load it again"
 )
 JITTER = 0.25  # of the interval between two generation probes, so that several gateways do not probe in step
 # It runs before everything queued: the probe is not about the queue.
@@ -77,7 +77,7 @@ async def ask_status(replica: Replica, patience: float, expected: Expected) -> N
     replica.unanswered = 0.0
     replica.in_flight_when_asked = len(replica.attempts)
     try:
-        answer = await replica.client.control("status", STATUS_TIMEOUT)
+        answer = await replica.client.control("status", STATUS_TIMEOUT, replica.decoder)
         status = read_status(answer)
         now = time.monotonic()
         replica.status_took = now - began
@@ -85,7 +85,9 @@ async def ask_status(replica: Replica, patience: float, expected: Expected) -> N
     except msgspec.MsgspecError as error:
         replica.lost(ModelError(f"is it a Tidewright server? {error}", Outcome.UNAVAILABLE))
     except ModelError as error:
-        replica.lost(ModelError(NOT_LOADED, error.outcome) if "unknown model" in str(error) else error)
+        replica.lost(
+            ModelError(NOT_LOADED % replica.decoder, error.outcome) if "unknown model" in str(error) else error
+        )
     finally:
         replica.asked_at = None
 
@@ -146,7 +148,7 @@ class GenerationProbes:
         try:
             await self.probe(replica)
         except Exception:
-            log.exception("%s: the generation probe went wrong", replica.address)
+            log.exception("%s: the generation probe went wrong", replica.label)
         finally:
             del self._running[replica]
 
@@ -155,7 +157,7 @@ class GenerationProbes:
         began = time.monotonic()
         error = await self._generate(replica)
         now = time.monotonic()
-        self._metrics.generation_probed(replica.address, error.outcome if error else Outcome.SUCCESS)
+        self._metrics.generation_probed(replica.label, error.outcome if error else Outcome.SUCCESS)
         if error is None:
             replica.probe_took = now - began
             replica.can_generate()
@@ -164,8 +166,8 @@ class GenerationProbes:
         # Not if its status changed meanwhile, or if a request got tokens, which proves that it generates.
         elif replica.is_up and replica.generated_at < began:
             replica.failed_probes += 1
-            extra = event("attempt_failed", replica=replica.address)
-            log.warning("%s: generation probe failed: %s", replica.address, error, extra=extra)
+            extra = event("attempt_failed", replica=replica.label)
+            log.warning("%s: generation probe failed: %s", replica.label, error, extra=extra)
             if replica.failed_probes >= self._settings.generation_probe_failures:
                 replica.ejected = ModelError(f"reports healthy, but generates nothing ({error})", error.outcome)
         self._probed(replica)
@@ -174,7 +176,7 @@ class GenerationProbes:
         """The error of a probe; None if it got a token, or an embedding."""
         sampling = msgspec.json.encode(_EMBEDDING if replica.embeds else _ONE_TOKEN)
         request = CallRequest(f"probe-{next(self._numbers)}", _PROMPT, sampling, embeds=replica.embeds)
-        call = replica.client.generate("decoder", request)
+        call = replica.client.generate(replica.decoder, request)
         limit = self._settings.generation_probe_timeout
         too_late = ModelError(f"no token within {limit:g} s", Outcome.FIRST_TOKEN_TIMEOUT)
         timer = asyncio.get_running_loop().call_later(limit, call.abandon, too_late)

@@ -16,10 +16,13 @@ from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import AdapterStatus, DecoderStatus
+from tidewright.served_models import decoder_of
 from tidewright_gateway.replicas.discovery import Endpoint
 from tidewright_gateway.replicas.routing import Candidate, slow_start
 from tidewright_gateway.replicas.triton import Reply, TritonCall, TritonClient
 
+DECODER, FALLBACK = "decoder", "fallback"
+"""Triton's models of the first model; a further one has a decoder of another name, and no fallback."""
 LATE = 1.0  # seconds after a deadline within which the replica should have ended the generation
 FRESH = 2.0  # seconds until a reported load is stale
 
@@ -93,6 +96,10 @@ class Replica:
     client: TritonClient
     breaker: CircuitBreaker
     weight: float = 1.0
+    decoder: str = DECODER
+    """Its model in Triton that this is about."""
+    label: str = field(init=False)
+    """In log and metrics: its address, and the name of the model if that is not the first."""
     status: DecoderStatus | None = None
     """Its last status; None before the first one and after an error."""
     heard_at: float = -math.inf
@@ -154,12 +161,21 @@ class Replica:
     fallbacks: set[Attempt] = field(default_factory=set)
     """At the fallback; they survive a failure of the decoder."""
 
+    def __post_init__(self) -> None:
+        name = "" if self.decoder == DECODER else f"/{self.decoder.removeprefix(decoder_of(''))}"
+        self.label = f"{self.address}{name}"
+
     @classmethod
     def at(
-        cls, endpoint: Endpoint, channels: int, breaker: BreakerConfig, credentials: grpc.ChannelCredentials | None
+        cls,
+        endpoint: Endpoint,
+        channels: int,
+        breaker: BreakerConfig,
+        credentials: grpc.ChannelCredentials | None,
+        decoder: str = DECODER,
     ) -> Replica:
         client = TritonClient(endpoint.address, channels, credentials)
-        return cls(endpoint.address, client, CircuitBreaker(breaker), endpoint.weight)
+        return cls(endpoint.address, client, CircuitBreaker(breaker), endpoint.weight, decoder)
 
     @property
     def embeds(self) -> bool:

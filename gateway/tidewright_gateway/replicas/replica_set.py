@@ -24,14 +24,13 @@ from tidewright_gateway.replicas.adapters import Adapters
 from tidewright_gateway.replicas.credentials import ReplicaCredentials
 from tidewright_gateway.replicas.discovery import Discovery, Endpoint, make_source
 from tidewright_gateway.replicas.health import STATUS_TIMEOUT, Expected, GenerationProbes, ask_fallback, ask_status
-from tidewright_gateway.replicas.replica import Attempt, Replica
+from tidewright_gateway.replicas.replica import DECODER, FALLBACK, Attempt, Replica
 from tidewright_gateway.replicas.routing import Candidate, LeastLoad, make_router
 
 log = logging.getLogger(__name__)
 
 IDLE_INTERVALS = 10  # of `probe_interval` between two status checks while idle
 FALLBACK_INTERVAL = 5.0  # seconds between two status checks of a fallback
-DECODER, FALLBACK = "decoder", "fallback"  # of Triton's models
 WATCH_INTERVAL = 0.05  # seconds between two checks of attempts in flight
 
 
@@ -50,7 +49,8 @@ class ReplicaLoad:
 
 
 class ReplicaSet:
-    def __init__(self, settings: GatewaySettings, metrics: Metrics, expected: Expected) -> None:
+    def __init__(self, settings: GatewaySettings, metrics: Metrics, expected: Expected, decoder: str = DECODER) -> None:
+        self._decoder = decoder
         self._settings, self._metrics, self._expected = settings, metrics, expected
         self._router, self._fallback_router = make_router(settings.routing), LeastLoad()
         self._credentials = (
@@ -207,7 +207,7 @@ class ReplicaSet:
         Raises:
             ModelError: it did not accept that.
         """
-        await replica.client.control("drain", STATUS_TIMEOUT)
+        await replica.client.control("drain", STATUS_TIMEOUT, replica.decoder)
         await self.ask(replica)
 
     def settle(self, replica: Replica) -> None:
@@ -218,9 +218,9 @@ class ReplicaSet:
         if replica.takes_requests:
             replica.came_at = time.monotonic()
         up, why_not = replica.takes_requests, replica.why_not
-        extra = event("replica_up" if up else "replica_down", replica=replica.address)
-        log.log(logging.INFO if up else logging.WARNING, "%s: %s", replica.address, why_not or "healthy", extra=extra)
-        self._metrics.replica_is(replica.address, replica.takes_requests)
+        extra = event("replica_up" if up else "replica_down", replica=replica.label)
+        log.log(logging.INFO if up else logging.WARNING, "%s: %s", replica.label, why_not or "healthy", extra=extra)
+        self._metrics.replica_is(replica.label, replica.takes_requests)
         self._changed.set()
 
     async def wait_for_change(self, seconds: float) -> None:
@@ -240,11 +240,11 @@ class ReplicaSet:
         for endpoint in endpoints:
             if endpoint.address not in known:
                 settings, credentials = self._settings, self._credentials and self._credentials.current
-                replica = Replica.at(endpoint, settings.channels, settings.breaker_config(), credentials)
+                replica = Replica.at(endpoint, settings.channels, settings.breaker_config(), credentials, self._decoder)
                 self.replicas.append(replica)
-                self._metrics.replica_added(replica.address)
-                self._metrics.replica_is(replica.address, False)
-                self._metrics.load_is_stale(replica.address, True)
+                self._metrics.replica_added(replica.label)
+                self._metrics.replica_is(replica.label, False)
+                self._metrics.load_is_stale(replica.label, True)
                 if self._started:
                     self._live(replica)
 
@@ -262,7 +262,7 @@ class ReplicaSet:
         self.replicas.remove(replica)
         for router in (self._router, self._fallback_router):
             router.forget(replica.address)
-        self._metrics.forget(replica.address)
+        self._metrics.forget(replica.label)
         await replica.client.close()
         del self._lives[replica]
 
@@ -316,7 +316,7 @@ class ReplicaSet:
         is_stale = replica.fresh_status(now) is None
         if is_stale != replica.load_is_stale:
             replica.load_is_stale = is_stale
-            self._metrics.load_is_stale(replica.address, is_stale)
+            self._metrics.load_is_stale(replica.label, is_stale)
         if not replica.in_flight:
             return
         adapters = {attempt.adapter for attempt in replica.running}

@@ -73,7 +73,7 @@ class Reply:
     finish_reason: str | None
     logprobs: bytes | None  # JSON, as docs/api.md describes it
     served_by: str = "decoder"
-    """The Triton model that answered: decoder or fallback."""
+    """Who answered: decoder or fallback."""
     # Each in one reply of a call at most, and None in all others.
     prompt_logprobs: bytes | None = None
     """JSON, as docs/api.md describes it; with the first tokens, where the sampling parameter asks for it."""
@@ -345,14 +345,15 @@ def _reply(response: service_pb2.ModelInferResponse) -> Reply:
     outputs = _outputs(response)
     timings = outputs.get("timings")
     timings = timings[4:] if timings else None
+    served_by = response.model_name.partition("_")[0]  # a further model has a decoder_NAME
     if embedding := outputs.get(EMBEDDING.name):
-        return Reply("", [], "stop", None, response.model_name, embedding=embedding, timings=timings)
+        return Reply("", [], "stop", None, served_by, embedding=embedding, timings=timings)
     ids, reason = outputs["output_ids"], outputs["finish_reason"]
     text, token_ids = outputs["text_output"][4:].decode(), memoryview(ids).cast("i").tolist()
     logprobs = outputs.get("logprobs")
     logprobs = logprobs[4:] if logprobs else None
     if reason == _NOT_ENDED and len(outputs) <= 4 - (logprobs is None):  # most of a stream: there is nothing else
-        return Reply(text, token_ids, None, logprobs, response.model_name)
+        return Reply(text, token_ids, None, logprobs, served_by)
     prompt_logprobs = outputs.get("prompt_logprobs")
     stop_reason, cached = outputs.get("stop_reason"), outputs.get("num_cached_tokens")
     return Reply(
@@ -360,7 +361,7 @@ def _reply(response: service_pb2.ModelInferResponse) -> Reply:
         token_ids,
         None if reason == _NOT_ENDED else reason[4:].decode(),
         logprobs,
-        response.model_name,
+        served_by,
         prompt_logprobs[4:] if prompt_logprobs else None,
         msgspec.json.decode(stop_reason[4:], type=str | int | None) if stop_reason else None,
         int.from_bytes(cached, "little") if cached else None,

@@ -126,7 +126,7 @@ class Traces:
         found |= {
             "gen_ai.provider.name": "tidewright",
             "gen_ai.operation.name": _operation(context),
-            "gen_ai.request.model": self._model,
+            "gen_ai.request.model": context.served.name if context.served else self._model,
             "gen_ai.usage.input_tokens": context.num_prompt_tokens,
         }
         if first.embeds:

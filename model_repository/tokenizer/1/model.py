@@ -18,7 +18,7 @@ _INPUT_NAMES = tuple(spec.name for spec in TOKENIZER_INPUTS)
 
 class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
-        settings = stub.begin(args["model_name"])
+        settings = stub.begin(args)
         self._tokenizer = Tokenizer(find_prepared(settings.model))
         self._max_model_len = settings.max_model_len or self._tokenizer.max_model_len
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter
 
 from tidewright_gateway.context import RequestContext
+from tidewright_gateway.models import Model
 from tidewright_gateway.openai.answers import Answer
 from tidewright_gateway.openai.api import Api
 from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import MAX_SHOWN, ApiError, invalid
 from tidewright_gateway.openai.messages import ChatMessage
-from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.openai.responses.answer import ResponsesAnswer
 from tidewright_gateway.openai.responses.description import Description
 from tidewright_gateway.openai.responses.items import Item, ItemReference
@@ -32,10 +32,8 @@ _item: TypeAdapter[Item] = TypeAdapter(Annotated[Item, Field(discriminator="type
 class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
     kind = ResponsesRequest
 
-    def __init__(self, prompts: Prompts, shelf: Shelf, limit: Callable[[], int]) -> None:
-        """`limit`: tokens of the model's context."""
-        super().__init__(prompts)
-        self._shelf, self._limit = shelf, limit
+    def __init__(self, shelf: Shelf) -> None:
+        self._shelf = shelf
         self._previous: list[dict[str, Any]] = []
         """Items of the earlier responses."""
         self._own: list[Item] = []
@@ -49,7 +47,7 @@ class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
         previous: Sequence[Item] = _items.validate_python(self._previous)
         request = to_chat(body, [*previous, *self._own], len(previous))
         if body.truncation == "auto":
-            messages = await shortened(request.messages, lambda messages: self._fits(request, messages))
+            messages = await shortened(request.messages, lambda messages: _fits(context.served, request, messages))
             request = request.model_copy(update={"messages": messages})
         self._has_translated = True
         return request
@@ -70,26 +68,28 @@ class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
             found.append(item)
         return found
 
-    async def _fits(self, request: ChatRequest, messages: list[ChatMessage]) -> bool:
-        limit = self._limit()
-        room = min(request.max_tokens or limit // _ROOM, limit - 1)
-        try:
-            prompt = await self._prompts.of_chat(request.model_copy(update={"messages": messages}), limit)
-        except ApiError as error:
-            if error.code != "context_length_exceeded":
-                raise
-            return False
-        return len(prompt.token_ids) + room <= limit
-
     def answer(self, context: RequestContext, request: ChatRequest) -> Answer:
         is_stored = self._shelf.keeps and self._body.store is not False
-        description = Description.of(self._body, self._prompts.dialect.defaults, is_stored=is_stored)
+        prompts = context.served.prompts
+        description = Description.of(self._body, prompts.dialect.defaults, is_stored=is_stored)
         key_id = context.caller.key_id
 
         async def keep(answer: ResponsesAnswer) -> None:
             items = [*self._previous, *(item.shown() for item in self._own)]
             await self._shelf.keep(key_id, answer.id, StoredResponse(answer.response(), items))
 
-        answer = ResponsesAnswer(context, request, self._prompts, description, keep if is_stored else None)
+        answer = ResponsesAnswer(context, request, prompts, description, keep if is_stored else None)
         self._shelf.run(context, answer)
         return answer
+
+
+async def _fits(model: Model, request: ChatRequest, messages: list[ChatMessage]) -> bool:
+    limit = model.failover.max_model_len
+    room = min(request.max_tokens or limit // _ROOM, limit - 1)
+    try:
+        prompt = await model.prompts.of_chat(request.model_copy(update={"messages": messages}), limit)
+    except ApiError as error:
+        if error.code != "context_length_exceeded":
+            raise
+        return False
+    return len(prompt.token_ids) + room <= limit

@@ -1,0 +1,158 @@
+"""The models that this gateway serves. Each has its own tokenizer, queue and load, and its own view of the replicas.
+
+So one that is overloaded, or that nobody has loaded, costs the others nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from tidewright.resilience.degradation import Level
+from tidewright.resilience.errors import ModelError
+from tidewright.schema import AdapterStatus
+from tidewright_gateway.admission.ladder import LoadLadder
+from tidewright_gateway.admission.queue import Queue
+from tidewright_gateway.openai.errors import MAX_SHOWN, ApiError, invalid
+from tidewright_gateway.openai.prompts import Prompts
+from tidewright_gateway.replicas.adapters import choices
+from tidewright_gateway.replicas.failover import Failover
+from tidewright_gateway.replicas.replica import Replica
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    name: str
+    """In the API."""
+    created: int
+    """When it was prepared, in seconds since 1970."""
+    prompts: Prompts
+    failover: Failover
+    queue: Queue
+    ladder: LoadLadder
+
+    def check_task(self, embeds: bool) -> None:
+        """Raises ApiError: its replicas have another task (`tidewright serve --task`)."""
+        tasks = {bool(size) for size in self.failover.embedding_sizes}
+        if not tasks or embeds in tasks:
+            return
+        if embeds:
+            message = "this server generates text; embeddings need one that runs with: tidewright serve --task embed"
+        else:
+            message = "this server computes embeddings (serve --task embed); use /v1/embeddings or /v1/score"
+        raise ApiError(404, message, code="unsupported")
+
+
+class Models:
+    def __init__(self, models: Sequence[Model]) -> None:
+        """The first answers requests without a name."""
+        self.first = models[0]
+        self._by_name = {model.name: model for model in models}
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._by_name.values())
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    async def find(self, name: str | None) -> tuple[Model, AdapterStatus | None]:
+        """A model, and the LoRA adapter of it that is meant, if one is.
+
+        Raises:
+            ApiError: nothing has this name.
+        """
+        if name is None:
+            return self.first, None
+        if found := self._by_name.get(name):
+            return found, None
+        for model in self:
+            if adapter := await model.failover.adapters.find(name):
+                return model, adapter
+        served = ", ".join(map(repr, self.names))
+        message = f"there is no model {name[:MAX_SHOWN]!r} here; this gateway serves {served}"
+        if loaded := self.adapters:
+            message += f" and LoRA adapters {choices(loaded)}"
+        raise ApiError(404, message, code="model_not_found", param="model")
+
+    @property
+    def adapters(self) -> dict[str, Model]:
+        """The model of each LoRA adapter that is loaded."""
+        return {name: model for model in self for name in model.failover.adapters.loaded}
+
+    def base(self, name: str | None) -> Model:
+        """Raises ApiError: no model has this name."""
+        if name is None or name in self._by_name:
+            return self._by_name[name] if name else self.first
+        message = f"base_model_name: there is no model {name[:MAX_SHOWN]!r}; the models are {', '.join(self.names)}"
+        raise invalid(message, "base_model_name")
+
+    async def start(self) -> None:
+        """Checks each replica once, then keeps checking."""
+        await asyncio.gather(*(model.failover.start() for model in self))
+
+    async def stop(self) -> None:
+        await asyncio.gather(*(model.failover.stop() for model in self))
+
+    async def run_ladders(self) -> None:
+        """Runs for ever."""
+        await asyncio.gather(*(model.ladder.run() for model in self))
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest context of all."""
+        return max(model.failover.max_model_len for model in self)
+
+    @property
+    def trouble(self) -> str:
+        """Why no model has a usable replica; empty if one has."""
+        troubles = [model.failover.trouble for model in self]
+        return "; ".join(troubles) if all(troubles) else ""
+
+    @property
+    def in_trouble(self) -> list[str]:
+        """Names of those without a usable replica."""
+        return [model.name for model in self if model.failover.trouble]
+
+    @property
+    def level(self) -> Level:
+        """Of the model that is worst off."""
+        return max(model.ladder.level for model in self)
+
+    @property
+    def num_running(self) -> int:
+        return sum(model.queue.num_running for model in self)
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(model.queue.num_waiting for model in self)
+
+    @property
+    def num_usable(self) -> int:
+        """Replicas that can take requests for one of the models."""
+        able = (replica for model in self for replica in model.failover.replicas if replica.takes_requests)
+        return len({replica.address for replica in able})
+
+    @property
+    def replicas(self) -> list[Replica]:
+        """As each model sees them."""
+        return [replica for model in self for replica in model.failover.replicas]
+
+    def retry_budget(self) -> float:
+        """Retries that may be made now."""
+        now = time.monotonic()
+        return sum(model.failover.retry_budget(now) for model in self)
+
+    async def drain(self, address: str) -> None:
+        """Ends a replica gently, with all of its models. Raises ModelError: it did not accept that."""
+        seen = [(model, one) for model in self for one in model.failover.replicas if one.address == address]
+        # Any of its decoders passes the word on, and one may not be loaded.
+        seen.sort(key=lambda pair: not pair[1].takes_requests)
+        for number, (model, replica) in enumerate(seen, 1):
+            try:
+                return await model.failover.drain(replica)
+            except ModelError:
+                if number == len(seen):
+                    raise
