@@ -7,6 +7,8 @@ Names follow Triton's vLLM backend, so its clients work unchanged. It imports no
 from __future__ import annotations
 
 import json
+import math
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, get_args
 
@@ -363,6 +365,16 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
         if self.stop is None:
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+
+# How the message of a refusal for load ends that says when there is room: whole seconds, from 1 to an hour.
+EXPECTED_WAIT = re.compile(r"; try again in (\d{1,4}) s$")
+LONGEST_WAIT = 3600.0
+
+
+def expected_wait(seconds: float) -> str:
+    """As EXPECTED_WAIT finds it."""
+    return f"; try again in {math.ceil(min(max(seconds, 1.0), LONGEST_WAIT))} s"
 
 
 def _schema_text(schema: dict[str, Any]) -> str:

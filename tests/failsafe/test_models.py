@@ -6,7 +6,7 @@ import pytest
 
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright.schema import FINISH_REASONS
+from tidewright.schema import FINISH_REASONS, expected_wait
 
 OURS = [
     ("invalid", Outcome.INVALID),
@@ -21,6 +21,21 @@ OURS = [
 def test_an_error_of_ours_ends_with_its_reason(reason: str, outcome: Outcome) -> None:
     error = ModelError(f"what was [wrong] with it [{reason}]")
     assert (error.outcome, error.reason, str(error)) == (outcome, reason, "what was [wrong] with it")
+
+
+@pytest.mark.parametrize(
+    ("message", "wait"),
+    [
+        (f"too many{expected_wait(4.1)} [overloaded]", 5.0),
+        (f"too many{expected_wait(0.0)} [overloaded]", 1.0),
+        (f"too many{expected_wait(float('inf'))} [overloaded]", 3600.0),
+        ("too many; try again later [overloaded]", None),
+        (f"the prompt says{expected_wait(4)} [invalid]", None),
+        ("the prompt says; try again in 4 s, it is full [overloaded]", None),
+    ],
+)
+def test_a_refusal_for_load_may_say_when_there_is_room(message: str, wait: float | None) -> None:
+    assert ModelError(message).expected_wait == wait
 
 
 def test_each_reason_of_an_error_is_known() -> None:

@@ -16,6 +16,7 @@ from tidewright.resilience.degradation import Route
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import AdapterStatus, SamplingParams
+from tidewright_gateway.openai.errors import of_model
 from tidewright_gateway.replicas.failover import Failover, Generation
 
 
@@ -61,6 +62,23 @@ def test_retries_of_what_still_computes_are_paid_for_and_moves_are_not(client: t
     assert overloaded == sum(1 for address, _ in client.requests if address == "b:1") - 5
     client.scripts = {"b:1": [[error(Outcome.UNAVAILABLE)]] * 20, "a:1": [[5]] * 20}
     assert run(ask_often, **options, breaker_consecutive_failures=100) == 0
+
+
+FULL = "3 requests wait, so that its first token is expected in 6.2 s, but ttft_target is 2 s; try again in 5 s"
+
+
+def test_a_replica_that_has_no_room_is_not_asked_again_but_another_is(client: type[ScriptedClient]) -> None:
+    full = [ModelError(f"{FULL} [overloaded]")]
+    client.scripts = {"b:1": [full], "a:1": [[5]]}
+    _, generation = run(generate, breaker_consecutive_failures=1)
+    assert generation.served_by == ["b:1", "a:1"]
+    client.requests.clear()
+    client.scripts = {"a:1": [full] * 2}
+    with pytest.raises(ModelError) as caught:
+        run(generate, replicas="a:1", retry_max_attempts=5)
+    assert len(client.requests) == 1
+    error = of_model(caught.value)
+    assert (error.status, error.code, error.headers["Retry-After"]) == (503, "overloaded", "5")
 
 
 def test_a_stream_that_stalls_and_one_that_never_begins_go_on_elsewhere(client: type[ScriptedClient]) -> None:

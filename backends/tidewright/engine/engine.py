@@ -16,6 +16,7 @@ from tidewright.devices.memory import out_of_memory
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.distributed.rank_messages import Committed, Expire, Input, Resize
 from tidewright.distributed.ranks import Ranks
+from tidewright.engine.admission import Admission
 from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig
 from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
@@ -64,6 +65,7 @@ class Engine:
         self._latency = LatencyController(
             config.prefill_step_time, config.tpot_target, config.max_batched_tokens, config.max_running
         )
+        self._admission = Admission(self.scheduler, self._latency, config.ttft_target)
         self._ranks = ranks
         self._inputs: list[Input] = []  # that the other ranks have not got yet
         self._in_flight: deque[_Flight] = deque()
@@ -86,7 +88,9 @@ class Engine:
         try:
             if request.adapter:
                 raise RequestRefusedError(f"there is no LoRA adapter {request.adapter!r}")
-            self.scheduler.add(make_sequence(request))
+            sequence = make_sequence(request)
+            predicted = self._admission.check(request, sequence)
+            self.scheduler.add(sequence)
         except RequestRefusedError as error:
             log.debug("request %d refused: %s", request.request_id, error, extra=event("request_refused"))
             return SequenceOutput(request.request_id, [], error.reason, message=str(error))
@@ -95,6 +99,7 @@ class Engine:
             message = f"the engine can't take this request ({type(error).__name__}: {error})"
             return SequenceOutput(request.request_id, [], "invalid", message=message)
         self._latency.submitted(request.sampling)
+        self._admission.accepted(sequence, predicted)
         self._tell_ranks(request)
         self._timing.arrived(request.request_id, time.monotonic())
         if request.deadline is not None:
@@ -103,6 +108,7 @@ class Engine:
 
     def abort(self, request_id: int) -> None:
         self.scheduler.abort(request_id)
+        self._admission.left(request_id)
         self._tell_ranks(Abort(request_id))
 
     def expire(self) -> list[SequenceOutput]:
@@ -111,6 +117,7 @@ class Engine:
         while self._deadlines and self._deadlines[0][0] <= time.monotonic():
             _, request_id = heapq.heappop(self._deadlines)
             if output := self.scheduler.expire(request_id):
+                self._admission.left(request_id)
                 self._tell_ranks(Expire(request_id))
                 outputs.append(output)
         return outputs
@@ -170,6 +177,8 @@ class Engine:
         if self._ranks:
             self._tell_ranks(Committed(tuple(_only_tokens(drawn) for drawn in result.sequences)))
         outputs = self.scheduler.commit(flight.plan, result)
+        for output in outputs:
+            self._admission.told(output, computed)
         outputs = [self._timing.told(output, computed) for output in outputs]
         self._schedule_seconds += time.monotonic() - computed
         return outputs

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import heapq
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from operator import attrgetter
 
 from tidewright.engine.sequence import Sequence
+from tidewright.schema import SamplingParams
 
 UNIT = 720_720  # of a counter, for one token at weight 1; integers, and without a rest for weights up to 16
 MOST_DEBTORS = 4096  # tenants of a class that are remembered while they are idle, because they are ahead of others
@@ -44,6 +46,16 @@ class Account:
     def turn(self) -> tuple[int, bool, int, Account]:
         """Lower goes first. Of equal counters, who has nothing yet, then who has waited for longest."""
         return self.counter, self.running > 0, self.waiting[0].order[1], self
+
+
+@dataclass
+class _Ahead:
+    """A tenant's turns, played out."""
+
+    counter: int
+    waiting: list[Sequence]
+    weight: int
+    taken: int = 0
 
 
 class _Class:
@@ -102,6 +114,32 @@ class _Class:
         if not account.is_queued:
             heapq.heappush(self._turns, account.turn)
             account.is_queued = True
+
+    def ahead(self, tenant: str, weight: int, cost: Callable[[Sequence], int]) -> list[Sequence]:
+        """Those that get their turn before a new request of `tenant`, in order, if each costs `cost`."""
+        found: list[Sequence] = []
+        queued = [account for account in self.accounts.values() if account.waiting]
+        least = min((account.counter for account in queued), default=self._time)
+        known = self.accounts.get(tenant)
+        own = _Ahead(known.counter if known else 0, known.waiting if known else [], weight)
+        if not own.waiting:
+            own.counter = max(own.counter, least, self._time)
+        turns = [_Ahead(account.counter, account.waiting, account.weight) for account in queued if account is not known]
+        heap = [(each.counter, number, each) for number, each in enumerate([*turns, own])]
+        heapq.heapify(heap)
+        while heap:
+            _, number, each = heap[0]
+            if each.taken == len(each.waiting):  # its own requests are all served: it is the new one's turn
+                break
+            sequence = each.waiting[each.taken]
+            found.append(sequence)
+            each.taken += 1
+            each.counter += cost(sequence) * UNIT // each.weight
+            if each is not own and each.taken == len(each.waiting):
+                heapq.heappop(heap)
+            else:
+                heapq.heapreplace(heap, (each.counter, number, each))
+        return found
 
     def leave_queue(self, sequence: Sequence) -> None:
         sequence.account.waiting.remove(sequence)
@@ -180,6 +218,17 @@ class FairQueue:
             if sequence := self._classes[priority].first():
                 return sequence
         return None
+
+    def ahead(self, new: SamplingParams, cost: Callable[[Sequence], int]) -> list[Sequence]:
+        """Those that wait and get their turn before a new request, in order, if each costs `cost` tokens."""
+        found: list[Sequence] = []
+        for priority in sorted(self._classes):
+            each = self._classes[priority]
+            if priority < new.priority:
+                found += [sequence for account in each.accounts.values() for sequence in account.waiting]
+            elif priority == new.priority:
+                found += each.ahead(new.tenant, new.tenant_weight, cost)
+        return found
 
     def begin(self, sequence: Sequence) -> None:
         """`first()` runs."""

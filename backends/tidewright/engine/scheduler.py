@@ -63,6 +63,14 @@ class Scheduler:
         return self._running
 
     @property
+    def waiting(self) -> FairQueue:
+        return self._waiting
+
+    @property
+    def config(self) -> SchedulerConfig:
+        return self._config
+
+    @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
@@ -88,8 +96,7 @@ class Scheduler:
         sequence.stop_ids = frozenset(token for token in stop_ids if token < self._config.vocab_size)
         sequence.longest = longest(sequence, self._config)
         sequence.order = (sequence.sampling.priority, self._arrivals)
-        salt, tenant = sequence.sampling.cache_salt, sequence.sampling.tenant
-        sequence.chain = HashChain(salt, self._config.block_size, self._config.cache_format, tenant)
+        sequence.chain = self._new_chain(sequence)
         self._arrivals += 1
         self._by_id[sequence.request_id] = sequence
         self._waiting.add(sequence)
@@ -233,6 +240,12 @@ class Scheduler:
                 sequence.num_planned_blocks = 0  # the next plan has its whole table
         return moves
 
+    def likely_cached(self, sequence: Sequence) -> int:
+        """Tokens of a new request that the prefix cache has now."""
+        if sequence.sampling.prompt_logprobs is not None:
+            return 0
+        return len(self._cache.find(sequence.token_ids, self._new_chain(sequence))) * self._config.block_size
+
     def stats(self) -> EngineStats:
         size = self._config.block_size
         return EngineStats(
@@ -258,6 +271,10 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Raises BlockPoolError if a block was lost or is owned twice. Walks all blocks: for tests."""
         self._cache.check_integrity(sequence.block_table for sequence in self._running)
+
+    def _new_chain(self, sequence: Sequence) -> HashChain:
+        salt, tenant = sequence.sampling.cache_salt, sequence.sampling.tenant
+        return HashChain(salt, self._config.block_size, self._config.cache_format, tenant)
 
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)

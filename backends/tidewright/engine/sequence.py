@@ -34,6 +34,7 @@ class Sequence:
     num_registered: int = field(init=False, default=0)  # blocks that the prefix cache was told of
     cached_tokens: int | None = field(init=False, default=None)  # that the prefix cache had when it first ran
     prompt_logprobs: list[list[TokenLogprob]] = field(init=False, default_factory=list)
+    likely_cached: int = field(init=False, default=0)  # that it had when the request came: for predictions, on rank 0
     # Set when the scheduler takes it.
     order: tuple[int, int] = field(init=False, default=(0, 0))  # priority, then arrival
     stop_ids: frozenset[int] = field(init=False, default=frozenset())

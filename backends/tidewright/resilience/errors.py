@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tidewright.resilience.outcome import Outcome
-from tidewright.schema import KILLS_ENGINES, FinishReason
+from tidewright.schema import EXPECTED_WAIT, KILLS_ENGINES, FinishReason
 
 # How the text of an error ends, if it is one of ours.
 _BY_REASON: dict[str, Outcome] = {
@@ -32,8 +32,13 @@ class ModelError(Exception):
         super().__init__(text if known else message)
         if known and KILLS_ENGINES in text:
             known = Outcome.ENGINE_KILLED
-        self.limit = limit
         self.outcome = outcome or known or (Outcome.STUB_DIED if "Stub process" in message else Outcome.UNAVAILABLE)
+
+    @property
+    def expected_wait(self) -> float | None:
+        """Seconds until the model has room, if it refused the request for its load and said so."""
+        found = EXPECTED_WAIT.search(str(self)) if self.outcome is Outcome.OVERLOADED else None
+        return float(found[1]) if found else None
 
     @property
     def reason(self) -> FinishReason:

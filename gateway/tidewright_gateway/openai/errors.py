@@ -100,7 +100,7 @@ def of_model(error: ModelError | ApiError) -> ApiError:
     if error.outcome is Outcome.REQUEST_TIMEOUT:
         return ApiError(408, message, code="timeout", may_retry=False)
     if error.outcome is Outcome.OVERLOADED:
-        return ApiError(503, message, code="overloaded", retry_after=1, limit=error.limit)
+        return ApiError(503, message, code="overloaded", retry_after=error.expected_wait or 1, limit=error.limit)
     if error.outcome is Outcome.CANCELLED:
         return ApiError(499, message, code="cancelled")
     if error.outcome is Outcome.ENGINE_KILLED:

@@ -233,7 +233,9 @@ class Failover:
             self._set.failed(failed.replica, error)
         course.failures = 1 if failed.num_tokens else course.failures + 1
         attempt: Attempt | None = None
-        if await self._may_ask_again(error, course.failures, generation.deadline):
+        # A replica that says when it has room refuses the same again before that.
+        is_useless = error.expected_wait is not None and not self._set.elsewhere(failed.replica, failed.adapter)
+        if not is_useless and await self._may_ask_again(error, course.failures, generation.deadline):
             attempt = await self._ask_decoder(generation, course, error)
         elif generation.deadline.expired(time.monotonic()):
             raise timed_out(error)

@@ -183,7 +183,7 @@ class ReplicaSet:
     def _has_fallback(self) -> bool:
         return any(_takes(replica, 0) for replica in self.own)
 
-    def _elsewhere(self, replica: Replica, adapter: str | None) -> bool:
+    def elsewhere(self, replica: Replica, adapter: str | None) -> bool:
         """Whether another replica can take over what needs the adapter."""
         others = (other for other in self.replicas if other is not replica and other.embeds == replica.embeds)
         return any(other.takes_requests and other.has_adapter(adapter) for other in others)
@@ -320,12 +320,12 @@ class ReplicaSet:
         if not replica.in_flight:
             return
         adapters = {attempt.adapter for attempt in replica.running}
-        elsewhere = {adapter: self._elsewhere(replica, adapter) for adapter in adapters}
+        elsewhere = {adapter: self.elsewhere(replica, adapter) for adapter in adapters}
         has_fallback = self._has_fallback
         for attempt in replica.running:
-            is_elsewhere = elsewhere[attempt.adapter]
-            has_other = is_elsewhere or (has_fallback and attempt.adapter is None)
-            if error := self._overdue(attempt, is_elsewhere, has_other, now):
+            iselsewhere = elsewhere[attempt.adapter]
+            has_other = iselsewhere or (has_fallback and attempt.adapter is None)
+            if error := self._overdue(attempt, iselsewhere, has_other, now):
                 attempt.call.abandon(error)
 
     def _overdue(self, attempt: Attempt, elsewhere: bool, has_other: bool, now: float) -> ModelError | None:

@@ -1,0 +1,151 @@
+"""Refuses a request that would get its first token too late, at once, with the wait that is expected.
+
+For rank 0, before the scheduler gets it: this reads clocks and measured times. Whatever is not known yet refuses
+nobody, and neither does an empty queue.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from tidewright.engine.latency import LatencyController
+from tidewright.engine.limits import RequestRefusedError, longest
+from tidewright.engine.messages import SequenceOutput, Submit
+from tidewright.engine.prediction import Backlog, Work, seconds_to_first_token
+from tidewright.engine.scheduler import Scheduler
+from tidewright.engine.sequence import Sequence
+from tidewright.schema import expected_wait
+
+# Of ttft_target. The last that is let in gets its first token when it was predicted, give or take an error: if that
+# were the target itself, half of all would miss it as long as more come than can be served.
+MARGIN = 0.8
+MIN_ENDED = 4  # outputs whose length is known, before anybody is refused
+_NEWEST = 1 / 16  # the weight of the newest output's length, and of the newest error of a prediction
+_CORRECTION = (0.5, 2.0)  # bounds of what predictions are multiplied by, from what came of earlier ones
+_LEAST_TO_LEARN = 0.05  # seconds: an error of a shorter wait says nothing about a longer one
+_COST = 20  # a prediction may take 1/20 of the time;
+_MOST_LAST = 1024  # tenants whose last prediction is kept
+_FRESH = 1.0  # meanwhile the last one of the same tenant and priority stands for so many seconds
+
+
+@dataclass
+class _Accepted:
+    sequence: Sequence
+    at: float
+    predicted: float  # seconds, uncorrected; 0: it was not
+
+
+class _Last(NamedTuple):
+    at: float
+    seconds: float
+
+
+class Admission:
+    def __init__(self, scheduler: Scheduler, latency: LatencyController, ttft_target: float) -> None:
+        """`ttft_target`: in seconds; 0: only deadlines count."""
+        self._scheduler, self._latency, self._target = scheduler, latency, ttft_target
+        self._accepted: dict[int, _Accepted] = {}  # that have not ended
+        self._ended = 0
+        self._used = 1.0  # of the tokens that outputs might have, the share that they have
+        self._correction = 1.0
+        self._last: dict[tuple[int, str], _Last] = {}
+        self._next_at = 0.0
+        self.refused_by_deadline = self.refused_by_target = 0
+
+    def check(self, request: Submit, sequence: Sequence) -> float:
+        """The predicted seconds to its first token; 0: none were predicted.
+
+        Raises:
+            RequestRefusedError: it would come too late.
+        """
+        target = sequence.sampling.ttft_target or self._target
+        if not self._may_refuse(request, target):
+            return 0.0
+        now = time.monotonic()
+        left = math.inf if request.deadline is None else request.deadline - now
+        predicted = self._predict(sequence, now) if left > 0 else 0.0
+        expected = predicted * self._correction
+        limit = min(left, MARGIN * target if target else math.inf)
+        if expected <= limit:
+            return predicted
+        if expected > left:
+            self.refused_by_deadline += 1
+            rule = f"its timeout leaves {left:.3g} s"
+        else:
+            self.refused_by_target += 1
+            rule = f"ttft_target is {target:.3g} s"
+        waiting = len(self._scheduler.waiting)
+        message = f"{waiting} requests wait, so that its first token is expected in {expected:.3g} s, but {rule}"
+        raise RequestRefusedError(message + expected_wait(expected - limit), "overloaded")
+
+    def accepted(self, sequence: Sequence, predicted: float) -> None:
+        self._accepted[sequence.request_id] = _Accepted(sequence, time.monotonic(), predicted)
+
+    def left(self, request_id: int) -> None:
+        """It ended without an answer."""
+        self._accepted.pop(request_id, None)
+
+    def told(self, output: SequenceOutput, now: float) -> None:
+        """Learns from the first tokens of a request, and from its end."""
+        accepted = self._accepted.get(output.request_id)
+        if accepted is None:
+            return
+        if accepted.predicted > _LEAST_TO_LEARN and output.token_ids:
+            ratio = (now - accepted.at) / accepted.predicted
+            low, high = _CORRECTION
+            self._correction += _NEWEST * (min(max(ratio, low), high) - self._correction)
+        accepted.predicted = 0.0
+        if output.finish_reason:
+            del self._accepted[output.request_id]
+            sequence = accepted.sequence
+            most = self._most_output(sequence)
+            if output.finish_reason in ("stop", "length") and most > 0:
+                self._ended += 1
+                weight = max(_NEWEST, 1 / self._ended)
+                self._used += weight * (sequence.num_generated / most - self._used)
+
+    def _may_refuse(self, request: Submit, target: float) -> bool:
+        has_limit = bool(target) or request.deadline is not None
+        # One that an earlier engine had begun has been let in already.
+        is_new = not request.output_token_ids
+        is_measured = self._latency.cost.is_known and self._ended >= MIN_ENDED
+        return has_limit and is_new and is_measured and len(self._scheduler.waiting) > 0
+
+    def _predict(self, sequence: Sequence, now: float) -> float:
+        key = sequence.sampling.priority, sequence.sampling.tenant
+        if now < self._next_at:
+            last = self._last.get(key)
+            return last.seconds if last and now - last.at < _FRESH else 0.0
+        if len(self._last) >= _MOST_LAST:
+            self._last.clear()
+        scheduler = self._scheduler
+        sequence.likely_cached = scheduler.likely_cached(sequence)
+        places = min(scheduler.config.max_running, self._latency.running)
+        ahead = scheduler.waiting.ahead(sequence.sampling, self._tokens)
+        backlog = Backlog(map(self._work, scheduler.running), map(self._work, ahead), scheduler.free_blocks, places)
+        seconds = seconds_to_first_token(backlog, self._work(sequence), self._latency)
+        self._last[key] = _Last(now, seconds)
+        self._next_at = now + _COST * (time.monotonic() - now)
+        return seconds
+
+    def _tokens(self, sequence: Sequence) -> int:
+        """That it will cost, as fairness counts them."""
+        work = self._work(sequence)
+        return work.prompt + 2 * work.output
+
+    def _work(self, sequence: Sequence) -> Work:
+        size, known = self._scheduler.config.block_size, sequence.num_known
+        blocks = len(sequence.block_table) or -(-(known - sequence.likely_cached) // size)
+        start = sequence.num_computed if sequence.block_table else sequence.likely_cached
+        most = self._most_output(sequence)
+        expected = max(int(self._used * most), 1)
+        # One that is longer than most are goes on for a while.
+        output = max(expected - sequence.num_generated, expected // 4, 1)
+        prompt = 0 if sequence.decodes else max(sequence.num_expected - start, 1)
+        return Work(prompt, start, min(output, most - sequence.num_generated), blocks)
+
+    def _most_output(self, sequence: Sequence) -> int:
+        return longest(sequence, self._scheduler.config) - len(sequence.prompt_token_ids)

@@ -1,0 +1,233 @@
+"""Admission on a machine of synthetic speed: whom it refuses, and what it learns. The scheduler is the oracle."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from helpers.scheduling import make, result
+from tidewright.engine import admission as admission_module
+from tidewright.engine.admission import Admission
+from tidewright.engine.engine import make_sequence
+from tidewright.engine.latency import LatencyController
+from tidewright.engine.limits import RequestRefusedError
+from tidewright.engine.messages import Submit
+from tidewright.engine.prediction import Backlog, Work, seconds_to_first_token
+from tidewright.engine.step_cost import StepLoad
+from tidewright.resilience.errors import ModelError
+from tidewright.schema import SamplingParams
+
+BASE, STREAM, TOKEN, CONTEXT = 0.01, 0.001, 0.0005, 1e-7
+MEASURED = 40  # steps
+
+
+class Machine:
+    """An engine without a model, on a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, ttft_target: float = 0.0, **changes: Any) -> None:
+        values = {"max_running": 8, "max_waiting": 1000, "max_batched_tokens": 256, "max_model_len": 2000}
+        self.scheduler, _ = make(**{"blocks": 4000, **values, **changes})  # type: ignore[arg-type]
+        self.latency = LatencyController(0.1, 0.0, 256, 8)
+        self.now = 100.0
+        monkeypatch.setattr(admission_module.time, "monotonic", lambda: self.now)
+        self.admission = Admission(self.scheduler, self.latency, ttft_target)
+        self.first: dict[int, float] = {}
+        self.arrived: dict[int, float] = {}
+        self.predicted: dict[int, float] = {}
+        self._ids = iter(range(1, 10**9))
+
+    def measure(self) -> None:
+        for number in range(MEASURED):
+            self.latency.computed(StepLoad(1 + number % 8, 0, 0.0), BASE + STREAM * (1 + number % 8))
+            tokens, start = 50 + number, 37 * number % 800
+            load = StepLoad(0, tokens, tokens * (start + tokens / 2))
+            self.latency.computed(load, BASE + TOKEN * tokens + CONTEXT * load.context)
+        for _ in range(admission_module.MIN_ENDED):
+            self.submit(4, 20)
+        self.run_until(lambda: not self.scheduler.has_work)
+
+    def submit(self, prompt: int, output: int, timeout: float | None = None, **more: Any) -> int:
+        """Raises RequestRefusedError."""
+        request_id = next(self._ids)
+        sampling = SamplingParams(max_tokens=output, ignore_eos=True, timeout=timeout, **more)
+        ids = [request_id % 90 + 1, *(1 + i % 50 for i in range(prompt - 1))]
+        deadline = None if timeout is None else self.now + timeout
+        request = Submit(request_id, ids, sampling, deadline)
+        sequence = make_sequence(request)
+        self.predicted[request_id] = self.admission.check(request, sequence)
+        self.scheduler.add(sequence)
+        self.admission.accepted(sequence, self.predicted[request_id])
+        self.arrived[request_id] = self.now
+        return request_id
+
+    def step(self) -> None:
+        plan = self.scheduler.schedule(self.latency.pace(self.scheduler.running))
+        load = StepLoad.of(plan)
+        seconds = BASE + STREAM * load.streams + TOKEN * load.tokens + CONTEXT * load.context
+        self.now += seconds
+        self.latency.computed(load, seconds)
+        for output in self.scheduler.commit(plan, result(plan)):
+            self.first.setdefault(output.request_id, self.now - self.arrived[output.request_id])
+            self.admission.told(output, self.now)
+
+    def run_until(self, done: Any) -> None:
+        while not done():
+            self.step()
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_prediction_is_what_comes_true(machine: Machine, seed: int) -> None:
+    machine.measure()
+    draw = random.Random(seed)
+    for _ in range(30):
+        machine.submit(draw.randint(4, 600), 60, timeout=1e6)
+    last = machine.submit(100, 10, timeout=1e6)
+    machine.run_until(lambda: last in machine.first)
+    assert machine.predicted[last] == pytest.approx(machine.first[last], rel=0.2)
+    assert machine.predicted[last] > 0.5
+
+
+def test_a_full_cache_is_waited_for_as_full_places_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, blocks=120, max_model_len=400)  # 480 tokens: two requests at a time
+    machine.measure()
+    for _ in range(10):
+        machine.submit(200, 30, timeout=1e6)
+    last = machine.submit(200, 30, timeout=1e6)
+    machine.run_until(lambda: last in machine.first)
+    assert machine.predicted[last] == pytest.approx(machine.first[last], rel=0.35)
+
+
+def test_who_can_not_make_its_deadline_is_told_at_once_when_it_could(machine: Machine) -> None:
+    machine.measure()
+    for _ in range(40):
+        machine.submit(200, 50, timeout=1e6)
+    with pytest.raises(RequestRefusedError, match=r"40 requests wait, .* its timeout leaves 0.2 s") as refused:
+        machine.submit(200, 50, timeout=0.2)
+    assert refused.value.reason == "overloaded"
+    wait = ModelError(f"{refused.value} [overloaded]").expected_wait
+    assert wait is not None
+    assert 1 <= wait < 20
+    started = machine.now
+    machine.run_until(lambda: machine.now > started + wait)
+    machine.submit(200, 50, timeout=1.2)
+    assert machine.admission.refused_by_deadline == 1
+
+
+def test_with_a_target_nobody_is_let_in_who_would_miss_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More come than can be served: of those let in nearly all are in time, though the queue is as long as may be."""
+    machine, draw = Machine(monkeypatch, ttft_target=2.0), random.Random(1)
+    machine.measure()
+    began, refused = machine.now, 0
+    arrivals = iter(sorted(began + draw.uniform(0, 60) for _ in range(2 * 60 * 6)))
+    coming = next(arrivals)
+    accepted: list[int] = []
+    while coming < began + 59:
+        while coming <= machine.now:
+            try:
+                accepted.append(machine.submit(draw.randint(50, 250), draw.choice([20, 60])))
+            except RequestRefusedError:
+                refused += 1
+            coming = next(arrivals)
+        if machine.scheduler.has_work:
+            machine.step()
+        else:
+            machine.now = coming
+    machine.run_until(lambda: not machine.scheduler.has_work)
+    met = [request_id for request_id in accepted if machine.first[request_id] <= 2.0]
+    assert refused > 100
+    assert len(met) > 0.95 * len(accepted)
+    assert machine.admission.refused_by_target == refused
+    assert max(machine.first.values()) > 1.0  # and no place was left that could have been used
+
+
+def test_nothing_waits_or_is_measured_so_nobody_is_refused(machine: Machine) -> None:
+    for _ in range(30):
+        machine.submit(100, 20, timeout=0.001)  # nothing is known of the machine yet
+    machine.run_until(lambda: not machine.scheduler.has_work)
+    machine.measure()
+    for _ in range(8):
+        machine.submit(100, 500)
+        machine.step()
+    machine.run_until(lambda: not len(machine.scheduler.waiting))
+    machine.submit(100, 20, timeout=0.001)  # all places are taken, but nothing waits
+    assert machine.admission.refused_by_deadline == 0
+
+
+def test_what_an_earlier_engine_began_is_never_refused(machine: Machine) -> None:
+    machine.measure()
+    for _ in range(40):
+        machine.submit(200, 50)
+    request = Submit(10**9, [1, 2], SamplingParams(max_tokens=9, timeout=0.1), machine.now + 0.1, [], [5])
+    assert machine.admission.check(request, make_sequence(request)) == 0
+
+
+def test_a_flood_of_one_tenant_and_less_urgent_requests_refuse_no_other(machine: Machine) -> None:
+    machine.measure()
+    for _ in range(60):
+        machine.submit(200, 50, tenant="flood")
+        machine.submit(200, 50, priority=5)
+    with pytest.raises(RequestRefusedError):
+        machine.submit(50, 20, timeout=3.0, tenant="flood")
+    quiet = machine.submit(50, 20, timeout=3.0, tenant="quiet")
+    machine.run_until(lambda: quiet in machine.first)
+    assert machine.first[quiet] < 3.0
+
+
+def test_predictions_are_corrected_by_what_came_of_them_within_bounds(machine: Machine) -> None:
+    machine.measure()
+    machine.latency.cost._streams.first *= 0.5  # it believes in a machine that is faster than the real one
+    for _ in range(3):
+        for _ in range(20):
+            machine.submit(100, 60, timeout=1e6)
+        machine.run_until(lambda: not machine.scheduler.has_work)
+        machine.latency.cost._streams.first = BASE / 2
+    assert 1.0 < machine.admission._correction <= 2.0
+
+
+def test_predictions_take_no_more_than_their_share_of_the_time(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine.measure()
+    for _ in range(40):
+        machine.submit(200, 50)
+    calls = []
+    monkeypatch.setattr(
+        admission_module,
+        "seconds_to_first_token",
+        lambda *rest: (calls.append(1), setattr(machine, "now", machine.now + 0.01))[0] or 5.0,
+    )
+    for _ in range(10):
+        with pytest.raises(RequestRefusedError):
+            machine.submit(10, 10, timeout=1.0)
+    machine.submit(10, 10, timeout=1.0, tenant="another")  # nothing is known of its wait: it is let in
+    assert len(calls) == 1
+    machine.now += 20 * 0.01
+    with pytest.raises(RequestRefusedError):
+        machine.submit(10, 10, timeout=1.0)
+    assert len(calls) == 2
+
+
+def test_nothing_is_kept_of_requests_that_ended(machine: Machine) -> None:
+    machine.measure()
+    gone = machine.submit(20, 5)
+    machine.scheduler.abort(gone)
+    machine.admission.left(gone)
+    machine.submit(20, 5)
+    machine.run_until(lambda: not machine.scheduler.has_work)
+    assert not machine.admission._accepted
+
+
+def test_alone_it_takes_its_prompt_and_a_step() -> None:
+    latency = LatencyController(0.0, 0.0, 2048, 8)
+    for _ in range(20):
+        latency.computed(StepLoad(1, 0, 0.0), 0.01)
+        latency.computed(StepLoad(0, 100, 5000.0), 0.11)
+    found = seconds_to_first_token(Backlog([], [], 99, 8), Work(300, 0, 5, 10), latency)
+    assert found == pytest.approx(0.31, rel=0.1)
