@@ -371,7 +371,7 @@ class Scheduler:
         return sequence.num_pending > 0 and sequence.num_expected >= sequence.longest
 
     def _release(self, sequence: Sequence) -> None:
-        self._cache.free(sequence.block_table)
+        self._cache.free(sequence.block_table, sequence.sampling.tenant)
         sequence.block_table = []
         sequence.num_computed = sequence.num_registered = sequence.num_planned_blocks = 0
 

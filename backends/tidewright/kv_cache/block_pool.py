@@ -1,12 +1,13 @@
-"""Who owns which block of the KV cache: reference counts and a free list in least-recently-used order.
+"""Who owns which block of the KV cache: reference counts, and the free blocks (free_blocks.py).
 
 Pure bookkeeping over block numbers; what the blocks hold is known to prefix_cache.py, the tensors to storage.py.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
+
+from tidewright.kv_cache.free_blocks import FreeBlocks
 
 
 class BlockPoolError(RuntimeError):
@@ -21,8 +22,9 @@ class BlockPool:
             raise BlockPoolError(f"a block pool needs at least one block, not {num_blocks}")
         self.num_blocks = num_blocks
         self._references = [0] * num_blocks
-        # Next to be reused first. An OrderedDict, for a block that is retained leaves the middle of the list in O(1).
-        self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(num_blocks))
+        self._free = FreeBlocks()
+        for block in reversed(range(num_blocks)):
+            self._free.add_empty(block)
 
     @property
     def num_free(self) -> int:
@@ -32,10 +34,10 @@ class BlockPool:
         return self._references[block]
 
     def allocate(self, count: int) -> list[int]:
-        """Takes the `count` blocks that have been free for longest; each starts with one reference."""
+        """Takes the `count` blocks that are to be reused first; each starts with one reference."""
         if count > len(self._free):
             raise BlockPoolError(f"{count} blocks wanted, {len(self._free)} of {self.num_blocks} free")
-        blocks = [self._free.popitem(last=False)[0] for _ in range(count)]
+        blocks = [self._free.pop(self.num_blocks) for _ in range(count)]
         for block in blocks:
             self._references[block] = 1
         return blocks
@@ -44,18 +46,22 @@ class BlockPool:
         """Adds a reference to each block; a free block comes back with its content."""
         for block in blocks:
             if self._references[block] == 0:
-                del self._free[block]
+                self._free.remove(block)
             self._references[block] += 1
 
-    def free(self, block: int, reuse_first: bool = False) -> None:
-        """Drops a reference. A block that becomes free is the last to be reused, or the first if it holds nothing."""
+    def free(self, block: int, reuse_first: bool = False, owner: str = "") -> None:
+        """Drops a reference. A block that becomes free is the first to be reused if it holds nothing.
+
+        Else it stays in the cache for its `owner`, a tenant, and is the last of that one's to be reused.
+        """
         if self._references[block] == 0:
             raise BlockPoolError(f"block {block} is freed more often than it was taken")
         self._references[block] -= 1
         if self._references[block] == 0:
-            self._free[block] = None
             if reuse_first:
-                self._free.move_to_end(block, last=False)
+                self._free.add_empty(block)
+            else:
+                self._free.add_cached(block, owner)
 
     @property
     def num_used(self) -> int:
@@ -69,16 +75,16 @@ class BlockPool:
         if num_blocks < max(self.num_used, 1):
             raise BlockPoolError(f"{self.num_used} blocks are in use, which do not fit into {num_blocks}")
         for block in reversed(range(self.num_blocks, num_blocks)):  # they hold nothing: the lowest is used first
-            self._free[block] = None
-            self._free.move_to_end(block, last=False)
+            self._free.add_empty(block)
         self._references += [0] * (num_blocks - self.num_blocks)
         gone = range(num_blocks, self.num_blocks)
         for block in gone:
-            self._free.pop(block, None)
+            if block in self._free:
+                self._free.remove(block)
         moves: dict[int, int] = {}
         for block in gone:
             if references := self._references[block]:
-                moves[block] = self._free.popitem(last=False)[0]
+                moves[block] = self._free.pop(num_blocks)
                 self._references[moves[block]] = references
         del self._references[num_blocks:]
         self.num_blocks = num_blocks

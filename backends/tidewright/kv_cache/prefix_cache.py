@@ -178,11 +178,14 @@ class PrefixCache:
                 self._drop(digest)
         self._unwritten.clear()
 
-    def free(self, block_table: list[int]) -> None:
-        """Gives a table back, last block first: the end of a sequence is the least likely to be of use to others."""
+    def free(self, block_table: list[int], owner: str = "") -> None:
+        """Gives a table back, last block first: the end of a sequence is the least likely to be of use to others.
+
+        `owner`: the tenant whose sequence it was; others have chains of their own, and find none of its blocks.
+        """
         for block in reversed(block_table):
             is_findable = block in self._digests
-            self.pool.free(block, reuse_first=not is_findable)
+            self.pool.free(block, reuse_first=not is_findable, owner=owner)
             self.num_cached += is_findable and self.pool.references(block) == 0
 
     def _drop(self, digest: bytes) -> None:
