@@ -150,7 +150,9 @@ def test_the_command_line(pair: Pair) -> None:
 
     assert run("list") == (0, "no adapter is loaded\n")
     assert run("load", "law", "some/law-v1") == (0, "Loaded law.\n")
-    assert run("list") == (0, "law  law-v1\n")
+    assert run("list") == run("list", "--model", MODEL) == (0, f"law  law-v1, of {MODEL}\n")
+    assert run("list", "--model", "another") == (0, "no adapter is loaded\n")
+    assert "there is no model 'another'" in run("load", "tax", "p", "--model", "another")[1]
     assert run("load", "law", "p")[0] == 1
     assert "loaded already" in run("load", "law", "p")[1]
     assert run("unload", "law") == (0, "Unloaded law.\n")

@@ -12,7 +12,13 @@ from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, post
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.health_commands import URL
 from tidewright.launch.key_option import key_options
+from tidewright.served_models import decoder_of
 
+_MODEL = click.option(
+    "--model",
+    metavar="NAME",
+    help="Of several models in one server, the one that the adapter belongs to; not needed for the first.",
+)
 TIMEOUT = 120.0  # seconds; a gateway tells all its replicas, which read the adapter from their disks
 
 
@@ -39,8 +45,9 @@ def lora() -> None:
 @click.argument("name")
 @click.argument("path")
 @URL
+@_MODEL
 @key_options
-def load(name: str, path: str, url: str, key: str | None) -> None:
+def load(name: str, path: str, url: str, model: str | None, key: str | None) -> None:
     """Load the adapter in the folder PATH of the server, and call it NAME.
 
     PATH is absolute, or relative to the server's adapter folder. A NAME has up to 128 letters, digits or ._:/@+-. To
@@ -54,9 +61,10 @@ def load(name: str, path: str, url: str, key: str | None) -> None:
     try:
         url = gateway_control.base_url(url)
         if gateway := gateway_control.find(url, key, CONNECT_TIMEOUT):
-            gateway.command("/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, TIMEOUT)
+            body = {"lora_name": name, "lora_path": path, **({"base_model_name": model} if model else {})}
+            gateway.command("/v1/load_lora_adapter", body, TIMEOUT)
         else:
-            _control(url, f"load_lora:{json.dumps({'name': name, 'path': path})}")
+            _control(url, model, f"load_lora:{json.dumps({'name': name, 'path': path})}")
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"Loaded {name}.")
@@ -65,8 +73,9 @@ def load(name: str, path: str, url: str, key: str | None) -> None:
 @lora.command()
 @click.argument("name")
 @URL
+@_MODEL
 @key_options
-def unload(name: str, url: str, key: str | None) -> None:
+def unload(name: str, url: str, model: str | None, key: str | None) -> None:
     """Unload the adapter NAME: requests that have it finish, and new ones are refused.
 
     \b
@@ -78,7 +87,7 @@ def unload(name: str, url: str, key: str | None) -> None:
         if gateway := gateway_control.find(url, key, CONNECT_TIMEOUT):
             gateway.command("/v1/unload_lora_adapter", {"lora_name": name}, TIMEOUT)
         else:
-            _control(url, f"unload_lora:{json.dumps({'name': name})}")
+            _control(url, model, f"unload_lora:{json.dumps({'name': name})}")
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
     click.echo(f"Unloaded {name}.")
@@ -86,8 +95,9 @@ def unload(name: str, url: str, key: str | None) -> None:
 
 @lora.command("list")
 @URL
+@_MODEL
 @key_options
-def list_adapters(url: str, key: str | None) -> None:
+def list_adapters(url: str, model: str | None, key: str | None) -> None:
     """List the adapters that are loaded: of all replicas with the name of their folder, or of one Triton with more.
 
     \b
@@ -98,10 +108,11 @@ def list_adapters(url: str, key: str | None) -> None:
     try:
         url = gateway_control.base_url(url)
         if gateway := gateway_control.find(url, key, CONNECT_TIMEOUT):
-            models = gateway.models(CONNECT_TIMEOUT)
-            rows = [(str(model["id"]), str(model["root"])) for model in models if model.get("parent")]
+            adapters = [one for one in gateway.models(CONNECT_TIMEOUT) if one.get("parent")]
+            found = [one for one in adapters if model in (None, one["parent"])]
+            rows = [(str(one["id"]), f"{one['root']}, of {one['parent']}") for one in found]
         else:
-            rows = [_row(adapter) for adapter in json.loads(_control(url, "list_lora"))]
+            rows = [_row(adapter) for adapter in json.loads(_control(url, model, "list_lora"))]
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
     if not rows:
@@ -116,12 +127,13 @@ def _row(adapter: dict[str, Any]) -> tuple[str, str]:
     return str(adapter["name"]), f"{adapter['state']}, {size}, {adapter['path']}"
 
 
-def _control(url: str, word: str) -> str:
-    """The decoder's answer at one Triton."""
+def _control(url: str, model: str | None, word: str) -> str:
+    """The answer of a model's decoder at one Triton; of the first model if it is not named."""
+    decoder = decoder_of(model) if model else "decoder"
     try:
-        answer = post(f"{url}/v2/models/decoder/generate", {"control": word}, TIMEOUT)
+        answer = post(f"{url}/v2/models/{decoder}/generate", {"control": word}, TIMEOUT)
     except TroubleError as error:
-        raise repository.explained(error, url, "decoder") from None
+        raise repository.explained(error, url, decoder) from None
     try:
         return str(json.loads(answer)["text_output"])
     except (ValueError, KeyError, TypeError):
