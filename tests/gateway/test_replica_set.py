@@ -9,11 +9,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from helpers.scripted_replicas import WELL, ScriptedClient, error, generate, named, run, samples, until
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
+from tidewright.schema import AdapterStatus
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas import discovery
 from tidewright_gateway.replicas.discovery import DnsSource, Endpoint
@@ -44,6 +46,18 @@ class Names:
         self.answer = ValueError(error) if error else list(addresses)
         asked = self.asked
         await until(lambda: self.asked > asked + 1)
+
+
+def test_adapters_of_another_model_s_replica_are_nothing_to_this_one(client: type[ScriptedClient]) -> None:
+    theirs, ours = AdapterStatus("theirs", "p", True, 5.0), AdapterStatus("ours", "p", True, 5.0)
+    client.status["a:1"] = msgspec.structs.replace(WELL, model="another", adapters=[theirs])
+    client.status["b:1"] = msgspec.structs.replace(WELL, adapters=[ours])
+
+    async def body(failover: Failover) -> None:
+        assert failover.adapters.loaded == {"ours": ours}
+        assert not named(failover, "b:1").adapter_troubles  # nobody told it to load theirs
+
+    run(body)
 
 
 def test_one_that_leaves_ends_what_it_has_and_then_its_connections(

@@ -93,6 +93,7 @@ def _run(settings: Settings, terminal: Terminal) -> int:
         started = time.monotonic()
         host = parse_rendezvous(settings.rendezvous)[0] if settings.rendezvous else "localhost"
         rendezvous_secret(settings.rendezvous_secret_file, host)  # the engine does so again; a mistake shows at once
+        _check_adapter_folders(settings)
         model_dir = prepare(settings.model, console)
         further = [one.model_copy(update={"model": str(prepare(one.model, console))}) for one in settings.models]
         settings = settings.model_copy(update={"models": further})
@@ -132,6 +133,14 @@ def _run(settings: Settings, terminal: Terminal) -> int:
             gateway.stop()
         if server is not None:
             server.kill()
+
+
+def _check_adapter_folders(settings: Settings) -> None:
+    """A mistake shows before any model is loaded. Raises LaunchError."""
+    for name in settings.names:
+        folder = settings.of(name).adapter_folder
+        if folder and not Path(folder).is_dir():
+            raise LaunchError(f"adapter_folder: there is no folder {folder}")
 
 
 def _welcome(terminal: Terminal, server: TritonServer, gateway: GatewayProcess | None, seconds: float) -> None:

@@ -95,6 +95,8 @@ class Adapters:
 
     def heard(self, replica: Replica) -> None:
         """Call it after each status: the replica may have missed a command."""
+        if replica.misfit:  # what another model has is nothing to this one
+            return
         self._book.note(replica.adapters.values())
         if replica in self._catching_up or not (replica.is_up and replica.serves_adapters):
             return
