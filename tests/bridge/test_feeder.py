@@ -5,10 +5,12 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, cast
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tidewright.bridge.feeder import TRIES, Feeder
+from tidewright.bridge import feeder
+from tidewright.bridge.feeder import PROBATION, TRIES, Feeder
 from tidewright.bridge.output_sequence import OutputSequence
 from tidewright.engine.messages import Abort, Submit, ToEngine
 from tidewright.schema import SamplingParams
@@ -20,8 +22,8 @@ class Simulation:
     The engine dies in each step that has a poisonous sequence, before anybody gets a token.
     """
 
-    def __init__(self, lengths: list[int], poison: set[int]) -> None:
-        self.lengths, self.poison = lengths, poison
+    def __init__(self, lengths: list[int], poison: set[int], tenants: list[str] | None = None) -> None:
+        self.lengths, self.poison, self.tenants = lengths, poison, tenants or [""] * len(lengths)
         self.given_up: list[int] = []
         self.done: list[int] = []
         self.deaths = 0
@@ -31,7 +33,12 @@ class Simulation:
 
     def sequence(self, number: int) -> Any:
         request = SimpleNamespace(
-            parsed=SimpleNamespace(prompt_token_ids=[1], bad_words_ids=[], sampling=SamplingParams(seed=1), adapter=""),
+            parsed=SimpleNamespace(
+                prompt_token_ids=[1],
+                bad_words_ids=[],
+                sampling=SamplingParams(seed=1, tenant=self.tenants[number]),
+                adapter="",
+            ),
             deadline=None,
             trace_id="",
         )
@@ -155,6 +162,86 @@ def test_deaths_from_outside_cost_nothing(lengths: list[int], steps: list[int], 
     assert set(simulation.done) | dropped == set(range(len(lengths)))
     for number in simulation.done:
         assert simulation.sequences[number].token_ids == list(range(number, number + lengths[number]))
+
+
+def test_further_poison_of_a_tenant_costs_one_engine_each() -> None:
+    """Whatever else that tenant sends meanwhile; and nobody else waits for a trial of it."""
+    poison = {0, 4, 8, 12, 16, 20}
+    tenants = ["bad" if number % 2 == 0 else f"good {number}" for number in range(24)]
+    simulation = Simulation([3] * 24, poison, tenants)
+    simulation.comes_up()
+    simulation.submit(0)
+    while not simulation.given_up:
+        simulation.step()
+    for number in range(1, 24):
+        simulation.submit(number)
+        assert number % 2 == 0 or number in simulation.running
+        simulation.step()
+    for _ in range(60):
+        simulation.step()
+    assert set(simulation.given_up) == poison
+    assert set(simulation.done) == set(range(24)) - poison
+    assert simulation.deaths == TRIES + len(poison)
+
+
+def test_new_poison_is_not_blamed_on_the_one_on_trial() -> None:
+    """While suspects are tried, one by one, more poison comes with every step."""
+    poison = {1, 3, 4, 5, 6, 7}
+    simulation = Simulation([3] * 9, poison, [f"{number}" for number in range(9)])
+    simulation.comes_up()
+    for number in range(9):
+        simulation.submit(number)
+        simulation.step()
+    for _ in range(60):
+        simulation.step()
+    assert set(simulation.given_up) == poison
+    assert sorted(simulation.done) == [0, 2, 8]
+
+
+def test_probation_ends() -> None:
+    count = 2 * PROBATION
+    simulation = Simulation([1] * count, {0}, ["bad"] * count)
+    simulation.comes_up()
+    simulation.submit(0)
+    while not simulation.given_up:
+        simulation.step()
+    for number in range(1, count):
+        simulation.submit(number)
+        assert len(simulation.running) == 1
+    for left in range(PROBATION, 0, -1):
+        assert simulation.feeder._probation == {"bad": left}
+        simulation.step()
+    assert not simulation.feeder._probation
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.sampled_from("abc"), min_size=1, max_size=10), st.data())
+def test_poison_of_tenants_is_given_up_and_all_others_end_whole(tenants: list[str], data: st.DataObject) -> None:
+    numbers = range(len(tenants))
+    poison = data.draw(st.sets(st.sampled_from(numbers), max_size=4))
+    simulation = Simulation([3] * len(tenants), poison, tenants)
+    simulation.comes_up()
+    for number in numbers:
+        for _ in range(data.draw(st.integers(0, 6))):
+            simulation.step()
+        simulation.submit(number)
+    for _ in range(200):
+        simulation.step()
+    assert poison <= set(simulation.given_up)
+    assert sorted(simulation.given_up + simulation.done) == [*numbers]
+    for number in simulation.done:
+        assert simulation.sequences[number].token_ids == list(range(number, number + 3))
+
+
+def test_tenants_on_probation_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeder, "MOST_ON_PROBATION", 2)
+    simulation = Simulation([1] * 4, {0, 1, 2, 3}, ["a", "b", "c", ""])
+    simulation.comes_up()
+    for number in range(4):
+        simulation.submit(number)
+        while len(simulation.given_up) == number:
+            simulation.step()
+    assert [*simulation.feeder._probation] == ["b", "c"]
 
 
 def test_a_lack_of_memory_blames_nobody() -> None:

@@ -6,9 +6,12 @@ Replay: a sequence that was in flight when an engine died goes to the next one w
 goes on after the last of them. A draw depends on the tokens before it and on nothing else, so nothing else is lost.
 
 Quarantine: one of the sequences may be what kills the engine, and nobody sees which. One that got no token between two
-deaths is a suspect. Suspects run one at a time, beside those that are none, until each got a token or ended; if the
-engine dies in such a trial, the one on trial is given up. An engine that ended for lack of memory says so, and then it
-was none of them.
+deaths is a suspect. Suspects run one at a time, beside those that have had tokens, until each got a token or ended; if
+the engine dies in such a trial, the one on trial is given up. New ones queue for a trial meanwhile, or the one on trial
+would be blamed for them. An engine that ended for lack of memory says so, and then it was none of them.
+
+Probation: what comes next from the tenant of one that was given up is a suspect at once, so that its further poison
+costs one engine each instead of several. Nobody else has to wait for these trials.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ from tidewright.schema import KILLS_ENGINES
 log = logging.getLogger(__name__)
 
 TRIES = 2  # engines that may die over a sequence before it is a suspect
+PROBATION = 16  # sequences of a tenant that must be acquitted
+MOST_ON_PROBATION = 256  # tenants
 
 
 class Feeder:
@@ -48,6 +53,7 @@ class Feeder:
         self._given: set[int] = set()  # to the engine that runs
         self._engine_up = False
         self._trial: OutputSequence | None = None
+        self._probation: dict[str, int] = {}  # by tenant: sequences that are still to be acquitted
 
     def start(self) -> None:
         self._thread.start()
@@ -103,7 +109,10 @@ class Feeder:
 
     def _take(self, sequence: OutputSequence) -> None:
         self._sequences[sequence.engine_request_id] = sequence
-        if self._engine_up:
+        if self._on_probation(sequence) or (self._trial and not self._on_probation(self._trial)):
+            if self._trial is None:
+                self._next_trial()
+        elif self._engine_up:
             self._give(sequence)
 
     def _give(self, sequence: OutputSequence) -> None:
@@ -130,6 +139,9 @@ class Feeder:
                 self._send(Abort(sequence.engine_request_id))
 
     def _acquit(self, sequence: OutputSequence) -> None:
+        tenant = _tenant(sequence)
+        if sequence.deaths and (left := self._probation.pop(tenant, 0)) > 1:
+            self._probation[tenant] = left - 1
         sequence.deaths = 0
         if self._trial is sequence:
             self._next_trial()
@@ -137,8 +149,11 @@ class Feeder:
     def _feed(self) -> None:
         self._engine_up = True
         self.adapters.engine_up()
+        suspects = [sequence for sequence in self._sequences.values() if sequence.deaths >= TRIES]
+        all_wait = any(not self._on_probation(sequence) for sequence in suspects)
         for sequence in self._sequences.values():
-            if sequence.deaths < TRIES:
+            is_new = not sequence.token_ids
+            if sequence.deaths < TRIES and not (is_new and (all_wait or self._on_probation(sequence))):
                 self._give(sequence)
         self._next_trial()
         self.adapters.unload_again()
@@ -147,6 +162,7 @@ class Feeder:
         waiting = (sequence for sequence in self._sequences.values() if sequence.engine_request_id not in self._given)
         self._trial = next(waiting, None) if self._engine_up else None
         if self._trial:
+            self._trial.deaths = TRIES  # so that its first token acquits it
             self._give(self._trial)
 
     def _lose(self, to_blame: bool) -> None:
@@ -165,7 +181,23 @@ class Feeder:
         self._given.clear()
         self._trial = None
         if guilty:
+            self._put_on_probation(_tenant(guilty))
             self._give_up(guilty, EngineUnavailableError(KILLS_ENGINES))
+
+    def _on_probation(self, sequence: OutputSequence) -> bool:
+        return _tenant(sequence) in self._probation
+
+    def _put_on_probation(self, tenant: str) -> None:
+        if not tenant:
+            return  # requests of anybody
+        self._probation.pop(tenant, None)
+        if len(self._probation) >= MOST_ON_PROBATION:
+            del self._probation[next(iter(self._probation))]
+        self._probation[tenant] = PROBATION
+
+
+def _tenant(sequence: OutputSequence) -> str:
+    return sequence.request.parsed.sampling.tenant
 
 
 def _refusal(error: Exception) -> RequestError:
