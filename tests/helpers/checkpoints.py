@@ -70,13 +70,13 @@ def expected(model: transformers.PreTrainedModel, ids: list[int], count: int) ->
     return ids[length:]
 
 
-def logits(runner: ModelRunner, ids: list[int], chunk: int) -> torch.Tensor:
-    """logits_TV of one prompt, `chunk` tokens a step."""
+def logits(runner: ModelRunner, ids: list[int], chunk: int, adapter: int = -1) -> torch.Tensor:
+    """logits_TV of one prompt, `chunk` tokens a step, with the LoRA adapter in that slot."""
     table = tuple(_blocks(runner, len(ids)))
     parts = []
     with torch.inference_mode():
         for start in range(0, len(ids), chunk):
-            span = ScheduledSequence(0, start, tuple(ids[start : start + chunk]), table)
+            span = ScheduledSequence(0, start, tuple(ids[start : start + chunk]), table, adapter=adapter)
             batch = runner._buffers.fill(StepPlan((span,)))
             parts.append(runner.model.logits(runner.device.forward(runner.model, batch, runner.kv_cache)))
     return torch.cat(parts)

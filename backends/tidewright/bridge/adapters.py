@@ -1,6 +1,6 @@
 """The LoRA adapters that the engine is to have: a new one gets those that the one before had, ahead of any request.
 
-An adapter that is being unloaded is loaded again, too, for the requests that still have it, and unloaded after them.
+An adapter that is being unloaded stays, in the next engine too, until the last request that has it has ended.
 """
 
 from __future__ import annotations
@@ -50,8 +50,10 @@ class _Pending:
 class Adapters:
     """All methods are for the feeder's thread; `by_name` is replaced, never changed, so that any thread may read it."""
 
-    def __init__(self, send: Callable[[ToEngine], None]) -> None:
-        self._send = send
+    def __init__(self, send: Callable[[ToEngine], None], in_use: Callable[[str], bool]) -> None:
+        """`in_use`: whether a request in flight has the adapter of that name."""
+        self._send, self._in_use = send, in_use
+        self._leaving: set[str] = set()  # that the engine was told to unload
         self._engine_up = False
         self._pending: dict[str, _Pending] = {}
         self.by_name: dict[str, Adapter] = {}
@@ -76,8 +78,7 @@ class Adapters:
             self._set(replace(adapter, state="unloading"))
             pending = self._pending.setdefault(name, _Pending())  # it may be about to be loaded again
             pending.done = done
-            if self._engine_up:
-                self._send(UnloadAdapter(name))
+            self.settle()
 
     def changed(self, change: AdapterChanged) -> None:
         """What the engine says."""
@@ -95,6 +96,7 @@ class Adapters:
             self._set(adapter)
         else:
             self._drop(change.name)
+            self._leaving.discard(change.name)
             if change.error and not pending.done:
                 log.error("the adapter %r could not be loaded again: %s", change.name, change.error)
         if pending.done:
@@ -106,14 +108,18 @@ class Adapters:
             self._pending.setdefault(name, _Pending())
             self._ask(name)
 
-    def unload_again(self) -> None:
-        """To be called when the engine has got all requests that were in flight."""
+    def settle(self) -> None:
+        """To be called when a request has ended: those that are to go, and that no request has any longer, go."""
+        if not self._engine_up:
+            return
         for name, adapter in self.by_name.items():
-            if adapter.state == "unloading":
+            if adapter.state == "unloading" and name not in self._leaving and not self._in_use(name):
+                self._leaving.add(name)
                 self._send(UnloadAdapter(name))
 
     def engine_lost(self) -> None:
         self._engine_up = False
+        self._leaving.clear()
         for name, pending in list(self._pending.items()):
             if not pending.sent:
                 continue

@@ -47,7 +47,7 @@ class Feeder:
         self._give_up = give_up
         self._notes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="feeder", daemon=True)
-        self.adapters = Adapters(send)
+        self.adapters = Adapters(send, self._has_adapter)
         # The thread's own:
         self._sequences: dict[int, OutputSequence] = {}  # not yet ended, in order of arrival
         self._given: set[int] = set()  # to the engine that runs
@@ -137,6 +137,11 @@ class Feeder:
             self._given.remove(sequence.engine_request_id)
             if not sequence.engine_is_done:
                 self._send(Abort(sequence.engine_request_id))
+        if sequence.request.parsed.adapter:
+            self.adapters.settle()
+
+    def _has_adapter(self, name: str) -> bool:
+        return any(sequence.request.parsed.adapter == name for sequence in self._sequences.values())
 
     def _acquit(self, sequence: OutputSequence) -> None:
         tenant = _tenant(sequence)
@@ -156,7 +161,7 @@ class Feeder:
             if sequence.deaths < TRIES and not (is_new and (all_wait or self._on_probation(sequence))):
                 self._give(sequence)
         self._next_trial()
-        self.adapters.unload_again()
+        self.adapters.settle()
 
     def _next_trial(self) -> None:
         waiting = (sequence for sequence in self._sequences.values() if sequence.engine_request_id not in self._given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from tidewright.attention.base import Attention
 from tidewright.devices.memory import DeviceMemory
 from tidewright.devices.moments import CudaMoment, Moment
 from tidewright.layers.linear_method import LinearMethod, PlainLinear
+from tidewright.lora.layer import LoraLayer
 from tidewright.quantization.choice import NOT_QUANTIZED
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.sampler import Sampler
@@ -84,6 +86,10 @@ class Device:
         """gelu(gate) * up of [gate, up] side by side, with the tanh approximation of gelu."""
         gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
         return F.gelu(gate_TF, approximate="tanh") * up_TF
+
+    def lora_layer(self, part_features: Sequence[int], in_features: int, slots: int, max_rank: int) -> LoraLayer:
+        """What adapters add to a linear layer of these projections, `max_rank` at most each."""
+        return LoraLayer(part_features, slots)
 
     # Steps
 

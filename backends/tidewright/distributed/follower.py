@@ -9,13 +9,26 @@ from typing import TypeVar
 
 from tidewright.devices.memory import out_of_memory
 from tidewright.distributed.group import TensorParallelGroup
-from tidewright.distributed.rank_messages import Committed, Expire, Input, Resize, Step, plan_checksum
+from tidewright.distributed.rank_messages import (
+    AdapterRead,
+    AddAdapter,
+    Committed,
+    DropAdapter,
+    Expire,
+    ForgetAdapter,
+    Input,
+    ReadAdapter,
+    Resize,
+    Step,
+    plan_checksum,
+)
 from tidewright.engine.engine import make_scheduler, make_sequence
 from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.plan import StepPlan, StepResult
 from tidewright.engine.runner import LaunchedStep
 from tidewright.engine.step_budget import memory_error
+from tidewright.lora.reader import AdapterReader
 
 _T = TypeVar("_T")
 
@@ -27,10 +40,24 @@ class PlanMismatchError(RuntimeError):
 
 
 class Follower:
-    def __init__(self, config: EngineConfig, group: TensorParallelGroup) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        group: TensorParallelGroup,
+        was_read: Callable[[AdapterRead], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        """`was_read` gets what came of reading an adapter, from another thread; `tell`: why that thread ended."""
         self._runner = ModelRunner(config, group)
+        self._reader = AdapterReader(self._runner.read_adapter, was_read, tell)
         self._scheduler = make_scheduler(config, self._runner)
         self._in_flight: deque[tuple[StepPlan, LaunchedStep]] = deque()
+
+    def read(self, message: ReadAdapter) -> None:
+        self._reader.put(message.number, message.path)
+
+    def forget(self, message: ForgetAdapter) -> None:
+        self._reader.forget(message.number)
 
     def follow(self, step: Step) -> None:
         """Raises PlanMismatchError, before anything is computed, or StepMemoryError."""
@@ -55,6 +82,12 @@ class Follower:
                 self._scheduler.commit(plan, StepResult(entry.results))
             elif isinstance(entry, Resize):
                 self._runner.resize(entry.num_blocks, self._scheduler.resize(entry.num_blocks))
+            elif isinstance(entry, AddAdapter):
+                self._scheduler.adapters.add(entry.name, entry.digest)
+                self._runner.add_adapter(entry.name, self._reader.take(entry.number))
+            elif isinstance(entry, DropAdapter):
+                self._scheduler.adapters.remove(entry.name)
+                self._runner.drop_adapter(entry.name)
             else:
                 self._scheduler.abort(entry.request_id)
 

@@ -14,6 +14,7 @@ import queue
 import signal
 import socket
 import sys
+import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +28,7 @@ from tidewright.distributed.fingerprint import model_fingerprint
 from tidewright.distributed.handshake import Frames, HandshakeError, SecretMismatchError, introduce
 from tidewright.distributed.rank_messages import (
     Failed,
+    ForgetAdapter,
     FromLeader,
     FromRank,
     Hello,
@@ -34,6 +36,7 @@ from tidewright.distributed.rank_messages import (
     Join,
     Ping,
     Pong,
+    ReadAdapter,
     Refused,
     Step,
     decode_from_leader,
@@ -62,6 +65,7 @@ class Rank:
         self._connection = connection
         self._shared_file = shared_file
         self._host, self._own_address = host, own_address
+        self._send_lock = threading.Lock()
         self._inbox: queue.SimpleQueue[FromLeader] = queue.SimpleQueue()
 
     def run(self, rank: int, local_rank: int, model_dir: Path, fingerprint: str) -> int:
@@ -97,7 +101,7 @@ class Rank:
         store = join_store(self._host, join.store_port, config.start_timeout)
         size, timeout = config.tensor_parallel_size, config.heartbeat_timeout / 2
         group = join_group(store, rank, size, config.device, self._own_address, timeout, self._shared_file)
-        follower = Follower(config, group)
+        follower = Follower(config, group, self._send, lambda cause: self._send(Failed(cause)))
         group.wait_for_all()
         while True:
             try:
@@ -110,6 +114,10 @@ class Rank:
                 follower.take(message.inputs)
             elif isinstance(message, Ping):
                 self._send(Pong(message.number))
+            elif isinstance(message, ReadAdapter):
+                follower.read(message)
+            elif isinstance(message, ForgetAdapter):
+                follower.forget(message)
 
     def _listen(self) -> None:
         try:
@@ -128,7 +136,8 @@ class Rank:
 
     def _send(self, message: FromRank) -> None:
         try:
-            self._connection.send_bytes(encode(message))
+            with self._send_lock:
+                self._connection.send_bytes(encode(message))
         except OSError:
             os._exit(1)  # as in `_listen`
 

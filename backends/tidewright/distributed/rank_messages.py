@@ -54,7 +54,21 @@ class Resize(msgspec.Struct, frozen=True, tag="resize", array_like=True):
     num_blocks: int
 
 
-Input = Submit | Abort | Expire | Committed | Resize
+class AddAdapter(msgspec.Struct, frozen=True, tag="add_adapter", array_like=True):
+    """Requests may have the LoRA adapter that was read as `number`."""
+
+    name: str
+    number: int
+    digest: str
+
+
+class DropAdapter(msgspec.Struct, frozen=True, tag="drop_adapter", array_like=True):
+    """No request has the LoRA adapter, and none may."""
+
+    name: str
+
+
+Input = Submit | Abort | Expire | Committed | Resize | AddAdapter | DropAdapter
 
 
 class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
@@ -79,13 +93,34 @@ class Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True):
     number: int
 
 
+class ReadAdapter(msgspec.Struct, frozen=True, tag="read_adapter", array_like=True):
+    """Read this LoRA adapter, beside the steps, and say what came of it: `AdapterRead`."""
+
+    number: int
+    path: str
+
+
+class ForgetAdapter(msgspec.Struct, frozen=True, tag="forget_adapter", array_like=True):
+    """What was read will not be used."""
+
+    number: int
+
+
+class AdapterRead(msgspec.Struct, frozen=True, tag="adapter_read", array_like=True):
+    number: int
+    digest: str = ""
+    rank: int = 0  # of its matrices
+    bytes: int = 0  # of this rank's part
+    error: str = ""  # why it can't be loaded
+
+
 class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
     message: str
     step_tokens: int = 0  # as in what the engine says to the bridge
 
 
-FromLeader = Join | Refused | Step | Inputs | Ping
-FromRank = Hello | Pong | Failed
+FromLeader = Join | Refused | Step | Inputs | Ping | ReadAdapter | ForgetAdapter
+FromRank = Hello | Pong | AdapterRead | Failed
 
 decode_from_leader = msgspec.msgpack.Decoder(FromLeader).decode
 decode_from_rank = msgspec.msgpack.Decoder(FromRank).decode
@@ -112,10 +147,10 @@ def lost_patience(config: EngineConfig) -> float:
 
 
 def plan_checksum(plan: StepPlan) -> int:
-    """Of all that decides what a step computes: tokens, positions, and the blocks that are new in the block tables."""
-    value = zlib.crc32(array("q", (*plan.ended, *plan.preempted)).tobytes())
+    """Of all that decides what a step computes: tokens, positions, adapters, and the blocks new in the tables."""
+    value = zlib.crc32(array("q", (*plan.ended, *plan.preempted, *(slot for slot, _ in plan.adapters))).tobytes())
     for planned in plan.sequences:
-        head = (planned.request_id, planned.start, len(planned.draws), planned.embeds, planned.count)
+        head = (planned.request_id, planned.start, len(planned.draws), planned.embeds, planned.count, planned.adapter)
         content = (*head, *planned.token_ids, planned.first_block, *planned.new_blocks)
         value = zlib.crc32(array("q", content).tobytes(), value)
     return value

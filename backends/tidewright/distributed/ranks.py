@@ -23,13 +23,16 @@ import msgspec
 from tidewright import __version__
 from tidewright.distributed.fingerprint import model_fingerprint
 from tidewright.distributed.rank_messages import (
+    AdapterRead,
     Failed,
+    ForgetAdapter,
     Hello,
     Input,
     Inputs,
     Join,
     Ping,
     Pong,
+    ReadAdapter,
     Refused,
     Step,
     decode_from_rank,
@@ -73,6 +76,8 @@ class Ranks:
         self.shared_file: int | None = None
         """Descriptor of memory that all ranks share, if they are on one host."""
         self._closing = False
+        self.on_adapter: Callable[[AdapterRead], None] | None = None
+        """What a rank says of an adapter goes there, from another thread."""
         name, port = config.rendezvous_address
         try:
             secret = rendezvous_secret(config.rendezvous_secret_file, name)
@@ -148,6 +153,15 @@ class Ranks:
         message = encode(Inputs(inputs))
         for rank in self._connections:
             self._send_to(rank, message)
+
+    def ask(self, message: ReadAdapter | ForgetAdapter) -> None:
+        """To all ranks, which act on it between two steps.
+
+        Raises:
+            RankError: a rank is gone.
+        """
+        for rank in self._connections:
+            self._send_to(rank, encode(message))
 
     def ping(self) -> None:
         """A round trip to the main thread of every rank.
@@ -251,6 +265,9 @@ class Ranks:
                     with self._answered:
                         self._pongs[ranks[ready]] = message.number
                         self._answered.notify_all()
+                elif isinstance(message, AdapterRead) and self.on_adapter:
+                    named = f"rank {ranks[ready]}: {message.error}" if message.error else ""
+                    self.on_adapter(msgspec.structs.replace(message, error=named))
                 elif isinstance(message, Failed):
                     log.error("rank 0's plan of the step: %s", self._plan.summary if self._plan else "none yet")
                     on_lost(f"rank {ranks[ready]}: {message.message}", message.step_tokens)

@@ -14,7 +14,7 @@ import msgspec
 
 from tidewright.devices.memory import out_of_memory
 from tidewright.distributed.group import ALONE, TensorParallelGroup
-from tidewright.distributed.rank_messages import Committed, Expire, Input, Resize
+from tidewright.distributed.rank_messages import AddAdapter, Committed, DropAdapter, Expire, Input, Resize
 from tidewright.distributed.ranks import Ranks
 from tidewright.engine.admission import Admission
 from tidewright.engine.latency import LatencyController
@@ -31,6 +31,7 @@ from tidewright.engine.step_cost import StepLoad
 from tidewright.engine.timing import Timing
 from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.logs import event
+from tidewright.lora.adapter import Adapter
 
 _T = TypeVar("_T")
 
@@ -86,8 +87,6 @@ class Engine:
     def submit(self, request: Submit) -> SequenceOutput | None:
         """Takes a request; the output that ends it at once, if it can't be taken."""
         try:
-            if request.adapter:
-                raise RequestRefusedError(f"there is no LoRA adapter {request.adapter!r}")
             sequence = make_sequence(request)
             predicted = self._admission.check(request, sequence)
             self.scheduler.add(sequence)
@@ -211,6 +210,18 @@ class Engine:
             self._ranks.send(plan, self._inputs, pace)
             self._inputs = []
 
+    def add_adapter(self, name: str, adapter: Adapter, number: int = 0) -> None:
+        """Requests may have it from here on. The other ranks have read it as `number`."""
+        self.scheduler.adapters.add(name, adapter.digest)
+        self.runner.add_adapter(name, adapter)
+        self._tell_ranks(AddAdapter(name, number, adapter.digest))
+
+    def drop_adapter(self, name: str) -> None:
+        """No request has it, and none may."""
+        self.scheduler.adapters.remove(name)
+        self.runner.drop_adapter(name)
+        self._tell_ranks(DropAdapter(name))
+
     def check_ranks(self) -> None:
         """Raises RankError if another rank does not answer. For when there is nothing else to do."""
         if self._ranks:
@@ -277,6 +288,7 @@ def make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
             speculative_tokens=config.speculative_tokens,
             embeds=embeds,
             cache_format=config.cache_format,
+            adapter_slots=runner.adapter_slots,
         ),
         BlockPool(runner.num_blocks),
     )
@@ -284,7 +296,8 @@ def make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
 
 def make_sequence(request: Submit) -> Sequence:
     words = tuple(tuple(word) for word in request.bad_words_ids)
-    return Sequence(request.request_id, request.prompt_token_ids, request.sampling, words, request.output_token_ids)
+    ids = request.prompt_token_ids, request.output_token_ids
+    return Sequence(request.request_id, ids[0], request.sampling, words, ids[1], request.adapter)
 
 
 def _only_tokens(result: SequenceResult) -> SequenceResult:

@@ -147,12 +147,13 @@ class _Class:
         self._settle(sequence.account)
 
     def begin(self, sequence: Sequence) -> None:
-        """The first of those that wait runs."""
-        account = sequence.account
+        """One of those that wait runs: the first, or one behind those that wait for a LoRA adapter's slot."""
+        account, first = sequence.account, self.first()
+        assert first
         account.waiting.remove(sequence)
         self.num_waiting -= 1
         account.running += 1
-        self._time = max(self._time, account.counter)
+        self._time = max(self._time, first.account.counter)
         self._forget()
 
     def leave(self, sequence: Sequence) -> None:
@@ -230,8 +231,15 @@ class FairQueue:
                 found += each.ahead(new.tenant, new.tenant_weight, cost)
         return found
 
+    def in_order(self) -> Iterator[Sequence]:
+        """All that wait, as if nothing were computed meanwhile. Sorts: for when it is not the first one's turn."""
+        for priority in sorted(self._classes):
+            accounts = [account for account in self._classes[priority].accounts.values() if account.waiting]
+            for account in sorted(accounts, key=lambda account: account.turn[:3]):
+                yield from account.waiting
+
     def begin(self, sequence: Sequence) -> None:
-        """`first()` runs."""
+        """It runs: `first()`, or one of `in_order()`, if those before it wait for something else."""
         self._classes[sequence.order[0]].begin(sequence)
 
     def preempt(self, sequence: Sequence) -> None:

@@ -22,6 +22,7 @@ class SchedulerConfig:
     speculative_tokens: int = 0
     embeds: bool = False  # requests end after their prompt, with its embedding
     cache_format: str = ""  # of the numbers in the KV cache
+    adapter_slots: int = 0  # LoRA adapters that sequences of one step may use
 
     @property
     def least_blocks(self) -> int:

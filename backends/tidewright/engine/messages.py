@@ -127,7 +127,7 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter", array_like=Tr
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter", array_like=True):
-    """No request gets the adapter from here on; once those that have it ended, it goes, as `AdapterChanged` says."""
+    """No request gets the adapter from here on; when none has it any longer, it goes, as `AdapterChanged` says."""
 
     name: str
 

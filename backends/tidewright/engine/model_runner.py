@@ -28,6 +28,9 @@ from tidewright.kv_cache.budget import mib
 from tidewright.kv_cache.storage import KVCache, KVCacheShape
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.layers.loading import load_weights
+from tidewright.lora.adapter import Adapter
+from tidewright.lora.checkpoint import AdapterLimits
+from tidewright.lora.model import LoraModel, make_lora_layers
 from tidewright.models.families import read_config
 from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.llama import LlamaForCausalLM
@@ -86,17 +89,22 @@ class ModelRunner:
         ahead = {"auto": self.device.torch_device.type == "cuda", "on": True, "off": False}[config.async_scheduling]
         self.steps_in_flight = 2 if ahead else 1
         self._group = group
+        self.adapter_slots = adapter_slots = config.max_adapters if config.adapter_folder else 0
 
         def make_model(place: torch.device) -> LlamaForCausalLM:
             with _defaults(place, self.dtype):
                 model = architecture(model_config, wanted, group, self.device).eval()
                 if config.task == "embed":  # checkpoints of embedding models may lack the head
                     model.remove_head()
+                if adapter_slots:
+                    make_lora_layers(model, self.device, adapter_slots, config.max_lora_rank)
             return model
 
         if self.device.memory.is_bounded:
             _check_fits(make_model(torch.device("meta")), self.device.memory)
         self.model = make_model(self.device.torch_device)
+        allowed = AdapterLimits(Path(config.adapter_folder), config.max_lora_rank, self.dtype)
+        self._lora = LoraModel(self.model.projections(), allowed)
         self.embedding_size, self._pooler = 0, None
         if config.task == "embed":
             self.embedding_size = model_config.hidden_size
@@ -113,7 +121,7 @@ class ModelRunner:
         )
         # Who sets a length gets that length; the model's own limit gives way to the memory.
         needed = config.max_model_len or min(limit, USEFUL_TOKENS)
-        limits = StepLimits(config.max_running, config.max_batched_tokens, wanted, config.block_size)
+        limits = StepLimits(config.max_running, config.max_batched_tokens, wanted, config.block_size, adapter_slots)
         memory, step_bytes = self.device.memory, self._measure_largest_step(config, shape, limits)
         num_blocks = pool_blocks(config, shape, needed, memory, step_bytes, group)
         self.kv_cache = KVCache(shape, num_blocks, memory)
@@ -184,6 +192,15 @@ class ModelRunner:
         self.forward_seconds = self.sample_seconds = 0.0
         log.info("kernels are compiled, after %.1f s", time.monotonic() - began)
 
+    def read_adapter(self, path: str) -> Adapter:
+        return self._lora.read(path)
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        self._lora.add(name, adapter)
+
+    def drop_adapter(self, name: str) -> None:
+        self._lora.remove(name)
+
     @torch.inference_mode()
     def resize(self, num_blocks: int, moves: Mapping[int, int]) -> None:
         """Of the KV cache, as Scheduler.resize says; steps in flight are computed before. Raises what torch does."""
@@ -203,6 +220,8 @@ class ModelRunner:
         """
         began = self.device.moment()
         self._sampler.forget(plan.ended)
+        for slot, name in plan.adapters:
+            self._lora.put(slot, name)
         batch = self._buffers.fill(plan)
         with self.device.step(self.kv_cache, self._buffers.highest_block):
             hidden_TE = self.device.forward(self.model, batch, self.kv_cache)

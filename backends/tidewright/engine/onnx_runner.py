@@ -20,6 +20,8 @@ from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan
 from tidewright.engine.pool import pool_blocks
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedStep
 from tidewright.kv_cache.storage import KVCacheShape
+from tidewright.lora.adapter import Adapter
+from tidewright.lora.config import AdapterError
 from tidewright.onnx_export.manifest import (
     PRECISIONS,
     load_manifest,
@@ -57,7 +59,7 @@ class OnnxRunner:
         needed = min(wanted, USEFUL_TOKENS)
         self.num_blocks = pool_blocks(config, shape, needed, CpuMemory())
         self.max_model_len = min(wanted, self.num_blocks * config.block_size)
-        self.progress, self.steps_in_flight = 0, 1
+        self.progress, self.steps_in_flight, self.adapter_slots = 0, 1, 0
         self.forward_seconds = self.sample_seconds = 0.0
         self.embedding_size = 0
         self._past: dict[int, Past] = {}  # of one sequence each: [1, K, C, D], without padding
@@ -94,6 +96,15 @@ class OnnxRunner:
         self.forward_seconds += computed - began
         self.sample_seconds += time.monotonic() - computed
         return LaunchedStep(lambda: result)
+
+    def read_adapter(self, path: str) -> Adapter:
+        raise AdapterError("an ONNX model takes no LoRA adapters")
+
+    def add_adapter(self, name: str, adapter: Adapter) -> None:
+        """There is none."""
+
+    def drop_adapter(self, name: str) -> None:
+        """There is none."""
 
     def resize(self, num_blocks: int, moves: Mapping[int, int]) -> None:
         """Sequences have memory of their own: blocks only limit it."""

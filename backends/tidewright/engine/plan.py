@@ -75,6 +75,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     next_prompt_ids: tuple[int, ...] = ()
     embeds: bool = False  # these tokens complete the prompt: its embedding is due
     first_block: int = 0  # the number of the first of `new_blocks` in the block table
+    adapter: int = -1  # the slot of its LoRA adapter; -1: none
 
     @property
     def count(self) -> int:
@@ -90,6 +91,7 @@ class StepPlan(msgspec.Struct, frozen=True, gc=False):
     sequences: tuple[ScheduledSequence, ...]
     ended: tuple[int, ...] = ()  # requests that ended since the last plan: state kept for them can go
     preempted: tuple[int, ...] = ()  # for the sake of this one
+    adapters: tuple[tuple[int, str], ...] = ()  # slots that get another LoRA adapter before this step
 
     @property
     def summary(self) -> str:

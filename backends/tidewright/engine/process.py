@@ -14,7 +14,10 @@ from tidewright.devices.base import DeviceError
 from tidewright.distributed.group import ALONE
 from tidewright.distributed.placement import resolve, take_place
 from tidewright.distributed.process_group import join_group, make_store
+from tidewright.distributed.rank_messages import AdapterRead
 from tidewright.distributed.ranks import RankError, Ranks
+from tidewright.engine.adapter_host import AdapterHost
+from tidewright.engine.adapters import Adapters
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import (
     Abort,
@@ -35,12 +38,14 @@ from tidewright.engine.outbox import Outbox
 from tidewright.engine.runner import EngineConfigError
 from tidewright.engine.step_budget import StepMemoryError
 from tidewright.engine.vital_thread import start_vital_thread
+from tidewright.kv_cache.budget import parse_memory
 from tidewright.kv_cache.storage import KVCacheMemoryError
 from tidewright.sampling.grammar_compiler import Compiled, GrammarCompiler
 
 log = logging.getLogger(__name__)
 
 _EXPLAINED = DeviceError, EngineConfigError, KVCacheMemoryError, RankError, StepMemoryError
+LORA_IS_OFF = "LoRA adapters are off: set adapter_folder (an ONNX model takes none)"
 RANK_GRACE = 0.5  # seconds from a failed step to giving its own error as the cause
 
 
@@ -48,10 +53,12 @@ class EngineProcess:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._send_lock = threading.Lock()
-        self._inbox: queue.SimpleQueue[ToEngine | Compiled] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[ToEngine | Compiled | AdapterRead] = queue.SimpleQueue()
         self._outbox = Outbox(self._send)
         self._engine: Engine
         self._grammars: GrammarCompiler
+        self._adapters: Adapters
+        self._takes_adapters = False
         self._interval = 0.0
         self._last_heartbeat = -math.inf
         self._checked_steps = 0  # after so many the KV cache's books were last looked at
@@ -65,6 +72,9 @@ class EngineProcess:
             self._fail("the engine can't start", error, ranks)
             return 1
         self._grammars = GrammarCompiler(self._engine.runner.guided.prepare, self._inbox.put, self._tell_failure)
+        host = AdapterHost(self._engine, ranks, self._inbox.put, self._tell_failure)
+        self._adapters = Adapters(host, config.tensor_parallel_size, parse_memory(config.adapter_memory, 0))
+        self._takes_adapters = self._engine.runner.adapter_slots > 0
         _yield_to_others(config.niceness)
         self._interval = config.heartbeat_interval
         self._send(self._engine.ready())
@@ -73,6 +83,8 @@ class EngineProcess:
             while self._take_messages():
                 if expired := self._engine.expire():
                     self._outbox.put_outputs(expired)
+                for changed in self._adapters.settle():
+                    self._send(changed)
                 self._beat()  # first of all once, for amid a long step the last heartbeat is repeated
                 if self._engine.has_work:
                     self._outbox.put_outputs(self._engine.step())
@@ -136,9 +148,13 @@ class EngineProcess:
                 refused += [refusal] if refusal else []
             elif isinstance(message, Abort):
                 self._grammars.drop(message.request_id)
+                if self._adapters.drop(message.request_id):
+                    self._engine.runner.guided.forget([message.request_id])
                 self._engine.abort(message.request_id)
             elif isinstance(message, LoadAdapter | UnloadAdapter):
-                self._send(AdapterChanged(message.name, False, "LoRA adapters are not supported by this engine"))
+                self._change_adapter(message)
+            elif isinstance(message, AdapterRead):
+                refused += self._adapter_read(message)
             elif isinstance(message, Shutdown):
                 return False
             message = self._inbox.get_nowait() if not self._inbox.empty() else None
@@ -149,14 +165,36 @@ class EngineProcess:
     def _submit(self, message: Submit | Compiled) -> SequenceOutput | None:
         """The output that ends it at once, if it can't be taken."""
         if isinstance(message, Submit):
-            return self._engine.submit(message)
+            return self._give(message)
         refusal = message.refusal
         if not self._grammars.take(message):  # aborted meanwhile
             self._engine.runner.guided.forget([message.request.request_id])
             return None
-        return refusal or self._engine.submit(message.request)
+        return refusal or self._give(message.request)
 
-    def _next_message(self) -> ToEngine | Compiled | None:
+    def _give(self, request: Submit) -> SequenceOutput | None:
+        return None if request.adapter and self._adapters.hold(request) else self._engine.submit(request)
+
+    def _change_adapter(self, message: LoadAdapter | UnloadAdapter) -> None:
+        if not self._takes_adapters:
+            answer: AdapterChanged | None = AdapterChanged(message.name, False, LORA_IS_OFF)
+        elif isinstance(message, LoadAdapter):
+            answer = self._adapters.load(message)
+        else:
+            answer = self._adapters.unload(message)
+        if answer:
+            self._send(answer)
+
+    def _adapter_read(self, message: AdapterRead) -> list[SequenceOutput]:
+        """Requests that end at once."""
+        outcome = self._adapters.was_read(message)
+        if outcome is None:
+            return []
+        self._send(outcome.changed)
+        refusals = [self._engine.submit(request) for request in outcome.requests]
+        return outcome.refused + [refusal for refusal in refusals if refusal]
+
+    def _next_message(self) -> ToEngine | Compiled | AdapterRead | None:
         until_heartbeat = max(0.0, self._last_heartbeat + self._interval - time.monotonic())
         try:
             is_busy = self._engine.has_work or self._engine.idle_audit.is_due

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tidewright.engine.plan import StepPlan, StepResult
+from tidewright.lora.adapter import Adapter
 from tidewright.sampling.guided import GuidedDecoding
 
 # A pool that holds less than this is a mistake, whatever the longest sequence may be.
@@ -33,6 +34,7 @@ class Runner(Protocol):
     guided: GuidedDecoding
     eos_ids: tuple[int, ...]
     max_model_len: int
+    adapter_slots: int  # LoRA adapters that sequences of one step may have; 0: none are taken
     embedding_size: int  # numbers; 0: it generates text
     forward_seconds: float  # of all steps, by the device's clock
     sample_seconds: float  # logits and sampling, likewise
@@ -43,6 +45,9 @@ class Runner(Protocol):
     def num_blocks(self) -> int: ...
     @property
     def progress(self) -> int: ...
+    def read_adapter(self, path: str) -> Adapter: ...  # beside all else; raises AdapterError
+    def add_adapter(self, name: str, adapter: Adapter) -> None: ...
+    def drop_adapter(self, name: str) -> None: ...
     def launch(self, plan: StepPlan) -> LaunchedStep: ...
     def resize(self, num_blocks: int, moves: Mapping[int, int]) -> None: ...
     def trim(self) -> None: ...  # after a step that ran out of memory: gives back what it left

@@ -27,6 +27,7 @@ from tidewright.engine.step_budget import StepBudget
 from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
 from tidewright.kv_cache.idle_audit import IdleAudit
 from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
+from tidewright.lora.slots import AdapterSlots
 
 
 class Scheduler:
@@ -43,6 +44,7 @@ class Scheduler:
         self._config = config
         self._cache = PrefixCache(pool, config.block_size, config.prefix_caching)
         self.idle_audit = IdleAudit(self._cache)
+        self.adapters = AdapterSlots(config.adapter_slots)
         self._budget = StepBudget(config.max_batched_tokens)
         self._running: list[Sequence] = []
         self._waiting = FairQueue()
@@ -89,6 +91,9 @@ class Scheduler:
             raise RequestRefusedError(f"{len(self._by_id)} requests run or wait already; try again later", "overloaded")
         check_share(sequence, self._config, len(self._by_id), self._waiting.requests(sequence.sampling.tenant))
         check_request(sequence, self._config, self._cache.pool.num_blocks)
+        adapter = self.adapters.digest(sequence.adapter) if sequence.adapter else ""
+        if adapter is None:
+            raise RequestRefusedError(f"the LoRA adapter {sequence.adapter!r} is not loaded")
         stop_ids = [*sequence.sampling.stop_token_ids]
         if not sequence.sampling.ignore_eos:
             stop_ids += self._config.eos_ids
@@ -97,6 +102,8 @@ class Scheduler:
         sequence.longest = longest(sequence, self._config)
         sequence.order = (sequence.sampling.priority, self._arrivals)
         sequence.chain = self._new_chain(sequence)
+        if adapter:
+            self.adapters.join(sequence.adapter)
         self._arrivals += 1
         self._by_id[sequence.request_id] = sequence
         self._waiting.add(sequence)
@@ -126,7 +133,7 @@ class Scheduler:
         self._waiting.begin_step()
         if self._waiting.is_shared:
             self._running.sort(key=fair_order)
-        budget, index, waiting = self._budget.tokens, 0, self._waiting.first()
+        budget, index, waiting = self._budget.tokens, 0, self._next_waiting()
         allowance = Allowance(pace if any(s.decodes for s in self._running) else UNPACED)
         preemptions = self._preemptions
         scheduled: list[ScheduledSequence] = []
@@ -164,7 +171,7 @@ class Scheduler:
             if self._preemptions != preemptions:
                 waiting = None
             elif sequence is waiting:
-                waiting = self._waiting.first()  # now that it is known what this one costs
+                waiting = self._next_waiting()  # now that it is known what this one costs
             index += 1
         if not scheduled:
             return StepPlan(())
@@ -172,7 +179,7 @@ class Scheduler:
         self._in_flight.append([self._by_id[planned.request_id] for planned in scheduled])
         ended, self._ended = tuple(self._ended), []
         preempted, self._preempted = tuple(self._preempted), []
-        return StepPlan(tuple(scheduled), ended, preempted)
+        return StepPlan(tuple(scheduled), ended, preempted, self.adapters.take_moves())
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
         """Enters the result of the oldest step in flight; returns the new tokens of each request that has any."""
@@ -207,6 +214,7 @@ class Scheduler:
             # The runner may not have got to these.
             self._ended += plan.ended
             self._preempted += plan.preempted
+            self.adapters.move_again(plan.adapters)
         self._budget.out_of_memory(sum(planned.count for planned in plans[0].sequences))
         self._in_flight.clear()
         self._cache.forget_unwritten()
@@ -273,14 +281,22 @@ class Scheduler:
         self._cache.check_integrity(sequence.block_table for sequence in self._running)
 
     def _new_chain(self, sequence: Sequence) -> HashChain:
-        salt, tenant = sequence.sampling.cache_salt, sequence.sampling.tenant
-        return HashChain(salt, self._config.block_size, self._config.cache_format, tenant)
+        salt, tenant, size = sequence.sampling.cache_salt, sequence.sampling.tenant, self._config.block_size
+        adapter = self.adapters.digest(sequence.adapter) or ""
+        return HashChain(salt, size, self._config.cache_format, tenant, adapter)
+
+    def _next_waiting(self) -> Sequence | None:
+        """Whose turn it is, of those whose LoRA adapter has a slot or can have one."""
+        first = self._waiting.first()
+        if first is None or self.adapters.can_run(first.adapter):
+            return first
+        return self.adapters.first_admissible(self._waiting.in_order())
 
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
 
     def _admit(self, sequence: Sequence, index: int, limit: int) -> bool:
-        """Moves the first waiting sequence to place `index` of the running ones, if it fits.
+        """Moves a waiting sequence to place `index` of the running ones, if it fits.
 
         One block is left for each running sequence: without it, the new one would soon be preempted again. If `limit`
         sequences run or more, the new one takes the place of another, or waits.
@@ -298,6 +314,8 @@ class Scheduler:
             return False
         self._waiting.begin(sequence)
         self._running.insert(index, sequence)
+        if sequence.adapter:
+            sequence.adapter_slot = self.adapters.acquire(sequence.adapter)
         sequence.block_table = self._cache.take(shared, needed)
         sequence.num_registered = len(shared)
         sequence.num_computed = len(shared) * self._config.block_size
@@ -360,6 +378,8 @@ class Scheduler:
             self._running.remove(sequence)
         self._waiting.end(sequence, runs)
         self._release(sequence)
+        if sequence.adapter:
+            self.adapters.leave(sequence.adapter)
         del self._by_id[sequence.request_id]
         sequence.ended = True
         self._ended.append(sequence.request_id)
@@ -373,6 +393,9 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self._cache.free(sequence.block_table, sequence.sampling.tenant)
         sequence.block_table = []
+        if sequence.adapter_slot >= 0:
+            self.adapters.release(sequence.adapter)
+            sequence.adapter_slot = -1
         sequence.num_computed = sequence.num_registered = sequence.num_planned_blocks = 0
 
     def _take(self, sequence: Sequence, budget: int) -> ScheduledSequence:
@@ -405,7 +428,16 @@ class Scheduler:
         embeds = completes and self._config.embeds
         # By place, as in draw_after.
         return ScheduledSequence(
-            sequence.request_id, start, token_ids, new_blocks, draws, logprobs, following, embeds, first_block
+            sequence.request_id,
+            start,
+            token_ids,
+            new_blocks,
+            draws,
+            logprobs,
+            following,
+            embeds,
+            first_block,
+            sequence.adapter_slot,
         )
 
     def _register(self, sequence: Sequence) -> None:

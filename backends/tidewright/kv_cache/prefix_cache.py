@@ -21,14 +21,18 @@ class HashChain:
     """The digests of a sequence's full blocks, made as the sequence grows.
 
     `cache_format` names the number format of the blocks. It is part of every digest: one that outlives its cache never
-    names a block of another format.
+    names a block of another format. `adapter` is the digest of the LoRA adapter that computes them; empty: none.
     """
 
-    def __init__(self, salt: str | None, block_size: int, cache_format: str = "", tenant: str = "") -> None:
+    def __init__(
+        self, salt: str | None, block_size: int, cache_format: str = "", tenant: str = "", adapter: str = ""
+    ) -> None:
         self._block_size = block_size
         root = b"" if salt is None else b"salt:" + salt.encode()
         if tenant:
             root = f"tenant:{len(tenant)}:{tenant}".encode() + root
+        if adapter:
+            root = f"adapter:{len(adapter)}:{adapter}".encode() + root
         self._last = blake2b(cache_format.encode() + b"\0" + root, digest_size=16).digest()
         self.digests: list[bytes] = []
 

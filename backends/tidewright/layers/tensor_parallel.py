@@ -5,6 +5,8 @@ With one rank they are plain layers. Which checkpoint name belongs to which laye
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 
@@ -13,19 +15,54 @@ from tidewright.distributed.group import TensorParallelGroup
 from tidewright.distributed.sharding import Cut, vocabulary_rows
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.layers.weights import Loader, WeightSlice, checked, not_here, replicated_loader
+from tidewright.lora.layer import LoraLayer
+from tidewright.step.adapters import AdapterRows
 
 
 class LinearLayer(nn.Module):
-    """A matrix product by this rank's part of a weight."""
+    """A matrix product by this rank's part of a weight, and what LoRA adapters add to it.
+
+    `parts`: of each projection of the input, this rank's outputs; `columns`: its inputs.
+    """
 
     bias: nn.Parameter | None
+    lora: LoraLayer | None  # None: adapters leave it as it is
 
-    def __init__(self, method: LinearMethod, bias: nn.Parameter | None = None) -> None:
+    def __init__(
+        self, method: LinearMethod, parts: tuple[Cut, ...], columns: Cut, bias: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
-        self.method, self.bias = method, bias
+        self.method, self.bias, self.lora = method, bias, None
+        self.parts, self.columns = parts, columns
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return self.method.multiply(x, self.bias)
+    def multiply(self, x: torch.Tensor, adapters: AdapterRows | None = None) -> torch.Tensor:
+        y = self.method.multiply(x, self.bias)
+        if adapters is not None and self.lora is not None:
+            self.lora.add(x, y, adapters)
+        return y
+
+    def loaders(self, name: str, part: int = 0) -> dict[str, Loader]:
+        """Loads this rank's part of projection number `part`, which the checkpoint calls `name`."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """What a checkpoint has one weight for: a part of a layer."""
+
+    layer: LinearLayer
+    part: int = 0
+
+    @property
+    def rows(self) -> Cut:
+        return self.layer.parts[self.part]
+
+    @property
+    def columns(self) -> Cut:
+        return self.layer.columns
+
+    def loaders(self, name: str) -> dict[str, Loader]:
+        return self.layer.loaders(name, self.part)
 
 
 def _bias(size: int) -> nn.Parameter:
@@ -37,14 +74,13 @@ class _ColumnParallel(LinearLayer):
 
     def __init__(self, in_features: int, parts: tuple[Cut, ...], device: Device, bias: bool) -> None:
         rows = sum(part.count for part in parts)
-        super().__init__(device.linear_method(rows, in_features), _bias(rows) if bias else None)
-        self.in_features, self._parts = in_features, parts
+        bias_F = _bias(rows) if bias else None
+        super().__init__(device.linear_method(rows, in_features), parts, Cut.whole(in_features), bias_F)
 
     def loaders(self, name: str, part: int = 0) -> dict[str, Loader]:
-        """Loads this rank's rows of projection number `part`, which the checkpoint calls `name`."""
-        rows = self._parts[part]
-        first = sum(other.count for other in self._parts[:part])
-        loaders = self.method.loaders(name, rows, Cut.whole(self.in_features), first)
+        rows = self.parts[part]
+        first = sum(other.count for other in self.parts[:part])
+        loaders = self.method.loaders(name, rows, self.columns, first)
         if (bias := self.bias) is not None:
 
             def load(source: WeightSlice) -> None:
@@ -67,8 +103,8 @@ class MergedColumnParallelLinear(_ColumnParallel):
     ) -> None:
         super().__init__(in_features, tuple(group.cut(out) for out in out_features), device, bias)
 
-    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        return self.multiply(x_TE)
+    def forward(self, x_TE: torch.Tensor, adapters: AdapterRows | None = None) -> torch.Tensor:
+        return self.multiply(x_TE, adapters)
 
 
 class QKVParallelLinear(_ColumnParallel):
@@ -89,9 +125,9 @@ class QKVParallelLinear(_ColumnParallel):
         super().__init__(in_features, (heads.of(head_dim), kv, kv), device, bias)
         self.num_heads, self.num_kv_heads, self.head_dim = heads.count, kv_heads.count, head_dim
 
-    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_TE: torch.Tensor, adapters: AdapterRows | None = None) -> torch.Tensor:
         """q, k and v heads side by side: [T, num_heads + 2 * num_kv_heads, head_dim]."""
-        return self.multiply(x_TE).view(x_TE.shape[0], -1, self.head_dim)
+        return self.multiply(x_TE, adapters).view(x_TE.shape[0], -1, self.head_dim)
 
 
 class RowParallelLinear(LinearLayer):
@@ -105,19 +141,19 @@ class RowParallelLinear(LinearLayer):
     ) -> None:
         # The results are summed, so only one rank may add the bias.
         own_bias = _bias(out_features) if bias and group.rank == 0 else None
-        super().__init__(device.linear_method(out_features, columns.count), own_bias)
-        self.columns, self.out_features, self.group = columns, out_features, group
+        outputs = (Cut.whole(out_features),)
+        super().__init__(device.linear_method(out_features, columns.count), outputs, columns, own_bias)
+        self.group = group
         self._has_bias = bias
 
-    def loaders(self, name: str) -> dict[str, Loader]:
-        """Loads this rank's columns of the projection that the checkpoint calls `name`."""
-        loaders = self.method.loaders(name, Cut.whole(self.out_features), self.columns)
+    def loaders(self, name: str, part: int = 0) -> dict[str, Loader]:
+        loaders = self.method.loaders(name, self.parts[part], self.columns)
         if self._has_bias:
             loaders[f"{name}.bias"] = replicated_loader(self.bias) if self.bias is not None else not_here
         return loaders
 
-    def forward(self, x_TF: torch.Tensor) -> torch.Tensor:
-        return self.group.all_reduce(self.multiply(x_TF))
+    def forward(self, x_TF: torch.Tensor, adapters: AdapterRows | None = None) -> torch.Tensor:
+        return self.group.all_reduce(self.multiply(x_TF, adapters))
 
 
 class VocabularyCut:
@@ -166,10 +202,10 @@ class ParallelLMHead(LinearLayer):
 
     def __init__(self, vocab_size: int, hidden_size: int, group: TensorParallelGroup, device: Device) -> None:
         cut = VocabularyCut(vocab_size, group)
-        super().__init__(device.linear_method(cut.rows, hidden_size, is_head=True))
+        super().__init__(device.linear_method(cut.rows, hidden_size, is_head=True), (cut.own,), Cut.whole(hidden_size))
         self.cut, self.vocab_size, self.hidden_size, self.group = cut, vocab_size, hidden_size, group
 
-    def loaders(self, name: str) -> dict[str, Loader]:
+    def loaders(self, name: str, part: int = 0) -> dict[str, Loader]:
         return self.cut.loaders(self.method, name, self.hidden_size)
 
     def forward(self, x_BE: torch.Tensor) -> torch.Tensor | None:

@@ -41,7 +41,7 @@ class GemmaLayer(LlamaLayer):
         x_TE, residual_TE = self.enter(x_TE, residual_TE)
         x_TE = self.after_attention_norm(self.attention(x_TE, rotation, cache, batch))
         x_TE, residual_TE = self.mlp_norm.add(x_TE, residual_TE)
-        return self.after_mlp_norm(self.mlp(x_TE)), residual_TE
+        return self.after_mlp_norm(self.mlp(x_TE, batch)), residual_TE
 
 
 class GemmaForCausalLM(LlamaForCausalLM):

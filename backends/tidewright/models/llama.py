@@ -5,6 +5,8 @@ It runs on tensor-parallel layers and paged attention. mistral.py, qwen.py and g
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
@@ -17,6 +19,7 @@ from tidewright.layers.rotary import RotaryEmbedding
 from tidewright.layers.tensor_parallel import (
     MergedColumnParallelLinear,
     ParallelLMHead,
+    Projection,
     QKVParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
@@ -24,6 +27,10 @@ from tidewright.layers.tensor_parallel import (
 from tidewright.layers.weights import Loader
 from tidewright.models.config import DecoderConfig, LayerConfig
 from tidewright.step.batch import StepBatch
+
+
+def loaders_of(projections: Mapping[str, Projection]) -> dict[str, Loader]:
+    return {key: loader for name, one in projections.items() for key, loader in one.loaders(name).items()}
 
 
 def make_norm(size: int, config: DecoderConfig, device: Device) -> RMSNorm:
@@ -44,27 +51,28 @@ class LlamaAttention(nn.Module):
         self.q_norm = make_norm(config.head_dim, config, device) if config.qk_norm else None
         self.k_norm = make_norm(config.head_dim, config, device) if config.qk_norm else None
 
-    def loaders(self, prefix: str) -> dict[str, Loader]:
-        loaders = {
-            **self.qkv.loaders(f"{prefix}.q_proj", 0),
-            **self.qkv.loaders(f"{prefix}.k_proj", 1),
-            **self.qkv.loaders(f"{prefix}.v_proj", 2),
-            **self.output.loaders(f"{prefix}.o_proj"),
+    def projections(self, prefix: str) -> dict[str, Projection]:
+        parts = {
+            f"{prefix}.{name}": Projection(self.qkv, part) for part, name in enumerate(("q_proj", "k_proj", "v_proj"))
         }
+        return parts | {f"{prefix}.o_proj": Projection(self.output)}
+
+    def loaders(self, prefix: str) -> dict[str, Loader]:
+        loaders = loaders_of(self.projections(prefix))
         if self.q_norm and self.k_norm:
             loaders[f"{prefix}.q_norm.weight"] = self.q_norm.loader()
             loaders[f"{prefix}.k_norm.weight"] = self.k_norm.loader()
         return loaders
 
     def forward(self, x_TE: torch.Tensor, rotation: Rotation, cache: LayerCache, batch: StepBatch) -> torch.Tensor:
-        qkv_TXD = self.qkv(x_TE)
+        qkv_TXD = self.qkv(x_TE, batch.adapters)
         if self.q_norm and self.k_norm:
             q_THD, k_TKD, v_TKD = qkv_TXD.tensor_split(
                 (self.qkv.num_heads, self.qkv.num_heads + self.qkv.num_kv_heads), dim=1
             )
             qkv_TXD = torch.cat((self.q_norm(q_THD), self.k_norm(k_TKD), v_TKD), dim=1)
         out_THD = self.attention.forward(qkv_TXD, rotation, cache, batch, self.layer)
-        return self.output(out_THD.flatten(1))
+        return self.output(out_THD.flatten(1), batch.adapters)
 
 
 class LlamaMLP(nn.Module):
@@ -77,15 +85,15 @@ class LlamaMLP(nn.Module):
         activations = {"silu": device.silu_and_mul, "gelu_pytorch_tanh": device.gelu_tanh_and_mul}
         self.activate = activations[config.activation]
 
-    def loaders(self, prefix: str) -> dict[str, Loader]:
+    def projections(self, prefix: str) -> dict[str, Projection]:
         return {
-            **self.gate_up.loaders(f"{prefix}.gate_proj", 0),
-            **self.gate_up.loaders(f"{prefix}.up_proj", 1),
-            **self.down.loaders(f"{prefix}.down_proj"),
+            f"{prefix}.gate_proj": Projection(self.gate_up, 0),
+            f"{prefix}.up_proj": Projection(self.gate_up, 1),
+            f"{prefix}.down_proj": Projection(self.down),
         }
 
-    def forward(self, x_TE: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activate(self.gate_up(x_TE)))
+    def forward(self, x_TE: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        return self.down(self.activate(self.gate_up(x_TE, batch.adapters)), batch.adapters)
 
 
 class LlamaLayer(nn.Module):
@@ -103,8 +111,11 @@ class LlamaLayer(nn.Module):
             f"{prefix}.input_layernorm.weight": self.attention_norm.loader(),
             f"{prefix}.post_attention_layernorm.weight": self.mlp_norm.loader(),
             **self.attention.loaders(f"{prefix}.self_attn"),
-            **self.mlp.loaders(f"{prefix}.mlp"),
+            **loaders_of(self.mlp.projections(f"{prefix}.mlp")),
         }
+
+    def projections(self, prefix: str) -> dict[str, Projection]:
+        return {**self.attention.projections(f"{prefix}.self_attn"), **self.mlp.projections(f"{prefix}.mlp")}
 
     def forward(
         self,
@@ -118,7 +129,7 @@ class LlamaLayer(nn.Module):
         x_TE, residual_TE = self.enter(x_TE, residual_TE)
         x_TE = self.attention(x_TE, rotation, cache, batch)
         x_TE, residual_TE = self.mlp_norm.add(x_TE, residual_TE)
-        return self.mlp(x_TE), residual_TE
+        return self.mlp(x_TE, batch), residual_TE
 
     def enter(self, x_TE: torch.Tensor, residual_TE: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The first norm. Before the first layer, the embedding alone is the stream."""
@@ -172,6 +183,14 @@ class LlamaForCausalLM(nn.Module):
             assert isinstance(layer, LlamaLayer)
             loaders |= layer.loaders(f"model.layers.{index}")
         return loaders
+
+    def projections(self) -> dict[str, Projection]:
+        """The linear layers' weights, which LoRA adapters can add to, as the checkpoint calls them."""
+        found: dict[str, Projection] = {}
+        for index, layer in enumerate(self.layers):
+            assert isinstance(layer, LlamaLayer)
+            found |= layer.projections(f"model.layers.{index}")
+        return found
 
     def ignored_weights(self) -> frozenset[str]:
         """Weights that some checkpoints carry although they follow from others."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from tidewright.step.adapters import AdapterRows
 from tidewright.step.sampling import SamplingBatch
 
 
@@ -37,3 +38,4 @@ class StepBatch:
     end_rows: list[int]  # the row after the last one of each sequence, in the order of the plan
     max_context: int  # tokens that a sequence may have in any step
     padded_to: int = 0  # behind the batch the buffers hold padding, up to so many single tokens; 0: none
+    adapters: AdapterRows | None = None  # None: no row has a LoRA adapter

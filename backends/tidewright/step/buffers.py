@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from tidewright.engine.plan import PENDING, ScheduledSequence, StepPlan
+from tidewright.step.adapters import AdapterColumn, adapter_arrays
 from tidewright.step.arena import Arena
 from tidewright.step.batch import StepBatch
 from tidewright.step.block_tables import BlockTables, tables_arrays
@@ -29,6 +30,7 @@ class StepLimits:
     max_batched_tokens: int
     max_model_len: int
     block_size: int
+    adapter_slots: int = 0
 
 
 @dataclass(eq=False)
@@ -81,11 +83,13 @@ class StepBuffers:
             # The tokens of a step fill so many blocks, and one more of each sequence whose last block was partly full.
             **tables_arrays(-(-tokens // block_size) + places),
             **sampling_arrays(tokens),
+            **adapter_arrays(tokens, limits.adapter_slots),
         }
         self._block_size, self.sizes = block_size, sizes
         self._arena = Arena(arrays, device, staged)
         self._tables = BlockTables(places, blocks, self._arena, device, staged)
         self._sampling = SamplingColumns(places, self._arena)
+        self._adapters = AdapterColumn(self._arena)
         self._uploaded = torch.cuda.Event() if device.type == "cuda" else None
         # The last token that was drawn for the sequence at each place, so that a step can take it as input that is
         # launched before the host knows it. The last entry is for tokens after which the same step draws another.
@@ -124,7 +128,8 @@ class StepBuffers:
     def _padded_size(self, plan: StepPlan) -> int:
         """0: it is not padded."""
         count = len(plan.sequences)
-        if not count or any(len(planned.token_ids) != 1 for planned in plan.sequences):
+        # Adapters are not part of what is recorded for padded steps.
+        if not count or any(len(planned.token_ids) != 1 or planned.adapter >= 0 for planned in plan.sequences):
             return 0
         at = bisect_left(self.sizes, count)
         return self.sizes[at] if at < len(self.sizes) else 0
@@ -169,6 +174,11 @@ class StepBuffers:
         host["rows"][: len(draws)] = _ranges(ends_B - num_draws_B, num_draws_B)
         sampling = self._sampling.gather(draws, np.repeat(places_B, num_draws_B))
 
+        adapters = None
+        if any(planned.adapter >= 0 for planned in sequences):
+            adapters_B = np.array([sequences[i].adapter for i in order_B.tolist()], np.int32)
+            adapters = self._adapters.gather(np.repeat(adapters_B, sorted_counts_B))
+
         if padded_to:
             self._pad(num_sequences, padded_to)
         self._upload(token_ids, places_T)
@@ -188,6 +198,7 @@ class StepBuffers:
             end_rows=ends_B.tolist(),
             max_context=tables.host_PM.shape[1] * self._block_size,
             padded_to=padded_to,
+            adapters=adapters,
         )
         can_go_on = num_sequences > 0 and not several_B.any() and bool((num_draws_B == 1).all())
         self._last = _Decodes(sequences, order_B.tolist(), sorted_places_B, places_B, batch) if can_go_on else None

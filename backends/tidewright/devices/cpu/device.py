@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -12,15 +12,17 @@ import torch
 from tidewright.attention.base import Attention
 from tidewright.devices.base import Device
 from tidewright.devices.cpu.fusion import fuse_layers
-from tidewright.devices.cpu.kernels import kernels_for
+from tidewright.devices.cpu.kernels import kernels_for, kernels_of
 from tidewright.devices.cpu.layer import CpuLayer, LayerStep
 from tidewright.devices.cpu.linear import CpuLinear, native_rows
+from tidewright.devices.cpu.lora import CpuLora
 from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.cpu.prefault import Prefaulter
 from tidewright.devices.cpu.quantized import quantized_kernels_of
 from tidewright.devices.cpu.quantized_linear import CpuQuantizedLinear
 from tidewright.devices.cpu.step_threads import StepThreads
 from tidewright.layers.linear_method import LinearMethod
+from tidewright.lora.layer import LoraLayer
 
 if TYPE_CHECKING:
     from tidewright.kv_cache.storage import KVCache
@@ -76,6 +78,12 @@ class CpuDevice(Device):
             return kernels.silu_and_mul(gate_up_TF2)
         return super().silu_and_mul(gate_up_TF2)
 
+    def lora_layer(self, part_features: Sequence[int], in_features: int, slots: int, max_rank: int) -> LoraLayer:
+        dtype = torch.get_default_dtype()
+        if kernels_of(dtype) is None:
+            return super().lora_layer(part_features, in_features, slots, max_rank)
+        return CpuLora(part_features, in_features, slots, max_rank, dtype)
+
     def finish(self, model: LlamaForCausalLM) -> None:
         super().finish(model)
         if layers := fuse_layers(model):
@@ -99,7 +107,7 @@ class CpuDevice(Device):
         if len(batch.token_ids_T) > self.fused_rows:
             return super().forward(model, batch, kv_cache)
         indices = batch.positions_T, batch.slots_T, batch.spans_B4, batch.tables_PM
-        step = LayerStep(model.embed(batch.token_ids_T), *indices, kv_cache)
+        step = LayerStep(model.embed(batch.token_ids_T), *indices, kv_cache, batch.adapters)
         for layer in self._layers:
             layer.run(step)
             model.layers_computed += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tidewright.devices.cpu.attention import NativeCpuAttention
 from tidewright.devices.cpu.layer import CpuLayer, LayerParts, Weight
 from tidewright.devices.cpu.linear import CpuLinear
+from tidewright.devices.cpu.lora import CpuLora
 from tidewright.devices.cpu.quantized_linear import CpuQuantizedLinear
 from tidewright.layers.rotary import RotaryEmbedding
 from tidewright.layers.tensor_parallel import LinearLayer
@@ -53,4 +54,6 @@ def _parts(layer: LlamaLayer, rotary: RotaryEmbedding) -> LayerParts | None:
 
 def _packed(layer: LinearLayer) -> Weight | None:
     packed = layer.method.packed if isinstance(layer.method, CpuLinear | CpuQuantizedLinear) else None
-    return None if packed is None else Weight(packed, layer.bias)
+    if packed is None or not (layer.lora is None or isinstance(layer.lora, CpuLora)):
+        return None
+    return Weight(packed, layer.bias, layer.lora)

@@ -17,8 +17,10 @@ import torch
 
 from tidewright.devices.cpu.build import load_library
 from tidewright.devices.cpu.kernels import SUFFIXES, CacheStruct, KernelArgumentError, PackedWeight
+from tidewright.devices.cpu.lora import AdapterRowsStruct, CpuLora
 from tidewright.devices.cpu.quantized import PackedQuantizedWeight
 from tidewright.kv_cache.storage import KVCache
+from tidewright.step.adapters import AdapterRows
 
 
 class Weight(NamedTuple):
@@ -26,6 +28,7 @@ class Weight(NamedTuple):
 
     packed: PackedWeight | PackedQuantizedWeight
     bias_F: torch.Tensor | None = None
+    lora: CpuLora | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class LayerParts:
 class _Linear(Structure):
     # Either `weight` or `quantized`.
     _fields_ = [
-        *[(name, c_void_p) for name in ("weight", "quantized", "bias")],
+        *[(name, c_void_p) for name in ("weight", "quantized", "bias", "lora")],
         *[(name, c_int64) for name in ("depth", "features")],
     ]
 
@@ -81,6 +84,7 @@ class _Step(Structure):
         *[(name, c_int64) for name in ("num_spans", "block_size")],
         ("cache", CacheStruct),
         ("layer_vectors", c_int64),
+        ("adapters", c_void_p),
     ]
 
 
@@ -99,7 +103,9 @@ class LayerStep:
         spans_B4: torch.Tensor,
         tables: torch.Tensor,
         cache: KVCache,
+        adapters: AdapterRows | None = None,
     ) -> None:
+        self._adapters = AdapterRowsStruct(adapters) if adapters else None
         self._indices = positions_T, slots_T, spans_B4, tables  # C knows their addresses only
         self.residual_TE, self.added_TE = embedded_TE, torch.empty_like(embedded_TE)
         pointers = (tensor.data_ptr() for tensor in self._indices)
@@ -111,6 +117,7 @@ class LayerStep:
             block_size,
             CacheStruct.of(cache.layers[0], embedded_TE.dtype),
             blocks * block_size * kv_heads,
+            self._adapters.address if self._adapters else None,
         )
         self.reference = ctypes.byref(self.struct)
 
@@ -144,9 +151,10 @@ class CpuLayer:
 
         def linear(weight: Weight) -> _Linear:
             packed, bias = weight.packed, address(weight.bias_F)
+            lora = weight.lora.address if weight.lora else None
             if isinstance(packed, PackedQuantizedWeight):
-                return _Linear(None, packed.address, bias, packed.depth, packed.features)
-            return _Linear(address(packed.values), None, bias, packed.depth, packed.features)
+                return _Linear(None, packed.address, bias, lora, packed.depth, packed.features)
+            return _Linear(address(packed.values), None, bias, lora, packed.depth, packed.features)
 
         self._attention = _AttentionHalf(
             address(parts.attention_norm),

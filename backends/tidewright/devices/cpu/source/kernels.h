@@ -1,6 +1,7 @@
 // The kernels of the other files, by value type, for those that are made of them.
 #pragma once
 #include "cache.h"
+#include "lora.h"
 
 // `count` new tokens of one sequence, from position `start`; their rows in q from `first_row` on. As attention/native.py
 // lays it out.
@@ -24,6 +25,7 @@ struct Kernels;
     void linear_##suffix(                                                                                             \
         const T* x, const T* w, const T* bias, T* out, int64_t rows, int64_t depth, int64_t features);                \
     void multiply_quantized_##suffix(const QuantizedWeight* w, const T* x, const T* bias, T* out, int64_t rows);      \
+    void add_lora_##suffix(const Lora* lora, const LoraRows* rows, const T* x, T* out);                               \
     void rms_norm_##suffix(                                                                                           \
         const T* x, T* residual, const T* weight, T* out, int64_t rows, int64_t size, float eps);                     \
     void silu_and_mul_##suffix(const T* gate_up, T* out, int64_t rows, int64_t size);                                 \
@@ -38,6 +40,7 @@ struct Kernels;
     struct Kernels<T> {                                                                                               \
         static constexpr auto linear = linear_##suffix;                                                               \
         static constexpr auto multiply_quantized = multiply_quantized_##suffix;                                       \
+        static constexpr auto add_lora = add_lora_##suffix;                                                           \
         static constexpr auto rms_norm = rms_norm_##suffix;                                                           \
         static constexpr auto silu_and_mul = silu_and_mul_##suffix;                                                   \
         static constexpr auto rotate_and_store = rotate_and_store_##suffix;                                           \

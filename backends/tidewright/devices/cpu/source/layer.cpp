@@ -9,6 +9,7 @@ struct Linear {
     const void* weight;
     const QuantizedWeight* quantized;  // in its place
     const void* bias;
+    const Lora* lora;  // null without
     int64_t depth, features;
 };
 
@@ -35,14 +36,17 @@ struct Step {
     int64_t num_spans, block_size;
     Cache cache;            // the first layer's
     int64_t layer_vectors;  // of keys, from a layer to the next
+    const LoraRows* adapters;  // null if no row has one
 };
 
 namespace {
 
 template <typename T>
-void multiply(const Linear& linear, const T* x, T* out, int64_t rows) {
-    if (linear.quantized) return Kernels<T>::multiply_quantized(linear.quantized, x, (const T*)linear.bias, out, rows);
-    Kernels<T>::linear(x, (const T*)linear.weight, (const T*)linear.bias, out, rows, linear.depth, linear.features);
+void multiply(const Linear& linear, const Step& step, const T* x, T* out) {
+    int64_t rows = step.rows;
+    if (linear.quantized) Kernels<T>::multiply_quantized(linear.quantized, x, (const T*)linear.bias, out, rows);
+    else Kernels<T>::linear(x, (const T*)linear.weight, (const T*)linear.bias, out, rows, linear.depth, linear.features);
+    if (step.adapters && linear.lora) Kernels<T>::add_lora(linear.lora, step.adapters, x, out);
 }
 
 // One thread's scratch memory of at least `size` values.
@@ -75,7 +79,7 @@ void attention_half(
     T *q = scratch<T, 2>(rows * half.heads * size), *attended = scratch<T, 3>(rows * half.heads * size);
     if (added) K::rms_norm(added, residual, (const T*)half.norm, normed, rows, hidden, half.eps);
     else K::rms_norm(residual, nullptr, (const T*)half.norm, normed, rows, hidden, half.eps);
-    multiply(half.qkv, normed, qkv, rows);
+    multiply(half.qkv, step, normed, qkv);
     if (half.q_norm)
         for (int64_t t = 0; t < rows; t++) {
             T *q_heads = qkv + t * row, *k_heads = q_heads + half.heads * size;
@@ -87,18 +91,18 @@ void attention_half(
     K::attention(
         q, half.heads * size, &cache, attended, step.spans, step.tables, step.num_spans, half.heads,
         half.kv_heads, size, step.block_size, half.window, half.scale, half.softcap);
-    multiply(half.output, attended, out, rows);
+    multiply(half.output, step, attended, out);
 }
 
 template <typename T>
-void mlp_half(const MlpHalf& half, int64_t rows, const T* added, T* residual, T* out) {
-    int64_t hidden = half.gate_up.depth, size = half.down.depth;
+void mlp_half(const MlpHalf& half, const Step& step, const T* added, T* residual, T* out) {
+    int64_t rows = step.rows, hidden = half.gate_up.depth, size = half.down.depth;
     T *normed = scratch<T, 0>(rows * hidden), *gate_up = scratch<T, 4>(rows * 2 * size);
     T* activated = scratch<T, 5>(rows * size);
     Kernels<T>::rms_norm(added, residual, (const T*)half.norm, normed, rows, hidden, half.eps);
-    multiply(half.gate_up, normed, gate_up, rows);
+    multiply(half.gate_up, step, normed, gate_up);
     Kernels<T>::silu_and_mul(gate_up, activated, rows, size);
-    multiply(half.down, activated, out, rows);
+    multiply(half.down, step, activated, out);
 }
 
 }  // namespace
@@ -110,7 +114,7 @@ void mlp_half(const MlpHalf& half, int64_t rows, const T* added, T* residual, T*
         attention_half(*half, *step, layer, added, residual, out);                                                    \
     }                                                                                                                 \
     void mlp_half_##suffix(const MlpHalf* half, const Step* step, const T* added, T* residual, T* out) {              \
-        mlp_half(*half, step->rows, added, residual, out);                                                            \
+        mlp_half(*half, *step, added, residual, out);                                                            \
     }                                                                                                                 \
     }
 EXPORT(float, f32)

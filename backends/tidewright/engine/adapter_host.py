@@ -1,0 +1,44 @@
+"""An engine and its other ranks as adapters see them (adapters.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tidewright.distributed.rank_messages import AdapterRead, ForgetAdapter, ReadAdapter
+from tidewright.distributed.ranks import Ranks
+from tidewright.engine.engine import Engine
+from tidewright.lora.reader import AdapterReader
+
+
+class AdapterHost:
+    def __init__(
+        self,
+        engine: Engine,
+        ranks: Ranks | None,
+        was_read: Callable[[AdapterRead], None],
+        tell: Callable[[str], None],
+    ) -> None:
+        """`was_read` gets what came of a reading on each rank, from other threads; `tell`: why one of these ended."""
+        self._engine, self._ranks = engine, ranks
+        self._reader = AdapterReader(engine.runner.read_adapter, was_read, tell)
+        if ranks:
+            ranks.on_adapter = was_read
+
+    def read_adapter(self, number: int, path: str) -> None:
+        if self._ranks:
+            self._ranks.ask(ReadAdapter(number, path))
+        self._reader.put(number, path)
+
+    def forget_adapter(self, number: int) -> None:
+        if self._ranks:
+            self._ranks.ask(ForgetAdapter(number))
+        self._reader.forget(number)
+
+    def add_adapter(self, name: str, number: int) -> None:
+        self._engine.add_adapter(name, self._reader.take(number), number)
+
+    def drop_adapter(self, name: str) -> None:
+        self._engine.drop_adapter(name)
+
+    def adapter_requests(self, name: str) -> int:
+        return self._engine.scheduler.adapters.requests(name)

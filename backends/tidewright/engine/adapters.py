@@ -1,0 +1,180 @@
+"""The LoRA adapters of an engine, on rank 0: read beside the steps, kept within a budget, gone when nobody has them.
+
+All ranks read an adapter, and the engine takes it only if all could. Then it enters the scheduler between two steps, as
+an input like any other. The least recently used adapters without requests give way when the host's budget is full; they
+stay loaded for the bridge, and are read again when a request wants them, which waits meanwhile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from tidewright.distributed.rank_messages import AdapterRead
+from tidewright.engine.messages import AdapterChanged, LoadAdapter, SequenceOutput, Submit, UnloadAdapter
+from tidewright.kv_cache.budget import mib
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Known:
+    """One that the bridge wants loaded."""
+
+    path: str
+    digest: str = ""  # of its files when they were first read; empty: not yet
+    rank: int = 0
+    bytes: int = 0  # on all ranks
+    is_resident: bool = False  # in the host's memory
+    is_read: bool = False  # just now, by all ranks
+    held: list[Submit] = field(default_factory=list)  # requests that wait for it
+
+
+class Outcome(NamedTuple):
+    """`requests` waited for the adapter, and the engine takes them now; `refused` end."""
+
+    changed: AdapterChanged
+    requests: list[Submit]
+    refused: list[SequenceOutput]
+
+
+class Host(Protocol):
+    """Where adapters are read to, come into use, and go from: the engine, and all its ranks."""
+
+    def read_adapter(self, number: int, path: str) -> None: ...
+    def forget_adapter(self, number: int) -> None: ...
+    def add_adapter(self, name: str, number: int) -> None: ...
+    def drop_adapter(self, name: str) -> None: ...
+    def adapter_requests(self, name: str) -> int: ...
+
+
+class Adapters:
+    def __init__(self, host: Host, ranks: int, budget: int) -> None:
+        """`budget`: bytes, for all ranks together."""
+        self._host, self._ranks, self._budget = host, ranks, budget
+        self._known: dict[str, _Known] = {}  # least recently used first
+        self._numbers = itertools.count()
+        self._readings: dict[int, tuple[str, list[AdapterRead]]] = {}
+        self._leaving: set[str] = set()
+
+    def load(self, message: LoadAdapter) -> AdapterChanged | None:
+        """The answer, if there is one at once."""
+        if message.name in self._known:
+            return AdapterChanged(message.name, False, "an adapter of that name is there already")
+        self._known[message.name] = _Known(message.path)
+        self._begin_reading(message.name)
+        return None
+
+    def unload(self, message: UnloadAdapter) -> AdapterChanged | None:
+        """Likewise."""
+        known = self._known.get(message.name)
+        if known is None:
+            return AdapterChanged(message.name, False)
+        self._leaving.add(message.name)
+        return None
+
+    def settle(self) -> list[AdapterChanged]:
+        """Those that are to leave and that no request has any longer."""
+        if not self._leaving:
+            return []
+        requests = self._host.adapter_requests
+        gone = [name for name in sorted(self._leaving) if not self._known[name].is_read and not requests(name)]
+        for name in gone:
+            self._evict(name)
+            self._forget(name)
+        return [AdapterChanged(name, False) for name in gone]
+
+    def hold(self, request: Submit) -> bool:
+        """Whether the request waits here for its adapter; else the engine takes or refuses it."""
+        known = self._known.get(request.adapter)
+        if known is None or request.adapter in self._leaving:
+            return False
+        self._known[request.adapter] = self._known.pop(request.adapter)
+        if known.is_resident:
+            return False
+        known.held.append(request)
+        if not known.is_read:
+            self._begin_reading(request.adapter)
+        return True
+
+    def drop(self, request_id: int) -> bool:
+        """The request is no longer wanted; whether it waited here."""
+        for known in self._known.values():
+            for request in known.held:
+                if request.request_id == request_id:
+                    known.held.remove(request)
+                    return True
+        return False
+
+    def was_read(self, result: AdapterRead) -> Outcome | None:
+        """What comes of a reading, once all ranks have told."""
+        name, results = self._readings[result.number]
+        results.append(result)
+        if len(results) < self._ranks:
+            return None
+        del self._readings[result.number]
+        known = self._known[name]
+        known.is_read = False
+        error = self._enter(name, known, results)
+        held, known.held = known.held, []
+        if not error:
+            return Outcome(AdapterChanged(name, True, "", known.rank, known.bytes), held, [])
+        self._host.forget_adapter(result.number)
+        self._forget(name)
+        log.warning("the adapter %r was refused: %s", name, error)
+        refused = [
+            SequenceOutput(request.request_id, [], "invalid", message=f"the LoRA adapter {name!r} is gone: {error}")
+            for request in held
+        ]
+        return Outcome(AdapterChanged(name, False, error), [], refused)
+
+    def _begin_reading(self, name: str) -> None:
+        number, known = next(self._numbers), self._known[name]
+        known.is_read = True
+        self._readings[number] = name, []
+        self._host.read_adapter(number, known.path)
+
+    def _enter(self, name: str, known: _Known, results: list[AdapterRead]) -> str:
+        """Why the adapter can't be taken; empty: it was."""
+        if error := next((result.error for result in results if result.error), ""):
+            return error
+        digests = {result.digest for result in results}
+        if len(digests) > 1:
+            return "its files are not the same on all hosts"
+        digest, size = digests.pop(), sum(result.bytes for result in results)
+        if known.digest and digest != known.digest:
+            return "its files have changed since it was loaded; load it again"
+        if not self._make_room(size):
+            budget = f"the {mib(self._budget)} for adapters (adapter_memory)"
+            return f"it takes {mib(size)} of {budget}, and there is no room beside those that requests have"
+        known.digest, known.rank, known.bytes = digest, max(result.rank for result in results), size
+        known.is_resident = True
+        self._host.add_adapter(name, results[0].number)
+        return ""
+
+    def _make_room(self, size: int) -> bool:
+        """By evicting adapters that no request has; none, if that does not suffice."""
+        taken = sum(known.bytes for known in self._known.values() if known.is_resident)
+        chosen: list[str] = []
+        for name, known in self._known.items():
+            if taken + size <= self._budget:
+                break
+            if known.is_resident and not self._host.adapter_requests(name):
+                chosen.append(name)
+                taken -= known.bytes
+        if taken + size > self._budget:
+            return False
+        for name in chosen:
+            self._evict(name)
+        return True
+
+    def _forget(self, name: str) -> None:
+        del self._known[name]
+        self._leaving.discard(name)
+
+    def _evict(self, name: str) -> None:
+        if self._known[name].is_resident:
+            self._known[name].is_resident = False
+            self._host.drop_adapter(name)
