@@ -7,38 +7,9 @@ import pytest
 import torch
 
 from helpers.adapter_rows import adapter_rows
+from helpers.low_rank import DEPTH, FEATURES, MOST_RANK, SLOTS, TOLERANCE, expected, fill, updates
 from tidewright.devices.cpu.lora import CpuLora
-from tidewright.lora.adapter import LowRank
 from tidewright.lora.layer import LoraLayer
-
-DEPTH, FEATURES, SLOTS, MOST_RANK = 75, (133, 16, 40), 3, 9
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-
-
-def updates(dtype: torch.dtype) -> list[list[LowRank | None]]:
-    """Ranks that fill no tile; one projection of one adapter is not adapted."""
-    generator = torch.Generator().manual_seed(1)
-
-    def update(rank: int, features: int) -> LowRank:
-        a_RE, b_RF = (torch.randn(rank, size, generator=generator).to(dtype) for size in (DEPTH, features))
-        return LowRank(a_RE, b_RF, 0.37, rank)
-
-    made: list[list[LowRank | None]] = []
-    for ranks in ((4, 1, 9), (7, 0, 2), (8, 3, 5)):
-        made.append([update(rank, size) if rank else None for rank, size in zip(ranks, FEATURES, strict=True)])
-    return made
-
-
-def expected(x: torch.Tensor, y: torch.Tensor, slots: list[int], made: list[list[LowRank | None]]) -> np.ndarray:
-    result = y.double().numpy().copy()
-    for row, slot in enumerate(slots):
-        first = 0
-        for part, size in zip(made[slot], FEATURES, strict=True) if slot >= 0 else ():
-            if part:
-                a, b = part.a_RE.double().numpy(), part.b_RF.double().numpy()
-                result[row, first : first + size] += part.scale * (x[row].double().numpy() @ a.T) @ b
-            first += size
-    return result
 
 
 def layer(kind: str, dtype: torch.dtype) -> LoraLayer:
@@ -52,8 +23,7 @@ def layer(kind: str, dtype: torch.dtype) -> LoraLayer:
 @pytest.mark.parametrize("slots", [[1], [-1, 0, 2, 0, -1, 1, 2], [2] * 37 + [-1] + [0] * 18], ids=len)
 def test_each_row_gets_what_its_adapter_adds(kind: str, dtype: torch.dtype, slots: list[int]) -> None:
     made, lora = updates(dtype), layer(kind, dtype)
-    for slot, parts in enumerate(made):
-        lora.put(slot, [part and lora.arranged(part) for part in parts])
+    fill(lora, made)
     x, y = torch.randn(len(slots), DEPTH).to(dtype), torch.randn(len(slots), sum(FEATURES)).to(dtype)
     wanted, before = expected(x, y, slots, made), y.clone()
     lora.add(x, y, adapter_rows(slots))
@@ -65,8 +35,7 @@ def test_each_row_gets_what_its_adapter_adds(kind: str, dtype: torch.dtype, slot
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     made, lora = updates(dtype), layer("kernel", dtype)
-    for slot, parts in enumerate(made):
-        lora.put(slot, [part and lora.arranged(part) for part in parts])
+    fill(lora, made)
     slots = [row % 4 - 1 for row in range(43)]
     x, y = torch.randn(43, DEPTH).to(dtype), torch.randn(43, sum(FEATURES)).to(dtype)
     alone = y.clone()

@@ -20,4 +20,5 @@ def test_kernels_compile_for_each_architecture() -> None:
         assert {"attention: decode", "attention: combine", "attention: prefill"} <= found
         assert {"rope and cache", "rms norm", "activation"} <= found
         assert {f"sampling: {name}" for name in ("penalise", "weigh", "truncate", "race", "pick", "count")} <= found
+        assert {"lora: shrink", "lora: expand"} <= found
         assert {f"quantized: {name}" for name in ("product", "sum", "tokens", "read")} <= found

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 
 from tidewright.devices.cuda.launch import Launch
 
-REGISTRY = tuple(f"tidewright.devices.cuda.{name}_variants" for name in ("attention", "fused", "quantized"))
+REGISTRY = tuple(f"tidewright.devices.cuda.{name}_variants" for name in ("attention", "fused", "lora", "quantized"))
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Most bytes of one program, by architecture: A100; H100 and H200; B200."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,10 +14,12 @@ from tidewright.devices.base import Device
 from tidewright.devices.cuda import activations, norms
 from tidewright.devices.cuda.attention import PagedCudaAttention
 from tidewright.devices.cuda.graphs import CudaRecorder, DecodeGraphs, Recorder, sizes_of
+from tidewright.devices.cuda.lora import CudaLora
 from tidewright.devices.cuda.quantized_linear import CudaQuantizedLinear
 from tidewright.devices.cuda.sampler import CudaSampler
 from tidewright.devices.memory import DeviceMemory, out_of_memory
 from tidewright.layers.linear_method import LinearMethod
+from tidewright.lora.layer import LoraLayer
 from tidewright.sampling.guided import GuidedDecoding
 
 if TYPE_CHECKING:
@@ -67,6 +70,9 @@ class CudaDevice(Device):
 
     def gelu_tanh_and_mul(self, gate_up_TF2: torch.Tensor) -> torch.Tensor:
         return activations.gelu_tanh_and_mul(gate_up_TF2)
+
+    def lora_layer(self, part_features: Sequence[int], in_features: int, slots: int, max_rank: int) -> LoraLayer:
+        return CudaLora(part_features, in_features, slots, max_rank)
 
     def sampler(self, guided: GuidedDecoding) -> CudaSampler:
         return CudaSampler(guided, self.torch_device)

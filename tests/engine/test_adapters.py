@@ -1,0 +1,128 @@
+"""engine/adapters.py: what a host with a small budget is told to read, add and drop, and who waits meanwhile."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from tidewright.distributed.rank_messages import AdapterRead
+from tidewright.engine.adapters import Adapters
+from tidewright.engine.messages import AdapterChanged, LoadAdapter, Submit, UnloadAdapter
+from tidewright.schema import SamplingParams
+
+
+class Host:
+    """Two ranks whose readings the test ends."""
+
+    def __init__(self, budget: int) -> None:
+        self.told: list[str] = []
+        self.paths: dict[int, str] = {}
+        self.requests: Counter[str] = Counter()
+        self.adapters = Adapters(self, ranks=2, budget=budget)
+
+    def read_adapter(self, number: int, path: str) -> None:
+        self.paths[number] = path
+
+    def forget_adapter(self, number: int) -> None:
+        self.told.append(f"forget {number}")
+
+    def add_adapter(self, name: str, number: int) -> None:
+        self.told.append(f"add {name}")
+
+    def drop_adapter(self, name: str) -> None:
+        self.told.append(f"drop {name}")
+
+    def adapter_requests(self, name: str) -> int:
+        return self.requests[name]
+
+    def load(self, name: str, **result: object) -> AdapterChanged:
+        assert self.adapters.load(LoadAdapter(name, name)) is None
+        return self.read(**result)[0]
+
+    def read(self, size: int = 50, digest: str = "", error: str = "") -> tuple[AdapterChanged, list[int], list[str]]:
+        """Ends the latest reading: the change, and the requests that go on or are refused."""
+        number, path = max(self.paths.items())
+        assert self.adapters.was_read(AdapterRead(number, digest or path, 4, size // 2)) is None
+        outcome = self.adapters.was_read(AdapterRead(number, digest or path, 4, size // 2, error))
+        assert outcome
+        refused = [output.message for output in outcome.refused]
+        return outcome.changed, [request.request_id for request in outcome.requests], refused
+
+    def hold(self, request_id: int, adapter: str) -> bool:
+        return self.adapters.hold(Submit(request_id, [1], SamplingParams(), adapter=adapter))
+
+
+def test_one_that_all_ranks_have_read_is_added() -> None:
+    host = Host(budget=100)
+    assert host.load("a") == AdapterChanged("a", True, "", 4, 50)
+    assert host.told == ["add a"]
+    assert not host.hold(1, "a")
+    assert not host.hold(2, "unknown")  # the engine refuses it
+
+
+def test_one_that_a_rank_can_t_read_is_added_nowhere() -> None:
+    host = Host(budget=100)
+    assert host.load("a", error="rank 1: no such file") == AdapterChanged("a", False, "rank 1: no such file")
+    assert host.told == ["forget 0"]
+    assert host.load("a").loaded
+
+
+def test_requests_that_come_before_it_is_read_wait() -> None:
+    host = Host(budget=100)
+    host.adapters.load(LoadAdapter("a", "a"))
+    assert [host.hold(number, "a") for number in (1, 2, 3)] == [True, True, True]
+    assert host.adapters.drop(2)
+    assert not host.adapters.drop(2)
+    assert host.read()[1:] == ([1, 3], [])
+    host.adapters.load(LoadAdapter("b", "b"))
+    assert host.hold(4, "b")
+    assert host.read(error="it is damaged")[1:] == ([], ["the LoRA adapter 'b' is gone: it is damaged"])
+
+
+def test_the_least_recently_used_without_requests_leave_memory_and_are_read_again() -> None:
+    host = Host(budget=100)
+    host.load("a")
+    host.load("b")
+    assert not host.hold(1, "a")
+    host.told.clear()
+    assert host.load("c").loaded
+    assert host.told == ["drop b", "add c"]
+    assert host.hold(2, "b")
+    assert host.read() == (AdapterChanged("b", True, "", 4, 50), [2], [])
+    assert host.told[2:] == ["drop c" if host.requests["a"] else "drop a", "add b"]
+
+
+def test_what_requests_have_stays_and_a_load_beyond_is_refused() -> None:
+    host = Host(budget=100)
+    host.load("a")
+    host.load("b")
+    host.requests.update(["a", "b"])
+    changed = host.load("c")
+    assert not changed.loaded
+    assert "no room beside those that requests have" in changed.error
+    assert not host.load("large", size=102).loaded
+    assert [line for line in host.told if line.startswith("drop")] == []
+
+
+def test_files_that_changed_since_are_not_taken() -> None:
+    host = Host(budget=50)
+    host.load("a")
+    host.load("b")
+    assert host.hold(1, "a")
+    changed, goes_on, refused = host.read(digest="other")
+    assert "changed since it was loaded" in changed.error
+    assert goes_on == []
+    assert len(refused) == 1
+
+
+def test_unloaded_once_the_last_request_has_ended() -> None:
+    host = Host(budget=100)
+    host.load("a")
+    host.requests["a"] = 1
+    assert host.adapters.unload(UnloadAdapter("a")) is None
+    assert host.adapters.settle() == []
+    assert not host.hold(1, "a")
+    host.requests["a"] = 0
+    assert host.adapters.settle() == [AdapterChanged("a", False)]
+    assert host.told == ["add a", "drop a"]
+    assert host.adapters.unload(UnloadAdapter("a")) == AdapterChanged("a", False)
+    assert host.load("a").loaded
