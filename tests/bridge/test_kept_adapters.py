@@ -60,8 +60,8 @@ def test_adapters_and_streams_survive_the_engine(tmp_path: Path, tokenizer: Toke
         callers = []
         for name in ADAPTERS:
             callers.append(Caller())
-            params = SamplingParams(max_tokens=220, ignore_eos=True, seed=5, temperature=2.0)
-            request = GenerationRequest([5, 6, 7], "", True, params, OutputOptions(), adapter=name)
+            params = SamplingParams(max_tokens=220, ignore_eos=True, seed=5, temperature=2.0, lora_name=name or None)
+            request = GenerationRequest([5, 6, 7], "", True, params, OutputOptions())
             bridge.submit(request, callers[-1], "")
         return callers
 
