@@ -51,6 +51,7 @@ ENGINE = Dashboard(
                     "none",
                     (
                         Query(of_engine("batch_places"), "{{instance}} places"),
+                        Query(of_engine("batch_places_allowed"), "{{instance}} places allowed"),
                         Query(of_engine("requests_running"), "{{instance}} running"),
                         Query(of_engine("requests_waiting"), "{{instance}} waiting"),
                     ),
@@ -105,6 +106,20 @@ ENGINE = Dashboard(
                             name,
                         )
                         for q, name in PERCENTILES
+                    ),
+                ),
+                Panel(
+                    "Requests within latency targets",
+                    "reqps",
+                    (
+                        Query(
+                            f"sum by (target) (rate({of_engine('requests_within_targets_total')}[1m]))",
+                            "{{target}}",
+                        ),
+                        Query(
+                            f"sum by (limit) (rate({of_engine('requests_refused_early_total')}[1m]))",
+                            "refused early: {{limit}}",
+                        ),
                     ),
                 ),
                 Panel(

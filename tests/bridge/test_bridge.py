@@ -25,7 +25,7 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
-from tidewright.schema import ATTEMPT, DRAINING, PROTOCOL, DecoderStatus
+from tidewright.schema import ATTEMPT, DRAINING, PROTOCOL, DecoderStatus, FinishReason
 
 EOS = 2
 
@@ -382,6 +382,27 @@ def test_latencies_are_counted_once_for_each_request_and_each_further_token(worl
     first, whole = histograms["time_to_first_token_seconds"].total, histograms["request_latency_seconds"].total
     assert 0 < first < whole
     assert 0 < histograms["inter_token_latency_seconds"].total < whole
+
+
+def test_a_request_that_ended_by_itself_is_held_to_its_targets(world: World) -> None:
+    met, missed = 3600.0, 1e-9
+
+    def run(reason: FinishReason = "length", **targets: float) -> dict[str, int]:
+        before = world.bridge.request_stats.read_within()
+        caller = world.submit(stream=True, **targets)
+        number = world.engine.submitted()[-1].request_id
+        world.engine.says(SequenceOutput(number, [5]))
+        caller.wait(lambda caller: len(caller.responses) == 1)
+        world.engine.says(SequenceOutput(number, [6], reason))
+        caller.end()
+        world.wait_idle()
+        return {name: n - before[name] for name, n in world.bridge.request_stats.read_within().items()}
+
+    assert run() == {"ttft": 1, "tpot": 1, "both": 1}  # the server has no targets
+    assert run(ttft_target=met, tpot_target=met) == {"ttft": 1, "tpot": 1, "both": 1}
+    assert run(ttft_target=missed, tpot_target=met) == {"ttft": 0, "tpot": 1, "both": 0}
+    assert run(ttft_target=met, tpot_target=missed) == {"ttft": 1, "tpot": 0, "both": 0}
+    assert run("timeout", ttft_target=met) == {"ttft": 0, "tpot": 0, "both": 0}
 
 
 def test_counters_of_a_lost_engine_stay_and_its_gauges_go(world: World) -> None:

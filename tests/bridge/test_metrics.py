@@ -60,6 +60,8 @@ def test_every_sample_arrives_under_its_name(bridge: Any, family: type[Family]) 
     bridge.request_stats.finished("length", 0.3)
     bridge.request_stats.finished("cancelled")
     bridge.request_stats.further_tokens(0.01, 7)
+    for ttft, tpot in ((True, True), (True, False), (False, False), (False, True), (False, True)):
+        bridge.request_stats.within(ttft, tpot)
     mirror(bridge, family).refresh()
     series = family.series
     expected = {
@@ -70,7 +72,13 @@ def test_every_sample_arrives_under_its_name(bridge: Any, family: type[Family]) 
         "requests_active": 91,
         "requests_running": stats["running"],
         "batch_places": 93,
+        "batch_places_allowed": stats["may_run"],
         "requests_waiting": stats["waiting"],
+        "requests_refused_early_total{limit=timeout}": stats["refused_by_timeout"],
+        "requests_refused_early_total{limit=ttft_target}": stats["refused_by_target"],
+        "requests_within_targets_total{target=ttft}": 2,
+        "requests_within_targets_total{target=tpot}": 3,
+        "requests_within_targets_total{target=both}": 1,
         "step_tokens": stats["step_tokens"],
         "steps_out_of_memory_total": stats["steps_out_of_memory"],
         "kv_blocks": stats["blocks_total"],

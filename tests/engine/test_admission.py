@@ -117,7 +117,7 @@ def test_who_can_not_make_its_deadline_is_told_at_once_when_it_could(machine: Ma
     started = machine.now
     machine.run_until(lambda: machine.now > started + wait)
     machine.submit(200, 50, timeout=1.2)
-    assert machine.admission.refused_by_deadline == 1
+    assert machine.admission.refused_by_timeout == 1
 
 
 def test_with_a_target_nobody_is_let_in_who_would_miss_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,17 +147,20 @@ def test_with_a_target_nobody_is_let_in_who_would_miss_it(monkeypatch: pytest.Mo
     assert max(machine.first.values()) > 1.0  # and no place was left that could have been used
 
 
-def test_nothing_waits_or_is_measured_so_nobody_is_refused(machine: Machine) -> None:
+def test_who_begins_at_once_is_never_refused_nor_is_anybody_by_what_is_not_measured(machine: Machine) -> None:
     for _ in range(30):
         machine.submit(100, 20, timeout=0.001)  # nothing is known of the machine yet
     machine.run_until(lambda: not machine.scheduler.has_work)
     machine.measure()
-    for _ in range(8):
+    for _ in range(7):
         machine.submit(100, 500)
-        machine.step()
     machine.run_until(lambda: not len(machine.scheduler.waiting))
-    machine.submit(100, 20, timeout=0.001)  # all places are taken, but nothing waits
-    assert machine.admission.refused_by_deadline == 0
+    machine.submit(100, 500, timeout=0.001)  # in vain, but nobody can say so
+    assert machine.admission.refused_by_timeout == 0
+    machine.step()
+    assert not len(machine.scheduler.waiting)
+    with pytest.raises(RequestRefusedError, match="0 requests wait"):  # no place is left
+        machine.submit(100, 20, timeout=0.1)
 
 
 def test_what_an_earlier_engine_began_is_never_refused(machine: Machine) -> None:

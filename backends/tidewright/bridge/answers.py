@@ -19,8 +19,17 @@ log = logging.getLogger(__name__)
 class Answers:
     """For the sender's threads; never two of them with the same request."""
 
-    def __init__(self, stats: RequestStats, traces: BridgeTraces | None = None) -> None:
+    def __init__(
+        self,
+        stats: RequestStats,
+        traces: BridgeTraces | None = None,
+        *,
+        ttft_target: float = 0.0,
+        tpot_target: float = 0.0,
+    ) -> None:
+        """The targets, in seconds, of requests that have none of their own; 0: none."""
         self._stats, self._traces = stats, traces
+        self._ttft_target, self._tpot_target = ttft_target, tpot_target
 
     def ended(self, request: ActiveRequest, reason: FinishReason, since_arrival: float | None = None) -> None:
         if request.abandoned:  # then it was counted
@@ -53,7 +62,18 @@ class Answers:
         self._time_tokens(request, new_tokens, now)
         if reason:
             self.ended(request, reason, now - request.arrived_at)
+            if reason in ("stop", "length"):
+                self._compare(request, now)
         return reason
+
+    def _compare(self, request: ActiveRequest, now: float) -> None:
+        """With the latency targets."""
+        sampling = request.parsed.sampling
+        ttft, tpot = sampling.ttft_target or self._ttft_target, sampling.tpot_target or self._tpot_target
+        # An embedding has no tokens: it is what comes first.
+        first = min((sequence.first_sent or now for sequence in request.sequences), default=now) - request.arrived_at
+        longest = max(sequence.seconds_per_token for sequence in request.sequences)
+        self._stats.within(not ttft or first <= ttft, not tpot or longest <= tpot)
 
     def _time_tokens(self, request: ActiveRequest, new_tokens: list[int], now: float) -> None:
         """Tokens that leave together share the time since the sequence's last response."""
@@ -68,4 +88,5 @@ class Answers:
                 self._stats.further_tokens((now - sequence.last_sent) / count, count)
             elif count > 1:
                 self._stats.further_tokens(0.0, count - 1)
+            sequence.first_sent = sequence.first_sent or now
             sequence.last_sent = now

@@ -102,7 +102,9 @@ class Bridge:
         self._cumulative_stats = CumulativeStats()
         self.request_stats = RequestStats()
         self.traces = traces
-        self._answers = Answers(self.request_stats, traces)
+        self._answers = Answers(
+            self.request_stats, traces, ttft_target=config.ttft_target, tpot_target=config.tpot_target
+        )
         self.engine: Ready | None = None
         """What the running engine said of itself; kept while it restarts."""
 

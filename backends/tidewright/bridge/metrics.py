@@ -6,7 +6,7 @@ import itertools
 from typing import TYPE_CHECKING
 
 from tidewright.bridge.adapters import ADAPTER_CHANGES
-from tidewright.bridge.stats import REQUEST_BUCKETS, TOKEN_BUCKETS, Histogram
+from tidewright.bridge.stats import REQUEST_BUCKETS, TARGETS, TOKEN_BUCKETS, Histogram
 from tidewright.bridge.traces import EXPORTED
 from tidewright.engine.messages import STEP_PHASES
 from tidewright.metrics import HEARTBEAT, PREFIX, Label, MetricSpec, Samples, heartbeat
@@ -35,6 +35,7 @@ METRICS = (
     MetricSpec("requests_active", "gauge", "Requests in flight in the bridge"),
     MetricSpec("requests_running", "gauge", "Sequences in the engine's current batch"),
     MetricSpec("batch_places", "gauge", "Sequences that a batch may have (`max_running`)"),
+    MetricSpec("batch_places_allowed", "gauge", "Of these, that may be taken now: all, or fewer to keep `tpot_target`"),
     MetricSpec("requests_waiting", "gauge", "Sequences waiting for a place in the batch"),
     MetricSpec(
         "requests_finished_total",
@@ -42,6 +43,19 @@ METRICS = (
         "Requests that ended, each counted once; with n > 1 as timeout if one sequence timed out, else as length if "
         "one ended so, else as stop",
         (Label("reason", FINISH_REASONS),),
+    ),
+    MetricSpec(
+        "requests_within_targets_total",
+        "counter",
+        "Goodput: requests that ended with `stop` or `length` and met their `ttft_target` (with the first token), "
+        "their `tpot_target` (on average over a sequence), or both. One without a target meets it",
+        (Label("target", TARGETS),),
+    ),
+    MetricSpec(
+        "requests_refused_early_total",
+        "counter",
+        "Requests refused because their first token was expected after this limit",
+        (Label("limit", ("timeout", "ttft_target")),),
     ),
     MetricSpec(
         "request_queue_seconds",
@@ -122,6 +136,7 @@ def samples(bridge: Bridge) -> Samples:
         "requests_active": bridge.active,
         "requests_running": stats.running,
         "batch_places": bridge.batch_places,
+        "batch_places_allowed": stats.may_run,
         "requests_waiting": stats.waiting,
         "engine_steps_total": stats.steps,
         "prompt_tokens_total": stats.prompt_tokens,
@@ -150,6 +165,10 @@ def samples(bridge: Bridge) -> Samples:
         yield "unhealthy", cause, int(cause == found)
     for reason, count in bridge.request_stats.read_finished().items():
         yield "requests_finished_total", reason, count
+    for target, count in bridge.request_stats.read_within().items():
+        yield "requests_within_targets_total", target, count
+    yield "requests_refused_early_total", "timeout", stats.refused_by_timeout
+    yield "requests_refused_early_total", "ttft_target", stats.refused_by_target
     for phase in STEP_PHASES:
         yield "step_seconds_total", phase, getattr(stats, f"{phase}_seconds")
     if bridge.traces:

@@ -38,7 +38,8 @@ class OutputSequence:
         self.prompt_logprobs: list[list[TokenLogprob]] | None = None
         self.num_cached_tokens: int | None = None
         self.num_tokens = 0
-        self.last_sent: float | None = None  # time.monotonic() of its latest tokens
+        self.first_sent: float | None = None  # time.monotonic() of its first tokens,
+        self.last_sent: float | None = None  # and of its latest
         self.queued_seconds = 0.0
         self.refusal: RequestError | None = None
         self.timeout_message = ""
@@ -57,6 +58,13 @@ class OutputSequence:
     @property
     def has_new_tokens(self) -> bool:
         return len(self.token_ids) > len(self.request.parsed.resume_ids)
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Between its first and its last token, on average; 0 if there is only one."""
+        if self.first_sent is None or self.last_sent is None:
+            return 0.0
+        return (self.last_sent - self.first_sent) / max(self.num_tokens - 1, 1)
 
     @property
     def over(self) -> bool:

@@ -29,7 +29,7 @@ _NO_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
 _COUNTERS = (
     *("steps", "prompt_tokens", "generated_tokens", "preemptions"),
     *("prefix_queries", "prefix_hits", "prefix_evictions", "tokens_drafted", "tokens_accepted"),
-    "steps_out_of_memory",
+    *("steps_out_of_memory", "refused_by_timeout", "refused_by_target"),
     *(f"{phase}_seconds" for phase in STEP_PHASES),
 )
 
@@ -80,12 +80,17 @@ class Histogram:
         return made
 
 
+# Which latency targets a request met.
+TARGETS = ("ttft", "tpot", "both")
+
+
 class RequestStats:
     """How requests ended and how long they took. Any thread may write and read."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._finished: dict[str, int] = dict.fromkeys(FINISH_REASONS, 0)
+        self._within = dict.fromkeys(TARGETS, 0)
         self._queued = Histogram(REQUEST_BUCKETS)
         self._first_token = Histogram(REQUEST_BUCKETS)
         self._inter_token = Histogram(TOKEN_BUCKETS)
@@ -108,6 +113,17 @@ class RequestStats:
             self._finished[reason] += 1
             if since_arrival is not None:
                 self._whole.observe(since_arrival)
+
+    def within(self, ttft: bool, tpot: bool) -> None:
+        """A request ended with its whole answer, and met these targets."""
+        with self._lock:
+            self._within["ttft"] += ttft
+            self._within["tpot"] += tpot
+            self._within["both"] += ttft and tpot
+
+    def read_within(self) -> dict[str, int]:
+        with self._lock:
+            return self._within.copy()
 
     def read_finished(self) -> dict[str, int]:
         with self._lock:

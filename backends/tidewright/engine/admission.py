@@ -1,7 +1,7 @@
 """Refuses a request that would get its first token too late, at once, with the wait that is expected.
 
 For rank 0, before the scheduler gets it: this reads clocks and measured times. Whatever is not known yet refuses
-nobody, and neither does an empty queue.
+nobody, and who would begin at once is never refused.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Admission:
         self._correction = 1.0
         self._last: dict[tuple[int, str], _Last] = {}
         self._next_at = 0.0
-        self.refused_by_deadline = self.refused_by_target = 0
+        self.refused_by_timeout = self.refused_by_target = 0
 
     def check(self, request: Submit, sequence: Sequence) -> float:
         """The predicted seconds to its first token; 0: none were predicted.
@@ -72,7 +72,7 @@ class Admission:
         if expected <= limit:
             return predicted
         if expected > left:
-            self.refused_by_deadline += 1
+            self.refused_by_timeout += 1
             rule = f"its timeout leaves {left:.3g} s"
         else:
             self.refused_by_target += 1
@@ -112,7 +112,13 @@ class Admission:
         # One that an earlier engine had begun has been let in already.
         is_new = not request.output_token_ids
         is_measured = self._latency.cost.is_known and self._ended >= MIN_ENDED
-        return has_limit and is_new and is_measured and len(self._scheduler.waiting) > 0
+        scheduler = self._scheduler
+        waits = len(scheduler.waiting) > 0 or len(scheduler.running) >= self._places
+        return has_limit and is_new and is_measured and waits
+
+    @property
+    def _places(self) -> int:
+        return min(self._scheduler.config.max_running, self._latency.running)
 
     def _predict(self, sequence: Sequence, now: float) -> float:
         key = sequence.sampling.priority, sequence.sampling.tenant
@@ -123,9 +129,10 @@ class Admission:
             self._last.clear()
         scheduler = self._scheduler
         sequence.likely_cached = scheduler.likely_cached(sequence)
-        places = min(scheduler.config.max_running, self._latency.running)
         ahead = scheduler.waiting.ahead(sequence.sampling, self._tokens)
-        backlog = Backlog(map(self._work, scheduler.running), map(self._work, ahead), scheduler.free_blocks, places)
+        backlog = Backlog(
+            map(self._work, scheduler.running), map(self._work, ahead), scheduler.free_blocks, self._places
+        )
         seconds = seconds_to_first_token(backlog, self._work(sequence), self._latency)
         self._last[key] = _Last(now, seconds)
         self._next_at = now + _COST * (time.monotonic() - now)

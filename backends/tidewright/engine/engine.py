@@ -230,6 +230,9 @@ class Engine:
     def stats(self) -> EngineStats:
         return msgspec.structs.replace(
             self.scheduler.stats(),
+            may_run=self._latency.running,
+            refused_by_timeout=self._admission.refused_by_timeout,
+            refused_by_target=self._admission.refused_by_target,
             schedule_seconds=self._schedule_seconds,
             agree_seconds=self._agree_seconds,
             forward_seconds=self.runner.forward_seconds,

@@ -229,6 +229,10 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     tokens_accepted: int = 0
     step_tokens: int = 0  # that a step may compute, at most: fewer once one ran out of memory
     steps_out_of_memory: int = 0  # each computed anew, in smaller steps
+    may_run: int = 0  # sequences: max_running, or fewer to keep tpot_target
+    # Requests whose first token was expected too late.
+    refused_by_timeout: int = 0
+    refused_by_target: int = 0
     # Seconds spent in all steps.
     schedule_seconds: float = 0.0
     agree_seconds: float = 0.0  # telling the other ranks what a step depends on
