@@ -24,11 +24,11 @@ def tenants(weights: Sequence[int], fair: bool) -> list[Tenant]:
     for number, weight in enumerate(weights):
         name = f"tenant {number}" if fair else ""
         if number == 0:
-            found.append(Tenant(name, weight, prompt=400, output=16, least=48))
+            found.append(Tenant(name, weight, prompt=200, output=8, least=48))
         elif number == 1:
-            found.append(Tenant(name, weight, prompt=32, output=32, least=6, burst=40))
+            found.append(Tenant(name, weight, prompt=32, output=24, least=6, burst=40))
         else:
-            found.append(Tenant(name, weight, prompt=64, output=24, least=20))
+            found.append(Tenant(name, weight, prompt=48, output=16, least=20))
     return found
 
 
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--model", default=EMBEDDED_MODEL)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--warm-up", type=float, default=10.0)
-    parser.add_argument("--running", type=int, default=16)
+    parser.add_argument("--running", type=int, default=8)
     parser.add_argument("--mixes", type=int, nargs="+", default=[*range(len(MIXES))], help="numbers of mixes")
     parser.add_argument("--unfair", type=int, nargs="*", default=[0, 3], help="those also measured without fairness")
     options = parser.parse_args()

@@ -321,3 +321,20 @@ def test_a_refusal_says_why(folder: Path) -> None:
     refusal = made.submit(Submit(3, [5], SamplingParams(seed=0)))
     assert refusal is not None
     assert refusal.finish_reason == "overloaded"
+
+
+def test_tenants_change_no_token(folder: Path) -> None:
+    """However they take turns, preempt each other and share steps."""
+    alone = tokens(run(engine(folder), requests(max_tokens=12)))
+    several = [
+        msgspec.structs.replace(
+            request,
+            sampling=msgspec.structs.replace(request.sampling, tenant=f"{number % 3}", tenant_weight=1 + number % 2),
+        )
+        for number, request in enumerate(requests(max_tokens=12))
+    ]
+    crowded = engine(
+        folder, max_running=3, max_batched_tokens=16, max_model_len=64, kv_cache_memory=f"{100 * BYTES_PER_TOKEN}B"
+    )
+    assert tokens(run(crowded, several, steps_between=2)) == alone
+    assert crowded.stats().preemptions
