@@ -75,7 +75,9 @@ def read_adapter(
 def _below(root: Path, path: Path) -> Path:
     """The path without symbolic links. Raises AdapterError unless it exists and lies below `root`; or OSError."""
     try:
-        root, resolved = root.resolve(strict=True), path.resolve(strict=True)
+        root, resolved = root.resolve(strict=True), path.resolve()
+        if resolved.is_relative_to(root):  # else what is there is nobody's business
+            resolved = path.resolve(strict=True)
     except FileNotFoundError as error:
         raise AdapterError(f"there is no {error.filename}") from None
     except (RuntimeError, ValueError) as error:  # a loop of symbolic links, or NUL
