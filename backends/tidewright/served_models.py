@@ -39,6 +39,10 @@ def split(text: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else ("", text)
 
 
+FIRST_CHAIN = ("decoder",)
+"""What is loaded and unloaded of the first model; its failsafe stays, for the fallback's sake."""
+
+
 def decoder_of(name: str) -> str:
     """The Triton model that generates for a further model."""
     return f"decoder_{name}"

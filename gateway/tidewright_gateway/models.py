@@ -82,12 +82,12 @@ class Models:
         """The model of each LoRA adapter that is loaded."""
         return {name: model for model in self for name in model.failover.adapters.loaded}
 
-    def base(self, name: str | None) -> Model:
-        """Raises ApiError: no model has this name."""
+    def base(self, name: str | None, field: str) -> Model:
+        """The model that a command names in a field. Raises ApiError: no model has this name."""
         if name is None or name in self._by_name:
-            return self._by_name[name] if name else self.first
-        message = f"base_model_name: there is no model {name[:MAX_SHOWN]!r}; the models are {', '.join(self.names)}"
-        raise invalid(message, "base_model_name")
+            return self.first if name is None else self._by_name[name]
+        message = f"{field}: there is no model {name[:MAX_SHOWN]!r}; the models are {', '.join(self.names)}"
+        raise invalid(message, field)
 
     async def start(self) -> None:
         """Checks each replica once, then keeps checking."""
@@ -156,3 +156,25 @@ class Models:
             except ModelError:
                 if number == len(seen):
                     raise
+
+    async def change(self, name: str, load: bool) -> None:
+        """Loads or unloads a model on all replicas.
+
+        Raises:
+            ApiError: there is no such model, or not all replicas could do it; the message says which, and why.
+        """
+        model = self.base(name, "model")
+        replicas = [one for one in model.failover.replicas if not (one.leaving or one.misfit)]
+        if not replicas:
+            raise ApiError(503, "no replica can be told now; try again later", code="not_ready", retry_after=1)
+
+        async def tell(replica: Replica) -> str:
+            try:
+                await model.failover.change(replica, load)
+            except ModelError as error:
+                return f"{replica.address}: {error}"
+            return ""
+
+        if failed := [told for told in await asyncio.gather(*map(tell, replicas)) if told]:
+            done = f"{len(replicas) - len(failed)} of {len(replicas)} replicas have {'' if load else 'un'}loaded it"
+            raise ApiError(503, f"{done}; {'; '.join(failed)}", code="model_not_changed", may_retry=False)

@@ -31,7 +31,8 @@ from tidewright_gateway.replicas.triton import Reply
 IDS = (
     "cancelResponse countTokens createChatCompletion createCompletion createEmbedding createMessage createResponse "
     "createScore deleteResponse detokenize drainReplica getHealth getLiveness getMetrics getModel getReadiness "
-    "getResponse getStatus getVersion listInputItems listModels loadLoraAdapter tokenize unloadLoraAdapter"
+    "getResponse getStatus getVersion listInputItems listModels loadLoraAdapter loadModel tokenize "
+    "unloadLoraAdapter unloadModel"
 )
 LOGPROBS = "message.output_text.logprobs"
 CHAT = [{"role": "user", "content": "Hi"}]

@@ -106,6 +106,36 @@ def test_one_that_is_not_loaded_is_missed_by_its_own_requests_only(
         wait_until_away(gateway, [])
 
 
+def test_a_model_is_unloaded_and_loaded_on_all_replicas(gateway: RunningGateway, echo: EchoReplica) -> None:
+    def tell(what: str, name: str) -> tuple[int, dict[str, Any]]:
+        answer = gateway.http.post(f"/admin/models/{what}", json={"model": name})
+        return answer.status_code, answer.json()
+
+    chain = ["tokenizer_small", "decoder_small", "generate_small"]
+    echo.commands.clear()
+    assert tell("unload", "small") == (200, {"unloaded": "small"})
+    assert gateway.http.get("/health/ready").json()["models_in_trouble"] == ["small"]
+    assert gateway.post("/v1/completions", {"prompt": "Hi"}).status_code == 200
+    echo.refusals["decoder_small"] = "no memory"
+    status, body = tell("load", "small")
+    assert (status, body["error"]["code"]) == (503, "model_not_changed")
+    assert "0 of 1 replicas have loaded it; " in body["error"]["message"]
+    assert "no memory" in body["error"]["message"]
+    echo.refusals.clear()
+    assert tell("load", "small") == (200, {"loaded": "small"})
+    wait_until_away(gateway, [])
+    assert [word for word in echo.commands if "lora" not in word] == [
+        *(f"unload {one}" for one in reversed(chain)),
+        *(f"load {one}" for one in chain[:2]),
+        *(f"load {one}" for one in chain),
+    ]
+    assert tell("unload", MODEL) == (200, {"unloaded": MODEL})
+    assert tell("load", MODEL) == (200, {"loaded": MODEL})
+    assert echo.commands[-2:] == ["unload decoder", "load decoder"]
+    assert tell("load", "nobody")[0] == 400
+    wait_until_away(gateway, [])
+
+
 def test_a_lora_adapter_is_of_one_model(gateway: RunningGateway, echo: EchoReplica) -> None:
     echo.status = msgspec.structs.replace(echo.status, adapters=[])
     echo.statuses["decoder_small"] = echo.status
@@ -132,7 +162,7 @@ def test_a_lora_adapter_is_of_one_model(gateway: RunningGateway, echo: EchoRepli
         assert (status, message in text) == (400, True)
     assert tell("unload", lora_name="sql")[0] == 200
     assert gateway.post("/v1/completions", {"prompt": "Hi", "model": "sql"}).status_code == 404
-    assert (echo.commands, echo.status.adapters) == (["load_lora sql", "unload_lora sql"], [])
+    assert (echo.commands[-2:], echo.status.adapters) == (["load_lora sql", "unload_lora sql"], [])
 
 
 def test_the_level_shown_is_that_of_the_model_that_is_worst_off() -> None:

@@ -57,9 +57,9 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.errors: dict[str, str] = {}
         """Of each model that answers with an error."""
         self.commands: list[str] = []
-        """About LoRA adapters, which it serves if its status has a list of them."""
+        """About models, and about LoRA adapters, which it serves if its status has a list of them."""
         self.refusals: dict[str, str] = {}
-        """Of adapters, by name."""
+        """Of adapters and models, by name."""
         self.away: set[str] = set()
         """Models that are not loaded."""
         self.asked: list[str] = []
@@ -91,6 +91,22 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
         """True as soon as so many generations run."""
         with self._changed:
             return self._changed.wait_for(lambda: self._running == number, seconds)
+
+    def RepositoryModelLoad(  # noqa: N802 - gRPC's name
+        self, request: service_pb2.RepositoryModelLoadRequest, context: grpc.ServicerContext
+    ) -> service_pb2.RepositoryModelLoadResponse:
+        self.commands.append(f"load {request.model_name}")
+        if error := self.refusals.get(request.model_name):
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, error)
+        self.away.discard(request.model_name)
+        return service_pb2.RepositoryModelLoadResponse()
+
+    def RepositoryModelUnload(  # noqa: N802
+        self, request: service_pb2.RepositoryModelUnloadRequest, context: grpc.ServicerContext
+    ) -> service_pb2.RepositoryModelUnloadResponse:
+        self.commands.append(f"unload {request.model_name}")
+        self.away.add(request.model_name)
+        return service_pb2.RepositoryModelUnloadResponse()
 
     def ModelStreamInfer(  # noqa: N802 - gRPC's name
         self, requests: Iterator[service_pb2.ModelInferRequest], context: grpc.ServicerContext

@@ -79,7 +79,7 @@ class ScriptedTriton:
 def of(path: str, body: dict[str, Any]) -> str:
     """`health decoder`, `token decoder`, `embedding decoder`, `load decoder`, `infer tokenizer`, `live`, `metrics`."""
     parts = path.strip("/").split("/")
-    if parts[-1] in ("live", "metrics", "index"):
+    if parts[-1] in ("live", "metrics", "index", "ready"):
         return parts[-1]
     model = parts[parts.index("models") + 1]
     if parts[-1] == "generate":

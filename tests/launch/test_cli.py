@@ -14,7 +14,9 @@ from tidewright import __version__
 from tidewright.launch.cli import main
 
 
-@pytest.mark.parametrize("command", ["bench", "chat", "complete", "doctor", "export-onnx", "lora", "prepare", "serve"])
+@pytest.mark.parametrize(
+    "command", ["bench", "chat", "complete", "doctor", "export-onnx", "lora", "model", "prepare", "serve"]
+)
 def test_every_command_is_listed_and_explains_itself(command: str) -> None:
     assert f"  {command} " in CliRunner().invoke(main, ["--help"]).output
     result = CliRunner().invoke(main, [command, "--help"])

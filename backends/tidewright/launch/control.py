@@ -176,12 +176,12 @@ def control(url: str, word: ControlWord, timeout: float, model: str = "decoder")
     post(f"{url}/v2/models/{model}/generate", {"control": word}, timeout)
 
 
-def check_alive(url: str, timeout: float) -> None:
-    """Returns if the stub of the decoder answers, whatever it says of its engine; raises one of the errors above.
+def check_alive(url: str, timeout: float, model: str = "decoder") -> None:
+    """Returns if the stub of a decoder answers, whatever it says of its engine; raises one of the errors above.
 
     Raises also TroubleError: the stub is stuck, or the decoder is not loaded.
     """
-    answer = post(f"{url}/v2/models/decoder/generate", {"control": "status"}, timeout)
+    answer = post(f"{url}/v2/models/{model}/generate", {"control": "status"}, timeout)
     try:
         trouble = str(json.loads(json.loads(answer)["text_output"])["trouble"])
     except (ValueError, KeyError, TypeError):

@@ -52,6 +52,8 @@ class Gateway:
         is_empty = bool(told.get("key_store_empty"))
         lost = [name for name in told.get("lost_stores", ()) if not (is_empty and name == "keys")]
         lines = [NO_KEYS] * is_empty + [f"the gateway has lost its store of {name}" for name in lost]
+        if names := told.get("models_in_trouble"):
+            lines.append(f"models that no replica can serve: {', '.join(names)}")
         if number := told.get("replicas_in_trouble"):
             lines += self._troubles(timeout) or [f"replicas that take no requests: {number}"]
         return lines

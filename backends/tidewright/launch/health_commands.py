@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from typing import TYPE_CHECKING
 
 import click
 
 from tidewright.launch import gateway_control, repository
-from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, UnreachableError, check_alive, control
+from tidewright.launch.control import (
+    CONNECT_TIMEOUT,
+    DeadStubError,
+    NoAnswerError,
+    TroubleError,
+    UnreachableError,
+    check_alive,
+    control,
+)
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.key_option import key_options
+
+if TYPE_CHECKING:
+    from tidewright.schema import ControlWord
 
 URL = click.option(
     "--url",
@@ -30,6 +43,8 @@ def health(url: str, key: str | None, timeout: float, live: bool) -> None:
     Triton is healthy if it and its Python stub answer, and the engine, with all of its ranks, has computed a step or
     answered a ping within heartbeat_timeout. It does not queue behind requests, so a busy server is healthy. Triton's
     own /v2/health/ready knows nothing of the engine.
+
+    Of several models, one that takes requests is enough; --live asks the first, or those that are loaded without it.
 
     A gateway is healthy if one of its replicas can take requests. It names those that can't to admins, or to anyone if
     it requires no keys.
@@ -54,14 +69,17 @@ def health(url: str, key: str | None, timeout: float, live: bool) -> None:
         troubles: list[str] = []
         if live:
             if not gateway:  # which has just answered
-                check_alive(url, left)
+                _check_alive(url, deadline)
         elif gateway:
             troubles = gateway.check(left)
         else:
             try:
                 control(url, "health", left)
             except TroubleError as error:
-                raise repository.explained(error, url, "decoder") from None
+                told = repository.explained(error, url, "decoder")
+                if not _another(url, "health", deadline):
+                    raise told from None
+                troubles.append(f"the first model takes no requests: {told}")
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
     click.echo("alive" if live else "healthy")
@@ -100,7 +118,11 @@ def drain(url: str, key: str | None, replica: str | None, wait: bool) -> None:
             return
         if replica:
             raise click.UsageError(f"--replica is for gateways, and {url} is none")
-        control(url, "drain", CONNECT_TIMEOUT)
+        try:
+            control(url, "drain", CONNECT_TIMEOUT)
+        except TroubleError:  # the first model may not be loaded: any of several passes it on
+            if not _another(url, "drain", time.monotonic() + CONNECT_TIMEOUT):
+                raise
         click.echo("Draining.")
         while wait:
             time.sleep(0.2)
@@ -112,3 +134,25 @@ def drain(url: str, key: str | None, replica: str | None, wait: bool) -> None:
                 return
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
+
+
+def _another(url: str, word: ControlWord, deadline: float) -> bool:
+    """Whether a model beside the first answers it with yes."""
+    for decoder in repository.further_decoders(url, max(deadline - time.monotonic(), 0.001)):
+        with contextlib.suppress(TroubleError, DeadStubError, NoAnswerError):
+            control(url, word, max(deadline - time.monotonic(), 0.001), decoder)
+            return True
+    return False
+
+
+def _check_alive(url: str, deadline: float) -> None:
+    """Of several models, those that are loaded."""
+    left = max(deadline - time.monotonic(), 0.001)
+    try:
+        check_alive(url, left)
+    except TroubleError as error:
+        others = repository.further_decoders(url, left) if repository.is_away(error) else []
+        if not others:
+            raise
+        for decoder in others:
+            check_alive(url, max(deadline - time.monotonic(), 0.001), decoder)

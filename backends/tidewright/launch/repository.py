@@ -23,7 +23,11 @@ def why_away(index: bytes, url: str, model: str) -> str:
         state, reason = entry.get("state", ""), entry.get("reason", "")
     except (ValueError, TypeError, AttributeError, StopIteration):
         return ""
-    again = f"load it again with: curl -X POST {url}/v2/repository/models/{model}/load"
+    name = model.partition("_")[2]  # of a model beside the first, which has more than one in Triton
+    how = (
+        f"tidewright model load {name} --url {url}" if name else f"curl -X POST {url}/v2/repository/models/{model}/load"
+    )
+    again = f"load it again with: {how}"
     if state == "UNLOADING":
         return f"{model} is being unloaded, by request"
     if state != "UNAVAILABLE":
@@ -39,6 +43,15 @@ def is_loading(index: bytes) -> bool:
         return any(one.get("state") == "LOADING" for one in json.loads(index))
     except (ValueError, TypeError, AttributeError):
         return False
+
+
+def further_decoders(url: str, timeout: float) -> list[str]:
+    """Those of models beside the first that are loaded; none if Triton does not say. `timeout` is in seconds."""
+    try:
+        index = json.loads(post(url + INDEX, {}, timeout))
+        return [one["name"] for one in index if one["name"].startswith("decoder_") and one.get("state") == "READY"]
+    except (LaunchError, ValueError, TypeError, KeyError, AttributeError):
+        return []
 
 
 def explained(error: TroubleError, url: str, model: str) -> LaunchError:

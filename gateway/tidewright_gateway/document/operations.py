@@ -20,7 +20,7 @@ from tidewright_gateway.document import (
 )
 from tidewright_gateway.document.errors import AnthropicError, ErrorBody
 from tidewright_gateway.http.adapters import LoadAdapterRequest, UnloadAdapterRequest
-from tidewright_gateway.http.operations import DrainRequest
+from tidewright_gateway.http.operations import DrainRequest, ModelRequest
 from tidewright_gateway.openai.chat import ChatRequest, TokenizeRequest
 from tidewright_gateway.openai.embeddings import EmbeddingRequest, ScoreRequest
 from tidewright_gateway.openai.protocol import CompletionRequest, DetokenizeRequest
@@ -95,6 +95,8 @@ OPERATIONS: dict[tuple[str, str], Described] = {
     ("get", "/metrics"): Described("getMetrics", "operations", ()),
     ("get", "/admin/status"): Described("getStatus", "operations", (status.GatewayStatus,)),
     ("post", "/admin/drain"): Described("drainReplica", "operations", (status.Draining,), DrainRequest),
+    ("post", "/admin/models/load"): Described("loadModel", "operations", (status.LoadedModel,), ModelRequest),
+    ("post", "/admin/models/unload"): Described("unloadModel", "operations", (status.UnloadedModel,), ModelRequest),
 }
 
 TAGS = {

@@ -85,6 +85,16 @@ class GatewayStatus(Shown):
     """Those beside the first, by name."""
 
 
+class LoadedModel(Shown):
+    loaded: str
+    """The model's name."""
+
+
+class UnloadedModel(Shown):
+    unloaded: str
+    """The model's name."""
+
+
 class Draining(Shown):
     draining: str
     """The replica's address."""

@@ -38,7 +38,7 @@ def make_adapter_router(models: Models) -> APIRouter:
     @router.post("/v1/load_lora_adapter")
     async def load(request: Request, body: LoadAdapterRequest) -> PlainTextResponse:
         """Loads a LoRA adapter on all replicas, also on those that come later. Requires the role admin."""
-        name, base = body.lora_name, models.base(body.base_model_name)
+        name, base = body.lora_name, models.base(body.base_model_name, "base_model_name")
         if name in models.names:
             raise invalid(f"lora_name: {name!r} is a model itself; choose another name", "lora_name")
         if (other := models.adapters.get(name)) and other is not base:

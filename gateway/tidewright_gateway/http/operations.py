@@ -29,6 +29,13 @@ class DrainRequest(BaseModel):
     """Its address, as /admin/status has it. Needed unless there is only one."""
 
 
+class ModelRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    model: StrictStr
+    """Its name, as /v1/models has it."""
+
+
 def make_operations_router(parts: Parts, sampler: Sampler) -> APIRouter:
     router = APIRouter()
 
@@ -100,7 +107,28 @@ def make_operations_router(parts: Parts, sampler: Sampler) -> APIRouter:
             raise ApiError(503, f"{replica.address} can't be drained: {error}", code="not_drained") from None
         return {"draining": replica.address}
 
+    @router.post("/admin/models/load")
+    async def load_model(request: Request, body: ModelRequest) -> dict[str, str]:
+        """Loads a model on all replicas that were started with it, and answers when they take its requests. Requires
+        the role admin."""
+        await parts.models.change(body.model, load=True)
+        _log_change(request, body.model, "loaded")
+        return {"loaded": body.model}
+
+    @router.post("/admin/models/unload")
+    async def unload_model(request: Request, body: ModelRequest) -> dict[str, str]:
+        """Unloads a model on all replicas: its requests may finish, new ones are refused, and other models are not
+        disturbed. Requires the role admin."""
+        await parts.models.change(body.model, load=False)
+        _log_change(request, body.model, "unloaded")
+        return {"unloaded": body.model}
+
     return router
+
+
+def _log_change(request: Request, model: str, change: str) -> None:
+    key_id = request.scope["state"]["context"].caller.key_id
+    log.info("the model %s was %s by %s", model, change, key_id, extra=event("model_changed"))
 
 
 def _of_model(model: Model) -> dict[str, Any]:

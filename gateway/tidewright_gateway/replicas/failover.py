@@ -126,6 +126,10 @@ class Failover:
         """Context that every replica has, in tokens."""
         return self._set.max_model_len(self._max_model_len)
 
+    async def change(self, replica: Replica, load: bool) -> None:
+        """Loads or unloads its model there. Raises ModelError: it could not be done."""
+        await self._set.change(replica, load)
+
     async def drain(self, replica: Replica) -> None:
         """Ends it gently. Raises ModelError: it did not accept that."""
         await self._set.drain(replica)

@@ -17,6 +17,7 @@ from tidewright.logs import event
 from tidewright.resilience.breaker import Permit, Refusal, State
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
+from tidewright.served_models import FIRST_CHAIN, chain_of, decoder_of
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas import replica as replicas
@@ -31,6 +32,7 @@ log = logging.getLogger(__name__)
 
 IDLE_INTERVALS = 10  # of `probe_interval` between two status checks while idle
 FALLBACK_INTERVAL = 5.0  # seconds between two status checks of a fallback
+LOAD_TIMEOUT = 1200.0  # seconds; a large model takes minutes
 WATCH_INTERVAL = 0.05  # seconds between two checks of attempts in flight
 
 
@@ -208,6 +210,16 @@ class ReplicaSet:
             ModelError: it did not accept that.
         """
         await replica.client.control("drain", STATUS_TIMEOUT, replica.decoder)
+        await self.ask(replica)
+
+    async def change(self, replica: Replica, load: bool) -> None:
+        """Loads or unloads its model. Raises ModelError: it could not be done."""
+        if replica.decoder == DECODER:
+            chain: Sequence[str] = FIRST_CHAIN
+        else:
+            chain = chain_of(replica.decoder.removeprefix(decoder_of("")))
+        for model in chain if load else reversed(chain):
+            await replica.client.change(model, load, LOAD_TIMEOUT)
         await self.ask(replica)
 
     def settle(self, replica: Replica) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 import grpc.aio
 import msgspec
-from tritonclient.grpc import service_pb2
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tidewright.logs import event
 from tidewright.resilience.errors import ModelError
@@ -95,6 +95,8 @@ class _Connections:
         # Control words have a connection of their own, so that they do not queue behind streams.
         self._control_channel = _channel(address, credentials)
         self.control = _one_request(self._control_channel)
+        stub = service_pb2_grpc.GRPCInferenceServiceStub(self._control_channel)
+        self.load, self.unload = stub.RepositoryModelLoad, stub.RepositoryModelUnload
         self.next_method = itertools.cycle([_one_request(channel) for channel in self._channels]).__next__
         self._calls, self._retired = 0, False
 
@@ -173,6 +175,24 @@ class TritonClient:
         if response.error_message:
             raise ModelError(response.error_message)
         return _outputs(response.infer_response)["text_output"][4:].decode()
+
+    async def change(self, model: str, load: bool, timeout: float) -> None:
+        """Loads or unloads a model; a load returns when the model is ready.
+
+        Raises:
+            ModelError: it could not be done, or not within `timeout` seconds.
+        """
+        connections = self._connections
+        connections.joined()
+        try:
+            if load:
+                await connections.load(service_pb2.RepositoryModelLoadRequest(model_name=model), timeout=timeout)
+            else:
+                await connections.unload(service_pb2.RepositoryModelUnloadRequest(model_name=model), timeout=timeout)
+        except grpc.aio.AioRpcError as error:
+            raise _model_error(error) from None
+        finally:
+            connections.left()
 
 
 class TritonCall:
