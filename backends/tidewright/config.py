@@ -155,6 +155,13 @@ class Settings(ResilienceSettings, BaseSettings):
         description="Share of `kv_cache_memory` that the model gets where several share it. 0: of what the shares of "
         "others leave, as much as each other model without one.",
     )
+    memory_budget: str = Field(
+        "auto",
+        description="Memory of the device for weights, KV cache, adapters and what a step takes together: 8GiB, or "
+        "80% of all that the device, machine or container has. The KV cache takes no more than the others leave; of "
+        "several models each has its `kv_cache_share` of it. auto: what they take, with the KV cache of "
+        "kv_cache_memory.",
+    )
     max_model_len: int = Field(
         0, ge=0, description="Longest prompt plus output, in tokens; 0 takes the model's own limit."
     )
@@ -289,7 +296,7 @@ class Settings(ResilienceSettings, BaseSettings):
         "go to a collector only. Empty: nowhere.",
     )
 
-    @field_validator("kv_cache_memory", "fallback_memory")
+    @field_validator("kv_cache_memory", "fallback_memory", "memory_budget")
     @classmethod
     def _memory_is_readable(cls, value: str) -> str:
         if value != "auto":
@@ -446,6 +453,7 @@ class Settings(ResilienceSettings, BaseSettings):
             kv_cache_dtype="auto",  # as it was exported
             kv_cache_memory=self.fallback_memory,
             kv_cache_share=1.0,
+            memory_budget="auto",
             max_output_tokens=self.fallback_max_tokens,
             adapter_folder="",
             max_batched_tokens=256,  # its prefill is slow, and nobody is to wait long for a first token
@@ -477,6 +485,7 @@ class Settings(ResilienceSettings, BaseSettings):
             block_size=self.block_size,
             kv_cache_memory=self.kv_cache_memory,
             kv_cache_share=self.kv_cache_share or 1.0,
+            memory_budget=self.memory_budget,
             max_model_len=self.max_model_len,
             max_batched_tokens=self.max_batched_tokens,
             prefill_step_time=self.prefill_step_time,

@@ -49,7 +49,7 @@ def usable_threads(sharers: int = 1, root: Path = ROOT) -> int:
 def cpu_quota(root: Path = ROOT) -> Quota | None:
     """Of this process's cgroup and all above it, version 1 or 2; None: there is no limit."""
     found = []
-    for folder in _cgroup_folders(root):
+    for folder in cgroup_folders(root, "cpu"):
         limit = _limit(folder)
         if limit is not None:
             found.append(Quota(limit, folder / "cpu.stat"))
@@ -69,9 +69,9 @@ def _limit(folder: Path) -> float | None:
     return cores if cores > 0 else None  # version 1 says -1 for none
 
 
-def _cgroup_folders(root: Path) -> Iterator[Path]:
-    """Folders of the cpu controller, from this process's own up to the top of what is mounted here."""
-    for mount_root, mount_point, controllers in _mounts(root):
+def cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
+    """Folders of a controller, cpu or memory, from this process's own up to the top of what is mounted here."""
+    for mount_root, mount_point, controllers in _mounts(root, controller):
         for path in _paths(root, controllers):
             # In a container the mount shows the container's own cgroup as its top, and the path may be the host's.
             inside = os.path.relpath(path, mount_root)
@@ -80,13 +80,13 @@ def _cgroup_folders(root: Path) -> Iterator[Path]:
             yield from (above for above in (folder, *folder.parents) if above == top or top in above.parents)
 
 
-def _mounts(root: Path) -> Iterator[tuple[str, str, str]]:
-    """Of each mounted hierarchy with processors in it: its top, where it is mounted, "cpu", or "" for version 2."""
+def _mounts(root: Path, controller: str) -> Iterator[tuple[str, str, str]]:
+    """Of each mounted hierarchy with this controller: its top, where it is mounted, its name, or "" for version 2."""
     for line in _lines(root / "proc/self/mountinfo"):
         mount, _, filesystem = line.partition(" - ")
         fields, (kind, _, options) = mount.split(), (*filesystem.split(), "", "", "")[:3]
-        if len(fields) > 4 and (kind == "cgroup2" or (kind == "cgroup" and "cpu" in options.split(","))):
-            yield fields[3], fields[4], "" if kind == "cgroup2" else "cpu"
+        if len(fields) > 4 and (kind == "cgroup2" or (kind == "cgroup" and controller in options.split(","))):
+            yield fields[3], fields[4], "" if kind == "cgroup2" else controller
 
 
 def _paths(root: Path, controllers: str) -> Iterator[str]:

@@ -38,6 +38,7 @@ from tidewright.schema import (
     EMBEDDING,
     FAILED,
     LOAD_LORA,
+    RESIZE,
     UNLOAD_LORA,
 )
 from tidewright.served_models import PARAMETER
@@ -149,11 +150,19 @@ class TritonPythonModel:
     def _control(self, sender: object, word: str) -> None:
         if word.startswith(CANCEL):
             return self._cancel(sender, word.removeprefix(CANCEL))
+        if word.startswith(RESIZE):
+            self._bridge.resize_cache(word.removeprefix(RESIZE))
+            return self._bridge.reply(lambda: stub.send_text(sender, b"ok"))
         for command, run in ((LOAD_LORA, self._adapters.load), (UNLOAD_LORA, self._adapters.unload)):
             if word.startswith(command):
                 return run(word.removeprefix(command), lambda error: self._answer(sender, error))
         if word not in CONTROL_WORDS:
-            commands = (f"{CANCEL}<request id>", f"{LOAD_LORA}<JSON>", f"{UNLOAD_LORA}<JSON>")
+            commands = (
+                f"{CANCEL}<request id>",
+                f"{RESIZE}<bytes of KV cache>",
+                f"{LOAD_LORA}<JSON>",
+                f"{UNLOAD_LORA}<JSON>",
+            )
             known = ", ".join((*CONTROL_WORDS, *commands))
             raise InvalidRequestError(f"control is {word!r}; it can be: {known}")
         if word == "status":
@@ -164,6 +173,9 @@ class TritonPythonModel:
         if word == "list_lora":
             adapters = msgspec.json.encode(self._bridge.adapters)
             return self._bridge.reply(lambda: stub.send_text(sender, adapters))
+        if word == "memory":
+            account = msgspec.json.encode(msgspec.structs.asdict(self._bridge.engine_stats.memory))
+            return self._bridge.reply(lambda: stub.send_text(sender, account))
         if word == "drain":
             self._bridge.drain()
         elif trouble := self._bridge.trouble:

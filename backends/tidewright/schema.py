@@ -52,13 +52,15 @@ TOKENIZER_OUTPUTS = (TensorSpec("input_ids", "TYPE_INT32", (-1,)),)
 
 # Asks about the server instead of for text, and is answered at once, however much is queued.
 CONTROL = TensorSpec("control", "TYPE_STRING", (1,), optional=True)
-ControlWord = Literal["health", "drain", "status", "list_lora"]
+ControlWord = Literal["health", "drain", "status", "memory", "list_lora"]
 DRAINING = "draining: no new requests are taken"  # the answer to "health" while that is so
 # The answer to "health" begins so where only a reload of the model helps, with its process killed.
 STUCK = "stuck: "
 CONTROL_WORDS: tuple[str, ...] = get_args(ControlWord)
 # Before a request id: ends the requests of that id, also where Triton carries no cancel, as through an ensemble.
 CANCEL = "cancel:"
+# Before a number of bytes: the KV cache is to have so many, while requests run.
+RESIZE = "resize:"
 # Before an AdapterOrder in JSON: load and unload a LoRA adapter. Answered when that is done.
 LOAD_LORA, UNLOAD_LORA = "load_lora:", "unload_lora:"
 MAX_CONTROL_LENGTH = 8192  # characters

@@ -166,6 +166,38 @@ ENGINE = Dashboard(
             ),
         ),
         Row(
+            "Memory",
+            (
+                Panel(
+                    "By owner",
+                    "bytes",
+                    (
+                        Query(f"sum by (owner) ({of_engine('memory_bytes')})", "{{owner}}"),
+                        Query(f"sum({of_engine('memory_budget_bytes')})", "budget"),
+                        Query(f"sum({of_engine('kv_cache_target_bytes')})", "KV cache, wanted"),
+                    ),
+                    "Of one rank of each replica",
+                ),
+                Panel("Budget in use", "percentunit", (Query(of_engine("memory_utilisation_ratio")),)),
+                Panel(
+                    "Reclaimed",
+                    "bytes",
+                    (
+                        Query(
+                            f"sum by (stage) (increase({of_engine('memory_reclaimed_bytes_total')}[5m]))", "{{stage}}"
+                        ),
+                    ),
+                    "In 5 minutes, because memory was short. pool_tail: requests were preempted for it",
+                ),
+                Panel(
+                    "KV cache resized",
+                    "short",
+                    (Query(f"increase({of_engine('kv_cache_resizes_total')}[5m])"),),
+                    "In 5 minutes",
+                ),
+            ),
+        ),
+        Row(
             "Prefix cache and speculation",
             (
                 Panel(

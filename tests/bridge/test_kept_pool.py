@@ -21,6 +21,7 @@ from tidewright.bridge import engine_client
 from tidewright.bridge.bridge import Bridge
 from tidewright.bridge.request import GenerationRequest, OutputOptions
 from tidewright.config import Settings
+from tidewright.errors import InvalidRequestError
 from tidewright.schema import SamplingParams
 from tidewright.tokenization import Tokenizer
 
@@ -46,6 +47,31 @@ def wait_for(what: Callable[[], Any]) -> None:
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def test_an_engine_that_takes_anothers_place_has_the_size_that_was_set_since(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    save(tmp_path, transformers.LlamaConfig(**SIZES))
+    settings = Settings(dtype="float32", kv_cache_memory=str(640 * BYTES_PER_TOKEN), max_model_len=64, threads=1)
+    bridge = Bridge(settings, msgspec.structs.replace(settings.engine_config(tmp_path), standby=False), tokenizer)
+    bridge.start()
+    try:
+        wait_for(lambda: bridge.engine_stats.blocks_total == 40)
+        for refused in ("1", str(641 * BYTES_PER_TOKEN), "9" * 5000, "1e9", "-5", ""):
+            with pytest.raises(InvalidRequestError, match=rf"can have {64 * BYTES_PER_TOKEN} to"):
+                bridge.resize_cache(refused)
+        bridge.resize_cache(str(170 * BYTES_PER_TOKEN))
+        wait_for(lambda: bridge.engine_stats.blocks_total == 10)
+        assert bridge.engine
+        os.kill(bridge.engine.pid, signal.SIGKILL)
+        wait_for(lambda: bridge.engine_restarts and bridge.engine_stats.blocks_total)
+        assert bridge.engine_stats.blocks_total == 10
+        assert bridge.engine_stats.cache_resizes == 1  # over all engines
+        bridge.resize_cache(str(640 * BYTES_PER_TOKEN))
+        wait_for(lambda: bridge.engine_stats.blocks_total == 40)
+    finally:
+        bridge.stop()
 
 
 @pytest.mark.heavy

@@ -153,3 +153,11 @@ def test_gpus_meet_by_nccl_on_their_own_gpu_and_cpus_by_gloo(
     join_group(dist.HashStore(), 0, 1, device, "127.0.0.1", 5.0, None)
     assert asked["backend"] == backend
     assert asked["device_id"] == (torch.device(device) if backend == "nccl" else None)
+
+
+def test_of_a_budget_a_model_gets_its_share_and_an_automatic_cache_stays_what_is_left() -> None:
+    config = EngineConfig(model_dir="", device="cpu", kv_cache_share=0.25, memory_budget="8GiB")
+    assert place(config, 0) == msgspec.structs.replace(config, kv_cache_share=1.0, memory_budget=f"{2 << 30}B")
+    config = msgspec.structs.replace(config, kv_cache_memory="1GiB", memory_budget="80%")
+    placed = place(config, 0)
+    assert (placed.kv_cache_memory, placed.memory_budget) == (f"{256 << 20}B", "20%")

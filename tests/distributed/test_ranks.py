@@ -20,7 +20,17 @@ import pytest
 import transformers
 
 from helpers.checkpoints import SIZES, expected, prompt, save
-from helpers.engine_process import PATIENCE, Bridge, bridge, config, hear_failed, hear_ready, submit, tokens_of
+from helpers.engine_process import (
+    PATIENCE,
+    Bridge,
+    bridge,
+    config,
+    hear_failed,
+    hear_ready,
+    heartbeat,
+    submit,
+    tokens_of,
+)
 from helpers.oracle import PROMPTS, Oracle
 from tidewright.bench.machine import free_ports
 from tidewright.distributed.fingerprint import model_fingerprint
@@ -29,7 +39,7 @@ from tidewright.distributed.placement import place
 from tidewright.distributed.rank_messages import Hello, Refused, decode_from_leader
 from tidewright.distributed.ranks import Ranks
 from tidewright.engine.engine import Engine
-from tidewright.engine.messages import Failed, Heartbeat, StepOutputs, Submit, encode
+from tidewright.engine.messages import Failed, Heartbeat, ResizeCache, StepOutputs, Submit, encode
 from tidewright.schema import SamplingParams
 
 
@@ -120,6 +130,18 @@ def test_two_ranks_with_a_quantized_cache_give_the_tokens_of_one(checkpoint: tup
             wanted[output.request_id] += output.token_ids
     with group(checkpoint[0], 2, **options) as started:
         assert tokens_of(started, requests) == wanted
+
+
+def test_two_ranks_resize_their_caches_alike(checkpoint: tuple[Path, Any]) -> None:
+    """A rank compares its plans, blocks included, with rank 0's. The first resize comes while there is no step."""
+    requests = [request for request in a_bit_of_everything() if request.sampling.temperature == 0]
+    with group(checkpoint[0], 2, **HARD, max_model_len=96, kv_cache_memory="96KiB") as started:
+        wanted = tokens_of(started, requests)
+        started.say(ResizeCache(30))
+        assert heartbeat(started, lambda stats: stats.cache_resizes == 1).blocks_total == 30
+        resizes = [ResizeCache(num_blocks) for num_blocks in (60, 24, 40, 24) * 3]
+        assert tokens_of(started, requests, resizes) == wanted
+        assert heartbeat(started, lambda stats: stats.cache_resizes > 3).blocks_free > 0
 
 
 def test_three_ranks_of_the_embedded_model(model_dir: Path, oracle: Oracle) -> None:

@@ -87,7 +87,7 @@ def test_only_what_runs_has_a_past(model: Model) -> None:
     assert isinstance(runner, OnnxRunner)
     while made.has_work:
         made.step()
-        waiting = {sequence.request_id for sequence in made.scheduler._waiting}
+        waiting = made.scheduler._by_id.keys() - {sequence.request_id for sequence in made.scheduler.running}
         assert not waiting & runner._past.keys()
         assert not waiting & set(runner._together if runner._batch else ())
         held = sum(past[0].shape[2] for past in runner._past.values())

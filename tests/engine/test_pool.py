@@ -11,7 +11,7 @@ import torch
 from helpers.counted_memory import CountedMemory
 from tidewright.devices import memory as memory_module
 from tidewright.engine.messages import EngineConfig
-from tidewright.engine.pool import pool_blocks
+from tidewright.engine.pool import PoolSize, pool_blocks, pool_size
 from tidewright.kv_cache import storage
 from tidewright.kv_cache.storage import KVCacheMemoryError, KVCacheShape
 
@@ -72,3 +72,31 @@ def test_nor_if_it_is_of_no_use_at_all() -> None:
     assert blocks(6, num_blocks=50) == 3
     with pytest.raises(KVCacheMemoryError, match=r"may need 12 tokens .* 0\.0 MiB free; it had more when the server"):
         blocks(3, num_blocks=50)
+
+
+def size(budget: str, weights: int, workspace: int, **changes: Any) -> PoolSize:
+    """On a device of 200 blocks; all in blocks."""
+    config = EngineConfig(model_dir="", **{"memory_budget": budget, **changes})
+    made = pool_size(config, SHAPE, 12, CountedMemory(200 * SIZE), weights * SIZE, workspace * SIZE, workspace * SIZE)
+    assert made.num_blocks <= made.most_blocks
+    assert (weights + workspace + made.most_blocks) * SIZE <= made.budget
+    return PoolSize(made.num_blocks, made.most_blocks, made.budget // SIZE)
+
+
+def test_the_cache_has_what_the_budget_leaves() -> None:
+    assert size("50%", 20, 10) == PoolSize(70, 70, 100)
+    assert size(str(60 * SIZE), 20, 10) == PoolSize(30, 30, 60)
+    assert size("50%", 20, 10, kv_cache_memory=str(40 * SIZE)) == PoolSize(40, 70, 100)
+    assert size("50%", 20, 10, kv_cache_memory=str(90 * SIZE)) == PoolSize(70, 70, 100)
+    assert size("50%", 20, 10, num_blocks=55) == PoolSize(55, 70, 100)  # as it was set
+
+
+def test_without_a_budget_it_is_what_all_take_together() -> None:
+    assert size("auto", 20, 10, kv_cache_memory=str(40 * SIZE)) == PoolSize(40, 40, 70)
+    later = size("auto", 20, 10, kv_cache_memory=str(40 * SIZE), num_blocks=15, most_blocks=40)
+    assert later == PoolSize(15, 40, 70)
+
+
+def test_a_budget_that_pays_for_no_request_is_refused() -> None:
+    with pytest.raises(KVCacheMemoryError, match=r"memory_budget is .* one sequence may need .*: raise it, or lower"):
+        size(str(32 * SIZE), 20, 10)

@@ -39,6 +39,9 @@ class CopiedMemory(DeviceMemory):
     def free(self) -> int:
         return 1 << 30
 
+    def capacity(self) -> int:
+        return 1 << 30
+
     def trim(self) -> None:
         pass
 

@@ -53,6 +53,9 @@ class CountedMemory(DeviceMemory):
     def free(self) -> int:
         return self.total
 
+    def capacity(self) -> int:
+        return self.total
+
     def trim(self) -> None:
         self.trims += 1
 

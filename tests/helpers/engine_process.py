@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,7 +15,9 @@ from tidewright.engine.messages import (
     Begin,
     Configure,
     EngineConfig,
+    EngineStats,
     Failed,
+    Heartbeat,
     Ready,
     SequenceOutput,
     StepOutputs,
@@ -52,14 +54,16 @@ class Bridge:
         assert self.connection.poll(PATIENCE), "the engine says nothing"
         return decode_to_bridge(self.connection.recv_bytes())
 
-    def outputs(self, request_ids: set[int]) -> list[SequenceOutput]:
-        """All outputs until the last of the requests has ended."""
+    def outputs(self, request_ids: set[int], meanwhile: Iterator[ToEngine] = iter(())) -> list[SequenceOutput]:  # noqa: B008
+        """All outputs until the last of the requests has ended. After each message with some, the next is said."""
         heard: list[SequenceOutput] = []
         waiting = set(request_ids)
         while waiting:
             message = self.hear()
             if isinstance(message, StepOutputs):
                 heard += message.outputs
+                if (word := next(meanwhile, None)) is not None:
+                    self.say(word)
                 waiting -= {output.request_id for output in message.outputs if output.finish_reason}
         return heard
 
@@ -99,11 +103,19 @@ def hear_failed(started: Bridge) -> str:
     return message.message
 
 
-def tokens_of(started: Bridge, requests: list[Submit]) -> dict[int, list[int]]:
+def heartbeat(started: Bridge, is_it: Callable[[EngineStats], bool]) -> EngineStats:
+    """The next heartbeat that is the one."""
+    while not (isinstance(message := started.hear(), Heartbeat) and is_it(message.stats)):
+        pass
+    return message.stats
+
+
+def tokens_of(started: Bridge, requests: list[Submit], meanwhile: Iterable[ToEngine] = ()) -> dict[int, list[int]]:
+    """`meanwhile`: said one by one, after each step that brings tokens."""
     for request in requests:
         started.say(request)
     tokens: dict[int, list[int]] = {request.request_id: [] for request in requests}
-    for output in started.outputs(set(tokens)):
+    for output in started.outputs(set(tokens), iter(meanwhile)):
         assert output.finish_reason in (None, "length", "stop"), output
         tokens[output.request_id] += output.token_ids
     return tokens

@@ -274,6 +274,23 @@ class Bridge:
                 self._fail(request, CancelledError("cancelled by its id"))
         return len(found)
 
+    def resize_cache(self, size: str) -> None:
+        """Have the engine's KV cache grow or shrink to so many bytes. It happens between two steps, and requests go on.
+
+        Raises:
+            InvalidRequestError: that is no size which the KV cache can have.
+            EngineUnavailableError: no engine is up.
+        """
+        account = self.engine_stats.memory
+        if not account.block:
+            raise EngineUnavailableError("the engine has not told its memory yet; try again")
+        if not (size.isascii() and size.isdigit() and account.kv_least <= int(size[:20]) <= account.kv_most):
+            raise InvalidRequestError(
+                f"the KV cache can have {account.kv_least} to {account.kv_most} bytes, not {size[:20]!r}: at least one "
+                "request of max_model_len, at most what memory_budget pays for"
+            )
+        self._feeder.resize_cache(int(size) // account.block)
+
     @property
     def adapters(self) -> list[Adapter]:
         """The LoRA adapters that are loaded, or are about to be, or to go; in order of their loading."""

@@ -101,6 +101,7 @@ class EngineClient:
     ) -> None:
         """`replayed_tokens`: of the longest request that is in flight, at its end."""
         self._config = config
+        self._num_blocks = self._most_blocks = 0  # of the KV cache, for engines to come; 0: the first counts them
         self._events, self._replayed_tokens = events, replayed_tokens
         self._start_timeout = start_timeout
         self._heartbeat_timeout = heartbeat_timeout
@@ -226,7 +227,7 @@ class EngineClient:
         cause, connection, self._lacked_memory = "", None, False
         try:
             self._process, connection = self._take_standby() or self._start_process()
-            connection.send_bytes(encode(Begin(self._replayed_tokens())))
+            connection.send_bytes(encode(Begin(self._replayed_tokens(), self._num_blocks, self._most_blocks)))
             cause = self._read_messages(connection)
         except (EOFError, OSError):
             pass  # how the process ended says more
@@ -329,6 +330,9 @@ class EngineClient:
             if isinstance(message, StepOutputs):
                 self._report(self._events.outputs, message.outputs)
             elif isinstance(message, Heartbeat):
+                memory = message.stats.memory
+                self._num_blocks = memory.target_blocks or self._num_blocks
+                self._most_blocks = memory.most_blocks or self._most_blocks
                 self._report(self._events.stats, message.stats)
             elif isinstance(message, AdapterChanged):
                 self._report(self._events.adapter, message)
@@ -337,9 +341,8 @@ class EngineClient:
                     self._make_steps_smaller(message.step_tokens)
                 return message.message
             else:
-                if not self._config.num_blocks:
-                    # What it accepts, every later one has to take again.
-                    self._config = msgspec.structs.replace(self._config, num_blocks=message.num_blocks)
+                # What it accepts, every later one has to take again.
+                self._num_blocks = self._num_blocks or message.num_blocks
                 self._work = Work(message.pid)
                 self._connection = connection
                 self._up_at = time.monotonic()

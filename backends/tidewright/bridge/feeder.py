@@ -26,7 +26,7 @@ import msgspec
 
 from tidewright.bridge.adapters import Adapters, Done
 from tidewright.bridge.output_sequence import OutputSequence
-from tidewright.engine.messages import Abort, AdapterChanged, Submit, ToEngine
+from tidewright.engine.messages import Abort, AdapterChanged, ResizeCache, Submit, ToEngine
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
 from tidewright.schema import KILLS_ENGINES
 
@@ -83,6 +83,9 @@ class Feeder:
     def engine_lost(self, to_blame: bool = True) -> None:
         """`to_blame`: one of the sequences may be the cause."""
         self._notes.put(lambda: self._lose(to_blame))
+
+    def resize_cache(self, num_blocks: int) -> None:
+        self._notes.put(lambda: self._send(ResizeCache(num_blocks)))
 
     def load_adapter(self, name: str, path: str, done: Done) -> None:
         self._notes.put(lambda: self.adapters.load(name, path, done))

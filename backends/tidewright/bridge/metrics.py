@@ -9,6 +9,8 @@ from tidewright.bridge.adapters import ADAPTER_CHANGES
 from tidewright.bridge.stats import REQUEST_BUCKETS, TARGETS, TOKEN_BUCKETS, Histogram
 from tidewright.bridge.traces import EXPORTED
 from tidewright.engine.messages import STEP_PHASES
+from tidewright.memory.account import OWNERS
+from tidewright.memory.reclaim import STAGES
 from tidewright.metrics import HEARTBEAT, PREFIX, Label, MetricSpec, Samples, heartbeat
 from tidewright.schema import DRAINING, FINISH_REASONS, STUCK
 from tidewright.tracing.exporter import DROPS
@@ -103,6 +105,28 @@ METRICS = (
     MetricSpec("kv_blocks_free", "gauge", "Blocks of the KV cache that no request uses"),
     MetricSpec("kv_blocks_cached", "gauge", "Free blocks whose content the prefix cache can still find"),
     MetricSpec("kv_usage_ratio", "gauge", "Share of the KV cache's blocks that requests use, 0 to 1"),
+    MetricSpec(
+        "memory_bytes",
+        "gauge",
+        "Memory of one rank by owner: weights; workspace, what the largest step takes; adapters; blocks of the KV "
+        "cache that requests use, that only the prefix cache has, and that nobody has",
+        (Label("owner", OWNERS),),
+    ),
+    MetricSpec("memory_budget_bytes", "gauge", "What all owners together may have (`memory_budget`)"),
+    MetricSpec(
+        "memory_utilisation_ratio",
+        "gauge",
+        "Share of the budget without cached and free blocks of the KV cache, 0 to 1",
+    ),
+    MetricSpec("kv_cache_target_bytes", "gauge", "The KV cache's size whenever there is memory for it"),
+    MetricSpec("kv_cache_resizes_total", "counter", "Times that the KV cache grew or shrank while requests ran"),
+    MetricSpec(
+        "memory_reclaimed_bytes_total",
+        "counter",
+        "Memory that was taken back because it was short, by what gave it, in the order in which it is asked: "
+        "free_blocks of the KV cache, idle_adapters, pool_tail, for which requests were preempted, idle_model",
+        (Label("stage", STAGES),),
+    ),
     MetricSpec("kv_slots_unused", "gauge", "Fragmentation: token slots of used blocks that hold no token"),
     MetricSpec("prefix_cache_queries_total", "counter", "Prompt tokens looked up in the prefix cache"),
     MetricSpec("prefix_cache_hits_total", "counter", "Prompt tokens that the prefix cache had"),
@@ -148,6 +172,10 @@ def samples(bridge: Bridge) -> Samples:
         "kv_blocks_free": stats.blocks_free,
         "kv_blocks_cached": stats.blocks_cached,
         "kv_usage_ratio": stats.kv_usage,
+        "memory_budget_bytes": stats.memory.budget,
+        "memory_utilisation_ratio": stats.memory.utilisation,
+        "kv_cache_target_bytes": stats.memory.kv_target,
+        "kv_cache_resizes_total": stats.cache_resizes,
         "kv_slots_unused": stats.slots_unused,
         "prefix_cache_queries_total": stats.prefix_queries,
         "prefix_cache_hits_total": stats.prefix_hits,
@@ -169,6 +197,10 @@ def samples(bridge: Bridge) -> Samples:
         yield "requests_within_targets_total", target, count
     yield "requests_refused_early_total", "timeout", stats.refused_by_timeout
     yield "requests_refused_early_total", "ttft_target", stats.refused_by_target
+    for owner in OWNERS:
+        yield "memory_bytes", owner, getattr(stats.memory, owner)
+    for stage in STAGES:
+        yield "memory_reclaimed_bytes_total", stage, stats.reclaimed.get(stage, 0)
     for phase in STEP_PHASES:
         yield "step_seconds_total", phase, getattr(stats, f"{phase}_seconds")
     if bridge.traces:

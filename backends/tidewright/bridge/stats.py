@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from tidewright.engine.messages import STEP_PHASES, EngineStats
+from tidewright.memory.reclaim import STAGES
 from tidewright.schema import FINISH_REASONS, FinishReason
 
 # Upper bounds of the histograms' buckets, in seconds.
@@ -29,7 +30,7 @@ _NO_STATS = EngineStats(0, 0, 0, 0, 0, 0, 0, 0)
 _COUNTERS = (
     *("steps", "prompt_tokens", "generated_tokens", "preemptions"),
     *("prefix_queries", "prefix_hits", "prefix_evictions", "tokens_drafted", "tokens_accepted"),
-    *("steps_out_of_memory", "refused_by_timeout", "refused_by_target"),
+    *("steps_out_of_memory", "refused_by_timeout", "refused_by_target", "cache_resizes"),
     *(f"{phase}_seconds" for phase in STEP_PHASES),
 )
 
@@ -56,7 +57,8 @@ class CumulativeStats:
 
 def _sum(past: EngineStats, latest: EngineStats) -> EngineStats:
     counters = {name: getattr(past, name) + getattr(latest, name) for name in _COUNTERS}
-    return msgspec.structs.replace(latest, **counters)
+    reclaimed = {stage: past.reclaimed.get(stage, 0) + latest.reclaimed.get(stage, 0) for stage in STAGES}
+    return msgspec.structs.replace(latest, **counters, reclaimed=reclaimed)
 
 
 @dataclass

@@ -34,6 +34,10 @@ class DeviceMemory:
         """Bytes."""
         return torch.cuda.mem_get_info(self._torch_device)[0]
 
+    def capacity(self) -> int:
+        """Bytes, free or not."""
+        return torch.cuda.mem_get_info(self._torch_device)[1]
+
     def await_free(self, size: int, patience: float) -> bool:
         """Whether so many bytes are free within `patience` seconds: those of a process that died come back late."""
         deadline = time.monotonic() + patience

@@ -21,8 +21,8 @@ def resolve(config: EngineConfig) -> EngineConfig:
 def place(config: EngineConfig, local_rank: int) -> EngineConfig:
     """The configuration for one of `config.local_ranks` ranks on this host.
 
-    Of the memory for KV caches it gets its model's share. On a CPU the ranks divide the part of the free memory that
-    the KV cache may take, and the cores (step_threads.py).
+    Of the memory for KV caches, and of the budget, it gets its model's share. On a CPU the ranks divide the part of the
+    free memory that the KV cache may take, and the cores (step_threads.py).
 
     Raises:
         DeviceError: this host lacks a GPU for one of its ranks, whichever.
@@ -31,8 +31,12 @@ def place(config: EngineConfig, local_rank: int) -> EngineConfig:
     config = resolve(config)
     ranks, is_gpu = config.local_ranks, config.device.startswith("cuda")
     memory = config.kv_cache_memory
-    if config.kv_cache_share < 1:
-        memory = part_of((AUTO_GPU if is_gpu else AUTO_CPU) if memory == "auto" else memory, config.kv_cache_share)
+    if (share := config.kv_cache_share) < 1:
+        if config.memory_budget != "auto":  # of which an automatic KV cache is what is left
+            config = msgspec.structs.replace(config, memory_budget=part_of(config.memory_budget, share))
+        elif memory == "auto":
+            memory = AUTO_GPU if is_gpu else AUTO_CPU
+        memory = memory if memory == "auto" else part_of(memory, share)
         config = msgspec.structs.replace(config, kv_cache_memory=memory, kv_cache_share=1.0)
     if is_gpu and not config.is_onnx:
         gpus = gpus_of(config.device, ranks)

@@ -38,7 +38,8 @@ def _run() -> int:
             from tidewright.engine.process import EngineProcess
 
         begin = _expect(Begin, connection)
-        config = msgspec.structs.replace(config, replayed_tokens=begin.replayed_tokens)
+        kept = {"num_blocks": begin.num_blocks, "most_blocks": begin.most_blocks}
+        config = msgspec.structs.replace(config, replayed_tokens=begin.replayed_tokens, **kept)
         logs.rename("fallback_engine" if config.is_onnx else "engine")
         if config.nodes > 1:
             ranks = Ranks(config)

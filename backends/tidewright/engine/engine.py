@@ -19,6 +19,7 @@ from tidewright.distributed.ranks import Ranks
 from tidewright.engine.admission import Admission
 from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig
+from tidewright.engine.memory_manager import MemoryManager
 from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.pace import StepPace
@@ -32,6 +33,8 @@ from tidewright.engine.timing import Timing
 from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.logs import event
 from tidewright.lora.adapter import Adapter
+from tidewright.memory.machine import machine_memory
+from tidewright.memory.reclaim import Watermarks
 
 _T = TypeVar("_T")
 
@@ -67,6 +70,7 @@ class Engine:
             config.prefill_step_time, config.tpot_target, config.max_batched_tokens, config.max_running
         )
         self._admission = Admission(self.scheduler, self._latency, config.ttft_target)
+        self.memory = self._manage_memory()
         self._ranks = ranks
         self._inputs: list[Input] = []  # that the other ranks have not got yet
         self._in_flight: deque[_Flight] = deque()
@@ -121,20 +125,61 @@ class Engine:
                 outputs.append(output)
         return outputs
 
-    def resize(self, num_blocks: int) -> None:
-        """Gives the KV cache another number of blocks, while requests run.
-
-        Raises what the device does if memory does not suffice; then the cache has at least as many as before.
-        """
-        if num_blocks > self.scheduler.num_blocks:
-            self.runner.resize(num_blocks, {})
+    def resize(self, num_blocks: int) -> bool:
+        """Gives the KV cache another number of blocks, while requests run; False: memory does not suffice for it."""
+        if num_blocks > self.num_blocks:
+            _, lack = _attempt(lambda: self.runner.resize(num_blocks, {}))
+            if lack:
+                self.runner.trim()
+                return False
             self.scheduler.resize(num_blocks)
         else:
-            self.runner.resize(num_blocks, self.scheduler.resize(num_blocks))
+            moves = self.scheduler.resize(num_blocks)
+            # Without memory for the copy of a layer the others are smaller, and all that is left of the pool is there.
+            _, lack = _attempt(lambda: self.runner.resize(num_blocks, moves))
         self._tell_ranks(Resize(num_blocks))
         if self._ranks and not self.has_work:
             self._ranks.tell(self._inputs)
             self._inputs = []
+        return True
+
+    # The KV cache, as its manager sees it
+
+    @property
+    def num_blocks(self) -> int:
+        return self.scheduler.cache.pool.num_blocks
+
+    @property
+    def used_blocks(self) -> int:
+        return self.scheduler.cache.pool.num_used
+
+    @property
+    def cached_blocks(self) -> int:
+        return self.scheduler.cache.num_cached
+
+    @property
+    def free_blocks(self) -> int:
+        return self.scheduler.free_blocks
+
+    @property
+    def least_blocks(self) -> int:
+        return self.scheduler.least_blocks
+
+    @property
+    def touched_blocks(self) -> int:
+        return self.runner.touched_blocks
+
+    def _manage_memory(self) -> MemoryManager:
+        fixed, config, runner = self.runner.fixed_memory, self.config, self.runner
+        target = max(self.num_blocks, min(config.num_blocks, fixed.most_blocks))
+        if not isinstance(runner, ModelRunner):
+            return MemoryManager(fixed, self, target, None, Watermarks(0, 0))
+        memory, layers = runner.device.memory, len(runner.kv_cache.layers)
+        if memory.is_bounded:  # others can't take what is this engine's; a copy of a layer must have room
+            marks = Watermarks(0, fixed.block * target // layers)
+            return MemoryManager(fixed, self, target, memory.free, marks, layers)
+        marks = Watermarks.of(memory.capacity())
+        return MemoryManager(fixed, self, target, lambda: machine_memory().free, marks, layers, config.local_ranks)
 
     def step(self) -> list[SequenceOutput]:
         """Launches what can be launched, waits for the oldest step in flight, and tells what it has brought."""
@@ -237,6 +282,9 @@ class Engine:
             agree_seconds=self._agree_seconds,
             forward_seconds=self.runner.forward_seconds,
             sample_seconds=self.runner.sample_seconds,
+            memory=self.memory.account(),
+            cache_resizes=self.memory.resizes,
+            reclaimed=dict(self.memory.reclaimed),
         )
 
     def ready(self) -> Ready:

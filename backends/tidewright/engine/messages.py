@@ -1,6 +1,7 @@
 """What the bridge and the engine process say to each other: msgpack structs over one local socket.
 
-Bridge to engine: one `Configure`, one `Begin`, then `Submit`, `Abort`, `LoadAdapter`, `UnloadAdapter`, `Shutdown`.
+Bridge to engine: one `Configure`, one `Begin`, then `Submit`, `Abort`, `ResizeCache`, `LoadAdapter`, `UnloadAdapter`,
+`Shutdown`.
 Engine to bridge: `Ready`, then `StepOutputs`, `AdapterChanged` and `Heartbeat`; at any time `Failed`, as the last.
 """
 
@@ -12,6 +13,7 @@ from typing import Literal
 import msgspec
 
 from tidewright.address import MAX_PORT, host_and_port
+from tidewright.memory.account import MemoryAccount
 from tidewright.schema import FinishReason, Pooling, SamplingParams, Task
 
 AsyncScheduling = Literal["auto", "on", "off"]
@@ -32,7 +34,9 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16  # tokens a block
     kv_cache_memory: str = "auto"  # as tidewright.kv_cache.budget reads it
     kv_cache_share: float = 1.0  # of it, for this engine; other models of the server have the rest
-    num_blocks: int = 0  # of the KV cache, as the first engine counted them; 0: this is the first
+    memory_budget: str = "auto"  # of all that the engine takes, as tidewright.kv_cache.budget reads it
+    num_blocks: int = 0  # of the KV cache that the engine before had, as `Begin` says; 0: this is the first
+    most_blocks: int = 0  # likewise, that the KV cache of the engine before could have
     replayed_tokens: int = 0  # of the longest request in flight, at its end; as `Begin` says
     max_model_len: int = 0  # tokens; 0: the model's own limit
     max_batched_tokens: int = 2048  # token budget of one step
@@ -98,6 +102,8 @@ class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
     """Load the model. Until then the process has imported what it needs, and stands by in case another dies."""
 
     replayed_tokens: int = 0  # of the longest request that will come again, at its end
+    num_blocks: int = 0  # of the KV cache, as the first engine counted them or `ResizeCache` says; 0: this is the first
+    most_blocks: int = 0  # that it may have
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
@@ -117,6 +123,12 @@ class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
     """Stop a request without a further output; unknown ids are ignored (it may just have ended)."""
 
     request_id: int
+
+
+class ResizeCache(msgspec.Struct, frozen=True, tag="resize_cache", array_like=True):
+    """The KV cache gets so many blocks between two steps, within the bounds of `MemoryAccount`. Requests go on."""
+
+    num_blocks: int
 
 
 class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter", array_like=True):
@@ -239,6 +251,10 @@ class EngineStats(msgspec.Struct, frozen=True, array_like=True):
     forward_seconds: float = 0.0
     sample_seconds: float = 0.0
     send_seconds: float = 0.0
+    memory: MemoryAccount = MemoryAccount()
+    cache_resizes: int = 0
+    # Bytes that were taken back, by memory.reclaim.STAGES.
+    reclaimed: dict[str, int] = {}
 
     @property
     def kv_usage(self) -> float:
@@ -252,7 +268,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
     stats: EngineStats
 
 
-ToEngine = Configure | Begin | Submit | Abort | LoadAdapter | UnloadAdapter | Shutdown
+ToEngine = Configure | Begin | Submit | Abort | ResizeCache | LoadAdapter | UnloadAdapter | Shutdown
 ToBridge = Ready | Failed | StepOutputs | AdapterChanged | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode

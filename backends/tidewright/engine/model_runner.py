@@ -20,7 +20,7 @@ from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.largest_step import largest_step
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import DrawnToken, ScheduledSequence, StepPlan, StepResult
-from tidewright.engine.pool import pool_blocks
+from tidewright.engine.pool import pool_size
 from tidewright.engine.pooling import Pooler
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedStep
 from tidewright.engine.warm_up import warm_up_plans
@@ -28,13 +28,17 @@ from tidewright.kv_cache.budget import mib
 from tidewright.kv_cache.storage import KVCache, KVCacheShape
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.layers.loading import load_weights
+from tidewright.layers.weights import weight_bytes
 from tidewright.lora.adapter import Adapter
 from tidewright.lora.checkpoint import AdapterLimits
 from tidewright.lora.model import LoraModel, make_lora_layers
+from tidewright.memory.account import FixedMemory
+from tidewright.models.config import DecoderConfig
 from tidewright.models.families import read_config
 from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.llama import LlamaForCausalLM
 from tidewright.models.registry import model_class
+from tidewright.planning import footprint
 from tidewright.quantization.checkpoint import has_plain_weights, stored_format
 from tidewright.quantization.choice import choose
 from tidewright.quantization.stored_scheme import stored_scheme
@@ -123,8 +127,10 @@ class ModelRunner:
         needed = config.max_model_len or min(limit, USEFUL_TOKENS)
         limits = StepLimits(config.max_running, config.max_batched_tokens, wanted, config.block_size, adapter_slots)
         memory, step_bytes = self.device.memory, self._measure_largest_step(config, shape, limits)
-        num_blocks = pool_blocks(config, shape, needed, memory, step_bytes, group)
-        self.kv_cache = KVCache(shape, num_blocks, memory)
+        weights, workspace = weight_bytes(self.model), step_bytes or _workspace(model_config, config, self.dtype)
+        size = pool_size(config, shape, needed, memory, weights, workspace, step_bytes, group)
+        self.fixed_memory = FixedMemory(size.budget, weights, workspace, shape.bytes_per_block, size.most_blocks)
+        self.kv_cache = KVCache(shape, size.num_blocks, memory, size.most_blocks)
         self.forward_seconds = self.sample_seconds = 0.0
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
         limits = replace(limits, max_model_len=self.max_model_len)
@@ -178,6 +184,10 @@ class ModelRunner:
         return self.kv_cache.num_blocks
 
     @property
+    def touched_blocks(self) -> int:
+        return self._buffers.highest_block + 1
+
+    @property
     def progress(self) -> int:
         return self.model.layers_computed
 
@@ -204,10 +214,13 @@ class ModelRunner:
     @torch.inference_mode()
     def resize(self, num_blocks: int, moves: Mapping[int, int]) -> None:
         """Of the KV cache, as Scheduler.resize says; steps in flight are computed before. Raises what torch does."""
-        is_elsewhere = self.kv_cache.resize(num_blocks, moves)
-        self._buffers.forget_blocks(num_blocks)
-        if not self._pooler:
-            self.device.resized(self.model, self.kv_cache, self._buffers, is_elsewhere)
+        is_elsewhere = True  # also if only some layers are
+        try:
+            is_elsewhere = self.kv_cache.resize(num_blocks, moves)
+            self._buffers.forget_blocks(num_blocks)
+        finally:
+            if not self._pooler:
+                self.device.resized(self.model, self.kv_cache, self._buffers, is_elsewhere)
 
     def trim(self) -> None:
         self.device.memory.trim()
@@ -287,6 +300,13 @@ class ModelRunner:
         if self.steps_in_flight > 1:  # the next step may take them from there
             self._buffers.keep(batch, self._group.broadcast(tokens_R))
         return drawn
+
+
+def _workspace(model: DecoderConfig, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Bytes that the largest step takes where none is measured: as `tidewright plan` estimates them."""
+    size, rows = config.tensor_parallel_size, max(config.max_running, footprint.SCORED_ROWS)
+    activations = footprint.step_bytes(model, dtype.itemsize, config.max_batched_tokens, size)
+    return activations + rows * footprint.logits_bytes(model, dtype.itemsize, size)
 
 
 def _check_fits(model: LlamaForCausalLM, memory: DeviceMemory) -> None:

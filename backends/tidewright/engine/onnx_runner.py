@@ -17,11 +17,12 @@ from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.cpu.step_threads import set_threads
 from tidewright.engine.messages import EngineConfig, TokenLogprob
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan, StepResult
-from tidewright.engine.pool import pool_blocks
+from tidewright.engine.pool import pool_size
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedStep
 from tidewright.kv_cache.storage import KVCacheShape
 from tidewright.lora.adapter import Adapter
 from tidewright.lora.config import AdapterError
+from tidewright.memory.account import FixedMemory
 from tidewright.onnx_export.manifest import (
     PRECISIONS,
     load_manifest,
@@ -57,7 +58,10 @@ class OnnxRunner:
             manifest.num_layers, manifest.num_kv_heads, manifest.head_dim, config.block_size, torch.float32
         )
         needed = min(wanted, USEFUL_TOKENS)
-        self.num_blocks = pool_blocks(config, shape, needed, CpuMemory())
+        weights = (folder / model_file(precision)).stat().st_size
+        size = pool_size(config, shape, needed, CpuMemory(), weights, workspace=0)
+        self.num_blocks = self.touched_blocks = size.num_blocks
+        self.fixed_memory = FixedMemory(size.budget, weights, 0, shape.bytes_per_block, size.most_blocks)
         self.max_model_len = min(wanted, self.num_blocks * config.block_size)
         self.progress, self.steps_in_flight, self.adapter_slots = 0, 1, 0
         self.forward_seconds = self.sample_seconds = 0.0

@@ -6,17 +6,63 @@ A request was accepted for the pool that there was then. With a smaller one its 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+
+import msgspec
 
 from tidewright.devices.memory import DeviceMemory
 from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.engine.messages import EngineConfig
-from tidewright.kv_cache.budget import is_share, mib
+from tidewright.kv_cache.budget import blocks_of, is_share, mib, parse_memory
 from tidewright.kv_cache.storage import KVCacheMemoryError, KVCacheShape, as_many_blocks, count_blocks
 from tidewright.logs import event
 
 _SHARE = 80  # percent of the free memory, if an engine finds less than an amount that was configured
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    num_blocks: int
+    most_blocks: int  # that `memory_budget` pays for
+    budget: int  # bytes of this rank, for everything
+
+
+def pool_size(
+    config: EngineConfig,
+    shape: KVCacheShape,
+    needed_tokens: int,
+    memory: DeviceMemory,
+    weights: int,
+    workspace: int,
+    step_bytes: int = 0,
+    group: TensorParallelGroup = ALONE,
+) -> PoolSize:
+    """`workspace`: what steps take, as the budget counts it; `step_bytes`: measured, where memory is bounded.
+
+    Raises:
+        KVCacheMemoryError: as `pool_blocks`, or the budget does not pay for `needed_tokens` beside the rest.
+    """
+    if config.memory_budget == "auto":
+        num_blocks = pool_blocks(config, shape, needed_tokens, memory, step_bytes, group)
+        most = max(num_blocks, config.num_blocks, config.most_blocks)
+        return PoolSize(num_blocks, most, weights + workspace + most * shape.bytes_per_block)
+    budget = parse_memory(config.memory_budget, memory.capacity())
+    if not memory.is_bounded:
+        budget //= config.local_ranks  # which share it
+    most = max(budget - weights - workspace, 0) // shape.bytes_per_block
+    if most < (needed := blocks_of(needed_tokens, shape.block_size)):
+        raise KVCacheMemoryError(
+            f"memory_budget is {mib(budget)} on each rank, of which weights take {mib(weights)} and a step up to "
+            f"{mib(workspace)}; one sequence may need {mib(needed * shape.bytes_per_block)} of KV cache: raise it, or "
+            "lower max_model_len, max_batched_tokens or max_running"
+        )
+    if config.kv_cache_memory == "auto":
+        config = msgspec.structs.replace(config, kv_cache_memory=str(most * shape.bytes_per_block))
+    num_blocks = pool_blocks(config, shape, needed_tokens, memory, step_bytes, group)
+    most = group.smallest(most)
+    return PoolSize(min(num_blocks, most), most, budget)
 
 
 def pool_blocks(

@@ -25,6 +25,7 @@ from tidewright.engine.messages import (
     EngineConfig,
     Failed,
     LoadAdapter,
+    ResizeCache,
     SequenceOutput,
     Shutdown,
     Submit,
@@ -151,6 +152,8 @@ class EngineProcess:
                 if self._adapters.drop(message.request_id):
                     self._engine.runner.guided.forget([message.request_id])
                 self._engine.abort(message.request_id)
+            elif isinstance(message, ResizeCache):
+                self._engine.memory.set_target(message.num_blocks)
             elif isinstance(message, LoadAdapter | UnloadAdapter):
                 self._change_adapter(message)
             elif isinstance(message, AdapterRead):
@@ -205,6 +208,7 @@ class EngineProcess:
     def _beat(self) -> None:
         now = time.monotonic()
         if now - self._last_heartbeat >= self._interval:
+            self._engine.memory.look(now)
             stats = self._engine.stats()
             if not self._engine.has_work:
                 self._engine.check_ranks()

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from tidewright.engine.plan import StepPlan, StepResult
 from tidewright.lora.adapter import Adapter
+from tidewright.memory.account import FixedMemory
 from tidewright.sampling.guided import GuidedDecoding
 
 # A pool that holds less than this is a mistake, whatever the longest sequence may be.
@@ -38,11 +39,14 @@ class Runner(Protocol):
     embedding_size: int  # numbers; 0: it generates text
     forward_seconds: float  # of all steps, by the device's clock
     sample_seconds: float  # logits and sampling, likewise
+    fixed_memory: FixedMemory
 
     @property
     def device_name(self) -> str: ...
     @property
     def num_blocks(self) -> int: ...
+    @property
+    def touched_blocks(self) -> int: ...  # that were ever used, and take memory
     @property
     def progress(self) -> int: ...
     def read_adapter(self, path: str) -> Adapter: ...  # beside all else; raises AdapterError

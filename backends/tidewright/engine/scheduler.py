@@ -223,8 +223,14 @@ class Scheduler:
             self._preempt(sequence)
 
     @property
-    def num_blocks(self) -> int:
-        return self._cache.pool.num_blocks
+    def cache(self) -> PrefixCache:
+        """To be read only."""
+        return self._cache
+
+    @property
+    def least_blocks(self) -> int:
+        """The KV cache has no fewer, for the longest request has to fit in alone."""
+        return self._config.least_blocks
 
     @property
     def free_blocks(self) -> int:

@@ -25,6 +25,7 @@ class _LazyGroup(click.Group):
         "health": "tidewright.launch.health_commands",
         "keys": "tidewright.launch.keys_command",
         "lora": "tidewright.launch.lora_command",
+        "memory": "tidewright.launch.memory_command",
         "model": "tidewright.launch.model_command",
         "plan": "tidewright.launch.plan_command",
         "quantize": "tidewright.launch.quantize_command",

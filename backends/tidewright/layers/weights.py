@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -39,6 +40,17 @@ def replicated_loader(weight: nn.Parameter, plus: float = 0.0) -> Loader:
             weight.add_(plus)
 
     return load
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """What a loaded model takes, wherever its layers keep their weights: in parameters, or in objects of their own."""
+    sizes = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    for module in model.modules():
+        values = [value for value in vars(module).values() if not isinstance(value, nn.Module)]
+        for kept in chain(values, *(value for value in values if isinstance(value, list))):
+            parts = [kept] if hasattr(kept, "nbytes") else getattr(kept, "__dict__", {}).values()
+            sizes |= {id(part): part.nbytes for part in parts if isinstance(getattr(part, "nbytes", None), int)}
+    return sum(sizes.values())
 
 
 def not_here(source: WeightSlice) -> None:

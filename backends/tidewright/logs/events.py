@@ -23,6 +23,7 @@ EVENTS: dict[str, str] = {
     "engine_start_failed": "A spare engine could not be started; it is tried again.",
     "out_of_memory": "A step ran out of memory; smaller ones compute the same, and no request is lost.",
     "kv_cache_shrunk": "An engine that took another's place has a smaller KV cache, for there is less memory.",
+    "kv_cache_resized": "The KV cache grew or shrank while requests run, by request or because memory is short.",
     "threads_changed": "Steps compute with fewer threads, because other processes use the cores, or with more again.",
     "rank_lost": "A tensor-parallel rank is gone or was refused.",
     "request_received": "A replica has taken a request (level debug).",

@@ -11,6 +11,7 @@ from torch import nn
 from tidewright.devices.cpu.huge_pages import HugePages, huge_empty, move_to_huge_pages, release_pages
 from tidewright.devices.memory import DeviceMemory
 from tidewright.kv_cache.budget import AUTO_CPU
+from tidewright.memory.machine import machine_memory
 
 
 class CpuMemory(DeviceMemory):
@@ -25,6 +26,9 @@ class CpuMemory(DeviceMemory):
 
     def free(self) -> int:
         return psutil.virtual_memory().available
+
+    def capacity(self) -> int:
+        return machine_memory().total
 
     def trim(self) -> None:
         """What the C library keeps serves the next step."""

@@ -1,0 +1,182 @@
+"""Keeps an engine's memory within its budget and the machine's: account, resizes of the KV cache, what is reclaimed.
+
+The rules are memory/reclaim.py's; who does what was decided here is the engine, between two steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from tidewright.kv_cache.budget import mib
+from tidewright.logs import event
+from tidewright.memory.account import FixedMemory, MemoryAccount
+from tidewright.memory.reclaim import STAGES, Watermarks, share_out, to_give_back, to_reclaim
+
+LOOK_INTERVAL = 1.0  # seconds between two looks at the machine
+_SLAB = 2 << 20  # bytes of one layer's keys: a huge page goes back as a whole
+_SLABS = 16  # that a pool has at least
+
+log = logging.getLogger(__name__)
+
+
+class Pool(Protocol):
+    """The KV cache, in blocks."""
+
+    @property
+    def num_blocks(self) -> int: ...
+    @property
+    def used_blocks(self) -> int: ...
+    @property
+    def cached_blocks(self) -> int: ...
+    @property
+    def free_blocks(self) -> int: ...  # that can go without a preemption, now or soon
+    @property
+    def least_blocks(self) -> int: ...
+    @property
+    def touched_blocks(self) -> int: ...  # of which the machine knows: the others take no memory yet
+    def resize(self, num_blocks: int) -> bool: ...  # False: memory does not suffice
+
+
+class Adapters(Protocol):
+    """LoRA adapters, in bytes of the device."""
+
+    def used(self) -> int: ...
+    def idle(self) -> int: ...  # of those that no request has
+    def evict(self, size: int) -> int: ...  # idle ones, least recently used first; what that gave
+
+
+class NoAdapters:
+    def used(self) -> int:
+        return 0
+
+    def idle(self) -> int:
+        return 0
+
+    def evict(self, size: int) -> int:
+        return 0
+
+
+class MemoryManager:
+    def __init__(
+        self,
+        fixed: FixedMemory,
+        pool: Pool,
+        target: int,
+        free: Callable[[], int] | None,
+        marks: Watermarks,
+        layers: int = 1,
+        ranks: int = 1,
+    ) -> None:
+        """`target`: blocks that the pool has whenever it can. `free`: bytes of the machine, that `ranks` of them share;
+        None: it is not watched.
+        """
+        self._fixed, self._pool, self._target = fixed, pool, target
+        self._free, self._marks, self._ranks = free, marks, ranks
+        slab = math.ceil(2 * layers * _SLAB / fixed.block)
+        self._slab = max(min(slab, fixed.most_blocks // _SLABS), 1)  # blocks
+        self._looked = 0.0
+        self.adapters: Adapters = NoAdapters()
+        self.resizes = 0
+        self.reclaimed = dict.fromkeys(STAGES, 0)
+
+    @property
+    def least_blocks(self) -> int:
+        return min(self._pool.least_blocks, self._fixed.most_blocks)
+
+    def account(self) -> MemoryAccount:
+        fixed, pool = self._fixed, self._pool
+        return MemoryAccount(
+            budget=fixed.budget,
+            weights=fixed.weights,
+            workspace=fixed.workspace,
+            adapters=self.adapters.used(),
+            kv_used=pool.used_blocks * fixed.block,
+            kv_cached=pool.cached_blocks * fixed.block,
+            kv_free=(pool.num_blocks - pool.used_blocks - pool.cached_blocks) * fixed.block,
+            block=fixed.block,
+            kv_least=self.least_blocks * fixed.block,
+            kv_most=fixed.most_blocks * fixed.block,
+            kv_target=self._target * fixed.block,
+        )
+
+    def set_target(self, num_blocks: int) -> None:
+        """By an operator: the pool gets so many blocks, within its bounds, or as many as there is memory for."""
+        self._target = min(max(num_blocks, self.least_blocks), self._fixed.most_blocks)
+        if self._target < self._pool.num_blocks:
+            self._resize(self._target, "by request")
+        while self._target > self._pool.num_blocks and self._grow("by request"):
+            pass
+
+    def look(self, now: float | None = None) -> None:
+        """To be called now and then, between two steps. `now`: on time.monotonic()."""
+        now = time.monotonic() if now is None else now
+        if now - self._looked < LOOK_INTERVAL:
+            return
+        self._looked = now
+        if self._free and (wanted := to_reclaim(self._machine_free(), self._marks)):
+            self._reclaim(math.ceil(wanted / self._ranks), "the machine is short of memory")
+        else:
+            self._grow("there is memory again")
+
+    def make_room(self, size: int) -> bool:
+        """For so many bytes of adapters: whether they fit into the budget now, after what can be reclaimed was."""
+        if (lack := size - self._budget_free()) > 0:
+            self._reclaim(lack, "adapters need memory")
+        return size <= self._budget_free()
+
+    def _budget_free(self) -> int:
+        return self._fixed.budget - self.account().committed
+
+    def _machine_free(self) -> int:
+        """Less what was promised to the pool and not used yet."""
+        assert self._free
+        untouched = max(self._pool.num_blocks - self._pool.touched_blocks, 0)
+        return self._free() - untouched * self._fixed.block * self._ranks
+
+    def _grow(self, why: str) -> bool:
+        """By a slab, if it lacks some and can have it."""
+        block = self._fixed.block
+        lacking = min(self._target - self._pool.num_blocks, self._budget_free() // block)
+        if lacking <= 0:
+            return False
+        size = min(lacking, self._slab) * block * self._ranks
+        if self._free and not to_give_back(self._machine_free(), self._marks, size, size):
+            return False
+        return self._resize(self._pool.num_blocks + min(lacking, self._slab), why)
+
+    def _reclaim(self, wanted: int, why: str) -> None:
+        pool, block = self._pool, self._fixed.block
+        most = pool.num_blocks - self.least_blocks
+        free = min(pool.free_blocks, most)
+        offers = {
+            "free_blocks": free * block,
+            "idle_adapters": self.adapters.idle(),
+            "pool_tail": (most - free) * block,
+        }
+        taken = share_out(wanted, offers)
+        blocks = min(self._slabs_of(taken["free_blocks"]), free)
+        if taken["idle_adapters"]:
+            self.reclaimed["idle_adapters"] += self.adapters.evict(taken["idle_adapters"])
+        tail = min(self._slabs_of(taken["pool_tail"]), most - blocks)
+        if blocks + tail and self._resize(pool.num_blocks - blocks - tail, why):
+            self.reclaimed["free_blocks"] += blocks * block
+            self.reclaimed["pool_tail"] += tail * block
+
+    def _slabs_of(self, size: int) -> int:
+        """Blocks of so many bytes, in whole slabs."""
+        return math.ceil(size / (self._fixed.block * self._slab)) * self._slab
+
+    def _resize(self, num_blocks: int, why: str) -> bool:
+        before, block = self._pool.num_blocks, self._fixed.block
+        if not self._pool.resize(num_blocks):
+            log.warning("no memory for %s of KV cache", mib(num_blocks * block), extra=event("kv_cache_resized"))
+            return False
+        self.resizes += 1
+        what = "the KV cache has %d blocks (%s) instead of %d (%s): %s"
+        sizes = num_blocks, mib(num_blocks * block), before, mib(before * block)
+        log.info(what, *sizes, why, extra=event("kv_cache_resized"))
+        return True

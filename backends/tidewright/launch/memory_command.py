@@ -1,0 +1,108 @@
+"""`tidewright memory`: who has how much of a server's memory, and the KV cache's size while it runs."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import click
+
+from tidewright.launch import repository
+from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, post
+from tidewright.launch.errors import LaunchError
+
+POLL_INTERVAL = 0.2  # seconds
+
+
+@click.command()
+@click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Address of Triton's HTTP port.")
+@click.option("--kv", metavar="SIZE", help="Give the KV cache so much: 512MiB, or 50% of what the budget pays for.")
+@click.option("--model", default="decoder", show_default=True, help="Triton's name of the model.")
+@click.option(
+    "--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Seconds for --kv."
+)
+def memory(url: str, kv: str | None, model: str, timeout: float) -> None:
+    """Show the memory of a server's model by owner, or resize its KV cache while requests run.
+
+    The figures are those of one rank. The KV cache shrinks at most until one request of max_model_len fits in alone,
+    and grows at most until the budget (memory_budget) is used up. Requests go on, and say the same; those for which
+    there is no room left wait, and are computed anew. docs/memory.md has the rest.
+
+    \b
+    Examples:
+      tidewright memory
+      tidewright memory --kv 512MiB
+      tidewright memory --kv 100%
+    """
+    try:
+        account = ask(url, model)
+        if kv is not None:
+            account = _resize(url, model, kv, account, timeout)
+    except LaunchError as error:
+        raise click.ClickException(str(error)) from None
+    for line in _report(account):
+        click.echo(line)
+
+
+def ask(url: str, model: str) -> dict[str, int]:
+    """The fields of MemoryAccount. Raises LaunchError."""
+    try:
+        answer = _control(url, model, "memory")
+        return {str(name): int(value) for name, value in json.loads(answer).items()}
+    except TroubleError as error:
+        raise repository.explained(error, url, model) from None
+    except (ValueError, TypeError, AttributeError):
+        raise TroubleError(f"{url} did not answer as a Tidewright model does") from None
+
+
+def _control(url: str, model: str, word: str) -> str:
+    answer = post(f"{url}/v2/models/{model}/generate", {"control": word}, CONNECT_TIMEOUT)
+    return str(json.loads(answer)["text_output"])
+
+
+def _resize(url: str, model: str, kv: str, account: dict[str, int], timeout: float) -> dict[str, int]:
+    from tidewright.kv_cache.budget import mib, parse_memory
+
+    try:
+        size = parse_memory(kv, account["kv_most"])
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    least, most, block = account["kv_least"], account["kv_most"], account["block"]
+    if not least <= size <= most:
+        raise TroubleError(f"the KV cache can have {mib(least)} to {mib(most)}, not {mib(size)}")
+    wanted = size // block * block
+    _control(url, model, f"resize:{size}")
+    deadline = time.monotonic() + timeout
+    while account["kv_target"] != wanted or _pool(account) != wanted:
+        if time.monotonic() > deadline:
+            raise TroubleError(
+                f"the KV cache has {mib(_pool(account))} after {timeout:g} s, not {mib(wanted)}: there may be no "
+                "memory for it, see the server's log"
+            )
+        time.sleep(POLL_INTERVAL)
+        account = ask(url, model)
+    return account
+
+
+def _pool(account: dict[str, int]) -> int:
+    return account["kv_used"] + account["kv_cached"] + account["kv_free"]
+
+
+def _report(account: dict[str, int]) -> list[str]:
+    from tidewright.kv_cache.budget import mib
+
+    pool, fixed = _pool(account), account["weights"] + account["workspace"] + account["adapters"]
+    share = (fixed + account["kv_used"]) / account["budget"] if account["budget"] else 0.0
+    rows = [
+        ("budget", account["budget"], f"{share:.0%} in use"),
+        ("  weights", account["weights"], ""),
+        ("  workspace", account["workspace"], "what the largest step takes"),
+        ("  adapters", account["adapters"], ""),
+        ("  KV cache", pool, f"{mib(account['kv_least'])} to {mib(account['kv_most'])}"),
+        ("    in use", account["kv_used"], ""),
+        ("    cached", account["kv_cached"], "free, and its content can still be found"),
+        ("    free", account["kv_free"], ""),
+    ]
+    if account["kv_target"] != pool:
+        rows.append(("  KV cache, wanted", account["kv_target"], "as soon as there is memory"))
+    return [f"{name:<20}{mib(size):>14}  {remark}".rstrip() for name, size, remark in rows]
