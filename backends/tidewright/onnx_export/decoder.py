@@ -61,7 +61,7 @@ class _Batch:
     """Stands for the step's batch: OnnxAttention has names for all else."""
 
     def __init__(self, token_ids: Symbol) -> None:
-        self.token_ids_T, self.positions_T = token_ids, None
+        self.token_ids_T, self.positions_T, self.adapters = token_ids, None, None
 
 
 class _Past:
