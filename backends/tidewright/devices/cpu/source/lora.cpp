@@ -13,7 +13,7 @@ namespace {
 constexpr int TILE = 4;              // rows at once, and ranks: as many as find room for their sums in the registers
 constexpr int VECTORS = 4;  // of outputs, beside TILE rows
 constexpr int64_t GROUP = VECTORS * LANES, BLOCK = 8 * GROUP;  // outputs; a thread takes a block at once
-constexpr int AHEAD = 1024;  // bytes
+constexpr int AHEAD = 4096;  // bytes
 constexpr int LINE = 64;
 
 // `a`: RANKS ranks, a vector of each in turn, the last ones filled up with zeros.
@@ -21,7 +21,7 @@ template <typename T, int ROWS, int RANKS>
 INLINE void shrink(const T* const* x, const T* a, int64_t depth, float scale, float* const* h) {
     Floats total[ROWS][RANKS] = {};
     for (int64_t k = 0; k < depth; k += LANES, a += RANKS * LANES) {
-        for (int i = 0; i < RANKS * LANES * (int)sizeof(T); i += LINE) __builtin_prefetch((const char*)a + AHEAD + i);
+        for (int i = 0; i < RANKS * LANES * (int)sizeof(T); i += LINE) __builtin_prefetch((const char*)a + AHEAD + i, 0, 2);
         Floats values[ROWS];
 #pragma GCC unroll 4
         for (int m = 0; m < ROWS; m++) values[m] = load(x[m] + k, depth - k);
@@ -52,7 +52,7 @@ INLINE void expand(const float* const* h, int64_t rank, const T* b, int64_t feat
     for (int64_t f = 0; f < features; f += GROUP) {
         Floats total[ROWS][VECTORS] = {};
         for (int64_t r = 0; r < rank; r++, b += GROUP) {
-            for (int i = 0; i < GROUP * (int)sizeof(T); i += LINE) __builtin_prefetch((const char*)b + AHEAD + i);
+            for (int i = 0; i < GROUP * (int)sizeof(T); i += LINE) __builtin_prefetch((const char*)b + AHEAD + i, 0, 2);
 #pragma GCC unroll 4
             for (int n = 0; n < VECTORS; n++) {
                 Floats weight = load(b + n * LANES);
