@@ -48,11 +48,13 @@ class Machine:
             self.submit(4, 20)
         self.run_until(lambda: not self.scheduler.has_work)
 
-    def submit(self, prompt: int, output: int, timeout: float | None = None, **more: Any) -> int:
+    def submit(
+        self, prompt: int, output: int, timeout: float | None = None, first: int | None = None, **more: Any
+    ) -> int:
         """Raises RequestRefusedError."""
         request_id = next(self._ids)
         sampling = SamplingParams(max_tokens=output, ignore_eos=True, timeout=timeout, **more)
-        ids = [request_id % 90 + 1, *(1 + i % 50 for i in range(prompt - 1))]
+        ids = [first or request_id % 90 + 1, *(1 + i % 50 for i in range(prompt - 1))]
         deadline = None if timeout is None else self.now + timeout
         request = Submit(request_id, ids, sampling, deadline)
         sequence = make_sequence(request)
@@ -102,6 +104,19 @@ def test_a_full_cache_is_waited_for_as_full_places_are(monkeypatch: pytest.Monke
     last = machine.submit(200, 30, timeout=1e6)
     machine.run_until(lambda: last in machine.first)
     assert machine.predicted[last] == pytest.approx(machine.first[last], rel=0.35)
+
+
+def test_what_the_prefix_cache_has_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, prefix_caching=True)
+    machine.measure()
+    for first in range(91, 96):  # five beginnings, as of templates
+        machine.submit(800, 4, first=first)
+    machine.run_until(lambda: not machine.scheduler.has_work)
+    for number in range(30):
+        machine.submit(800, 30, timeout=1e6, first=91 + number % 5)
+    last = machine.submit(800, 30, timeout=1e6, first=91)
+    machine.run_until(lambda: last in machine.first)
+    assert machine.predicted[last] == pytest.approx(machine.first[last], rel=0.25)
 
 
 def test_who_can_not_make_its_deadline_is_told_at_once_when_it_could(machine: Machine) -> None:

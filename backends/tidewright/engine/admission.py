@@ -62,6 +62,9 @@ class Admission:
             RequestRefusedError: it would come too late.
         """
         target = sequence.sampling.ttft_target or self._target
+        if not self._is_measured:
+            return 0.0
+        sequence.likely_cached = self._scheduler.likely_cached(sequence)  # also for those that come behind it
         if not self._may_refuse(request, target):
             return 0.0
         now = time.monotonic()
@@ -111,10 +114,13 @@ class Admission:
         has_limit = bool(target) or request.deadline is not None
         # One that an earlier engine had begun has been let in already.
         is_new = not request.output_token_ids
-        is_measured = self._latency.cost.is_known and self._ended >= MIN_ENDED
         scheduler = self._scheduler
         waits = len(scheduler.waiting) > 0 or len(scheduler.running) >= self._places
-        return has_limit and is_new and is_measured and waits
+        return has_limit and is_new and waits
+
+    @property
+    def _is_measured(self) -> bool:
+        return self._latency.cost.is_known and self._ended >= MIN_ENDED
 
     @property
     def _places(self) -> int:
@@ -128,7 +134,6 @@ class Admission:
         if len(self._last) >= _MOST_LAST:
             self._last.clear()
         scheduler = self._scheduler
-        sequence.likely_cached = scheduler.likely_cached(sequence)
         ahead = scheduler.waiting.ahead(sequence.sampling, self._tokens)
         backlog = Backlog(
             map(self._work, scheduler.running), map(self._work, ahead), scheduler.free_blocks, self._places
