@@ -80,3 +80,28 @@ def test_the_list_says_how_each_is(triton: ScriptedTriton) -> None:
         0,
         "decoder  loaded\na        the engine is starting\nb        not loaded\nc        loading\n",
     )
+
+
+AWAY = 400, b'{"error": "Request for unknown model: \'decoder\' is not found"}'
+
+
+def test_a_server_is_well_as_long_as_one_model_is(triton: ScriptedTriton) -> None:
+    """Health, liveness and drain ask the first; where it is not loaded, the others."""
+
+    def asked(*words: str) -> tuple[int, str]:
+        result = CliRunner().invoke(main, [*words, "--url", triton.http_url])
+        return result.exit_code, result.output
+
+    states = {"decoder": "UNAVAILABLE", "decoder_small": "READY", "decoder_away": "UNAVAILABLE"}
+    triton.broken |= {f"{word} decoder": AWAY for word in ("health", "status", "drain")} | {"index": index(**states)}
+    code, text = asked("health")
+    assert (code, text.splitlines()[0]) == (0, "healthy")
+    assert "the first model takes no requests: decoder could not be loaded" in text
+    assert asked("health", "--live") == (0, "alive\n")
+    assert asked("drain", "--no-wait") == (0, "Draining.\n")
+    assert triton.count("drain decoder_small") == 1
+    triton.broken["health decoder_small"] = 400, b'{"error": "the engine is starting"}'
+    assert asked("health")[0] == 1
+    triton.broken["index"] = index(decoder="UNAVAILABLE")
+    for words in (("health",), ("health", "--live"), ("drain", "--no-wait")):
+        assert asked(*words)[0] == 1

@@ -77,6 +77,28 @@ def test_what_is_well_has_no_finding() -> None:
     assert gateway(ended(200, "")) == []
 
 
+def test_each_of_several_models_is_judged_by_its_own_series() -> None:
+    def small(**changed: float) -> list[tuple[Severity, str]]:
+        of_small = {
+            f'{name.removeprefix("tidewright_")}{{model="small"}}': value
+            for name, value in {**WELL, **{f"tidewright_{name}": value for name, value in changed.items()}}.items()
+            if name.startswith("tidewright_")
+        }
+        return [(finding.severity, finding.cause) for finding in triton(**of_small)]
+
+    assert small() == []
+    assert small(engine_up=0) == [(Severity.CRITICAL, "the engine of decoder_small is down and being started again")]
+    ((_, cause),) = small(heartbeat_timestamp_seconds=NOW - 60)
+    assert cause.startswith("the process of model decoder_small has been silent for 60 s")
+    assert small(requests_waiting=2) == [
+        (
+            Severity.WARNING,
+            "model small: the KV cache is short: 50% used, 0.0 preemptions/s, 2 requests wait "
+            "although 3 of 64 places of the batch are taken",
+        )
+    ]
+
+
 @pytest.mark.parametrize(
     ("changed", "severity", "cause"),
     [

@@ -8,7 +8,7 @@ import time
 from rich.console import Console
 
 from tidewright.observe.look import Look
-from tidewright.observe.scrape import Change, parse
+from tidewright.observe.scrape import Change, Scrape, parse
 from tidewright.observe.top import screen
 from tidewright_gateway.metrics import Metrics
 
@@ -72,6 +72,20 @@ def test_an_engine_that_is_well_down_or_gone() -> None:
     assert "up" in well
     assert "engine down" in shown(triton(up=0))
     assert "model process gone" in shown(triton(seen=time.time() - 60))
+
+
+def test_each_of_several_models_has_a_row() -> None:
+    look = triton()
+    assert look.change is not None
+    both = [Scrape(one.at, {**one.samples}, one.unix) for one in (look.change.before, look.change.now)]
+    for scrape, up in zip(both, (1, 0), strict=True):
+        for name, value in (("engine_up", up), ("heartbeat_timestamp_seconds", time.time())):
+            series = {**scrape.samples[f"tidewright_{name}"], frozenset({("model", "small")}): value}
+            scrape.samples[f"tidewright_{name}"] = series  # type: ignore[index]
+    text = shown(Look(look.url, Change(*both)))
+    rows = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 2}
+    assert "engine down" in rows["t:8002/small"]
+    assert "engine down" not in rows["t:8002"]
 
 
 def test_endpoints_that_give_nothing_are_named() -> None:

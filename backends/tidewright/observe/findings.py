@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
-from tidewright.observe.look import ENGINE, GATEWAY, STALE, Look, last_heartbeat
+from tidewright.observe.look import ENGINE, GATEWAY, STALE, Look, by_model, last_heartbeat
 from tidewright.observe.scrape import Change, Scrape
+from tidewright.served_models import decoder_of
 
 UNHEALTHY = {
     "engine_silent": "its engine has said and computed nothing for seconds; after heartbeat_timeout another takes its "
@@ -235,20 +236,29 @@ def _expiry(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]:
 
 @_triton
 def _models(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]:
+    of_models = by_model(change)
+    for name, of_model in of_models.items():
+        if name:
+            yield from _model(of_model, ENGINE, decoder_of(name))
+    change = of_models[""]
     for prefix, model in MODELS.items():
         seen = last_heartbeat(change.now, ENGINE + prefix)
         if not seen:
             if model == "decoder":
                 yield CRITICAL, NO_DECODER, "decodermissing"
             continue
-        if (silent := change.now.unix - seen) > STALE:
-            cause = f"the process of model {model} has been silent for {silent:.0f} s: it is dead, stopped or unloaded"
-            yield CRITICAL, cause, "model-process-dead"
-        elif model != "failsafe":
-            yield from _engine(look, change, ENGINE + prefix, model)
+        yield from _model(change, ENGINE + prefix, model)
 
 
-def _engine(look: Look, change: Change, prefix: str, model: str) -> Iterator[tuple[Severity, str, str]]:
+def _model(change: Change, prefix: str, model: str) -> Iterator[tuple[Severity, str, str]]:
+    if (silent := change.now.unix - last_heartbeat(change.now, prefix)) > STALE:
+        cause = f"the process of model {model} has been silent for {silent:.0f} s: it is dead, stopped or unloaded"
+        yield CRITICAL, cause, "model-process-dead"
+    elif model != "failsafe":
+        yield from _engine(change, prefix, model)
+
+
+def _engine(change: Change, prefix: str, model: str) -> Iterator[tuple[Severity, str, str]]:
     now = change.now
     if not now.total(f"{prefix}engine_up"):
         yield CRITICAL, f"the engine of {model} is down and being started again", "engine-down"
@@ -275,7 +285,13 @@ def _unhealthy(now: Scrape, prefix: str, model: str) -> Iterator[tuple[Severity,
 
 
 @_triton
-def _kv_cache(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]:
+def _kv_caches(look: Look, change: Change) -> Iterator[tuple[Severity, str, str]]:
+    for name, of_model in by_model(change).items():
+        for severity, cause, anchor in _kv_cache(of_model):
+            yield severity, f"model {name}: {cause}" if name else cause, anchor
+
+
+def _kv_cache(change: Change) -> Iterator[tuple[Severity, str, str]]:
     now, preemptions = change.now, change.rate(f"{ENGINE}preemptions_total")
     usage, waiting, running, places = (
         now.total(ENGINE + name) for name in ("kv_usage_ratio", "requests_waiting", "requests_running", "batch_places")

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tidewright.observe.look import ENGINE, GATEWAY, STALE, Look, last_heartbeat
+from tidewright.observe.look import ENGINE, GATEWAY, STALE, Look, by_model, last_heartbeat
 from tidewright.observe.scrape import Change
 
 MAX_KEYS = 12
@@ -100,9 +100,14 @@ def _keys(change: Change) -> Table:
 def _engines(sources: Sequence[Look]) -> Table:
     columns = ("state", "run", "wait", "KV", "hits", "tokens/s", "ms/step", "preempt/s", "restarts")
     table = _table("engines (hits: prompt tokens that the prefix cache had)", "Triton", *columns)
-    for source in sources:
-        assert source.change is not None
-        change, now = source.change, source.change.now
+    rows = [
+        (f"{source.where}/{name}" if name else source.where, change)
+        for source in sources
+        if source.change
+        for name, change in by_model(source.change).items()
+    ]
+    for where, change in rows:
+        now = change.now
         silent = now.unix - last_heartbeat(now)
         up = now.total(f"{ENGINE}engine_up") > 0
         if silent > STALE:
@@ -115,7 +120,7 @@ def _engines(sources: Sequence[Look]) -> Table:
         )
         per_step = change.share(busy, steps)
         table.add_row(
-            source.where,
+            where,
             state,
             f"{now.total(f'{ENGINE}requests_running'):.0f}",
             f"{now.total(f'{ENGINE}requests_waiting'):.0f}",
