@@ -22,6 +22,7 @@ class Scenario:
     quiet_at: tuple[str, ...]
     series: dict[str, str] = field(default_factory=dict)
     step: str = "1s"  # between samples, and between evaluations
+    count: int = 1  # of firing ones then
 
     @property
     def name(self) -> str:
@@ -99,6 +100,10 @@ SCENARIOS = {
                 engine("unhealthy", 'cause="engine_down"'): "1x80",  # another alert's
                 engine("engine_up"): "0x20 1x80",
                 engine("engine_steps_total"): "0x20 0+50x80",
+                # Of a model beside the first, which starts.
+                engine("unhealthy", 'cause="stuck", model="small"'): "1x80",
+                engine("engine_up", 'model="small"'): "0x80",
+                engine("engine_steps_total", 'model="small"'): "0x80",
             },
         ),
         Scenario("EngineRestarted", "22s", ("15s", "170s"), {engine("engine_restarts_total"): "0x20 1x200"}),
@@ -117,6 +122,16 @@ SCENARIOS = {
                 "failsafe_heartbeat_timestamp_seconds",
                 "fallback_heartbeat_timestamp_seconds",
             )
+        ),
+        Scenario(  # of two models at once
+            "ModelProcessDead",
+            "28s",
+            ("1s", "3s", "20s", "40s", "60s"),
+            {
+                engine("heartbeat_timestamp_seconds", labels): "100+1x20 120x10 131+1x30"
+                for labels in ("", 'model="small"')
+            },
+            count=2,
         ),
         Scenario("TritonDown", "45s", ("15s", "30s", "75s"), {UP_T: "0x20 1x20 0x20 1x20"}),
         Scenario(

@@ -85,7 +85,7 @@ def test_the_rules_are_valid(file: Path) -> None:
 
 @pytest.mark.parametrize(("group", "scenario"), ALL)
 def test_an_alert_fires_and_ends(group: str, scenario: Scenario, tmp_path: Path) -> None:
-    queries = [firing(scenario.alert, scenario.fires_at, 1)]
+    queries = [firing(scenario.alert, scenario.fires_at, scenario.count)]
     queries += [firing(scenario.alert, at, 0) for at in scenario.quiet_at]
     assert not run_tests(tmp_path, scenario.step, scenario.series, queries, only(group, tmp_path))
 
