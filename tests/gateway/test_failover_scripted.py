@@ -367,7 +367,7 @@ def test_a_replica_that_lost_an_adapter_is_left_and_an_adapter_that_is_gone_ends
     client: type[ScriptedClient],
 ) -> None:
     gone = ModelError("no adapter 'sql' is loaded (loaded: none) [invalid]")
-    client.scripts = {"b:1": [[gone], [gone]], "a:1": [[8, 9], [gone]]}
+    client.scripts = {"b:1": [[gone]], "a:1": [[8, 9]]}
     for name in ("a:1", "b:1"):
         client.status[name] = msgspec.structs.replace(WELL, adapters=[AdapterStatus("sql", "p", True)])
 
@@ -379,9 +379,14 @@ def test_a_replica_that_lost_an_adapter_is_left_and_an_adapter_that_is_gone_ends
     async def body(failover: Failover) -> None:
         assert await ask(failover) == [8, 9]
         assert named(failover, "b:1").takes_requests  # of others
+        client.scripts = {name: [[gone]] for name in ("a:1", "b:1")}
+        for name in ("a:1", "b:1"):  # unloaded through another gateway
+            client.status[name] = msgspec.structs.replace(WELL, adapters=[AdapterStatus("sql", "p", False, 5.0)])
         with pytest.raises(ModelError) as caught:
             await ask(failover)
         assert caught.value.outcome is Outcome.INVALID
+        with pytest.raises(ModelError, match="'sql' was unloaded"):  # as one that was queued meanwhile
+            await ask(failover)
 
     run(body, probe_interval=60)
 

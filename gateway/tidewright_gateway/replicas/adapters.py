@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 COMMAND_TIMEOUT = 60.0  # seconds; reading a large adapter from a slow disk takes some
 RETRY = 10.0  # seconds until a replica is told again what it has refused
-LOOK_INTERVAL = 0.25  # seconds between two looks for a name that nobody seems to have
+LOOK_INTERVAL = 0.25  # seconds between two looks for names that nobody seems to have
 
 
 class Replicas(Protocol):
@@ -50,10 +50,11 @@ class Adapters:
         self._book = AdapterBook()
         self._catching_up: dict[Replica, asyncio.Task[None]] = {}
         self._looked_at = 0.0
+        self._next_look: asyncio.Task[None] | None = None
         self._lock = asyncio.Lock()  # one operator's command after the other
 
     async def stop(self) -> None:
-        jobs = list(self._catching_up.values())
+        jobs = [*self._catching_up.values(), *([self._next_look] if self._next_look else [])]
         for job in jobs:
             job.cancel()
         await asyncio.gather(*jobs, return_exceptions=True)
@@ -73,20 +74,26 @@ class Adapters:
         """None: no replica has it. Another worker or gateway may have loaded it a moment ago, so all are asked."""
         if (found := self.loaded.get(name)) or not self._any_support:
             return found
-        now = time.monotonic()
-        if now - self._looked_at >= LOOK_INTERVAL:
-            self._looked_at = now
-            await asyncio.gather(*(self._replicas.ask(replica) for replica in self._replicas.own))
+        if not self._next_look:
+            self._next_look = asyncio.create_task(self._look_soon())
+        await asyncio.shield(self._next_look)  # others may wait for it
         return self.loaded.get(name)
 
-    def is_missed(self, replica: Replica, name: str | None, error: ModelError) -> bool:
+    async def _look_soon(self) -> None:
+        """Who comes while it waits is content with it; once it asks, somebody else's load may be too late for it."""
+        await asyncio.sleep(max(self._looked_at + LOOK_INTERVAL - time.monotonic(), 0))
+        self._looked_at, self._next_look = time.monotonic(), None
+        await self._look_at_all()
+
+    async def is_missed(self, replica: Replica, name: str | None, error: ModelError) -> bool:
         """Whether a request failed because the replica lacks an adapter that it should have, as after a restart.
 
-        It gets no requests for the adapter until its status has it again.
+        Its status is asked for: it gets no requests for the adapter until it has it again.
         """
         if name is None or not str(error).startswith(NO_ADAPTER):
             return False
         replica.adapters = {other: status for other, status in replica.adapters.items() if other != name}
+        await self._replicas.ask(replica)
         return name in self.loaded
 
     @property

@@ -225,7 +225,7 @@ class Failover:
         self._record(failed, error.outcome)
         if failed.model == FALLBACK:
             return await self._after_fallback(generation, course, failed, error)
-        is_missed = self._set.adapters.is_missed(failed.replica, generation.sampling.lora_name, error)
+        is_missed = await self._set.adapters.is_missed(failed.replica, generation.sampling.lora_name, error)
         if is_missed:
             error = ModelError(str(error), Outcome.UNAVAILABLE)
         course.cause = error
@@ -295,7 +295,9 @@ class Failover:
         until = min(now + self._settings.wait_for_replica, generation.deadline.at)
         avoid = generation.served_by[-1] if generation.served_by else ""
         adapter = generation.sampling.lora_name
+        self._check_adapter(adapter)
         while not (chosen := self._set.choose(generation.prompt, avoid, now, generation.embeds, adapter)):
+            self._check_adapter(adapter)
             waited_enough = now >= until or now - began >= self._settings.patience
             if waited_enough and self._fallback_for(generation, course):
                 course.cause = course.cause or _nobody()
@@ -312,6 +314,11 @@ class Failover:
         attempt.is_last = course.failures + 1 >= self._retries.max_attempts
         replica.attempts.add(attempt)
         return attempt
+
+    def _check_adapter(self, adapter: str | None) -> None:
+        """Raises ModelError: it was unloaded since the request was admitted."""
+        if adapter is not None and adapter not in self._set.adapters.loaded:
+            raise ModelError(f"the LoRA adapter {adapter!r} was unloaded", Outcome.INVALID)
 
     def _last_resort(self, generation: Generation, course: _Course) -> Attempt:
         """Begins an attempt at a fallback after all decoders failed. Raises ModelError: there is none."""
