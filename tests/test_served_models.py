@@ -64,7 +64,7 @@ def test_the_stubs_and_the_printed_file_have_the_same_models(monkeypatch: pytest
 
 def test_each_option_of_an_engine_is_a_model_s_or_the_server_s() -> None:
     """A new one belongs in one of the two groups."""
-    of_server = {"kv_cache_memory", "heartbeat_interval", "heartbeat_timeout", "start_timeout"}
+    of_server = {"memory_budget", "kv_cache_memory", "heartbeat_interval", "heartbeat_timeout", "start_timeout"}
     of_server |= {"nodes", "rendezvous", "rendezvous_secret_file"}  # of which several models have none
     of_engine = set(EngineConfig.__struct_fields__) & set(Settings.model_fields)
     assert of_engine == (set(OF_A_MODEL) & of_engine) | of_server
