@@ -63,7 +63,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "ttft_target": ([0.001, 3600], [0, -1, 3601, 10**400]),
     "tpot_target": ([0.001, 3600], [0, -1, 3601, 10**400]),
     "cache_salt": (["x", "x" * 256], ["", "x" * 257]),
-    "tenant": (["", "x" * 256], ["x" * 257]),
+    "tenant": (["", "x" * schema.MAX_TENANT_LENGTH], ["x" * (schema.MAX_TENANT_LENGTH + 1)]),
     "tenant_weight": ([1, 1000], [0, 1001, 2**64]),
     "lora_name": (["x", "x" * 128, "org/sql-v2:3.1"], ["", "x" * 129, "-x", "a b", "a\n", "a,b", "a=b"]),
 }
