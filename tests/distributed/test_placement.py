@@ -127,7 +127,7 @@ def test_rank_0_takes_its_gpu_before_anything_else_and_tells_the_others_the_kind
 
 
 def test_another_rank_takes_its_gpu_before_anything_else(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(config: EngineConfig, group: object) -> None:
+    def load(config: EngineConfig, *_: object) -> None:
         calls.append(f"load on {config.device}")
         raise EOFError
 
