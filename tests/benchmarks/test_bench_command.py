@@ -73,16 +73,31 @@ def test_comparison_with_what_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(bench_command, "prepare", lambda model: model_dir)
     alone = {ONE_BY_ONE: small(3, 8, 3, True, engine_too=False), SHORT: small(3, 4, 1, True)}
     monkeypatch.setattr(bench_command, "WORKLOADS", {**SMALL, **alone})
-    options = ["--repetitions", "1", "--starts", "2", "--against", "vllm,transformers", "--output", str(tmp_path)]
+    options = [
+        "--repetitions",
+        "1",
+        "--starts",
+        "1",
+        "--against",
+        "vllm,llama.cpp,transformers",
+        "--quantization",
+        "int8",
+    ]
+    options += ["--output", str(tmp_path)]
     result = CliRunner().invoke(main, ["bench", *options])
     assert result.exit_code == 0, result.output
     (file,) = tmp_path.glob("bench-*.json")
     report = json.loads(file.read_text())
-    assert set(report["figures"]["W2 throughput, tokens/s"]) == {"tidewright", "engine alone", "transformers"}
+    systems = {"tidewright", "engine alone", "transformers", "tidewright int8"}
+    assert set(report["figures"]["W2 throughput, tokens/s"]) == systems
+    assert report["quantized"] == {"int8": {"ours": "tidewright int8", "peers": []}}
+    assert (report["quantization"], report["kv_cache_dtype"]) == ("auto", "auto")
     assert all(value["min"] > 0 for values in report["figures"].values() for value in values.values())
-    assert report["missing"] == {"vllm": "vLLM is not installed; to compare with it: make bench-peers"}
+    for name in ("vLLM", "llama.cpp"):
+        reason = f"{name} is not installed; to compare with it: make bench-peers"
+        assert report["missing"][name.lower()] == report["missing"][f"{name.lower()} int8"] == reason
     assert report["continuous batching"]["throughput ratio"] > 0
-    assert report["runs begun on busy cores"] == 4 * 3 + 1 + 2
+    assert report["runs begun on busy cores"] == 4 * 4 + 1 + 2
     assert report["start"]["start to first token through Triton, s"] > 0
     assert report["memory, MiB (proportional set size)"]["engine"] > 100
 
@@ -106,6 +121,7 @@ def test_sweep_writes_figures_and_chart(monkeypatch: pytest.MonkeyPatch, tmp_pat
     ("arguments", "message"),
     [
         (["--against", "vllm,ours"], "'ours' is none of vllm, llama.cpp, transformers"),
+        (["--quantization", "int8,int3"], "'int3' is none of int8, w8a8"),
         (["sweep", "--mix", "many"], "a mix is written like 128:64"),
         (["sweep", "--rates", "1,-2"], "rates are numbers above 0"),
         (["sweep", "--rates", "fast"], "rates are numbers above 0"),

@@ -128,4 +128,24 @@ def test_what_is_missing_says_how_to_get_it(home: Path) -> None:
             make(Path("/models/my-model"))
     install_both(home)
     with pytest.raises(peers.PeerMissingError, match=r"llama.cpp's form of the model is not installed"):
+        peers.llama_cpp(Path("/models/my-model"), "int8")
+    with pytest.raises(peers.PeerMissingError, match=r"no type of weights like fp8"):
+        peers.llama_cpp(Path("/models/my-model"), "fp8")
+    with pytest.raises(peers.PeerMissingError, match=r"llama.cpp's form of the model is not installed"):
         peers.llama_cpp(Path("/models/another"))
+
+
+def test_quantized_weights_have_files_of_their_own(home: Path, tmp_path: Path) -> None:
+    install_both(home)
+    (home / "llama.cpp" / "my-model-Q8_0.gguf").touch()
+    model = tmp_path / "models" / "my-model"
+    model.mkdir(parents=True)
+    (model / "model.gguf").touch()
+    for quantization, name, file in (
+        ("int8", "llama.cpp Q8_0", home / "llama.cpp" / "my-model-Q8_0.gguf"),
+        ("stored", "llama.cpp with the same file", model / "model.gguf"),
+    ):
+        peer = peers.llama_cpp(model, quantization)
+        assert (peer.name, peer.command[2]) == (name, str(file))
+    quantized = peers.vllm(model, home / "my-model-w8a8", "w8a8")
+    assert (quantized.name, quantized.command[2]) == ("vLLM w8a8", str(home / "my-model-w8a8"))

@@ -151,6 +151,27 @@ def test_tables_say_what_is_missing_and_disturbed() -> None:
     assert "2.00x peer" in text  # decode
 
 
+def test_quantized_weights_have_a_table_of_their_own() -> None:
+    """With the peers of the same precision, and beside our plain weights."""
+    ours = f"{compare.OURS} int8"
+    speeds = {compare.OURS: 0.02, "peer": 0.01, ours: 0.01, "peer Q8_0": 0.04}
+    targets = [Fabricated(name, 0.1, token) for name, token in speeds.items()]
+    made = compare.report(compare.measure(targets, 1, range(9), quiet(), {"W1": WORKLOADS["W1"]}))
+    made["figures"] = {label: values for label, values in made["figures"].items() if values}
+    made["quantized"] = {"int8": {"ours": ours, "peers": ["peer Q8_0"]}}
+    made["missing"] = {"other": "is not there", "other int8": "is not there, either"}
+    machine = {"cpu": "abacus", "cores": 2}
+    console = Console(file=io.StringIO(), width=200)
+    tables.print_comparison({"machine": machine, "dtype": "bf16", "repetitions": 1, **made}, console)
+    plain, quantized = console.file.getvalue().split("int8, median")[:2]  # type: ignore[attr-defined]
+    (decode,) = (line for line in plain.splitlines() if "W1 decode" in line)
+    assert "0.50x peer" in decode
+    assert "Q8_0" not in plain
+    (decode,) = (line for line in quantized.splitlines() if "W1 decode" in line)
+    assert "4.00x peer Q8_0" in decode
+    assert decode.rstrip(" │|").endswith("2.00x")
+
+
 def test_sweep_measures_every_rate_and_draws(tmp_path: Path) -> None:
     targets = [Fabricated("ours", 0.2, 0.01), Fabricated("peer", 0.4, 0.01)]
     goal = Goal(ttft=0.3, tpot=0.1)

@@ -24,12 +24,28 @@ from tidewright.bench.targets import SILENCE, Notes, Target, TargetError
 from tidewright.bench.workloads import Outcome, Request
 from tidewright.cache import cache_dir
 from tidewright.parent_death import signal_on_parent_death
+from tidewright.quantization.gguf_index import GGUF_FILE
 
 HOW_TO_GET = "make bench-peers"
 MAX_MODEL_LEN = 2048  # tokens; the longest workload has 1025
 SLOTS = 16  # requests that llama.cpp computes at once, as many as a workload has
 START_TIMEOUT = 900  # seconds; the very first start of vLLM compiles the model
 STOP_TIMEOUT = 10  # seconds from SIGTERM to SIGKILL
+
+
+STORED = "stored"  # weights as a quantized checkpoint has them
+LLAMA_TYPES = {
+    "none": "",
+    "int8": "Q8_0",
+    "w8a8": "Q8_0",
+    "int4-g32": "Q4_0",
+    "int4-g64": "Q4_0",
+    "int4-g128": "Q4_0",
+    STORED: "with the same file",
+}
+"""By our schemes, the types of setup_peers.sh with about as many bits."""
+VLLM_SCHEMES = {"int8": "w8a8", **{name: name for name in ("w8a8", "int4-g32", "int4-g64", "int4-g128")}}
+"""By our schemes, those of the checkpoints that vLLM's build for CPUs gets from `tidewright quantize`."""
 
 
 class PeerMissingError(TargetError):
@@ -76,8 +92,8 @@ def peers_dir() -> Path:
     return cache_dir() / "peers"
 
 
-def vllm(model_dir: Path) -> Peer:
-    """vLLM's OpenAI server as its documentation wants it on a CPU.
+def vllm(model_dir: Path, checkpoint: Path | None = None, precision: str = "") -> Peer:
+    """vLLM's OpenAI server as its documentation wants it on a CPU, with a quantized `checkpoint` if there is one.
 
     Raises:
         PeerMissingError: it is not installed.
@@ -92,23 +108,32 @@ def vllm(model_dir: Path) -> Peer:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    model = [str(model_dir), "--served-model-name", "model", "--dtype", "bfloat16"]
+    model = [str(checkpoint or model_dir), "--served-model-name", "model", "--dtype", "bfloat16"]
     command = [_installed(home / "bin" / "vllm", "vLLM"), "serve", *model, "--max-model-len", str(MAX_MODEL_LEN)]
-    return Vllm("vLLM", command, environment, "/v1/completions")
+    return Vllm(f"vLLM {precision}".strip(), command, environment, "/v1/completions")
 
 
-def llama_cpp(model_dir: Path) -> Peer:
-    """llama.cpp's server with the same bf16 weights.
+def llama_cpp(model_dir: Path, quantization: str = "none") -> Peer:
+    """llama.cpp's server with the same bf16 weights, or with those of its own types that match our `quantization`.
 
     Raises:
         PeerMissingError: it is not installed, or not for this model.
     """
     home = peers_dir() / "llama.cpp"
     server = _installed(home / "build" / "bin" / "llama-server", "llama.cpp")
-    model = _installed(home / f"{model_dir.name}.gguf", "llama.cpp's form of the model")
+    if quantization not in LLAMA_TYPES:
+        raise PeerMissingError(f"llama.cpp has no type of weights like {quantization}")
+    form = LLAMA_TYPES[quantization]
+    file = home / f"{model_dir.name}{f'-{form}' if form else ''}.gguf"
+    if quantization == STORED:
+        file = model_dir / GGUF_FILE
+    model = _installed(file, "llama.cpp's form of the model")
     options = ["--threads", str(psutil.cpu_count() or 1), "--parallel", str(SLOTS)]
     return LlamaCpp(
-        "llama.cpp", [server, "--model", model, *options, "--ctx-size", str(SLOTS * MAX_MODEL_LEN)], {}, "/completion"
+        f"llama.cpp {form}".strip(),
+        [server, "--model", model, *options, "--ctx-size", str(SLOTS * MAX_MODEL_LEN)],
+        {},
+        "/completion",
     )
 
 

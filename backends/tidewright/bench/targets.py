@@ -78,12 +78,10 @@ class Notes:
 class TritonTarget:
     """Ours as a client sees it: gRPC streaming from one of the models that take token ids."""
 
-    name = "tidewright"
-
-    def __init__(self, grpc_url: str, model: str = "decoder") -> None:
+    def __init__(self, grpc_url: str, model: str = "decoder", name: str = "tidewright") -> None:
         import tritonclient.grpc as grpcclient
 
-        self._grpc, self._model = grpcclient, model
+        self._grpc, self._model, self.name = grpcclient, model, name
         self._client = grpcclient.InferenceServerClient(grpc_url)
         self._arrived: queue.Queue[tuple[float, Any, Exception | None]] = queue.Queue()
         self._client.start_stream(lambda result, error: self._arrived.put((time.perf_counter(), result, error)))

@@ -8,7 +8,8 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,10 @@ from tidewright.cache import EMBEDDED_MODEL
 from tidewright.config import Settings
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.prepare import prepare
+from tidewright.launch.quantize import SCHEMES, quantize
 
-SERVERS = {"vllm": peers.vllm, "llama.cpp": peers.llama_cpp}
-TRANSFORMERS = "transformers"
-Missing = dict[str, str]
+LLAMA_CPP, TRANSFORMERS = "llama.cpp", "transformers"
+SERVERS: dict[str, Callable[[Path], peers.Peer]] = {"vllm": peers.vllm, LLAMA_CPP: peers.llama_cpp}
 
 
 def _names(allowed: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
@@ -61,10 +62,26 @@ _output = click.option(
     callback=_names((*SERVERS, TRANSFORMERS)),
     help='Systems to measure beside ours; "" for none. vllm and llama.cpp come by: make bench-peers.',
 )
+@click.option(
+    "--quantization",
+    "quantizations",
+    default="",
+    metavar="LIST",
+    callback=_names((*SCHEMES, peers.STORED)),
+    help="Also measure ours with these weights, and vllm and llama.cpp with such: int8,int4-g64,stored.",
+)
 @_model
 @_output
 @click.pass_context
-def bench(context: click.Context, repetitions: int, starts: int, against: list[str], model: str, output: Path) -> None:
+def bench(
+    context: click.Context,
+    repetitions: int,
+    starts: int,
+    against: list[str],
+    quantizations: list[str],
+    model: str,
+    output: Path,
+) -> None:
     """Measure this machine, ours beside others in one run.
 
     Every workload is greedy, ignores EOS and takes random token ids, new in each repetition:
@@ -82,6 +99,7 @@ def bench(context: click.Context, repetitions: int, starts: int, against: list[s
     \b
     Examples:
       tidewright bench --repetitions 2 --against transformers
+      tidewright bench --against llama.cpp --quantization int8,int4-g64,stored
       TIDEWRIGHT_SPECULATIVE_TOKENS=4 tidewright bench
     """
     if context.invoked_subcommand:
@@ -96,17 +114,35 @@ def bench(context: click.Context, repetitions: int, starts: int, against: list[s
                 seconds.append(start)
         server, start = stack.enter_context(running_server(settings, model_dir))
         engine = stack.enter_context(contextlib.closing(EngineTarget(settings, model_dir)))
-        others, missing = _start(against, model_dir, stack, console)
+        systems = Systems(stack, console)
+        systems.start({name: _plain_peer(name, model_dir) for name in against})
+        columns = {}
+        ports = {compare.OURS: settings.grpc_port}
+        for quantization in quantizations:
+            quantized, name = _settings(quantization=quantization), f"{compare.OURS} {quantization}"
+            stack.enter_context(running_server(quantized, model_dir))
+            ports[name] = quantized.grpc_port
+            makers = {
+                f"{peer} {quantization}": _quantized_peer(peer, quantization, model, model_dir, console)
+                for peer in against
+                if peer in SERVERS
+            }
+            columns[quantization] = {"ours": name, "peers": systems.start(makers)}
         # Last: gRPC does not like processes to be started once it has a stream.
-        ours = stack.enter_context(contextlib.closing(TritonTarget(f"127.0.0.1:{settings.grpc_port}")))
+        ours = [
+            stack.enter_context(contextlib.closing(TritonTarget(f"127.0.0.1:{port}", name=name)))
+            for name, port in ports.items()
+        ]
         progress = stack.enter_context(Progress(console=console))
-        measured = compare.measure([ours, engine, *others], repetitions, token_ids(model_dir), progress, WORKLOADS)
+        targets: list[Target] = [ours[0], engine, *ours[1:], *systems.targets.values()]
+        measured = compare.measure(targets, repetitions, token_ids(model_dir), progress, WORKLOADS)
         progress.stop()
         report = {
             "machine": machine.description(),
-            "dtype": settings.dtype,
+            **_formats(settings),
             "repetitions": repetitions,
-            "missing": missing,
+            "missing": systems.missing,
+            "quantized": columns,
             **compare.report(measured),
             "start": {
                 "start to first token through Triton, s": statistics.median([*seconds, start]),
@@ -163,19 +199,21 @@ def sweep_command(
         model_dir = prepare(model)
         settings = _settings()
         stack.enter_context(running_server(settings, model_dir))
-        others, missing = _start(against, model_dir, stack, console)
+        systems = Systems(stack, console)
+        systems.start({name: _plain_peer(name, model_dir) for name in against})
         ours = stack.enter_context(contextlib.closing(TritonTarget(f"127.0.0.1:{settings.grpc_port}")))
         progress = stack.enter_context(Progress(console=console))
-        measured = sweep.sweep([ours, *others], kinds, numbers, count, seed, token_ids(model_dir), goal, progress)
+        targets = [ours, *systems.targets.values()]
+        measured = sweep.sweep(targets, kinds, numbers, count, seed, token_ids(model_dir), goal, progress)
         progress.stop()
         report = {
             "machine": machine.description(),
-            "dtype": settings.dtype,
+            **_formats(settings),
             "mix": mix,
             "requests": count,
             "seed": seed,
             "goal": asdict(goal),
-            "missing": missing,
+            "missing": systems.missing,
             **measured,
         }
         tables.print_sweep(report, console)
@@ -207,29 +245,72 @@ def _tidy_end() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _settings() -> Settings:
+def _settings(**changes: Any) -> Settings:
     ports = dict(zip(("http_port", "grpc_port", "metrics_port"), machine.free_ports(3), strict=True))
-    return Settings(**ports)  # type: ignore[arg-type]
+    return Settings(**ports, **changes)  # type: ignore[arg-type]
 
 
-def _start(
-    names: list[str], model_dir: Path, stack: contextlib.ExitStack, console: Console
-) -> tuple[list[Target], Missing]:
-    """The other systems, running; and of those that don't, why."""
-    targets: list[Target] = []
-    missing: Missing = {}
-    for name in names:
-        with console.status(f"Starting {name} (vLLM's very first start takes minutes)"):
-            try:
-                if name == TRANSFORMERS:
-                    targets.append(stack.enter_context(contextlib.closing(TransformersTarget(model_dir))))
-                else:
-                    targets.append(stack.enter_context(peers.running(SERVERS[name](model_dir))))
-            except ImportError as error:
-                missing[name] = f"{error}; to compare with it: pip install 'tidewright[bench]'"
-            except (TargetError, OSError, ValueError) as error:  # such as a folder that transformers can't read
-                missing[name] = str(error)
-    return targets, missing
+def _formats(settings: Settings) -> dict[str, str]:
+    """Of our server's numbers, and of what it is measured beside."""
+    names = ("dtype", "quantization", "quantize_head", "kv_cache_dtype")
+    return {name: getattr(settings, name) for name in names}
+
+
+Maker = Callable[[], tuple[str, AbstractContextManager[Target]]]
+"""A system's name, and how it is started; raises if it is not there."""
+
+
+class Systems:
+    """The other systems: those that run, by their names, and of those that don't, why."""
+
+    def __init__(self, stack: contextlib.ExitStack, console: Console) -> None:
+        self._stack, self._console = stack, console
+        self.targets: dict[str, Target] = {}
+        self.missing: dict[str, str] = {}
+
+    def start(self, makers: Mapping[str, Maker]) -> list[str]:
+        """The names of those that run now; one that ran already is not started again."""
+        found = []
+        for name, make in makers.items():
+            with self._console.status(f"Starting {name} (vLLM's very first start takes minutes)"):
+                try:
+                    running_as, system = make()
+                    if running_as not in self.targets:
+                        self.targets[running_as] = self._stack.enter_context(system)
+                    found.append(running_as)
+                except ImportError as error:
+                    self.missing[name] = f"{error}; to compare with it: pip install 'tidewright[bench]'"
+                # Such as a folder that transformers can't read.
+                except (TargetError, LaunchError, OSError, ValueError) as error:
+                    self.missing[name] = str(error)
+        return found
+
+
+def _plain_peer(name: str, model_dir: Path) -> Maker:
+    if name == TRANSFORMERS:
+        return lambda: (TRANSFORMERS, contextlib.closing(TransformersTarget(model_dir)))
+    return lambda: _running(SERVERS[name](model_dir))
+
+
+def _running(peer: peers.Peer) -> tuple[str, AbstractContextManager[Target]]:
+    return peer.name, peers.running(peer)
+
+
+def _quantized_peer(name: str, quantization: str, model: str, model_dir: Path, console: Console) -> Maker:
+    """With weights of about the same precision; of vLLM, in a checkpoint that we make of the same model."""
+    if name == LLAMA_CPP:
+        return lambda: _running(peers.llama_cpp(model_dir, quantization))
+
+    def make() -> tuple[str, AbstractContextManager[Target]]:
+        peers.vllm(model_dir)  # is it installed?
+        if quantization not in peers.VLLM_SCHEMES:
+            raise peers.PeerMissingError(f"vLLM has no weights like {quantization} on a CPU")
+        scheme = peers.VLLM_SCHEMES[quantization]
+        folder = peers.peers_dir() / f"{model_dir.name}-{scheme}"
+        checkpoint = quantize(model, scheme, folder, console, head="keep")
+        return _running(peers.vllm(model_dir, checkpoint, scheme))
+
+    return make
 
 
 def _write(report: dict[str, Any], folder: Path, kind: str, console: Console) -> Path:
