@@ -231,3 +231,26 @@ def test_adapters_are_a_list_of_names_and_paths_below_the_folder() -> None:
             Settings(adapter_folder="adapters", adapters=wrong)
     with pytest.raises(ValueError, match="adapters need adapter_folder"):
         Settings(adapters="a=b")
+
+
+def test_a_smaller_variant_is_one_more_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = Settings(model="org/name", smaller_variant="int8", quantize_head="same")
+    assert settings.names == ["name", "name-small"]
+    small = settings.of("name-small")
+    assert (small.model, small.quantization, small.quantize_head, small.smaller_variant) == (
+        "org/name",
+        "int8",
+        "same",
+        "",
+    )
+    assert [settings.of(name).kv_cache_share for name in settings.names] == [0.75, 0.25]
+    # The stubs of the server read it again, when the model has become a folder.
+    of_server = settings.model_copy(update={"model": str(tmp_path), "served_model_name": "name"})
+    for name, value in of_server.as_environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings().names == settings.names
+    monkeypatch.undo()
+    elsewhere = Settings(model="org/name", smaller_variant=str(tmp_path), models=["other=x"])  # type: ignore[list-item]
+    assert {one.name: one.model for one in elsewhere.models} == {"other": "x", "name-small": str(tmp_path)}
+    with pytest.raises(ValueError, match="smaller_variant is for models that generate"):
+        Settings(smaller_variant="int8", task="embed")

@@ -29,7 +29,7 @@ from tidewright.kv_cache.budget import is_share, parse_memory
 from tidewright.logs.setup import LogFormat, LogLevel
 from tidewright.resilience.config import ResilienceSettings
 from tidewright.schema import MAX_ADAPTERS_KNOWN, AdapterName, Pooling, Task
-from tidewright.served_models import Listed, ServedModel, check_names, served_name
+from tidewright.served_models import Listed, ServedModel, check_names, served_name, with_smaller_variant
 from tidewright.tracing.endpoint import OtlpEndpoint
 
 CONFIG_FILE_VARIABLE = "TIDEWRIGHT_CONFIG"
@@ -84,6 +84,11 @@ class Settings(ResilienceSettings, BaseSettings):
         [],
         description="Further models, each with an engine of its own (docs/serving.md). The flag is `--model` once "
         "more, as SOURCE or NAME=SOURCE; a variable has several with commas between.",
+    )
+    smaller_variant: str = Field(
+        "",
+        description="Second, smaller form of `model`, which the gateway asks instead while the load is high: int8, "
+        "int4-g64 and the like, or a model made elsewhere (docs/quantization.md). Empty: none.",
     )
     host: str = Field("127.0.0.1", description="Address that Triton listens on; 0.0.0.0 for all.")
     http_port: int = Field(8000, ge=1, le=65535, description="Triton's HTTP port.")
@@ -355,8 +360,19 @@ class Settings(ResilienceSettings, BaseSettings):
             raise ValueError("pooling and normalize are for embeddings; add task: embed (--task embed)")
         return self
 
+    @model_validator(mode="before")
+    @classmethod
+    def _has_its_smaller_variant(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or not (variant := given.get("smaller_variant")):
+            return given
+        model = str(given.get("model", EMBEDDED_MODEL))
+        name = given.get("served_model_name") or served_name(model)
+        return {**given, "models": with_smaller_variant(model, name, given.get("models"), str(variant))}
+
     @model_validator(mode="after")
     def _models_agree(self) -> Settings:
+        if self.smaller_variant and self.task == "embed":
+            raise ValueError("smaller_variant is for models that generate, and task is embed; leave it out")
         if not self.models:
             return self
         check_names(self.model_name, self.models)
@@ -417,6 +433,7 @@ class Settings(ResilienceSettings, BaseSettings):
         # For the first alone: adapters that fit it, a fallback, and the failsafe that calls that.
         values = self.model_dump(exclude={"models"}) | {"adapters": ""}
         own = {"model": found.model, "served_model_name": name, "fallback": "", "degradation": False, "models": []}
+        own["smaller_variant"] = ""
         made = type(self)(**{**values, "kv_cache_share": 0.0, **found.options, **own})
         return made.model_copy(update={"kv_cache_share": share})
 

@@ -20,6 +20,8 @@ from tidewright.cache import HUB_ID
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """Of a further model: it is part of names in Triton, of paths and of URLs."""
 MAX_MODELS = 16
+SMALLER_SCHEMES = ("int8", "w8a8", "int4-g32", "int4-g64", "int4-g128", "stored")
+"""Values of `--quantization` that a smaller variant may have."""
 PARAMETER = "served_model"
 """Of a model in Triton: the name of the further model that it belongs to."""
 _NAMED = re.compile(rf"({NAME})=(.+)", re.DOTALL)
@@ -41,6 +43,27 @@ def split(text: str) -> tuple[str, str]:
 
 FIRST_CHAIN = ("decoder",)
 """What is loaded and unloaded of the first model; its failsafe stays, for the fallback's sake."""
+
+SMALLER_SHARE = 0.25
+"""Of the KV cache's memory, for a smaller variant."""
+
+
+def smaller_name(model_name: str) -> str:
+    """Of a model's smaller variant."""
+    return f"{model_name}-small"
+
+
+def with_smaller_variant(model: str, model_name: str, models: object, variant: str) -> list[Any]:
+    """`models`, and a variant of `model`: with its weights in the scheme `variant`, or made elsewhere at that path."""
+    given = list(_listed(models or []))
+    name = smaller_name(model_name)
+    if any(ServedModel.model_validate(one).name == name for one in given):
+        return given
+    scheme = {"quantization": variant} if variant in SMALLER_SCHEMES else {}
+    return [
+        *given,
+        {"name": name, "model": model if scheme else variant, "kv_cache_share": SMALLER_SHARE, **scheme},
+    ]
 
 
 def decoder_of(name: str) -> str:

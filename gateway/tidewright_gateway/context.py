@@ -18,7 +18,7 @@ from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.fields import FieldPolicy
 from tidewright_gateway.openai.wording import Wording
 from tidewright_gateway.replicas.failover import Generation
-from tidewright_gateway.replicas.triton import Reply
+from tidewright_gateway.replicas.triton import Reply, least_of
 from tidewright_gateway.tracing.context import TraceContext
 from tidewright_gateway.tracing.record import NO_RECORD, Record
 
@@ -67,6 +67,8 @@ class RequestContext:
     """An identical request would get the same answer."""
     growth: int = 0
     """Tokens by which the reservation grows when it is used up; 0 if it covers the longest answer."""
+    is_smaller: bool = False
+    """A smaller variant of its model answers, because of the load."""
     route: Route = Route.DECODER
     is_shortened: bool = False
     """The load reduced its max_tokens."""
@@ -120,7 +122,7 @@ class RequestContext:
 
     @property
     def served_by(self) -> str:
-        return "fallback" if "fallback" in self.models else "decoder"
+        return least_of(self.models)
 
     @property
     def headers(self) -> Mapping[str, str]:
@@ -134,6 +136,8 @@ class RequestContext:
             found["X-Cache"] = worst.value
         if self.route is Route.FALLBACK:
             found["X-Degraded"] = "fallback"
+        elif self.is_smaller:
+            found["X-Degraded"] = "smaller-variant"
         elif self.is_shortened:
             found["X-Degraded"] = "short-answer"
         if self.limited_by:

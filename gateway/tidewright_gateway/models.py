@@ -15,6 +15,7 @@ from tidewright.resilience.errors import ModelError
 from tidewright.schema import AdapterStatus
 from tidewright_gateway.admission.ladder import LoadLadder
 from tidewright_gateway.admission.queue import Queue
+from tidewright_gateway.admission.smaller_variant import SmallerVariant
 from tidewright_gateway.openai.errors import MAX_SHOWN, ApiError, invalid
 from tidewright_gateway.openai.prompts import Prompts
 from tidewright_gateway.replicas.adapters import choices
@@ -46,9 +47,9 @@ class Model:
 
 
 class Models:
-    def __init__(self, models: Sequence[Model]) -> None:
+    def __init__(self, models: Sequence[Model], smaller: SmallerVariant | None = None) -> None:
         """The first answers requests without a name."""
-        self.first = models[0]
+        self.first, self._smaller = models[0], smaller
         self._by_name = {model.name: model for model in models}
 
     def __iter__(self) -> Iterator[Model]:
@@ -57,6 +58,10 @@ class Models:
     @property
     def names(self) -> list[str]:
         return list(self._by_name)
+
+    def smaller(self, model: Model) -> Model | None:
+        """The variant that is to answer a new request for `model`, because of the load."""
+        return self._smaller.of(model) if self._smaller else None
 
     async def find(self, name: str | None) -> tuple[Model, AdapterStatus | None]:
         """A model, and the LoRA adapter of it that is meant, if one is.
@@ -98,7 +103,8 @@ class Models:
 
     async def run_ladders(self) -> None:
         """Runs for ever."""
-        await asyncio.gather(*(model.ladder.run() for model in self))
+        smaller = [self._smaller.run()] if self._smaller else []
+        await asyncio.gather(*smaller, *(model.ladder.run() for model in self))
 
     @property
     def max_model_len(self) -> int:

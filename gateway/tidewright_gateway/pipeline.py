@@ -25,6 +25,7 @@ from tidewright.schema import SamplingParams
 from tidewright_gateway.admission.limits import Estimates, Limiter, subjects_of
 from tidewright_gateway.admission.limits.store import Subject
 from tidewright_gateway.admission.queue import priority_class
+from tidewright_gateway.admission.smaller_variant import SERVED_BY
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.auth.callers import priority_of, salt_of, tenant_of
 from tidewright_gateway.cache.responses import Replies, ResponseCache, cache_key, is_repeatable
@@ -80,6 +81,9 @@ class Pipeline:
         """
         async with self.enter(context, kind, body) as given:  # who, reserve a request, validate … settle
             context.served.check_task(embeds=False)
+            smaller = None if context.adapter else self._models.smaller(context.served)
+            if smaller:
+                context.served, context.is_smaller = smaller, True
             record = context.record
             record.begin("tokenize")
             request = await translate(context, given)
@@ -286,7 +290,7 @@ class Pipeline:
     def _source(self, context: RequestContext, generation: Generation) -> Replies:
         """The replies of a generation, from the cache or an identical running one if possible."""
         key: bytes | None = None
-        if context.is_repeatable and context.route is Route.DECODER:
+        if context.is_repeatable and context.route is Route.DECODER and not context.is_smaller:
             model = context.served.name
             if adapter := context.adapter:  # another one may have had this name before
                 model += f"\n{adapter.path}\n{adapter.at}"
@@ -318,6 +322,8 @@ class Pipeline:
         try:
             async with aclosing(context.served.failover.generate(generation, context.route)) as replies:
                 async for reply in replies:
+                    if context.is_smaller:
+                        reply = replace(reply, served_by=SERVED_BY)
                     if context.growth and not reply.finish_reason and await self._is_over(context, reply):
                         yield replace(reply, finish_reason="length")
                         return

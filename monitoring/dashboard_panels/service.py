@@ -114,8 +114,8 @@ SERVICE = Dashboard(
                 Panel(
                     "Degradation level",
                     "none",
-                    (Query(f"{G}degradation_level"),),
-                    "0 all features, 1 short answers, 2 fallback only, 3 shed",
+                    (Query(f"{G}degradation_level", "level"), Query(f"{G}smaller_variant", "smaller variant")),
+                    "0 all features, 1 short answers, 2 fallback only, 3 shed; 1 while a smaller variant answers",
                 ),
             ),
         ),

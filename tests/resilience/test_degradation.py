@@ -67,6 +67,13 @@ def test_each_signal_leads_to_its_level_at_once(load: Load, level: Level, reason
     assert (degradation.level, degradation.reasons) == (level, reasons)
 
 
+def test_a_smaller_variant_has_a_rung_between_short_answers_and_the_fallback() -> None:
+    config = SETTINGS.smaller_ladder_config()
+    for load, is_on in ((queue(0.37), False), (queue(0.375), True), (Load(0.86, 0.0, 0.0, False), True)):
+        assert (Ladder(config).update(load, 0.0).level > 0) == is_on
+    assert Ladder(config).update(Load(1.0, 1.0, 1000.0, False), 0.0).level is Level.SHORT_ANSWERS  # it has no others
+
+
 def test_down_goes_one_step_at_a_time_each_after_the_dwell() -> None:
     ladder = Ladder(CONFIG)
     ladder.update(queue(1.0), 0.0)

@@ -17,6 +17,7 @@ from tidewright.launch.child_process import ChildProcess
 from tidewright.launch.control import Question
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.server import END_TIMEOUT, check_port, reachable
+from tidewright.served_models import smaller_name
 
 HOST = "127.0.0.1"
 START_TIMEOUT = 30.0  # seconds
@@ -38,6 +39,7 @@ class GatewayProcess(ChildProcess):
             "TIDEWRIGHT_GATEWAY_MODEL": str(model_dir),
             "TIDEWRIGHT_GATEWAY_SERVED_MODEL_NAME": self.model_name,
             "TIDEWRIGHT_GATEWAY_MODELS": json.dumps([f"{one.name}={one.model}" for one in settings.models]),
+            "TIDEWRIGHT_GATEWAY_SMALLER_MODEL": smaller_name(settings.model_name) if settings.smaller_variant else "",
             "TIDEWRIGHT_GATEWAY_HOST": HOST,
             "TIDEWRIGHT_GATEWAY_PORT": str(settings.gateway_port),
             "TIDEWRIGHT_GATEWAY_TLS_CERT": "",  # nobody else sees what stays on this machine

@@ -138,6 +138,20 @@ class ResilienceSettings(BaseModel):
     def budget_config(self) -> BudgetConfig:
         return BudgetConfig(self.retry_budget_share, self.retry_budget_floor, self.retry_budget_burst)
 
+    def smaller_ladder_config(self) -> LadderConfig:
+        """Of the rung between short answers and the fallback: halfway between both."""
+
+        def rung(short: float, fallback: float) -> Thresholds:
+            return Thresholds((short + fallback) / 2, math.inf, math.inf)
+
+        return LadderConfig(
+            kv_cache=rung(self.degrade_kv_cache_short, self.degrade_kv_cache_fallback),
+            queue=rung(self.degrade_queue_short, self.degrade_queue_fallback),
+            wait=rung(self.degrade_wait_short, self.degrade_wait_fallback),
+            release=self.degrade_release,
+            dwell=self.degrade_dwell,
+        )
+
     def ladder_config(self) -> LadderConfig:
         """A full KV cache alone sheds nothing: what then waits shows in the queue."""
         return LadderConfig(

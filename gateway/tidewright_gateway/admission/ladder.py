@@ -43,16 +43,8 @@ class LoadLadder:
 
     def tick(self, now: float) -> None:
         """Updates the level. Only queueing counts as load: a long prefill takes its time on an idle server too."""
-        load, before = self._failover.load(), self._now
-        self._now = self._ladder.update(
-            Load(
-                kv_cache=load.kv_usage,
-                queue=max(load.waiting, self._queue.share),
-                wait=self._queue.wait(now),
-                breaker_open=load.breakers_open,
-            ),
-            now,
-        )
+        before = self._now
+        self._now = self._ladder.update(self.load(now), now)
         if self._now != before:
             reasons = ", ".join(self._now.reasons) or "calm"
             is_worse = self._now.level > before.level
@@ -67,6 +59,15 @@ class LoadLadder:
             self._metrics.degraded(
                 self._now.level, {signal: signal in self._now.reasons for signal in SIGNALS}, self._model
             )
+
+    def load(self, now: float) -> Load:
+        load = self._failover.load()
+        return Load(
+            kv_cache=load.kv_usage,
+            queue=max(load.waiting, self._queue.share),
+            wait=self._queue.wait(now),
+            breaker_open=load.breakers_open,
+        )
 
     def treatment(self, max_tokens: int, is_guided: bool) -> Treatment:
         """What a request for `max_tokens` gets. Answers with a grammar are never shortened: half of one is useless.

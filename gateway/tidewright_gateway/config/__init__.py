@@ -95,6 +95,8 @@ class GatewaySettings(
     @model_validator(mode="after")
     def _names_differ(self) -> GatewaySettings:
         check_names(self.model_name, self.models)
+        if self.smaller_model and self.smaller_model not in {one.name for one in self.models}:
+            raise ValueError(f"smaller_model is {self.smaller_model!r}, which is none of `models`: add it there")
         return self
 
     @model_validator(mode="after")

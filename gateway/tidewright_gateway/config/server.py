@@ -22,6 +22,11 @@ class ServerSettings(BaseModel):
     served_model_name: str = Field(
         "", description="Model name in the API. Empty: the last part of `model`, without a revision."
     )
+    smaller_model: str = Field(
+        "",
+        description="Name of one of `models` that answers new requests for `model` while the load is at least halfway "
+        "between the thresholds of short answers and of the fallback (docs/serving.md). Empty: none.",
+    )
     host: str = Field(
         "127.0.0.1",
         description="Address to listen on. One that other machines can reach requires `keys` or `jwt_jwks`.",

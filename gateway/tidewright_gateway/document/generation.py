@@ -42,8 +42,8 @@ class Generated(Shown):
     created: int = Field(ge=0)
     """Seconds since 1970."""
     model: str
-    served_by: Literal["decoder", "fallback"]
-    """`fallback`: the small model answered, as the main one could not."""
+    served_by: Literal["decoder", "smaller", "fallback"]
+    """`fallback`: the small model answered, as the main one could not; `smaller`: a variant of the model, by load."""
     limited_by: LimitName = ABSENT
     """The caller's limit that ended it early."""
 

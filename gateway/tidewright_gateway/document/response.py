@@ -123,8 +123,8 @@ class ResponseObject(Shown):
     output: list[OutputItem]
     usage: ResponseUsage | None
     """null while it runs."""
-    served_by: Literal["decoder", "fallback"]
-    """`fallback`: the small model answered, as the main one could not."""
+    served_by: Literal["decoder", "smaller", "fallback"]
+    """`fallback`: the small model answered, as the main one could not; `smaller`: a variant of the model, by load."""
     ended_by: str = ABSENT
     """What ended it early where OpenAI has no word for it, such as `timeout`; its status is incomplete then."""
     limited_by: LimitName = ABSENT

@@ -39,7 +39,7 @@ FIELDS = {
     "queue_seconds": "The longest wait for a place of its generations.",
     "first_token_seconds": "Until the first token.",
     "cache": "What the cache did, of each generation: HIT, SHARED, MISS, BYPASS.",
-    "served_by": "decoder or fallback.",
+    "served_by": "decoder, smaller (a variant, by load) or fallback.",
     "replicas": "Addresses of the replicas that were tried, in order.",
     "attempts": "How many tries that were, of all generations.",
 }

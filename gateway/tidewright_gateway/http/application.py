@@ -23,6 +23,7 @@ from tidewright.tokenization import Tokenizer
 from tidewright_gateway.admission.ladder import LoadLadder
 from tidewright_gateway.admission.limits import make_limiter
 from tidewright_gateway.admission.queue import Queue
+from tidewright_gateway.admission.smaller_variant import SmallerVariant
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.cache.responses import ResponseCache
 from tidewright_gateway.config import GatewaySettings
@@ -169,9 +170,9 @@ def _models(settings: GatewaySettings, metrics: Metrics) -> Models:
     """Loads a tokenizer for each."""
     first = _model(settings, metrics, settings.model_name, settings.model, DECODER)
     alone = settings.model_copy(update={"fallback": False})  # the replicas' fallback is the first's
-    return Models(
-        [first, *(_model(alone, metrics, one.name, one.model, decoder_of(one.name)) for one in settings.models)]
-    )
+    models = [first, *(_model(alone, metrics, one.name, one.model, decoder_of(one.name)) for one in settings.models)]
+    smaller = next((model for model in models[1:] if model.name == settings.smaller_model), None)
+    return Models(models, SmallerVariant(settings, first, smaller, metrics) if smaller else None)
 
 
 def _model(settings: GatewaySettings, metrics: Metrics, name: str, source: str, decoder: str) -> Model:

@@ -135,6 +135,7 @@ GATEWAY = (
         "gauge",
         f"Of the ladder: {', '.join(f'{level.value} {level.name.lower()}' for level in Level)}",
     ),
+    MetricSpec("smaller_variant", "gauge", "1 while a smaller variant of the first model answers its new requests"),
     MetricSpec("degradation_reason", "gauge", "1 if this signal holds the level", (Label("signal", SIGNALS),)),
     MetricSpec(
         "store_lost",

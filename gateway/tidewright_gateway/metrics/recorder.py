@@ -46,6 +46,7 @@ class Metrics:
         self._queue_wait = registry.histogram("queue_wait_seconds")
         self._degradation = registry.gauge("degradation_level", "livemax")
         self._reasons = registry.gauge("degradation_reason", "livemax")
+        self._smaller_variant = registry.gauge("smaller_variant", "livemax")
         self._cache = registry.counter("cache_requests_total")
         self._up = registry.gauge("replica_up", "livemin")
         self._stale = registry.gauge("replica_load_stale", "livemax")
@@ -161,6 +162,9 @@ class Metrics:
         self._degradation.set(max(level for level, _ in self._levels.values()))
         for signal in reasons:
             self._of(self._reasons, signal).set(any(reasons[signal] for _, reasons in self._levels.values()))
+
+    def smaller_variant(self, *, is_on: bool) -> None:
+        self._smaller_variant.set(is_on)
 
     def cache(self, state: CacheState) -> None:
         self._of(self._cache, state.value.lower()).inc()

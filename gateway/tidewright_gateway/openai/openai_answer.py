@@ -12,6 +12,7 @@ import msgspec
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.answers import DONE, Answer, Choice, Part, event
 from tidewright_gateway.openai.protocol import GenerationBody
+from tidewright_gateway.replicas.triton import least_of
 
 
 class OpenAiAnswer(Answer):
@@ -30,22 +31,21 @@ class OpenAiAnswer(Answer):
 
     def whole(self, choices: Sequence[Choice]) -> bytes:
         context = self._context
-        models = {choice.served_by for choice in choices}
+        served_by = least_of({choice.served_by for choice in choices})
         return msgspec.json.encode(
             {
                 **self._head,
                 "object": self.whole_object,
                 "choices": [self._whole_choice(choice) | self._extras(choice) for choice in choices],
                 "usage": self._usage(),
-                "served_by": "fallback" if "fallback" in models else "decoder",
+                "served_by": served_by,
                 **({"limited_by": context.limited_by} if context.limited_by else {}),
                 **self._about_prompt(choices),
             }
         )
 
     def piece(self, choice: Choice, part: Part) -> bytes:
-        if choice.served_by == "fallback":
-            self._served_by = "fallback"
+        self._served_by = least_of({self._served_by, choice.served_by})
         if choice.parser and part.is_empty and not (choice.finish_reason or self._tells_tokens):
             return b""  # its meaning is not certain yet
         made = self._piece_choice(choice, part)

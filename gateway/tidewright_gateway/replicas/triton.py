@@ -10,7 +10,7 @@ import asyncio
 import itertools
 import logging
 import struct
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,6 +64,11 @@ class CallRequest:
     """Asks where its time went."""
 
 
+def least_of(served_by: Collection[str]) -> str:
+    """Of those that answered parts of a request, the one to name: who promises the least."""
+    return next((name for name in ("fallback", "smaller") if name in served_by), "decoder")
+
+
 @dataclass(frozen=True)
 class Reply:
     """One response to a generation call."""
@@ -73,7 +78,7 @@ class Reply:
     finish_reason: str | None
     logprobs: bytes | None  # JSON, as docs/api.md describes it
     served_by: str = "decoder"
-    """Who answered: decoder or fallback."""
+    """Who answered: decoder, fallback, or smaller (a variant of the model, by load)."""
     # Each in one reply of a call at most, and None in all others.
     prompt_logprobs: bytes | None = None
     """JSON, as docs/api.md describes it; with the first tokens, where the sampling parameter asks for it."""
