@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -66,6 +67,7 @@ class Machine:
 
     def step(self) -> None:
         plan = self.scheduler.schedule(self.latency.pace(self.scheduler.running))
+        self.admission.planned()
         load = StepLoad.of(plan)
         seconds = BASE + STREAM * load.streams + TOKEN * load.tokens + CONTEXT * load.context
         self.now += seconds
@@ -230,6 +232,28 @@ def test_predictions_take_no_more_than_their_share_of_the_time(
     with pytest.raises(RequestRefusedError):
         machine.submit(10, 10, timeout=1.0)
     assert len(calls) == 2
+
+
+def test_of_many_that_come_at_once_no_more_are_let_in_than_if_each_were_predicted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    counts = []
+    for seconds in (0.0, 0.01):  # that a prediction takes: with the latter only the first of them all is made
+        with monkeypatch.context() as patch:
+            machine = Machine(patch, ttft_target=3.0)
+            machine.measure()
+
+            def slow(*rest: Any, machine: Machine = machine, seconds: float = seconds) -> float:
+                machine.now += seconds
+                return seconds_to_first_token(*rest)
+
+            patch.setattr(admission_module, "seconds_to_first_token", slow)
+            for _ in range(60):
+                with contextlib.suppress(RequestRefusedError):
+                    machine.submit(100, 40)
+            counts.append(len(machine.scheduler.waiting))
+    assert 10 < counts[0] < 50
+    assert counts[1] == pytest.approx(counts[0], rel=0.25)
 
 
 def test_nothing_is_kept_of_requests_that_ended(machine: Machine) -> None:

@@ -53,6 +53,7 @@ class Admission:
         self._correction = 1.0
         self._last: dict[tuple[int, str], _Last] = {}
         self._next_at = 0.0
+        self._some_wait = False  # did when the last step was planned
         self.refused_by_timeout = self.refused_by_target = 0
 
     def check(self, request: Submit, sequence: Sequence) -> float:
@@ -86,6 +87,13 @@ class Admission:
 
     def accepted(self, sequence: Sequence, predicted: float) -> None:
         self._accepted[sequence.request_id] = _Accepted(sequence, time.monotonic(), predicted)
+        key = _key(sequence)
+        if last := self._last.get(key):  # which stands for a while: the next one waits for this one, too
+            self._last[key] = _Last(last.at, last.seconds + self._share(sequence))
+
+    def planned(self) -> None:
+        """A step was: who waits now did not get into it."""
+        self._some_wait = len(self._scheduler.waiting) > 0
 
     def left(self, request_id: int) -> None:
         """It ended without an answer."""
@@ -115,8 +123,16 @@ class Admission:
         # One that an earlier engine had begun has been let in already.
         is_new = not request.output_token_ids
         scheduler = self._scheduler
-        waits = len(scheduler.waiting) > 0 or len(scheduler.running) >= self._places
+        waits = self._some_wait or len(scheduler.waiting) + len(scheduler.running) >= self._places
         return has_limit and is_new and waits
+
+    def _share(self, sequence: Sequence) -> float:
+        """Seconds by which it delays those behind it."""
+        work, places = self._work(sequence), self._places
+        seconds = self._latency.cost.prompt(work.start, work.prompt)
+        if len(self._scheduler.waiting) + len(self._scheduler.running) < places:
+            return seconds
+        return seconds + work.output * self._latency.cost.decode(places) / places
 
     @property
     def _is_measured(self) -> bool:
@@ -127,7 +143,7 @@ class Admission:
         return min(self._scheduler.config.max_running, self._latency.running)
 
     def _predict(self, sequence: Sequence, now: float) -> float:
-        key = sequence.sampling.priority, sequence.sampling.tenant
+        key = _key(sequence)
         if now < self._next_at:
             last = self._last.get(key)
             return last.seconds if last and now - last.at < _FRESH else 0.0
@@ -161,3 +177,7 @@ class Admission:
 
     def _most_output(self, sequence: Sequence) -> int:
         return longest(sequence, self._scheduler.config) - len(sequence.prompt_token_ids)
+
+
+def _key(sequence: Sequence) -> tuple[int, str]:
+    return sequence.sampling.priority, sequence.sampling.tenant

@@ -197,6 +197,7 @@ class Engine:
         began = time.monotonic()
         pace = self._latency.pace(self.scheduler.running)
         plan = self.scheduler.schedule(pace)
+        self._admission.planned()
         planned = time.monotonic()
         self._schedule_seconds += planned - began
         if not plan.sequences:
