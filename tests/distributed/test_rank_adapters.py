@@ -62,6 +62,7 @@ def spoil(folder: Path) -> None:
     safetensors.torch.save_file(tensors, file)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("size", [2, 3])
 def test_ranks_add_up_what_peft_says(tmp_path: Path, size: int) -> None:
     """3 heads, and 80 features of the MLP: parts are uneven."""
