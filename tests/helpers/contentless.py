@@ -32,6 +32,9 @@ class Memory(DeviceMemory):
     def free(self) -> int:
         return 2**30
 
+    def capacity(self) -> int:
+        return self.free()
+
 
 class Crossings(TorchDispatchMode):
     """Notes what crosses between the host and the device. Of operations that mix both, only copies may."""
