@@ -154,10 +154,13 @@ def test_the_engine_is_told_the_priority_of_the_key_and_only_admins_go_first(gat
 
 
 def test_the_engine_is_told_whose_request_it_is(gateway: Gateway) -> None:
-    def told() -> tuple[str, int]:
-        sampling = gateway.replica.requests[-1][1]
-        return sampling.tenant, sampling.tenant_weight
+    """And its weight and priority, on every way in, whatever the request says of them."""
 
+    def told() -> tuple[str, int, int]:
+        sampling = gateway.replica.requests[-1][1]
+        return sampling.tenant, sampling.tenant_weight, sampling.priority
+
+    forgeries: list[dict[str, Any]] = [{"tenant": "boss"}, {"tenant_weight": 1000}, {"priority": -(2**31)}]
     for path, body in (
         ("/v1/completions", PROMPT),
         ("/v1/chat/completions", CHAT),
@@ -165,16 +168,16 @@ def test_the_engine_is_told_whose_request_it_is(gateway: Gateway) -> None:
         ("/v1/messages", {**CHAT, "max_tokens": 2}),
     ):
         assert gateway.post("plain", body, path).status_code == 200
-        assert told() == ("plain", 3)
-        for forged in ({"tenant": "boss"}, {"tenant_weight": 1000}):
+        assert told() == ("plain", 3, 7)
+        for forged in forgeries:
             answer = gateway.post("plain", {**body, **forged}, path)
-            assert answer.status_code == 400 or told() == ("plain", 3), (path, answer.text)
+            assert answer.status_code == 400 or told() == ("plain", 3, 7), (path, answer.text)
     assert gateway.post("shared").status_code == 200
-    assert told() == ("shared", 1)
+    assert told() == ("shared", 1, 0)
     with StreamClient(gateway.url, token=gateway.keys["plain"]) as client:
-        client.start("a", **PROMPT)
+        client.start("a", **PROMPT, priority=-(2**31))
         client.rest()
-    assert told() == ("plain", 3)
+    assert told() == ("plain", 3, 7)
 
 
 def test_nobody_shares_a_kv_cache_with_another_key_or_user(gateway: Gateway) -> None:
