@@ -26,7 +26,7 @@ def tenants(weights: Sequence[int], fair: bool) -> list[Tenant]:
         if number == 0:
             found.append(Tenant(name, weight, prompt=200, output=8, least=48))
         elif number == 1:
-            found.append(Tenant(name, weight, prompt=32, output=24, least=6, burst=40))
+            found.append(Tenant(name, weight, prompt=32, output=24, least=30, burst=60))
         else:
             found.append(Tenant(name, weight, prompt=48, output=16, least=20))
     return found

@@ -2,9 +2,10 @@
 
 The Virtual Token Counter (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): a tenant's counter
 grows by the cost of what is computed for it, divided by its weight, and the waiting tenant with the lowest counter is
-next. A tenant that begins to wait is lifted to the lowest counter of those that do, so idle time earns no credit, and
-to the virtual time of start-time fair queueing (Goyal et al., SIGCOMM 1996) where none does. So an idle tenant whose
-counter is not above that time can be forgotten: state is bounded by the work, not by the names.
+next. A tenant that begins to wait is lifted to the lowest counter of those that do, so idle time earns no credit, or
+to the virtual time, which grows by what is computed divided by the weights of all (as in WF2Q+: Bennett and Zhang,
+1997), so that ever new tenants keep nobody waiting. An idle tenant whose counter is not above that time can be
+forgotten: state is bounded by the work, not by the names.
 
 Each priority is a class with counters of its own; a more urgent class goes first.
 """
@@ -29,10 +30,20 @@ _arrival = attrgetter("order")
 class Account:
     """A tenant in one class."""
 
-    __slots__ = ("counter", "is_queued", "rank", "running", "tenant", "unit", "waiting", "weight")
+    __slots__ = (
+        "counter",
+        "is_queued",
+        "its_class",
+        "rank",
+        "running",
+        "tenant",
+        "unit",
+        "waiting",
+        "weight",
+    )
 
-    def __init__(self, tenant: str, counter: int) -> None:
-        self.tenant, self.weight, self.unit = tenant, 1, UNIT
+    def __init__(self, tenant: str, counter: int, its_class: _Class) -> None:
+        self.tenant, self.weight, self.unit, self.its_class = tenant, 1, UNIT, its_class
         self.counter = self.rank = counter  # `rank`: as it was when the step began
         self.waiting: list[Sequence] = []  # by arrival
         self.running = 0
@@ -64,7 +75,8 @@ class _Class:
     def __init__(self) -> None:
         self.accounts: dict[str, Account] = {}
         self.num_waiting = self.num_active = 0
-        self._time = 0  # virtual: no counter of a tenant that waits is below
+        self._time = 0  # virtual: where a tenant begins that comes back
+        self._weights = 0  # of all that wait or run
         # Both are lazy: what an entry says may be out of date, but counters only grow.
         self._turns: list[tuple[int, bool, int, Account]] = []
         self._debtors: list[tuple[int, str]] = []
@@ -73,16 +85,17 @@ class _Class:
         tenant = sequence.sampling.tenant
         account = self.accounts.get(tenant)
         if account is None:
-            account = self.accounts[tenant] = Account(tenant, self._time)
+            account = self.accounts[tenant] = Account(tenant, self._time, self)
+        weight = sequence.sampling.tenant_weight
         self.num_active += account.is_idle
+        self._weights += weight - (0 if account.is_idle else account.weight)
         if not account.waiting:
             # Nobody's idle time counts: neither of those that come back, nor of those that only ran.
             least = self.first()
-            self._time = max(self._time, least.account.counter if least else 0)
+            self._time = max(self._time, least.account.rank if least else 0)
             account.counter = max(account.counter, self._time)
             account.rank = max(account.rank, self._time)
-        account.weight = sequence.sampling.tenant_weight
-        account.unit = UNIT // account.weight
+        account.weight, account.unit = weight, UNIT // weight
         sequence.account = account
         insort(account.waiting, sequence, key=_arrival)
         self.num_waiting += 1
@@ -153,8 +166,12 @@ class _Class:
         account.waiting.remove(sequence)
         self.num_waiting -= 1
         account.running += 1
-        self._time = max(self._time, first.account.counter)
+        self._time = max(self._time, first.account.rank)
         self._forget()
+
+    def served(self, cost: int) -> None:
+        """So much (by weight 1) was computed: a tenant that comes from now on has missed it."""
+        self._time += cost // max(self._weights, 1)
 
     def leave(self, sequence: Sequence) -> None:
         """It ran, and does not any more."""
@@ -164,6 +181,7 @@ class _Class:
     def _settle(self, account: Account) -> None:
         if account.is_idle:
             self.num_active -= 1
+            self._weights -= account.weight
             heapq.heappush(self._debtors, (account.counter, account.tenant))
             self._forget()
 
@@ -205,11 +223,13 @@ class FairQueue:
         """A new request."""
         tenant = sequence.sampling.tenant
         self._requests[tenant] = self._requests.get(tenant, 0) + 1
+        self.begin_step()
         self._enqueue(sequence)
 
     def begin_step(self) -> None:
         """From here on, ranks are what counters are now: they don't change while a step is planned."""
         for account in self._charged:
+            account.its_class.served((account.counter - account.rank) * account.weight)
             account.rank = account.counter
         self._charged.clear()
 
@@ -244,8 +264,11 @@ class FairQueue:
 
     def preempt(self, sequence: Sequence) -> None:
         """It ran, and waits again."""
-        sequence.account.running -= 1
-        self._classes[sequence.order[0]].num_active -= sequence.account.is_idle
+        account = sequence.account
+        account.running -= 1
+        if account.is_idle:
+            account.its_class.num_active -= 1
+            account.its_class._weights -= account.weight
         self._enqueue(sequence)
 
     def end(self, sequence: Sequence, ran: bool) -> None:
