@@ -145,19 +145,19 @@ def measure(call: Callable[[], Any], times: int = 3) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMBEDDED_MODEL)
-    parser.add_argument("--requests", type=int, default=48)
+    parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--prompt", type=int, default=128, help="tokens")
-    parser.add_argument("--output", type=int, default=96, help="tokens")
+    parser.add_argument("--output", type=int, default=64, help="tokens")
     parser.add_argument("--dtype", default="bfloat16")
     options = parser.parse_args()
 
     def config(**changes: Any) -> EngineConfig:
-        values = {"dtype": options.dtype, "max_running": 16, "max_model_len": 512, "max_batched_tokens": 512}
+        values = {"dtype": options.dtype, "max_running": 16, "max_model_len": 256, "max_batched_tokens": 512}
         return EngineConfig(model_dir=str(prepare(options.model)), **(values | changes))
 
     submits = requests(options.requests, options.prompt, options.output)
-    resizes(config(kv_cache_memory="80MiB"), submits)
-    saturation(config(memory_budget="420MiB"), submits)
+    resizes(config(kv_cache_memory="48MiB"), submits)
+    saturation(config(memory_budget="390MiB"), submits)
     swap(config(max_model_len=2048, prefix_caching=False), [256, 1024, 2000])
 
 

@@ -17,6 +17,7 @@ class Host:
         self.told: list[str] = []
         self.paths: dict[int, str] = {}
         self.requests: Counter[str] = Counter()
+        self.wanted, self.is_full = 0, False
         self.adapters = Adapters(self, ranks=2, budget=budget)
 
     def read_adapter(self, number: int, path: str) -> None:
@@ -33,6 +34,10 @@ class Host:
 
     def adapter_requests(self, name: str) -> int:
         return self.requests[name]
+
+    def make_room(self, size: int) -> bool:
+        self.wanted = size
+        return not self.is_full
 
     def load(self, name: str, **result: object) -> AdapterChanged:
         assert self.adapters.load(LoadAdapter(name, name)) is None
@@ -126,3 +131,24 @@ def test_unloaded_once_the_last_request_has_ended() -> None:
     assert host.told == ["add a", "drop a"]
     assert host.adapters.unload(UnloadAdapter("a")) == AdapterChanged("a", False)
     assert host.load("a").loaded
+
+
+def test_those_that_no_request_has_can_be_evicted_by_others() -> None:
+    host = Host(budget=200)
+    for name in "abc":
+        assert host.load(name).loaded
+    host.requests["b"] = 1
+    assert (host.adapters.used(), host.adapters.idle()) == (150, 100)
+    assert host.adapters.evict(1) == 50
+    assert host.told[-1] == "drop a"
+    assert host.adapters.evict(1000) == 50
+    assert host.told[-1] == "drop c"
+    assert (host.adapters.used(), host.adapters.idle()) == (50, 0)
+
+
+def test_one_that_does_not_fit_beside_what_else_has_the_memory_is_refused() -> None:
+    host = Host(budget=200)
+    host.is_full = True
+    assert "there is no room" in host.load("a").error
+    assert host.wanted == 50
+    assert host.adapters.used() == 0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from tidewright.distributed.rank_messages import AdapterRead, ForgetAdapter, ReadAdapter
 from tidewright.distributed.ranks import Ranks
+from tidewright.engine.adapters import Adapters
 from tidewright.engine.engine import Engine
 from tidewright.lora.reader import AdapterReader
 
@@ -42,3 +44,24 @@ class AdapterHost:
 
     def adapter_requests(self, name: str) -> int:
         return self._engine.scheduler.adapters.requests(name)
+
+    def make_room(self, size: int) -> bool:
+        if not self._engine.has_adapters_beside:
+            return True
+        return self._engine.memory.make_room(math.ceil(size / self._engine.config.tensor_parallel_size))
+
+
+class RankAdapters:
+    """Adapters as one rank's account has them."""
+
+    def __init__(self, adapters: Adapters, ranks: int) -> None:
+        self._adapters, self._ranks = adapters, ranks
+
+    def used(self) -> int:
+        return math.ceil(self._adapters.used() / self._ranks)
+
+    def idle(self) -> int:
+        return self._adapters.idle() // self._ranks
+
+    def evict(self, size: int) -> int:
+        return self._adapters.evict(size * self._ranks) // self._ranks

@@ -48,6 +48,7 @@ class Host(Protocol):
     def add_adapter(self, name: str, number: int) -> None: ...
     def drop_adapter(self, name: str) -> None: ...
     def adapter_requests(self, name: str) -> int: ...
+    def make_room(self, size: int) -> bool: ...  # in the memory that adapters share with others
 
 
 class Adapters:
@@ -58,6 +59,24 @@ class Adapters:
         self._numbers = itertools.count()
         self._readings: dict[int, tuple[str, list[AdapterRead]]] = {}
         self._leaving: set[str] = set()
+
+    def used(self) -> int:
+        """Bytes, on all ranks; as the other sizes here."""
+        return sum(known.bytes for known in self._known.values() if known.is_resident)
+
+    def idle(self) -> int:
+        """Of adapters that no request has."""
+        return sum(self._known[name].bytes for name in self._idle())
+
+    def evict(self, size: int) -> int:
+        """The least recently used of these go until so much is free; what that gave."""
+        given = 0
+        for name in self._idle():
+            if given >= size:
+                break
+            given += self._known[name].bytes
+            self._evict(name)
+        return given
 
     def load(self, message: LoadAdapter) -> AdapterChanged | None:
         """The answer, if there is one at once."""
@@ -156,19 +175,16 @@ class Adapters:
 
     def _make_room(self, size: int) -> bool:
         """By evicting adapters that no request has; none, if that does not suffice."""
-        taken = sum(known.bytes for known in self._known.values() if known.is_resident)
-        chosen: list[str] = []
-        for name, known in self._known.items():
-            if taken + size <= self._budget:
-                break
-            if known.is_resident and not self._host.adapter_requests(name):
-                chosen.append(name)
-                taken -= known.bytes
-        if taken + size > self._budget:
+        lack = self.used() + size - self._budget
+        if lack > self.idle():
             return False
-        for name in chosen:
-            self._evict(name)
-        return True
+        self.evict(lack)
+        return self._host.make_room(size)
+
+    def _idle(self) -> list[str]:
+        """Least recently used first."""
+        requests = self._host.adapter_requests
+        return [name for name, known in self._known.items() if known.is_resident and not requests(name)]
 
     def _forget(self, name: str) -> None:
         del self._known[name]

@@ -143,6 +143,11 @@ class Engine:
             self._inputs = []
         return True
 
+    @property
+    def has_adapters_beside(self) -> bool:
+        """LoRA adapters are in the memory that the KV cache is in; else the device has room for some from the start."""
+        return isinstance(self.runner, ModelRunner) and not self.runner.device.memory.is_bounded
+
     # The KV cache, as its manager sees it
 
     @property

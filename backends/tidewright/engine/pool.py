@@ -47,7 +47,9 @@ def pool_size(
     if config.memory_budget == "auto":
         num_blocks = pool_blocks(config, shape, needed_tokens, memory, step_bytes, group)
         most = max(num_blocks, config.num_blocks, config.most_blocks)
-        return PoolSize(num_blocks, most, weights + workspace + most * shape.bytes_per_block)
+        return PoolSize(
+            num_blocks, most, weights + workspace + _adapters(config, memory) + most * shape.bytes_per_block
+        )
     budget = parse_memory(config.memory_budget, memory.capacity())
     if not memory.is_bounded:
         budget //= config.local_ranks  # which share it
@@ -63,6 +65,13 @@ def pool_size(
     num_blocks = pool_blocks(config, shape, needed_tokens, memory, step_bytes, group)
     most = group.smallest(most)
     return PoolSize(min(num_blocks, most), most, budget)
+
+
+def _adapters(config: EngineConfig, memory: DeviceMemory) -> int:
+    """Bytes that LoRA adapters may take beside the KV cache, on this rank."""
+    if memory.is_bounded or not config.adapter_folder:
+        return 0
+    return parse_memory(config.adapter_memory, 0) // config.tensor_parallel_size
 
 
 def pool_blocks(

@@ -16,7 +16,7 @@ from tidewright.distributed.placement import resolve, take_place
 from tidewright.distributed.process_group import join_group, make_store
 from tidewright.distributed.rank_messages import AdapterRead
 from tidewright.distributed.ranks import RankError, Ranks
-from tidewright.engine.adapter_host import AdapterHost
+from tidewright.engine.adapter_host import AdapterHost, RankAdapters
 from tidewright.engine.adapters import Adapters
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import (
@@ -76,6 +76,8 @@ class EngineProcess:
         host = AdapterHost(self._engine, ranks, self._inbox.put, self._tell_failure)
         self._adapters = Adapters(host, config.tensor_parallel_size, parse_memory(config.adapter_memory, 0))
         self._takes_adapters = self._engine.runner.adapter_slots > 0
+        if self._engine.has_adapters_beside:
+            self._engine.memory.adapters = RankAdapters(self._adapters, config.tensor_parallel_size)
         _yield_to_others(config.niceness)
         self._interval = config.heartbeat_interval
         self._send(self._engine.ready())
