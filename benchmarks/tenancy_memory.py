@@ -157,7 +157,7 @@ def main() -> None:
 
     submits = requests(options.requests, options.prompt, options.output)
     resizes(config(kv_cache_memory="48MiB"), submits)
-    saturation(config(memory_budget="390MiB"), submits)
+    saturation(config(memory_budget="430MiB"), submits)
     swap(config(max_model_len=2048, prefix_caching=False), [256, 1024, 2000])
 
 
