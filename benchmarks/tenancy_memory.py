@@ -87,21 +87,21 @@ def resizes(config: EngineConfig, submits: list[Submit]) -> None:
 
 def saturation(config: EngineConfig, submits: list[Submit]) -> None:
     engine = Engine(config)
-    shares: list[float] = []
+    shares: list[tuple[float, float]] = []  # of the budget, and of the KV cache
 
     def look(_: int) -> None:
         if engine.stats().waiting:
             account = engine.memory.account()
             assert account.committed <= account.budget
-            shares.append(account.utilisation)
+            shares.append((account.utilisation, account.kv_used / account.kv_pool))
 
     _, failed, _ = run(engine, submits, look)
     account = engine.memory.account()
-    full = shares[len(shares) // 10 :]  # once the first requests have been read
+    full, of_cache = zip(*shares[len(shares) // 10 :], strict=True)  # once the first requests have been read
     print(
         f"budget {mib(account.budget)} (weights {mib(account.weights)}, workspace {mib(account.workspace)}, KV cache "
         f"{mib(account.kv_pool)}): {statistics.median(full):.1%} in use while requests wait "
-        f"({min(full):.1%}-{max(full):.1%}), {failed} failed"
+        f"({min(full):.1%}-{max(full):.1%}), of the KV cache {statistics.median(of_cache):.1%}, {failed} failed"
     )
 
 
@@ -157,7 +157,9 @@ def main() -> None:
 
     submits = requests(options.requests, options.prompt, options.output)
     resizes(config(kv_cache_memory="48MiB"), submits)
-    saturation(config(memory_budget="430MiB"), submits)
+    # Without a pace, so that memory alone is what requests wait for.
+    crowded = config(memory_budget="480MiB", max_running=32, prefill_step_time=0)
+    saturation(crowded, requests(2 * options.requests, options.prompt, options.output))
     swap(config(max_model_len=2048, prefix_caching=False), [256, 1024, 2000])
 
 
