@@ -256,7 +256,7 @@ def test_a_block_lost_from_the_books_ends_the_idle_engine(model: Path) -> None:
     broken = (
         "from tidewright.engine import __main__; from tidewright.kv_cache import idle_audit, prefix_cache\n"
         "idle_audit.BLOCKS, free = 3, prefix_cache.PrefixCache.free\n"
-        "def lose(cache, table): free(cache, table); cache.pool._references[-1] = 1\n"
+        "def lose(cache, *table): free(cache, *table); cache.pool._references[-1] = 1\n"
         "prefix_cache.PrefixCache.free = lose\n"
         "__main__.main()"
     )
