@@ -169,9 +169,14 @@ class _Class:
         self._time = max(self._time, first.account.rank)
         self._forget()
 
-    def served(self, cost: int) -> None:
-        """So much (by weight 1) was computed: a tenant that comes from now on has missed it."""
-        self._time += cost // max(self._weights, 1)
+    def served(self, accounts: list[Account]) -> None:
+        """What these were charged: a tenant that comes from now on has missed it.
+
+        But it does not begin behind all of them: once those that are ahead have left, nobody is owed anything.
+        """
+        cost = sum((account.counter - account.rank) * account.weight for account in accounts)
+        highest = max(account.counter for account in accounts)
+        self._time = max(self._time, min(self._time + cost // max(self._weights, 1), highest))
 
     def leave(self, sequence: Sequence) -> None:
         """It ran, and does not any more."""
@@ -228,8 +233,12 @@ class FairQueue:
 
     def begin_step(self) -> None:
         """From here on, ranks are what counters are now: they don't change while a step is planned."""
+        charged: dict[_Class, list[Account]] = {}
         for account in self._charged:
-            account.its_class.served((account.counter - account.rank) * account.weight)
+            charged.setdefault(account.its_class, []).append(account)
+        for its_class, accounts in charged.items():
+            its_class.served(accounts)
+        for account in self._charged:
             account.rank = account.counter
         self._charged.clear()
 
