@@ -80,7 +80,7 @@ class Admission:
             rule = f"its timeout leaves {left:.3g} s"
         else:
             self.refused_by_target += 1
-            rule = f"ttft_target is {target:.3g} s"
+            rule = f"{MARGIN:g} of its ttft_target are {MARGIN * target:.3g} s"
         waiting = len(self._scheduler.waiting)
         message = f"{waiting} requests wait, so that its first token is expected in {expected:.3g} s, but {rule}"
         raise RequestRefusedError(message + expected_wait(expected - limit), "overloaded")
