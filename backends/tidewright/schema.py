@@ -162,6 +162,8 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     """LoRA adapters that are loaded, and those that were; None: this server serves none."""
     knows_tenants: bool = False
     """It knows the sampling parameters tenant and tenant_weight."""
+    knows_targets: bool = False
+    """It knows the sampling parameters ttft_target and tpot_target."""
     protocol: Protocol = 1
     """As in StatusVersion."""
 

@@ -460,6 +460,7 @@ def test_status_tells_what_is_wrong_and_how_full_it_is(world: World) -> None:
         tells_details=True,
         tells_timings=True,
         knows_tenants=True,
+        knows_targets=True,
         protocol=PROTOCOL,
     )
     assert len(well.tokenizer) == 64

@@ -102,6 +102,11 @@ def test_replicas_of_an_older_version_are_not_asked_for_what_they_do_not_know(cl
         run(lambda failover: generate(failover, tenant="alice", tenant_weight=3))
         (request,) = [request for _, request in client.requests]
         assert (b"tenant" in request.sampling) == knows
+        client.scripts, client.requests = {"b:1": [[8]]}, []
+        client.status = {"b:1": msgspec.structs.replace(WELL, knows_targets=knows)}
+        run(lambda failover: generate(failover, ttft_target=1.0, tpot_target=0.1))
+        (request,) = [request for _, request in client.requests]
+        assert (b"ttft_target" in request.sampling, b"tpot_target" in request.sampling) == (knows, knows)
 
 
 async def has_begun(client: type[ScriptedClient]) -> None:

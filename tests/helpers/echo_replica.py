@@ -51,7 +51,9 @@ class EchoReplica(service_pb2_grpc.GRPCInferenceServiceServicer):
         self.metadata: list[dict[str, Any]] = []
         """Of the same."""
         self.sent = 0  # tokens
-        self.status = DecoderStatus("", False, 0.0, 0.0, 0.0, 0.0, max_model_len=max_model_len, knows_tenants=True)
+        self.status = DecoderStatus(
+            "", False, 0.0, 0.0, 0.0, 0.0, max_model_len=max_model_len, knows_tenants=True, knows_targets=True
+        )
         self.statuses: dict[str, DecoderStatus] = {}
         """Of models that have another than the rest."""
         self.errors: dict[str, str] = {}

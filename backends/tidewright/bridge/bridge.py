@@ -167,6 +167,7 @@ class Bridge:
             tells_details=True,
             tells_timings=True,
             knows_tenants=True,
+            knows_targets=True,
             protocol=PROTOCOL,
         )
 

@@ -351,6 +351,8 @@ class Failover:
             sampling = msgspec.structs.replace(sampling, timeout=generation.deadline.remaining(now))
         if not replica.knows_tenants:
             sampling = msgspec.structs.replace(sampling, tenant="", tenant_weight=1)  # which are not sent then
+        if not replica.knows_targets:
+            sampling = msgspec.structs.replace(sampling, ttft_target=None, tpot_target=None)
         trace = generation.trace
         if trace and generation.record.is_kept:
             trace = trace.child()

@@ -131,6 +131,8 @@ class Replica:
     """When it may be told again."""
     knows_tenants: bool = False
     """Likewise, the sampling parameters `tenant` and `tenant_weight`."""
+    knows_targets: bool = False
+    """Likewise, `ttft_target` and `tpot_target`."""
     fallback: DecoderStatus | None = None
     """The last status of its fallback; None if it has none that can be used."""
     trouble: ModelError | None = field(default_factory=lambda: ModelError("not checked yet", Outcome.UNAVAILABLE))
@@ -226,6 +228,7 @@ class Replica:
         self.serves_adapters = status.adapters is not None
         self.adapters = {adapter.name: adapter for adapter in status.adapters or ()}
         self.tells_timings, self.knows_tenants = status.tells_timings, status.knows_tenants
+        self.knows_targets = status.knows_targets
         self.lived_at = max(self.lived_at, now - status.silence)
         # The figure may or may not include what began or ended since the status request.
         self.others = max(status.active - max(len(self.attempts), self.in_flight_when_asked), 0)
