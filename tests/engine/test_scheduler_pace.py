@@ -60,6 +60,23 @@ def test_several_prompts_share_it_in_their_order() -> None:
     assert step(scheduler, 8) == [(1, 4, 1, True), (2, 6, 1, True), (3, 2, 4, True), (4, 0, 4, False)]
 
 
+def test_one_whose_cached_prefix_makes_it_too_dear_is_not_admitted() -> None:
+    """There was time for tokens of a prompt's beginning, so it was: to stand still, and then a second time."""
+    scheduler, pool = make(blocks=40, max_batched_tokens=64, prefix_caching=True)
+    scheduler.add(sequence(1, 41, max_tokens=1))
+    step(scheduler, 1)
+    scheduler.add(sequence(2, 3))
+    step(scheduler, 1)
+    scheduler.add(sequence(3, 44))  # 40 are cached
+    free = pool.num_free
+    for seconds, expected in ((1.0, []), (10.0, [(3, 40, 2, False)])):
+        # A token of 0.1 s, and 0.1 s more for each before it: the first three cost 0.75 s, the 41st alone 4.15 s.
+        plan = scheduler.schedule(StepPace(seconds=seconds, token=0.1, context=0.1))
+        assert shape(plan)[1:] == expected
+        assert expected or pool.num_free >= free - 1
+        scheduler.commit(plan, result(plan))
+
+
 def test_a_more_urgent_prompt_takes_it_first() -> None:
     scheduler, _ = make(blocks=40, max_batched_tokens=64)
     scheduler.add(sequence(1, 3))

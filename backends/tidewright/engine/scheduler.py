@@ -140,10 +140,10 @@ class Scheduler:
         line = self._running
         while budget:
             running = line[index] if index < len(line) else None
-            if waiting and (running is None or goes_before(waiting, running)) and allowance.tokens(0):
+            if waiting and (running is None or goes_before(waiting, running)):
                 # A request that does not fit blocks those behind it, or it might wait forever. And one that was just
                 # preempted is not admitted again in the same step.
-                if not self._admit(waiting, index, pace.running):
+                if not self._admit(waiting, index, pace.running, allowance):
                     waiting = None
                     continue
             elif running is None:
@@ -301,8 +301,8 @@ class Scheduler:
     def _blocks(self, num_tokens: int) -> int:
         return -(-num_tokens // self._config.block_size)
 
-    def _admit(self, sequence: Sequence, index: int, limit: int) -> bool:
-        """Moves a waiting sequence to place `index` of the running ones, if it fits.
+    def _admit(self, sequence: Sequence, index: int, limit: int, allowance: Allowance) -> bool:
+        """Moves a waiting sequence to place `index` of the running ones, if it fits and comes on in this step.
 
         One block is left for each running sequence: without it, the new one would soon be preempted again. If `limit`
         sequences run or more, the new one takes the place of another, or waits.
@@ -310,6 +310,9 @@ class Scheduler:
         # Prompt log-probabilities need all of the prompt's hidden states, also those that a cached block would skip.
         may_skip = sequence.sampling.prompt_logprobs is None
         shared = self._cache.find(sequence.token_ids, sequence.chain) if may_skip else []
+        # Tokens behind a cached prefix are dearer than those of a prompt's beginning: there may be time for none.
+        if not allowance.tokens(len(shared) * self._config.block_size):
+            return False
         needed = self._blocks(sequence.num_known) - len(shared)
         # Each running sequence gets at least one token a step.
         max_running = min(self._config.max_running, self._budget.tokens, max(limit, len(self._running)))
