@@ -27,7 +27,7 @@ class Bridge:
 
     def loaded(self, name: str) -> None:
         self.load(name)
-        self.adapters.changed(AdapterChanged(name, True, rank=8, bytes=100))
+        self.adapters.changed(AdapterChanged(name, True, rank=8, bytes=100, digest=f"files of {name}"))
         self.sent.clear()
         self.answers.clear()
 
@@ -50,8 +50,8 @@ def test_a_load_and_an_unload_are_answered_when_the_engine_has_done_it() -> None
     bridge.load("one")
     assert bridge.sent == [LoadAdapter("one", "folder")]
     assert bridge.answers == []
-    bridge.adapters.changed(AdapterChanged("one", True, rank=8, bytes=100))
-    assert bridge.adapters.by_name == {"one": Adapter("one", "folder", "loaded", 8, 100)}
+    bridge.adapters.changed(AdapterChanged("one", True, rank=8, bytes=100, digest="files"))
+    assert bridge.adapters.by_name == {"one": Adapter("one", "folder", "loaded", 8, 100, "files")}
     bridge.unload("one")
     assert bridge.sent[1:] == [UnloadAdapter("one")]
     assert bridge.states == {"one": "unloading"}
@@ -96,7 +96,7 @@ def test_the_next_engine_gets_what_the_one_before_had() -> None:
     bridge.restart()
     # What was never loaded may be what killed the engine.
     assert bridge.answers == ["new: the engine ended while it loaded the adapter; try again"]
-    loads = [LoadAdapter(name, "folder") for name in ("one", "two", "going")]
+    loads = [LoadAdapter(name, "folder", f"files of {name}") for name in ("one", "two", "going")]
     assert bridge.sent == loads
     bridge.in_use.clear()
     bridge.adapters.settle()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from tidewright.distributed.rank_messages import AdapterRead
 from tidewright.engine.adapters import Adapters
@@ -41,9 +42,11 @@ class Host:
 
     def load(self, name: str, **result: object) -> AdapterChanged:
         assert self.adapters.load(LoadAdapter(name, name)) is None
-        return self.read(**result)[0]
+        changed = self.read(**result)[0]
+        assert changed
+        return changed
 
-    def read(self, size: int = 50, digest: str = "", error: str = "") -> tuple[AdapterChanged, list[int], list[str]]:
+    def read(self, size: int = 50, digest: str = "", error: str = "") -> tuple[Any, list[int], list[str]]:
         """Ends the latest reading: the change, and the requests that go on or are refused."""
         number, path = max(self.paths.items())
         assert self.adapters.was_read(AdapterRead(number, digest or path, 4, size // 2)) is None
@@ -58,7 +61,7 @@ class Host:
 
 def test_one_that_all_ranks_have_read_is_added() -> None:
     host = Host(budget=100)
-    assert host.load("a") == AdapterChanged("a", True, "", 4, 50)
+    assert host.load("a") == AdapterChanged("a", True, "", 4, 50, "a")
     assert host.told == ["add a"]
     assert not host.hold(1, "a")
     assert not host.hold(2, "unknown")  # the engine refuses it
@@ -92,7 +95,7 @@ def test_the_least_recently_used_without_requests_leave_memory_and_are_read_agai
     assert host.load("c").loaded
     assert host.told == ["drop b", "add c"]
     assert host.hold(2, "b")
-    assert host.read() == (AdapterChanged("b", True, "", 4, 50), [2], [])
+    assert host.read() == (AdapterChanged("b", True, "", 4, 50, "b"), [2], [])
     assert host.told[2:] == ["drop c" if host.requests["a"] else "drop a", "add b"]
 
 
@@ -152,3 +155,62 @@ def test_one_that_does_not_fit_beside_what_else_has_the_memory_is_refused() -> N
     assert "there is no room" in host.load("a").error
     assert host.wanted == 50
     assert host.adapters.used() == 0
+
+
+def test_a_request_for_one_that_was_evicted_waits_until_there_is_room() -> None:
+    host = Host(budget=100)
+    for name in "abc":
+        assert host.load(name).loaded  # "a" leaves memory
+    host.requests.update(["b", "c"])
+    readings = len(host.paths)
+    assert [host.hold(1, "a"), host.hold(2, "a")] == [True, True]
+    host.adapters.read_again()
+    assert len(host.paths) == readings  # no need to read what has no room
+    host.requests["c"] = 0
+    host.adapters.read_again()
+    assert host.read() == (AdapterChanged("a", True, "", 4, 50, "a"), [1, 2], [])
+    assert host.told[-2:] == ["drop c", "add a"]
+
+
+def test_those_that_wait_for_room_come_in_order_and_ahead_of_new_requests_for_idle_ones() -> None:
+    host = Host(budget=50)
+    for name in "abc":
+        assert host.load(name).loaded
+    host.requests["c"] = 1
+    assert [host.hold(1, "b"), host.hold(2, "a")] == [True, True]
+    host.requests["c"] = 0
+    assert host.hold(3, "c")  # it gives way
+    assert host.read()[1] == [1]
+    host.requests["b"] = 1
+    host.adapters.read_again()
+    host.requests["b"] = 0
+    assert host.adapters.drop(2)
+    host.adapters.read_again()  # nobody wants "a" any longer
+    assert host.read()[1] == [3]
+
+
+def test_one_that_finds_its_room_taken_when_it_was_read_waits_for_it_again() -> None:
+    """Also by others than adapters, and in an engine that has never had it: for the bridge it is loaded."""
+    host = Host(budget=100)
+    host.adapters.load(LoadAdapter("a", "a", "a"))
+    assert host.hold(1, "a")
+    host.is_full = True
+    assert host.read() == (AdapterChanged("a", True, "", 4, 50, "a"), [], [])
+    assert host.told == ["forget 0"]
+    host.adapters.read_again()
+    host.is_full = False
+    host.adapters.read_again()
+    host.is_full = True
+    assert host.read() == (None, [], [])  # told before
+    host.is_full = False
+    host.adapters.read_again()
+    assert host.read()[1:] == ([1], [])
+
+
+def test_files_that_changed_between_two_engines_are_not_taken() -> None:
+    host = Host(budget=100)
+    host.adapters.load(LoadAdapter("a", "a", digest="as it was"))
+    assert host.hold(1, "a")
+    changed, goes_on, refused = host.read(digest="other")
+    assert "changed since it was loaded" in changed.error
+    assert (goes_on, len(refused)) == ([], 1)

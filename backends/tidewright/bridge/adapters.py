@@ -36,6 +36,7 @@ class Adapter:
     state: State = "loading"
     rank: int = 0
     bytes: int = 0  # in the memory of all ranks
+    digest: str = ""  # of its files; empty: not read yet
 
 
 @dataclass
@@ -87,7 +88,7 @@ class Adapters:
             return
         self.counts["failed" if change.error else "loaded" if change.loaded else "unloaded"] += 1
         if change.loaded:
-            adapter = replace(adapter, rank=change.rank, bytes=change.bytes)
+            adapter = replace(adapter, rank=change.rank, bytes=change.bytes, digest=change.digest)
             if adapter.state == "unloading":  # loaded again, for those that have it
                 self._set(adapter)
                 self._pending[change.name] = _Pending(pending.done)
@@ -144,7 +145,7 @@ class Adapters:
     def _ask(self, name: str) -> None:
         if self._engine_up:
             self._pending[name].sent = True
-            self._send(LoadAdapter(name, self.by_name[name].path))
+            self._send(LoadAdapter(name, self.by_name[name].path, self.by_name[name].digest))
 
     def _refusal(self, name: str, path: str) -> RequestError | None:
         if adapter := self.by_name.get(name):

@@ -2,7 +2,8 @@
 
 All ranks read an adapter, and the engine takes it only if all could. Then it enters the scheduler between two steps, as
 an input like any other. The least recently used adapters without requests give way when the host's budget is full; they
-stay loaded for the bridge, and are read again when a request wants them, which waits meanwhile.
+stay loaded for the bridge, and are read again when a request wants them, which waits meanwhile. If there is no room, as
+requests have all the others, it waits until there is: only a first load is refused for that.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ class _Known:
     """One that the bridge wants loaded."""
 
     path: str
-    digest: str = ""  # of its files when they were first read; empty: not yet
+    digest: str = ""  # of its files when they were first read, by whichever engine; empty: not yet
     rank: int = 0
     bytes: int = 0  # on all ranks
+    is_told: bool = False  # the bridge knows that this engine has it
     is_resident: bool = False  # in the host's memory
     is_read: bool = False  # just now, by all ranks
     held: list[Submit] = field(default_factory=list)  # requests that wait for it
@@ -35,7 +37,7 @@ class _Known:
 class Outcome(NamedTuple):
     """`requests` waited for the adapter, and the engine takes them now; `refused` end."""
 
-    changed: AdapterChanged
+    changed: AdapterChanged | None
     requests: list[Submit]
     refused: list[SequenceOutput]
 
@@ -59,6 +61,7 @@ class Adapters:
         self._numbers = itertools.count()
         self._readings: dict[int, tuple[str, list[AdapterRead]]] = {}
         self._leaving: set[str] = set()
+        self._lacking: dict[str, None] = {}  # room; requests wait for these, in this order
 
     def used(self) -> int:
         """Bytes, on all ranks; as the other sizes here."""
@@ -82,7 +85,7 @@ class Adapters:
         """The answer, if there is one at once."""
         if message.name in self._known:
             return AdapterChanged(message.name, False, "an adapter of that name is there already")
-        self._known[message.name] = _Known(message.path)
+        self._known[message.name] = _Known(message.path, message.digest)
         self._begin_reading(message.name)
         return None
 
@@ -110,13 +113,29 @@ class Adapters:
         known = self._known.get(request.adapter)
         if known is None or request.adapter in self._leaving:
             return False
+        if self._lacking and not self._host.adapter_requests(request.adapter):
+            self.read_again()  # its room may be what others wait for, and they came first
         self._known[request.adapter] = self._known.pop(request.adapter)
         if known.is_resident:
             return False
         known.held.append(request)
-        if not known.is_read:
+        if known.is_read or request.adapter in self._lacking:
+            return True
+        if self._lacking or self._lack(known.bytes) > self.idle():
+            self._lacking[request.adapter] = None
+        else:
             self._begin_reading(request.adapter)
         return True
+
+    def read_again(self) -> None:
+        """To be called now and then: those that found no room are read again, in order, as far as there is some."""
+        for name in list(self._lacking):
+            known = self._known[name]
+            if known.held and not self._make_room(known.bytes):
+                return
+            del self._lacking[name]
+            if known.held:
+                self._begin_reading(name)
 
     def drop(self, request_id: int) -> bool:
         """The request is no longer wanted; whether it waited here."""
@@ -136,11 +155,23 @@ class Adapters:
         del self._readings[result.number]
         known = self._known[name]
         known.is_read = False
-        error = self._enter(name, known, results)
-        held, known.held = known.held, []
-        if not error:
-            return Outcome(AdapterChanged(name, True, "", known.rank, known.bytes), held, [])
+        was_loaded = bool(known.digest)
+        error = self._check(known, results)
+        if not error and self._make_room(known.bytes):
+            known.is_resident = known.is_told = True
+            self._host.add_adapter(name, result.number)
+            held, known.held = known.held, []
+            return Outcome(_loaded(name, known), held, [])
         self._host.forget_adapter(result.number)
+        if not error and was_loaded:
+            if known.held:
+                self._lacking[name] = None
+            is_news, known.is_told = not known.is_told, True
+            return Outcome(_loaded(name, known) if is_news else None, [], [])
+        if not error:
+            budget = f"the {mib(self._budget)} for adapters (adapter_memory)"
+            error = f"it takes {mib(known.bytes)} of {budget}, and there is no room beside those that requests have"
+        held = known.held
         self._forget(name)
         log.warning("the adapter %r was refused: %s", name, error)
         refused = [
@@ -155,27 +186,28 @@ class Adapters:
         self._readings[number] = name, []
         self._host.read_adapter(number, known.path)
 
-    def _enter(self, name: str, known: _Known, results: list[AdapterRead]) -> str:
-        """Why the adapter can't be taken; empty: it was."""
+    def _check(self, known: _Known, results: list[AdapterRead]) -> str:
+        """Why the adapter can't be taken, if there is room for it; empty: it can."""
         if error := next((result.error for result in results if result.error), ""):
             return error
         digests = {result.digest for result in results}
         if len(digests) > 1:
             return "its files are not the same on all hosts"
-        digest, size = digests.pop(), sum(result.bytes for result in results)
+        digest = digests.pop()
         if known.digest and digest != known.digest:
             return "its files have changed since it was loaded; load it again"
-        if not self._make_room(size):
-            budget = f"the {mib(self._budget)} for adapters (adapter_memory)"
-            return f"it takes {mib(size)} of {budget}, and there is no room beside those that requests have"
-        known.digest, known.rank, known.bytes = digest, max(result.rank for result in results), size
-        known.is_resident = True
-        self._host.add_adapter(name, results[0].number)
+        known.digest, known.rank = digest, max(result.rank for result in results)
+        known.bytes = sum(result.bytes for result in results)
         return ""
+
+    def _lack(self, size: int) -> int:
+        """Bytes that are to be freed for so many; those that are just read again have their room already."""
+        coming = sum(known.bytes for known in self._known.values() if known.is_read)
+        return self.used() + coming + size - self._budget
 
     def _make_room(self, size: int) -> bool:
         """By evicting adapters that no request has; none, if that does not suffice."""
-        lack = self.used() + size - self._budget
+        lack = self._lack(size)
         if lack > self.idle():
             return False
         self.evict(lack)
@@ -189,8 +221,13 @@ class Adapters:
     def _forget(self, name: str) -> None:
         del self._known[name]
         self._leaving.discard(name)
+        self._lacking.pop(name, None)
 
     def _evict(self, name: str) -> None:
         if self._known[name].is_resident:
             self._known[name].is_resident = False
             self._host.drop_adapter(name)
+
+
+def _loaded(name: str, known: _Known) -> AdapterChanged:
+    return AdapterChanged(name, True, "", known.rank, known.bytes, known.digest)

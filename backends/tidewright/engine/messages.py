@@ -136,6 +136,7 @@ class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter", array_like=Tr
 
     name: str
     path: str  # a folder in Hugging Face PEFT format, below `adapter_folder`
+    digest: str = ""  # of its files, if an engine before this one had it: they must be the same
 
 
 class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter", array_like=True):
@@ -170,6 +171,7 @@ class AdapterChanged(msgspec.Struct, frozen=True, tag="adapter", array_like=True
     error: str = ""  # why it could not be loaded, for the caller
     rank: int = 0  # the highest of its matrices
     bytes: int = 0  # that it takes in all ranks' memory
+    digest: str = ""  # of its files
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):

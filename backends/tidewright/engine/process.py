@@ -195,7 +195,8 @@ class EngineProcess:
         outcome = self._adapters.was_read(message)
         if outcome is None:
             return []
-        self._send(outcome.changed)
+        if outcome.changed:
+            self._send(outcome.changed)
         refusals = [self._engine.submit(request) for request in outcome.requests]
         return outcome.refused + [refusal for refusal in refusals if refusal]
 
@@ -211,6 +212,7 @@ class EngineProcess:
         now = time.monotonic()
         if now - self._last_heartbeat >= self._interval:
             self._engine.memory.look(now)
+            self._adapters.read_again()
             stats = self._engine.stats()
             if not self._engine.has_work:
                 self._engine.check_ranks()
