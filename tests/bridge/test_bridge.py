@@ -25,6 +25,7 @@ from tidewright.errors import (
     RequestError,
     TimedOutError,
 )
+from tidewright.memory.reclaim import STAGES
 from tidewright.schema import ATTEMPT, DRAINING, PROTOCOL, DecoderStatus, FinishReason
 
 EOS = 2
@@ -411,7 +412,9 @@ def test_counters_of_a_lost_engine_stay_and_its_gauges_go(world: World) -> None:
     events.stats(EngineStats(1, 2, 30, 4, 60, 600, 700, 8, tokens_drafted=9, send_seconds=1.5))
     assert world.bridge.engine_stats.steps == 60
     events.lost("killed")
-    assert world.bridge.engine_stats == EngineStats(0, 0, 0, 0, 60, 600, 700, 8, tokens_drafted=9, send_seconds=1.5)
+    none = dict.fromkeys(STAGES, 0)
+    sums = EngineStats(0, 0, 0, 0, 60, 600, 700, 8, tokens_drafted=9, send_seconds=1.5, reclaimed=none)
+    assert world.bridge.engine_stats == sums
     events.stats(EngineStats(5, 0, 30, 30, 100, 1, 2, 3, send_seconds=0.5))  # more steps than the old one already
     after = world.bridge.engine_stats
     assert (after.running, after.blocks_free, after.steps, after.prompt_tokens) == (5, 30, 160, 601)

@@ -62,7 +62,8 @@ def test_no_request_is_too_much_for_it(echo_gateway: RunningGateway, mode: Gener
         )
         @given(cases)
         def ask(case: schemathesis.Case) -> None:
-            if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+            is_admin = case.operation.path.startswith("/admin/models/")  # the one that there is stays loaded
+            if isinstance(case.body, dict) and isinstance(case.body.get("model"), str) and not is_admin:
                 case.body["model"] = MODEL  # or hardly any gets further than that
             response = case.call(base_url=echo_gateway.url)
             seen.add((case.operation.label, response.status_code))

@@ -121,7 +121,7 @@ class CalibrationRun:
 
 def _adder(products: dict[str, InputProducts], names: tuple[str, ...]) -> Callable[..., None]:
     def add(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        (x_TE,) = arguments
+        x_TE = arguments[0]
         found = products.setdefault(names[0], InputProducts(x_TE.shape[-1]))
         found.add(x_TE.flatten(0, -2))
         products.update(dict.fromkeys(names, found))
