@@ -300,6 +300,7 @@ class Pipeline:
             lambda: self._generate(context, generation),
             context.policy,
             lambda: generation.model == "decoder" and not context.limited_by,
+            generation.sampling.ttft_target,
         )
         context.cache_states.append(state)
         self.metrics.cache(state)

@@ -156,6 +156,20 @@ def test_a_refresh_joins_no_run_that_began_before_and_what_that_one_says_is_not_
     asyncio.run(main())
 
 
+def test_a_run_that_its_ttft_target_may_end_is_joined_by_nobody_with_another() -> None:
+    async def main() -> None:
+        cache, impatient, patient = ResponseCache(2**20, 60), Source([]), Source(answer(9))
+        impatient.error = RuntimeError("its first token would come too late")
+        _, refused = cache.open(b"k", impatient.run, ttft_target=0.1)
+        assert cache.open(b"k", impatient.run, ttft_target=0.1)[0] is SHARED
+        assert await ask(cache, patient) is MISS
+        with pytest.raises(RuntimeError, match="too late"):
+            await read(refused)
+        assert await ask(cache, patient, ttft_target=0.1) is HIT  # an answer is the same with any
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize(
     ("header", "policy"),
     [

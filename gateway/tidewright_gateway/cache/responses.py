@@ -94,7 +94,7 @@ class ResponseCache:
     def __init__(self, max_bytes: int, ttl: float, clock: Callable[[], float] = time.monotonic) -> None:
         """`max_bytes`: 0 switches it off, and with it the sharing of runs."""
         self._entries = _Entries(max_bytes, ttl, clock, lambda entry: entry.size)
-        self._flights: dict[bytes, Flight[Reply]] = {}
+        self._flights: dict[tuple[bytes, float | None], Flight[Reply]] = {}
         self.counts = dict.fromkeys(CacheState, 0)
 
     @property
@@ -112,6 +112,7 @@ class ResponseCache:
         run: Callable[[], AsyncGenerator[Reply, None]],
         policy: CachePolicy = CachePolicy.USE,
         keep: Callable[[], bool] = lambda: True,
+        ttft_target: float | None = None,
     ) -> tuple[CacheState, Replies]:
         """The replies of `run`, or of one like it.
 
@@ -119,8 +120,9 @@ class ResponseCache:
             key: None if the generation can't be repeated.
             run: called at once for MISS and BYPASS; runs in a task of its own in case of MISS.
             keep: asked when it ended whole: false if the answer is worse than what the caller asked for.
+            ttft_target: only a run with the same one is joined: it may be refused for its own.
         """
-        state, replies = self._open(key, run, policy, keep)
+        state, replies = self._open(key, run, policy, keep, ttft_target)
         self.counts[state] += 1
         return state, replies
 
@@ -130,28 +132,29 @@ class ResponseCache:
         run: Callable[[], AsyncGenerator[Reply, None]],
         policy: CachePolicy,
         keep: Callable[[], bool],
+        ttft_target: float | None,
     ) -> tuple[CacheState, Replies]:
         if key is None or policy is CachePolicy.AVOID or not self._entries.maxsize:
             return CacheState.BYPASS, run()
         if policy is CachePolicy.USE:
             if entry := self._entries.get(key):
                 return CacheState.HIT, _replay(entry.replies)
-            if (running := self._flights.get(key)) and running.is_open:
+            if (running := self._flights.get((key, ttft_target))) and running.is_open:
                 return CacheState.SHARED, running.join()
         # Whoever comes now joins this one; one that it replaces goes on for its own, and is not kept.
-        flight = self._flights[key] = Flight(run, partial(self._ended, key, keep))
+        flight = self._flights[key, ttft_target] = Flight(run, partial(self._ended, (key, ttft_target), keep))
         return CacheState.MISS, flight.join()
 
-    def _ended(self, key: bytes, keep: Callable[[], bool], flight: Flight[Reply]) -> None:
-        if self._flights.get(key) is not flight:
+    def _ended(self, name: tuple[bytes, float | None], keep: Callable[[], bool], flight: Flight[Reply]) -> None:
+        if self._flights.get(name) is not flight:
             return
-        del self._flights[key]
+        del self._flights[name]
         replies = flight.items
         # By its last reply: who has that one may leave before the run has ended.
         if replies and replies[-1].finish_reason in _WHOLE and keep():
             entry = _Entry.of(replies)
             if entry.size <= self._entries.maxsize:
-                self._entries[key] = entry
+                self._entries[name[0]] = entry
 
 
 @dataclass(frozen=True)
