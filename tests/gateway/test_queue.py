@@ -160,6 +160,26 @@ def test_a_caller_with_less_gets_one_of_the_spare_places() -> None:
     run(work())
 
 
+def test_nor_do_two_that_flood_keep_a_third_from_it_by_filling_the_queue() -> None:
+    async def work() -> None:
+        queue = Queue(lambda: 4, 4, 0.5)
+        requests = Requests(queue)
+        for number in range(4):
+            for caller in "ab":
+                await requests.ask(f"{caller}{number}", caller)
+        assert (queue.num_running, queue.num_waiting) == (4, 4)
+        await requests.ask("third", "c")
+        assert requests.begun == ["a0", "b0", "a1", "b1", "third"]
+        await requests.ask("fourth", "d")  # the spare place is taken, and so are those in the queue
+        with pytest.raises(ModelError, match="max_queue"):
+            await requests.jobs["fourth"]
+        for name in requests.jobs:
+            await requests.end(name)
+        assert (queue.num_running, queue.num_waiting) == (0, 0)
+
+    run(work())
+
+
 def test_more_places_are_used_when_somebody_asks() -> None:
     async def work() -> None:
         places = 1

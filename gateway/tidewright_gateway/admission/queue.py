@@ -89,17 +89,13 @@ class Queue:
         if not self._waiting and self.num_running < self._capacity():
             self._run(caller, weight)
             return Place(self._leave, caller)
-        if self.num_waiting >= self._max_waiting:
-            raise ModelError(
-                f"the queue is full: {self._max_waiting} requests (max_queue)", Outcome.OVERLOADED, "max_queue"
-            )
-        if sum(len(callers.get(caller, ())) for callers in self._waiting.values()) >= self._max_of_caller:
-            message = f"the queue is full for this key: {self._max_of_caller} requests (max_queue_share)"
-            raise ModelError(message, Outcome.OVERLOADED, "max_queue_share")
         loop = asyncio.get_running_loop()
         waiter = _Waiter(caller, loop.time(), weight, loop.create_future())
         self._waiting.setdefault(priority, {}).setdefault(caller, deque()).append(waiter)
-        self._admit()  # there may be more places than when the last one left
+        self._admit()  # there may be more places than when the last one left, or a spare one for this caller
+        if not waiter.turn.done() and (refusal := self._refusal(caller)):
+            self._give_up(waiter, priority)
+            raise refusal
         timer = loop.call_at(until, _time_out, waiter.turn)
         try:
             await waiter.turn
@@ -117,6 +113,17 @@ class Queue:
         finally:
             timer.cancel()
         return Place(self._leave, caller)
+
+    def _refusal(self, caller: str) -> ModelError | None:
+        """Why its last request may not wait."""
+        if self.num_waiting > self._max_waiting:
+            message, limit = f"the queue is full: {self._max_waiting} requests (max_queue)", "max_queue"
+        elif sum(len(callers.get(caller, ())) for callers in self._waiting.values()) > self._max_of_caller:
+            message = f"the queue is full for this key: {self._max_of_caller} requests (max_queue_share)"
+            limit = "max_queue_share"
+        else:
+            return None
+        return ModelError(message, Outcome.OVERLOADED, limit)
 
     def _give_up(self, waiter: _Waiter, priority: int) -> None:
         queue = self._waiting.get(priority, {}).get(waiter.caller)
