@@ -69,8 +69,8 @@ def load(gateway: RunningGateway, name: Any, path: Any = "folder", **more: Any) 
     return gateway.http.post("/v1/load_lora_adapter", json={"lora_name": name, "lora_path": path, **more})
 
 
-def unload(gateway: RunningGateway, name: str) -> httpx.Response:
-    return gateway.http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+def unload(gateway: RunningGateway, name: str, **more: Any) -> httpx.Response:
+    return gateway.http.post("/v1/unload_lora_adapter", json={"lora_name": name, **more})
 
 
 def names(gateway: RunningGateway) -> list[str]:
@@ -79,7 +79,7 @@ def names(gateway: RunningGateway) -> list[str]:
 
 def test_an_adapter_is_loaded_everywhere_called_by_name_in_each_api_and_unloaded(pair: Pair) -> None:
     gateway, one, other = pair.gateway, pair.one, pair.other
-    answer = load(gateway, "sql", "/adapters/sql-v2")
+    answer = load(gateway, "sql", "/adapters/sql-v2", lora_int_id=7, load_inplace=False)  # as vLLM's clients send it
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'sql' added successfully.")
     assert one.commands == other.commands == ["load_lora sql"]
     base, card = gateway.http.get("/v1/models").json()["data"]
@@ -109,7 +109,7 @@ def test_an_adapter_is_loaded_everywhere_called_by_name_in_each_api_and_unloaded
 
     told = load(gateway, "sql")
     assert (told.status_code, told.json()["error"]["code"]) == (400, "adapter_exists")
-    answer = unload(gateway, "sql")
+    answer = unload(gateway, "sql", lora_int_id=7)
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'sql' removed successfully.")
     assert (one.commands[1:], other.commands[1:]) == (["unload_lora sql"],) * 2
     assert names(gateway) == [MODEL]
@@ -137,6 +137,9 @@ def test_what_can_not_be_loaded_is_refused_with_the_replica_s_reason(pair: Pair)
     ):
         assert gateway.http.post("/v1/load_lora_adapter", json=body).status_code == 400, body
     assert "load_lora a" not in one.commands
+    told = load(gateway, "a", load_inplace=True).json()["error"]
+    assert "load_inplace: an adapter is not replaced while requests use it" in told["message"]
+    assert told["param"] == "load_inplace"
     told = gateway.post("/v1/completions", {"prompt": "Hi", "lora_name": "sql"})
     assert "name the adapter in model" in told.json()["error"]["message"]
 

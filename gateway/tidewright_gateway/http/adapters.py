@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictStr
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 from starlette.responses import PlainTextResponse
 
 from tidewright_gateway.models import Models
@@ -23,6 +23,10 @@ class LoadAdapterRequest(BaseModel):
     """Its folder on the replicas, absolute or below their `adapter_folder`."""
     base_model_name: Annotated[StrictStr, Field(max_length=128)] | None = None
     """The model that it belongs to, of several. Default: the first."""
+    lora_int_id: StrictInt | None = None
+    """Of vLLM; it says nothing here."""
+    load_inplace: StrictBool = False
+    """Of vLLM. true is refused: unload the adapter first, or load the new one by another name."""
 
 
 class UnloadAdapterRequest(BaseModel):
@@ -30,6 +34,8 @@ class UnloadAdapterRequest(BaseModel):
 
     lora_name: _Name
     """The name that it was loaded by."""
+    lora_int_id: StrictInt | None = None
+    """Of vLLM; it says nothing here."""
 
 
 def make_adapter_router(models: Models) -> APIRouter:
@@ -38,6 +44,9 @@ def make_adapter_router(models: Models) -> APIRouter:
     @router.post("/v1/load_lora_adapter")
     async def load(request: Request, body: LoadAdapterRequest) -> PlainTextResponse:
         """Loads a LoRA adapter on all replicas, also on those that come later. Requires the role admin."""
+        if body.load_inplace:
+            message = "load_inplace: an adapter is not replaced while requests use it; unload it first, or load the "
+            raise invalid(message + "new one by another lora_name", "load_inplace")
         name, base = body.lora_name, models.base(body.base_model_name, "base_model_name")
         if name in models.names:
             raise invalid(f"lora_name: {name!r} is a model itself; choose another name", "lora_name")
