@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tidewright.bridge.adapters import MOST_ADAPTERS, Adapter, Adapters
+from tidewright.bridge.adapters import MOST_ADAPTERS, TRIES, Adapter, Adapters
 from tidewright.engine.messages import AdapterChanged, LoadAdapter, ToEngine, UnloadAdapter
 from tidewright.errors import RequestError
 
@@ -34,8 +34,8 @@ class Bridge:
     def unload(self, name: str) -> None:
         self.adapters.unload(name, self.done(name))
 
-    def restart(self) -> None:
-        self.adapters.engine_lost()
+    def restart(self, to_blame: bool = True) -> None:
+        self.adapters.engine_lost(to_blame)
         self.sent.clear()
         self.adapters.engine_up()
         self.adapters.settle()
@@ -108,15 +108,41 @@ def test_the_next_engine_gets_what_the_one_before_had() -> None:
     assert bridge.states == {"one": "loaded", "two": "loaded"}
 
 
-def test_one_that_engines_die_of_is_dropped() -> None:
+def test_one_that_engines_die_of_is_dropped_and_no_other() -> None:
+    bridge = Bridge()
+    for name in ("one", "two", "three"):
+        bridge.loaded(name)
+    bridge.restart()
+    for _ in range(TRIES):
+        assert set(bridge.states.values()) == {"loaded"}
+        bridge.adapters.changed(AdapterChanged("one", True))
+        bridge.restart()  # it was reading "two"
+        bridge.restart(to_blame=False)
+    assert bridge.states == {"one": "loaded", "three": "loaded"}
+    assert [message.name for message in bridge.sent] == ["one", "three"]
+
+
+def test_the_first_of_those_that_are_loaded_again_is_to_blame_whatever_was_pending_before() -> None:
+    bridge = Bridge()
+    for name in ("one", "two"):
+        bridge.loaded(name)
+    bridge.restart()
+    bridge.adapters.changed(AdapterChanged("one", True))
+    bridge.restart()
+    bridge.restart()  # it was reading "one"
+    assert bridge.states == {"one": "loaded", "two": "loaded"}
+
+
+def test_engines_that_may_have_died_of_something_else_cost_no_adapter_that_was_loaded() -> None:
     bridge = Bridge()
     bridge.loaded("one")
-    bridge.restart()
-    bridge.restart()
-    assert bridge.states == {"one": "loaded"}
-    bridge.restart()
-    assert bridge.states == {}
-    assert bridge.sent == []
+    bridge.in_use.add("one")
+    bridge.unload("one")
+    bridge.loaded("two")
+    for _ in range(3 * TRIES):
+        bridge.restart(to_blame=False)
+    assert bridge.states == {"one": "unloading", "two": "loaded"}
+    assert bridge.answers == []
 
 
 def test_one_that_can_t_be_loaded_again_is_dropped() -> None:
@@ -129,7 +155,7 @@ def test_one_that_can_t_be_loaded_again_is_dropped() -> None:
 
 def test_asked_for_without_an_engine_it_comes_with_the_next() -> None:
     bridge = Bridge()
-    bridge.adapters.engine_lost()
+    bridge.adapters.engine_lost(to_blame=True)
     bridge.load("one")
     assert bridge.sent == []
     bridge.adapters.engine_up()

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tidewright.bridge import feeder
 from tidewright.bridge.feeder import PROBATION, TRIES, Feeder
 from tidewright.bridge.output_sequence import OutputSequence
-from tidewright.engine.messages import Abort, Submit, ToEngine
+from tidewright.engine.messages import Abort, AdapterChanged, LoadAdapter, Submit, ToEngine
 from tidewright.schema import SamplingParams
 
 
@@ -28,6 +28,7 @@ class Simulation:
         self.done: list[int] = []
         self.deaths = 0
         self.running: dict[int, Any] = {}
+        self.loads: list[str] = []
         self.feeder = Feeder(self.send, lambda sequence, error: self.given_up.append(sequence.engine_request_id))
         self.sequences = [self.sequence(number) for number in range(len(lengths))]
 
@@ -54,7 +55,9 @@ class Simulation:
         )
 
     def send(self, message: ToEngine) -> None:
-        if isinstance(message, Submit):
+        if isinstance(message, LoadAdapter):
+            self.loads.append(message.name)
+        elif isinstance(message, Submit):
             assert message.request_id not in self.running
             assert message.output_token_ids == self.sequences[message.request_id].token_ids
             self.running[message.request_id] = self.sequences[message.request_id]
@@ -280,3 +283,22 @@ def test_a_lack_of_memory_is_no_death_of_those_that_had_come_on() -> None:
         simulation.dies()
     simulation.comes_up()
     assert set(simulation.running) == {0, 1}
+
+
+def test_an_adapter_is_blamed_only_by_an_engine_that_had_no_sequence() -> None:
+    """Else one poison request would cost all that are still being read."""
+    simulation = Simulation([3], {0})
+    for name in ("a", "b"):
+        simulation.feeder.adapters.load(name, "folder", lambda _: None)
+    simulation.comes_up()
+    for name in ("a", "b"):
+        simulation.feeder.adapters.changed(AdapterChanged(name, True))
+    simulation.submit(0)
+    while not simulation.given_up:
+        simulation.step()
+    assert simulation.loads[-2:] == ["a", "b"]
+    for to_blame in (False, True, True):
+        assert set(simulation.feeder.adapters.by_name) == {"a", "b"}
+        simulation.dies(to_blame)
+        simulation.comes_up()
+    assert set(simulation.feeder.adapters.by_name) == {"b"}

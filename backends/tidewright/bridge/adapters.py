@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 MOST_ADAPTERS = 1000
 LONGEST_NAME = 256  # characters
 LONGEST_PATH = 4096
-TRIES = 2  # engines that may die before an adapter is loaded again, after which it is dropped
+TRIES = 2  # engines that may die while they load the same adapter again, after which it is dropped
 
 State = Literal["loading", "loaded", "unloading"]
 AdapterChange = Literal["loaded", "unloaded", "failed"]
@@ -44,7 +44,7 @@ class _Pending:
     """What the engine that runs was asked for, and has not answered."""
 
     done: Done | None = None
-    deaths: int = 0  # of engines that were asked for it
+    deaths: int = 0  # of engines that were reading it and had nothing else to do
     sent: bool = False
 
 
@@ -118,13 +118,17 @@ class Adapters:
                 self._leaving.add(name)
                 self._send(UnloadAdapter(name))
 
-    def engine_lost(self) -> None:
+    def engine_lost(self, to_blame: bool) -> None:
+        """`to_blame`: nothing but an adapter can be the cause. Then it is the one that was being read: the first.
+
+        One that was loaded before goes only for that. A new one goes in any case: its caller can try again.
+        """
         self._engine_up = False
         self._leaving.clear()
-        for name, pending in list(self._pending.items()):
-            if not pending.sent:
-                continue
-            pending.deaths, pending.sent = pending.deaths + 1, False
+        sent = [name for name in self.by_name if name in self._pending and self._pending[name].sent]
+        for name in sent:
+            pending = self._pending[name]
+            pending.deaths, pending.sent = pending.deaths + (to_blame and name == sent[0]), False
             if self.by_name[name].state == "loading" or pending.deaths >= TRIES:
                 log.error("the engine ended while it loaded the adapter %r, which is dropped", name)
                 self._drop(name)

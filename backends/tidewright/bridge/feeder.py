@@ -81,7 +81,7 @@ class Feeder:
         self._notes.put(self._feed)
 
     def engine_lost(self, to_blame: bool = True) -> None:
-        """`to_blame`: one of the sequences may be the cause."""
+        """`to_blame`: one of the sequences may be the cause; or an adapter, if there were none."""
         self._notes.put(lambda: self._lose(to_blame))
 
     def resize_cache(self, num_blocks: int) -> None:
@@ -175,7 +175,7 @@ class Feeder:
 
     def _lose(self, to_blame: bool) -> None:
         self._engine_up = False
-        self.adapters.engine_lost()
+        self.adapters.engine_lost(to_blame and not self._given)
         guilty = self._trial if to_blame and self._trial and not self._trial.progressed else None
         if guilty:
             del self._sequences[guilty.engine_request_id]
