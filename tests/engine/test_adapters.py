@@ -8,7 +8,7 @@ from typing import Any
 from tidewright.distributed.rank_messages import AdapterRead
 from tidewright.engine.adapters import Adapters
 from tidewright.engine.messages import AdapterChanged, LoadAdapter, Submit, UnloadAdapter
-from tidewright.schema import SamplingParams
+from tidewright.schema import NO_ADAPTER, SamplingParams
 
 
 class Host:
@@ -83,7 +83,7 @@ def test_requests_that_come_before_it_is_read_wait() -> None:
     assert host.read()[1:] == ([1, 3], [])
     host.adapters.load(LoadAdapter("b", "b"))
     assert host.hold(4, "b")
-    assert host.read(error="it is damaged")[1:] == ([], ["the LoRA adapter 'b' is gone: it is damaged"])
+    assert host.read(error="it is damaged")[1:] == ([], [f"{NO_ADAPTER}'b' is loaded now: it is damaged"])
 
 
 def test_the_least_recently_used_without_requests_leave_memory_and_are_read_again() -> None:

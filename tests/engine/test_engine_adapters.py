@@ -15,7 +15,7 @@ from helpers.checkpoints import expected, prompt, save
 from helpers.families import FAMILIES
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import EngineConfig, SequenceOutput, Submit
-from tidewright.schema import SamplingParams
+from tidewright.schema import NO_ADAPTER, SamplingParams
 
 NAMES = ("one", "two", "three", "")
 SHARED = prompt(21, seed=1)
@@ -156,7 +156,7 @@ def test_without_an_adapter_folder_or_an_adapter_requests_are_refused(folder: Pa
     for engine in (engine_of(folder, ()), engine_of(folder, (), adapter_folder="")):
         refusal = engine.submit(Submit(1, [5], params, adapter="one"))
         assert refusal
-        assert (refusal.finish_reason, refusal.message) == ("invalid", "the LoRA adapter 'one' is not loaded")
+        assert (refusal.finish_reason, refusal.message) == ("invalid", f"{NO_ADAPTER}'one' is loaded")
 
 
 @pytest.mark.usefixtures("oracles")

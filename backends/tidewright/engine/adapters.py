@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 from tidewright.distributed.rank_messages import AdapterRead
 from tidewright.engine.messages import AdapterChanged, LoadAdapter, SequenceOutput, Submit, UnloadAdapter
 from tidewright.kv_cache.budget import mib
+from tidewright.schema import NO_ADAPTER
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +176,7 @@ class Adapters:
         self._forget(name)
         log.warning("the adapter %r was refused: %s", name, error)
         refused = [
-            SequenceOutput(request.request_id, [], "invalid", message=f"the LoRA adapter {name!r} is gone: {error}")
+            SequenceOutput(request.request_id, [], "invalid", message=f"{NO_ADAPTER}{name!r} is loaded now: {error}")
             for request in held
         ]
         return Outcome(AdapterChanged(name, False, error), [], refused)

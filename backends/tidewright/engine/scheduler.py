@@ -28,6 +28,7 @@ from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
 from tidewright.kv_cache.idle_audit import IdleAudit
 from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
 from tidewright.lora.slots import AdapterSlots
+from tidewright.schema import NO_ADAPTER
 
 
 class Scheduler:
@@ -93,7 +94,7 @@ class Scheduler:
         check_request(sequence, self._config, self._cache.pool.num_blocks)
         adapter = self.adapters.digest(sequence.adapter) if sequence.adapter else ""
         if adapter is None:
-            raise RequestRefusedError(f"the LoRA adapter {sequence.adapter!r} is not loaded")
+            raise RequestRefusedError(f"{NO_ADAPTER}{sequence.adapter!r} is loaded")
         stop_ids = [*sequence.sampling.stop_token_ids]
         if not sequence.sampling.ignore_eos:
             stop_ids += self._config.eos_ids
