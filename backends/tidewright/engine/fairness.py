@@ -32,8 +32,8 @@ class Account:
 
     __slots__ = (
         "counter",
-        "is_queued",
         "its_class",
+        "queued",
         "rank",
         "running",
         "tenant",
@@ -44,10 +44,10 @@ class Account:
 
     def __init__(self, tenant: str, counter: int, its_class: _Class) -> None:
         self.tenant, self.weight, self.unit, self.its_class = tenant, 1, UNIT, its_class
-        self.counter = self.rank = counter  # `rank`: as it was when the step began
+        self.counter = self.rank = counter  # `rank`: as it was when the step began that is planned
         self.waiting: list[Sequence] = []  # by arrival
         self.running = 0
-        self.is_queued = False  # its entry is in the heap of the class
+        self.queued: tuple[int, bool, int, Account] | None = None  # its entry in the heap of the class: others are old
 
     @property
     def is_idle(self) -> bool:
@@ -77,7 +77,7 @@ class _Class:
         self.num_waiting = self.num_active = 0
         self._time = 0  # virtual: where a tenant begins that comes back
         self._weights = 0  # of all that wait or run
-        # Both are lazy: what an entry says may be out of date, but counters only grow.
+        # Both are lazy: what an entry says may be out of date, but never too high.
         self._turns: list[tuple[int, bool, int, Account]] = []
         self._debtors: list[tuple[int, str]] = []
 
@@ -99,34 +99,40 @@ class _Class:
         sequence.account = account
         insort(account.waiting, sequence, key=_arrival)
         self.num_waiting += 1
-        if not account.is_queued:
-            self._queue(account)
+        self._queue(account)
 
     def first(self) -> Sequence | None:
+        """Depends on who waits, and not on when this was last asked: ranks ask at different times."""
         turns = self._turns
         while turns:
-            account = turns[0][3]
-            if not account.waiting:
+            entry, account = turns[0], turns[0][3]
+            if entry is not account.queued:
                 heapq.heappop(turns)
-                account.is_queued = False
-            elif turns[0] != account.turn:
-                heapq.heapreplace(turns, account.turn)
+            elif not account.waiting:
+                heapq.heappop(turns)
+                account.queued = None
+            elif entry != account.turn:
+                account.queued = account.turn
+                heapq.heapreplace(turns, account.queued)
             else:
                 return account.waiting[0]
         return None
 
     def _queue(self, account: Account) -> None:
-        if len(self._turns) > 2 * len(self.accounts) + 16:  # most entries are of tenants that are forgotten
+        """It may have an earlier turn than before: one waits that came earlier, or fewer run."""
+        if not account.waiting or (account.queued and account.queued <= account.turn):
+            return
+        account.queued = account.turn
+        heapq.heappush(self._turns, account.queued)
+        if len(self._turns) > 2 * len(self.accounts) + 16:  # most entries are old, or of tenants that are forgotten
             for entry in self._turns:
-                entry[3].is_queued = False
-            queued = [each for each in self.accounts.values() if each.waiting]
-            self._turns = [each.turn for each in queued]
+                entry[3].queued = None
+            self._turns = []
+            for each in self.accounts.values():
+                if each.waiting:
+                    each.queued = each.turn
+                    self._turns.append(each.queued)
             heapq.heapify(self._turns)
-            for each in queued:
-                each.is_queued = True
-        if not account.is_queued:
-            heapq.heappush(self._turns, account.turn)
-            account.is_queued = True
 
     def ahead(self, tenant: str, weight: int, cost: Callable[[Sequence], int]) -> list[Sequence]:
         """Those that get their turn before a new request of `tenant`, in order, if each costs `cost`."""
@@ -181,6 +187,7 @@ class _Class:
     def leave(self, sequence: Sequence) -> None:
         """It ran, and does not any more."""
         sequence.account.running -= 1
+        self._queue(sequence.account)
         self._settle(sequence.account)
 
     def _settle(self, account: Account) -> None:
@@ -205,7 +212,7 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._classes: dict[int, _Class] = {}
-        self._charged: list[Account] = []  # since the step began
+        self._charged: list[Account] = []  # in the step that is planned
         self._requests: dict[str, int] = {}  # by tenant: that wait or run
 
     def __len__(self) -> int:
@@ -228,11 +235,10 @@ class FairQueue:
         """A new request."""
         tenant = sequence.sampling.tenant
         self._requests[tenant] = self._requests.get(tenant, 0) + 1
-        self.begin_step()
         self._enqueue(sequence)
 
-    def begin_step(self) -> None:
-        """From here on, ranks are what counters are now: they don't change while a step is planned."""
+    def end_step(self) -> None:
+        """A step is planned: ranks, which don't change meanwhile, are what counters are now."""
         charged: dict[_Class, list[Account]] = {}
         for account in self._charged:
             charged.setdefault(account.its_class, []).append(account)

@@ -131,9 +131,9 @@ class Scheduler:
         if there is no work.
         """
         assert len(self._in_flight) <= 1, "a step can only run ahead of one other"
-        self._waiting.begin_step()
+        before = self._running
         if self._waiting.is_shared:
-            self._running.sort(key=fair_order)
+            self._running = sorted(before, key=fair_order)
         budget, index, waiting = self._budget.tokens, 0, self._next_waiting()
         allowance = Allowance(pace if any(s.decodes for s in self._running) else UNPACED)
         preemptions = self._preemptions
@@ -175,7 +175,9 @@ class Scheduler:
                 waiting = self._next_waiting()  # now that it is known what this one costs
             index += 1
         if not scheduled:
+            self._running = before  # for other ranks make no plan where this one's is empty
             return StepPlan(())
+        self._waiting.end_step()
         self._steps += 1
         self._in_flight.append([self._by_id[planned.request_id] for planned in scheduled])
         ended, self._ended = tuple(self._ended), []

@@ -1,0 +1,87 @@
+"""Steps planned while others are in flight: a plan without sequences, which only rank 0 makes, changes nothing."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from operator import methodcaller
+
+import pytest
+
+from helpers.scheduling import make, result
+from tidewright.engine.limits import RequestRefusedError
+from tidewright.engine.pace import StepPace
+from tidewright.engine.plan import StepPlan
+from tidewright.engine.scheduler import Scheduler
+from tidewright.engine.sequence import Sequence
+from tidewright.schema import SamplingParams
+
+SIZES = 6, 8, 12, 60  # blocks; the first is enough for the longest request
+
+
+class Ranks:
+    """Rank 0, and one that gets what rank 0 did before each of its steps."""
+
+    def __init__(self) -> None:
+        changes = {"max_batched_tokens": 64, "max_running": 3, "max_model_len": 24, "prefix_caching": True}
+        self.lead, self.other = (make(SIZES[-1], **changes, adapter_slots=1)[0] for _ in range(2))
+        self.in_flight: deque[StepPlan] = deque()
+        self.empty = 0
+        self._inputs: list[Callable[[Scheduler], object]] = []
+        for name in ("x", "y"):
+            self.do(lambda scheduler, name=name: scheduler.adapters.add(name, name))  # type: ignore[misc]
+
+    def do(self, change: Callable[[Scheduler], object]) -> None:
+        change(self.lead)
+        self._inputs.append(change)
+
+    def step(self, pace: StepPace) -> None:
+        while not self.in_flight or (len(self.in_flight) < 2 and self.lead.may_run_ahead):
+            running = [*self.lead.running]
+            plan = self.lead.schedule(pace)
+            if not plan.sequences:
+                assert [*self.lead.running] == running
+                self.empty += 1
+                break
+            for change in self._inputs:
+                change(self.other)
+            self._inputs.clear()
+            assert self.other.schedule(pace) == plan
+            self.in_flight.append(plan)
+        if self.in_flight:
+            plan = self.in_flight.popleft()
+            self.do(lambda scheduler: scheduler.commit(plan, result(plan)))
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_ranks_agree_on_plans_though_one_makes_empty_ones_in_between(seed: int) -> None:
+    rng, ranks, request_id = random.Random(seed), Ranks(), 0
+    for _ in range(150):
+        for _ in range(rng.choice([0, 0, 1, 1, 2])):
+            request_id += 1
+            params = SamplingParams(
+                max_tokens=rng.choice([1, 2, 3]),
+                ignore_eos=True,
+                tenant=rng.choice("abcdef"),
+                tenant_weight=rng.choice([1, 2, 4]),
+            )
+            length, adapter = rng.choice([1, 5, 20]), rng.choice(["", "", "x", "y"])
+            new = request_id, [rng.randrange(3)] * length, params, adapter
+
+            def add(scheduler: Scheduler, new: tuple[int, list[int], SamplingParams, str] = new) -> None:
+                scheduler.add(Sequence(*new[:3], adapter=new[3]))
+
+            try:
+                ranks.do(add)
+            except RequestRefusedError:
+                continue
+        if rng.random() < 0.1:
+            ranks.do(methodcaller("abort", rng.randint(1, request_id + 1)))
+        if rng.random() < 0.2:
+            ranks.do(methodcaller("resize", rng.choice(SIZES)))
+        ranks.step(StepPace(seconds=1.0, token=0.1, context=rng.choice([0.0, 0.1]), least=rng.choice([0, 16])))
+        waiting = ranks.lead.waiting
+        assert waiting.first() is next(waiting.in_order(), None)
+        ranks.lead.check_integrity()
+    assert ranks.empty
