@@ -183,8 +183,8 @@ class Settings(ResilienceSettings, BaseSettings):
         0.0,
         ge=0,
         le=3600,
-        description="Seconds from arrival to the first token that the server aims at: a request that would wait "
-        "longer in the queue is refused at once, as overloaded. 0: none.",
+        description="Seconds from arrival to the first token that the server aims at: a request that is "
+        "expected to take more than 0.8 of it is refused at once, as overloaded. 0: none.",
     )
     tpot_target: float = Field(
         0.0,

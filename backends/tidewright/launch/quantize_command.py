@@ -67,7 +67,7 @@ def quantize(
     \b
     Schemes:
       int8       8-bit weights, one scale per output: half the memory
-      w8a8       the same, and activations in 8 bits, too: the fastest for long prompts
+      w8a8       the same, and activations in 8 bits, too (on a CPU int8 does so as well)
       int4-g64   4-bit weights in groups of 64 (also -g32, -g128): a quarter of the memory
       fp8        8-bit floats, for GPUs
 
