@@ -32,10 +32,14 @@ class ScriptedTriton:
         self.broken: dict[str, Any] = {}
         """By what a question is about, as `of`: another answer than a good one."""
         self.running, self.asked_to_end, self.exit_code = True, False, None
-        self.settings = SimpleNamespace(heartbeat_timeout=2.0, start_timeout=5, shutdown_grace=0, task="generate")
+        self.settings = SimpleNamespace(
+            heartbeat_timeout=2.0, start_timeout=5, shutdown_grace=0, task="generate", models=[]
+        )
         self.models_with_engine = {"decoder", "fallback"}
         self.starts = 0
         self.start_errors: list[Exception] = []
+        self.fails_after_start: dict[str, Any] = {}
+        """As `broken`."""
         self.removed: list[str] = []
         self.killed: list[str] = []
         self.kill_mends = False
@@ -65,6 +69,7 @@ class ScriptedTriton:
             raise self.start_errors.pop(0)
         self.running = True
         self.broken.clear()
+        self.broken |= self.fails_after_start
 
     def answer(self, path: str, body: dict[str, Any]) -> Any:
         question = of(path, body)

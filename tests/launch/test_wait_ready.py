@@ -114,3 +114,23 @@ def test_one_that_aborts_again_or_for_another_reason_is_not(aborts: int, words: 
         with pytest.raises(ServerStartError, match="terminate called"):
             server.wait_ready()
         assert server.starts == starts
+
+
+def test_a_start_after_an_end_is_with_the_first_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another that can't be loaded any more would end it."""
+    asked: list[str] = []
+
+    def answer(url: str, *_: object) -> bytes:
+        asked.append(url.partition("/v2/models/")[2])
+        return b'{"served_by": "decoder", "text_output": ""}'
+
+    monkeypatch.setattr(module, "post", answer)
+    monkeypatch.setattr(TritonServer, "running", True)
+    monkeypatch.setattr(TritonServer, "start", lambda _: None)
+    server = TritonServer(Settings(models=["small=x"]), Path())  # type: ignore[list-item]
+    server.wait_ready()
+    assert "decoder_small" in server.models
+    server.start_again()
+    assert asked == ["generate/generate", "generate_small/generate", "generate/generate"]
+    assert server.models == {"tokenizer", "decoder", "failsafe", "generate", "generate_direct"}
+    assert server.models_with_engine == {"decoder", "decoder_small"}

@@ -14,8 +14,10 @@ from helpers.two_models import WELL
 from tidewright.launch import model_watch, watchdog
 from tidewright.launch.watchdog import Watchdog
 from tidewright.schema import DRAINING, STUCK
+from tidewright.served_models import ServedModel
 
 PATIENCE = 20.0  # seconds
+STUCK_ANSWER = (503, b'{"error": "%s1 response"}' % STUCK.encode())
 
 
 class World:
@@ -56,7 +58,8 @@ def triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[ScriptedTriton]:
     for name, value in {"ROUND": 0.005, "LIVE_INTERVAL": 0.05, "LIVE_PATIENCE": 1.0, "HANG_AFTER": 3.0}.items():
         monkeypatch.setattr(watchdog, name, value)
     times = {"PROBE_INTERVAL": 0.02, "PROBE_PATIENCE": 2.0, "LOOK_PATIENCE": 2.0, "SUSPECT_PATIENCE": 2.0}
-    for name, value in {**times, "RELOAD_INTERVAL": 0.05, "RELOAD_PATIENCE": 0.3}.items():
+    times |= {"RELOAD_INTERVAL": 0.05, "RELOAD_PATIENCE": 0.3, "DOWN_INTERVAL": 0.1}
+    for name, value in times.items():
         monkeypatch.setattr(model_watch, name, value)
     intervals = {"failsafe": 0.05, "decoder": 0.05, "fallback": 0.05}
     monkeypatch.setattr(model_watch, "GENERATION_INTERVALS", intervals)
@@ -150,7 +153,7 @@ def test_who_answers_others_is_not_asked_for_a_token(world: World, monkeypatch: 
         ("health decoder", DEAD, "the stub of decoder died"),
         ("infer tokenizer", DEAD, "the stub of tokenizer died"),
         ("health failsafe", HANG, "the stub of failsafe does not answer"),
-        ("health fallback", (503, b'{"error": "%s1 response"}' % STUCK.encode()), f"the stub of fallback is {STUCK}"),
+        ("health fallback", STUCK_ANSWER, f"the stub of fallback is {STUCK}"),
         ("token decoder", HANG, "the stub of decoder generated nothing for 2 s"),
         ("token failsafe", HANG, "the stub of failsafe generated nothing for 2 s"),
         ("token decoder", DEAD, "the stub of decoder died"),
@@ -268,6 +271,86 @@ def test_a_model_that_is_stuck_after_a_reload_means_a_new_triton(world: World) -
     world.hears("tritonserver is back")
     assert any("does not serve: the stub of decoder generated nothing" in line for line in world.said)
     assert world.triton.count("load decoder") == 1
+
+
+@pytest.fixture
+def two_models(triton: ScriptedTriton) -> ScriptedTriton:
+    triton.settings.models = [ServedModel(name="small", model="x"), ServedModel(name="later", model="x", load=False)]
+    triton.models_with_engine = {"decoder", "decoder_small", "decoder_later"}
+    return triton
+
+
+@pytest.mark.parametrize(
+    ("broken", "why"),
+    [
+        (
+            {"health decoder_small": DEAD, "load decoder_small": (500, b'{"error": "no memory"}')},
+            "could not load decoder_small again: no memory; it stays unloaded",
+        ),
+        ({"health decoder_small": STUCK_ANSWER}, f"the stub of decoder_small is {STUCK}1 response after it was loaded"),
+        ({"infer tokenizer_small": DEAD}, "the stub of tokenizer_small died after it was loaded again; it stays unl"),
+    ],
+)
+def test_a_further_model_that_does_not_come_back_costs_the_others_nothing(
+    two_models: ScriptedTriton, broken: dict[str, object], why: str
+) -> None:
+    two_models.broken |= broken
+    world = World(two_models)
+    model = next(iter(broken)).split()[1]
+    world.hears(why)
+    world.hears("trying again in 0.2 s")  # the second wait is twice as long
+    assert any("stays unloaded, and the other models go on; trying again in 0.1 s" in line for line in world.said)
+    assert two_models.asked.index(f"unload {model}") < two_models.asked.index(f"load {model}")
+    world.asks("token decoder")
+    two_models.broken.clear()
+    world.until(lambda: f"{model} is back" in world.said[-1])
+    world.asks(f"{'token' if model.startswith('decoder') else 'infer'} {model}")
+    assert (two_models.starts, set(two_models.killed), world.end) == (0, {model}, None)
+    world.stop()
+
+
+def test_a_restart_needs_the_first_model_alone_and_brings_back_what_was_loaded(two_models: ScriptedTriton) -> None:
+    away = (400, b'{"error": "Request for unknown model"}')
+    two_models.broken["health decoder_later"] = away
+    world = World(two_models)
+    world.asks("health decoder_later", 3)
+    two_models.fails_after_start = {
+        "load decoder_small": (500, b'{"error": "no memory"}'),
+        "health decoder_later": away,
+    }
+    two_models.running = False
+    world.hears("tritonserver is back")
+    world.hears("could not load decoder_small: no memory; it stays unloaded, and the other models go on")
+    world.asks("token decoder")
+    two_models.broken.clear()
+    world.hears("decoder_small is back")
+    chain = ["load tokenizer_small", "load decoder_small", "load generate_small"]
+    assert [question for question in two_models.asked if question.startswith("load ")][-3:] == chain
+    assert two_models.starts == 1
+
+    # Somebody loads the one and unloads the other: so it stays.
+    world.asks("health decoder_later")
+    index = b'[{"name": "decoder_small", "state": "UNAVAILABLE", "reason": "unloaded"}]'
+    two_models.broken |= {"health decoder_small": away, "index": (200, index)}
+    world.hears("decoder_small was unloaded by request")
+    before = two_models.count("load decoder_small")
+    two_models.running = False
+    world.asks("load generate_later", 1)
+    world.asks("token decoder_later")
+    assert two_models.count("load decoder_small") == before
+    world.stop()
+
+
+def test_while_a_further_model_is_loaded_the_first_is_asked_how_it_is(two_models: ScriptedTriton) -> None:
+    two_models.broken |= {"health decoder_small": DEAD, "load decoder_small": HANG}
+    world = World(two_models)
+    world.asks("load decoder_small", 1)
+    tokens = two_models.count("token decoder")
+    world.asks("health decoder", 5)
+    assert two_models.count("token decoder") <= tokens + 1  # one may have been on its way
+    two_models.broken["health decoder"] = DEAD
+    world.hears("the stub of decoder died")
+    world.stop()
 
 
 def test_a_start_that_fails_is_tried_again_but_not_for_ever(world: World) -> None:

@@ -27,6 +27,7 @@ from tidewright.launch.errors import LaunchError
 from tidewright.launch.repository import INDEX, is_away, is_loading, why_away
 from tidewright.launch.server import TritonServer
 from tidewright.schema import DRAINING, EMBED, STUCK, DecoderStatus
+from tidewright.served_models import chain_of
 
 PROBE_INTERVAL = 1.0  # seconds
 PROBE_PATIENCE = 10.0  # seconds without an answer; then a closer look
@@ -40,6 +41,8 @@ HOPELESS_WITHIN = 30.0  # seconds after a reload in which it must not be stuck a
 SILENT = 2.0  # seconds without a sign of life of an engine, which its bridge deals with
 RELOAD_INTERVAL = 5.0  # seconds between attempts to load a model that would not load
 RELOAD_PATIENCE = 60.0  # seconds of such attempts
+DOWN_INTERVAL = 10.0  # seconds until a further model that stays down is tried again; twice as many each time
+DOWN_INTERVAL_LIMIT = 600.0  # seconds
 
 DIED = "died"
 # Answers that a model gave, in Triton's metrics: a counter, and its labels.
@@ -52,8 +55,13 @@ _FIRST = {"priority": -(2**31)}  # ahead of all that waits
 _ONE_TOKEN = {**_FIRST, "max_tokens": 1, "temperature": 0, "ignore_eos": True}
 
 
+# How many of a model's checks run while another is loaded: one of Triton's HTTP threads is busy with that, and answers
+# nothing else meanwhile. Health bears it, as its question is asked again and the repository says who is loaded.
+ALL_CHECKS, HEALTH_ALONE, NO_CHECKS = 2, 1, 0
+
+
 class HopelessError(LaunchError):
-    """Loading the model again does not help; a restart of Triton may."""
+    """Loading the model again does not help; a restart of Triton may, if it is worth that to the first model."""
 
 
 class DrainingError(LaunchError):
@@ -61,16 +69,20 @@ class DrainingError(LaunchError):
 
 
 class ModelWatch:
-    """`step` it several times a second."""
+    """`step` it several times a second.
+
+    The first model's do all that may help, up to a restart of Triton. One beside it costs the others nothing: if it
+    does not come back it stays unloaded, and is tried again later.
+    """
 
     def __init__(self, server: TritonServer, model: str, say: Callable[[str], None], lost: Callable[[], None]) -> None:
         """`lost` is called when the model's process is gone, with all that it was at."""
         self._server, self._model, self._say, self._lost = server, model, say, lost
         # A model beside the first has a decoder_NAME, whose metrics have its name as a label.
-        self._kind, _, name = model.partition("_")
+        self._kind, _, self._name = model.partition("_")
         if answers := _ANSWERS.get(self._kind):
             counter, labels = answers
-            of_model = f'model="{re.escape(name)}",' if name else ""
+            of_model = f'model="{re.escape(self._name)}",' if self._name else ""
             self._answered = re.compile(rf"^{counter}\{{{of_model}{labels}\}} (\S+)", re.MULTILINE)
         self._url = f"{server.http_url}/v2/models/{model}"
         self._patience = server.settings.heartbeat_timeout  # for a token: a step may take as long
@@ -79,54 +91,75 @@ class ModelWatch:
         self._loaded_at = -math.inf
         self._suspected = False
         self._answers: float | None = None
-        self.reloading = False
+        self.leaves = ALL_CHECKS
+        """What the others may have of their checks meanwhile."""
+        self.is_wanted = True
+        """Nobody has unloaded it since it was loaded."""
+        self._mends = False  # is loading the model, or about to
+        self._down_interval = DOWN_INTERVAL
         self._stub = server.stub(model)
-        self._tasks = self._checks()
+        generates = self._kind in GENERATION_INTERVALS
+        self._checks = (self._check, self._check_generation) if generates else (self._check,)
+        self._tasks: list[Waiting[str]] = []
+        self.allow(ALL_CHECKS)
 
     def step(self) -> None:
-        """Raises HopelessError and DrainingError."""
+        """Raises DrainingError, and HopelessError of a model that is not beside the first."""
         for task in self._tasks:
             try:
-                next(task)
+                following = self._following(task)
+            except HopelessError as error:
+                if not self._name:
+                    raise
+                following = [self._stay_down(str(error))]
+            if following is None:
                 continue
-            except StopIteration as end:
-                following = self._after(end.value)
-            except (HopelessError, DrainingError):
-                raise
-            except Exception as error:  # of ours, or of a system without memory or files: try again
-                self._say(f"watching {self._model} failed, and goes on: {error!r}")
-                following = self._after("may be gone" if self.reloading else "")
             self._replace_tasks(following)
+            if not following:
+                self.allow(ALL_CHECKS)
             return
+
+    def _following(self, task: Waiting[str]) -> list[Waiting[str]] | None:
+        """Take a task one step further: None if it goes on, else what mends what it has found, or nothing."""
+        try:
+            next(task)
+            return None
+        except StopIteration as end:
+            why = end.value
+        except (HopelessError, DrainingError):
+            raise
+        except Exception as error:  # of ours, or of a system without memory or files: try again
+            self._say(f"watching {self._model} failed, and goes on: {error!r}")
+            why = "may be gone" if self._mends else ""
+        return [self._mend(why)] if why else []
 
     def suspect(self) -> None:
         """A model that called this one is gone: the thread that sends its responses may wait for it for ever."""
         self._due, self._suspected, self._loaded_at = time.monotonic(), True, -math.inf
 
-    def hold(self) -> None:
-        """Another model is loaded: one of Triton's HTTP threads is busy with it, and answers nothing else meanwhile."""
-        if not self.reloading:
-            self._replace_tasks([])
+    def load(self) -> None:
+        """Of a model beside the first, with its chain: Triton was started again, with the first alone."""
+        self._replace_tasks([self._come_up()])
 
-    def go_on(self) -> None:
-        if not self._tasks:
-            self._replace_tasks(self._checks())
+    def allow(self, checks: int) -> None:
+        """Run so many of the checks: while another model is loaded, not all."""
+        if not self._mends:
+            stopped, self._tasks = self._tasks[checks:], self._tasks[:checks]
+            for task in stopped:
+                task.close()
+            self._tasks += [check() for check in self._checks[len(self._tasks) : checks]]
 
-    def _after(self, why: str) -> list[Waiting[str]]:
-        """What to do when a task has found out what is wrong, or nothing."""
-        if not why:
-            return self._checks()
-        if why != DIED and time.monotonic() - self._loaded_at < HOPELESS_WITHIN:
+    def _mend(self, why: str) -> Waiting[str]:
+        """Raises HopelessError."""
+        # One of the first that has died is always loaded again: a restart of Triton would do no more.
+        if (self._name or why != DIED) and time.monotonic() - self._loaded_at < HOPELESS_WITHIN:
             raise HopelessError(f"the stub of {self._model} {why} after it was loaded again")
-        return [self._reload(why)]
+        return self._reload(why)
 
     def _replace_tasks(self, tasks: list[Waiting[str]]) -> None:
         for task in self._tasks:
             task.close()
         self._tasks = tasks
-
-    def _checks(self) -> list[Waiting[str]]:
-        return [self._check(), *([self._check_generation()] if self._kind in GENERATION_INTERVALS else [])]
 
     def _check(self) -> Waiting[str]:
         """Asks how the model is; returns what is wrong.
@@ -137,6 +170,7 @@ class ModelWatch:
         while True:
             try:
                 yield from self._ask_how_it_is(PROBE_PATIENCE)
+                self.is_wanted = True
                 if was_away:
                     self._stub, was_away = self._server.stub(self._model), False
                 if told:
@@ -156,7 +190,7 @@ class ModelWatch:
                 was_away = True
                 if is_away(error) and (why := (yield from self._why_away())) and why != told:
                     self._say(f"{why}; until then it takes no requests")
-                    told = why
+                    self.is_wanted, told = False, why
             except UnreachableError:  # Triton is about to end
                 pass
             yield from pause(PROBE_INTERVAL)
@@ -267,29 +301,75 @@ class ModelWatch:
 
     def _reload(self, why: str) -> Waiting[str]:
         self._say(f"the stub of {self._model} {why}; requests in it are lost; loading the model again")
-        self.reloading = True
-        began, gone = time.monotonic(), self._stub
-        if gone:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                gone.process.kill()
-        self._lost()
-        repository = f"{self._server.http_url}/v2/repository/models/{self._model}"
-        try:
-            yield from ask(f"{repository}/unload", {}, PROBE_PATIENCE)
-        except LaunchError as error:
-            self._say(f"{self._model} could not be unloaded: {error}")
+        self._mends, self.leaves = True, NO_CHECKS
+        began = time.monotonic()
+        yield from self._take_away()
         while True:
             try:
-                yield from ask(f"{repository}/load", {}, self._server.settings.start_timeout + 10)
+                yield from self._load(self._model)
                 break
             except LaunchError as error:
                 if time.monotonic() - began > RELOAD_PATIENCE:
                     raise HopelessError(f"could not load {self._model} again: {error}") from None
                 self._say(f"{self._model} could not be loaded again: {error}; trying again in {RELOAD_INTERVAL:g} s")
             yield from pause(RELOAD_INTERVAL)
-        if gone:
-            self._server.remove_region(gone.region)
-        self.reloading, self._stub = False, self._server.stub(self._model)
+        return self._is_back(began)
+
+    def _stay_down(self, why: str) -> Waiting[str]:
+        """Leave a model beside the first unloaded for a while, and try it again from time to time."""
+        began, self._mends, self.leaves = time.monotonic(), True, NO_CHECKS
+        if began - self._loaded_at > HOPELESS_WITHIN:
+            self._down_interval = DOWN_INTERVAL
+        while True:
+            yield from self._take_away()
+            wait, self._down_interval = self._down_interval, min(2 * self._down_interval, DOWN_INTERVAL_LIMIT)
+            self._say(f"{why}; it stays unloaded, and the other models go on; trying again in {wait:g} s")
+            self.leaves = ALL_CHECKS
+            yield from pause(wait)
+            try:
+                yield from self._load(*self._chain)
+                return self._is_back(began)
+            except LaunchError as error:
+                why = f"could not load {self._model}: {error}"
+
+    def _come_up(self) -> Waiting[str]:
+        began, self._mends = time.monotonic(), True
+        try:
+            yield from self._load(*self._chain)
+        except LaunchError as error:
+            raise HopelessError(f"could not load {self._model}: {error}") from None
+        return self._is_back(began)
+
+    @property
+    def _chain(self) -> tuple[str, ...]:
+        """What is loaded with it: its tokenizer may be away as well, and so is what calls both."""
+        return chain_of(self._name) if self._kind == "decoder" else (self._model,)
+
+    def _take_away(self) -> Waiting[None]:
+        """Kill its stub, in whatever state it is, and unload it."""
+        self._stub = self._server.stub(self._model) or self._stub
+        if self._stub:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                self._stub.process.kill()
+        self._lost()
+        try:
+            yield from ask(f"{self._in_repository(self._model)}/unload", {}, PROBE_PATIENCE)
+        except LaunchError as error:
+            self._say(f"{self._model} could not be unloaded: {error}")
+
+    def _load(self, *models: str) -> Waiting[None]:
+        """Raises LaunchError."""
+        self.leaves = HEALTH_ALONE if self._name else NO_CHECKS
+        for model in models:
+            yield from ask(f"{self._in_repository(model)}/load", {}, self._server.settings.start_timeout + 10)
+
+    def _in_repository(self, model: str) -> str:
+        return f"{self._server.http_url}/v2/repository/models/{model}"
+
+    def _is_back(self, began: float) -> str:
+        if self._stub:
+            self._server.remove_region(self._stub.region)
+        self._mends, self.leaves, self._stub = False, ALL_CHECKS, self._server.stub(self._model)
         self._due, self._suspected, self._loaded_at = time.monotonic(), True, time.monotonic()
         self._say(f"{self._model} is back after {time.monotonic() - began:.1f} s")
         return ""

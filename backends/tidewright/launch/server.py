@@ -30,7 +30,7 @@ from tidewright.launch.triton_install import assemble_backend_dir, find_triton, 
 from tidewright.logs import LogHandler, LogLevel, open_handler
 from tidewright.logs.relay import MAX_LINE, structured
 from tidewright.schema import EMBED, EMBEDDING
-from tidewright.served_models import chain_of, decoder_of
+from tidewright.served_models import ServedModel, chain_of, decoder_of
 from tidewright.tracing.endpoint import traces_url
 
 IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figure lags by up to 0.25 s
@@ -75,6 +75,7 @@ class TritonServer(ChildProcess):
         self.ready = False
         """It has generated a token, or computed an embedding."""
         self.asked_to_end = False
+        self._first_alone = False
         self._pump: threading.Thread | None = None
         self._leftovers: Leftovers | None = None
 
@@ -90,8 +91,13 @@ class TritonServer(ChildProcess):
     def models(self) -> set[str]:
         """Names of Triton's models that it loads at its start."""
         found = {folder.name for repository in _repositories() for folder in repository.iterdir() if folder.is_dir()}
-        further = {name for one in self.settings.models if one.load for name in chain_of(one.name)}
+        further = {name for one in self._loaded_too for name in chain_of(one.name)}
         return (found if self.settings.fallback else found - {"fallback"}) | further
+
+    @property
+    def _loaded_too(self) -> list[ServedModel]:
+        """The models beside the first that Triton loads at its start."""
+        return [] if self._first_alone else [one for one in self.settings.models if one.load]
 
     @property
     def models_with_engine(self) -> set[str]:
@@ -104,9 +110,12 @@ class TritonServer(ChildProcess):
         return self.settings.of(self.settings.model_name if own == "decoder" else own).task == "embed"
 
     def start_again(self) -> None:
-        """After it has ended by itself: to its first token. Raises LaunchError, as `start` and `wait_ready`."""
+        """After it has ended by itself: to its first token. Raises LaunchError, as `start` and `wait_ready`.
+
+        With the first model alone, as Triton would not start with another that does not load. The watchdog loads those.
+        """
         self.kill()
-        self.ready = False
+        self.ready, self._first_alone = False, True
         self.start()
         self.wait_ready()
 
@@ -135,7 +144,7 @@ class TritonServer(ChildProcess):
         return self._leftovers.folder / "models"
 
     def wait_ready(self) -> None:
-        """Wait until a real one-token generation, or an embedding through the whole chain has succeeded at each model.
+        """Wait until each model has generated one token, or computed an embedding, through its whole chain.
 
         Once, a tritonserver that aborts by a known fault of its own is started again.
 
@@ -145,10 +154,9 @@ class TritonServer(ChildProcess):
         """
         deadline = time.monotonic() + self.settings.start_timeout + _GRACE
         self._wait_for("decoder", "generate", deadline)
-        for one in self.settings.models:
-            if one.load:
-                _, decoder, generate = chain_of(one.name)
-                self._wait_for(decoder, generate, deadline)
+        for one in self._loaded_too:
+            _, decoder, generate = chain_of(one.name)
+            self._wait_for(decoder, generate, deadline)
         self.ready = True
 
     def _wait_for(self, decoder: str, generate: str, deadline: float) -> None:

@@ -28,7 +28,8 @@ class Watchdog:
     def __init__(self, server: TritonServer, gateway: GatewayProcess | None, say: Callable[[str], None]) -> None:
         self._server, self._gateway, self._tell = server, gateway, say
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)  # when (time.monotonic())
-        self._begin()
+        self._further = {decoder_of(one.name): one.load for one in server.settings.models}
+        self._begin(self._further)
 
     def run(self) -> bool:
         """Until Triton ends and stays so (False), or someone has asked for a drain (True)."""
@@ -47,23 +48,25 @@ class Watchdog:
                 self._live = self._listen()
             time.sleep(ROUND)
 
-    def _begin(self) -> None:
-        """With a server that is up."""
+    def _begin(self, wanted: dict[str, bool]) -> None:
+        """With a server that is up. `wanted`: the decoders beside the first, and whether they are to be loaded."""
         self._live = self._listen()
         engines = sorted(self._server.models_with_engine)
         self._models = {
             model: ModelWatch(self._server, model, self._say, functools.partial(self._lost, model))
             for model in ("tokenizer", "failsafe", *_tokenizers(engines), *engines)
         }
+        for model, is_wanted in wanted.items():
+            self._models[model].is_wanted = is_wanted
 
     def _look(self) -> None:
         """Raises HopelessError and DrainingError."""
         next(self._live)
         for watch in self._models.values():
             watch.step()
-        loads = any(watch.reloading for watch in self._models.values())
+        checks = min(watch.leaves for watch in self._models.values())
         for watch in self._models.values():
-            watch.hold() if loads else watch.go_on()
+            watch.allow(checks)
         if self._gateway and not self._gateway.running:
             self._say(f"the gateway ended with code {self._gateway.exit_code}; starting it again")
             self._gateway.start()
@@ -105,7 +108,10 @@ class Watchdog:
                 break
             except LaunchError as error:
                 self._say(f"tritonserver could not be started again: {error}")
-        self._begin()
+        wanted = {model: self._models[model].is_wanted for model in self._further}
+        self._begin(wanted)
+        for model in filter(wanted.get, wanted):
+            self._models[model].load()
         self._say(f"tritonserver is back after {time.monotonic() - began:.1f} s")
         return True
 
