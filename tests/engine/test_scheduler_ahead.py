@@ -9,7 +9,7 @@ from operator import methodcaller
 
 import pytest
 
-from helpers.scheduling import make, result
+from helpers.scheduling import make, result, sequence, shape
 from tidewright.engine.limits import RequestRefusedError
 from tidewright.engine.pace import StepPace
 from tidewright.engine.plan import StepPlan
@@ -48,6 +48,7 @@ class Ranks:
                 change(self.other)
             self._inputs.clear()
             assert self.other.schedule(pace) == plan
+            assert all(4 * len(each.block_table) >= each.num_computed for each in self.lead.running)
             self.in_flight.append(plan)
         if self.in_flight:
             plan = self.in_flight.popleft()
@@ -85,3 +86,21 @@ def test_ranks_agree_on_plans_though_one_makes_empty_ones_in_between(seed: int) 
         assert waiting.first() is next(waiting.in_order(), None)
         ranks.lead.check_integrity()
     assert ranks.empty
+
+
+def test_one_that_a_resize_preempts_waits_for_the_token_that_is_in_flight() -> None:
+    """Else it gets blocks for the tokens that are known, and computes one more."""
+    scheduler, _ = make(64, max_batched_tokens=64, max_model_len=32)
+    for request_id, length in enumerate((12, 12, 12, 11)):
+        scheduler.add(sequence(request_id, length, max_tokens=20, ignore_eos=True))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    scheduler.commit(first, result(first))
+    scheduler.resize(9)
+    scheduler.resize(64)
+    assert [(each.request_id, each.num_pending) for each in scheduler.waiting.in_order()] == [(2, 1), (3, 1)]
+    third = scheduler.schedule()
+    assert shape(third) == [(0, 13, 1, True), (1, 13, 1, True)]
+    scheduler.commit(second, result(second))
+    assert shape(scheduler.schedule())[2:] == [(2, 0, 14, True), (3, 0, 13, True)]
+    for each in scheduler.running:
+        assert 4 * len(each.block_table) >= each.num_computed

@@ -310,6 +310,9 @@ class Scheduler:
         One block is left for each running sequence: without it, the new one would soon be preempted again. If `limit`
         sequences run or more, the new one takes the place of another, or waits.
         """
+        # A resize preempted it while a step in flight drew a token for it: how many it needs is known with that step.
+        if sequence.num_pending:
+            return False
         # Prompt log-probabilities need all of the prompt's hidden states, also those that a cached block would skip.
         may_skip = sequence.sampling.prompt_logprobs is None
         shared = self._cache.find(sequence.token_ids, sequence.chain) if may_skip else []
