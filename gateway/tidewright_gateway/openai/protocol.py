@@ -109,7 +109,8 @@ class SamplingFields(Body):
     timeout: Number | None = None
     """Maximum duration in seconds; the answer is what exists by then."""
     ttft_target: Number | None = None
-    """Seconds to the first token, instead of the server's target; a request that is expected to take more than 0.8 of it is refused."""
+    """Seconds to the first token, instead of the server's target; a request that is expected to take more than 0.8 of
+    it is refused."""
     tpot_target: Number | None = None
     """Seconds between two tokens, instead of the server's target; a stricter one is only counted."""
     cache_salt: StrictStr | None = None
