@@ -186,6 +186,21 @@ def test_the_number_waits_until_those_above_it_have_ended() -> None:
     assert controller.running == 48
 
 
+def test_a_stream_with_guesses_is_one_stream() -> None:
+    """Tokens were counted, of which there were always more than may run: so the number never went down."""
+    scheduler, _ = make(blocks=400, max_batched_tokens=256, max_running=8, max_model_len=200, speculative_tokens=4)
+    controller = LatencyController(0.25, 0.1, 256, 8)
+    for request_id in range(8):
+        scheduler.add(sequence(request_id, 60, max_tokens=130, ignore_eos=True))
+    for _ in range(24):
+        plan = scheduler.schedule(controller.pace(scheduler.running))
+        load = StepLoad.of(plan)
+        controller.computed(load, 1.0)
+        scheduler.commit(plan, result(plan))
+    assert sum(planned.count for planned in plan.sequences) > len(plan.sequences) == load.streams
+    assert controller.running < 8
+
+
 def test_without_a_target_any_number_runs_and_steps_take_step_time() -> None:
     controller = LatencyController(0.25, 0.0, 2048, 64)
     for _ in range(400):

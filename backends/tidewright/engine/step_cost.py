@@ -56,7 +56,7 @@ class _Fit:
 class StepLoad(NamedTuple):
     """What a plan computes."""
 
-    streams: int  # tokens of sequences that get their next one, guesses included
+    streams: int  # sequences that get their next token; what guesses cost beside it is part of what a stream costs
     tokens: int  # of prompts
     context: float  # the sum of the tokens before each of them
 
@@ -67,7 +67,7 @@ class StepLoad(NamedTuple):
         for planned in plan.sequences:
             count = len(planned.token_ids)
             if count == len(planned.draws):
-                streams += count
+                streams += 1
             else:
                 tokens += count
                 context += count * (planned.start + count / 2)
