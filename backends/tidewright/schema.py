@@ -164,6 +164,8 @@ class DecoderStatus(msgspec.Struct, frozen=True):
     """It knows the sampling parameters tenant and tenant_weight."""
     knows_targets: bool = False
     """It knows the sampling parameters ttft_target and tpot_target."""
+    kv_tokens: int = 0
+    """Tokens that its KV cache has room for now; 0 is unknown."""
     protocol: Protocol = 1
     """As in StatusVersion."""
 

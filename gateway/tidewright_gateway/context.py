@@ -18,6 +18,7 @@ from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.fields import FieldPolicy
 from tidewright_gateway.openai.wording import Wording
 from tidewright_gateway.replicas.failover import Generation
+from tidewright_gateway.replicas.replica import FALLBACK
 from tidewright_gateway.replicas.triton import Reply, least_of
 from tidewright_gateway.tracing.context import TraceContext
 from tidewright_gateway.tracing.record import NO_RECORD, Record
@@ -134,7 +135,7 @@ class RequestContext:
             # An answer counts as generated if one of its generations was.
             worst = max(self.cache_states, key=list(CacheState).index)
             found["X-Cache"] = worst.value
-        if self.route is Route.FALLBACK:
+        if self.route is Route.FALLBACK and self.served_by == FALLBACK:
             found["X-Degraded"] = "fallback"
         elif self.is_smaller:
             found["X-Degraded"] = "smaller-variant"

@@ -469,7 +469,8 @@ def test_status_tells_what_is_wrong_and_how_full_it_is(world: World) -> None:
     assert len(well.tokenizer) == 64
     world.engine.silent_for = 0.75
     world.engine.events.stats(EngineStats(3, 1, 40, 10, 0, 0, 0, 0))
-    assert world.bridge.status == replace(well, silence=0.75, waiting=0.5, kv_usage=0.75)
+    room = 40 * world.bridge.engine.block_size
+    assert world.bridge.status == replace(well, silence=0.75, waiting=0.5, kv_usage=0.75, kv_tokens=room)
     world.engine.available, world.engine.cause, world.engine.silent_for = False, "killed by SIGKILL", 0.0
     world.engine.dies()
     assert world.bridge.status == replace(well, trouble="the engine is not available (killed by SIGKILL)")

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,23 @@ import pytest
 from helpers.echo_replica import EchoReplica
 from helpers.gateway import MODEL, RunningGateway
 from helpers.scripted_replicas import samples
-from tidewright.resilience.degradation import Load
+from tidewright.resilience.degradation import Load, Route
 from tidewright_gateway.admission.smaller_variant import SmallerVariant
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.context import RequestContext
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.replicas.replica_set import ReplicaLoad
 
+NO_TRACE: Any = None
 CALM = Load(kv_cache=0.0, queue=0.0, wait=0.0, breaker_open=False)
-SETTINGS = GatewaySettings(degrade_queue_short=0.2, degrade_queue_fallback=0.6, degrade_release=0.5, degrade_dwell=10)
+SETTINGS = GatewaySettings(
+    degrade_queue_short=0.2,
+    degrade_queue_fallback=0.6,
+    degrade_kv_cache_short=0.8,
+    degrade_kv_cache_fallback=1.0,
+    degrade_release=0.5,
+    degrade_dwell=10,
+)
 
 
 class Scripted:
@@ -30,10 +41,16 @@ class Scripted:
 
     def __init__(self, name: str) -> None:
         self.name, self.now = name, CALM
-        self.ladder, self.failover = SimpleNamespace(load=lambda now: self.now), SimpleNamespace(trouble="")
+        self.replicas = ReplicaLoad(waiting=0.0, kv_usage=0.0, breakers_open=False, in_flight=0)
+        self.ladder = SimpleNamespace(load=lambda now: self.now)
+        self.failover = SimpleNamespace(trouble="", load=lambda: self.replicas)
 
     def queue(self, share: float) -> None:
         self.now = Load(kv_cache=0.0, queue=share, wait=0.0, breaker_open=False)
+
+    def kv_cache(self, share: float, tokens: int) -> None:
+        self.now = Load(kv_cache=share, queue=0.0, wait=0.0, breaker_open=False)
+        self.replicas = replace(self.replicas, kv_tokens=tokens)
 
 
 @pytest.fixture
@@ -82,6 +99,62 @@ def test_only_for_its_own_model_and_only_if_it_can(made: tuple[SmallerVariant, A
     assert variant.of(whole) is None
     smaller.failover.trouble = ""
     assert variant.of(whole) is smaller
+
+
+def test_its_own_small_kv_cache_does_not_keep_it_on(made: tuple[SmallerVariant, Any, Any, Metrics]) -> None:
+    """0.9 makes it answer, and calm is less than 0.45 of the model's own pool, which is four times the variant's."""
+    variant, whole, smaller, _ = made
+    smaller.kv_cache(0.95, 1000)
+    whole.kv_cache(0.0, 4000)
+    variant.tick(0)
+    assert variant.of(whole) is None  # who asks for it by its name does not bring it more
+    whole.kv_cache(0.9, 4000)
+    smaller.kv_cache(0.0, 1000)
+    variant.tick(1)
+    whole.kv_cache(0.3, 4000)
+    smaller.kv_cache(0.7, 1000)  # 0.175 of the model's
+    for now in (2, 100):
+        variant.tick(now)
+        assert variant.of(whole) is smaller
+    smaller.kv_cache(0.5, 1000)
+    variant.tick(101)
+    variant.tick(112)
+    assert variant.of(whole) is None
+
+
+def test_one_that_is_overloaded_or_fails_gets_nothing(made: tuple[SmallerVariant, Any, Any, Metrics]) -> None:
+    variant, whole, smaller, _ = made
+    whole.queue(0.5)
+    smaller.queue(0.59)
+    variant.tick(0)
+    assert variant.of(whole) is smaller
+    smaller.replicas = replace(smaller.replicas, breakers_open=True, refuses=True)
+    assert variant.of(whole) is None
+    smaller.replicas = replace(smaller.replicas, refuses=False)  # a probe may pass
+    assert variant.of(whole) is smaller
+    smaller.queue(0.6)
+    variant.tick(1)
+    assert variant.of(whole) is None
+    smaller.queue(0.0)
+    variant.tick(2)
+    variant.tick(13)
+    assert variant.of(whole) is smaller
+
+
+@pytest.mark.parametrize(
+    ("served_by", "is_shortened", "told"),
+    [
+        ("fallback", True, "fallback"),
+        ("smaller", True, "smaller-variant"),
+        ("decoder", True, "short-answer"),
+        ("decoder", False, None),
+    ],
+)
+def test_only_an_answer_of_the_fallback_is_called_so(served_by: str, is_shortened: bool, told: str | None) -> None:
+    context = RequestContext("id", NO_TRACE, route=Route.FALLBACK, is_shortened=is_shortened)
+    context.is_smaller = served_by == "smaller"
+    context.models = {served_by}
+    assert context.headers.get("X-Degraded") == told
 
 
 def test_it_must_be_one_of_the_models() -> None:

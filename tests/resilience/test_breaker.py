@@ -92,8 +92,10 @@ def test_open_refuses_until_the_cool_down_has_passed() -> None:
     breaker = opened(now=100.0)
     assert refused(breaker, 100.0) == 1.0
     assert refused(breaker, 100.75) == 0.25
+    assert [breaker.refuses(now) for now in (100.0, 100.75, 101.0)] == [True, True, False]
     assert permitted(breaker, 101.0).is_probe
     assert breaker.state is State.HALF_OPEN
+    assert breaker.refuses(101.0)  # while the probe runs
 
 
 def test_a_burst_at_the_half_open_moment_gets_one_probe() -> None:

@@ -141,7 +141,7 @@ class Bridge:
 
     @property
     def status(self) -> DecoderStatus:
-        stats = self.engine_stats
+        stats, engine = self.engine_stats, self.engine
         with self._changed:
             # In order of arrival, and so do they begin: those that wait are the last of those without a token.
             arrived = [
@@ -158,16 +158,17 @@ class Bridge:
             wait=time.monotonic() - waiting[0] if waiting else 0.0,
             kv_usage=stats.kv_usage,
             active=self.active,
-            max_model_len=self.engine.max_model_len if self.engine else 0,
+            max_model_len=engine.max_model_len if engine else 0,
             pid=os.getpid(),
             model=self._model_name,
             tokenizer=self._tokenizer.fingerprint,
             max_running=self._max_running,
-            embedding_size=self.engine.embedding_size if self.engine else 0,
+            embedding_size=engine.embedding_size if engine else 0,
             tells_details=True,
             tells_timings=True,
             knows_tenants=True,
             knows_targets=True,
+            kv_tokens=stats.blocks_total * engine.block_size if engine else 0,
             protocol=PROTOCOL,
         )
 

@@ -134,6 +134,11 @@ class CircuitBreaker:
         self._settle()
         return decision
 
+    def refuses(self, now: float) -> bool:
+        """Whether `acquire` would refuse a call; it takes no permit."""
+        gate = self._gate
+        return gate.state is not State.CLOSED and gate.since <= now < gate.until
+
     def record(self, permit: Permit, outcome: Outcome, now: float) -> None:
         """Changes nothing if the permit is of an earlier state, has lost its slot to another probe, or is not new."""
         self._reports.append((permit, outcome.verdict, now))

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tidewright.logs import event
-from tidewright.resilience.degradation import Ladder, Load
+from tidewright.resilience.degradation import Ladder, Level, Load
 from tidewright_gateway.admission.ladder import TICK
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
@@ -29,14 +30,20 @@ class SmallerVariant:
     def __init__(self, settings: GatewaySettings, whole: Model, smaller: Model, metrics: Metrics) -> None:
         self._whole, self._smaller, self._metrics = whole, smaller, metrics
         self._ladder = Ladder(settings.smaller_ladder_config())
-        self._is_on = False
+        self._own = Ladder(settings.ladder_config())
+        self._is_on = self._is_full = False
         metrics.smaller_variant(is_on=False)
 
     def of(self, model: Model) -> Model | None:
-        """The variant, if it is to answer a new request for `model` now."""
-        if not self._is_on or model is not self._whole or self._smaller.failover.trouble:
+        """The variant, if it is to answer a new request for `model` now.
+
+        One that is itself so loaded that its requests should go to the fallback, or that fails, would refuse what the
+        model and its fallback can answer.
+        """
+        if not self._is_on or self._is_full or model is not self._whole:
             return None
-        return self._smaller
+        failover = self._smaller.failover
+        return None if failover.trouble or failover.load().refuses else self._smaller
 
     async def run(self) -> None:
         """Runs for ever."""
@@ -45,15 +52,12 @@ class SmallerVariant:
             await asyncio.sleep(TICK)
 
     def tick(self, now: float) -> None:
-        """Both loads count, or the one that falls once requests go elsewhere would bring them back at once."""
-        first, second = self._whole.ladder.load(now), self._smaller.ladder.load(now)
-        load = Load(
-            kv_cache=max(first.kv_cache, second.kv_cache),
-            queue=max(first.queue, second.queue),
-            wait=max(first.wait, second.wait),
-            breaker_open=False,  # which says nothing of the load
-        )
-        degradation = self._ladder.update(load, now)
+        """While it answers both loads count, or the one that falls then would bring the requests back at once."""
+        load, own = self._whole.ladder.load(now), self._smaller.ladder.load(now)
+        self._is_full = self._own.update(own, now).load_level >= Level.FALLBACK_ONLY
+        if self._is_on:
+            load = self._together(load, own)
+        degradation = self._ladder.update(replace(load, breaker_open=False), now)  # which says nothing of the load
         if (is_on := degradation.level > 0) == self._is_on:
             return
         self._is_on = is_on
@@ -71,3 +75,13 @@ class SmallerVariant:
             log.info(
                 "degradation: %s answers its requests itself again", self._whole.name, extra=event("degradation_lifted")
             )
+
+    def _together(self, first: Load, second: Load) -> Load:
+        """What the model would have to bear without the variant, whose KV cache is a small part of the model's."""
+        sizes = [model.failover.load().kv_tokens for model in (self._whole, self._smaller)]
+        kv_cache = max(first.kv_cache, second.kv_cache)
+        if all(sizes):
+            kv_cache = first.kv_cache + second.kv_cache * sizes[1] / sizes[0]
+        return replace(
+            first, kv_cache=kv_cache, queue=max(first.queue, second.queue), wait=max(first.wait, second.wait)
+        )

@@ -48,6 +48,10 @@ class ReplicaLoad:
     """The breakers of all usable replicas are open."""
     in_flight: int
     """Generations of this gateway at all replicas."""
+    refuses: bool = False
+    """The breakers of all usable replicas let nothing through now, not even a probe."""
+    kv_tokens: int = 0
+    """Tokens that the KV caches have room for, together; 0 if unknown."""
 
 
 class ReplicaSet:
@@ -149,6 +153,8 @@ class ReplicaSet:
             kv_usage=min((status.kv_usage for status in known), default=0.0),
             breakers_open=bool(usable) and all(replica.breaker.state is State.OPEN for replica in usable),
             in_flight=sum(replica.in_flight for replica in self.replicas),
+            refuses=bool(usable) and all(replica.breaker.refuses(now) for replica in usable),
+            kv_tokens=sum(status.kv_tokens for status in known),
         )
 
     def choose(
