@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -13,8 +13,12 @@ import torch
 from helpers.adapters import save_adapter
 from helpers.checkpoints import expected, prompt, save
 from helpers.families import FAMILIES
+from tidewright.distributed.rank_messages import AddAdapter, DropAdapter, Input
+from tidewright.distributed.ranks import Ranks
 from tidewright.engine.engine import Engine
-from tidewright.engine.messages import EngineConfig, SequenceOutput, Submit
+from tidewright.engine.messages import Abort, EngineConfig, SequenceOutput, Submit
+from tidewright.engine.pace import StepPace
+from tidewright.engine.plan import StepPlan
 from tidewright.schema import NO_ADAPTER, SamplingParams
 
 NAMES = ("one", "two", "three", "")
@@ -149,6 +153,44 @@ def test_loads_and_unloads_beside_sixteen_streams_change_nothing(folder: Path) -
     assert {number: found[number] for number in range(16)} == undisturbed
     assert found[100] == found[102] != found[101] == found[103]
     engine.scheduler.check_integrity()
+
+
+class ToldRanks:
+    def __init__(self) -> None:
+        self.told: list[Input] = []
+
+    def tell(self, inputs: list[Input]) -> None:
+        self.told += inputs
+
+    def send(self, plan: StepPlan, inputs: list[Input], pace: StepPace) -> None:
+        self.told += inputs
+
+
+@pytest.mark.usefixtures("oracles")
+def test_what_an_idle_engine_is_told_reaches_the_other_ranks_at_once(folder: Path) -> None:
+    engine, ranks = engine_of(folder, ()), ToldRanks()
+    engine._ranks = cast(Ranks, ranks)
+    adapter = engine.runner.read_adapter("one")
+    for number in range(3):
+        engine.add_adapter("one", adapter, number)
+        assert ranks.told.pop() == AddAdapter("one", number, adapter.digest)
+        engine.drop_adapter("one")
+        assert ranks.told.pop() == DropAdapter("one")
+    # With work, all goes with the step, in order.
+    engine.add_adapter("one", adapter, 3)
+    ranks.told.clear()
+    request = Submit(1, SHARED, SamplingParams(max_tokens=9, temperature=0, seed=0), adapter="one")
+    assert engine.submit(request) is None
+    engine.add_adapter("two", adapter, 4)
+    assert not ranks.told
+    engine.step()
+    assert ranks.told[:2] == [request, AddAdapter("two", 4, adapter.digest)]
+    # Its abort leaves no work, so that it is told with all that waits.
+    engine.abort(1)
+    while engine.has_work:
+        engine.step()
+    assert Abort(1) in ranks.told
+    assert not engine._inputs
 
 
 def test_without_an_adapter_folder_or_an_adapter_requests_are_refused(folder: Path, oracles: dict[str, Any]) -> None:

@@ -138,9 +138,6 @@ class Engine:
             # Without memory for the copy of a layer the others are smaller, and all that is left of the pool is there.
             _, lack = _attempt(lambda: self.runner.resize(num_blocks, moves))
         self._tell_ranks(Resize(num_blocks))
-        if self._ranks and not self.has_work:
-            self._ranks.tell(self._inputs)
-            self._inputs = []
         return True
 
     @property
@@ -252,8 +249,13 @@ class Engine:
         )
 
     def _tell_ranks(self, entry: Input) -> None:
-        if self._ranks:
-            self._inputs.append(entry)
+        """With the next step; at once if none is to come, or what an idle server is told would pile up here."""
+        if not self._ranks:
+            return
+        self._inputs.append(entry)
+        if not self.has_work:
+            self._ranks.tell(self._inputs)
+            self._inputs = []
 
     def _lead(self, plan: StepPlan, pace: StepPace) -> None:
         """Lets the other ranks begin the same step."""
