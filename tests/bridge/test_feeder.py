@@ -121,7 +121,7 @@ def test_poison_is_given_up_and_all_others_end_whole(lengths: list[int], data: s
         simulation.submit(number)
     for _ in range(200):
         simulation.step()
-    assert poison <= set(simulation.given_up)
+    assert set(simulation.given_up) == poison
     assert set(simulation.given_up) | set(simulation.done) == set(numbers)
     assert len(simulation.given_up) + len(simulation.done) == len(numbers)
     assert not simulation.feeder._sequences
@@ -201,6 +201,63 @@ def test_new_poison_is_not_blamed_on_the_one_on_trial() -> None:
     assert sorted(simulation.done) == [0, 2, 8]
 
 
+def on_probation(count: int, poison: set[int], bad: int) -> Simulation:
+    """The tenant of the first `bad` has just lost number 0; every other has a tenant of its own."""
+    tenants = ["bad" if number < bad else f"{number}" for number in range(count)]
+    simulation = Simulation([3] * count, {0} | poison, tenants)
+    simulation.comes_up()
+    simulation.submit(0)
+    while not simulation.given_up:
+        simulation.step()
+    return simulation
+
+
+def test_poison_beside_the_trial_of_another_tenant_is_found() -> None:
+    simulation = on_probation(9, {8}, bad=8)
+    deaths = simulation.deaths
+    simulation.submit(1)
+    simulation.submit(8)
+    assert set(simulation.running) == {1, 8}
+    for number in range(2, 8):  # there would be one to blame each time
+        simulation.step()
+        simulation.submit(number)
+    for _ in range(60):
+        simulation.step()
+    assert simulation.given_up == [0, 8]
+    assert sorted(simulation.done) == [1, 2, 3, 4, 5, 6, 7]
+    assert simulation.deaths - deaths == TRIES + 1
+
+
+def test_poison_on_trial_is_found_though_others_come_with_every_step() -> None:
+    simulation = on_probation(20, {1}, bad=2)
+    deaths = simulation.deaths
+    for number in range(1, 20):
+        simulation.submit(number)
+        if number > 1:
+            simulation.step()
+    for _ in range(60):
+        simulation.step()
+    assert simulation.given_up == [0, 1]
+    assert sorted(simulation.done) == [*range(2, 20)]
+    assert simulation.deaths - deaths == TRIES + 1
+
+
+def test_those_that_had_tokens_are_not_mistaken_for_the_one_on_trial() -> None:
+    """Nor it for them: it is tried when they have had a token of the same engine."""
+    simulation = on_probation(4, set(), bad=2)
+    simulation.lengths = [9] * 4
+    simulation.submit(2)
+    simulation.step()
+    simulation.dies()
+    simulation.submit(1)
+    simulation.comes_up()
+    assert set(simulation.running) == {2}
+    simulation.step()
+    assert set(simulation.running) == {1, 2}
+    simulation.dies()
+    assert simulation.given_up == [0, 1]
+
+
 def test_probation_ends() -> None:
     count = 2 * PROBATION
     simulation = Simulation([1] * count, {0}, ["bad"] * count)
@@ -230,7 +287,7 @@ def test_poison_of_tenants_is_given_up_and_all_others_end_whole(tenants: list[st
         simulation.submit(number)
     for _ in range(200):
         simulation.step()
-    assert poison <= set(simulation.given_up)
+    assert set(simulation.given_up) == poison
     assert sorted(simulation.given_up + simulation.done) == [*numbers]
     for number in simulation.done:
         assert simulation.sequences[number].token_ids == list(range(number, number + 3))

@@ -6,12 +6,14 @@ Replay: a sequence that was in flight when an engine died goes to the next one w
 goes on after the last of them. A draw depends on the tokens before it and on nothing else, so nothing else is lost.
 
 Quarantine: one of the sequences may be what kills the engine, and nobody sees which. One that got no token between two
-deaths is a suspect. Suspects run one at a time, beside those that have had tokens, until each got a token or ended; if
-the engine dies in such a trial, the one on trial is given up. New ones queue for a trial meanwhile, or the one on trial
-would be blamed for them. An engine that ended for lack of memory says so, and then it was none of them.
+deaths is a suspect. Suspects run one at a time, once those that are not have had a token of this engine, until each got
+a token or ended; if the engine dies in such a trial, the one on trial is given up. New ones queue for a trial
+meanwhile. An engine that ended for lack of memory says so, and then it was none of them.
 
 Probation: what comes next from the tenant of one that was given up is a suspect at once, so that its further poison
-costs one engine each instead of several. Nobody else has to wait for these trials.
+costs one engine each instead of several. Nobody else has to wait for these trials, so the engine may die of one that
+came meanwhile. If there is such a one without a token, nobody is given up: it is a death of each. After two of them the
+one on trial, too, is tried with nobody new beside it.
 """
 
 from __future__ import annotations
@@ -111,8 +113,9 @@ class Feeder:
         self.adapters.fail("the server is shutting down")
 
     def _take(self, sequence: OutputSequence) -> None:
+        waits = self._on_probation(sequence) or self._all_wait()
         self._sequences[sequence.engine_request_id] = sequence
-        if self._on_probation(sequence) or (self._trial and not self._on_probation(self._trial)):
+        if waits:
             if self._trial is None:
                 self._next_trial()
         elif self._engine_up:
@@ -134,12 +137,12 @@ class Feeder:
     def _drop(self, sequence: OutputSequence) -> None:
         if self._sequences.pop(sequence.engine_request_id, None) is None:
             return
-        if self._trial is sequence:
+        is_given = sequence.engine_request_id in self._given
+        self._given.discard(sequence.engine_request_id)
+        if self._trial is None or self._trial is sequence:
             self._next_trial()
-        if sequence.engine_request_id in self._given:
-            self._given.remove(sequence.engine_request_id)
-            if not sequence.engine_is_done:
-                self._send(Abort(sequence.engine_request_id))
+        if is_given and not sequence.engine_is_done:
+            self._send(Abort(sequence.engine_request_id))
         if sequence.request.parsed.adapter:
             self.adapters.settle()
 
@@ -151,14 +154,13 @@ class Feeder:
         if sequence.deaths and (left := self._probation.pop(tenant, 0)) > 1:
             self._probation[tenant] = left - 1
         sequence.deaths = 0
-        if self._trial is sequence:
+        if self._trial is None or self._trial is sequence:
             self._next_trial()
 
     def _feed(self) -> None:
         self._engine_up = True
         self.adapters.engine_up()
-        suspects = [sequence for sequence in self._sequences.values() if sequence.deaths >= TRIES]
-        all_wait = any(not self._on_probation(sequence) for sequence in suspects)
+        all_wait = self._all_wait()
         for sequence in self._sequences.values():
             is_new = not sequence.token_ids
             if sequence.deaths < TRIES and not (is_new and (all_wait or self._on_probation(sequence))):
@@ -167,24 +169,37 @@ class Feeder:
         self.adapters.settle()
 
     def _next_trial(self) -> None:
-        waiting = (sequence for sequence in self._sequences.values() if sequence.engine_request_id not in self._given)
-        self._trial = next(waiting, None) if self._engine_up else None
-        if self._trial:
-            self._trial.deaths = TRIES  # so that its first token acquits it
-            self._give(self._trial)
+        """Once those that an engine died with have had a token of this one, or the trial could be blamed for them."""
+        self._trial = None
+        if not self._engine_up or len(self._given) == len(self._sequences):
+            return
+        running = [self._sequences[request_id] for request_id in self._given & self._sequences.keys()]
+        if any(sequence.deaths and not sequence.progressed for sequence in running):
+            return
+        self._trial = next(s for s in self._sequences.values() if s.engine_request_id not in self._given)
+        self._trial.deaths = max(self._trial.deaths, TRIES)  # so that its first token acquits it
+        self._give(self._trial)
+
+    def _all_wait(self) -> bool:
+        """Someone is on trial, or is to be, and nobody new may be beside it."""
+        if not self._engine_up or (self._trial is None and len(self._given) == len(self._sequences)):
+            return False
+        on_trial = [s for s in self._sequences.values() if s is self._trial or s.engine_request_id not in self._given]
+        return any(s.deaths >= (2 * TRIES if self._on_probation(s) else TRIES) for s in on_trial)
 
     def _lose(self, to_blame: bool) -> None:
         self._engine_up = False
         self.adapters.engine_lost(to_blame and not self._given)
-        guilty = self._trial if to_blame and self._trial and not self._trial.progressed else None
+        had = [self._sequences[request_id] for request_id in self._given & self._sequences.keys()]
+        unproven = [sequence for sequence in had if not sequence.progressed]
+        alone = len(unproven) == 1 and unproven[0] is self._trial
+        guilty = self._trial if to_blame and alone else None
         if guilty:
             del self._sequences[guilty.engine_request_id]
-        for request_id in self._given & self._sequences.keys():
-            sequence = self._sequences[request_id]
-            # One that ran beside a trial is not to blame: the one on trial is.
+        for sequence in had:
             if sequence.progressed:
                 sequence.deaths = int(to_blame)
-            elif to_blame and self._trial is None:
+            elif to_blame:
                 sequence.deaths += 1
         self._given.clear()
         self._trial = None
