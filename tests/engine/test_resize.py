@@ -17,6 +17,8 @@ from tidewright.devices.memory import DeviceMemory
 from tidewright.engine import model_runner
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import Submit
+from tidewright.kv_cache import storage
+from tidewright.kv_cache.storage import BlockMoveError
 from tidewright.schema import SamplingParams
 
 CPU = torch.device("cpu")
@@ -99,3 +101,14 @@ def test_outputs_are_the_same_while_the_cache_is_resized(
     engine = make(folder, **changes)
     assert outputs(engine, [MOST, 40, 30, LEAST, LEAST, 50, 57]) == wanted
     assert engine.stats().preemptions > 0
+
+
+def test_an_engine_that_can_t_move_its_blocks_does_not_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have new numbers by then. A copy of a layer that finds no memory is survived: no block is elsewhere."""
+
+    def move(_: torch.Tensor, sources: list[int], places: list[int]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(storage, "_move", move)
+    with pytest.raises(BlockMoveError):
+        outputs(make(folder), [MOST, 40, 30, LEAST])

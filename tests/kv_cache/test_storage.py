@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tidewright.devices.cpu.memory import CpuMemory
-from tidewright.kv_cache.storage import KVCache, KVCacheMemoryError, KVCacheShape, count_blocks
+from tidewright.devices.memory import out_of_memory
+from tidewright.kv_cache import storage
+from tidewright.kv_cache.storage import BlockMoveError, KVCache, KVCacheMemoryError, KVCacheShape, count_blocks
 
 SHAPE = KVCacheShape(num_layers=2, num_kv_heads=3, head_dim=8, block_size=4, dtype=torch.bfloat16)
 BLOCK_BYTES = 2 * 2 * 3 * 8 * 4 * 2  # k and v, layers, heads, head size, tokens, bytes a value
@@ -50,14 +54,56 @@ def test_a_cache_that_shrinks_and_grows_keeps_what_its_blocks_hold(memory: CpuMe
             numbers = 2 * layer + kind + torch.arange(len(tensor))  # which even fp8 has
             tensor.copy_(numbers.view(-1, *[1] * (tensor.dim() - 1)))
     before = [[tensor.float().clone() for tensor in own.tensors] for own in cache.layers]
-    assert cache.resize(6, {9: 2, 7: 0}) == (not memory.reserves)
-    assert cache.resize(12, {}) == (not memory.reserves)
+    cache.move({9: 2, 7: 0})
+    assert cache.resize(6) == (not memory.reserves)
+    assert cache.resize(12) == (not memory.reserves)
     assert cache.num_blocks == 12
     for own, was in zip(cache.layers, before, strict=True):
         for tensor, old in zip(own.tensors, was, strict=True):
             assert tensor.shape == (12, *old.shape[1:])
             assert tensor.dtype in (dtype, torch.float32)
             assert torch.equal(tensor[:6].float(), old[[7, 1, 9, 3, 4, 5]])
+
+
+class Indexed(TorchFunctionMode):
+    """Sees the copies of what is read by index; the one after the first `room` finds no memory."""
+
+    def __init__(self, room: int = 1000) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self._room = room
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor):
+            if len(self.sizes) == self._room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            self.sizes.append(made.nbytes)
+        return made
+
+
+def test_blocks_move_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = KVCache(SHAPE, 40, CPU)
+    one = cache.layers[0].keys_NSKD[0].nbytes
+    monkeypatch.setattr(storage, "MOVED_BYTES", 3 * one + 1)
+    for own in cache.layers:
+        for tensor in own.tensors:
+            tensor.copy_(torch.arange(40).view(-1, 1, 1, 1))
+    moves = {20 + number: 3 + number for number in range(10)}
+    with Indexed() as seen:
+        cache.move(moves)
+    assert max(seen.sizes) == 3 * one
+    for own in cache.layers:
+        for tensor in own.tensors:
+            assert tensor[:, 0, 0, 0].tolist() == [*range(3), *range(20, 30), *range(13, 40)]
+
+
+def test_a_lack_of_memory_amid_moves_is_an_error_of_its_own() -> None:
+    """Not one that is survived, as that of a step or of a copy is."""
+    cache = KVCache(SHAPE, 10, CPU)
+    with Indexed(room=3), pytest.raises(BlockMoveError, match=r"no memory to move 1 blocks .* out of memory") as raised:
+        cache.move({9: 2})
+    assert not out_of_memory(raised.value)
 
 
 def test_blocks_that_go_give_their_memory_back() -> None:
@@ -73,7 +119,7 @@ def test_blocks_that_go_give_their_memory_back() -> None:
             tensor[:1000] = 1.0
     used = resident() - before
     assert used >= 1000 * shape.bytes_per_block
-    cache.resize(200, {})
+    cache.resize(200)
     assert resident() - before < 0.5 * used
     assert all(tensor[:200].eq(1).all() for own in cache.layers for tensor in own.tensors)
     assert not any(tensor[201:1000].any() for own in cache.layers for tensor in own.tensors)

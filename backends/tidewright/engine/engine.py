@@ -126,7 +126,10 @@ class Engine:
         return outputs
 
     def resize(self, num_blocks: int) -> bool:
-        """Gives the KV cache another number of blocks, while requests run; False: memory does not suffice for it."""
+        """Gives the KV cache another number of blocks, while requests run; False: memory does not suffice for it.
+
+        Raises BlockMoveError: all has to begin anew.
+        """
         if num_blocks > self.num_blocks:
             _, lack = _attempt(lambda: self.runner.resize(num_blocks, {}))
             if lack:

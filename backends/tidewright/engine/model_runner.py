@@ -213,10 +213,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def resize(self, num_blocks: int, moves: Mapping[int, int]) -> None:
-        """Of the KV cache, as Scheduler.resize says; steps in flight are computed before. Raises what torch does."""
+        """Of the KV cache, as Scheduler.resize says; steps in flight are computed before.
+
+        Raises BlockMoveError, after which this runner is of no use, or what torch does.
+        """
+        self.kv_cache.move(moves)
         is_elsewhere = True  # also if only some layers are
         try:
-            is_elsewhere = self.kv_cache.resize(num_blocks, moves)
+            is_elsewhere = self.kv_cache.resize(num_blocks)
             self._buffers.forget_blocks(num_blocks)
         finally:
             if not self._pooler:

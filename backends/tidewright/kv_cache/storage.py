@@ -9,13 +9,20 @@ from dataclasses import dataclass
 
 import torch
 
-from tidewright.devices.memory import PATIENCE, DeviceMemory
+from tidewright.devices.memory import PATIENCE, DeviceMemory, out_of_memory
 from tidewright.kv_cache.budget import SCALE_BYTES, blocks_of, bytes_per_block, is_share, mib, parse_memory
 from tidewright.kv_cache.quantized import is_quantized
 
 
 class KVCacheMemoryError(ValueError):
     """The KV cache budget is too small to be useful, or larger than the memory there is."""
+
+
+class BlockMoveError(Exception):
+    """Memory ran out as blocks were moved: nobody knows any more what which of them holds."""
+
+
+MOVED_BYTES = 4 << 20  # at once: what is moved is twice in memory meanwhile
 
 
 @dataclass(frozen=True)
@@ -89,19 +96,28 @@ class KVCache:
         """Of the blocks in use."""
         return sum(tensor[: self.num_blocks].nbytes for layer in self.layers for tensor in layer.tensors)
 
-    def resize(self, num_blocks: int, moves: Mapping[int, int]) -> bool:
-        """Moves the content of blocks as BlockPool.resize says, and gives back what is behind the first `num_blocks`.
+    def move(self, moves: Mapping[int, int]) -> None:
+        """Moves the content of blocks as BlockPool.resize says: none of them moves to where another comes from.
+
+        Raises:
+            BlockMoveError: memory did not suffice. They have their new numbers already, so there is no going on.
+        """
+        try:
+            for layer in self.layers if moves else ():
+                for tensor in layer.tensors:
+                    _move(tensor, [*moves.keys()], [*moves.values()])
+        except Exception as error:
+            if not (lack := out_of_memory(error)):
+                raise
+            raise BlockMoveError(f"no memory to move {len(moves)} blocks of the KV cache: {lack}") from None
+
+    def resize(self, num_blocks: int) -> bool:
+        """Gives back what is behind the first `num_blocks`, or gets what is missing.
 
         Where memory is reserved, layers stay where they are. Otherwise one after the other is copied, so that there
         must be memory for one more; True: they are elsewhere now. One that runs out of memory in between has at least
         as many blocks as it needs, if it was to shrink, and as it had, if it was to grow.
         """
-        for layer in self.layers if moves else ():
-            for tensor in layer.tensors:
-                # As bytes, for not every type of numbers can be copied by index.
-                bytes_NSKX = tensor.view(torch.uint8)
-                sources, places = (torch.tensor([*of], device=tensor.device) for of in (moves.keys(), moves.values()))
-                bytes_NSKX[places] = bytes_NSKX[sources]
         before, self.num_blocks = self.num_blocks, num_blocks
         if self._memory.reserves:
             assert num_blocks <= self.room, "no more than were reserved"
@@ -121,6 +137,16 @@ class KVCache:
         kept = min(num_blocks, len(tensor))
         made[:kept].copy_(tensor[:kept])
         return made
+
+
+def _move(tensor_NX: torch.Tensor, sources: list[int], places: list[int]) -> None:
+    """In parts, for each is copied to memory of its own first."""
+    bytes_NX = tensor_NX.view(torch.uint8)  # for not every type of numbers can be copied by index
+    count = max(MOVED_BYTES // bytes_NX[0].nbytes, 1)
+    for first in range(0, len(sources), count):
+        part = slice(first, first + count)
+        source, place = (torch.tensor(of[part], device=tensor_NX.device) for of in (sources, places))
+        bytes_NX[place] = bytes_NX[source]
 
 
 def count_blocks(
