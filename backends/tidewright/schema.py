@@ -95,6 +95,7 @@ Protocol = Annotated[int, msgspec.Meta(ge=1)]
 AdapterName = Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*\Z")]
 NO_ADAPTER = "no adapter "  # how the error of a request begins whose adapter is not loaded
 MAX_ADAPTERS_KNOWN = 256  # by name, of one server: those that are loaded, and those that were
+MAX_CLOCK_LEAD = 3600.0  # seconds that a command may be ahead of the replica's clock; all before it lose to it
 
 
 class AdapterOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -104,7 +105,7 @@ class AdapterOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: Annotated[str, msgspec.Meta(max_length=4096)] = ""
     """To load: a folder that the server can read."""
     at: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
-    """Unix time of the user's command, for AdapterStatus; 0: now."""
+    """Unix time of the user's command, for AdapterStatus; 0: now. Not more than MAX_CLOCK_LEAD ahead."""
 
 
 class AdapterStatus(msgspec.Struct, frozen=True):

@@ -97,6 +97,7 @@ def test_a_refusal_is_handed_on_and_leaves_nothing(bridge: ScriptedBridge, comma
         ('{"name": "a", "path": 5}', "`$.path`"),
         ('{"name": "a", "path": "p", "rank": 5}', "unknown field `rank`"),
         ('{"name": "a"}', "needs a path"),
+        ('{"name": "a", "path": "p", "at": 1e11}', "ahead of this server's clock, more than 3600"),
         ('{"name": "a", "path": "%s"}' % ("p" * 4097), "length <= 4096"),
         ('{"name": "a", "path": "%s"}' % ("p" * 9000), "more than 8192"),
         ('{"name": "a", "path": "\ud800"}', "must be JSON"),

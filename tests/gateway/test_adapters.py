@@ -215,3 +215,23 @@ def test_replicas_that_serve_none_say_how_to_change_that(pair: Pair) -> None:
     pair.one.status, pair.other.status = before
     assert (told.status_code, told.json()["error"]["code"]) == (400, "adapters_off")
     assert "--adapter-folder" in told.json()["error"]["message"]
+
+
+def test_a_command_counts_though_another_gateway_s_clock_is_ahead(pair: Pair) -> None:
+    """The replicas tell of a load, and then of an unload, that were given in the future."""
+    gateway, replicas = pair.gateway, (pair.one, pair.other)
+
+    def told(loaded: bool, at: float) -> None:
+        for replica in replicas:
+            status = AdapterStatus("ahead", "/adapters/ahead", loaded, at)
+            replica.status = msgspec.structs.replace(replica.status, adapters=[status])
+
+    ahead = time.time() + 600
+    told(True, ahead)
+    until(lambda: "ahead" in names(gateway))
+    assert unload(gateway, "ahead").status_code == 200
+    assert "ahead" not in names(gateway)
+    told(False, ahead + 600)
+    until(lambda: load(gateway, "ahead").status_code == 200)
+    assert "ahead" in names(gateway)
+    assert unload(gateway, "ahead").status_code == 200

@@ -17,7 +17,7 @@ import msgspec
 from tidewright.bridge.adapters import Adapter, Done, unknown_adapter
 from tidewright.errors import InvalidRequestError, RequestError
 from tidewright.logs import event
-from tidewright.schema import MAX_ADAPTERS_KNOWN, MAX_CONTROL_LENGTH, AdapterOrder, AdapterStatus
+from tidewright.schema import MAX_ADAPTERS_KNOWN, MAX_CLOCK_LEAD, MAX_CONTROL_LENGTH, AdapterOrder, AdapterStatus
 
 log = logging.getLogger(__name__)
 
@@ -127,11 +127,14 @@ class AdapterCommands:
         if len(text) > MAX_CONTROL_LENGTH:
             raise InvalidRequestError(f"control has {len(text)} characters, more than {MAX_CONTROL_LENGTH}")
         try:
-            return msgspec.json.decode(text, type=AdapterOrder)
+            order = msgspec.json.decode(text, type=AdapterOrder)
         except (msgspec.MsgspecError, UnicodeError) as error:
             raise InvalidRequestError(
                 f'the adapter must be JSON, as in {{"name": "sql", "path": "sql-v2"}}: {error}'
             ) from None
+        if (lead := order.at - time.time()) > MAX_CLOCK_LEAD:  # it would win against all commands until then
+            raise InvalidRequestError(f"at is {lead:.0f} s ahead of this server's clock, more than {MAX_CLOCK_LEAD:g}")
+        return order
 
     def _absolute(self, path: str) -> str:
         return str(Path(self._folder, path))

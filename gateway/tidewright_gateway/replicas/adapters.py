@@ -160,7 +160,7 @@ class Adapters:
                     "lora_name",
                     "adapter_exists",
                 )
-            wanted = AdapterStatus(name, path, True, time.time())
+            wanted = AdapterStatus(name, path, True, self._now(name))
             results = await self._command(wanted)
         failed = [result for result in results if result.error]
         if not failed:
@@ -180,9 +180,14 @@ class Adapters:
             known = self.loaded.get(name)
             if not known:
                 raise unknown_adapter(name)
-            results = await self._command(AdapterStatus(name, known.path, False, time.time()))
+            results = await self._command(AdapterStatus(name, known.path, False, self._now(name)))
         if any(result.error for result in results):
             raise _partial("unloaded", "requests for it are refused, and the others are told again", results)
+
+    def _now(self, name: str) -> float:
+        """The time of a command: after all that is known of the name, should another gateway's clock be ahead."""
+        newest = self._book.newest(name)
+        return max(time.time(), newest.at + 1e-3) if newest else time.time()
 
     async def _look_at_all(self) -> None:
         await asyncio.gather(*(self._replicas.ask(replica) for replica in self._replicas.own))
