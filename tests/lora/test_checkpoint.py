@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 
 from tidewright.distributed.sharding import Cut
+from tidewright.lora import checkpoint
 from tidewright.lora.adapter import Adapter, LowRank, Update
 from tidewright.lora.checkpoint import AdapterLimits, Shape, read_adapter
 from tidewright.lora.config import AdapterError
@@ -188,6 +189,36 @@ def test_files_that_are_missing_or_none(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(AdapterError, match="is not a folder"):
         read(tmp_path, "adapter/adapter_model.bin")
+
+
+def test_no_more_is_read_than_may_be_whatever_the_size_was_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = save(tmp_path / "adapter") / checkpoint.WEIGHTS_FILE
+    size = weights.stat().st_size
+
+    def grows(*_: object) -> int:
+        with weights.open("ab") as opened:
+            opened.write(bytes(9))
+        return size
+
+    monkeypatch.setattr(checkpoint, "_largest", grows)
+    with pytest.raises(AdapterError, match=rf"adapter_model\.safetensors has more than {size} bytes"):
+        read(tmp_path)
+    settings = tmp_path / "adapter" / "adapter_config.json"
+    settings.write_text(json.dumps(CONFIG | {"more": "x" * 2**20}))
+    with pytest.raises(AdapterError, match=r"adapter_config\.json has more than 1048576 bytes"):
+        read(tmp_path)
+
+
+def test_another_base_model_s_name_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    limits = AdapterLimits(tmp_path, max_rank=8, dtype=torch.float32, model="Org--Tide-1B")
+    for number, base in enumerate(["org/tide-1b", "/models/Tide-1B/", None, 5, "org/tide-2b", "org/tide-2b"]):
+        save(tmp_path / str(number), base_model_name_or_path=base)
+        read_adapter(str(number), SHAPES, limits, plain)
+    assert [record.message for record in caplog.records] == [
+        "an adapter was trained on 'org/tide-2b', but the model here is 'Org--Tide-1B': they may not fit"
+    ]
 
 
 def test_damage_is_refused_and_never_anything_else(tmp_path: Path) -> None:

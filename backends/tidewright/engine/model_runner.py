@@ -107,7 +107,8 @@ class ModelRunner:
         if self.device.memory.is_bounded:
             _check_fits(make_model(torch.device("meta")), self.device.memory)
         self.model = make_model(self.device.torch_device)
-        allowed = AdapterLimits(Path(config.adapter_folder), config.max_lora_rank, self.dtype)
+        name = "" if group.rank or folder.suffix == ".gguf" else folder.name  # the file's says little
+        allowed = AdapterLimits(Path(config.adapter_folder), config.max_lora_rank, self.dtype, name)
         self._lora = LoraModel(self.model.projections(), allowed)
         self.embedding_size, self._pooler = 0, None
         if config.task == "embed":

@@ -5,7 +5,10 @@ Runs beside the engine's steps. Everything is checked before anything is kept, a
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +19,17 @@ from safetensors import SafetensorError
 
 from tidewright.distributed.sharding import Cut
 from tidewright.lora.adapter import Adapter, LowRank, Update
-from tidewright.lora.config import CONFIG_FILE, AdapterConfig, AdapterError, ends_with, read_config, read_config_file
+from tidewright.lora.config import (
+    CONFIG_FILE,
+    AdapterConfig,
+    AdapterError,
+    ends_with,
+    read_at_most,
+    read_config,
+    read_config_file,
+)
+
+log = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 _PICKLED = ("adapter_model.bin", "adapter_model.pt")
@@ -39,6 +52,7 @@ class AdapterLimits:
     folder: Path  # adapters lie below it
     max_rank: int
     dtype: torch.dtype
+    model: str = ""  # name of the model that is served; empty: nobody is warned of another base model
 
 
 def read_adapter(
@@ -51,13 +65,15 @@ def read_adapter(
             raise AdapterError(f"{path} is not a folder")
         config_bytes = read_config_file(_file(limits.folder, folder, CONFIG_FILE))
         config = read_config(config_bytes)
+        if limits.model and config.base_model:
+            _warn_of_another(config.base_model, limits.model)
         if config.highest_rank > limits.max_rank:
             raise AdapterError(f"its rank is {config.highest_rank}, but max_lora_rank is {limits.max_rank}")
         file = _file(limits.folder, folder, WEIGHTS_FILE)
         size, most = file.stat().st_size, _largest(config.highest_rank, shapes)
         if size > most:
             raise AdapterError(f"{WEIGHTS_FILE} has {size} bytes, but rank {config.highest_rank} needs {most} at most")
-        content = file.read_bytes()
+        content = read_at_most(file, most)
     except OSError as error:
         raise AdapterError(f"{path} can't be read: {error.strerror or error}") from None
     try:
@@ -70,6 +86,18 @@ def read_adapter(
         parts = _updates(tensors, config, shapes, limits.dtype)
         updates = {name: arrange(name, part) for name, part in parts}
     return Adapter(digest.hexdigest(), max(update.rank for update in updates.values()), updates)
+
+
+@functools.lru_cache(maxsize=256)  # one that is read again and again is said once
+def _warn_of_another(base: str, model: str) -> None:
+    """Only shapes can tell what does not fit, and models of one family often have the same."""
+    if _last_part(base) != _last_part(model):
+        log.warning("an adapter was trained on %.200r, but the model here is %.200r: they may not fit", base, model)
+
+
+def _last_part(model: str) -> str:
+    """Of a path, of a hub id, or of the folder that one was prepared in."""
+    return re.split("/|--", model.rstrip("/"))[-1].lower()
 
 
 def _below(root: Path, path: Path) -> Path:

@@ -46,6 +46,7 @@ class AdapterConfig:
     is_complete: bool  # it has each target in all layers
     rank_pattern: Mapping[str, int]
     alpha_pattern: Mapping[str, float]
+    base_model: str  # as the training called it; empty: not said
 
     def rank_of(self, module: str) -> int:
         """`module` as PEFT names it, without the model's wrapper."""
@@ -91,14 +92,22 @@ def read_config(content: bytes) -> AdapterConfig:
         is_complete=not (config.get("layers_to_transform") or config.get("exclude_modules")),
         rank_pattern={key: _rank("rank_pattern", value) for key, value in _pattern(config, "rank_pattern").items()},
         alpha_pattern={key: _alpha("alpha_pattern", value) for key, value in _pattern(config, "alpha_pattern").items()},
+        base_model=base if isinstance(base := config.get("base_model_name_or_path"), str) else "",
     )
 
 
 def read_config_file(file: Path) -> bytes:
     """Raises AdapterError or OSError."""
-    if file.stat().st_size > _LONGEST:
-        raise AdapterError(f"{CONFIG_FILE} has more than {_LONGEST} bytes")
-    return file.read_bytes()
+    return read_at_most(file, _LONGEST)
+
+
+def read_at_most(file: Path, most: int) -> bytes:
+    """Whatever its size was a moment ago. Raises AdapterError or OSError."""
+    with file.open("rb") as opened:
+        content = opened.read(most + 1)
+    if len(content) > most:
+        raise AdapterError(f"{file.name} has more than {most} bytes")
+    return content
 
 
 def ends_with(module: str, name: str) -> bool:
