@@ -12,7 +12,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from tidewright.schema import SamplingParams
 from tidewright_gateway.admission.limits import Estimates, Limiter, subjects_of
 from tidewright_gateway.admission.limits.store import Subject
 from tidewright_gateway.admission.queue import priority_class
-from tidewright_gateway.admission.smaller_variant import SERVED_BY
+from tidewright_gateway.admission.smaller_variant import SERVED_BY, can_replace
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.auth.callers import priority_of, salt_of, tenant_of
 from tidewright_gateway.cache.responses import Replies, ResponseCache, cache_key, is_repeatable
@@ -81,16 +81,10 @@ class Pipeline:
         """
         async with self.enter(context, kind, body) as given:  # who, reserve a request, validate … settle
             context.served.check_task(embeds=False)
-            smaller = None if context.adapter else self._models.smaller(context.served)
-            if smaller:
-                context.served, context.is_smaller = smaller, True
             record = context.record
             record.begin("tokenize")
-            request = await translate(context, given)
-            sampling = self._sampling(context, request)
-            prompts = await self._tokenize(context, request)
+            request, sampling, prompts = await self._prepare(context, given, translate)
             record.end()
-            sampling = self._adapt(context, request, sampling, prompts)
             await self._reserve_tokens(context, request, sampling, prompts)
             record.event("tokens_reserved")
             self._make_generations(context, prompts, sampling, request.n or 1)
@@ -153,6 +147,28 @@ class Pipeline:
                     task.cancel()
 
     # Tokenize and reserve tokens.
+
+    async def _prepare(
+        self, context: RequestContext, given: B, translate: Callable[[RequestContext, B], Awaitable[G]]
+    ) -> tuple[G, SamplingParams, list[list[int]]]:
+        """For the model, or its smaller variant if the load says so and that can do what is asked."""
+        whole = context.served
+        if smaller := None if context.adapter else self._models.smaller(whole):
+            context.served, context.is_smaller = smaller, True
+            with suppress(ApiError):  # the model says whether it is one, and how large its context is
+                request, sampling, prompts = await self._prepare_for(context, given, translate)
+                if can_replace(smaller, whole, request, max(map(len, prompts)) + sampling.max_tokens):
+                    return request, sampling, prompts
+            context.served, context.is_smaller = whole, False
+        return await self._prepare_for(context, given, translate)
+
+    async def _prepare_for(
+        self, context: RequestContext, given: B, translate: Callable[[RequestContext, B], Awaitable[G]]
+    ) -> tuple[G, SamplingParams, list[list[int]]]:
+        request = await translate(context, given)
+        sampling = self._sampling(context, request)
+        prompts = await self._tokenize(context, request)
+        return request, self._adapt(context, request, sampling, prompts), prompts
 
     def _sampling(self, context: RequestContext, request: GenerationBody) -> SamplingParams:
         dialect, use = context.served.prompts.dialect, request.tool_use

@@ -18,10 +18,11 @@ from helpers.echo_replica import EchoReplica
 from helpers.gateway import MODEL, RunningGateway
 from helpers.scripted_replicas import samples
 from tidewright.resilience.degradation import Load, Route
-from tidewright_gateway.admission.smaller_variant import SmallerVariant
+from tidewright_gateway.admission.smaller_variant import SmallerVariant, can_replace
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.metrics import Metrics
+from tidewright_gateway.openai.protocol import CompletionRequest
 from tidewright_gateway.replicas.replica_set import ReplicaLoad
 
 NO_TRACE: Any = None
@@ -142,6 +143,28 @@ def test_one_that_is_overloaded_or_fails_gets_nothing(made: tuple[SmallerVariant
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        {"prompt": [1, 2]},
+        {"prompt": [[1, 2]]},
+        {"logit_bias": {"5": 1}},
+        {"stop_token_ids": [5]},
+        {"allowed_token_ids": [5]},
+        {"return_token_ids": True},
+    ],
+)
+def test_token_ids_are_of_the_model_s_own_tokenizer(more: dict[str, Any]) -> None:
+    def able(fingerprint: str, **body: Any) -> bool:
+        models: list[Any] = [Scripted("small"), Scripted("whole")]
+        for model, own in zip(models, (fingerprint, "a"), strict=True):
+            model.failover.max_model_len = 64
+            model.prompts = SimpleNamespace(tokenizer=SimpleNamespace(fingerprint=own))
+        return can_replace(*models, CompletionRequest(**{"model": MODEL, "prompt": "Hi", **body}), 100)
+
+    assert (able("a", **more), able("b", **more), able("b")) == (True, False, True)
+
+
+@pytest.mark.parametrize(
     ("served_by", "is_shortened", "told"),
     [
         ("fallback", True, "fallback"),
@@ -174,9 +197,9 @@ def test_the_answer_says_who_served_it(gateway: tuple[RunningGateway, EchoReplic
     running, echo = gateway
     body = {"prompt": "Hi", "model": MODEL, "temperature": 0}
 
-    def wait_for(served_by: str) -> Any:
+    def wait_for(served_by: str, body: dict[str, Any] = body) -> Any:
         deadline = time.monotonic() + 60
-        while (answer := running.post("/v1/completions", body)).json()["served_by"] != served_by:
+        while (answer := running.post("/v1/completions", body)).json().get("served_by") != served_by:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         return answer
@@ -191,6 +214,13 @@ def test_the_answer_says_who_served_it(gateway: tuple[RunningGateway, EchoReplic
     told = [json.loads(event.removeprefix("data: ")) for event in stream if event and "[DONE]" not in event]
     assert {one["served_by"] for one in told} == {"smaller"}
     assert running.metric("smaller_variant") == 1
+    # What only the model can do, it does.
+    echo.statuses["decoder_small"] = msgspec.structs.replace(calm, max_model_len=64)
+    wait_for("decoder", {**body, "prompt": "Hi " * 100})  # longer than the variant's context
+    wait_for("decoder", {**body, "max_tokens": 100})
+    wait_for("decoder", {**body, "max_tokens": 64})
+    assert wait_for("smaller", {**body, "max_tokens": 32}).status_code == 200
+    echo.statuses["decoder_small"] = calm
     # Asked for by its own name, it is no degradation.
     answer = running.post("/v1/completions", {**body, "model": "small"})
     assert (answer.json()["served_by"], "X-Degraded" in answer.headers) == ("decoder", False)

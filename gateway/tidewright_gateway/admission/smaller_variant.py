@@ -20,10 +20,20 @@ from tidewright_gateway.metrics import Metrics
 
 if TYPE_CHECKING:
     from tidewright_gateway.models import Model
+    from tidewright_gateway.openai.protocol import GenerationBody
 
 log = logging.getLogger(__name__)
 
 SERVED_BY = "smaller"
+
+
+def can_replace(smaller: Model, whole: Model, request: GenerationBody, longest: int) -> bool:
+    """Whether the variant's answer is as the model's but for its quality. `longest`: tokens of prompt and answer."""
+    limit = smaller.failover.max_model_len
+    if longest > limit and limit < whole.failover.max_model_len:  # else the answer would end as early at the model
+        return False
+    tokenizers = {model.prompts.tokenizer.fingerprint for model in (smaller, whole)}
+    return len(tokenizers) == 1 or not request.has_token_ids
 
 
 class SmallerVariant:

@@ -213,6 +213,11 @@ class GenerationBody(SamplingFields, ABC):
         return 1
 
     @property
+    def has_token_ids(self) -> bool:
+        """It names tokens by their ids, or asks for those of its answer: another tokenizer has others."""
+        return bool(self.logit_bias or self.stop_token_ids or self.allowed_token_ids or self.return_token_ids)
+
+    @property
     def schema_field(self) -> str:
         """The field whose JSON schema the answer follows; empty if it is guided_json, or none."""
         return "response_format" if self._schema() is not None else ""
@@ -323,6 +328,10 @@ class CompletionRequest(GenerationBody):
         if self.echo and sampling.prompt_logprobs is None:
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=sampling.logprobs)
         return sampling
+
+    @property
+    def has_token_ids(self) -> bool:
+        return super().has_token_ids or any(not isinstance(prompt, str) for prompt in self.prompts)
 
     @property
     def num_prompts(self) -> int:
