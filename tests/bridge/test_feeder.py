@@ -28,6 +28,7 @@ class Simulation:
         self.done: list[int] = []
         self.deaths = 0
         self.running: dict[int, Any] = {}
+        self.accepted_before: dict[int, bool] = {}
         self.loads: list[str] = []
         self.feeder = Feeder(self.send, lambda sequence, error: self.given_up.append(sequence.engine_request_id))
         self.sequences = [self.sequence(number) for number in range(len(lengths))]
@@ -49,6 +50,7 @@ class Simulation:
             index=0,
             token_ids=[],
             progressed=False,
+            accepted=False,
             deaths=0,
             engine_is_done=False,
             given=lambda at: None,
@@ -61,6 +63,7 @@ class Simulation:
             assert message.request_id not in self.running
             assert message.output_token_ids == self.sequences[message.request_id].token_ids
             self.running[message.request_id] = self.sequences[message.request_id]
+            self.accepted_before[message.request_id] = message.accepted_before
         else:
             assert isinstance(message, Abort)
             del self.running[message.request_id]
@@ -256,6 +259,21 @@ def test_those_that_had_tokens_are_not_mistaken_for_the_one_on_trial() -> None:
     assert set(simulation.running) == {1, 2}
     simulation.dies()
     assert simulation.given_up == [0, 1]
+
+
+def test_what_comes_late_to_an_engine_is_marked_as_accepted() -> None:
+    simulation = on_probation(6, {2}, bad=3)
+    for number in (1, 2, 3):  # 2 waits for the end of the trial of 1
+        simulation.submit(number)
+    assert simulation.accepted_before == {0: True, 1: False, 3: False}
+    simulation.step()
+    assert simulation.accepted_before.pop(2)
+    simulation.dies(to_blame=False)
+    simulation.submit(4)
+    simulation.accepted_before.clear()
+    simulation.comes_up()
+    simulation.submit(5)
+    assert simulation.accepted_before == {1: True, 2: True, 3: True, 4: True, 5: False}
 
 
 def test_probation_ends() -> None:

@@ -184,8 +184,13 @@ def test_what_an_earlier_engine_began_is_never_refused(machine: Machine) -> None
     machine.measure()
     for _ in range(40):
         machine.submit(200, 50)
-    request = Submit(10**9, [1, 2], SamplingParams(max_tokens=9, timeout=0.1), machine.now + 0.1, [], [5])
-    assert machine.admission.check(request, make_sequence(request)) == 0
+    sampling = SamplingParams(max_tokens=9, timeout=0.1)
+    for changes in ({"output_token_ids": [5]}, {"accepted_before": True}):
+        request = Submit(10**9, [1, 2], sampling, machine.now + 0.1, **changes)  # type: ignore[arg-type]
+        assert machine.admission.check(request, make_sequence(request)) == 0
+    fresh = Submit(10**9, [1, 2], sampling, machine.now + 0.1)
+    with pytest.raises(RequestRefusedError):
+        machine.admission.check(fresh, make_sequence(fresh))
 
 
 def test_a_flood_of_one_tenant_and_less_urgent_requests_refuse_no_other(machine: Machine) -> None:

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 
 from helpers.tenants import Tenants, make_tenants
 from tidewright.engine import fairness
+from tidewright.engine.engine import make_sequence
 from tidewright.engine.fairness import FairQueue
 from tidewright.engine.limits import RequestRefusedError
+from tidewright.engine.messages import Submit
+from tidewright.schema import SamplingParams
 
 RUNNING = 4  # as of make_tenants
 LONGEST_PROMPT, LONGEST_OUTPUT = 24, 8
@@ -252,6 +255,9 @@ def test_one_tenant_leaves_places_in_the_queue() -> None:
         tenants.send("flood", 4, 4)
     with pytest.raises(RequestRefusedError, match="79 requests of this tenant"):
         tenants.send("flood", 4, 4)
+    sampling = SamplingParams(tenant="flood", max_tokens=4)
+    tenants.scheduler.add(make_sequence(Submit(10**9, [1], sampling, accepted_before=True)))
+    tenants.scheduler.abort(10**9)
     for _ in range(20):
         tenants.send("quiet", 4, 4)
     tenants = make_tenants(max_waiting=100)

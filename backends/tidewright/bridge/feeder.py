@@ -115,11 +115,14 @@ class Feeder:
     def _take(self, sequence: OutputSequence) -> None:
         waits = self._on_probation(sequence) or self._all_wait()
         self._sequences[sequence.engine_request_id] = sequence
-        if waits:
-            if self._trial is None:
-                self._next_trial()
-        elif self._engine_up:
-            self._give(sequence)
+        try:
+            if waits:
+                if self._trial is None:
+                    self._next_trial()
+            elif self._engine_up:
+                self._give(sequence)
+        finally:
+            sequence.accepted = True  # whenever it is given after this
 
     def _give(self, sequence: OutputSequence) -> None:
         sequence.given(time.monotonic())
@@ -247,4 +250,5 @@ def _submission(sequence: OutputSequence) -> Submit:
         list(sequence.token_ids),
         request.trace_id,
         parsed.adapter,
+        sequence.accepted,
     )

@@ -22,7 +22,8 @@ MAX_EVENTS = 32  # preemptions and replays of a sequence that are kept
 
 class OutputSequence:
     """`Bridge._changed` guards `arrived` and `overdue`. The engine client's thread writes `token_ids` and `progressed`
-    while an engine has it, the feeder's in between; `deaths` is the feeder's. The rest is the sender's alone.
+    while an engine has it, the feeder's in between; `accepted` and `deaths` are the feeder's. The rest is the sender's
+    alone.
     """
 
     def __init__(self, request: ActiveRequest, index: int, engine_request_id: int, tokenizer: Tokenizer) -> None:
@@ -32,6 +33,7 @@ class OutputSequence:
         self.arrived: list[SequenceOutput] = []
         self.token_ids = list(request.parsed.resume_ids)  # all that came, also those that are not sent yet
         self.progressed = False  # tokens came since an engine was given it last
+        self.accepted = False  # given to an engine, or held for one
         self.deaths = 0  # of engines that had it, since a token came
         self.overdue = False  # its timeout passed, and no engine ended it
         self.delta = Delta(text=request.parsed.echo)

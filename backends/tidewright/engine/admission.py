@@ -120,8 +120,8 @@ class Admission:
 
     def _may_refuse(self, request: Submit, target: float) -> bool:
         has_limit = bool(target) or request.deadline is not None
-        # One that an earlier engine had begun has been let in already.
-        is_new = not request.output_token_ids
+        # One that an earlier engine had begun, or that waited in the bridge, has been let in already.
+        is_new = not (request.output_token_ids or request.accepted_before)
         scheduler = self._scheduler
         waits = self._some_wait or len(scheduler.waiting) + len(scheduler.running) >= self._places
         return has_limit and is_new and waits

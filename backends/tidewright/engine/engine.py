@@ -359,7 +359,9 @@ def make_scheduler(config: EngineConfig, runner: Runner) -> Scheduler:
 def make_sequence(request: Submit) -> Sequence:
     words = tuple(tuple(word) for word in request.bad_words_ids)
     ids = request.prompt_token_ids, request.output_token_ids
-    return Sequence(request.request_id, ids[0], request.sampling, words, ids[1], request.adapter)
+    return Sequence(
+        request.request_id, ids[0], request.sampling, words, ids[1], request.adapter, request.accepted_before
+    )
 
 
 def _only_tokens(result: SequenceResult) -> SequenceResult:

@@ -117,6 +117,7 @@ class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
     output_token_ids: list[int] = []  # what an engine that died had generated already
     trace_id: str = ""  # for logs
     adapter: str = ""  # name of the LoRA adapter; empty: the base model
+    accepted_before: bool = False  # an earlier engine had it, or the bridge held it: no lack of room refuses it now
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):

@@ -90,7 +90,8 @@ class Scheduler:
             raise RequestRefusedError(f"request id {sequence.request_id} is already in use")
         if len(self._by_id) >= self._config.max_running + self._config.max_waiting:
             raise RequestRefusedError(f"{len(self._by_id)} requests run or wait already; try again later", "overloaded")
-        check_share(sequence, self._config, len(self._by_id), self._waiting.requests(sequence.sampling.tenant))
+        if not sequence.accepted_before:
+            check_share(sequence, self._config, len(self._by_id), self._waiting.requests(sequence.sampling.tenant))
         check_request(sequence, self._config, self._cache.pool.num_blocks)
         adapter = self.adapters.digest(sequence.adapter) if sequence.adapter else ""
         if adapter is None:
