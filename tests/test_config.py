@@ -17,6 +17,7 @@ from tidewright.config import Settings, options_in_order
 from tidewright.kv_cache.budget import parse_memory
 from tidewright.launch.cli import main
 from tidewright.resilience.config import ResilienceSettings
+from tidewright.served_models import smaller_name
 from tidewright_gateway.config import GROUPS, GatewaySettings
 
 
@@ -254,3 +255,33 @@ def test_a_smaller_variant_is_one_more_model(monkeypatch: pytest.MonkeyPatch, tm
     assert {one.name: one.model for one in elsewhere.models} == {"other": "x", "name-small": str(tmp_path)}
     with pytest.raises(ValueError, match="smaller_variant is for models that generate"):
         Settings(smaller_variant="int8", task="embed")
+
+
+@pytest.mark.parametrize(
+    ("name", "smaller"),
+    [
+        ("org/llama", "org-llama-small"),
+        ("Modell für alles:1", "Modell-f-r-alles-1-small"),
+        ("._x" + "y" * 99, "x" + "y" * 57 + "-small"),
+        ("\u6a21\u578b", "model-small"),
+    ],
+)
+def test_a_smaller_variant_of_any_name_has_one_that_triton_takes(name: str, smaller: str) -> None:
+    settings = Settings(served_model_name=name, smaller_variant="int8")
+    assert settings.names == [name, smaller]
+    assert smaller_name(name) == smaller  # as the gateway is told
+
+
+@pytest.mark.parametrize(
+    ("variant", "quantization", "message"),
+    [
+        ("fp8", "auto", "smaller_variant can't be 'fp8'; write one of int8, w8a8, int4-g32"),
+        ("none", "auto", "smaller_variant can't be 'none'"),
+        ("int4", "auto", "can't be 'int4'.* or a folder"),
+        ("int8", "int8", "smaller_variant is int8, as quantization is"),
+        ("fp8", "fp8", "smaller_variant is fp8, as quantization is"),
+    ],
+)
+def test_a_smaller_variant_that_is_none_is_refused(variant: str, quantization: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings(smaller_variant=variant, quantization=quantization)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from tidewright.config import OF_A_MODEL, Settings
 from tidewright.engine.messages import EngineConfig
 from tidewright.launch.options import settings_from
-from tidewright.served_models import served_name, split
+from tidewright.served_models import RESERVED_NAMES, served_name, split
 from tidewright_gateway.config import GatewaySettings
 
 TWO: Any = [{"name": "small", "model": "./b", "dtype": "float32", "max_model_len": 9}]
@@ -71,6 +71,19 @@ def test_each_option_of_an_engine_is_a_model_s_or_the_server_s() -> None:
     assert set(OF_A_MODEL) - of_engine == {"adapters"}
     documented = (Path(__file__).parent.parent / "docs" / "serving.md").read_text().partition("## Several models")[2]
     assert all(f"`{name}`" in documented for name in OF_A_MODEL)
+
+
+def test_no_further_model_has_the_name_of_one_of_the_first_in_triton() -> None:
+    """`generate_direct` exists, and `decoder` means the first at Triton."""
+    root = Path(__file__).parent.parent
+    repositories = (root / "model_repository", root / "ensemble")
+    shipped = {folder.name for where in repositories for folder in where.iterdir() if folder.is_dir()}
+    assert {name.rpartition("_")[2] for name in shipped} == {*RESERVED_NAMES}
+    for name in RESERVED_NAMES:
+        for settings in (Settings, GatewaySettings):
+            with pytest.raises(ValidationError, match=f"'{name}' can't be the name of a model beside the first"):
+                settings(models=[f"{name}=./b"])
+        assert Settings(served_model_name=name, models=["b=./b"]).names == [name, "b"]  # type: ignore[list-item]
 
 
 @pytest.mark.parametrize(

@@ -367,7 +367,8 @@ class Settings(ResilienceSettings, BaseSettings):
             return given
         model = str(given.get("model", EMBEDDED_MODEL))
         name = given.get("served_model_name") or served_name(model)
-        return {**given, "models": with_smaller_variant(model, name, given.get("models"), str(variant))}
+        own = str(given.get("quantization", ""))
+        return {**given, "models": with_smaller_variant(model, name, given.get("models"), str(variant), own)}
 
     @model_validator(mode="after")
     def _models_agree(self) -> Settings:

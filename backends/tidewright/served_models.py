@@ -15,10 +15,13 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_serializer, model_validator
 from pydantic_settings import NoDecode
 
-from tidewright.cache import HUB_ID
+from tidewright.cache import EMBEDDED_MODEL, HUB_ID
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+MAX_NAME = 64  # characters
+NAME = rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{MAX_NAME - 1}}}"
 """Of a further model: it is part of names in Triton, of paths and of URLs."""
+RESERVED_NAMES = ("decoder", "direct", "failsafe", "fallback", "generate", "tokenizer")
+"""Not of a further model: the first one's models in Triton are called so, or as one of its would be."""
 MAX_MODELS = 16
 SMALLER_SCHEMES = ("int8", "w8a8", "int4-g32", "int4-g64", "int4-g128", "stored")
 """Values of `--quantization` that a smaller variant may have."""
@@ -49,16 +52,26 @@ SMALLER_SHARE = 0.25
 
 
 def smaller_name(model_name: str) -> str:
-    """Of a model's smaller variant."""
-    return f"{model_name}-small"
+    """Of a model's smaller variant; a further model may be called so, whatever characters the model's own name has."""
+    ending = "-small"
+    own = re.sub(r"[^A-Za-z0-9._-]+", "-", model_name).lstrip("._-")[: MAX_NAME - len(ending)]
+    return f"{own or 'model'}{ending}"
 
 
-def with_smaller_variant(model: str, model_name: str, models: object, variant: str) -> list[Any]:
-    """`models`, and a variant of `model`: with its weights in the scheme `variant`, or made elsewhere at that path."""
+def with_smaller_variant(model: str, model_name: str, models: object, variant: str, quantization: str) -> list[Any]:
+    """`models`, and a variant of `model`: with its weights in the scheme `variant`, or made elsewhere at that path.
+
+    `quantization`: the model's own scheme. Raises ValueError: there is no such variant.
+    """
     given = list(_listed(models or []))
     name = smaller_name(model_name)
     if any(ServedModel.model_validate(one).name == name for one in given):
         return given
+    values = f"write one of {', '.join(SMALLER_SCHEMES)}, or a folder, a .gguf file or a hub id of another model"
+    if variant == quantization:
+        raise ValueError(f"smaller_variant is {variant}, as quantization is: it would be no smaller; {values}")
+    if not (variant in SMALLER_SCHEMES or variant == EMBEDDED_MODEL or "/" in variant or Path(variant).exists()):
+        raise ValueError(f"smaller_variant can't be {variant!r}; {values}")
     scheme = {"quantization": variant} if variant in SMALLER_SCHEMES else {}
     return [
         *given,
@@ -139,9 +152,14 @@ Listed = Annotated[list[Named], NoDecode, BeforeValidator(_listed), Field(max_le
 
 
 def check_names(first: str, others: Iterable[NamedModel]) -> None:
-    """Raises ValueError: two have one name."""
+    """Raises ValueError: two have one name, or one has that of a model in Triton."""
     seen = {first}
     for one in others:
+        if one.name in RESERVED_NAMES:
+            raise ValueError(
+                f"{one.name!r} can't be the name of a model beside the first, which has models in Triton by that name; "
+                f"give it another: --model NAME={one.model}"
+            )
         if one.name in seen:
             raise ValueError(f"two models are named {one.name!r}; give one another name: --model NAME={one.model}")
         seen.add(one.name)
