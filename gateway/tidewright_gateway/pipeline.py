@@ -203,13 +203,15 @@ class Pipeline:
         max_tokens = sampling.max_tokens
         if isinstance(request, ChatRequest) and request.asked_tokens is None:
             max_tokens = max(context.served.failover.max_model_len - len(prompts[0]), 1)
-        given = context.served.ladder.treatment(max_tokens, is_guided=sampling.guided)
+        priority = priority_of(caller, sampling.priority)
+        is_next = context.served.queue.is_next(caller.key_id, priority, caller.weight)
+        given = context.served.ladder.treatment(max_tokens, is_guided=sampling.guided, is_next=is_next)
         context.route, context.is_shortened = given.route, given.max_tokens < max_tokens
         return msgspec.structs.replace(
             sampling,
             max_tokens=given.max_tokens,
             min_tokens=min(sampling.min_tokens, given.max_tokens) if context.is_shortened else sampling.min_tokens,
-            priority=priority_of(caller, sampling.priority),
+            priority=priority,
             cache_salt=salt_of(caller, request.user, sampling.cache_salt),
             lora_name=context.adapter_name,
             tenant=tenant_of(caller),
@@ -357,12 +359,13 @@ class Pipeline:
             ApiError: the limits or the load don't allow it.
             ModelError: one of them failed; the others are cancelled.
         """
-        caller, settings = context.caller, self._settings
-        context.served.ladder.treatment(1, is_guided=True)  # it is refused or whole
+        caller, settings, priority = context.caller, self._settings, priority_of(context.caller, priority)
+        is_next = context.served.queue.is_next(caller.key_id, priority, caller.weight)
+        context.served.ladder.treatment(1, is_guided=True, is_next=is_next)  # it is refused or whole
         context.num_prompt_tokens = sum(map(len, prompts))
         await self._extend(context, subjects_of(caller, user, settings), 0)
         sampling = SamplingParams(
-            priority=priority_of(caller, priority),
+            priority=priority,
             cache_salt=salt_of(caller, user, None),
             lora_name=context.adapter_name,
             tenant=tenant_of(caller),

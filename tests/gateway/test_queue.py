@@ -180,6 +180,26 @@ def test_nor_do_two_that_flood_keep_a_third_from_it_by_filling_the_queue() -> No
     run(work())
 
 
+def test_who_would_be_the_next() -> None:
+    async def work() -> None:
+        queue = Queue(lambda: 2, 10)
+        requests = Requests(queue)
+        assert queue.is_next("a", 5)
+        for name in ("a1", "a2", "a3"):
+            await requests.ask(name)
+        await requests.ask("b1", "b", priority=1)
+        asked = (("a", 0), ("b", 0), ("c", 1), ("a", -1))
+        assert [queue.is_next(*one) for one in asked] == [False, True, False, True]
+        await requests.ask("b2", "b")  # which has none running, as has c, and came before
+        assert not queue.is_next("c", 0)
+        assert queue.is_next("c", 0, weight=2)
+        for name in ("a1", "a2", "a3", "b2", "b1"):
+            await requests.end(name)
+        assert queue.num_running == 0
+
+    run(work())
+
+
 def test_more_places_are_used_when_somebody_asks() -> None:
     async def work() -> None:
         places = 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 
 from tidewright.logs import event
 from tidewright.resilience.degradation import Degradation, Ladder, Level, Load, Route, Treatment, treatment
@@ -28,8 +29,8 @@ class LoadLadder:
     ) -> None:
         self._model = model
         self._settings, self._failover, self._queue, self._metrics = settings, failover, queue, metrics
-        self._ladder = Ladder(settings.ladder_config())
-        self._now = Degradation(Level.ALL_FEATURES, Level.ALL_FEATURES, ())
+        self._ladder, self._ladder_of_replicas = Ladder(settings.ladder_config()), Ladder(settings.ladder_config())
+        self._now = self._of_replicas = Degradation(Level.ALL_FEATURES, Level.ALL_FEATURES, ())
 
     @property
     def level(self) -> Level:
@@ -45,6 +46,7 @@ class LoadLadder:
         """Updates the level. Only queueing counts as load: a long prefill takes its time on an idle server too."""
         before = self._now
         self._now = self._ladder.update(self.load(now), now)
+        self._of_replicas = self._ladder_of_replicas.update(self._load_of_replicas(), now)
         if self._now != before:
             reasons = ", ".join(self._now.reasons) or "calm"
             is_worse = self._now.level > before.level
@@ -61,22 +63,25 @@ class LoadLadder:
             )
 
     def load(self, now: float) -> Load:
-        load = self._failover.load()
-        return Load(
-            kv_cache=load.kv_usage,
-            queue=max(load.waiting, self._queue.share),
-            wait=self._queue.wait(now),
-            breaker_open=load.breakers_open,
-        )
+        load = self._load_of_replicas()
+        return replace(load, queue=max(load.queue, self._queue.share), wait=self._queue.wait(now))
 
-    def treatment(self, max_tokens: int, is_guided: bool) -> Treatment:
+    def _load_of_replicas(self) -> Load:
+        load = self._failover.load()
+        return Load(kv_cache=load.kv_usage, queue=load.waiting, wait=0.0, breaker_open=load.breakers_open)
+
+    def treatment(self, max_tokens: int, *, is_guided: bool, is_next: bool) -> Treatment:
         """What a request for `max_tokens` gets. Answers with a grammar are never shortened: half of one is useless.
+
+        Args:
+            is_next: it goes before all that wait in the gateway, so how many and how long is no matter for it.
 
         Raises:
             ApiError: 503, it is refused.
         """
-        given = treatment(self._now, max_tokens, max_tokens if is_guided else self._settings.degrade_max_tokens)
+        load = self._of_replicas if is_next else self._now
+        given = treatment(load, max_tokens, max_tokens if is_guided else self._settings.degrade_max_tokens)
         if given.route is Route.REFUSE:
-            message = f"overloaded ({', '.join(self._now.reasons)}); try again later"
+            message = f"overloaded ({', '.join(load.reasons)}); try again later"
             raise ApiError(503, message, code="overloaded", retry_after=2, limit="degradation")
         return given

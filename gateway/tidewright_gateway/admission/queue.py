@@ -80,6 +80,16 @@ class Queue:
         heads = [queue[0].since for callers in self._waiting.values() for queue in callers.values()]
         return now - min(heads, default=now)
 
+    def is_next(self, caller: str, priority: int, weight: int = 1) -> bool:
+        """Whether a new request would get a place before all that wait now."""
+        if any(other < priority for other in self._waiting):
+            return False
+        callers = self._waiting.get(priority, {})
+        held = (self._running[caller] + 1) / weight
+        return caller not in callers and all(
+            (self._running[name] + 1) / queue[0].weight > held for name, queue in callers.items()
+        )
+
     async def enter(self, caller: str, priority: int, until: float, weight: int = 1) -> Place:
         """Waits for a place. `until`: when to give up, on the loop's clock. `weight`: the caller's share.
 
