@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from tidewright.distributed.rank_messages import AdapterRead
-from tidewright.engine.adapters import Adapters
+from tidewright.engine.adapters import READ_AHEAD, Adapters
 from tidewright.engine.messages import AdapterChanged, LoadAdapter, Submit, UnloadAdapter
 from tidewright.schema import NO_ADAPTER, SamplingParams
 
@@ -54,6 +54,10 @@ class Host:
         assert outcome
         refused = [output.message for output in outcome.refused]
         return outcome.changed, [request.request_id for request in outcome.requests], refused
+
+    def end_reading(self, number: int, size: int = 50, error: str = "") -> None:
+        for _ in range(2):
+            self.adapters.was_read(AdapterRead(number, self.paths[number], 4, size // 2, error))
 
     def hold(self, request_id: int, adapter: str) -> bool:
         return self.adapters.hold(Submit(request_id, [1], SamplingParams(), adapter=adapter))
@@ -214,3 +218,30 @@ def test_files_that_changed_between_two_engines_are_not_taken() -> None:
     changed, goes_on, refused = host.read(digest="other")
     assert "changed since it was loaded" in changed.error
     assert (goes_on, len(refused)) == ([], 1)
+
+
+def test_few_are_read_at_a_time_whatever_comes_of_each_and_those_with_requests_first() -> None:
+    host = Host(budget=100)
+    for name in "abcdefgh":
+        assert host.adapters.load(LoadAdapter(name, name, digest=name if name in "dg" else "")) is None
+    assert host.hold(1, "h")
+    ends: dict[str, dict[str, Any]] = {"b": {"error": "damaged"}, "c": {"size": 1000}, "d": {"size": 1000}}
+    done = 0
+    while done < len(host.paths):
+        assert len(host.paths) <= done + READ_AHEAD
+        host.end_reading(done, **ends.get(host.paths[done], {}))
+        done += 1
+    assert [*host.paths.values()] == [*"abhcdefg"]
+    assert [line for line in host.told if line.startswith("add")] == [f"add {name}" for name in "ahefg"]
+    assert host.adapters.used() == 100
+
+
+def test_one_rank_s_word_lets_no_further_one_be_read() -> None:
+    """The others still have it in the making."""
+    host = Host(budget=100)
+    for name in "abc":
+        host.adapters.load(LoadAdapter(name, name))
+    host.adapters.was_read(AdapterRead(0, "a", 4, 25))
+    assert [*host.paths.values()] == [*"ab"]
+    host.adapters.was_read(AdapterRead(0, "a", 4, 25))
+    assert [*host.paths.values()] == [*"abc"]

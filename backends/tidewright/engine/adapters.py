@@ -20,6 +20,8 @@ from tidewright.schema import NO_ADAPTER
 
 log = logging.getLogger(__name__)
 
+READ_AHEAD = 2  # adapters that are read, or wait to be entered between two steps: beside the budget, on each rank
+
 
 @dataclass
 class _Known:
@@ -31,7 +33,7 @@ class _Known:
     bytes: int = 0  # on all ranks
     is_told: bool = False  # the bridge knows that this engine has it
     is_resident: bool = False  # in the host's memory
-    is_read: bool = False  # just now, by all ranks
+    is_read: bool = False  # just now, by all ranks, or soon
     held: list[Submit] = field(default_factory=list)  # requests that wait for it
 
 
@@ -60,6 +62,7 @@ class Adapters:
         self._host, self._ranks, self._budget = host, ranks, budget
         self._known: dict[str, _Known] = {}  # least recently used first
         self._numbers = itertools.count()
+        self._to_read: list[str] = []  # once fewer than READ_AHEAD are
         self._readings: dict[int, tuple[str, list[AdapterRead]]] = {}
         self._leaving: set[str] = set()
         self._lacking: dict[str, None] = {}  # room; requests wait for these, in this order
@@ -154,16 +157,21 @@ class Adapters:
         if len(results) < self._ranks:
             return None
         del self._readings[result.number]
+        outcome = self._outcome(name, result.number, results)
+        self._read_next()
+        return outcome
+
+    def _outcome(self, name: str, number: int, results: list[AdapterRead]) -> Outcome:
         known = self._known[name]
         known.is_read = False
         was_loaded = bool(known.digest)
         error = self._check(known, results)
         if not error and self._make_room(known.bytes):
             known.is_resident = known.is_told = True
-            self._host.add_adapter(name, result.number)
+            self._host.add_adapter(name, number)
             held, known.held = known.held, []
             return Outcome(_loaded(name, known), held, [])
-        self._host.forget_adapter(result.number)
+        self._host.forget_adapter(number)
         if not error and was_loaded:
             if known.held:
                 self._lacking[name] = None
@@ -182,10 +190,18 @@ class Adapters:
         return Outcome(AdapterChanged(name, False, error), [], refused)
 
     def _begin_reading(self, name: str) -> None:
-        number, known = next(self._numbers), self._known[name]
-        known.is_read = True
-        self._readings[number] = name, []
-        self._host.read_adapter(number, known.path)
+        self._known[name].is_read = True
+        self._to_read.append(name)
+        self._read_next()
+
+    def _read_next(self) -> None:
+        """Those that requests wait for first. After a restart there may be hundreds, and steps are long."""
+        while self._to_read and len(self._readings) < READ_AHEAD:
+            name = next((name for name in self._to_read if self._known[name].held), self._to_read[0])
+            self._to_read.remove(name)
+            number = next(self._numbers)
+            self._readings[number] = name, []
+            self._host.read_adapter(number, self._known[name].path)
 
     def _check(self, known: _Known, results: list[AdapterRead]) -> str:
         """Why the adapter can't be taken, if there is room for it; empty: it can."""
