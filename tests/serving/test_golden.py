@@ -85,7 +85,8 @@ def test_float32_in_mixed_batches_arriving_at_different_times(server: RunningSer
 def test_float32_whatever_is_switched_on(model_dir: Path, oracle: Oracle, options: dict[str, Any]) -> None:
     everything = "speculative_tokens" in options
     # Twice, so that there are prefixes to be found; the reference attention is slow.
-    names = [name for name in PROMPTS if name != "long"] * 2 if everything else ["english", "chinese", "emoji"]
+    short = [name for name in PROMPTS if name != "long"]
+    names = [name for name in short for _ in range(2)] if everything else ["english", "chinese", "emoji"]
     with RunningServer(model_dir, dtype="float32", **options) as server:
         with server.stream() as stream:
             for number, name in enumerate(names):
