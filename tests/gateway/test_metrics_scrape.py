@@ -68,6 +68,7 @@ def test_the_gateway_exposes_its_catalogue(gateway: RunningGateway) -> None:
     assert found.keys() <= expected.keys()
     rare = expected.keys() - found.keys()  # series with open labels, which nothing has made yet
     assert rare <= {
+        "tidewright_gateway_adapter_requests_total",
         "tidewright_gateway_key_refusals_total",
         "tidewright_gateway_generation_probes_total",
     }
