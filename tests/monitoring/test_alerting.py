@@ -27,6 +27,7 @@ SAMPLES = 20  # of each target
 NOTHING_TO_SHOW = {
     ("service", "Error budget left, 3 days"),  # computed every two minutes
     ("engine", "Drafted tokens that were right"),  # no speculation
+    ("tenants", "Requests by adapter"),  # no adapters
     ("engine", "To the fallback, by cause"),  # the gateway asks the decoder directly
     ("replicas", "Failed attempts"),  # nobody asks while a replica is down
     ("replicas", "Probe tokens that failed"),
