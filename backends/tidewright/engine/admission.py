@@ -17,6 +17,7 @@ from tidewright.engine.messages import SequenceOutput, Submit
 from tidewright.engine.prediction import Backlog, Work, seconds_to_first_token
 from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
+from tidewright.kv_cache.budget import blocks_of
 from tidewright.schema import expected_wait
 
 # Of ttft_target. The last that is let in gets its first token when it was predicted, give or take an error: if that
@@ -166,7 +167,7 @@ class Admission:
 
     def _work(self, sequence: Sequence) -> Work:
         size, known = self._scheduler.config.block_size, sequence.num_known
-        blocks = len(sequence.block_table) or -(-(known - sequence.likely_cached) // size)
+        blocks = len(sequence.block_table) or blocks_of(known - sequence.likely_cached, size)
         start = sequence.num_computed if sequence.block_table else sequence.likely_cached
         most = self._most_output(sequence)
         expected = max(int(self._used * most), 1)

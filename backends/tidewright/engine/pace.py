@@ -11,6 +11,11 @@ import msgspec
 _UNBOUNDED = 2**31 - 1
 
 
+def prompt_cost(token: float, context: float, start: int, count: int) -> float:
+    """Seconds of `count` prompt tokens behind the first `start`: of each `token`, and `context` for each before it."""
+    return count * (token + context * (start + count / 2))
+
+
 class StepPace(msgspec.Struct, frozen=True, array_like=True):
     """Only additions, products, quotients and square roots of these floats are taken, which IEEE 754 rounds the same
     on all processors: so ranks agree.
@@ -25,7 +30,7 @@ class StepPace(msgspec.Struct, frozen=True, array_like=True):
 
     def cost(self, start: int, count: int) -> float:
         """Seconds of `count` prompt tokens behind the first `start`."""
-        return count * (self.token + self.context * (start + count / 2))
+        return prompt_cost(self.token, self.context, start, count)
 
     def fits(self, start: int, seconds: float) -> int:
         """The largest count whose cost is within `seconds`."""

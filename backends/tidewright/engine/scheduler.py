@@ -25,6 +25,7 @@ from tidewright.engine.plan import (
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.step_budget import StepBudget
 from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
+from tidewright.kv_cache.budget import blocks_of
 from tidewright.kv_cache.idle_audit import IdleAudit
 from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
 from tidewright.lora.slots import AdapterSlots
@@ -103,7 +104,6 @@ class Scheduler:
         sequence.stop_ids = frozenset(token for token in stop_ids if token < self._config.vocab_size)
         sequence.longest = longest(sequence, self._config)
         sequence.order = (sequence.sampling.priority, self._arrivals)
-        sequence.chain = self._new_chain(sequence)
         if adapter:
             self.adapters.join(sequence.adapter)
         self._arrivals += 1
@@ -262,7 +262,7 @@ class Scheduler:
         """Tokens of a new request that the prefix cache has now."""
         if sequence.sampling.prompt_logprobs is not None:
             return 0
-        return len(self._cache.find(sequence.token_ids, self._new_chain(sequence))) * self._config.block_size
+        return len(self._cache.find(sequence.token_ids, self._chain(sequence))) * self._config.block_size
 
     def stats(self) -> EngineStats:
         size = self._config.block_size
@@ -290,10 +290,13 @@ class Scheduler:
         """Raises BlockPoolError if a block was lost or is owned twice. Walks all blocks: for tests."""
         self._cache.check_integrity(sequence.block_table for sequence in self._running)
 
-    def _new_chain(self, sequence: Sequence) -> HashChain:
+    def _chain(self, sequence: Sequence) -> HashChain:
+        if sequence.chain is not None:
+            return sequence.chain
         salt, tenant, size = sequence.sampling.cache_salt, sequence.sampling.tenant, self._config.block_size
         adapter = self.adapters.digest(sequence.adapter) or ""
-        return HashChain(salt, size, self._config.cache_format, tenant, adapter)
+        sequence.chain = HashChain(salt, size, self._config.cache_format, tenant, adapter)
+        return sequence.chain
 
     def _next_waiting(self) -> Sequence | None:
         """Whose turn it is, of those whose LoRA adapter has a slot or can have one."""
@@ -303,7 +306,7 @@ class Scheduler:
         return self.adapters.first_admissible(self._waiting.in_order())
 
     def _blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._config.block_size)
+        return blocks_of(num_tokens, self._config.block_size)
 
     def _admit(self, sequence: Sequence, index: int, limit: int, allowance: Allowance) -> bool:
         """Moves a waiting sequence to place `index` of the running ones, if it fits and comes on in this step.
@@ -316,7 +319,7 @@ class Scheduler:
             return False
         # Prompt log-probabilities need all of the prompt's hidden states, also those that a cached block would skip.
         may_skip = sequence.sampling.prompt_logprobs is None
-        shared = self._cache.find(sequence.token_ids, sequence.chain) if may_skip else []
+        shared = self._cache.find(sequence.token_ids, self._chain(sequence)) if may_skip else []
         # Tokens behind a cached prefix are dearer than those of a prompt's beginning: there may be time for none.
         if not allowance.tokens(len(shared) * self._config.block_size):
             return False
@@ -460,7 +463,7 @@ class Scheduler:
         """Lets others find its full blocks."""
         end = min(sequence.num_computed, sequence.num_known)
         sequence.num_registered = self._cache.register(
-            sequence.block_table, sequence.token_ids, end, sequence.chain, sequence.num_registered
+            sequence.block_table, sequence.token_ids, end, self._chain(sequence), sequence.num_registered
         )
 
     def _drafts(self, sequence: Sequence, budget: int) -> list[int]:

@@ -42,7 +42,7 @@ class Sequence:
     order: tuple[int, int] = field(init=False, default=(0, 0))  # priority, then arrival
     stop_ids: frozenset[int] = field(init=False, default=frozenset())
     longest: int = field(init=False, default=0)  # tokens of prompt and output, at most
-    chain: HashChain = field(init=False)
+    chain: HashChain | None = field(init=False, default=None)  # made when the scheduler first asks for it
     account: Account = field(init=False)  # its tenant's
     num_charged: int = field(init=False, default=0)  # tokens that it has paid for, or that the prefix cache had
     yields_from: int = field(init=False, default=0)  # known tokens; with fewer, it is not preempted for another tenant

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from tidewright.engine.pace import prompt_cost
 from tidewright.engine.plan import StepPlan
 
 _DECAY = 0.5 ** (1 / 5)  # of a step's weight with each later step of its kind
@@ -109,4 +110,4 @@ class StepCost:
 
     def prompt(self, start: int, count: int) -> float:
         """Seconds of `count` prompt tokens behind the first `start`, beside what the step takes anyway."""
-        return count * (self.token + self.context * (start + count / 2))
+        return prompt_cost(self.token, self.context, start, count)
