@@ -28,7 +28,7 @@ from tidewright.engine.messages import AsyncScheduling, EngineConfig, parse_rend
 from tidewright.kv_cache.budget import is_share, parse_memory
 from tidewright.logs.setup import LogFormat, LogLevel
 from tidewright.resilience.config import ResilienceSettings
-from tidewright.schema import MAX_ADAPTERS_KNOWN, AdapterName, Pooling, Task
+from tidewright.schema import MAX_ADAPTER_NAME, MAX_ADAPTERS_KNOWN, AdapterName, Pooling, Task
 from tidewright.served_models import Listed, ServedModel, check_names, served_name, with_smaller_variant
 from tidewright.tracing.endpoint import OtlpEndpoint
 
@@ -542,7 +542,8 @@ def parse_adapters(text: str) -> dict[str, str]:
             msgspec.convert(name, AdapterName)
         except msgspec.ValidationError:
             raise ValueError(
-                f"{name!r} must have 1 to 128 letters, digits or ._:/@+-, and begin with a letter or digit"
+                f"{name!r} must have 1 to {MAX_ADAPTER_NAME} letters, digits or ._:/@+-, and begin with a letter or "
+                "digit"
             ) from None
         if name in found:
             raise ValueError(f"{name} stands twice")

@@ -91,8 +91,10 @@ OLDEST_PROTOCOL = PROTOCOL - 1  # of a replica that this version's gateway works
 Protocol = Annotated[int, msgspec.Meta(ge=1)]
 
 
+MAX_ADAPTER_NAME, MAX_ADAPTER_PATH = 128, 4096  # characters
 # A letter or digit, then these: it is a model's name in URLs, and a part of NAME=PATH in lists with commas.
-AdapterName = Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*\Z")]
+ADAPTER_NAME = "[A-Za-z0-9][A-Za-z0-9._:/@+-]*"
+AdapterName = Annotated[str, msgspec.Meta(max_length=MAX_ADAPTER_NAME, pattern=rf"^{ADAPTER_NAME}\Z")]
 NO_ADAPTER = "no adapter "  # how the error of a request begins whose adapter is not loaded
 MAX_ADAPTERS_KNOWN = 256  # by name, of one server: those that are loaded, and those that were
 MAX_CLOCK_LEAD = 3600.0  # seconds that a command may be ahead of the replica's clock; all before it lose to it
@@ -102,7 +104,7 @@ class AdapterOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What "load_lora:" and "unload_lora:" are about."""
 
     name: AdapterName
-    path: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    path: Annotated[str, msgspec.Meta(max_length=MAX_ADAPTER_PATH)] = ""
     """To load: a folder that the server can read."""
     at: Annotated[float, msgspec.Meta(ge=0, le=1e12)] = 0.0
     """Unix time of the user's command, for AdapterStatus; 0: now. Not more than MAX_CLOCK_LEAD ahead."""

@@ -13,13 +13,11 @@ from typing import Literal, get_args
 
 from tidewright.engine.messages import AdapterChanged, LoadAdapter, ToEngine, UnloadAdapter
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, OverloadedError, RequestError
-from tidewright.schema import NO_ADAPTER
+from tidewright.schema import MAX_ADAPTER_NAME, MAX_ADAPTER_PATH, NO_ADAPTER
 
 log = logging.getLogger(__name__)
 
 MOST_ADAPTERS = 1000
-LONGEST_NAME = 256  # characters
-LONGEST_PATH = 4096
 TRIES = 2  # engines that may die while they load the same adapter again, after which it is dropped
 
 State = Literal["loading", "loaded", "unloading"]
@@ -155,10 +153,10 @@ class Adapters:
         if adapter := self.by_name.get(name):
             words = "loaded already; unload it first" if adapter.state == "loaded" else f"{adapter.state} just now"
             return InvalidRequestError(f"the adapter {name!r} is {words}")
-        if not name or len(name) > LONGEST_NAME or not name.isprintable():
-            return InvalidRequestError(f"an adapter's name has 1 to {LONGEST_NAME} printable characters")
-        if not path or len(path) > LONGEST_PATH or "\0" in path:
-            return InvalidRequestError(f"an adapter's path has 1 to {LONGEST_PATH} characters, none of them NUL")
+        if not name or len(name) > MAX_ADAPTER_NAME or not name.isprintable():
+            return InvalidRequestError(f"an adapter's name has 1 to {MAX_ADAPTER_NAME} printable characters")
+        if not path or len(path) > MAX_ADAPTER_PATH or "\0" in path:
+            return InvalidRequestError(f"an adapter's path has 1 to {MAX_ADAPTER_PATH} characters, none of them NUL")
         if len(self.by_name) >= MOST_ADAPTERS:
             return OverloadedError(f"{MOST_ADAPTERS} adapters are loaded already; unload one first")
         return None

@@ -8,10 +8,11 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 from starlette.responses import PlainTextResponse
 
+from tidewright.schema import ADAPTER_NAME, MAX_ADAPTER_NAME, MAX_ADAPTER_PATH
 from tidewright_gateway.models import Models
 from tidewright_gateway.openai.errors import invalid
 
-_Name = Annotated[StrictStr, Field(max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]*$")]
+_Name = Annotated[StrictStr, Field(max_length=MAX_ADAPTER_NAME, pattern=f"^{ADAPTER_NAME}$")]
 
 
 class LoadAdapterRequest(BaseModel):
@@ -19,7 +20,7 @@ class LoadAdapterRequest(BaseModel):
 
     lora_name: _Name
     """How requests call it, as `model`."""
-    lora_path: Annotated[StrictStr, Field(min_length=1, max_length=4096)]
+    lora_path: Annotated[StrictStr, Field(min_length=1, max_length=MAX_ADAPTER_PATH)]
     """Its folder on the replicas, absolute or below their `adapter_folder`."""
     base_model_name: Annotated[StrictStr, Field(max_length=128)] | None = None
     """The model that it belongs to, of several. Default: the first."""
