@@ -44,8 +44,8 @@ def split(text: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else ("", text)
 
 
-FIRST_CHAIN = ("decoder",)
-"""What is loaded and unloaded of the first model; its failsafe stays, for the fallback's sake."""
+FIRST_DECODER = "decoder"
+"""The Triton model that generates for the first model."""
 
 SMALLER_SHARE = 0.25
 """Of the KV cache's memory, for a smaller variant."""
@@ -81,12 +81,24 @@ def with_smaller_variant(model: str, model_name: str, models: object, variant: s
 
 def decoder_of(name: str) -> str:
     """The Triton model that generates for a further model."""
-    return f"decoder_{name}"
+    return f"{FIRST_DECODER}_{name}"
+
+
+def further_name(triton_name: str) -> str:
+    """The further model whose decoder this is in Triton; empty: it is the first's, or no decoder."""
+    prefix = decoder_of("")
+    return triton_name.removeprefix(prefix) if triton_name.startswith(prefix) else ""
 
 
 def chain_of(name: str) -> tuple[str, str, str]:
     """All Triton models of a further model; each needs only those before it."""
     return f"tokenizer_{name}", decoder_of(name), f"generate_{name}"
+
+
+def changed_with(decoder: str) -> tuple[str, ...]:
+    """What is loaded and unloaded with a decoder, itself too. The first one's failsafe stays, for the fallback."""
+    name = further_name(decoder)
+    return chain_of(name) if name else (decoder,)
 
 
 class NamedModel(BaseModel):

@@ -173,7 +173,22 @@ def post(url: str, body: dict[str, Any], timeout: float) -> bytes:
 
 def control(url: str, word: ControlWord, timeout: float, model: str = "decoder") -> None:
     """Returns if the answer is yes; raises one of the errors above. `timeout` is in seconds."""
-    post(f"{url}/v2/models/{model}/generate", {"control": word}, timeout)
+    _control(url, word, timeout, model)
+
+
+def told(url: str, word: str, timeout: float, model: str = "decoder") -> str:
+    """What the answer to a control word says.
+
+    Raises one of the errors above; TroubleError also if there is another answer than a decoder's.
+    """
+    try:
+        return str(json.loads(_control(url, word, timeout, model))["text_output"])
+    except (ValueError, KeyError, TypeError):
+        raise TroubleError(f"{url} did not answer as the decoder does") from None
+
+
+def _control(url: str, word: str, timeout: float, model: str) -> bytes:
+    return post(f"{url}/v2/models/{model}/generate", {"control": word}, timeout)
 
 
 def check_alive(url: str, timeout: float, model: str = "decoder") -> None:
@@ -181,9 +196,9 @@ def check_alive(url: str, timeout: float, model: str = "decoder") -> None:
 
     Raises also TroubleError: the stub is stuck, or the decoder is not loaded.
     """
-    answer = post(f"{url}/v2/models/{model}/generate", {"control": "status"}, timeout)
+    status = told(url, "status", timeout, model)
     try:
-        trouble = str(json.loads(json.loads(answer)["text_output"])["trouble"])
+        trouble = str(json.loads(status)["trouble"])
     except (ValueError, KeyError, TypeError):
         raise TroubleError(f"{url} did not answer as the decoder does") from None
     if trouble.startswith(STUCK):

@@ -99,9 +99,7 @@ class Gateway:
 
     def command(self, path: str, body: dict[str, Any], timeout: float) -> None:
         """Has an operator's command obeyed whose answer says nothing more. Raises as `drain`."""
-        answer = Question(self._url + path, body, timeout, self._key).response(timeout)
-        if answer.status != 200:
-            raise TroubleError(refusal(self._url, answer, self._key))
+        self._answer(path, body, timeout)
 
     def models(self, timeout: float) -> list[dict[str, Any]]:
         """As GET /v1/models has them. Raises as `status`."""
@@ -130,9 +128,7 @@ class Gateway:
 
     def _ask(self, path: str, body: dict[str, Any] | None, timeout: float, field: str) -> dict[str, Any]:
         """The answer, which has this field."""
-        answer = Question(self._url + path, body, timeout, self._key).response(timeout)
-        if answer.status != 200:
-            raise TroubleError(refusal(self._url, answer, self._key))
+        answer = self._answer(path, body, timeout)
         try:
             told = json.loads(answer.content)
         except ValueError:
@@ -140,6 +136,12 @@ class Gateway:
         if not isinstance(told, dict) or field not in told:
             raise TroubleError(f"{self._url}{path} did not answer as a gateway does")
         return told
+
+    def _answer(self, path: str, body: dict[str, Any] | None, timeout: float) -> Answer:
+        answer = Question(self._url + path, body, timeout, self._key).response(timeout)
+        if answer.status != 200:
+            raise TroubleError(refusal(self._url, answer, self._key))
+        return answer
 
 
 def base_url(url: str, option: str = "--url") -> str:

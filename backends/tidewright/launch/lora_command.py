@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from tidewright.launch import gateway_control, repository
-from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, post
+from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, told
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.health_commands import URL
 from tidewright.launch.key_option import key_options
-from tidewright.served_models import decoder_of
+from tidewright.served_models import FIRST_DECODER, decoder_of
 
 _MODEL = click.option(
     "--model",
@@ -129,12 +129,8 @@ def _row(adapter: dict[str, Any]) -> tuple[str, str]:
 
 def _control(url: str, model: str | None, word: str) -> str:
     """The answer of a model's decoder at one Triton; of the first model if it is not named."""
-    decoder = decoder_of(model) if model else "decoder"
+    decoder = decoder_of(model) if model else FIRST_DECODER
     try:
-        answer = post(f"{url}/v2/models/{decoder}/generate", {"control": word}, TIMEOUT)
+        return told(url, word, TIMEOUT, decoder)
     except TroubleError as error:
         raise repository.explained(error, url, decoder) from None
-    try:
-        return str(json.loads(answer)["text_output"])
-    except (ValueError, KeyError, TypeError):
-        raise TroubleError(f"{url} did not answer as the decoder does") from None

@@ -8,7 +8,7 @@ import time
 import click
 
 from tidewright.launch import repository
-from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, post
+from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, told
 from tidewright.launch.errors import LaunchError
 
 POLL_INTERVAL = 0.2  # seconds
@@ -47,17 +47,12 @@ def memory(url: str, kv: str | None, model: str, timeout: float) -> None:
 def ask(url: str, model: str) -> dict[str, int]:
     """The fields of MemoryAccount. Raises LaunchError."""
     try:
-        answer = _control(url, model, "memory")
+        answer = told(url, "memory", CONNECT_TIMEOUT, model)
         return {str(name): int(value) for name, value in json.loads(answer).items()}
     except TroubleError as error:
         raise repository.explained(error, url, model) from None
     except (ValueError, TypeError, AttributeError):
         raise TroubleError(f"{url} did not answer as a Tidewright model does") from None
-
-
-def _control(url: str, model: str, word: str) -> str:
-    answer = post(f"{url}/v2/models/{model}/generate", {"control": word}, CONNECT_TIMEOUT)
-    return str(json.loads(answer)["text_output"])
 
 
 def _resize(url: str, model: str, kv: str, account: dict[str, int], timeout: float) -> dict[str, int]:
@@ -71,7 +66,7 @@ def _resize(url: str, model: str, kv: str, account: dict[str, int], timeout: flo
     if not least <= size <= most:
         raise TroubleError(f"the KV cache can have {mib(least)} to {mib(most)}, not {mib(size)}")
     wanted = size // block * block
-    _control(url, model, f"resize:{size}")
+    told(url, f"resize:{size}", CONNECT_TIMEOUT, model)
     deadline = time.monotonic() + timeout
     while account["kv_target"] != wanted or _pool(account) != wanted:
         if time.monotonic() > deadline:

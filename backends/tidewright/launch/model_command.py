@@ -15,12 +15,10 @@ from tidewright.launch.errors import LaunchError
 from tidewright.launch.health_commands import URL
 from tidewright.launch.key_option import key_options
 from tidewright.launch.repository import INDEX
-from tidewright.served_models import FIRST_CHAIN, chain_of, decoder_of
+from tidewright.served_models import FIRST_DECODER, changed_with, decoder_of, further_name
 
 TIMEOUT = 1200.0  # seconds; a large model takes minutes to load, and its last requests some time to end
 POLL_INTERVAL = 0.2  # seconds
-FIRST = "decoder"
-"""What the first model is called at one Triton, which knows no other name of it."""
 
 
 class Loaded(NamedTuple):
@@ -109,9 +107,10 @@ def list_models(url: str, key: str | None) -> None:
 
 
 def _at_triton(url: str) -> list[Loaded]:
-    prefix, rows = decoder_of(""), []
+    rows = []
     for triton_name, state in sorted(_states(url).items()):
-        if triton_name != FIRST and not triton_name.startswith(prefix):
+        name = _name(triton_name)
+        if not name:
             continue
         told = {"READY": "loaded", "": "not loaded", "UNAVAILABLE": "not loaded"}.get(state, state.lower())
         if state == "READY":
@@ -119,20 +118,25 @@ def _at_triton(url: str) -> list[Loaded]:
                 control(url, "health", CONNECT_TIMEOUT, triton_name)
             except LaunchError as error:
                 told = str(error)
-        rows.append(Loaded(triton_name.removeprefix(prefix), told))
+        rows.append(Loaded(name, told))
     return rows
 
 
+def _name(triton_name: str) -> str:
+    """Of a model, by its decoder, as that is called here; empty: it is none. The first is called as its decoder is."""
+    return FIRST_DECODER if triton_name == FIRST_DECODER else further_name(triton_name)
+
+
 def _decoder(name: str) -> str:
-    return FIRST if name == FIRST else decoder_of(name)
+    return FIRST_DECODER if name == FIRST_DECODER else decoder_of(name)
 
 
 def _chain(url: str, name: str) -> Sequence[str]:
     """The Triton models of a model. Raises TroubleError: there is no such model."""
     states = _states(url)
     if _decoder(name) in states:
-        return FIRST_CHAIN if name == FIRST else chain_of(name)
-    names = ", ".join(row.removeprefix(decoder_of("")) for row in sorted(states) if row.startswith(FIRST))
+        return changed_with(_decoder(name))
+    names = ", ".join(filter(None, map(_name, sorted(states))))
     raise TroubleError(f"{url} has no model {name!r}; it was started with: {names}")
 
 

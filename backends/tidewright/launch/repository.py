@@ -9,6 +9,7 @@ from tidewright.launch.errors import LaunchError
 
 INDEX = "/v2/repository/index"
 _UNLOADED = "unloaded"  # Triton's reason
+_FURTHER = "decoder_"  # as served_models.decoder_of, which costs an import of pydantic
 
 
 def is_away(error: TroubleError) -> bool:
@@ -49,7 +50,7 @@ def further_decoders(url: str, timeout: float) -> list[str]:
     """Those of models beside the first that are loaded; none if Triton does not say. `timeout` is in seconds."""
     try:
         index = json.loads(post(url + INDEX, {}, timeout))
-        return [one["name"] for one in index if one["name"].startswith("decoder_") and one.get("state") == "READY"]
+        return [one["name"] for one in index if one["name"].startswith(_FURTHER) and one.get("state") == "READY"]
     except (LaunchError, ValueError, TypeError, KeyError, AttributeError):
         return []
 

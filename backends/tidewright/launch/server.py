@@ -30,7 +30,7 @@ from tidewright.launch.triton_install import assemble_backend_dir, find_triton, 
 from tidewright.logs import LogHandler, LogLevel, open_handler
 from tidewright.logs.relay import MAX_LINE, structured
 from tidewright.schema import EMBED, EMBEDDING
-from tidewright.served_models import ServedModel, chain_of, decoder_of
+from tidewright.served_models import ServedModel, chain_of, decoder_of, further_name
 from tidewright.tracing.endpoint import traces_url
 
 IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figure lags by up to 0.25 s
@@ -106,8 +106,7 @@ class TritonServer(ChildProcess):
 
     def embeds(self, model: str) -> bool:
         """Whether this decoder computes embeddings."""
-        own = model.removeprefix(decoder_of(""))
-        return self.settings.of(self.settings.model_name if own == "decoder" else own).task == "embed"
+        return self.settings.of(further_name(model) or self.settings.model_name).task == "embed"
 
     def start_again(self) -> None:
         """After it has ended by itself: to its first token. Raises LaunchError, as `start` and `wait_ready`.

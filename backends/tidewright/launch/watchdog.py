@@ -13,7 +13,7 @@ from tidewright.launch.errors import LaunchError
 from tidewright.launch.gateway_process import GatewayProcess
 from tidewright.launch.model_watch import DrainingError, HopelessError, ModelWatch, pause
 from tidewright.launch.server import ANSWER_TIME, TritonServer
-from tidewright.served_models import chain_of, decoder_of
+from tidewright.served_models import chain_of, decoder_of, further_name
 
 ROUND = 0.2  # seconds between two looks
 LIVE_INTERVAL = 2.0  # seconds between two questions to Triton itself
@@ -122,5 +122,4 @@ class Watchdog:
 
 def _tokenizers(engines: Iterable[str]) -> list[str]:
     """Of the models beside the first."""
-    prefix = decoder_of("")
-    return [chain_of(model.removeprefix(prefix))[0] for model in engines if model.startswith(prefix)]
+    return [chain_of(name)[0] for name in map(further_name, engines) if name]

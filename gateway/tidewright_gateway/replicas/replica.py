@@ -16,7 +16,7 @@ from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import AdapterStatus, DecoderStatus
-from tidewright.served_models import decoder_of
+from tidewright.served_models import further_name
 from tidewright_gateway.replicas.discovery import Endpoint
 from tidewright_gateway.replicas.routing import Candidate, slow_start
 from tidewright_gateway.replicas.triton import Reply, TritonCall, TritonClient
@@ -164,8 +164,8 @@ class Replica:
     """At the fallback; they survive a failure of the decoder."""
 
     def __post_init__(self) -> None:
-        name = "" if self.decoder == DECODER else f"/{self.decoder.removeprefix(decoder_of(''))}"
-        self.label = f"{self.address}{name}"
+        name = further_name(self.decoder)
+        self.label = f"{self.address}/{name}" if name else self.address
 
     @classmethod
     def at(

@@ -17,7 +17,7 @@ from tidewright.logs import event
 from tidewright.resilience.breaker import Permit, Refusal, State
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
-from tidewright.served_models import FIRST_CHAIN, chain_of, decoder_of
+from tidewright.served_models import changed_with
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas import replica as replicas
@@ -220,10 +220,7 @@ class ReplicaSet:
 
     async def change(self, replica: Replica, load: bool) -> None:
         """Loads or unloads its model. Raises ModelError: it could not be done."""
-        if replica.decoder == DECODER:
-            chain: Sequence[str] = FIRST_CHAIN
-        else:
-            chain = chain_of(replica.decoder.removeprefix(decoder_of("")))
+        chain = changed_with(replica.decoder)
         for model in chain if load else reversed(chain):
             await replica.client.change(model, load, LOAD_TIMEOUT)
         await self.ask(replica)
@@ -341,9 +338,9 @@ class ReplicaSet:
         elsewhere = {adapter: self.elsewhere(replica, adapter) for adapter in adapters}
         has_fallback = self._has_fallback
         for attempt in replica.running:
-            iselsewhere = elsewhere[attempt.adapter]
-            has_other = iselsewhere or (has_fallback and attempt.adapter is None)
-            if error := self._overdue(attempt, iselsewhere, has_other, now):
+            can_move = elsewhere[attempt.adapter]
+            has_other = can_move or (has_fallback and attempt.adapter is None)
+            if error := self._overdue(attempt, can_move, has_other, now):
                 attempt.call.abandon(error)
 
     def _overdue(self, attempt: Attempt, elsewhere: bool, has_other: bool, now: float) -> ModelError | None:
