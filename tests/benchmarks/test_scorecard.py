@@ -132,6 +132,41 @@ PRINTED = {
         "W4 time, ms                int8             median     611.9  best     580.7   1.27x\n",
         {"Q1.int8_w1": 1.55, "Q1.int4_w1": 2.06, "B3.gguf_w1": 1.89, "Q1.int8_w2": 1.39, "Q1.int8_w4": 1.27},
     ),
+    "tenancy_ttft": (
+        "prompt  step time  beside the flood    p50, s   p99, s   p99 / alone\n"
+        "    64       0.25  with fairness        0.477    1.304         16.61   over the target\n"
+        "    64       0.25  without fairness    20.208   24.062        306.54\n"
+        "   512       0.25  with fairness        0.935    1.267          3.12   over the target\n",
+        {"B6.short_engine": 16.61, "B6.long_engine": 3.12},
+    ),
+    "tenancy_shares": (
+        "1:1                      yes          0.5%    0.2%   0.498 0.502\n"
+        "1:1                      no          35.8%   17.9%   0.679 0.321\n"
+        "1:2:4                    yes          2.0%    0.3%   0.140 0.287 0.573\n",
+        {"G2.share_engine": 2.0},
+    ),
+    "tenancy_scheduling": (
+        "running  tenants  schedule, ms  commit, ms\n"
+        "     64        8         0.213       0.145\n"
+        "    256        1         0.676       0.553   over the target\n"
+        "    256       64         0.796       0.564   over the target\n"
+        "engine: 64 running of 8 tenants, 71.4 ms a step, of which 0.59 ms, 0.83%, for scheduling\n",
+        {"G2.plan": 0.796, "G2.scheduling": 0.83},
+    ),
+    "tenancy_latency": ("refused, 0 late at first, 7.37/s\nratio 5.26\n", {"G2.goodput": 5.26}),
+    "tenancy_memory": (
+        "24 resizes between 5.6 MiB and 47.8 MiB: 12.5 s, 0 failed, 24 of 24 outputs equal, 84 preemptions\n"
+        "budget 480.0 MiB (weights 256.7 MiB, workspace 138.2 MiB, KV cache 85.1 MiB): 99.0% in use while requests wait\n",
+        {"G1.failed": 0, "G1.used": 99.0},
+    ),
+    "tenancy_lora": (
+        "8 sequences, prompts : base   1621.9 tokens/s, 8 adapters of rank 16   1239.5: 0.77\n"
+        "8 sequences, decoding: base    679.5 tokens/s, 8 adapters of rank 16    442.7: 0.65 (goal 0.8)\n"
+        "16 sequences, decoding: base    862.5 tokens/s, 8 adapters of rank 16    631.1: 0.81 (goal 0.8)\n"
+        "32 sequences, decoding: base    945.2 tokens/s, 8 adapters of rank 16    756.9: 0.78 (goal 0.8)\n"
+        "load beside 16 streams: median 172 ms, longest 241 (goal 200); longest step meanwhile 215 ms\n",
+        {"B4.8": 0.65, "B4.16": 0.81, "B4.32": 0.78, "B4.load": 172},
+    ),
     "quantization_quality": (
         "perplexity           32.31         32.51     32.35\n                                  +0.6%     +0.1%\n",
         {"Q1.perplexity": 0.6},
