@@ -197,7 +197,7 @@ def test_priority_comes_before_fairness() -> None:
 
 def test_what_is_computed_again_costs_nothing() -> None:
     tenants = make_tenants(blocks=12, max_running=8, max_model_len=40)
-    queue: FairQueue = tenants.scheduler._waiting
+    queue: FairQueue = tenants.scheduler.waiting
     for _ in range(6):
         tenants.send("one", 8, 16)
     undone = 0
@@ -221,7 +221,7 @@ def test_thousands_of_tenants() -> None:
         {f"{i}": 1 + i % 3 for i in range(2000)}, blocks=4000, max_running=64, max_batched_tokens=512
     )
     sent = 0
-    queue: FairQueue = tenants.scheduler._waiting
+    queue: FairQueue = tenants.scheduler.waiting
     while sent < 5000 or tenants.waiting.total():
         for _ in range(min(rng.randint(0, 80), 5000 - sent)):
             tenants.send(f"{int(2000 * rng.random() ** 3)}", rng.randint(1, 12), rng.randint(1, 6))
@@ -242,7 +242,7 @@ def test_idle_tenants_are_forgotten_even_if_they_are_ahead(monkeypatch: pytest.M
     monkeypatch.setattr(fairness, "MOST_DEBTORS", 10)
     tenants = make_tenants(max_running=2, max_model_len=1000)
     tenants.send("stays", 1, 900)
-    queue: FairQueue = tenants.scheduler._waiting
+    queue: FairQueue = tenants.scheduler.waiting
     for number in range(200):
         tenants.send(f"{number}", 20, 1)
         tenants.step()

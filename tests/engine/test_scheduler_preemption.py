@@ -159,10 +159,10 @@ def test_whoever_is_preempted_makes_room_for_a_more_important_one_in_the_same_st
             if arrival.step == now:
                 params = {"max_tokens": arrival.max_tokens, "priority": arrival.priority, "ignore_eos": True}
                 scheduler.add(sequence(request_id, arrival.prompt, arrival.common, **params))
-        running = {each.request_id for each in scheduler._running}
+        running = {each.request_id for each in scheduler.running}
         free, before = pool.num_free, preemptions(scheduler)
         plan = scheduler.schedule()
-        victims = running - {each.request_id for each in scheduler._running}
+        victims = running - {each.request_id for each in scheduler.running}
         assert len(victims) == preemptions(scheduler) - before
         if victims:
             admitted = [request_id for request_id in ids(plan) if request_id not in running]

@@ -21,6 +21,15 @@ def draw_after(sequence: Sequence, drafts: list[int]) -> Draw:
     return Draw(sequence.request_id, sampling, position, banned_ids, sequence.bad_words_ids, history)
 
 
+def guesses(sequence: Sequence, most: int) -> list[int]:
+    """Of its next tokens: so many at most."""
+    # A draw follows the last guess, and must not go beyond the last token.
+    count = min(most, sequence.longest - sequence.num_known - 1)
+    if count <= 0 or sequence.sampling.guided:
+        return []
+    return sequence.lookup.propose(sequence.token_ids, count)
+
+
 def accept(sequence: Sequence, drafts: tuple[int, ...], computed: SequenceResult) -> tuple[SequenceOutput, int]:
     """Appends the drawn tokens, up to and including the first that is not the one that was guessed.
 

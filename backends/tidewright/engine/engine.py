@@ -31,6 +31,7 @@ from tidewright.engine.step_budget import memory_error
 from tidewright.engine.step_cost import StepLoad
 from tidewright.engine.timing import Timing
 from tidewright.kv_cache.block_pool import BlockPool
+from tidewright.kv_cache.idle_audit import IdleAudit
 from tidewright.logs import event
 from tidewright.lora.adapter import Adapter
 from tidewright.memory.machine import machine_memory
@@ -65,7 +66,7 @@ class Engine:
         self.load_seconds = time.monotonic() - started
         self.config = config
         self.scheduler = make_scheduler(config, self.runner)
-        self.idle_audit = self.scheduler.idle_audit
+        self.idle_audit = IdleAudit(self.scheduler.cache)
         self._latency = LatencyController(
             config.prefill_step_time, config.tpot_target, config.max_batched_tokens, config.max_running
         )
@@ -168,7 +169,7 @@ class Engine:
 
     @property
     def least_blocks(self) -> int:
-        return self.scheduler.least_blocks
+        return self.scheduler.config.least_blocks
 
     @property
     def touched_blocks(self) -> int:

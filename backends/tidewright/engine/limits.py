@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tidewright.engine.sequence import Sequence
 from tidewright.kv_cache.budget import blocks_of
-from tidewright.schema import FinishReason
+from tidewright.schema import FinishReason, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,13 @@ def longest(sequence: Sequence, config: SchedulerConfig) -> int:
     if config.embeds:
         return len(sequence.prompt_token_ids)
     return min(len(sequence.prompt_token_ids) + sequence.sampling.max_tokens, config.max_model_len)
+
+
+def stop_ids(sampling: SamplingParams, config: SchedulerConfig) -> frozenset[int]:
+    """Tokens that end an output."""
+    ids = sampling.stop_token_ids if sampling.ignore_eos else [*sampling.stop_token_ids, *config.eos_ids]
+    # A client may name ids that this vocabulary lacks: they never come, and can't be masked.
+    return frozenset(token for token in ids if token < config.vocab_size)
 
 
 def check_request(sequence: Sequence, config: SchedulerConfig, num_blocks: int) -> None:

@@ -1,33 +1,27 @@
-"""Decides which tokens are computed in a step, and which blocks hold them. Pure: same inputs, same plans.
+"""Decides which tokens are computed in a step. Pure: same inputs, same plans.
 
 There is no prefill phase and no decode phase: a sequence's computed tokens chase its known tokens, under one
 token budget a step. Every rank runs its own copy, so nothing here may depend on time, chance or hash order.
+
+running.py has the blocks that hold these tokens, and preempts sequences to get them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection
 
-from tidewright.engine.draws import accept, draw_after, embedded
-from tidewright.engine.fairness import FairQueue, fair_order, goes_before, victims
-from tidewright.engine.limits import RequestRefusedError, SchedulerConfig, check_request, check_share, longest
+from tidewright.engine.draws import accept, draw_after, embedded, guesses
+from tidewright.engine.fairness import FairQueue, fair_order, goes_before
+from tidewright.engine.limits import RequestRefusedError, SchedulerConfig, check_request, check_share, longest, stop_ids
 from tidewright.engine.messages import EngineStats, SequenceOutput
 from tidewright.engine.pace import UNPACED, Allowance, StepPace
-from tidewright.engine.plan import (
-    PENDING,
-    Draw,
-    ScheduledSequence,
-    SequenceResult,
-    StepPlan,
-    StepResult,
-)
+from tidewright.engine.plan import PENDING, Draw, ScheduledSequence, SequenceResult, StepPlan, StepResult
+from tidewright.engine.running import RunningSequences
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.step_budget import StepBudget
 from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
-from tidewright.kv_cache.budget import blocks_of
-from tidewright.kv_cache.idle_audit import IdleAudit
-from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
+from tidewright.kv_cache.prefix_cache import PrefixCache
 from tidewright.lora.slots import AdapterSlots
 from tidewright.schema import NO_ADAPTER
 
@@ -43,18 +37,16 @@ class Scheduler:
     """
 
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
-        self._config = config
-        self._cache = PrefixCache(pool, config.block_size, config.prefix_caching)
-        self.idle_audit = IdleAudit(self._cache)
+        self.config = config
+        self.cache = PrefixCache(pool, config.block_size, config.prefix_caching)
         self.adapters = AdapterSlots(config.adapter_slots)
+        self.waiting = FairQueue()
+        self._running = RunningSequences(config, self.cache, self.adapters, self.waiting)
         self._budget = StepBudget(config.max_batched_tokens)
-        self._running: list[Sequence] = []
-        self._waiting = FairQueue()
         self._by_id: dict[int, Sequence] = {}
         self._in_flight: deque[list[Sequence]] = deque()  # of each plan
-        self._ended: list[int] = []
-        self._preempted: list[int] = []
-        self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = self._preemptions = 0
+        self._ended: list[int] = []  # since the last plan
+        self._arrivals = self._steps = self._prompt_tokens = self._generated_tokens = 0
         self._prefix_queries = self._prefix_hits = self._drafted = self._accepted = self._undone = 0
 
     @property
@@ -64,51 +56,43 @@ class Scheduler:
 
     @property
     def running(self) -> Collection[Sequence]:
-        return self._running
+        return self._running.line
 
     @property
-    def waiting(self) -> FairQueue:
-        return self._waiting
-
-    @property
-    def config(self) -> SchedulerConfig:
-        return self._config
+    def free_blocks(self) -> int:
+        """That no sequence has and none will soon be preempted for."""
+        return max(self._running.spare_blocks, 0)
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
+        return bool(self.running or self.waiting)
 
     @property
     def may_run_ahead(self) -> bool:
         """The next step can be planned before the one in flight is committed: no choice depends on what it draws."""
-        return not self._config.speculative_tokens and not any(
-            sequence.num_pending and sequence.needs_history for sequence in self._running
+        return not self.config.speculative_tokens and not any(
+            sequence.num_pending and sequence.needs_history for sequence in self.running
         )
 
     def add(self, sequence: Sequence) -> None:
         """Raises RequestRefusedError."""
         if sequence.request_id in self._by_id:
             raise RequestRefusedError(f"request id {sequence.request_id} is already in use")
-        if len(self._by_id) >= self._config.max_running + self._config.max_waiting:
+        if len(self._by_id) >= self.config.max_running + self.config.max_waiting:
             raise RequestRefusedError(f"{len(self._by_id)} requests run or wait already; try again later", "overloaded")
         if not sequence.accepted_before:
-            check_share(sequence, self._config, len(self._by_id), self._waiting.requests(sequence.sampling.tenant))
-        check_request(sequence, self._config, self._cache.pool.num_blocks)
-        adapter = self.adapters.digest(sequence.adapter) if sequence.adapter else ""
-        if adapter is None:
-            raise RequestRefusedError(f"{NO_ADAPTER}{sequence.adapter!r} is loaded")
-        stop_ids = [*sequence.sampling.stop_token_ids]
-        if not sequence.sampling.ignore_eos:
-            stop_ids += self._config.eos_ids
-        # A client may name ids that this vocabulary lacks: they never come, and can't be masked.
-        sequence.stop_ids = frozenset(token for token in stop_ids if token < self._config.vocab_size)
-        sequence.longest = longest(sequence, self._config)
-        sequence.order = (sequence.sampling.priority, self._arrivals)
-        if adapter:
+            check_share(sequence, self.config, len(self._by_id), self.waiting.requests(sequence.sampling.tenant))
+        check_request(sequence, self.config, self.cache.pool.num_blocks)
+        if sequence.adapter:
+            if self.adapters.digest(sequence.adapter) is None:
+                raise RequestRefusedError(f"{NO_ADAPTER}{sequence.adapter!r} is loaded")
             self.adapters.join(sequence.adapter)
+        sequence.stop_ids = stop_ids(sequence.sampling, self.config)
+        sequence.longest = longest(sequence, self.config)
+        sequence.order = (sequence.sampling.priority, self._arrivals)
         self._arrivals += 1
         self._by_id[sequence.request_id] = sequence
-        self._waiting.add(sequence)
+        self.waiting.add(sequence)
 
     def abort(self, request_id: int) -> None:
         """Ends a request without output; unknown ids are ignored."""
@@ -120,7 +104,7 @@ class Scheduler:
         sequence = self._by_id.get(request_id)
         if sequence is None:
             return None
-        where = "while it ran" if sequence in self._running else "while it was queued"
+        where = "while it ran" if sequence in self.running else "while it was queued"
         self._end(sequence)
         message = f"timed out after {sequence.sampling.timeout:g} s {where}"
         return SequenceOutput(request_id, [], "timeout", message=message)
@@ -132,14 +116,14 @@ class Scheduler:
         if there is no work.
         """
         assert len(self._in_flight) <= 1, "a step can only run ahead of one other"
-        before = self._running
-        if self._waiting.is_shared:
-            self._running = sorted(before, key=fair_order)
+        before = self._running.line
+        if self.waiting.is_shared:
+            self._running.line = sorted(before, key=fair_order)
         budget, index, waiting = self._budget.tokens, 0, self._next_waiting()
-        allowance = Allowance(pace if any(s.decodes for s in self._running) else UNPACED)
-        preemptions = self._preemptions
+        allowance = Allowance(pace if any(s.decodes for s in self.running) else UNPACED)
+        preemptions = self._running.preemptions
         scheduled: list[ScheduledSequence] = []
-        line = self._running
+        line = self._running.line
         while budget:
             running = line[index] if index < len(line) else None
             if waiting and (running is None or goes_before(waiting, running)):
@@ -150,7 +134,7 @@ class Scheduler:
                     continue
             elif running is None:
                 break
-            elif self._is_complete(running) or not self._grow(running, index):
+            elif self._is_complete(running) or not self._running.grow(running, index):
                 index += 1  # no token is left or no block to be had; it keeps its place for the next step
                 continue
             sequence = line[index]
@@ -163,26 +147,26 @@ class Scheduler:
                     index += 1  # in a later step
                     continue
             if not scheduled:
-                self._cache.begin_step()
+                self.cache.begin_step()
             planned = self._take(sequence, share)
-            self._waiting.charge(sequence, bool(planned.draws))
+            self.waiting.charge(sequence, bool(planned.draws))
             scheduled.append(planned)
             budget -= planned.count
             if not decodes:
                 allowance.take(planned.start, planned.count)
-            if self._preemptions != preemptions:
+            if self._running.preemptions != preemptions:
                 waiting = None
             elif sequence is waiting:
                 waiting = self._next_waiting()  # now that it is known what this one costs
             index += 1
         if not scheduled:
-            self._running = before  # for other ranks make no plan where this one's is empty
+            self._running.line = before  # for other ranks make no plan where this one's is empty
             return StepPlan(())
-        self._waiting.end_step()
+        self.waiting.end_step()
         self._steps += 1
         self._in_flight.append([self._by_id[planned.request_id] for planned in scheduled])
         ended, self._ended = tuple(self._ended), []
-        preempted, self._preempted = tuple(self._preempted), []
+        preempted, self._running.preempted = tuple(self._running.preempted), []
         return StepPlan(tuple(scheduled), ended, preempted, self.adapters.take_moves())
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[SequenceOutput]:
@@ -190,7 +174,7 @@ class Scheduler:
         outputs: list[SequenceOutput] = []
         if not plan.sequences:
             return outputs
-        self._cache.step_computed()
+        self.cache.step_computed()
         self._budget.computed()
         sequences = self._in_flight.popleft()
         for sequence, planned, computed in zip(sequences, plan.sequences, result.sequences, strict=True):
@@ -217,29 +201,14 @@ class Scheduler:
                 sequence.num_pending -= bool(planned.draws)
             # The runner may not have got to these.
             self._ended += plan.ended
-            self._preempted += plan.preempted
+            self._running.preempted += plan.preempted
             self.adapters.move_again(plan.adapters)
         self._budget.out_of_memory(sum(planned.count for planned in plans[0].sequences))
         self._in_flight.clear()
-        self._cache.forget_unwritten()
+        self.cache.forget_unwritten()
         self._undone += 1
-        for sequence in [*reversed(self._running)]:
-            self._preempt(sequence)
-
-    @property
-    def cache(self) -> PrefixCache:
-        """To be read only."""
-        return self._cache
-
-    @property
-    def least_blocks(self) -> int:
-        """The KV cache has no fewer, for the longest request has to fit in alone."""
-        return self._config.least_blocks
-
-    @property
-    def free_blocks(self) -> int:
-        """That no sequence has, less one for each that runs: it would soon be preempted for lack of it."""
-        return max(self._cache.pool.num_free - len(self._running), 0)
+        for sequence in [*reversed(self._running.line)]:
+            self._running.preempt(sequence)
 
     def resize(self, num_blocks: int) -> dict[int, int]:
         """Gives the KV cache so many blocks from the next plan on; which blocks' content has to move, and where to.
@@ -247,39 +216,30 @@ class Scheduler:
         Requests run on. If those in use are more than what is left, the last in order are preempted. No request may
         be accepted, or has been, that does not fit in alone: see `SchedulerConfig.least_blocks`.
         """
-        if num_blocks < (least := self._config.least_blocks):
+        if num_blocks < (least := self.config.least_blocks):
             raise BlockPoolError(f"{num_blocks} blocks are fewer than the {least} that one request may need")
-        while self._cache.pool.num_used > num_blocks:
-            self._preempt(self._running[-1])
-        moves = self._cache.resize(num_blocks)
-        for sequence in self._running if moves else ():
-            if not moves.keys().isdisjoint(sequence.block_table):
-                sequence.block_table = [moves.get(block, block) for block in sequence.block_table]
-                sequence.num_planned_blocks = 0  # the next plan has its whole table
-        return moves
+        return self._running.resize(num_blocks)
 
     def likely_cached(self, sequence: Sequence) -> int:
         """Tokens of a new request that the prefix cache has now."""
-        if sequence.sampling.prompt_logprobs is not None:
-            return 0
-        return len(self._cache.find(sequence.token_ids, self._chain(sequence))) * self._config.block_size
+        return len(self._running.cached(sequence)) * self.config.block_size
 
     def stats(self) -> EngineStats:
-        size = self._config.block_size
+        size = self.config.block_size
         return EngineStats(
-            running=len(self._running),
-            waiting=len(self._waiting),
-            blocks_total=self._cache.pool.num_blocks,
-            blocks_free=self._cache.pool.num_free,
+            running=len(self.running),
+            waiting=len(self.waiting),
+            blocks_total=self.cache.pool.num_blocks,
+            blocks_free=self.cache.pool.num_free,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
-            preemptions=self._preemptions,
+            preemptions=self._running.preemptions,
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
-            prefix_evictions=self._cache.evictions,
-            blocks_cached=self._cache.num_cached,
-            slots_unused=sum(len(s.block_table) * size - s.num_known for s in self._running),
+            prefix_evictions=self.cache.evictions,
+            blocks_cached=self.cache.num_cached,
+            slots_unused=sum(len(s.block_table) * size - s.num_known for s in self.running),
             tokens_drafted=self._drafted,
             tokens_accepted=self._accepted,
             step_tokens=self._budget.tokens,
@@ -288,56 +248,31 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raises BlockPoolError if a block was lost or is owned twice. Walks all blocks: for tests."""
-        self._cache.check_integrity(sequence.block_table for sequence in self._running)
-
-    def _chain(self, sequence: Sequence) -> HashChain:
-        if sequence.chain is not None:
-            return sequence.chain
-        salt, tenant, size = sequence.sampling.cache_salt, sequence.sampling.tenant, self._config.block_size
-        adapter = self.adapters.digest(sequence.adapter) or ""
-        sequence.chain = HashChain(salt, size, self._config.cache_format, tenant, adapter)
-        return sequence.chain
+        self.cache.check_integrity(sequence.block_table for sequence in self.running)
 
     def _next_waiting(self) -> Sequence | None:
         """Whose turn it is, of those whose LoRA adapter has a slot or can have one."""
-        first = self._waiting.first()
+        first = self.waiting.first()
         if first is None or self.adapters.can_run(first.adapter):
             return first
-        return self.adapters.first_admissible(self._waiting.in_order())
-
-    def _blocks(self, num_tokens: int) -> int:
-        return blocks_of(num_tokens, self._config.block_size)
+        return self.adapters.first_admissible(self.waiting.in_order())
 
     def _admit(self, sequence: Sequence, index: int, limit: int, allowance: Allowance) -> bool:
         """Moves a waiting sequence to place `index` of the running ones, if it fits and comes on in this step.
 
-        One block is left for each running sequence: without it, the new one would soon be preempted again. If `limit`
-        sequences run or more, the new one takes the place of another, or waits.
+        If `limit` sequences run or more, it takes the place of another, or waits.
         """
         # A resize preempted it while a step in flight drew a token for it: how many it needs is known with that step.
         if sequence.num_pending:
             return False
-        # Prompt log-probabilities need all of the prompt's hidden states, also those that a cached block would skip.
-        may_skip = sequence.sampling.prompt_logprobs is None
-        shared = self._cache.find(sequence.token_ids, self._chain(sequence)) if may_skip else []
+        shared = self._running.cached(sequence)
         # Tokens behind a cached prefix are dearer than those of a prompt's beginning: there may be time for none.
-        if not allowance.tokens(len(shared) * self._config.block_size):
+        if not allowance.tokens(len(shared) * self.config.block_size):
             return False
-        needed = self._blocks(sequence.num_known) - len(shared)
         # Each running sequence gets at least one token a step.
-        max_running = min(self._config.max_running, self._budget.tokens, max(limit, len(self._running)))
-        # Those from `index` on are not yet part of this step.
-        size = max_running, self._cache.pool.num_blocks
-        others = victims(sequence, self._running, index, needed + len(shared), size)
-        if not self._make_room(others, shared, needed, lambda left, running: running <= min(left, max_running - 1)):
+        max_running = min(self.config.max_running, self._budget.tokens, max(limit, len(self.running)))
+        if not self._running.admit(sequence, index, shared, max_running):
             return False
-        self._waiting.begin(sequence)
-        self._running.insert(index, sequence)
-        if sequence.adapter:
-            sequence.adapter_slot = self.adapters.acquire(sequence.adapter)
-        sequence.block_table = self._cache.take(shared, needed)
-        sequence.num_registered = len(shared)
-        sequence.num_computed = len(shared) * self._config.block_size
         sequence.num_charged = max(sequence.num_charged, sequence.num_computed)
         if sequence.cached_tokens is None:  # else it was preempted, and what it finds now may be its own
             sequence.cached_tokens = sequence.num_computed
@@ -346,57 +281,11 @@ class Scheduler:
             self._prefix_hits += sequence.num_computed
         return True
 
-    def _grow(self, sequence: Sequence, index: int) -> bool:
-        """Gets blocks for all its tokens, from the last in order if need be; False if even that fails.
-
-        The first never fails, for `check_request` made sure that it fits in alone: so there is always progress.
-        """
-        needed = self._blocks(sequence.num_expected) - len(sequence.block_table)
-        if needed <= 0:
-            return True
-        if not self._make_room(reversed(self._running[index + 1 :]), [], needed, lambda left, _: left >= 0):
-            return False
-        sequence.block_table += self._cache.take([], needed)
-        return True
-
-    def _make_room(
-        self, others: Iterable[Sequence], shared: list[int], needed: int, fits: Callable[[int, int], bool]
-    ) -> bool:
-        """Preempts `others`, one after the other, until `fits`; preempts none if that never comes.
-
-        `fits` gets the blocks that are left once `shared` and `needed` more are taken, and the number that still run.
-        """
-        chosen: list[Sequence] = []
-
-        def tables() -> Iterator[list[int]]:
-            for other in others:
-                chosen.append(other)
-                yield other.block_table
-
-        for left in self._cache.free_after(shared, needed, tables()):
-            if fits(left, len(self._running) - len(chosen)):
-                break
-        else:
-            return False
-        for other in chosen:
-            self._preempt(other)
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Back to the queue; what the prefix cache does not keep of it is computed anew later."""
-        self._running.remove(sequence)
-        self._release(sequence)
-        sequence.yields_from = sequence.num_known + self._config.block_size
-        self._waiting.preempt(sequence)
-        self._preemptions += 1
-        self._preempted.append(sequence.request_id)
-
     def _end(self, sequence: Sequence) -> None:
-        runs = sequence in self._running
+        runs = sequence in self.running
         if runs:
             self._running.remove(sequence)
-        self._waiting.end(sequence, runs)
-        self._release(sequence)
+        self.waiting.end(sequence, runs)
         if sequence.adapter:
             self.adapters.leave(sequence.adapter)
         del self._by_id[sequence.request_id]
@@ -405,19 +294,12 @@ class Scheduler:
 
     def _is_complete(self, sequence: Sequence) -> bool:
         """The last that there is to compute for it is in flight."""
-        if self._config.embeds:
+        if self.config.embeds:
             return sequence.num_computed == sequence.num_known
         return sequence.num_pending > 0 and sequence.num_expected >= sequence.longest
 
-    def _release(self, sequence: Sequence) -> None:
-        self._cache.free(sequence.block_table, sequence.sampling.tenant)
-        sequence.block_table = []
-        if sequence.adapter_slot >= 0:
-            self.adapters.release(sequence.adapter)
-            sequence.adapter_slot = -1
-        sequence.num_computed = sequence.num_registered = sequence.num_planned_blocks = 0
-
     def _take(self, sequence: Sequence, budget: int) -> ScheduledSequence:
+        """Plans as many of its tokens as there are within `budget`, and what is drawn after them."""
         start, known, num_expected = sequence.num_computed, sequence.token_ids, sequence.num_expected
         end = min(num_expected, start + budget)
         token_ids = tuple(known[start:end])
@@ -425,61 +307,30 @@ class Scheduler:
             token_ids += (PENDING,)
         draws: tuple[Draw, ...] = ()
         completes = end == num_expected
-        if completes and not self._config.embeds:
+        if completes and not self.config.embeds:
             draws = (draw_after(sequence, []),)
-            if self._config.speculative_tokens and (drafts := self._drafts(sequence, budget - len(token_ids))):
+            most = min(self.config.speculative_tokens, budget - len(token_ids))
+            # Guesses cost nobody a token or a block.
+            if most > 0 and (drafts := guesses(sequence, most)) and self._running.grow_by(sequence, len(drafts)):
                 draws += tuple(draw_after(sequence, drafts[:count]) for count in range(1, len(drafts) + 1))
                 token_ids += tuple(drafts)
             sequence.num_pending += 1
         sequence.num_computed = end
-        if end >= (sequence.num_registered + 1) * self._config.block_size:
-            self._register(sequence)
+        if end >= (sequence.num_registered + 1) * self.config.block_size:
+            self._running.register(sequence)
         first_block, num_blocks = sequence.num_planned_blocks, len(sequence.block_table)
         sequence.num_planned_blocks = num_blocks
         new_blocks = tuple(sequence.block_table[first_block:]) if num_blocks > first_block else ()
         logprobs = sequence.sampling.prompt_logprobs
-        following: tuple[int, ...] = ()
-        if logprobs is not None:
-            if sequence.num_generated:
-                logprobs = None
-            else:
-                following = tuple(sequence.prompt_token_ids[start + 1 : end + 1])
-        embeds = completes and self._config.embeds
+        if logprobs is not None and sequence.num_generated:
+            logprobs = None
+        following = () if logprobs is None else tuple(sequence.prompt_token_ids[start + 1 : end + 1])
+        embeds = completes and self.config.embeds
+        request_id, slot = sequence.request_id, sequence.adapter_slot
         # By place, as in draw_after.
         return ScheduledSequence(
-            sequence.request_id,
-            start,
-            token_ids,
-            new_blocks,
-            draws,
-            logprobs,
-            following,
-            embeds,
-            first_block,
-            sequence.adapter_slot,
+            request_id, start, token_ids, new_blocks, draws, logprobs, following, embeds, first_block, slot
         )
-
-    def _register(self, sequence: Sequence) -> None:
-        """Lets others find its full blocks."""
-        end = min(sequence.num_computed, sequence.num_known)
-        sequence.num_registered = self._cache.register(
-            sequence.block_table, sequence.token_ids, end, self._chain(sequence), sequence.num_registered
-        )
-
-    def _drafts(self, sequence: Sequence, budget: int) -> list[int]:
-        """Guesses of the next tokens, as far as they cost nobody a token or a block."""
-        config = self._config
-        # A draw follows the last guess, and must not go beyond the last token.
-        count = min(config.speculative_tokens, budget, sequence.longest - sequence.num_known - 1)
-        if count <= 0 or sequence.sampling.guided:
-            return []
-        drafts = sequence.lookup.propose(sequence.token_ids, count)
-        needed = self._blocks(sequence.num_known + len(drafts)) - len(sequence.block_table)
-        if needed > self._cache.pool.num_free - len(self._running):
-            return []
-        if needed > 0:
-            sequence.block_table += self._cache.take([], needed)
-        return drafts
 
     def _drawn(self, sequence: Sequence, planned: ScheduledSequence, computed: SequenceResult) -> SequenceOutput:
         first = sequence.num_generated == 0
@@ -489,7 +340,7 @@ class Scheduler:
         self._prompt_tokens += len(sequence.prompt_token_ids) if first else 0
         self._generated_tokens += len(output.token_ids)
         if output.finish_reason:
-            self._register(sequence)  # what was not known yet when it was planned
+            self._running.register(sequence)  # what was not known yet when it was planned
             self._end(sequence)
         return output
 
