@@ -40,9 +40,12 @@ test-image: $(VENV)/.dev $(VENV)/.programs  ## Build the images gateway and cpu 
 	@$(BIN)/tidewright prepare
 	$(BIN)/python -m pytest -n 0 -m image tests/deployment $(ARGS)
 
-coverage: $(VENV)/.dev $(VENV)/.programs  ## All tests, with what of the code they ran (takes longer)
+# Of all processes, workers and servers alike: [tool.coverage.run] in pyproject.toml. A red run has its report too.
+coverage: $(VENV)/.dev $(VENV)/.programs  ## As `make test`, and report what of the code the tests ran
 	@$(BIN)/tidewright prepare
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+	@$(BIN)/coverage erase
+	$(BIN)/coverage run tests/suite.py $(ARGS); status=$$?; \
+	  $(BIN)/coverage combine --quiet && $(BIN)/coverage report; exit $$status
 
 lint: $(VENV)/.dev  ## Check style and types
 	$(BIN)/ruff check .
