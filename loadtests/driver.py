@@ -149,11 +149,11 @@ def progress(one: Run) -> str:
     now, began = time.time(), min((sample.at for sample in one.samples[:1000]), default=time.time())
     recent = [sample for sample in one.samples[-2000:] if sample.at + sample.last > now - 10]
     firsts = [1000 * sample.first for sample in recent if sample.served]
-    passed, options = now - began, one.options
+    passed, options = max(0.0, now - began), one.options
     users = users_at(options.shape, passed, options.duration, options.users)
-    text = (
-        f"{min(passed, options.duration):5.0f} of {options.duration:.0f} s  {users} users  {len(one.samples)} requests"
-    )
+    of = "" if options.requests else f" of {options.duration:.0f}"
+    text = f"{min(passed, options.duration):5.0f}{of} s  {users} users  {len(one.samples)} requests"
+    text += f" of {options.requests}" if options.requests else ""
     if firsts:
         p50, p99 = np.percentile(firsts, (50, 99))
         text += f"  {len(recent) / 10:.1f}/s  TTFT p50 {p50:.0f} ms, p99 {p99:.0f} ms"
