@@ -56,7 +56,7 @@ def test_a_model_has_its_own_options_and_else_the_server_s() -> None:
 
 def test_the_stubs_and_the_printed_file_have_the_same_models(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(models=[*TWO, {"model": "./c", "load": False}])
-    assert Settings(**settings.in_order()) == settings
+    assert Settings(**settings.model_dump()) == settings
     for name, value in settings.as_environment().items():
         monkeypatch.setenv(name, value)
     assert Settings() == settings

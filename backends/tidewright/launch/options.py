@@ -11,24 +11,22 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from tidewright.config import options_in_order
-from tidewright.resilience.config import ResilienceSettings
 from tidewright.served_models import split
 
-S = TypeVar("S", bound=ResilienceSettings)
+S = TypeVar("S", bound=BaseModel)
 Command = Callable[..., Any]
 
 _TYPES = {int: "INTEGER", float: "NUMBER", bool: "BOOLEAN", str: "TEXT"}
 
 
-def settings_options(settings: type[ResilienceSettings]) -> Callable[[Command], Command]:
+def settings_options(settings: type[BaseModel]) -> Callable[[Command], Command]:
     """One flag for each field; unset flags leave the word to environment and file.
 
     `--model` may come several times: what follows the first becomes `models`, which has no flag.
     """
 
     def decorate(command: Command) -> Command:
-        for name, field in reversed(options_in_order(settings)):
+        for name, field in reversed(settings.model_fields.items()):
             if name == "models":
                 continue
             flag = "--" + name.replace("_", "-")

@@ -74,7 +74,7 @@ def serve(config: str | None, print_config: bool, **flags: str | None) -> None:
         os.environ[CONFIG_FILE_VARIABLE] = config
     settings = settings_from(Settings, flags)
     if print_config:
-        click.echo(as_file(settings.in_order()), nl=False)
+        click.echo(as_file(settings.model_dump()), nl=False)
         return
     try:
         terminal = Terminal("serve", settings.log_format, settings.log_level, settings.log_file)

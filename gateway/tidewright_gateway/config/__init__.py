@@ -48,6 +48,7 @@ GROUPS: dict[str, type[BaseModel]] = {
 
 
 class GatewaySettings(
+    ResilienceSettings,
     ObservabilitySettings,
     WebSocketSettings,
     CacheSettings,
@@ -57,10 +58,9 @@ class GatewaySettings(
     AuthSettings,
     ApiSettings,
     ServerSettings,
-    ResilienceSettings,
     BaseSettings,
 ):
-    """Options of `tidewright gateway`."""
+    """Options of `tidewright gateway`. pydantic lists the fields of the last base first, as help, docs and file do."""
 
     model_config = SettingsConfigDict(env_prefix="TIDEWRIGHT_GATEWAY_", extra="forbid", frozen=True)
 
