@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,7 +13,9 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from helpers.websocket import ScriptedGateway, StreamClient, fruitless, text_of
 from tidewright_gateway.auth.callers import ANONYMOUS
+from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.replicas.triton import Reply
+from tidewright_gateway.websocket import session
 from tidewright_gateway.websocket.messages import Done, Token
 from tidewright_gateway.websocket.resumable import ResumableStream
 
@@ -197,6 +200,38 @@ def test_all_generations_together_are_bounded() -> None:
         client.start("big", **{**ENDLESS, "prompt": "big"})
         _, (done,) = client.rest()
         assert (done["id"], done["error"]["code"]) == ("big", "not_taken")
+
+
+def test_a_request_may_be_nested_as_deep_as_a_message_is_read() -> None:
+    nested = b'{"prompt": "a", "n": ' + b"[" * 50_000 + b"]" * 50_000 + b"}"
+    with pytest.raises(ApiError, match="too many objects or lists within each other"):
+        session._look_at(nested)
+
+
+@pytest.mark.parametrize("more", [{}, {"max_tokens": 40}])
+def test_the_largest_of_all_is_told_its_end_although_it_has_no_credit(more: dict) -> None:
+    with ScriptedGateway(ws_live_bytes=200_000) as gateway, StreamClient(gateway.url) as client:
+        client.start("big", credits=0, **{**ENDLESS, "prompt": "big"}, **more)
+        tokens, (done,) = client.rest()
+        assert (tokens, done["id"], done["error"]["code"]) == ([], "big", "not_taken")
+        assert done["choices"][0]["seq"] > 0
+        assert fruitless(gateway.url, client.resume_tokens["big"])["code"] == "unknown_generation"
+        client.start("big", **ENDLESS, max_tokens=1)  # its id and its place are free
+        client.rest()
+
+
+def test_pings_do_not_keep_a_connection_that_was_never_opened(
+    gateway: ScriptedGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ping_on(client: StreamClient) -> None:
+        for _ in range(1000):
+            client.send("ping")
+            client.receive("pong")
+            time.sleep(0.005)
+
+    monkeypatch.setattr(session, "OPEN_TIMEOUT", 0.3)
+    with StreamClient(gateway.url, opens=False) as client, pytest.raises(ConnectionClosed, match="no open within"):
+        ping_on(client)
 
 
 def test_who_cancels_before_the_first_token_is_told_of_each_choice(client: StreamClient) -> None:

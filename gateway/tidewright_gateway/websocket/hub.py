@@ -118,7 +118,7 @@ class Hub:
                     "ws_live_bytes",
                 )
             )
-            if not largest.is_running:  # it is done, and was not fetched
+            if largest.owner is None and not largest.is_running:  # it is done, and was not fetched
                 self.forget(largest)
         for connection in list(self.connections):
             connection.check(now)

@@ -44,6 +44,11 @@ class _Choice:
     unsent: int = 0
     num_tokens: int = 0
     finish_reason: str | None = None
+    num_dropped: int = 0  # entries that are not kept any more
+
+    @property
+    def num_entries(self) -> int:
+        return self.num_dropped + len(self.texts)
 
 
 class Outbox:
@@ -66,7 +71,7 @@ class Outbox:
     @property
     def ends(self) -> list[tuple[int, str | None]]:
         """Of each choice the last seq and the finish_reason."""
-        return [(len(choice.texts), choice.finish_reason) for choice in self._choices]
+        return [(choice.num_entries, choice.finish_reason) for choice in self._choices]
 
     def expect(self, num_choices: int) -> None:
         """So many there will be."""
@@ -91,6 +96,14 @@ class Outbox:
         choice.unsent += size
         self.size += size
         self.unsent += size
+
+    def drop(self) -> None:
+        """Its output is not kept: nothing more of it can be sent."""
+        for choice in self._choices:
+            choice.num_dropped = choice.num_entries
+            choice.texts, choice.token_ids, choice.logprobs = [], [], []
+            choice.sent = choice.size = choice.unsent = 0
+        self.size = self.unsent = 0
 
     def grant(self, tokens: int) -> None:
         if self.credits is not None:

@@ -49,8 +49,8 @@ class ResumableStream:
         self.id = ""
         """What its owner calls it."""
         self.owner: Owner | None = None
-        self.is_cancelled = False
-        """By its client, which wants nothing more of it."""
+        self.is_dropped = False
+        """Nothing but its `done` is sent any more: its client has cancelled it, or has left too much untaken."""
         self.is_running = True
         self._running: RunningRequest | None = None
         self._ended_by: ApiError | None = None
@@ -95,10 +95,14 @@ class ResumableStream:
         self._changed()
 
     def end(self, error: ApiError) -> None:
-        """The gateway ends it, if it still runs."""
+        """The gateway ends it. If it has ended by itself, the output that its client has not taken is dropped."""
         if self.is_running:
             self._ended_by = error
             self.stop()
+            return
+        self._failure, self.is_dropped = self._failure or Failure.of(error), True
+        self.outbox.drop()
+        self._changed()
 
     def _changed(self) -> None:
         if self.owner:
@@ -110,7 +114,7 @@ class ResumableStream:
 
     def cancel(self) -> None:
         """It stops soon; its `done` is what is left to send."""
-        self.is_cancelled = True
+        self.is_dropped = True
         self.stop()
         self._changed()
 
@@ -124,9 +128,9 @@ class ResumableStream:
 
     def next_message(self) -> Token | Done | None:
         """After `Done` there is no other."""
-        if not self.is_cancelled and (piece := self.outbox.take()):
+        if not self.is_dropped and (piece := self.outbox.take()):
             return Token(self.id, piece.index, piece.seq, piece.text, piece.token_ids, piece.logprobs)
-        if self.is_running or not (self.is_cancelled or self.outbox.is_sent):
+        if self.is_running or not (self.is_dropped or self.outbox.is_sent):
             return None
         unfinished = None if self._failure else "cancelled"
         return Done(

@@ -28,7 +28,7 @@ from tidewright_gateway.websocket.hub import Hub
 from tidewright_gateway.websocket.resumable import ResumableStream
 from tidewright_gateway.websocket.server import Transport
 
-OPEN_TIMEOUT = 10.0  # seconds until the first message must have come
+OPEN_TIMEOUT = 10.0  # seconds until a connection must be open
 _MOST_SEEN = 32  # outputs, before the request has been looked at
 _MAX_ANSWERS = 64  # that wait to be sent, before no further message is read
 
@@ -48,7 +48,7 @@ class Session:
         self._ready: dict[ResumableStream, None] = {}  # in the order of their turns
         self._answers: deque[m.FromServer] = deque()
         self._wake, self._has_room = asyncio.Event(), asyncio.Event()
-        self._active_at = time.monotonic()
+        self._began_at = self._active_at = time.monotonic()
         self._sending_since: float | None = None
         self._close: asyncio.Future[tuple[int, str]] = asyncio.get_running_loop().create_future()
 
@@ -92,7 +92,7 @@ class Session:
                 self._close.set_result((SLOW, ""))
         elif self._transport.is_going_away and not self._generations:
             self._close.set_result((GOING_AWAY, "the gateway is shutting down; reconnect"))
-        elif self._caller is None and silent > OPEN_TIMEOUT:
+        elif self._caller is None and now - self._began_at > OPEN_TIMEOUT:  # pings are no reason to stay
             self._close.set_result((IDLE, f"no open within {OPEN_TIMEOUT:g} s"))
         elif silent > settings.ws_idle_timeout and not any(one.is_running for one in self._generations.values()):
             self._close.set_result((IDLE, f"idle for {settings.ws_idle_timeout:g} s; send a ping to stay"))
@@ -139,7 +139,7 @@ class Session:
                 continue
             if isinstance(own, m.Done):
                 self._remove(generation)
-                if generation.is_cancelled:
+                if generation.is_dropped:
                     self._hub.forget(generation)
                 else:
                     self._hub.keep(generation)  # that it was sent does not say that it arrived
@@ -277,7 +277,9 @@ def _look_at(request: bytes) -> tuple[Kind, int]:
     """
     try:
         fields = msgspec.json.decode(request, type=_Fields)
-    except msgspec.ValidationError:
+    except RecursionError:
+        raise invalid("request has too many objects or lists within each other", code="invalid_json") from None
+    except msgspec.MsgspecError:
         raise invalid("request must be an object: a body of /v1/chat/completions or /v1/completions") from None
     if (fields.messages is UNSET) == (fields.prompt is UNSET):
         raise invalid("request needs either messages, for a chat, or prompt", "messages")
