@@ -11,6 +11,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from fastapi import APIRouter, Request
+from starlette.responses import Response
 
 from helpers.api_keys import add, refusal, running, until_logged
 from tidewright_gateway.auth import Authenticator, keys, require_admin
@@ -18,7 +20,11 @@ from tidewright_gateway.auth.callers import ANONYMOUS, Caller, Limits, Role
 from tidewright_gateway.auth.keys import make_key, split_key
 from tidewright_gateway.auth.stores import FileStore, open_store
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.context import RequestContext
+from tidewright_gateway.http.fast_path import FastPath
+from tidewright_gateway.http.query import QueryCheck
 from tidewright_gateway.openai.errors import ApiError
+from tidewright_gateway.tracing.context import Tracer
 
 pytestmark = pytest.mark.usefixtures("quick_polls")
 
@@ -150,3 +156,26 @@ def test_no_secret_is_logged_or_shown(tmp_path: Path, caplog: pytest.LogCaptureF
     asyncio.run(main())
     for secret in (key[-43:], wrong[-43:]):
         assert secret[:20] not in caplog.text + "".join(shown)
+
+
+def test_nobody_without_a_key_has_a_body_read(tmp_path: Path) -> None:
+    router = APIRouter()
+
+    @router.post("/v1/completions")
+    async def endpoint(request: Request) -> Response:
+        return Response(await request.body())
+
+    async def receive() -> dict[str, Any]:
+        raise AssertionError("it is read")
+
+    async def main() -> None:
+        add(FileStore(tmp_path / "keys.yaml"), "alice")
+        authenticator = Authenticator(GatewaySettings(keys=str(tmp_path / "keys.yaml")))
+        path = FastPath(router, router.routes, QueryCheck(ignores_unknown=False), authenticator)
+        context = RequestContext("1", Tracer(0.0).begin(()), "Bearer tw-alice-wrong")
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b""}
+        with pytest.raises(ApiError) as refused:
+            await path({**scope, "state": {"context": context}}, receive, receive)
+        assert refused.value.status == 401
+
+    asyncio.run(main())

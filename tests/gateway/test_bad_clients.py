@@ -74,6 +74,13 @@ def test_a_request_of_http_11_has_one_host(echo_gateway: RunningGateway, hosts: 
         assert read_all(client).startswith(b"HTTP/1.1 200")
 
 
+def test_a_length_may_have_thousands_of_digits(echo_gateway: RunningGateway) -> None:
+    with closing(connect(echo_gateway)) as client:
+        client.sendall(HEAD + b"content-length: %s2\r\n\r\n{}" % (b"0" * 5000))
+        status, body = read_answer(client)
+        assert (status, json.loads(body)["error"]["code"]) == (400, "invalid_value")
+
+
 def send_all(client: socket.socket, pieces: Iterator[bytes]) -> int:
     """Bytes that it took."""
     sent = 0

@@ -80,12 +80,18 @@ def test_integers_are_bounded(name: str) -> None:
         ('{"prompt": [[' + "1," * 8192 + "1]]}", "context_length_exceeded"),
         ('{"prompt": "a", "stop": [' + '"a",' * 8192 + '"a"]}', "context_length_exceeded"),
         ("{" + "".join(f'"a{number}":1,' for number in range(300)) + '"prompt": "a"}', "too_many_items"),
+        ('{"prompt": "a", "metadata": {' + ",".join(f'"a{n}" :1' for n in range(100_001)) + "}}", "too_many_items"),
         ("[]", "invalid_value"),
         ("", "invalid_json"),
     ],
 )
 def test_a_body_is_bounded_in_every_direction(body: str, code: str) -> None:
     assert error_of(CompletionRequest, body).code == code
+
+
+def test_colons_of_a_text_are_no_fields() -> None:
+    body = {**ENDPOINTS["/v1/completions"], "prompt": ":" * 200_000}
+    assert parse(CompletionRequest, json.dumps(body).encode(), 8192).prompt == body["prompt"]
 
 
 def error_of(kind: type[GenerationBody], body: str) -> ApiError:

@@ -138,7 +138,7 @@ def make_app(
         app.include_router(router)
     _leave_errors_to_the_middleware(app)
 
-    made: ASGIApp = FastPath(Authentication(app, authenticator), fast.routes, query)
+    made: ASGIApp = FastPath(Authentication(app, authenticator), fast.routes, query, authenticator)
     made = Middleware(made, hosts, tracer, traces, metrics, settings.max_body, *_paths(routers))
     if origins := [origin.strip() for origin in settings.cors_origins.split(",") if origin.strip()]:
         made = LoggedCors(

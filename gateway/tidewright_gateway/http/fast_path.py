@@ -13,13 +13,16 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.http.query import QueryCheck
 
 
 class FastPath:
-    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], query: QueryCheck) -> None:
+    def __init__(
+        self, app: ASGIApp, routes: Sequence[BaseRoute], query: QueryCheck, authenticator: Authenticator
+    ) -> None:
         """`routes`: POST routes whose endpoints take the request only and return a response."""
-        self._app, self._query = app, query
+        self._app, self._query, self._authenticator = app, query, authenticator
         self._routes = {route.path: route for route in routes if isinstance(route, APIRoute)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -29,5 +32,7 @@ class FastPath:
             return await self._app(scope, receive, send)
         scope["route"] = route
         self._query.check(scope)
+        # The pipeline asks again, once the body is there: nobody without a key has it kept until then.
+        await self._authenticator.caller(scope["state"]["context"].credential)
         response = await route.endpoint(Request(scope, receive))
         await response(scope, receive, send)

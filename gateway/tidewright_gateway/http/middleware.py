@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _OF_ANTHROPIC = "/v1/messages"
 _SLASHES = re.compile(r"/{2,}")
+_LONGEST_LENGTH = 18  # digits of a body's length
 T = TypeVar("T")
 
 
@@ -183,8 +184,8 @@ class _Exchange:
             raise ApiError(
                 415, "send the body as JSON, with the header Content-Type: application/json", code="not_json"
             )
-        length = self._headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._max_body:
+        length = self._headers.get(b"content-length", b"").lstrip(b"0")  # of which there may be thousands
+        if length.isdigit() and (len(length) > _LONGEST_LENGTH or int(length) > self._max_body):
             raise self._too_large()
 
     def _too_large(self) -> ApiError:

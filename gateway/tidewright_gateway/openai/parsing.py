@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from tidewright_gateway.openai.protocol import Body
 B = TypeVar("B", bound=Body)
 
 MAX_ITEMS = 100_000  # objects, lists and fields of a body: Python takes up to a hundred times their size for them
+_FIELD = re.compile(rb'"\s*:')
 _TEXTS = ("text", "input_text", "output_text", "refusal")  # types of parts, in one API or another
 _LISTS_OF_PARTS = ("messages", "input")
 MAX_INPUTS = 2048  # texts to embed in one request, as OpenAI has it
@@ -31,7 +33,7 @@ def parse(kind: type[B], body: bytes, longest: int, max_prompts: int = 4096, pol
     Raises:
         ApiError: it is none of this kind; says where, and what is wrong there.
     """
-    if body.count(b"[") + body.count(b"{") + body.count(b'":') > MAX_ITEMS:
+    if _has_too_many_items(body):
         raise invalid(f"the body has more than {MAX_ITEMS} objects, lists and fields", code="too_many_items")
     if not body.strip():
         raise invalid("the body is empty; send an object, such as {...}", code="invalid_json")
@@ -52,6 +54,13 @@ def parse(kind: type[B], body: bytes, longest: int, max_prompts: int = 4096, pol
         return kind.model_validate(data, context=policy)
     except ValidationError as error:
         raise _of_validation(error.errors(include_url=False), kind, data) from None
+
+
+def _has_too_many_items(body: bytes) -> bool:
+    nested = body.count(b"[") + body.count(b"{")
+    if nested + body.count(b":") <= MAX_ITEMS:
+        return False
+    return nested + sum(1 for _ in _FIELD.finditer(body)) > MAX_ITEMS  # not every colon is of a field
 
 
 def _check_lengths(data: dict[str, Any], longest: int, max_prompts: int) -> None:
