@@ -46,6 +46,8 @@ PUBLISHED = [
     jwk(OTHER_RSA, "RS256", kid="for encryption", use="enc"),
     {"kty": "oct", "kid": "secret", "k": base64.urlsafe_b64encode(b"x" * 32).decode()},
     {"kty": "RSA", "kid": "broken", "n": "!", "e": "AQAB"},
+    {**jwk(EC, "ES256"), "kid": ["no", "text"]},
+    {"kty": ["RSA"], "kid": "kty is no text"},
 ]
 
 
@@ -131,6 +133,12 @@ def test_a_claim_names_the_role(authenticator: Authenticator, value: Any, role: 
     assert asyncio.run(ask(authenticator, token(role=value))).role is Role.USE  # the claim of some other system
 
 
+def test_when_it_expires_may_be_text(authenticator: Authenticator) -> None:
+    given = token(exp=str(int(time.time() + DAY)))
+    for _ in range(2):  # also when it is known already
+        assert asyncio.run(ask(authenticator, given)).key_id == "jwt:alice"
+
+
 PEM = RSA.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
 HMAC = jwt.get_algorithm_by_name("HS256")
 SIGNED = ".".join(raw_token('{"alg":"HS256","kid":"rsa"}', json.dumps(claims())).split(".")[:2])
@@ -147,6 +155,7 @@ WRONG = {
     "expired": token(exp=time.time() - 120),
     "not yet": token(nbf=time.time() + DAY),  # a run of all tests may take long, and these are made first of all
     "from the future": token(iat=time.time() + DAY),
+    "endless": token(exp=float("inf")),
     "no exp": token(exp=None),
     "no sub": token(sub=None),
     "empty sub": token(sub=""),
@@ -241,11 +250,20 @@ def test_a_new_key_is_fetched_when_it_is_used_and_not_too_often(
     asyncio.run(main())
 
 
-def test_withdrawn_keys_end_without_a_request_that_asks(provider: Provider, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_withdrawn_keys_end_without_a_request_that_asks(
+    provider: Provider, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(tokens, "_REFRESH_INTERVAL", 0.05)
+    fetch, faults = tokens._fetch, iter([RuntimeError("a fault of ours")])
+
+    def fail_first(jwks: str) -> Any:
+        for fault in faults:
+            raise fault
+        return fetch(jwks)
 
     async def main() -> None:
         authenticator = make(provider.url)
+        monkeypatch.setattr(tokens, "_fetch", fail_first)
         await authenticator.start()
         provider.keys = PUBLISHED[1:]
         for _ in range(3000):
@@ -259,6 +277,7 @@ def test_withdrawn_keys_end_without_a_request_that_asks(provider: Provider, monk
         await authenticator.stop()
 
     asyncio.run(main())
+    assert "a fault of ours" in caplog.text
 
 
 def test_a_provider_that_fails_or_hangs_later_changes_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timezone
 from pathlib import Path
 
@@ -70,6 +71,27 @@ def test_a_file_is_for_its_owner_until_that_is_changed_and_nothing_is_left_besid
     assert path.stat().st_mode & 0o777 == 0o640
     assert link.is_symlink()
     assert set(tmp_path.iterdir()) == {path, link}
+
+
+def test_a_file_of_somebody_else_stays_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if root changed the keys of a gateway that runs as another user, which has to read them."""
+    path = tmp_path / "keys.yaml"
+    FileStore(path).change("alice", lambda _: KeyEntry("alice", (HASH,)))
+    owner, given = path.stat(), list[tuple[int, int]]()
+    monkeypatch.setattr(os, "geteuid", lambda: owner.st_uid + 1)
+    monkeypatch.setattr(os, "fchown", lambda _, *who: given.append(who))
+    FileStore(path).change("bob", lambda _: KeyEntry("bob", (HASH,)))
+    assert given == [(owner.st_uid, owner.st_gid)]
+
+    def refuse(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "fchown", refuse)
+    with pytest.raises(AuthSetupError, match=f"the file belongs to user {owner.st_uid}, .*: change it as that user"):
+        FileStore(path).change("carl", lambda _: KeyEntry("carl", (HASH,)))
+    entries, _ = FileStore(path).read() or ({}, [])
+    assert set(entries) == {"alice", "bob"}
+    assert set(tmp_path.iterdir()) == {path}
 
 
 IDS = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -84,12 +85,13 @@ class FileStore(KeyStore):
     def change(self, key_id: str, change: Change) -> None:
         path = self._path.resolve()  # a link to a file stays one
         try:
-            with _locked(path.parent):
-                exists = path.exists()
-                entries = _parse(path.read_bytes(), self.name) if exists else {}
+            with _locked(path.parent) as folder:
+                status = path.stat() if path.exists() else None
+                entries = _parse(path.read_bytes(), self.name) if status else {}
                 if (entry := change(entries.pop(key_id, None))) is not None:
                     entries[key_id] = entry
-                _replace(path, _text(entries), path.stat().st_mode & 0o777 if exists else 0o600)
+                _replace(path, _text(entries), status)
+                os.fsync(folder)  # a key that was revoked must not be back after a power failure
         except OSError as error:
             raise AuthSetupError(f"{self.name}: {error.strerror}") from None
 
@@ -167,12 +169,14 @@ def _text(entries: Entries) -> str:
     return _HEADER + yaml.safe_dump(document, sort_keys=False)
 
 
-def _replace(path: Path, text: str, mode: int) -> None:
-    """At once: whoever reads sees the old file or the new one."""
+def _replace(path: Path, text: str, before: os.stat_result | None) -> None:
+    """At once: whoever reads sees the old file or the new one, and may read one who could read the other."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            os.fchmod(file.fileno(), mode)
+            if before and (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+                _give(file.fileno(), before)
+            os.fchmod(file.fileno(), before.st_mode & 0o777 if before else 0o600)
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
@@ -182,12 +186,22 @@ def _replace(path: Path, text: str, mode: int) -> None:
         raise
 
 
+def _give(descriptor: int, before: os.stat_result) -> None:
+    try:
+        os.fchown(descriptor, before.st_uid, before.st_gid)
+    except PermissionError:
+        owner = f"user {before.st_uid}, group {before.st_gid}"
+        raise OSError(
+            errno.EPERM, f"the file belongs to {owner}, and is to stay theirs: change it as that user"
+        ) from None
+
+
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One change at a time. The folder, for the file itself is replaced."""
+def _locked(folder: Path) -> Iterator[int]:
+    """One change at a time. The folder, whose descriptor this is, for the file itself is replaced."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)

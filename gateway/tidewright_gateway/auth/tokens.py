@@ -94,6 +94,7 @@ class TokenChecker:
                 leeway=LEEWAY,
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )
+            good_until = int(claims["exp"]) + LEEWAY
         except jwt.ExpiredSignatureError:
             raise unauthorized("this token has expired") from None
         except jwt.ImmatureSignatureError:
@@ -106,11 +107,13 @@ class TokenChecker:
             raise unauthorized(f"this token has no {error.claim}; it needs exp, iss, aud and sub") from None
         except jwt.PyJWTError:
             raise unauthorized(WRONG) from None
+        except (ValueError, TypeError, OverflowError):  # of numbers in which PyJWT does not expect them
+            raise unauthorized(WRONG) from None
         subject = claims["sub"]
         if not 0 < len(subject) <= _LONGEST_SUBJECT:
             raise unauthorized(f"this token's sub must have 1 to {_LONGEST_SUBJECT} characters")
         caller = Caller(f"jwt:{subject}", self._role(claims))
-        self._known[digest] = caller, claims["exp"] + LEEWAY
+        self._known[digest] = caller, good_until
         return caller
 
     def _role(self, claims: Mapping[str, Any]) -> Role:
@@ -143,8 +146,9 @@ class TokenChecker:
                 self._keys = keys
                 self._known.clear()  # a key may have been withdrawn
             self._trouble.note("")
-        except AuthSetupError as error:
-            self._trouble.note(str(error))
+        except Exception as error:  # whatever it is, a key that is withdrawn later must be seen
+            known = isinstance(error, AuthSetupError)
+            self._trouble.note(str(error) if known else f"jwt_jwks {self._jwks}: {error!r}")
         finally:
             self._fetched_at, self._fetching = time.monotonic(), None
 
@@ -159,7 +163,7 @@ def _fetch(jwks: str) -> _Keys:
         keys = {data.get("kid"): key for data in found if (key := _usable(data))}
     except (OSError, httpx.HTTPError, httpx.InvalidURL) as error:
         raise AuthSetupError(f"jwt_jwks {jwks}: {error}") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError, AttributeError):
+    except (msgspec.MsgspecError, UnicodeDecodeError, LookupError, TypeError, AttributeError, RecursionError):
         raise AuthSetupError(f'jwt_jwks {jwks}: not a JWKS, which looks like {{"keys": [...]}}') from None
     if not keys:
         raise AuthSetupError(f"jwt_jwks {jwks}: has no RSA, EC or Ed25519 key for signatures")
@@ -167,10 +171,10 @@ def _fetch(jwks: str) -> _Keys:
 
 
 def _usable(data: Mapping[str, Any]) -> _Key | None:
-    algorithms = _ALGORITHMS.get(data.get("kty", ""), ())
+    algorithms = _ALGORITHMS.get(str(data.get("kty")), ())
     if named := data.get("alg"):
         algorithms = tuple(name for name in algorithms if name == named)
-    if not algorithms or data.get("use", "sig") != "sig":
+    if not algorithms or data.get("use", "sig") != "sig" or not isinstance(data.get("kid"), str | None):
         return None
     try:
         return _Key(jwt.PyJWK(dict(data), algorithms[0]).key, algorithms)
