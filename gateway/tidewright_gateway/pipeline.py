@@ -9,6 +9,7 @@ settles, `Pipeline._generate` queues, places and generates.
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
@@ -39,6 +40,8 @@ from tidewright_gateway.openai.parsing import parse
 from tidewright_gateway.openai.protocol import Body, GenerationBody
 from tidewright_gateway.replicas.failover import Generation, timed_out
 from tidewright_gateway.replicas.triton import Reply
+
+log = logging.getLogger(__name__)
 
 B = TypeVar("B", bound=Body)
 G = TypeVar("G", bound=GenerationBody)
@@ -141,6 +144,8 @@ class Pipeline:
                     await self._authenticator.caller(credential)
                 except ApiError as error:
                     refused[credential] = error
+                except Exception:
+                    log.exception("the key of a running request could not be checked")
             for context, task in list(self._running.items()):
                 if refusal := refused.get(context.credential):
                     context.ended_by = refusal

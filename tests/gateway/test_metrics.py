@@ -8,6 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from helpers.scripted_replicas import samples
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.metrics.busiest import OTHER
+from tidewright_gateway.metrics.sampling import _Growth
 
 
 def ended(metrics: Metrics, status: int, code: str = "", limit: str = "", key: str = "k", path: str = "/v1/x") -> None:
@@ -107,3 +108,14 @@ def test_a_demoted_key_loses_its_series() -> None:
         ("key_requests_total", "busy", "ok"): 1,
     }
     assert not [key for key in found if "idle" in key]
+
+
+def test_a_count_that_begins_again_never_falls() -> None:
+    """As of a replica that left and is back: Prometheus' counters take no negative growth."""
+    growth = _Growth[str]()
+    assert [growth.of(counts) for counts in ({"a": 5}, {"a": 7, "b": 1}, {"a": 2, "b": 1}, {"a": 3})] == [
+        [("a", 5)],
+        [("a", 2), ("b", 1)],
+        [("a", 2), ("b", 0)],
+        [("a", 1)],
+    ]

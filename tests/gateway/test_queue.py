@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
+from tidewright_gateway.admission import queue
 from tidewright_gateway.admission.queue import Queue
 
 LATER = 1e9  # on any clock
@@ -242,5 +243,27 @@ def test_no_place_is_lost_or_given_twice(seed: int, places: int, max_waiting: in
         ended = await asyncio.gather(*jobs, return_exceptions=True)
         assert all(isinstance(end, ModelError | asyncio.CancelledError | None) for end in ended), ended
         assert (queue.num_running, queue.num_waiting) == (0, 0)
+
+    run(work())
+
+
+def test_places_that_come_while_nobody_leaves_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "LOOK_INTERVAL", 0.001)
+    places = [1]
+
+    async def work() -> None:
+        requests = Requests(Queue(lambda: places[0], 10))
+        for name in ("first", "second", "third"):
+            await requests.ask(name)
+        assert requests.begun == ["first"]
+        places[0] = 2  # a replica is back
+        while len(requests.begun) < 2:
+            await asyncio.sleep(0.001)
+        assert requests.begun == ["first", "second"]
+        places[0] = 3
+        while len(requests.begun) < 3:
+            await asyncio.sleep(0.001)
+        for name in ("first", "second", "third"):
+            await requests.end(name)
 
     run(work())

@@ -207,3 +207,13 @@ def test_a_file_that_changes_is_noticed_and_one_that_breaks_changes_nothing(
         await until(lambda: client.closed == ["a:1"])
 
     run(body, replicas=f"file:{file}")
+
+
+def test_a_replica_that_does_not_say_its_context_bounds_nothing(client: type[ScriptedClient]) -> None:
+    client.status["a:1"] = msgspec.structs.replace(WELL, max_model_len=0)
+    client.status["b:1"] = msgspec.structs.replace(WELL, max_model_len=100)
+
+    async def body(failover: Failover) -> None:
+        assert failover.max_model_len == 100
+
+    run(body)

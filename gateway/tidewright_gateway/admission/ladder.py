@@ -39,7 +39,10 @@ class LoadLadder:
     async def run(self) -> None:
         """Runs for ever, so that an idle gateway recovers as well."""
         while self._settings.degradation:
-            self.tick(time.monotonic())
+            try:
+                self.tick(time.monotonic())
+            except Exception:
+                log.exception("the load could not be looked at")
             await asyncio.sleep(TICK)
 
     def tick(self, now: float) -> None:

@@ -31,6 +31,7 @@ class Place:
 
 
 SPARE = 0.25  # of the places
+LOOK_INTERVAL = 0.25  # seconds between two looks for places that have come, while somebody waits
 
 
 class Queue:
@@ -48,6 +49,7 @@ class Queue:
         self._running: Counter[str] = Counter()
         self._weights: dict[str, int] = {}  # of the callers that run
         self._waiting: dict[int, dict[str, deque[_Waiter]]] = {}  # by priority (lower first), then caller; none empty
+        self._look: asyncio.TimerHandle | None = None  # the next one
 
     @property
     def capacity(self) -> int:
@@ -106,6 +108,7 @@ class Queue:
         if not waiter.turn.done() and (refusal := self._refusal(caller)):
             self._give_up(waiter, priority)
             raise refusal
+        self._look_later()
         timer = loop.call_at(until, _time_out, waiter.turn)
         try:
             await waiter.turn
@@ -168,6 +171,16 @@ class Queue:
             if not waiter.turn.done():
                 self._run(caller, waiter.weight)
                 waiter.turn.set_result(None)
+
+    def _look_later(self) -> None:
+        """A replica that comes back brings places, and nobody who runs may leave for minutes."""
+        if self._waiting and self._look is None:
+            self._look = asyncio.get_running_loop().call_later(LOOK_INTERVAL, self._look_for_places)
+
+    def _look_for_places(self) -> None:
+        self._look = None
+        self._admit()
+        self._look_later()
 
     def _has_place(self, held: float) -> bool:
         """For a caller that would then hold so much, by weight."""

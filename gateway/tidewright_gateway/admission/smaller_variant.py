@@ -58,7 +58,10 @@ class SmallerVariant:
     async def run(self) -> None:
         """Runs for ever."""
         while True:
-            self.tick(time.monotonic())
+            try:
+                self.tick(time.monotonic())
+            except Exception:
+                log.exception("the load could not be looked at")
             await asyncio.sleep(TICK)
 
     def tick(self, now: float) -> None:

@@ -118,7 +118,10 @@ class _Growth(Generic[K]):
         self._seen: dict[K, int] = {}
 
     def of(self, counts: Mapping[K, int]) -> list[tuple[K, int]]:
-        """How much each has grown since the last call."""
-        grown = [(key, count - self._seen.get(key, 0)) for key, count in counts.items()]
+        """How much each has grown since the last call. One that is less than before counts from zero again."""
+        grown = []
+        for key, count in counts.items():
+            seen = self._seen.get(key, 0)
+            grown.append((key, count - seen if count >= seen else count))
         self._seen = dict(counts)
         return grown

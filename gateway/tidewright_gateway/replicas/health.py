@@ -128,9 +128,12 @@ class GenerationProbes:
             while interval:
                 pause = interval / max(len(self._replicas), 1)
                 await asyncio.sleep(pause * random.uniform(1 - JITTER, 1 + JITTER))
-                if replica := self._next(time.monotonic()):
-                    # In a task of its own: one that hangs must not delay the others.
-                    self._running[replica] = asyncio.create_task(self._probe_and_forget(replica))
+                try:
+                    if replica := self._next(time.monotonic()):
+                        # In a task of its own: one that hangs must not delay the others.
+                        self._running[replica] = asyncio.create_task(self._probe_and_forget(replica))
+                except Exception:
+                    log.exception("no generation probe could be made")
         finally:
             for task in tuple(self._running.values()):
                 task.cancel()

@@ -126,7 +126,7 @@ class ReplicaSet:
     def max_model_len(self, limit: int) -> int:
         """The smallest context of all replicas in tokens, at most `limit`."""
         lengths = [replica.status.max_model_len for replica in self.own if replica.status]
-        return min(lengths, default=limit)
+        return min(filter(None, lengths), default=limit)  # 0: it does not say
 
     @property
     def own(self) -> list[Replica]:
@@ -318,7 +318,10 @@ class ReplicaSet:
             # If more time has passed, this process was suspended or busy, and answers may wait to be read.
             listened, last = min(now - last, 2 * WATCH_INTERVAL), now
             for replica in self.replicas:
-                self._watch(replica, listened, now)
+                try:
+                    self._watch(replica, listened, now)
+                except Exception:
+                    log.exception("the attempts at a replica could not be watched")
 
     def _watch(self, replica: Replica, listened: float, now: float) -> None:
         """`listened`: seconds of listening since the last check."""
