@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
 from benchmarks.echo_replica import Echo, start
 from tidewright.bench.machine import free_ports
+from tidewright.resilience.errors import ModelError
+from tidewright.resilience.outcome import Outcome
 from tidewright_gateway.replicas import triton
 from tidewright_gateway.replicas.triton import CallRequest, TritonClient
 
@@ -105,3 +108,31 @@ def test_a_generation_left_before_its_end_is_cancelled_at_once() -> None:
             await echo.wait(lambda: echo.cancelled == 1)
 
     asyncio.run(run())
+
+
+class OtherAnswers(Echo):
+    """A server that has a model of this name, too, or one of another version."""
+
+    async def stream(self, request: object, context: Any) -> None:
+        await context.write(b"")  # a response without outputs
+
+
+def test_an_answer_of_another_kind_is_an_error_of_the_model() -> None:
+    async def scenario() -> None:
+        (port,) = free_ports(1)
+        server = await start(port, OtherAnswers(per_response=1, pause=0.0))
+        client = TritonClient(f"127.0.0.1:{port}", 1)
+        try:
+            with pytest.raises(ModelError) as told:
+                await client.control("status", PATIENCE)
+            assert told.value.outcome is Outcome.UNAVAILABLE
+            call = client.generate("decoder", CallRequest("1", [1], b"{}"))
+            with pytest.raises(ModelError) as told:
+                await call.read()
+            assert told.value.outcome is Outcome.ENGINE_FAILED
+            call.close()
+        finally:
+            await client.close()
+            await server.stop(0)
+
+    asyncio.run(scenario())

@@ -10,13 +10,18 @@ import pytest
 from pydantic import ValidationError
 
 from helpers.redis import RunningRedis
+from tidewright_gateway.auth.callers import Caller
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.context import RequestContext
 from tidewright_gateway.openai.errors import ApiError
 from tidewright_gateway.openai.responses import redis_store
+from tidewright_gateway.openai.responses.api import ResponsesApi
 from tidewright_gateway.openai.responses.items import RESPONSE as PREFIX
 from tidewright_gateway.openai.responses.redis_store import RedisStore
+from tidewright_gateway.openai.responses.request import ResponsesRequest
 from tidewright_gateway.openai.responses.shelf import Shelf
 from tidewright_gateway.openai.responses.store import MemoryStore, NoStore, ResponseStore, StoredResponse, make_store
+from tidewright_gateway.tracing.context import Tracer
 
 ID, OTHER = (f"{PREFIX}_{digit * 48}" for digit in "ab")  # not random: pytest-xdist compares the names of cases
 
@@ -195,3 +200,22 @@ def test_the_settings_name_the_store() -> None:
     assert isinstance(make_store(GatewaySettings(response_store="redis://127.0.0.1:1/0"), 2), RedisStore)
     with pytest.raises(ValidationError, match="redis://HOST:PORT/DB"):
         GatewaySettings(response_store="memory")
+
+
+def test_what_a_gateway_of_another_version_has_stored_is_told_as_such() -> None:
+    newer = {"type": "message", "role": "user", "content": [], "of_a_later_version": 1}
+
+    async def run() -> None:
+        shelf = Shelf(MemoryStore(1 << 20, 60), 1 << 20)
+        response = {"output": [{**newer, "id": f"msg_{ID.rpartition('_')[2]}0000"}]}
+        await shelf.store.put("a", ID, StoredResponse(response, [newer]))
+        context = RequestContext("1", Tracer(0.0).begin(()))
+        context.caller = Caller("a")
+        item = {"type": "item_reference", "id": response["output"][0]["id"]}
+        for fields in ({"previous_response_id": ID}, {"input": [item]}):
+            body = ResponsesRequest.model_validate({"model": "m", "input": "Hi", **fields})
+            with pytest.raises(ApiError, match="another version of the gateway") as told:
+                await ResponsesApi(shelf).translate(context, body)
+            assert told.value.status == 400
+
+    asyncio.run(run())

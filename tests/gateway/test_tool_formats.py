@@ -10,6 +10,7 @@ from typing import Any
 
 import jsonschema_rs
 import llguidance
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -100,6 +101,26 @@ READ: dict[str, list[tuple[str, list[Call], str]]] = {
         ("plain (text)", [], "plain (text)"),
     ],
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("pythonic", "[get_weather(city=b'x')]"),
+        ("pythonic", "[get_weather(city=2j)]"),
+        ("pythonic", "[get_weather(city=...)]"),
+        ("pythonic", "[get_weather(city='\\ud800')]"),
+        ("pythonic", "[get_weather(city={'\\ud800': 1})]"),
+        ("hermes", '<tool_call>{"name":"\\ud800"}</tool_call>'),
+        ("hermes", '<tool_call>{"name":"f","arguments":"{\\"a\\":\\"\\ud800\\"}"}</tool_call>'),
+        ("llama3_json", '{"name": "\\ud800", "parameters": {}}'),
+    ],
+)
+def test_what_has_no_json_is_no_call_and_breaks_nothing(name: str, text: str) -> None:
+    events = read(FORMATS[name]().scanner(USE), [text])
+    for event in events:
+        assert msgspec.json.encode(vars(event))
+    assert "ud800" not in "".join(event.text for event in events if isinstance(event, CallArguments))
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,10 @@ class TritonClient:
             raise ModelError("Triton closed the stream", Outcome.UNAVAILABLE)
         if response.error_message:
             raise ModelError(response.error_message)
-        return _outputs(response.infer_response)["text_output"][4:].decode()
+        try:
+            return _outputs(response.infer_response)["text_output"][4:].decode()
+        except (LookupError, ValueError):
+            raise ModelError("its answer is none of Tidewright's", Outcome.UNAVAILABLE) from None
 
     async def change(self, model: str, load: bool, timeout: float) -> None:
         """Loads or unloads a model; a load returns when the model is ready.
@@ -250,7 +253,10 @@ class TritonCall:
         if response.error_message:
             self._ended = True
             raise ModelError(response.error_message)
-        reply = _reply(response.infer_response)
+        try:
+            reply = _reply(response.infer_response)
+        except (LookupError, ValueError, TypeError, msgspec.MsgspecError) as error:  # as of another version
+            raise ModelError(f"the model's answer can't be read ({error!r})", Outcome.ENGINE_FAILED) from None
         self._ended = reply.finish_reason is not None
         return reply
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.models import Model
@@ -23,6 +23,8 @@ from tidewright_gateway.openai.responses.shelf import Shelf
 from tidewright_gateway.openai.responses.store import StoredResponse
 from tidewright_gateway.openai.responses.translation import input_items, to_chat
 from tidewright_gateway.openai.responses.truncation import shortened
+
+T = TypeVar("T")
 
 _ROOM = 4  # the part of the context that a shortened prompt leaves to the answer, unless the request says how much
 _items: TypeAdapter[list[Item]] = TypeAdapter(list[Annotated[Item, Field(discriminator="type")]])
@@ -44,7 +46,7 @@ class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
             stored = await self._shelf.previous(context.caller.key_id, body.previous_response_id)
             self._previous = stored.items
         self._body, self._own = body, await self._resolved(context.caller.key_id, input_items(body))
-        previous: Sequence[Item] = _items.validate_python(self._previous)
+        previous = _read(_items, self._previous, "previous_response_id")
         request = to_chat(body, [*previous, *self._own], len(previous))
         if body.truncation == "auto":
             messages = await shortened(request.messages, lambda messages: _fits(context.served, request, messages))
@@ -64,7 +66,7 @@ class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
                     place = f"input.{number}.id"
                     message = f"{place}: this key has no stored response with the item {item.id[:MAX_SHOWN]!r}"
                     raise invalid(f"{message}; send the item itself", place)
-                item = _item.validate_python(stored)
+                item = _read(_item, stored, f"input.{number}.id")
             found.append(item)
         return found
 
@@ -81,6 +83,17 @@ class ResponsesApi(Api[ResponsesRequest, ChatRequest]):
         answer = ResponsesAnswer(context, request, prompts, description, keep if is_stored else None)
         self._shelf.run(context, answer)
         return answer
+
+
+def _read(kind: TypeAdapter[T], stored: Any, place: str) -> T:
+    """What was stored, perhaps by a gateway of another version. Raises ApiError."""
+    try:
+        return kind.validate_python(stored)
+    except ValidationError:
+        message = (
+            f"{place}: it was stored by another version of the gateway, and can't be read; send all items as input"
+        )
+        raise invalid(message, place) from None
 
 
 async def _fits(model: Model, request: ChatRequest, messages: list[ChatMessage]) -> bool:

@@ -52,7 +52,7 @@ class RedisStore(ResponseStore):
         data = await self._ask(lambda: self._redis.get(_name(key_id, response_id)))
         try:
             return decode(data) if data else None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             log.error("the stored response %s can't be read: %s", response_id, error)
             return None
 
@@ -65,7 +65,7 @@ class RedisStore(ResponseStore):
             if self._is_lost:
                 try:
                     await self._redis.ping()
-                except (RedisError, OSError):
+                except Exception:  # whatever it is, it must be seen when the store is back
                     continue
                 self._note("")
 

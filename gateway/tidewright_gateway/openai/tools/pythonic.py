@@ -103,7 +103,7 @@ def _python(text: str) -> Any:
     """The value of a Python literal, in which JSON's words may stand as well. Raises MalformedError."""
     try:
         return _value_of(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise MalformedError from None
 
 
@@ -122,7 +122,8 @@ def _value_of(node: ast.expr) -> Any:
     if isinstance(node, ast.List | ast.Tuple | ast.Set):
         return [_value_of(item) for item in node.elts]
     found = ast.literal_eval(node)
-    json.dumps(found, allow_nan=False)  # bytes and complex numbers have no JSON
+    # Bytes and complex numbers have no JSON, and half of a surrogate pair is no text.
+    json.dumps(found, ensure_ascii=False, allow_nan=False).encode()
     return found
 
 

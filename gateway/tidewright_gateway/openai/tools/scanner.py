@@ -268,6 +268,9 @@ def _argument_text(value: str) -> str:
 def _decoded(text: str) -> str:
     try:
         found = json.loads(text)
+        if not isinstance(found, str):
+            return ""
+        found.encode()  # half of a surrogate pair is no text
     except ValueError:
         raise MalformedError from None
-    return found if isinstance(found, str) else ""
+    return found
