@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from tidewright.bridge import feeder
 from tidewright.bridge.feeder import PROBATION, TRIES, Feeder
 from tidewright.bridge.output_sequence import OutputSequence
 from tidewright.engine.messages import Abort, AdapterChanged, LoadAdapter, Submit, ToEngine
+from tidewright.errors import EngineUnavailableError
 from tidewright.schema import SamplingParams
 
 
@@ -30,6 +32,8 @@ class Simulation:
         self.running: dict[int, Any] = {}
         self.accepted_before: dict[int, bool] = {}
         self.loads: list[str] = []
+        self.is_gone = False
+        """It has died, and nobody has noticed."""
         self.feeder = Feeder(self.send, lambda sequence, error: self.given_up.append(sequence.engine_request_id))
         self.sequences = [self.sequence(number) for number in range(len(lengths))]
 
@@ -57,6 +61,8 @@ class Simulation:
         )
 
     def send(self, message: ToEngine) -> None:
+        if self.is_gone:
+            raise EngineUnavailableError("gone")
         if isinstance(message, LoadAdapter):
             self.loads.append(message.name)
         elif isinstance(message, Submit):
@@ -72,9 +78,11 @@ class Simulation:
         while not self.feeder._notes.empty():
             note = self.feeder._notes.get()
             assert note
-            note()
+            with contextlib.suppress(EngineUnavailableError):  # as in its thread
+                note()
 
     def comes_up(self) -> None:
+        self.is_gone = False
         self.feeder.engine_up()
         self.read_notes()
 
@@ -377,3 +385,33 @@ def test_an_adapter_is_blamed_only_by_an_engine_that_had_no_sequence() -> None:
         simulation.dies(to_blame)
         simulation.comes_up()
     assert set(simulation.feeder.adapters.by_name) == {"b"}
+
+
+def test_an_engine_that_was_dead_before_is_no_death_of_who_comes() -> None:
+    simulation = Simulation([1] * 3, set())
+    simulation.comes_up()
+    for number in range(3):
+        simulation.is_gone = True
+        simulation.submit(number)
+        simulation.dies()
+        assert simulation.sequences[number].deaths == 0
+        simulation.comes_up()
+        simulation.step()
+    assert simulation.done == [0, 1, 2]
+
+
+def test_a_suspect_that_no_engine_got_is_not_given_up() -> None:
+    simulation = Simulation([3, 3], {0})
+    simulation.comes_up()
+    for number in (0, 1):
+        simulation.submit(number)
+    for _ in range(TRIES):
+        simulation.step()  # it dies
+    assert list(simulation.running) == [0]  # on trial
+    simulation.is_gone = True
+    simulation.drop(0)  # its caller hangs up in the moment in which the engine dies: the next one's trial would begin
+    simulation.dies()
+    simulation.comes_up()
+    for _ in range(4):
+        simulation.step()
+    assert (simulation.given_up, simulation.done) == ([], [1])

@@ -49,7 +49,7 @@ class Feeder:
         self._give_up = give_up
         self._notes: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._loop, name="feeder", daemon=True)
-        self.adapters = Adapters(send, self._has_adapter)
+        self.adapters = Adapters(self._tell, self._has_adapter)
         # The thread's own:
         self._sequences: dict[int, OutputSequence] = {}  # not yet ended, in order of arrival
         self._given: set[int] = set()  # to the engine that runs
@@ -87,7 +87,7 @@ class Feeder:
         self._notes.put(lambda: self._lose(to_blame))
 
     def resize_cache(self, num_blocks: int) -> None:
-        self._notes.put(lambda: self._send(ResizeCache(num_blocks)))
+        self._notes.put(lambda: self._tell(ResizeCache(num_blocks)))
 
     def load_adapter(self, name: str, path: str, done: Done) -> None:
         self._notes.put(lambda: self.adapters.load(name, path, done))
@@ -112,6 +112,13 @@ class Feeder:
                 log.exception("the engine could not be given its work")
         self.adapters.fail("the server is shutting down")
 
+    def _tell(self, message: ToEngine) -> None:
+        try:
+            self._send(message)
+        except EngineUnavailableError:
+            self._engine_up = False  # `engine_lost` is on its way; until then nobody is given, or put on trial
+            raise
+
     def _take(self, sequence: OutputSequence) -> None:
         waits = self._on_probation(sequence) or self._all_wait()
         self._sequences[sequence.engine_request_id] = sequence
@@ -129,8 +136,9 @@ class Feeder:
         sequence.progressed = False
         self._given.add(sequence.engine_request_id)
         try:
-            self._send(_submission(sequence))
+            self._tell(_submission(sequence))
         except EngineUnavailableError:
+            self._given.discard(sequence.engine_request_id)  # not of this one does the engine die
             raise
         except Exception as error:
             # Of this one alone: those behind it, and the note that it is part of, must go on.
@@ -145,7 +153,7 @@ class Feeder:
         if self._trial is None or self._trial is sequence:
             self._next_trial()
         if is_given and not sequence.engine_is_done:
-            self._send(Abort(sequence.engine_request_id))
+            self._tell(Abort(sequence.engine_request_id))
         if sequence.request.parsed.adapter:
             self.adapters.settle()
 
