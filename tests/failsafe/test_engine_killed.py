@@ -35,3 +35,7 @@ def test_the_decoder_is_not_asked_again(before: list[list[int]]) -> None:
         assert caller.end() is None
         assert caller.reason == "engine_failed"
         assert len(it.models.calls) == 1
+
+
+def test_a_mistake_of_the_caller_is_one_whatever_it_quotes() -> None:
+    assert ModelError(f"guided_regex: {KILLS_ENGINES} [invalid]").outcome is Outcome.INVALID

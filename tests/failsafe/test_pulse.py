@@ -231,3 +231,17 @@ def test_it_stops(patient: Patient) -> None:
     asked = len(patient.asked)
     assert not patient.pulse._thread.is_alive()
     assert len(patient.asked) == asked
+
+
+def test_without_a_thread_for_another_question_the_one_that_asks_goes_on(
+    patient: Patient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    patient.feel()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError):
+            patient.pulse.start()
+    assert kind_of(patient.feel(UNLOADED)) is Kind.UNLOADED

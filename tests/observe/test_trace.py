@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from tidewright.launch.cli import main
+from tidewright.observe.records import spans_of
 
 TRACE, OTHER = "ab" * 16, "cd" * 16
 BEGAN = 1_800_000_000_000_000_000  # nanoseconds
@@ -341,3 +342,18 @@ def test_other_servers_are_told_from_backends() -> None:
     assert "can't be asked" in trace(TRACE, "http://127.0.0.1:1")[1]
     for url in ("ftp://x", "http://[bad"):
         assert "neither a file nor the address" in trace(TRACE, url)[1]
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        1,
+        [1],
+        [{"scopeSpans": 1}],
+        [{"resource": 1, "scopeSpans": [{"spans": [{}]}]}],
+        [{"scopeSpans": [{"spans": 1}, {"spans": [1, {}]}]}],
+        [{"scopeSpans": [{"spans": [{"traceId": "1", "spanId": "1", "name": "", "startTimeUnixNano": 10**400}]}]}],
+    ],
+)
+def test_lines_of_another_shape_have_no_spans(spans: object) -> None:
+    assert list(spans_of({"resourceSpans": spans})) == []

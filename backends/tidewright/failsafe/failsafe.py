@@ -315,8 +315,11 @@ class Failsafe:
                 self._changed.wait_for(lambda: self._relays or self._stopping.is_set(), MONITOR_INTERVAL * 50)
                 relays = list(self._relays)
             began = time.monotonic()
-            self._pulse.watch(began, is_awaited=bool(relays))
-            self._watch_load(began)
+            try:
+                self._pulse.watch(began, is_awaited=bool(relays))
+                self._watch_load(began)
+            except Exception:
+                log.exception("the models could not be watched")
             for relay in relays:
                 try:
                     self._watch(relay)

@@ -58,6 +58,7 @@ class Pulse:
         """`silence`: seconds without a sign of life that mean trouble."""
         self._control, self._silence, self._has_fallback = control, silence, has_fallback
         self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
         self._asked_at: float | None = None  # time.monotonic(), while a question waits for its answer
         self._is_awaited = True
         self._ask_now = threading.Event()
@@ -71,15 +72,21 @@ class Pulse:
         self.fallback_ready = False
 
     def start(self) -> None:
-        self._asked_at = None
-        self._thread = threading.Thread(target=self._loop, name="pulse", daemon=True)
-        self._thread.start()
+        """Raises RuntimeError: the system gives no thread; all stays as it is."""
+        before = self._thread, self._asked_at
+        self._thread, self._asked_at = threading.Thread(target=self._loop, name="pulse", daemon=True), None
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread, self._asked_at = before
+            raise
 
     def stop(self) -> None:
         """Does not wait for ever: a stub that dies leaves a question open."""
         self._stopping.set()
         self._ask_now.set()
-        self._thread.join(STOP_PATIENCE)
+        if self._thread:
+            self._thread.join(STOP_PATIENCE)
         for stub in self.stubs.values():
             stub.close()
 

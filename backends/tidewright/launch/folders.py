@@ -40,7 +40,12 @@ def put_in_place(partial: Path, target: Path) -> None:
     try:
         if target.exists():
             target.rename(replaced)
-        partial.rename(target)
+        try:
+            partial.rename(target)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(target)
+            raise
     finally:
         shutil.rmtree(replaced, ignore_errors=True)
 

@@ -67,7 +67,7 @@ def _open(path: Path) -> IO[bytes]:
 def _take(found: Found, line: bytes, wanted: str) -> None:
     try:
         record = json.loads(line)
-    except ValueError:  # such as a line that a full disk has cut
+    except (ValueError, RecursionError):  # such as a line that a full disk has cut
         return
     if not isinstance(record, dict):
         return
@@ -94,14 +94,25 @@ def _line_of(record: dict[str, Any]) -> LogLine | None:
 
 def spans_of(request: dict[str, Any]) -> Iterator[Span]:
     """Of an OTLP request in JSON; those that can't be read are passed over."""
-    for of_resource in request.get("resourceSpans") or ():
-        service = str(_attributes(of_resource.get("resource")).get("service.name", ""))
-        for of_scope in of_resource.get("scopeSpans") or ():
-            for span in of_scope.get("spans") or ():
+    for of_resource in _items(request, "resourceSpans"):
+        try:
+            service = str(_attributes(of_resource.get("resource")).get("service.name", ""))
+        except _UNREADABLE:
+            continue
+        for of_scope in _items(of_resource, "scopeSpans"):
+            for span in _items(of_scope, "spans"):
                 try:
                     yield _span(span, service)
-                except (KeyError, ValueError, TypeError, AttributeError):
+                except _UNREADABLE:
                     continue
+
+
+_UNREADABLE = (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
+def _items(holder: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    found = holder.get(name)
+    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
 
 
 def _span(span: dict[str, Any], service: str) -> Span:

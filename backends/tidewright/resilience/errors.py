@@ -30,7 +30,7 @@ class ModelError(Exception):
         text, _, mark = message.rpartition(" ")
         known = _BY_REASON.get(mark)
         super().__init__(text if known else message)
-        if known and KILLS_ENGINES in text:
+        if known is Outcome.ENGINE_FAILED and KILLS_ENGINES in text:  # others may quote what a caller has sent
             known = Outcome.ENGINE_KILLED
         self.outcome = outcome or known or (Outcome.STUB_DIED if "Stub process" in message else Outcome.UNAVAILABLE)
 
