@@ -243,6 +243,14 @@ def test_who_cancels_before_the_first_token_is_told_of_each_choice(client: Strea
     assert {choice["finish_reason"] for choice in done["choices"]} == {"cancelled"}
 
 
+@pytest.mark.parametrize("origin", ["http://evil.example", "http://[", "null"])
+def test_pages_of_other_hosts_are_refused_however_they_name_theirs(gateway: ScriptedGateway, origin: str) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        StreamClient(gateway.url, origin=origin)
+    assert refused.value.response.status_code == 403
+    assert b"cross_site" in refused.value.response.body
+
+
 def test_before_open_nothing_goes_but_a_ping(gateway: ScriptedGateway) -> None:
     with StreamClient(gateway.url, opens=False) as client:
         client.send("ping")

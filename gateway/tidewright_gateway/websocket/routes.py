@@ -53,7 +53,15 @@ def make_stream_router(
 def _refuse_cross_site(socket: WebSocket) -> None:
     """Browsers let any page connect to any address, also to one of this machine, and only say where it came from."""
     origin, host = socket.headers.get("origin"), socket.headers.get("host", "")
-    if origin is None or urlsplit(origin).netloc.lower() == host.lower():
+    if origin is None or _host_of(origin) == host.lower():
         return
     message = f"a page of {origin[:200]} may not connect to {host[:200]}; pages of the same host and port may"
     raise ApiError(403, message, code="cross_site")
+
+
+def _host_of(origin: str) -> str | None:
+    """With the port; None if it is no address."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return None
