@@ -15,7 +15,7 @@ from tidewright.tokenization import Tokenizer
 @pytest.fixture
 def world(model_dir: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     monkeypatch.setattr(bridge_module, "EngineClient", ScriptedEngine)
-    settings = Settings(max_running=3, max_waiting=2, shutdown_grace=1)
+    settings = Settings(max_running=3, max_waiting=2, shutdown_grace=1, class_targets="1000:tpot=1e-9")
     bridge = Bridge(settings, settings.engine_config(model_dir), tokenizer)
     bridge.start()
     yield World(bridge, bridge._client, tokenizer)  # type: ignore[arg-type]

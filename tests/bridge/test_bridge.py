@@ -403,6 +403,8 @@ def test_a_request_that_ended_by_itself_is_held_to_its_targets(world: World) -> 
     assert run(ttft_target=met, tpot_target=met) == {"ttft": 1, "tpot": 1, "both": 1}
     assert run(ttft_target=missed, tpot_target=met) == {"ttft": 0, "tpot": 1, "both": 0}
     assert run(ttft_target=met, tpot_target=missed) == {"ttft": 1, "tpot": 0, "both": 0}
+    assert run(priority=1000) == {"ttft": 1, "tpot": 0, "both": 0}  # its class has one
+    assert run(priority=1000, tpot_target=met) == {"ttft": 1, "tpot": 1, "both": 1}
     assert run("timeout", ttft_target=met) == {"ttft": 0, "tpot": 0, "both": 0}
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import random
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from helpers.scheduling import make, result
 from tidewright.engine import admission as admission_module
 from tidewright.engine.admission import Admission
+from tidewright.engine.class_targets import ClassTargets
 from tidewright.engine.engine import make_sequence
 from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError
@@ -27,13 +28,15 @@ MEASURED = 40  # steps
 class Machine:
     """An engine without a model, on a clock of its own."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, ttft_target: float = 0.0, **changes: Any) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, ttft_target: float = 0.0, class_targets: str = "", **changes: Any
+    ) -> None:
         values = {"max_running": 8, "max_waiting": 1000, "max_batched_tokens": 256, "max_model_len": 2000}
         self.scheduler, _ = make(**{"blocks": 4000, **values, **changes})  # type: ignore[arg-type]
         self.latency = LatencyController(0.1, 0.0, 256, 8)
         self.now = 100.0
         monkeypatch.setattr(admission_module.time, "monotonic", lambda: self.now)
-        self.admission = Admission(self.scheduler, self.latency, ttft_target)
+        self.admission = Admission(self.scheduler, self.latency, ttft_target, ClassTargets(class_targets))
         self.first: dict[int, float] = {}
         self.arrived: dict[int, float] = {}
         self.predicted: dict[int, float] = {}
@@ -135,6 +138,23 @@ def test_who_can_not_make_its_deadline_is_told_at_once_when_it_could(machine: Ma
     machine.run_until(lambda: machine.now > started + wait)
     machine.submit(200, 50, timeout=1.2)
     assert machine.admission.refused_by_timeout == 1
+
+
+def submit_until_refused(machine: Machine, **more: Any) -> NoReturn:
+    while True:
+        machine.submit(200, 50, **more)
+
+
+def test_a_class_has_its_own_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(monkeypatch, ttft_target=0.5, class_targets="0:ttft=3,100:ttft=0")
+    machine.measure()
+    with pytest.raises(RequestRefusedError, match=r"0\.8 of its ttft_target are 2\.4 s"):
+        submit_until_refused(machine)
+    with pytest.raises(RequestRefusedError, match=r"are 0\.4 s"):
+        submit_until_refused(machine, priority=-1)
+    machine.submit(200, 50, priority=100)
+    with pytest.raises(RequestRefusedError, match=r"are 0\.8 s"):
+        machine.submit(200, 50, priority=100, ttft_target=1.0)
 
 
 def test_with_a_target_nobody_is_let_in_who_would_miss_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ from tidewright.bridge.stats import CumulativeStats, RequestStats
 from tidewright.bridge.traces import BridgeTraces
 from tidewright.config import Settings
 from tidewright.cores import usable_cores
+from tidewright.engine.class_targets import ClassTargets
 from tidewright.engine.messages import EngineConfig, EngineStats, Ready, SequenceOutput
 from tidewright.errors import (
     CancelledError,
@@ -103,7 +104,11 @@ class Bridge:
         self.request_stats = RequestStats()
         self.traces = traces
         self._answers = Answers(
-            self.request_stats, traces, ttft_target=config.ttft_target, tpot_target=config.tpot_target
+            self.request_stats,
+            traces,
+            ttft_target=config.ttft_target,
+            tpot_target=config.tpot_target,
+            classes=ClassTargets(config.class_targets),
         )
         self.engine: Ready | None = None
         """What the running engine said of itself; kept while it restarts."""

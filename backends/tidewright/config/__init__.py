@@ -148,6 +148,7 @@ class Settings(ResilienceSettings, ProcessSettings, FallbackSettings, EngineSett
             max_running=16,
             ttft_target=0.0,
             tpot_target=0.0,
+            class_targets="",
             prefix_caching=False,
             speculative_tokens=0,
             async_scheduling="off",

@@ -9,6 +9,7 @@ import msgspec
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from tidewright.distributed.gpu_choice import DEVICE_PATTERN, gpus_of
+from tidewright.engine.class_targets import ClassTargets
 from tidewright.engine.messages import AsyncScheduling, parse_rendezvous
 from tidewright.kv_cache.budget import is_share, parse_memory
 from tidewright.schema import MAX_ADAPTER_NAME, MAX_ADAPTERS_KNOWN, AdapterName, Pooling, Task
@@ -111,6 +112,11 @@ class EngineSettings(BaseModel):
         description="Seconds between two tokens of a stream that the server aims at: steps with prompts are as short, "
         "and fewer sequences run where streams alone would take longer. 0: none.",
     )
+    class_targets: str = Field(
+        "",
+        description="Targets of priority classes instead of the server's: PRIORITY:ttft=SECONDS:tpot=SECONDS with "
+        "commas between, each for that priority and larger numbers up to the next class; 0: none.",
+    )
     max_running: int = Field(64, ge=1, le=4096, description="Sequences computed in one engine step, at most.")
     prefix_caching: bool = Field(True, description="Share the KV blocks of equal prompt beginnings.")
     speculative_tokens: int = Field(
@@ -181,6 +187,12 @@ class EngineSettings(BaseModel):
     @classmethod
     def _adapters_are_readable(cls, value: str) -> str:
         parse_adapters(value)
+        return value
+
+    @field_validator("class_targets")
+    @classmethod
+    def _class_targets_are_readable(cls, value: str) -> str:
+        ClassTargets(value)
         return value
 
     @property

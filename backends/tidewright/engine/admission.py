@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tidewright.engine.class_targets import NO_CLASSES, ClassTargets
 from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError, longest
 from tidewright.engine.messages import SequenceOutput, Submit
@@ -45,9 +46,11 @@ class _Last(NamedTuple):
 
 
 class Admission:
-    def __init__(self, scheduler: Scheduler, latency: LatencyController, ttft_target: float) -> None:
+    def __init__(
+        self, scheduler: Scheduler, latency: LatencyController, ttft_target: float, classes: ClassTargets = NO_CLASSES
+    ) -> None:
         """`ttft_target`: in seconds; 0: only deadlines count."""
-        self._scheduler, self._latency, self._target = scheduler, latency, ttft_target
+        self._scheduler, self._latency, self._target, self._classes = scheduler, latency, ttft_target, classes
         self._accepted: dict[int, _Accepted] = {}  # that have not ended
         self._ended = 0
         self._used = 1.0  # of the tokens that outputs might have, the share that they have
@@ -63,7 +66,7 @@ class Admission:
         Raises:
             RequestRefusedError: it would come too late.
         """
-        target = sequence.sampling.ttft_target or self._target
+        target = sequence.sampling.ttft_target or self._classes.ttft(sequence.sampling.priority, self._target)
         if not self._is_measured:
             return 0.0
         sequence.likely_cached = self._scheduler.likely_cached(sequence)  # also for those that come behind it

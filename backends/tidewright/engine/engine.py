@@ -17,6 +17,7 @@ from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.distributed.rank_messages import AddAdapter, Committed, DropAdapter, Expire, Input, Resize
 from tidewright.distributed.ranks import Ranks
 from tidewright.engine.admission import Admission
+from tidewright.engine.class_targets import ClassTargets
 from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig
 from tidewright.engine.memory_manager import MemoryManager
@@ -67,10 +68,11 @@ class Engine:
         self.config = config
         self.scheduler = make_scheduler(config, self.runner)
         self.idle_audit = IdleAudit(self.scheduler.cache)
+        classes = ClassTargets(config.class_targets)
         self._latency = LatencyController(
-            config.prefill_step_time, config.tpot_target, config.max_batched_tokens, config.max_running
+            config.prefill_step_time, config.tpot_target, config.max_batched_tokens, config.max_running, classes
         )
-        self._admission = Admission(self.scheduler, self._latency, config.ttft_target)
+        self._admission = Admission(self.scheduler, self._latency, config.ttft_target, classes)
         self.memory = self._manage_memory()
         self._ranks = ranks
         self._inputs: list[Input] = []  # that the other ranks have not got yet

@@ -6,9 +6,11 @@ It reads measured step times, which the scheduler does not; what it finds goes t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from statistics import median
 
+from tidewright.engine.class_targets import NO_CLASSES, ClassTargets
 from tidewright.engine.pace import UNPACED, StepPace
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.step_cost import StepCost, StepLoad
@@ -24,10 +26,18 @@ _SHARPEST = 0.75  # of what ran: no change takes more away at once
 
 
 class LatencyController:
-    def __init__(self, step_time: float, tpot_target: float, max_tokens: int, max_running: int) -> None:
-        """In seconds. `step_time` holds without a `tpot_target` (0), and sizes steps only; 0: any time."""
+    def __init__(
+        self,
+        step_time: float,
+        tpot_target: float,
+        max_tokens: int,
+        max_running: int,
+        classes: ClassTargets = NO_CLASSES,
+    ) -> None:
+        """In seconds. `step_time` holds without a target for tokens (0), and sizes steps only; 0: any time."""
+        self._step_time, self._tpot_target, self._classes = step_time, tpot_target, classes
         self._target = tpot_target or step_time
-        self._limits_running = tpot_target > 0
+        self._held = tpot_target  # by the number that runs; 0: by nothing
         self._max_tokens, self._max_running = max_tokens, max_running
         self._most = min(FIRST, max_tokens)
         self._recent: list[float] = []  # seconds that streams took of each step
@@ -45,7 +55,7 @@ class LatencyController:
         self.cost.computed(load, seconds)
         if 2 * load.tokens > self._most:
             self._most = min(2 * load.tokens, self._max_tokens)
-        if self._limits_running and load.streams:
+        if self._held and load.streams:
             self._streams = max(self._streams, load.streams)
             self._recent.append(max(seconds - prompts, 0.0))
             if len(self._recent) == WINDOW:
@@ -54,15 +64,16 @@ class LatencyController:
 
     def pace(self, running: Collection[Sequence]) -> StepPace:
         """For the next step."""
-        if not self._target:
+        target = self._effective_target(running)
+        if not target:
             return UNPACED
         return StepPace(
-            seconds=self.prompt_seconds(len(running), self._effective_target(running)),
+            seconds=self.prompt_seconds(len(running), target),
             token=self.cost.token,
             context=self.cost.context,
             least=min(LEAST, self._max_tokens),
             most=self._most,
-            running=self.running,
+            running=self.running if self._held else UNPACED.running,
         )
 
     def prompt_seconds(self, streams: int, target: float = 0.0) -> float:
@@ -71,16 +82,23 @@ class LatencyController:
         return max(target - decode, SHARE * max(target, decode)) if target else float("inf")
 
     def _effective_target(self, running: Collection[Sequence]) -> float:
-        """The strictest of those that run, but never below the server's: no caller slows the others' prompts."""
-        if not self._own_targets:
+        """The strictest of those that run, but none below its class's: no caller slows the others' prompts. 0: none."""
+        if not (self._own_targets or self._classes) or not running:
             return self._target
-        own = (sequence.sampling.tpot_target or self._target for sequence in running)
-        return max(self._target, min(own, default=self._target))
+        priorities = {sequence.sampling.priority for sequence in running}
+        classes = {priority: self._classes.tpot(priority, self._tpot_target) for priority in priorities}
+        if self._classes:
+            self._held = min(filter(None, classes.values()), default=0.0)
+        strictest = math.inf
+        for sequence in running:
+            if target := classes[sequence.sampling.priority] or self._step_time:
+                strictest = min(strictest, max(target, sequence.sampling.tpot_target or target))
+        return strictest if strictest < math.inf else 0.0
 
     def _adapt(self, seconds: float, streams: int) -> None:
         """`streams` took so long. More than may run since the last change: wait until some have ended."""
-        if seconds > HOLD * self._target and streams <= self.running:
-            fewer = int(streams * max(HOLD * self._target / seconds, _SHARPEST))
+        if seconds > HOLD * self._held and streams <= self.running:
+            fewer = int(streams * max(HOLD * self._held / seconds, _SHARPEST))
             self.running = max(min(fewer, self.running - 1), 1)
-        elif seconds < RELEASE * self._target and streams >= self.running:
+        elif seconds < RELEASE * self._held and streams >= self.running:
             self.running = min(self.running + 1, self._max_running)
