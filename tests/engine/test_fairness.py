@@ -15,6 +15,7 @@ from tidewright.engine.engine import make_sequence
 from tidewright.engine.fairness import FairQueue
 from tidewright.engine.limits import RequestRefusedError
 from tidewright.engine.messages import Submit
+from tidewright.engine.pace import StepPace
 from tidewright.schema import SamplingParams
 
 RUNNING = 4  # as of make_tenants
@@ -285,3 +286,82 @@ def test_one_tenant_alone_is_served_as_if_there_were_none(arrivals: list[tuple[i
     assert alone == none
     first_steps = [next(i for i, plan in enumerate(none) if any(s[0] == r for s in plan)) for r in range(len(arrivals))]
     assert all(one <= other for one, other in pairwise(first_steps))
+
+
+def running_tenants() -> Tenants:
+    """A stream, and a tenant whose claim is used up amid a long prompt."""
+    tenants = make_tenants(max_model_len=1000, max_running=8)
+    tenants.send("stream", 1, 500)
+    tenants.step()
+    tenants.send("long", 400, 1)
+    for _ in range(5):
+        tenants.step(pace=16)
+    return tenants
+
+
+def parts(tenants: Tenants, steps: int) -> list[dict[int, int]]:
+    return [{s.request_id: s.count for s in tenants.step(pace=16).sequences} for _ in range(steps)]
+
+
+def test_the_first_prompt_of_a_tenant_that_begins_shares_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others' prompts would have every second one, so that it took twice as long as alone."""
+    monkeypatch.setattr(fairness, "CLAIM", 64 * fairness.UNIT)
+    tenants = running_tenants()
+    new = tenants.send("new", 40, 1)
+    assert parts(tenants, 3) == [{0: 1, new: 16}, {0: 1, new: 16}, {0: 1, new: 8, 1: 8}]
+
+
+def test_a_claim_ends_when_it_is_used_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairness, "CLAIM", 64 * fairness.UNIT)
+    tenants = running_tenants()
+    new = tenants.send("new", 200, 1)
+    alone = parts(tenants, 4)
+    assert alone == [{0: 1, new: 16}] * 4
+    # Then the other one catches up, and they take turns.
+    assert parts(tenants, 2) == [{0: 1, 1: 16}] * 2
+
+
+def test_who_is_ahead_has_no_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has had one, and got more than its share by it: next time it has to share."""
+    monkeypatch.setattr(fairness, "CLAIM", 64 * fairness.UNIT)
+    tenants = running_tenants()
+    claims = []
+    for _ in range(2):
+        tenants.send("new", 60, 1)
+        (waiting,) = tenants.scheduler.waiting.in_order()
+        claims.append(waiting.account.claims)
+        parts(tenants, 4)
+    assert claims == [True, False]
+    assert tenants.ended["new"] == 1
+
+
+def test_what_was_preempted_gets_no_new_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fairness, "CLAIM", 64 * fairness.UNIT)
+    tenants = running_tenants()
+    plan = tenants.scheduler.schedule(StepPace(most=16))
+    tenants.scheduler.undo([plan])
+    (account,) = {s.account for s in tenants.scheduler.waiting.in_order() if s.request_id == 1}
+    assert not account.claims
+
+
+@settings(max_examples=30, deadline=None)
+@given(tenants_and_sizes(), st.integers(1, 60), st.integers(0, 50))
+def test_claims_do_not_change_shares(
+    case: tuple[dict[str, int], dict[str, tuple[int, int]]], claim: int, seed: int
+) -> None:
+    """Some pause now and then, and begin with a claim each time; those that always wait keep their shares."""
+    weights, sizes = case
+    tenants, rng = make_tenants({**weights, "now and then": 1}), random.Random(seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fairness, "CLAIM", claim * fairness.UNIT)
+        for _ in range(120):
+            for name, (prompt, output) in sizes.items():
+                while tenants.waiting[name] <= RUNNING:
+                    tenants.send(name, prompt, output)
+            if rng.random() < 0.1:
+                tenants.send("now and then", LONGEST_PROMPT, LONGEST_OUTPUT)
+            tenants.step(8)
+            total = sum(tenants.cost[name] for name in weights)
+            for name, weight in weights.items():
+                ideal = total * weight / sum(weights.values())
+                assert abs(tenants.cost[name] - ideal) <= MOST * max(1, weight)

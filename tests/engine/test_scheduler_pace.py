@@ -133,9 +133,9 @@ def test_when_fewer_may_run_than_do_none_is_preempted_for_it() -> None:
 @settings(max_examples=200, deadline=None)
 @given(pace=PACES, starts=st.lists(st.integers(0, 8000), min_size=1, max_size=5))
 def test_what_is_allowed_is_the_most_that_its_seconds_pay_for(pace: StepPace, starts: list[int]) -> None:
-    allowance, seconds, given = Allowance(pace), pace.seconds, 0
+    allowance, seconds, given = Allowance(pace, beside_streams=True), pace.seconds, 0
     for start in starts:
-        count = allowance.tokens(start)
+        count = allowance.tokens(start, claims=True)
         assert 0 <= count <= pace.most - given
         paid = next(n for n in range(pace.most + 1) if n == pace.most or cost(pace, start, n + 1) > seconds + 1e-9)
         expected = min(max(paid, pace.least - given), pace.most - given)
@@ -187,4 +187,4 @@ def test_streams_never_wait_for_more_than_the_pace_and_ranks_agree_on_it(
 
 @pytest.mark.parametrize("pace", [StepPace(), StepPace(seconds=1.0), StepPace(context=1e-300, seconds=1e-300)])
 def test_what_costs_nothing_has_no_bound_but_the_most(pace: StepPace) -> None:
-    assert Allowance(msgspec.structs.replace(pace, most=77)).tokens(0) == 77
+    assert Allowance(msgspec.structs.replace(pace, most=77), beside_streams=True).tokens(0, claims=True) == 77

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from tidewright.engine.messages import SequenceOutput
 from tidewright.engine.plan import NO_HISTORY, Draw, DrawnToken, History, SequenceResult
 from tidewright.engine.sequence import Sequence
 from tidewright.schema import FinishReason
 
 
-def draw_after(sequence: Sequence, drafts: list[int]) -> Draw:
+def draw_after(sequence: Sequence, drafts: Collection[int] = ()) -> Draw:
     """Of the token after all that it has or expects, and after these guesses."""
     num_expected, prompt_length = sequence.num_expected, len(sequence.prompt_token_ids)
     position, sampling = num_expected + len(drafts), sequence.sampling

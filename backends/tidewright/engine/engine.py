@@ -23,6 +23,7 @@ from tidewright.engine.limits import RequestRefusedError, SchedulerConfig
 from tidewright.engine.memory_manager import MemoryManager
 from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
 from tidewright.engine.model_runner import ModelRunner
+from tidewright.engine.newcomers import Newcomers
 from tidewright.engine.pace import StepPace
 from tidewright.engine.plan import DrawnToken, SequenceResult, StepPlan
 from tidewright.engine.runner import EngineConfigError, LaunchedStep, Runner
@@ -72,6 +73,7 @@ class Engine:
         self._latency = LatencyController(
             config.prefill_step_time, config.tpot_target, config.max_batched_tokens, config.max_running, classes
         )
+        self._newcomers = Newcomers(self._latency.cost)
         self._admission = Admission(self.scheduler, self._latency, config.ttft_target, classes)
         self.memory = self._manage_memory()
         self._ranks = ranks
@@ -104,10 +106,12 @@ class Engine:
             log.exception("request %d could not be taken", request.request_id)
             message = f"the engine can't take this request ({type(error).__name__}: {error})"
             return SequenceOutput(request.request_id, [], "invalid", message=message)
+        now = time.monotonic()
         self._latency.submitted(request.sampling)
+        self._newcomers.submitted(sequence, now)
         self._admission.accepted(sequence, predicted)
         self._tell_ranks(request)
-        self._timing.arrived(request.request_id, time.monotonic())
+        self._timing.arrived(request.request_id, now)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
         return None
@@ -203,7 +207,9 @@ class Engine:
     def _launch(self) -> bool:
         """False: there is nothing to compute."""
         began = time.monotonic()
-        pace = self._latency.pace(self.scheduler.running)
+        running = self.scheduler.running
+        pace = self._latency.pace(running)
+        pace = self._newcomers.shorten(pace, len(running), self.scheduler.waiting, began)
         plan = self.scheduler.schedule(pace)
         self._admission.planned()
         planned = time.monotonic()

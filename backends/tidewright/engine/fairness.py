@@ -22,6 +22,10 @@ from tidewright.engine.sequence import Sequence
 from tidewright.schema import SamplingParams
 
 UNIT = 720_720  # of a counter, for one token at weight 1; integers, and without a rest for weights up to 16
+CLAIM = 1024 * UNIT
+"""By so much the counter of a tenant that begins seems lower, until it has grown by that, where the prompts of those
+that run are put in order: else it would share the steps of its first prompt, which would take twice as long as alone.
+"""
 MOST_DEBTORS = 4096  # tenants of a class that are remembered while they are idle, because they are ahead of others
 
 _arrival = attrgetter("order")
@@ -31,11 +35,13 @@ class Account:
     """A tenant in one class."""
 
     __slots__ = (
+        "claims_until",
         "counter",
         "its_class",
         "queued",
         "rank",
         "running",
+        "standing",
         "tenant",
         "unit",
         "waiting",
@@ -45,6 +51,8 @@ class Account:
     def __init__(self, tenant: str, counter: int, its_class: _Class) -> None:
         self.tenant, self.weight, self.unit, self.its_class = tenant, 1, UNIT, its_class
         self.counter = self.rank = counter  # `rank`: as it was when the step began that is planned
+        self.standing = counter  # its rank, less `CLAIM` while it has a claim
+        self.claims_until = counter  # a rank
         self.waiting: list[Sequence] = []  # by arrival
         self.running = 0
         self.queued: tuple[int, bool, int, Account] | None = None  # its entry in the heap of the class: others are old
@@ -52,6 +60,15 @@ class Account:
     @property
     def is_idle(self) -> bool:
         return not self.waiting and not self.running
+
+    @property
+    def claims(self) -> bool:
+        return self.standing < self.rank
+
+    def stand(self, rank: int) -> None:
+        """Where it is while the next step is planned."""
+        self.rank = rank
+        self.standing = rank - CLAIM if rank < self.claims_until else rank
 
     @property
     def turn(self) -> tuple[int, bool, int, Account]:
@@ -81,20 +98,23 @@ class _Class:
         self._turns: list[tuple[int, bool, int, Account]] = []
         self._debtors: list[tuple[int, str]] = []
 
-    def enqueue(self, sequence: Sequence) -> None:
+    def enqueue(self, sequence: Sequence, is_new: bool) -> None:
         tenant = sequence.sampling.tenant
         account = self.accounts.get(tenant)
         if account is None:
             account = self.accounts[tenant] = Account(tenant, self._time, self)
         weight = sequence.sampling.tenant_weight
-        self.num_active += account.is_idle
-        self._weights += weight - (0 if account.is_idle else account.weight)
+        begins = account.is_idle
+        self.num_active += begins
+        self._weights += weight - (0 if begins else account.weight)
         if not account.waiting:
             # Nobody's idle time counts: neither of those that come back, nor of those that only ran.
             least = self.first()
             self._time = max(self._time, least.account.rank if least else 0)
+            if begins and is_new:  # one that is ahead has got more than its share already
+                account.claims_until = self._time + CLAIM if account.counter <= self._time else account.counter
             account.counter = max(account.counter, self._time)
-            account.rank = max(account.rank, self._time)
+            account.stand(max(account.rank, self._time))
         account.weight, account.unit = weight, UNIT // weight
         sequence.account = account
         insort(account.waiting, sequence, key=_arrival)
@@ -227,6 +247,11 @@ class FairQueue:
     def num_accounts(self) -> int:
         return sum(len(each.accounts) for each in self._classes.values())
 
+    def is_behind(self, tenant: str) -> bool:
+        """Whether one of its requests waits, and not only for the next step."""
+        accounts = (each.accounts.get(tenant) for each in self._classes.values())
+        return any(account and account.waiting and not account.claims for account in accounts)
+
     def requests(self, tenant: str) -> int:
         """That wait or run, in all classes."""
         return self._requests.get(tenant, 0)
@@ -235,7 +260,7 @@ class FairQueue:
         """A new request."""
         tenant = sequence.sampling.tenant
         self._requests[tenant] = self._requests.get(tenant, 0) + 1
-        self._enqueue(sequence)
+        self._enqueue(sequence, is_new=True)
 
     def end_step(self) -> None:
         """A step is planned: ranks, which don't change meanwhile, are what counters are now."""
@@ -245,7 +270,7 @@ class FairQueue:
         for its_class, accounts in charged.items():
             its_class.served(accounts)
         for account in self._charged:
-            account.rank = account.counter
+            account.stand(account.counter)
         self._charged.clear()
 
     def first(self) -> Sequence | None:
@@ -284,7 +309,7 @@ class FairQueue:
         if account.is_idle:
             account.its_class.num_active -= 1
             account.its_class._weights -= account.weight
-        self._enqueue(sequence)
+        self._enqueue(sequence, is_new=False)
 
     def end(self, sequence: Sequence, ran: bool) -> None:
         tenant, priority = sequence.sampling.tenant, sequence.order[0]
@@ -311,8 +336,8 @@ class FairQueue:
             self._charged.append(account)
         account.counter += (cost + draws) * account.unit
 
-    def _enqueue(self, sequence: Sequence) -> None:
-        self._classes.setdefault(sequence.order[0], _Class()).enqueue(sequence)
+    def _enqueue(self, sequence: Sequence, is_new: bool) -> None:
+        self._classes.setdefault(sequence.order[0], _Class()).enqueue(sequence, is_new)
 
 
 def goes_before(sequence: Sequence, running: Sequence) -> bool:
@@ -322,13 +347,13 @@ def goes_before(sequence: Sequence, running: Sequence) -> bool:
     account, other = sequence.account, running.account
     if account is other:
         return False  # first come, first served
-    return account.rank < other.rank or (account.rank == other.rank and not account.running)
+    return account.standing < other.standing or (account.standing == other.standing and not account.running)
 
 
 def fair_order(sequence: Sequence) -> tuple[int, int, int]:
     """Of those that run."""
     priority, arrival = sequence.order
-    return priority, sequence.account.rank, arrival
+    return priority, sequence.account.standing, arrival
 
 
 def victims(

@@ -27,6 +27,7 @@ class StepPace(msgspec.Struct, frozen=True, array_like=True):
     least: int = 0  # prompt tokens of such a step in any case, so that prompts come on however slow the machine is
     most: int = _UNBOUNDED
     running: int = _UNBOUNDED  # while so many run, a request is admitted only in the place of another
+    others: float = math.inf  # as `seconds`, for prompts of tenants without a claim (fairness.py), streams or not
 
     def cost(self, start: int, count: int) -> float:
         """Seconds of `count` prompt tokens behind the first `start`."""
@@ -48,15 +49,17 @@ UNPACED = StepPace()
 class Allowance:
     """What is left of a pace in one step."""
 
-    def __init__(self, pace: StepPace) -> None:
-        self._pace = pace
-        self._seconds, self._given = pace.seconds, 0
+    def __init__(self, pace: StepPace, beside_streams: bool) -> None:
+        self._pace = pace if beside_streams or pace.others < math.inf else UNPACED
+        self._claimed = pace.seconds if beside_streams else math.inf
+        self._others = min(self._claimed, pace.others)
+        self._taken, self._given = 0.0, 0
 
-    def tokens(self, start: int) -> int:
-        """Of a prompt behind its first `start` tokens."""
-        pace = self._pace
-        return min(max(pace.fits(start, self._seconds), pace.least - self._given), pace.most - self._given)
+    def tokens(self, start: int, claims: bool) -> int:
+        """Of a prompt behind its first `start` tokens. `claims`: its tenant has a claim to be first (fairness.py)."""
+        pace, seconds = self._pace, self._claimed if claims else self._others
+        return min(max(pace.fits(start, seconds - self._taken), pace.least - self._given), pace.most - self._given)
 
     def take(self, start: int, count: int) -> None:
-        self._seconds -= self._pace.cost(start, count)
+        self._taken += self._pace.cost(start, count)
         self._given += count

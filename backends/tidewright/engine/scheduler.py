@@ -120,7 +120,7 @@ class Scheduler:
         if self.waiting.is_shared:
             self._running.line = sorted(before, key=fair_order)
         budget, index, waiting = self._budget.tokens, 0, self._next_waiting()
-        allowance = Allowance(pace if any(s.decodes for s in self.running) else UNPACED)
+        allowance = Allowance(pace, any(s.decodes for s in self.running))
         preemptions = self._running.preemptions
         scheduled: list[ScheduledSequence] = []
         line = self._running.line
@@ -142,7 +142,7 @@ class Scheduler:
             share = max(budget - (len(line) - index - 1), 1)
             decodes = sequence.decodes
             if not decodes:
-                share = min(share, allowance.tokens(sequence.num_computed))
+                share = min(share, allowance.tokens(sequence.num_computed, sequence.account.claims))
                 if not share:
                     index += 1  # in a later step
                     continue
@@ -267,7 +267,7 @@ class Scheduler:
             return False
         shared = self._running.cached(sequence)
         # Tokens behind a cached prefix are dearer than those of a prompt's beginning: there may be time for none.
-        if not allowance.tokens(len(shared) * self.config.block_size):
+        if not allowance.tokens(len(shared) * self.config.block_size, sequence.account.claims):
             return False
         # Each running sequence gets at least one token a step.
         max_running = min(self.config.max_running, self._budget.tokens, max(limit, len(self.running)))
