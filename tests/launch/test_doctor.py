@@ -89,6 +89,20 @@ def test_a_missing_compiler_is_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "apt-get install g++" in check.fix
 
 
+def test_what_quantization_gains_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = by_name()["quantization"]
+    assert (found.status, "int8: half the memory" in found.detail) == ("ok", True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(doctor, "_kernels_built_ahead", lambda: None)
+    found = by_name()["quantization"]
+    assert (found.status, "emulated" in found.detail) == ("warn", True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda index: "NVIDIA A10")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (8, 6))
+    assert by_name()["quantization"].detail.endswith("fp8: dequantized")
+
+
 def test_where_kernels_are_built_ahead_no_compiler_is_missed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("tidewright.devices.cpu.build.PREBUILT", tmp_path)

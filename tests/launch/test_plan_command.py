@@ -83,6 +83,18 @@ def test_json_says_what_llama_8b_needs(folder: Path) -> None:
     assert found["gpu"]["source"] == "NVIDIA H200 (SXM) data sheet"
 
 
+def test_an_fp8_checkpoint_takes_16_bits_where_the_card_dequantizes_it(tmp_path: Path) -> None:
+    model = written(tmp_path / "model", {**LLAMA_8B, "quantization_config": {"quant_method": "fp8"}})
+    plain = written(tmp_path / "plain", LLAMA_8B)
+
+    def weights(folder: Path, card: str) -> int:
+        return planned("--model", folder, "--gpu", card, "--context", 512)["per_gpu"]["weight_bytes"]
+
+    assert weights(model, "A10") == weights(plain, "A10") > 1.5 * weights(model, "L4")
+    said = " ".join(run("--model", model, "--gpu", "A10", "--context", 512).split())
+    assert "the A10 does not multiply fp8, so they take 16 bits" in said
+
+
 def test_a_config_file_a_folder_and_a_prepared_model_are_alike(folder: Path, model_dir: Path) -> None:
     words = ("--gpu", "L4", "--context", 1024)
     of_folder, of_file = (planned("--model", one, *words) for one in (folder, folder / "config.json"))

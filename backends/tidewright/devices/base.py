@@ -16,6 +16,7 @@ from tidewright.devices.moments import CudaMoment, Moment
 from tidewright.layers.linear_method import LinearMethod, PlainLinear
 from tidewright.lora.layer import LoraLayer
 from tidewright.quantization.choice import NOT_QUANTIZED
+from tidewright.quantization.hardware import Hardware
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.sampler import Sampler
 
@@ -47,6 +48,10 @@ class Device:
 
     def __str__(self) -> str:
         return str(self.torch_device)
+
+    def hardware(self, dtype: torch.dtype) -> Hardware:
+        """What it multiplies weights in few bits by, in a model that computes in `dtype`."""
+        return Hardware(f"{self} without kernels for them")
 
     # Layers
 

@@ -39,9 +39,8 @@ from tidewright.models.folder import eos_ids, read_json
 from tidewright.models.llama import LlamaForCausalLM
 from tidewright.models.registry import model_class
 from tidewright.planning import footprint
-from tidewright.quantization.checkpoint import has_plain_weights, stored_format
 from tidewright.quantization.choice import choose
-from tidewright.quantization.stored_scheme import stored_scheme
+from tidewright.quantization.stored_scheme import stored_in
 from tidewright.sampling.guided import GuidedDecoding
 from tidewright.sampling.logprobs import prompt_logprobs
 from tidewright.step.batch import StepBatch
@@ -75,10 +74,8 @@ class ModelRunner:
         device = config.device, config.attention, config.block_size
         adapts = config.threads == 0
         self.device = make_device(*device, self.dtype, model_config.head_dim, adapts, cache_dtype)
-        stored, has_plain = stored_format(folder, model_json), has_plain_weights(folder, model_json)
-        quantization = choose(config.quantization, config.quantize_head, stored, has_plain)
-        if quantization.is_stored:
-            quantization = replace(quantization, scheme=stored_scheme(folder, prefer_plain=False))
+        hardware, stored = self.device.hardware(self.dtype), stored_in(folder, model_json)
+        quantization = choose(config.quantization, config.quantize_head, hardware, stored)
         self.device.quantization = quantization
         log.info("quantization is %s", quantization.reason)
         limit = model_config.max_positions

@@ -22,6 +22,7 @@ from tidewright.cache import EMBEDDED_MODEL, MANIFEST, ModelNotPreparedError, ca
 from tidewright.launch.errors import TritonNotFoundError
 from tidewright.launch.space import nearest_existing
 from tidewright.launch.triton_install import find_triton, libpython_dirs
+from tidewright.quantization.hardware import multiplies_float8, of_card, of_processor, summary
 
 _PYTHONS = ((3, 10), (3, 13))
 _PORTS = {8000: "HTTP", 8001: "gRPC", 8002: "metrics", 8080: "gateway"}
@@ -47,6 +48,7 @@ def run_checks() -> list[Check]:
         _triton,
         _torch,
         _compiler,
+        _quantization,
         _ports,
         _shared_memory,
         _cache,
@@ -143,14 +145,13 @@ def _torch() -> Iterator[Check]:
 
 
 def _compiler() -> Iterator[Check]:
-    compiler = shlex.split(os.environ.get("CXX") or "g++")[0]
     if library := _kernels_built_ahead():
         yield Check("CPU kernels", "ok", f"built ahead: {library}")
-    elif found := shutil.which(compiler):
+    elif found := _found_compiler():
         yield Check("C++ compiler", "ok", found)
     else:
         fix = "apt-get install g++, or set CXX: a model on a CPU is half as fast without it"
-        yield Check("C++ compiler", "warn", f"no {compiler}", fix)
+        yield Check("C++ compiler", "warn", f"no {_compiler_name()}", fix)
 
 
 def _kernels_built_ahead() -> Path | None:
@@ -162,6 +163,34 @@ def _kernels_built_ahead() -> Path | None:
         return next(filter(None, map(build.prebuilt, fitting(build.processor()))), None)
     except (ImportError, OSError, RuntimeError):  # without torch, of which another check tells
         return None
+
+
+def _quantization() -> Iterator[Check]:
+    """What `--quantization` gains where the model would run by default."""
+    try:
+        import torch
+
+        from tidewright.devices.cpu.build import processor
+    except (ImportError, OSError):  # of which another check tells
+        return
+    if torch.cuda.is_available():
+        has_float8 = multiplies_float8(torch.cuda.get_device_capability(0))
+        yield Check("quantization", "ok", summary(of_card(torch.cuda.get_device_name(0), has_float8)))
+        return
+    has_kernels = bool(_kernels_built_ahead() or _found_compiler())
+    found = summary(of_processor(processor().features, has_kernels))
+    if has_kernels:
+        yield Check("quantization", "ok", found)
+    else:
+        yield Check("quantization", "warn", found, "apt-get install g++, or set CXX")
+
+
+def _found_compiler() -> str | None:
+    return shutil.which(_compiler_name())
+
+
+def _compiler_name() -> str:
+    return shlex.split(os.environ.get("CXX") or "g++")[0]
 
 
 def _ports() -> Iterator[Check]:

@@ -14,7 +14,8 @@ from tidewright.kv_cache.budget import parse_memory
 from tidewright.launch.terminal import output_console
 from tidewright.planning.gpus import DTYPES, GB, GPUS, KV_DTYPES, TFLOPS, Gpu, find_gpu
 from tidewright.planning.plan import Engine, Load, Machine, PlanError, make_plan
-from tidewright.planning.weight_formats import SCHEMES, stored_formats
+from tidewright.planning.weight_formats import SCHEMES, kind_of, stored_formats
+from tidewright.quantization.hardware import of_card
 
 PIPE_WIDTH = 120  # characters, where the output is no terminal
 MAX_TOKENS = 1 << 27
@@ -147,12 +148,15 @@ def plan(
         lengths = (prompt_tokens, output_tokens) if prompt_tokens and output_tokens else None
         load = Load(context=longest, concurrent=concurrent, mean_tokens=sum(lengths) if lengths else longest)
         machine = Machine(gpu=gpu, gpus_per_node=gpus_per_node, headroom=headroom)
+        stored = stored_formats(config, DTYPES[dtype])
+        stored_kind = kind_of(stored.layers) if stored else ""
+        is_multiplied = not of_card(gpu.name, gpu.has_float8).lacks(stored_kind)
         engine = Engine(
             dtype=dtype,
             kv_cache_dtype=kv_cache_dtype,
             quantization=quantization,
             quantize_head=quantize_head,
-            stored=stored_formats(config, DTYPES[dtype]),
+            stored=stored if is_multiplied else None,
             block_size=block_size,
             max_batched_tokens=max_batched_tokens,
         )
@@ -170,6 +174,7 @@ def plan(
         lengths=lengths,
         machine=machine,
         engine=engine,
+        stored=stored_kind,
         plan=made,
         throughput=estimate(shapes, made, gpu, engine, max(1, mean_context), lengths),
     )

@@ -14,7 +14,7 @@ from tidewright.models.config import DecoderConfig
 from tidewright.planning import footprint
 from tidewright.planning.plan import MIB, Engine, Load, Machine, Plan
 from tidewright.planning.roofline import Throughput
-from tidewright.planning.weight_formats import WeightFormats
+from tidewright.quantization.hardware import INT8, of_card, on
 
 RENDEZVOUS_PORT = 29400
 
@@ -30,15 +30,21 @@ class Report:
     lengths: tuple[int, int] | None
     machine: Machine
     engine: Engine
+    """`stored`: as the checkpoint is quantized, if the GPU multiplies it so."""
+    stored: str
+    """The kind of the checkpoint's codes (quantization/hardware.py); empty: it is not quantized."""
     plan: Plan
     throughput: Throughput | None
 
     @property
     def weights(self) -> str:
-        """What they are quantized as; empty if they are not."""
-        if self.engine.formats == WeightFormats.plain(self.engine.value_bytes):
-            return ""
-        return "as the checkpoint is quantized" if self.engine.quantization == "auto" else self.engine.quantization
+        """What they are quantized as, and why; else what would be smaller."""
+        if self.engine.quantization != "auto":
+            return "" if self.engine.quantization == "none" else self.engine.quantization
+        card = of_card(f"the {self.machine.gpu.name}", self.machine.gpu.has_float8)
+        if not self.stored:
+            return f"--quantization {INT8}: {card.gain(INT8)}" if self.engine.value_bytes == 2 else ""
+        return on(card, self.stored) if card.lacks(self.stored) else "as the checkpoint is quantized"
 
     @property
     def flags(self) -> dict[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tidewright.quantization import hardware
 from tidewright.quantization.methods import AWQ, FP8, GPTQ, quantization_of
 
 FLOAT16, FLOAT32 = 2, 4
@@ -61,6 +62,13 @@ SCHEMES = {
     "fp8": WeightFormat(8),
 }
 """By the names of quantization/affine.py's schemes."""
+
+
+def kind_of(weights: WeightFormat) -> str:
+    """As quantization/hardware.py names it; empty: they are plain."""
+    if weights == SCHEMES["fp8"]:
+        return hardware.FP8
+    return f"int{weights.bits}" if weights.bits <= 8 else ""
 
 
 def formats_of(quantization: str, head: str, value_bytes: int, stored: WeightFormats | None) -> WeightFormats:

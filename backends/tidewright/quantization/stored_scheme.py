@@ -11,10 +11,18 @@ import msgspec
 
 from tidewright.models.folder import read_json
 from tidewright.quantization.affine import SCHEMES, QuantizationError, Scheme
-from tidewright.quantization.checkpoint import reads_gguf
+from tidewright.quantization.checkpoint import has_plain_weights, reads_gguf, stored_format
+from tidewright.quantization.choice import Stored
 from tidewright.quantization.gguf_index import INDEX_FILE, GgufIndex
 from tidewright.quantization.gguf_types import BLOCK_TYPES
 from tidewright.quantization.methods import AWQ, GPTQ, quantization_of
+
+
+def stored_in(folder: Path, config: Mapping[str, Any]) -> Stored | None:
+    """None: the weights are plain. `config` is its config.json. Raises QuantizationError."""
+    if not (name := stored_format(folder, config)):
+        return None
+    return Stored(name, stored_scheme(folder, prefer_plain=False), has_plain_weights(folder, config))
 
 
 def stored_scheme(folder: Path, prefer_plain: bool = True) -> Scheme | None:

@@ -21,8 +21,10 @@ from tidewright.engine.model_runner import ModelRunner
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.quantization.affine import QuantizationError, quantize_rtn, scheme_named
 from tidewright.quantization.choice import Quantization, choose
+from tidewright.quantization.hardware import Hardware
 from tidewright.quantization.quantize_model import QuantizationRun, Recipe
 
+HERE = Hardware("here")
 pytestmark = pytest.mark.usefixtures("all_cores")
 
 
@@ -125,8 +127,8 @@ def test_plain_layers_of_a_quantized_checkpoint_keep_their_ways(
 
 
 def test_head_and_embedding_can_be_left() -> None:
-    left = device(choose("int8", "keep"))
+    left = device(choose("int8", "keep", HERE))
     assert left.linear_method(64, 64, is_head=True).state_dict()  # a plain weight
     assert not left.linear_method(64, 64).state_dict()
     assert left.embedding_method(64, 64).state_dict()
-    assert not device(choose("int8", "same")).embedding_method(64, 64).state_dict()
+    assert not device(choose("int8", "same", HERE)).embedding_method(64, 64).state_dict()

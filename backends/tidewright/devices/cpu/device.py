@@ -11,6 +11,7 @@ import torch
 
 from tidewright.attention.base import Attention
 from tidewright.devices.base import Device
+from tidewright.devices.cpu.build import processor
 from tidewright.devices.cpu.fusion import fuse_layers
 from tidewright.devices.cpu.kernels import kernels_for, kernels_of
 from tidewright.devices.cpu.layer import CpuLayer, LayerStep
@@ -23,6 +24,7 @@ from tidewright.devices.cpu.quantized_linear import CpuQuantizedLinear
 from tidewright.devices.cpu.step_threads import StepThreads
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.lora.layer import LoraLayer
+from tidewright.quantization.hardware import Hardware, of_processor
 
 if TYPE_CHECKING:
     from tidewright.kv_cache.storage import KVCache
@@ -43,6 +45,9 @@ class CpuDevice(Device):
         self.fused_rows = 0  # that go through them
         self._threads = threads or StepThreads(torch.get_num_threads(), None)
         self._prefaulter: Prefaulter | None = None
+
+    def hardware(self, dtype: torch.dtype) -> Hardware:
+        return of_processor(processor().features, quantized_kernels_of(dtype) is not None)
 
     def linear_method(self, out_features: int, in_features: int, is_head: bool = False) -> LinearMethod:
         if quantized := self._quantized(out_features, in_features, is_head):

@@ -13,6 +13,7 @@ import torch
 from tidewright.devices.base import Device
 from tidewright.devices.cuda import activations, norms
 from tidewright.devices.cuda.attention import PagedCudaAttention
+from tidewright.devices.cuda.float8_weight import multiplies_float8
 from tidewright.devices.cuda.graphs import CudaRecorder, DecodeGraphs, Recorder, sizes_of
 from tidewright.devices.cuda.lora import CudaLora
 from tidewright.devices.cuda.quantized_linear import CudaQuantizedLinear
@@ -20,6 +21,7 @@ from tidewright.devices.cuda.sampler import CudaSampler
 from tidewright.devices.memory import DeviceMemory, out_of_memory
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.lora.layer import LoraLayer
+from tidewright.quantization.hardware import Hardware, of_card
 from tidewright.sampling.guided import GuidedDecoding
 
 if TYPE_CHECKING:
@@ -42,6 +44,11 @@ class CudaDevice(Device):
         self._recorder = recorder or (CudaRecorder(torch_device) if torch_device.type == "cuda" else None)
         self._graphs: DecodeGraphs | None = None
         self.compiles = torch_device.type == "cuda"  # elsewhere they are interpreted
+
+    def hardware(self, dtype: torch.dtype) -> Hardware:
+        is_card = self.torch_device.type == "cuda"
+        name = torch.cuda.get_device_name(self.torch_device) if is_card else str(self)
+        return of_card(name, multiplies_float8(self.torch_device))
 
     def linear_method(self, out_features: int, in_features: int, is_head: bool = False) -> LinearMethod:
         chosen = self.quantization

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from tidewright.devices.cuda.quantized_weight import quantize_tokens
+from tidewright.quantization import hardware
 from tidewright.quantization.affine import AffineWeight
 
-_LEAST_CAPABILITY = (8, 9)
 _MULTIPLE = 16  # of inputs and of outputs, which the product asks for
 
 
 def multiplies_float8(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
+    return device.type == "cuda" and hardware.multiplies_float8(torch.cuda.get_device_capability(device))
 
 
 @dataclass(frozen=True)
