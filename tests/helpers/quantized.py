@@ -14,9 +14,20 @@ LAYER = "model.layers.0.mlp.up_proj"
 
 
 class Layer:
-    """Random codes [E, F], zero points and scales [G, F]: the weight is scale * (code - zero)."""
+    """Random codes [E, F], zero points and scales [G, F]: the weight is scale * (code - zero).
 
-    def __init__(self, in_features: int, out_features: int, group_size: int, bits: int, symmetric: bool) -> None:
+    `is_ordered`: a group's inputs lie anywhere, as GPTQ's desc_act has it.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group_size: int,
+        bits: int,
+        symmetric: bool,
+        is_ordered: bool = False,
+    ) -> None:
         rng = np.random.default_rng(in_features * bits + symmetric)
         groups = -(-in_features // group_size)
         self.bits, self.symmetric, self.group_size = bits, symmetric, group_size
@@ -25,14 +36,14 @@ class Layer:
         # GPTQ's first format can't store a zero point of 0.
         self.zeros = np.full(shape, 2 ** (bits - 1)) if symmetric else rng.integers(1, 2**bits, shape)
         self.scales = rng.uniform(0.001, 0.1, shape).astype(np.float16)
+        self.groups = (np.arange(in_features) // group_size).astype(np.int32)
+        if is_ordered:
+            rng.shuffle(self.groups)
 
     @property
     def weight(self) -> torch.Tensor:
         """[F, E]"""
-        scales, zeros = (
-            np.repeat(part, self.group_size, axis=0)[: len(self.codes)]
-            for part in (self.scales.astype(np.float32), self.zeros)
-        )
+        scales, zeros = self.scales.astype(np.float32)[self.groups], self.zeros[self.groups]
         return torch.from_numpy((scales * (self.codes - zeros).astype(np.float32)).T.copy())
 
 
@@ -50,19 +61,18 @@ def gptq(layer: Layer, version: int = 1, name: str = LAYER) -> tuple[dict[str, t
     """Tensors and quantization_config."""
     order = list(range(32 // layer.bits))
     stored_zeros = layer.zeros - 1 if version == 1 else layer.zeros
-    in_features = len(layer.codes)
     arrays = {
         "qweight": pack(layer.codes, layer.bits, order),
         "qzeros": pack(stored_zeros.T, layer.bits, order).T.copy(),
         "scales": layer.scales,
-        "g_idx": (np.arange(in_features) // layer.group_size).astype(np.int32),
+        "g_idx": layer.groups,
     }
     config = {
         "quant_method": "gptq",
         "bits": layer.bits,
         "group_size": layer.group_size,
         "sym": layer.symmetric,
-        "desc_act": False,
+        "desc_act": bool((np.diff(layer.groups) < 0).any()),
         **({"checkpoint_format": "gptq_v2"} if version == 2 else {}),
     }
     return {f"{name}.{part}": torch.from_numpy(array) for part, array in arrays.items()}, config

@@ -100,9 +100,19 @@ def test_numbers_that_are_not_whole_are_damage(tmp_path: Path, part: str) -> Non
             weights[f"{LAYER}.weight"].cut(slice(0, ROWS), slice(0, COLUMNS))  # type: ignore[union-attr]
 
 
-def test_the_order_of_activations_is_refused(tmp_path: Path) -> None:
-    tensors, config, _ = compressed(*FORMATS["int4"])
-    tensors[f"{LAYER}.weight_g_idx"] = torch.arange(COLUMNS) // 32
-    with pytest.raises(CheckpointError, match=r"actorder: group.*`tidewright quantize` on the original model"):
-        with open_checkpoint(save(tmp_path / "model", tensors, config)):
-            pass
+@pytest.mark.parametrize("name", ["int4", "int4, zero points"])
+def test_the_order_of_activations(tmp_path: Path, name: str) -> None:
+    """actorder: group. An input has the scale of its group, wherever that lies."""
+    tensors, config, _ = compressed(*FORMATS[name])
+    groups = torch.arange(COLUMNS) // 32
+    apart = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(0))
+    with open_checkpoint(save(tmp_path / "plain", tensors, config)) as weights:
+        plain = weights[f"{LAYER}.weight"].cut(slice(0, ROWS), slice(0, COLUMNS))  # type: ignore[union-attr]
+    offsets = plain.offsets_FG[:, groups[apart]] if plain.offsets_FG is not None else 0
+    expected = plain.codes_FE.float() * plain.scales_FG[:, groups[apart]] + offsets
+    tensors[f"{LAYER}.weight_g_idx"] = groups[apart]
+    with open_checkpoint(save(tmp_path / "model", tensors, config)) as weights:
+        source = weights[f"{LAYER}.weight"]
+        assert isinstance(source, AffineSource)
+        assert torch.equal(source.cut(slice(0, ROWS), slice(0, COLUMNS)).dequantized(), expected)
+        assert torch.equal(source.cut(slice(4, 9), slice(10, 60)).dequantized(), expected[4:9, 10:60])

@@ -84,14 +84,42 @@ def test_what_is_not_supported_is_named(tmp_path: Path, form: str, changes: dict
             weights[f"{LAYER}.weight"].cut(slice(0, 1), slice(0, 32))
 
 
-def test_columns_in_the_order_of_activations_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (4, True), (8, False)])
+def test_inputs_in_the_order_of_activations(tmp_path: Path, bits: int, symmetric: bool) -> None:
+    """desc_act: any cut will do, as no group lies in one piece anyway."""
+    layer = Layer(208, 24, 64, bits, symmetric, is_ordered=True)  # the last group is smaller
+    with open_checkpoint(save(tmp_path / "model", *gptq(layer))) as weights:
+        source = weights[f"{LAYER}.weight"]
+        assert isinstance(source, AffineSource)
+        whole = source.cut(slice(0, 24), slice(0, 208))
+        torch.testing.assert_close(whole.dequantized(), layer.weight, rtol=0, atol=1e-5)
+        assert (whole.get_shape(), whole.group_size, whole.codes_FE.shape[1]) == ([24, 208], 64, 208)
+        for part in ((slice(0, 24), slice(0, 104)), (slice(3, 11), slice(100, 207)), (slice(0, 1), slice(5, 6))):
+            own = source.cut(*part)
+            assert torch.equal(own.dequantized(), whole.dequantized()[part])
+            assert own.get_shape() == list(whole.dequantized()[part].shape)
+            assert own.group_size in (16, 32, 64)
+        with pytest.raises(QuantizationError, match="can't be cut"):
+            whole.columns(0, 64)
+
+
+@pytest.mark.parametrize(
+    ("order", "message"),
+    [
+        (torch.arange(96) // 24, "names group 3, but there are 3"),
+        (torch.arange(96) // 32 - 1, "names group -1, but there are 3"),
+        (torch.rand(96), r"stored as torch\.float32, expected whole numbers"),
+        (torch.arange(95) // 32, "expected"),
+    ],
+)
+def test_an_order_that_is_none(tmp_path: Path, order: torch.Tensor, message: str) -> None:
     _, tensors, config = made("gptq", symmetric=False)
-    order = tensors[f"{LAYER}.g_idx"]
-    with pytest.raises(CheckpointError, match=r"desc_act.*`tidewright quantize` on the original model"):
-        with open_checkpoint(save(tmp_path / "model", tensors | {f"{LAYER}.g_idx": order.flip(0)}, config)):
+    with pytest.raises(CheckpointError, match=message):
+        with open_checkpoint(save(tmp_path / "model", tensors | {f"{LAYER}.g_idx": order}, config)):
             pass
     # Some writers leave it zero.
-    with open_checkpoint(save(tmp_path / "zero", tensors | {f"{LAYER}.g_idx": order * 0}, config)) as weights:
+    zero = {f"{LAYER}.g_idx": torch.zeros(96, dtype=torch.int32)}
+    with open_checkpoint(save(tmp_path / "zero", tensors | zero, config)) as weights:
         assert f"{LAYER}.weight" in weights
 
 

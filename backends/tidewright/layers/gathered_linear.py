@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,10 @@ Part = torch.Tensor | AffineWeight
 class GatheredLinear(LinearMethod):
     """As soon as the last part is loaded, so that memory peaks at one layer."""
 
-    def __init__(self, out_features: int, in_features: int, scheme: Scheme | None) -> None:
-        """`scheme` of weights that the checkpoint has not quantized."""
+    def __init__(self, out_features: int, in_features: int, scheme: Scheme | None, is_head: bool = False) -> None:
+        """`scheme` of weights that the checkpoint has not quantized. `is_head`: its rows may be read, too."""
         super().__init__()
-        self.shape, self.scheme = (out_features, in_features), scheme
+        self.shape, self.scheme, self._is_head = (out_features, in_features), scheme, is_head
         self._parts: dict[int, Part] = {}  # by first row; until all are there
 
     @abstractmethod
@@ -33,7 +34,10 @@ class GatheredLinear(LinearMethod):
 
     def loaders(self, name: str, rows: Cut, columns: Cut, first: int = 0, padding: int = 0) -> dict[str, Loader]:
         def load(source: WeightSlice) -> None:
-            self._parts[first] = _padded(self.read(source, rows, columns), padding)
+            part = self.read(source, rows, columns)
+            if self._is_head and isinstance(part, AffineWeight) and part.order:
+                part = part.dequantized()  # rows are read in the order of inputs
+            self._parts[first] = _padded(part, padding)
             if sum(_rows(part) for part in self._parts.values()) == self.shape[0]:
                 parts, self._parts = [self._parts[row] for row in sorted(self._parts)], {}
                 self.take(parts)
@@ -58,4 +62,5 @@ def _padded(part: Part, rows: int) -> Part:
         return F.pad(part, (0, 0, 0, rows))
     codes_FE = F.pad(part.codes_FE.view(torch.int8), (0, 0, 0, rows)).view(part.codes_FE.dtype)
     offsets_FG = None if part.offsets_FG is None else F.pad(part.offsets_FG, (0, 0, 0, rows))
-    return AffineWeight(codes_FE, F.pad(part.scales_FG, (0, 0, 0, rows)), offsets_FG, part.bits, part.group_size)
+    scales_FG = F.pad(part.scales_FG, (0, 0, 0, rows))
+    return replace(part, codes_FE=codes_FE, scales_FG=scales_FG, offsets_FG=offsets_FG)

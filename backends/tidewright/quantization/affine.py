@@ -13,6 +13,8 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
+from tidewright.quantization.input_order import InputOrder
+
 _LARGEST_E4M3 = 448.0
 _CHUNK = 1 << 22  # weights that are rounded at once: it takes several times their memory
 _CODES = {torch.int8, torch.float8_e4m3fn}
@@ -61,7 +63,7 @@ def scheme_named(name: str) -> Scheme:
 
 @dataclass(frozen=True)
 class AffineWeight:
-    """Of one linear layer, F outputs by E inputs, or a rank's cut of it.
+    """Of one linear layer, F outputs by E inputs, or a rank's cut of it. With an `order`, E are columns.
 
     w[f, e] = scales[f, e // group_size] * codes[f, e] + offsets[f, e // group_size]. The last group may be shorter.
     """
@@ -76,6 +78,8 @@ class AffineWeight:
     """4 or 8; codes of 5 and 6 bits are held as 8."""
     group_size: int
     """Inputs that share a scale; the number of inputs: one scale per output channel."""
+    order: InputOrder | None = None
+    """None: the columns are the inputs."""
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or self.group_size < 1 or self.codes_FE.dim() != 2:
@@ -94,15 +98,16 @@ class AffineWeight:
         return self.codes_FE.dtype == torch.float8_e4m3fn
 
     def get_shape(self) -> list[int]:
-        return list(self.codes_FE.shape)
+        features, depth = self.codes_FE.shape
+        return [features, self.order.count if self.order else depth]
 
     def dequantized(self) -> torch.Tensor:
-        """[F, E], float32."""
+        """float32; columns are the inputs."""
         depth = self.codes_FE.shape[1]
         weight_FE = self.codes_FE.float() * _spread(self.scales_FG, self.group_size, depth)
         if self.offsets_FG is not None:
             weight_FE += _spread(self.offsets_FG, self.group_size, depth)
-        return weight_FE
+        return self.order.scatter(weight_FE) if self.order else weight_FE
 
     def rows(self, first: int, last: int) -> AffineWeight:
         """Outputs from `first` up to, not including, `last`."""
@@ -115,6 +120,8 @@ class AffineWeight:
 
     def columns(self, first: int, last: int) -> AffineWeight:
         """Inputs from `first` up to, not including, `last`. Raises QuantizationError: a group would be cut."""
+        if self.order:
+            raise QuantizationError("columns that are not in the order of inputs can't be cut")
         depth, size = self.codes_FE.shape[1], self.group_size
         groups = groups_of_columns(depth, size, first, last)
         return replace(

@@ -19,6 +19,7 @@ from tidewright.quantization.stored import (
     expect_parts,
     expect_shape,
     modules,
+    order_of,
     signed,
     size_of_groups,
     two_sizes,
@@ -71,11 +72,6 @@ class PackedWeight(StoredWeight):
     def __init__(self, name: str, parts: Mapping[str, WeightSlice]) -> None:
         expect_parts(name, parts, "weight_packed", "weight_scale", "weight_shape")
         expect_shape(f"{name}.weight_shape", parts["weight_shape"], 2)
-        if "weight_g_idx" in parts:
-            raise QuantizationError(
-                f"{name} is quantized in the order of activations (actorder: group), which is not supported; take a "
-                "checkpoint made without, or run `tidewright quantize` on the original model"
-            )
         sizes = parts["weight_shape"][(slice(None),)]
         if sizes.is_floating_point() or sizes.is_complex():
             raise QuantizationError(f"{name}.weight_shape is stored as {sizes.dtype}, expected whole numbers")
@@ -92,7 +88,10 @@ class PackedWeight(StoredWeight):
         if self._has_zeros:
             packed_rows = -(-out_features * bits // 32)
             expect_shape(f"{name}.weight_zero_point", parts["weight_zero_point"], packed_rows, groups)
-        super().__init__(name, (out_features, in_features), bits, size_of_groups(name, in_features, groups))
+        size = size_of_groups(name, in_features, groups)
+        given = parts.get("weight_g_idx")
+        order = None if given is None else order_of(f"{name}.weight_g_idx", given, in_features, size)
+        super().__init__(name, (out_features, in_features), bits, size, order)
 
     def _read(self, rows: slice, columns: slice, groups: slice) -> Parts:
         words, inside = words_around(columns, self.bits)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from tidewright.layers.weights import WeightSlice
 from tidewright.quantization.affine import QuantizationError
 from tidewright.quantization.packing import PACKED_BITS, WORD_BITS, unpack, words_around
@@ -16,6 +14,7 @@ from tidewright.quantization.stored import (
     expect_parts,
     expect_shape,
     modules,
+    order_of,
     signed,
     size_of_groups,
     two_sizes,
@@ -44,20 +43,8 @@ class GptqWeight(StoredWeight):
         expect_shape(f"{name}.scales", parts["scales"], groups, out_features)
         expect_shape(f"{name}.qzeros", parts["qzeros"], groups, -(-out_features // per_word))
         size = size_of_groups(name, in_features, groups, group_size)
-        super().__init__(name, (out_features, in_features), bits, size)
-        self._check_order()
-
-    def _check_order(self) -> None:
-        if "g_idx" not in self._parts:
-            return
-        expect_shape(f"{self.name}.g_idx", self._parts["g_idx"], self.shape[1])
-        groups_E = self._parts["g_idx"][(slice(None),)]
-        # Some writers leave it all zero if columns are in their order.
-        if groups_E.any() and not torch.equal(groups_E.long(), torch.arange(self.shape[1]) // self.group_size):
-            raise QuantizationError(
-                f"{self.name} is quantized by GPTQ in the order of activations (desc_act), which is not supported; "
-                "take a checkpoint made with desc_act false, or run `tidewright quantize` on the original model"
-            )
+        order = order_of(f"{name}.g_idx", parts["g_idx"], in_features, size) if "g_idx" in parts else None
+        super().__init__(name, (out_features, in_features), bits, size, order)
 
     def _read(self, rows: slice, columns: slice, groups: slice) -> Parts:
         words, inside = words_around(columns, self.bits)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tidewright.devices.cpu.quantized import (
     quantized_kernels_of,
 )
 from tidewright.quantization.affine import AffineWeight, QuantizationError, Scheme, quantize_rtn, scheme_named
+from tidewright.quantization.input_order import InputOrder
 
 pytestmark = pytest.mark.usefixtures("all_cores")
 GROUPED4 = Scheme("symmetric", 4, 32)
@@ -139,6 +142,32 @@ def test_rows_of_several_formats_are_one_weight() -> None:
     whole_FE = torch.cat([weight.dequantized() for weight in weights])
     ids_T = torch.tensor([0, 45, 50, 85, 149, 81])
     torch.testing.assert_close(kernels().embedding(ids_T, packed), whole_FE[ids_T], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_columns_in_another_order_than_the_inputs(dtype: torch.dtype) -> None:
+    """As if x were gathered first, to the bit. -1 is no input; two weights share an order, the third has its own."""
+    generator = np.random.default_rng(0)
+    weights, orders = [random_weight(features, 96, GROUPED4, features) for features in (40, 8, 33)], []
+    for _ in range(2):
+        order = np.full(96, -1)
+        order[generator.permutation(96)[:70]] = generator.permutation(70)
+        orders.append(order)
+    of_weights = (orders[0], orders[0], orders[1])
+    ordered = [
+        replace(weight, order=InputOrder(torch.from_numpy(order), 70))
+        for weight, order in zip(weights, of_weights, strict=True)
+    ]
+    x_TI = torch.randn(14, 70).to(dtype)
+    apart = []
+    for weight, order in zip(weights, of_weights, strict=True):
+        gathered = np.where(order < 0, 0, x_TI.float().numpy()[:, order])
+        x_TE = torch.from_numpy(gathered).to(dtype)
+        apart.append(kernels(dtype).linear(x_TE, PackedQuantizedWeight([weight])))
+    packed = PackedQuantizedWeight(ordered)
+    assert (packed.depth, len(packed._structs)) == (70, 2)
+    assert torch.equal(kernels(dtype).linear(x_TI, packed), torch.cat(apart, 1))
+    assert torch.equal(kernels(dtype).linear(x_TI[3:4], packed), torch.cat(apart, 1)[3:4])
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import checkpoints, families
 from helpers.on_disk import OnDisk
+from helpers.quantized import LAYER, Layer, gptq, save
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.base import Device
 from tidewright.devices.cpu import linear
@@ -20,6 +21,7 @@ from tidewright.distributed.sharding import Cut
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.quantization.affine import QuantizationError, quantize_rtn, scheme_named
+from tidewright.quantization.checkpoint import open_checkpoint
 from tidewright.quantization.choice import Quantization, choose
 from tidewright.quantization.hardware import Hardware
 from tidewright.quantization.quantize_model import QuantizationRun, Recipe
@@ -85,6 +87,30 @@ def test_ranks_take_their_columns_of_a_quantized_weight(size: int) -> None:
         load(method, quantized, Cut.whole(48), columns)
         total_TF += method.multiply(x_TE[:, columns.slice].contiguous(), None)
     torch.testing.assert_close(total_TF, whole.multiply(x_TE, None), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("kind", [CpuDevice, Device])
+def test_ranks_take_their_columns_of_a_weight_in_the_order_of_activations(
+    tmp_path: Path, size: int, kind: type[Device]
+) -> None:
+    """Whose groups are in all ranks; a fused layer takes its inputs as they come. A head is dequantized."""
+    layer = Layer(384, 48, 64, 4, symmetric=False, is_ordered=True)
+    x_TE = torch.randn(4, 384)
+    with open_checkpoint(save(tmp_path / "model", *gptq(layer))) as weights:
+        source, made = weights[f"{LAYER}.weight"], device(Quantization(is_stored=True), kind)
+        head, total_TF = made.linear_method(48, 384, is_head=True), torch.zeros(4, 48)
+        load(head, source, Cut.whole(48), Cut.whole(384))
+        for rank in range(size):
+            columns = Cut(384, rank * 384 // size, 384 // size)
+            method = made.linear_method(48, columns.count)
+            load(method, source, Cut.whole(48), columns)
+            method.finish()
+            total_TF += method.multiply(x_TE[:, columns.slice].contiguous(), None)
+    # Activations have 8 bits.
+    torch.testing.assert_close(total_TF, x_TE @ layer.weight.T, rtol=0, atol=0.3 if kind is CpuDevice else 1e-3)
+    ids_T = torch.tensor([0, 47])
+    torch.testing.assert_close(head.read_rows(ids_T), layer.weight[ids_T], rtol=0, atol=1e-5)
 
 
 def test_a_cut_within_a_group_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from tidewright.engine.model_runner import ModelRunner
 from tidewright.layers.linear_method import LinearMethod, PlainLinear
 from tidewright.quantization.affine import AffineWeight, Scheme, quantize_rtn, scheme_named
 from tidewright.quantization.choice import Quantization
+from tidewright.quantization.input_order import InputOrder
 from tidewright.quantization.quantize_model import QuantizationRun, Recipe
 
 with interpreted():
@@ -76,6 +78,20 @@ def test_parts_of_several_formats_and_padding() -> None:
     parts = [quantize_rtn(torch.randn(size, 64), one) for size, one in zip((9, 4, 7, 5), schemes, strict=True)]
     whole_FE = torch.cat([*(part.dequantized() for part in parts), torch.zeros(6, 64)])
     assert_multiplies_by(method_of(list(parts), padding=6), whole_FE, 1e-3)
+
+
+def test_columns_in_another_order_than_the_inputs() -> None:
+    """-1 is no input; two weights share an order, the third has its own."""
+    orders = [torch.randperm(64), torch.where(torch.arange(64) < 40, torch.arange(64), -1)]
+    parts = [
+        replace(quantize_rtn(torch.randn(size, 64), scheme_named("int4-g32")), order=InputOrder(order, count))
+        for size, order, count in ((9, orders[0], 64), (4, orders[0], 64), (7, orders[1], 64))
+    ]
+    method = method_of(list(parts))
+    assert len(method._weights) == 2  # type: ignore[attr-defined]
+    x_TE = torch.randn(3, 64)
+    wanted = F.linear(x_TE, torch.cat([part.dequantized() for part in parts]))
+    torch.testing.assert_close(method.multiply(x_TE, None), wanted, rtol=1e-3, atol=0.06)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4-g32", Scheme("", 4, 128), "fp8"])

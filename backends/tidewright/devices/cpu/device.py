@@ -64,7 +64,7 @@ class CpuDevice(Device):
         scheme = chosen.scheme_of(is_head)
         if kernels is None or not (scheme or chosen.is_stored):
             return None
-        return CpuQuantizedLinear(out_features, in_features, scheme, kernels, self._weights.take)
+        return CpuQuantizedLinear(out_features, in_features, scheme, kernels, self._weights.take, is_head)
 
     def rms_norm(self, x_TE: torch.Tensor, weight_E: torch.Tensor, eps: float) -> torch.Tensor:
         if weight_E.dtype == x_TE.dtype and (kernels := kernels_for(x_TE)):

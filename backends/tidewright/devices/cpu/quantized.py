@@ -36,7 +36,8 @@ _QuantizedWeight._fields_ = [
     ("next", POINTER(_QuantizedWeight)),
     *[(name, c_int64) for name in ("depth", "features", "group")],
     *[(name, c_int32) for name in ("bits", "zero", "has_scales", "has_offsets")],
-    *[(name, c_int64) for name in ("first", "width")],
+    *[(name, c_int64) for name in ("first", "width", "inputs")],
+    ("order", c_void_p),
 ]
 
 
@@ -55,7 +56,7 @@ class PackedQuantizedWeight:
         library.quantized_bytes.restype = library.quantized_block.restype = c_int64
         weights = [joined(list(some)) for _, some in itertools.groupby(parts, _format)]
         self.features = sum(weight.codes_FE.shape[0] for weight in weights)
-        self.depth = weights[0].codes_FE.shape[1]
+        self.depth = weights[0].get_shape()[1]
         self.nbytes = 0
         self._kept: list[torch.Tensor] = []  # C knows the addresses only
         self._structs: list[_QuantizedWeight] = []
@@ -94,8 +95,12 @@ class PackedQuantizedWeight:
         library.pack_quantized(
             ctypes.byref(struct), c_void_p(blocks.data_ptr()), c_void_p(codes_FE.data_ptr()), *map(c_void_p, addresses)
         )
-        struct.blocks = blocks.data_ptr()
+        struct.blocks, struct.inputs = blocks.data_ptr(), self.depth
         self._kept += [blocks, factors_F]
+        if weight.order:
+            order_E = weight.order.inputs_E.to(torch.int32)
+            struct.order = order_E.data_ptr()
+            self._kept.append(order_E)
         self.nbytes += size + factors_F.nbytes
         return struct
 
@@ -173,4 +178,4 @@ def _zero(weight: AffineWeight) -> int:
 def _format(weight: AffineWeight) -> tuple[object, ...]:
     """Weights that agree in it become one."""
     sign = weight.bits == 4 and bool((weight.codes_FE < 0).any())
-    return weight.bits, weight.group_size, weight.offsets_FG is None, sign
+    return weight.bits, weight.group_size, weight.offsets_FG is None, sign, weight.order and weight.order.key

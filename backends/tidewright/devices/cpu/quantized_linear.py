@@ -25,9 +25,10 @@ class CpuQuantizedLinear(GatheredLinear):
         scheme: Scheme | None,
         kernels: QuantizedKernels,
         allocate: Callable[[int], torch.Tensor],
+        is_head: bool = False,
     ) -> None:
         """`allocate` as PackedQuantizedWeight has it."""
-        super().__init__(out_features, in_features, scheme)
+        super().__init__(out_features, in_features, scheme, is_head)
         self._kernels, self._allocate = kernels, allocate
         self._quantized: PackedQuantizedWeight | None = None
         self._plain: CpuLinear | None = None  # a module of its own, which the device finishes

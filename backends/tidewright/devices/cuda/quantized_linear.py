@@ -35,7 +35,7 @@ class CudaQuantizedLinear(GatheredLinear):
         device: torch.device,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(out_features, in_features, quantization.scheme_of(is_head))
+        super().__init__(out_features, in_features, quantization.scheme_of(is_head), is_head)
         self._device, self._dtype = device, dtype
         scheme = quantization.scheme
         # A head has few rows, and takes as long as its weight is read, whatever the activations are.
@@ -112,7 +112,7 @@ def _bits(scheme: Scheme | None, device: torch.device, dtype: torch.dtype) -> fl
 
 def _format(weight: AffineWeight) -> tuple[object, ...]:
     """Weights that agree in it become one."""
-    return weight.is_float, layout_for(weight), weight.group_size
+    return weight.is_float, layout_for(weight), weight.group_size, weight.order and weight.order.key
 
 
 def _obstacle(parts: list[Part], device: torch.device) -> str:

@@ -17,7 +17,7 @@ factor, a power of two, by which they fit: scales that a checkpoint has in 16 bi
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,7 @@ from tidewright.devices.cuda.quantized_launch import (
 )
 from tidewright.quantization.affine import AffineWeight, QuantizationError
 from tidewright.quantization.half_scales import as_halves
+from tidewright.quantization.input_order import InputOrder
 
 _INTERPRETED_PROCESSORS = 4
 _LARGEST_EXPONENT = 7  # of a row's scales, divided by its factor: products with codes must not exceed float16, either
@@ -53,7 +54,9 @@ class CudaQuantizedWeight:
     factors_F: torch.Tensor
     """float32; without scales of groups, the scales themselves."""
     depth: int
+    """Columns: the inputs, unless there is an `order`."""
     group: int
+    order: InputOrder | None = None
 
     @property
     def features(self) -> int:
@@ -70,6 +73,8 @@ class CudaQuantizedWeight:
         """x w^T + bias, summed in float32. `out_TF` may be some columns of a wider tensor."""
         if out_TF is None:
             out_TF = x_TE.new_empty((len(x_TE), self.features))
+        if self.order:
+            x_TE = self.order.gather(x_TE)
         _product(self, x_TE, None, bias_F, out_TF)
         return out_TF
 
@@ -87,7 +92,9 @@ class CudaQuantizedWeight:
         return self.layout.bits == 8 and not self.layout.has_scales and self.layout.plane >= 32
 
     def read_rows(self, ids_T: torch.Tensor, out_TE: torch.Tensor) -> torch.Tensor:
-        """Dequantized rows of the weight. Ids that it does not have leave their rows of `out_TE` as they are."""
+        """Dequantized rows of a weight without an order. Ids that it does not have leave their rows of `out_TE` as they
+        are.
+        """
         launch = read_launch(self.layout, self.depth)
         if len(ids_T):
             start(
@@ -165,7 +172,8 @@ def pack(weight: AffineWeight, device: torch.device) -> CudaQuantizedWeight:
     # An offset is a scale times a zero point, at most 15 with 4 bits.
     factors_F, *halves = as_halves(scales_FG, offsets_FG, _LARGEST_EXPONENT, 1 / 16)
     scales_GF, offsets_GF = (None if values is None else values.T.contiguous() for values in halves)
-    return CudaQuantizedWeight(layout, codes_FE.contiguous(), scales_GF, offsets_GF, factors_F, depth, group)
+    order = weight.order and replace(weight.order, inputs_E=weight.order.inputs_E.to(device))
+    return CudaQuantizedWeight(layout, codes_FE.contiguous(), scales_GF, offsets_GF, factors_F, depth, group, order)
 
 
 def _product(

@@ -22,6 +22,8 @@ struct QuantizedWeight {
     int64_t group;  // inputs; of the activations, too, which are quantized to match
     int32_t bits, zero, has_scales, has_offsets;
     int64_t first, width;  // of the layer's outputs: where these begin, and how many there are
+    int64_t inputs;  // of the layer
+    const int32_t* order;  // the input of each of `depth` columns, -1 for none; null: the columns are the inputs
 };
 
 namespace {
@@ -205,13 +207,20 @@ template <typename T>
 void quantize_rows(const QuantizedWeight& w, const Layout& layout, const T* x, int64_t rows, uint32_t* codes, GroupInfo* info) {
 #pragma omp parallel for schedule(static) if (rows > TILE_ROWS)
     for (int64_t row = 0; row < rows; row++) {
+        static thread_local std::vector<T> gathered;
+        const T* from = x + row * w.inputs;
+        if (w.order) {
+            gathered.resize(w.depth);
+            for (int64_t k = 0; k < w.depth; k++) gathered[k] = w.order[k] < 0 ? T{} : from[w.order[k]];
+            from = gathered.data();
+        }
         codes[(row + 1) * layout.steps - 1] = 0;
         if (layout.unit_steps == 2) codes[(row + 1) * layout.steps - 2] = 0;
         int8_t* to = (int8_t*)(codes + row * layout.steps);
         for (int64_t group = 0; group < layout.groups; group++) {
             int64_t first = group * layout.group_steps * QUAD, count = std::min(layout.group_steps * QUAD, w.depth - first);
             GroupInfo& of = info[row * layout.groups + group];
-            of.scale = quantize(x + row * w.depth + first, count, to + first, of.sum);
+            of.scale = quantize(from + first, count, to + first, of.sum);
         }
     }
 }
@@ -224,7 +233,7 @@ void multiply(const QuantizedWeight& weight, const T* x, const T* bias, T* out, 
     const QuantizedWeight* before = nullptr;
     for (const QuantizedWeight* w = &weight; w; before = w, w = w->next) {
         Layout layout(*w);
-        if (!before || before->group != w->group || before->bits != w->bits) {
+        if (!before || before->group != w->group || before->bits != w->bits || before->order != w->order) {
             codes.resize(rows * layout.steps);
             info.resize(rows * layout.groups);
             quantize_rows(*w, layout, x, rows, codes.data(), info.data());
@@ -242,7 +251,7 @@ void multiply(const QuantizedWeight& weight, const T* x, const T* bias, T* out, 
     }
 }
 
-// Rows of the weight, as an embedding reads them.
+// Rows of the weight, as an embedding reads them; of a weight whose columns are the inputs.
 template <typename T>
 void embedding(const QuantizedWeight& weight, const int64_t* features, T* out, int64_t count) {
 #pragma omp parallel for schedule(static) if (count > TILE_ROWS)
