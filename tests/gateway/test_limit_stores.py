@@ -15,7 +15,7 @@ from helpers.redis import RunningRedis
 from tidewright_gateway.admission.limits import Limiter, Subject, make_limiter, remote
 from tidewright_gateway.admission.limits.memory import MemoryStore
 from tidewright_gateway.admission.limits.redis_store import ACCOUNTS, PLACES, RedisLink
-from tidewright_gateway.admission.limits.remote import Remote
+from tidewright_gateway.admission.limits.remote import Remote, StoreBusyError
 from tidewright_gateway.admission.limits.store import Settle, Take, TakeResult
 from tidewright_gateway.auth.callers import Limits
 from tidewright_gateway.config import GatewaySettings
@@ -291,5 +291,56 @@ def test_connecting_to_redis_again_uses_no_old_connection(redis: RunningRedis) -
         assert old
         assert not old & connections()
         await link.close()
+
+    asyncio.run(scenario())
+
+
+class SlowLink:
+    """Answers once it may."""
+
+    def __init__(self) -> None:
+        self.may_answer = asyncio.Event()
+        self.asked = 0
+
+    async def take(self, take: Take) -> TakeResult:
+        self.asked += 1
+        await self.may_answer.wait()
+        return TakeResult(0.0, [])
+
+
+def test_who_waits_too_long_for_a_slow_store_is_told_and_no_turn_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "TIMEOUT", 3600.0)
+
+    async def scenario() -> None:
+        link = SlowLink()
+        store = Remote(link)  # type: ignore[arg-type]
+        numbers = iter(range(1000))
+
+        def take() -> asyncio.Task[TakeResult]:
+            return asyncio.create_task(store.take(Take(str(next(numbers)), (), 0)))
+
+        first = [take() for _ in range(remote.AT_A_TIME)]
+        left = take()
+        while link.asked < len(first):
+            await asyncio.sleep(0)
+        left.cancel()  # its client has left
+        monkeypatch.setattr(remote, "PATIENCE", 0.01)
+        with pytest.raises(StoreBusyError):
+            await take()
+        monkeypatch.setattr(remote, "PATIENCE", 3600.0)
+        late = take()
+        await asyncio.sleep(0)
+        assert link.asked == len(first)
+        link.may_answer.set()
+        await asyncio.gather(*first, late, *(take() for _ in range(3 * remote.AT_A_TIME)))
+        assert left.cancelled()
+        assert not store.trouble
+        link.may_answer.clear()
+        asked, again = link.asked, [take() for _ in range(remote.AT_A_TIME + 1)]
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert link.asked == asked + remote.AT_A_TIME  # as many as at first
+        link.may_answer.set()
+        await asyncio.gather(*again)
 
     asyncio.run(scenario())

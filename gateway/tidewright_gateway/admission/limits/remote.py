@@ -10,8 +10,9 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Coroutine, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import AsyncGenerator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Literal, Protocol, TypeVar
 
 from tidewright_gateway.admission.limits.store import (
     Settle,
@@ -32,7 +33,12 @@ TICK = 1.0  # seconds between two tries to reach it
 RENEW_INTERVAL = 15.0  # seconds
 # Questions. The others wait here, where no timeout runs, and see that it is lost as soon as one of them does.
 AT_A_TIME = 8
+PATIENCE = 5.0  # seconds that one waits so, of a store that answers each in time, but slowly
 UNSETTLED = 100_000  # that are remembered while it is gone; the oldest are forgotten
+
+
+class StoreBusyError(StoreLostError):
+    """Too many wait for its answers; it is not gone."""
 
 
 class Link(Protocol):
@@ -86,7 +92,7 @@ class Remote:
         await self._link.close()
 
     async def take(self, take: Take) -> TakeResult:
-        async with self._slots:
+        async with self._turn():
             self._check()
             try:
                 result = await _in_time(self._link.take(take))
@@ -104,7 +110,7 @@ class Remote:
         """Later, if the store is gone, or refuses: this raises nothing of it."""
         self._held.pop(settle.id, None)
         try:
-            async with self._slots:
+            async with self._turn():
                 self._check()
                 await _in_time(self._link.settle(settle))
         except BaseException as error:
@@ -112,6 +118,31 @@ class Remote:
             self._note(error)
             if not isinstance(error, StoreLostError | StoreRefusesError):
                 raise
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None, None]:
+        """Raises StoreBusyError: it did not come in time."""
+        if self._slots.locked():
+            turn = asyncio.ensure_future(self._slots.acquire())
+            try:
+                await asyncio.wait({turn}, timeout=PATIENCE)
+                if not turn.done():
+                    raise StoreBusyError(f"no turn within {PATIENCE:g} s")
+            except BaseException:
+                turn.add_done_callback(self._forgo)
+                turn.cancel()
+                raise
+        else:
+            await self._slots.acquire()
+        try:
+            yield
+        finally:
+            self._slots.release()
+
+    def _forgo(self, turn: asyncio.Future[Literal[True]]) -> None:
+        """It may have come in the same moment."""
+        if not turn.cancelled():
+            self._slots.release()
 
     def _check(self) -> None:
         if self._lost:
@@ -121,7 +152,7 @@ class Remote:
         """What a question ended with."""
         trouble = ""
         if isinstance(error, StoreLostError):
-            if self._lost:
+            if self._lost or isinstance(error, StoreBusyError):
                 return
             self._lost, trouble = True, f"the store of limits is gone: {error}"
         elif isinstance(error, StoreRefusesError):
