@@ -48,7 +48,8 @@ class Load:
     """As many clients as there are prompts, each with one connection, which it keeps as long as its gateway does.
 
     A new connection goes to any gateway that is ready at that moment, as through a Service's address; an open one stays
-    where it is. Nothing is retried: each failure is seen. `pause`: seconds of each client between two streams.
+    where it is. Nothing is retried: each failure is seen. `pause`: seconds of each client between two streams, on
+    average.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Load:
         self._cluster, self._prompts, self._max_tokens, self._pause = cluster, list(prompts), max_tokens, pause
         self._headers = {"Authorization": f"Bearer {key}", "Cache-Control": "no-store"}
         self.done: list[Stream] = []
+        self._begun: dict[str, Stream] = {}
         self._over = False
         self._rounds: int | None = None
         self._thread = threading.Thread(target=self._run, name="load", daemon=True)
@@ -78,6 +80,11 @@ class Load:
         return self.done
 
     @property
+    def running(self) -> int:
+        """How many streams are between their first token and their last."""
+        return sum(bool(stream.times) and not stream.finish for stream in list(self._begun.values()))
+
+    @property
     def failed(self) -> list[Stream]:
         return [stream for stream in list(self.done) if stream.error]
 
@@ -95,13 +102,14 @@ class Load:
             rounds = 0
             while not self._over and rounds != self._rounds:
                 rounds += 1
-                stream = Stream(prompt, began_at=time.monotonic())
+                stream = self._begun[prompt] = Stream(prompt, began_at=time.monotonic())
                 try:
                     await self._generate(client, stream)
                 except (httpx.HTTPError, OSError, ValueError) as error:
                     stream.error = f"{type(error).__name__}: {error}"
                 self.done.append(stream)
-                await asyncio.sleep(max(self._pause, 0.2 if stream.error else 0.0))
+                pause = random.uniform(0, 2 * self._pause)  # so that they do not go in step
+                await asyncio.sleep(max(pause, 0.2 if stream.error else 0.0))
 
     async def _generate(self, client: httpx.AsyncClient, stream: Stream) -> None:
         body: dict[str, Any] = {"model": "smollm2-135m", "prompt": stream.prompt, "max_tokens": self._max_tokens}
