@@ -1,28 +1,21 @@
-"""k8s/loadtest: valid objects whose commands, names and policies fit each other, the gateway's and the image."""
+"""k8s/loadtest: valid objects whose commands, names and policies fit each other, the gateway's and the image.
+
+checkov's policies: test_manifests.py.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 import kubernetes_validate
 import pytest
-import yaml
 
-from helpers.checkov import check_policies
 from helpers.dockerfile import stages
 from helpers.manifests import K8S, Object, of_kind, overlay, rendered, selects
 from loadtests.cli import main
 
 NAMESPACE = "tidewright-loadtest"
-EXCEPTIONS = {
-    "CKV_K8S_11": "No CPU limits: a load generator that is stopped by a quota measures the quota.",
-    "CKV_K8S_15": "IfNotPresent: nodes restart pods while the registry is away; versions in tags are not moved.",
-    "CKV_K8S_35": "The key is a variable, which `python -m loadtests` reads.",
-    "CKV_K8S_43": "No digests: whoever builds the image puts theirs into a copy.",
-}
-"""Of checkov, with the reason."""
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +80,3 @@ def test_the_image_is_a_target_that_runs_the_command(objects: list[Object]) -> N
     assert stage.last("USER") == "10001:10001"
     for job in of_kind(objects, "Job"):
         assert {one["image"] for one in job["spec"]["template"]["spec"]["containers"]} == {"tidewright:loadtest"}
-
-
-def test_checkov_finds_nothing_but_what_is_excepted(objects: list[Object], tmp_path: Path) -> None:
-    for number, one in enumerate(objects):
-        (tmp_path / f"{number}.yaml").write_text(yaml.safe_dump(one))
-    check_policies(tmp_path, "kubernetes", EXCEPTIONS)

@@ -101,7 +101,7 @@ def test_the_file_itself_answers_as_transformers_does(
     # With weights alone: our kernels for quantized weights quantize activations as well.
     runner = ModelRunner(engine_config(tmp_path, quantization="none", max_model_len=64, kv_cache_memory="16MiB"))
     prompts = [Tokenizer(tmp_path).encode(text) for text in ("The capital of France is", "def fibonacci(n):\n    if")]
-    assert greedy(runner, prompts, 16, 8) == [expected(theirs, ids, 16) for ids in prompts]
+    assert greedy(runner, prompts, 8, 8) == [expected(theirs, ids, 8) for ids in prompts]
 
 
 def test_the_kept_file_has_the_converted_weights(cache: Path, converted: Path, gguf_file: Path) -> None:
@@ -202,6 +202,7 @@ def test_a_second_run_does_nothing_and_force_does_it_again(cache: Path, hugging_
     assert (folder / MANIFEST).stat().st_mtime_ns > before
 
 
+@pytest.mark.heavy
 def test_a_gateway_needs_no_weights_and_a_server_then_gets_them(
     cache: Path, converted: Path, gguf_file: Path, hugging_face_folder: Path
 ) -> None:

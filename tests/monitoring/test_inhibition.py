@@ -65,6 +65,7 @@ def test_a_symptom_is_not_told_beside_its_cause(
     deadline = time.monotonic() + 30
     while len(told) < 3 or any(one["status"]["state"] == "unprocessed" for one in told.values()):
         assert time.monotonic() < deadline
+        time.sleep(0.02)
         found = alertmanager.get("/api/v2/alerts").json()
         told = {
             (one["labels"]["alertname"], one["labels"][same]): one
