@@ -111,7 +111,8 @@ class _Writer:
     def _look(self) -> None:
         due = self._written_at + self._interval
         if self._loop.time() >= due:
-            self._comment = self._loop.create_task(self.write(KEEP_ALIVE))
+            if self._comment is None or self._comment.done():  # else the client takes nothing, and one waits
+                self._comment = self._loop.create_task(self.write(KEEP_ALIVE))
             due = self._loop.time() + self._interval
         self._timer = self._loop.call_at(due, self._look)
 
