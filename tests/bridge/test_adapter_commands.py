@@ -151,8 +151,6 @@ def test_the_names_that_are_remembered_are_bounded(commands: AdapterCommands) ->
     assert [status.name for status in statuses if status.loaded] == ["a0"]
     for number in range(1, MAX_ADAPTERS_KNOWN):
         commands.load(f'{{"name": "b{number}", "path": "p"}}', lambda _: None)
-    with pytest.raises(InvalidRequestError, match="256 adapters are loaded"):
-        commands.load('{"name": "more", "path": "p"}', lambda _: None)
     commands.unload('{"name": "b7"}', lambda _: None)
     statuses = commands.statuses or []
     assert (len(statuses), sum(status.loaded for status in statuses)) == (MAX_ADAPTERS_KNOWN, MAX_ADAPTERS_KNOWN - 1)

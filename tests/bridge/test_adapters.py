@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
-from tidewright.bridge.adapters import MOST_ADAPTERS, TRIES, Adapter, Adapters
+from tidewright.bridge.adapters import TRIES, Adapter, Adapters
 from tidewright.engine.messages import AdapterChanged, LoadAdapter, ToEngine, UnloadAdapter
 from tidewright.errors import RequestError
+from tidewright.schema import MAX_ADAPTERS_KNOWN
 
 
 class Bridge:
@@ -80,10 +81,10 @@ def test_a_name_that_can_t_be_is_refused_at_once(name: str) -> None:
 
 def test_the_list_is_bounded() -> None:
     bridge = Bridge()
-    for number in range(MOST_ADAPTERS):
+    for number in range(MAX_ADAPTERS_KNOWN):
         bridge.load(str(number))
     bridge.load("one more")
-    assert bridge.answers == [f"one more: {MOST_ADAPTERS} adapters are loaded already; unload one first"]
+    assert bridge.answers == ["one more: 256 adapters are loaded, which is the limit; unload one first"]
 
 
 def test_the_next_engine_gets_what_the_one_before_had() -> None:

@@ -97,9 +97,6 @@ class AdapterCommands:
             self._obeyed(order, path, is_loaded=True)  # told by two gateways at once
             return answer(None)
 
-        if len(self._bridge.adapters) >= MAX_ADAPTERS_KNOWN:
-            raise InvalidRequestError(f"{MAX_ADAPTERS_KNOWN} adapters are loaded, which is the limit; unload one first")
-
         def done(result: Adapter | RequestError) -> None:
             if isinstance(result, RequestError):
                 log.warning("adapter %s: %s", order.name, result, extra=event("adapter_refused"))

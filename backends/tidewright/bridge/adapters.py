@@ -13,11 +13,10 @@ from typing import Literal, get_args
 
 from tidewright.engine.messages import AdapterChanged, LoadAdapter, ToEngine, UnloadAdapter
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, OverloadedError, RequestError
-from tidewright.schema import MAX_ADAPTER_NAME, MAX_ADAPTER_PATH, NO_ADAPTER
+from tidewright.schema import MAX_ADAPTER_NAME, MAX_ADAPTER_PATH, MAX_ADAPTERS_KNOWN, NO_ADAPTER
 
 log = logging.getLogger(__name__)
 
-MOST_ADAPTERS = 1000
 TRIES = 2  # engines that may die while they load the same adapter again, after which it is dropped
 
 State = Literal["loading", "loaded", "unloading"]
@@ -157,8 +156,9 @@ class Adapters:
             return InvalidRequestError(f"an adapter's name has 1 to {MAX_ADAPTER_NAME} printable characters")
         if not path or len(path) > MAX_ADAPTER_PATH or "\0" in path:
             return InvalidRequestError(f"an adapter's path has 1 to {MAX_ADAPTER_PATH} characters, none of them NUL")
-        if len(self.by_name) >= MOST_ADAPTERS:
-            return OverloadedError(f"{MOST_ADAPTERS} adapters are loaded already; unload one first")
+        if len(self.by_name) >= MAX_ADAPTERS_KNOWN:
+            limit = f"{MAX_ADAPTERS_KNOWN} adapters are loaded, which is the limit"
+            return InvalidRequestError(f"{limit}; unload one first")
         return None
 
     def _set(self, adapter: Adapter) -> None:
