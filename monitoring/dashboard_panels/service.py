@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dashboard_panels.shapes import FAILING, FULL, Dashboard, G, Panel, Query, Row, quantiles
+from dashboard_panels.shapes import EACH_ENGINE, FAILING, FULL, Dashboard, G, Panel, Query, Row, quantiles
 
 SERVICE = Dashboard(
     "service",
@@ -110,7 +110,12 @@ SERVICE = Dashboard(
                     ),
                 ),
                 Panel("Wait in the queue", "s", quantiles(f"{G}queue_wait_seconds")),
-                Panel("KV cache in use", "percentunit", (Query("tidewright_kv_usage_ratio"),), thresholds=FULL),
+                Panel(
+                    "KV cache in use",
+                    "percentunit",
+                    (Query("tidewright_kv_usage_ratio", EACH_ENGINE),),
+                    thresholds=FULL,
+                ),
                 Panel(
                     "Degradation level",
                     "none",

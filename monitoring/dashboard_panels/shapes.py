@@ -8,6 +8,8 @@ G = "tidewright_gateway_"
 FAILING = ((0.001, "yellow"), (0.01, "red"))
 FULL = ((0.8, "yellow"), (0.95, "red"))
 """Thresholds of shares."""
+EACH_ENGINE = "{{instance}} {{model}}"
+"""Legend of an engine's series. Only models beside the first of a server have the label: Grafana leaves it out else."""
 PERCENTILES = (("0.5", "p50"), ("0.95", "p95"), ("0.99", "p99"))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dashboard_panels.shapes import Dashboard, G, Panel, Query, Row, quantiles
+from dashboard_panels.shapes import EACH_ENGINE, Dashboard, G, Panel, Query, Row, quantiles
 
 TENANTS = Dashboard(
     "tenants",
@@ -80,12 +80,17 @@ TENANTS = Dashboard(
                 Panel(
                     "Loaded, by replica",
                     "none",
-                    (Query("tidewright_adapters_loaded", "{{instance}}"),),
+                    (Query("tidewright_adapters_loaded", EACH_ENGINE),),
                 ),
                 Panel(
                     "Loads and unloads, 1 hour",
                     "none",
-                    (Query("sum by (change) (increase(tidewright_adapter_changes_total[1h]))", "{{change}}"),),
+                    (
+                        Query(
+                            "sum by (model, change) (increase(tidewright_adapter_changes_total[1h]))",
+                            "{{model}} {{change}}",
+                        ),
+                    ),
                 ),
             ),
         ),

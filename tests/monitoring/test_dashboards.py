@@ -108,6 +108,19 @@ def test_a_panel_asks_for_what_exists(panel: Panel) -> None:
     assert [fault for query in panel.queries for fault in faults(query.expr)] == []
 
 
+@pytest.mark.parametrize("panel", PANELS)
+def test_a_panel_of_engines_names_their_models(panel: Panel) -> None:
+    """One server may have several: a series without its model's name is one of all, or of nobody knows which."""
+    of_engines = {name for name in SERIES if re.match(r"tidewright_(?!gateway_|failsafe_|fallback_)", name)}
+    of_engines |= {name for name in RECORDED if name.startswith("instance:tidewright_")}
+    for query in panel.queries:
+        if of_engines & {selector.name for selector in selectors(promql_parser.parse(query.expr))}:
+            grouping = re.search(r"\bby \(([^)]*)\)", query.expr)
+            has_model = "model" in re.split(r", *", grouping[1]) if grouping else True
+            assert ("{{model}}" in query.legend) == has_model, query
+            assert has_model or "instance" in str(grouping), query
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda one: one.get("alert", one.get("record")))
 def test_a_rule_asks_for_what_exists(rule: dict[str, Any]) -> None:
     assert faults(rule["expr"]) == []
