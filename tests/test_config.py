@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from click.testing import CliRunner
-from pydantic import ValidationError
-from pydantic.fields import FieldInfo
+from pydantic import BaseModel, ValidationError
 
 from tidewright.config import Settings
 from tidewright.kv_cache.budget import parse_memory
@@ -19,6 +18,9 @@ from tidewright.launch.cli import main
 from tidewright.resilience.config import ResilienceSettings
 from tidewright.served_models import smaller_name
 from tidewright_gateway.config import GROUPS, GatewaySettings
+
+DOCS = Path(__file__).parent.parent / "docs"
+OPTIONS = runpy.run_path(str(DOCS / "make_options.py"))
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -103,25 +105,42 @@ def test_the_engine_gets_what_the_settings_say(tmp_path: Path) -> None:
     assert quantized.fallback_engine_config(tmp_path).kv_cache_dtype == "auto"
 
 
-def rows(options: Mapping[str, FieldInfo]) -> list[str]:
-    return [f"| `{name}` | `{field.default}` | {field.description} |" for name, field in options.items()]
+@pytest.mark.parametrize("file", OPTIONS["PAGES"])
+def test_the_tables_of_options_are_what_the_code_makes(file: str) -> None:
+    page = (DOCS / file).read_text()
+    assert OPTIONS["PAGES"][file](page) == page, "python docs/make_options.py"
 
 
-def test_every_option_is_documented_as_it_is() -> None:
-    table = (Path(__file__).parent.parent / "docs" / "configuration.md").read_text()
-    assert [line for line in table.splitlines() if line.startswith("| `")] == rows(Settings.model_fields)
+@pytest.mark.parametrize(("file", "settings"), [("configuration.md", Settings), ("serving.md", GatewaySettings)])
+def test_every_option_has_one_row_with_the_bounds_that_are_enforced(file: str, settings: type[BaseModel]) -> None:
+    """What is behind a bound is refused for it, and the bound is not; whatever else stands in the way of it."""
+    text = (DOCS / file).read_text()
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines()]
+    found = {cells[0].strip("`"): cells for cells in rows if len(cells) == 5 and cells[0].startswith("`")}
+    elsewhere = ResilienceSettings.model_fields.keys() if settings is GatewaySettings else set()
+    assert found.keys() == settings.model_fields.keys() - elsewhere
+    assert (
+        OPTIONS["SERVE"] | OPTIONS["GATEWAY"]
+    ).keys() <= Settings.model_fields.keys() | GatewaySettings.model_fields.keys()
 
+    def is_refused(name: str, value: object) -> bool:
+        try:
+            settings(**{name: value})
+        except ValidationError as error:
+            return any(one["loc"] == (name,) for one in error.errors())
+        return False
 
-def test_every_option_of_the_gateway_is_documented_in_its_group() -> None:
-    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text().partition("\n## Options\n")[2]
-    found: dict[str, list[str]] = {}
-    for line in page.splitlines():
-        if line.startswith("### "):
-            found[line.removeprefix("### ")] = []
-        elif line.startswith("| `"):
-            found[list(found)[-1]].append(line)
-    own = {name: rows(group.model_fields) for name, group in GROUPS.items() if group is not ResilienceSettings}
-    assert found == own  # those of the resilience library stand in configuration.md
+    for name, cells in found.items():
+        for bound in re.findall(r"(?<=, )(?:[\d.]+) or more|(?:[\d.]+) to (?:[\d.]+)|more than [\d.]+", cells[1]):
+            least, most = [*re.findall(r"[\d.]+", bound), "inf"][:2]
+            kind = int if cells[1].startswith("integer") else float
+            assert is_refused(name, kind(float(least)) - 1), name
+            assert is_refused(name, kind(float(least))) == bound.startswith("more than"), name
+            if most != "inf":
+                assert is_refused(name, kind(float(most)) + 1), name
+                assert not is_refused(name, kind(float(most))), name
+        for value in re.findall(r"`(\w[\w-]*)`", cells[1]):
+            assert not is_refused(name, value), (name, value)
 
 
 def test_the_gateway_s_groups_have_each_option_once() -> None:
