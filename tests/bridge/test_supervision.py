@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -195,6 +196,20 @@ def test_a_restart_is_tried_until_there_is_a_process(engine: Path, popen: type[P
         assert client.restarts == 3
         ask(client, ANSWER)
         wait_for(lambda: heard.outputs)
+
+
+def test_the_next_engine_waits_longer_only_if_the_one_before_had_answered_nothing(
+    engine: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else requests that kill engines now and then would make those of others wait longer and longer."""
+    with started() as (client, heard):
+        for number, word in enumerate((GARBAGE, GARBAGE, ANSWER, GARBAGE, ANSWER, GARBAGE, GARBAGE)):
+            wait_for(lambda number=number: len(heard.ups) + len(heard.outputs) > number)  # type: ignore[misc]
+            wait_for(lambda: client.available)
+            ask(client, word)
+        wait_for(lambda: len(heard.ups) == 6)
+    found = [float(text) for text in re.findall(r"starting it again in ([\d.]+) s", caplog.text)]
+    assert found == [0.1, 0.2, 0.1, 0.1, 0.2]
 
 
 def test_an_error_of_the_listener_ends_nothing(engine: Path) -> None:

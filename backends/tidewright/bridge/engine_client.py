@@ -119,6 +119,7 @@ class EngineClient:
         self._stop_by = math.inf  # time.monotonic(); then the engine is killed
         self._first_start_over = threading.Event()
         self._came_up = False  # at least once
+        self._has_answered = False  # the one that runs, or that ran last
         self._cause = "the engine is starting"
         self._thread = threading.Thread(target=self._supervise, name="engine-client", daemon=True)
         self.restarts = 0
@@ -210,7 +211,9 @@ class EngineClient:
                     break
                 if not self._came_up:
                     break  # a first start that fails is for the operator, not for a retry
-                if time.monotonic() - started > LONGEST_BACKOFF:
+                # One that had answered others before it died over a request would be as well again: nobody's poison
+                # makes them wait longer.
+                if self._has_answered or time.monotonic() - started > LONGEST_BACKOFF:
                     backoff = FIRST_BACKOFF
                 extra = event("engine_died", cause=self._cause)
                 log.error("engine lost: %s; starting it again in %.1f s", self._cause, backoff, extra=extra)
@@ -224,7 +227,7 @@ class EngineClient:
 
     def _run_engine(self) -> None:
         """Run one engine process until it ends, by itself or by us, and keep why it ended."""
-        cause, connection, self._lacked_memory = "", None, False
+        cause, connection, self._lacked_memory, self._has_answered = "", None, False, False
         try:
             self._process, connection = self._take_standby() or self._start_process()
             connection.send_bytes(encode(Begin(self._replayed_tokens(), self._num_blocks, self._most_blocks)))
@@ -328,6 +331,9 @@ class EngineClient:
             self._heard_at, self._quiet = time.monotonic(), 0.0
             deadline = self._heard_at + self._heartbeat_timeout
             if isinstance(message, StepOutputs):
+                self._has_answered = self._has_answered or any(
+                    one.token_ids or one.embedding for one in message.outputs
+                )
                 self._report(self._events.outputs, message.outputs)
             elif isinstance(message, Heartbeat):
                 memory = message.stats.memory
