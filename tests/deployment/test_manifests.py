@@ -112,6 +112,26 @@ def test_the_guides_overlay_on_top_of_another_works(tmp_path: Path) -> None:
             )
 
 
+def test_adapters_are_one_volume_that_replicas_only_read(tmp_path: Path) -> None:
+    """As docs/lora.md says: with the overlay there, on top of one that keeps models in volumes as well."""
+    (text,) = re.findall(r"```yaml\n(.*?kind: Kustomization\n.*?)```", (ROOT / "docs/lora.md").read_text(), re.DOTALL)
+    shutil.copytree(K8S, tmp_path / "tidewright" / "k8s")
+    (tmp_path / "kustomization.yaml").write_text(text)
+    objects = rendered(tmp_path)
+    check_schemas(objects, VERSIONS[-1])
+    (claim,) = of_kind(objects, "PersistentVolumeClaim")
+    assert claim["spec"]["storageClassName"] == "shared-files"
+    (pod,) = [pod for pod in pods(objects) if pod.owner == "StatefulSet/tidewright-replica"]
+    (volume,) = [one for one in pod.spec["volumes"] if "persistentVolumeClaim" in one]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    (mount,) = [one for one in pod.containers[0]["volumeMounts"] if one["name"] == volume["name"]]
+    assert mount["readOnly"] is True
+    assert {"name": "TIDEWRIGHT_ADAPTER_FOLDER", "value": mount["mountPath"]} in pod.containers[0]["env"]
+    assert {"/var/cache/tidewright", "/etc/tidewright/replica"} <= {
+        one["mountPath"] for one in pod.containers[0]["volumeMounts"]
+    }
+
+
 def test_a_misspelt_field_is_found() -> None:
     """The validators are strict, for built-in kinds, pods of other kinds, and CRDs."""
     for kind in ("Deployment", "PodMonitor", "LeaderWorkerSet"):

@@ -118,6 +118,8 @@ def test_every_reference_is_there_or_for_the_operator_to_make(every: dict[str, S
         for volume in pod.spec["volumes"]:
             if "configMap" in volume:
                 assert ("ConfigMap", volume["configMap"]["name"]) in there, where
+            if "persistentVolumeClaim" in volume:
+                assert ("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]) in there, where
             if "secret" in volume:
                 used |= {(volume["secret"]["secretName"], key) for key in files_below(pod, volume["name"])}
         for container in pod.all_containers:
