@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from tidewright.distributed.rank_messages import AdapterRead
 from tidewright.engine.adapters import READ_AHEAD, Adapters
 from tidewright.engine.messages import AdapterChanged, LoadAdapter, Submit, UnloadAdapter
@@ -16,9 +19,10 @@ class Host:
 
     def __init__(self, budget: int) -> None:
         self.told: list[str] = []
+        self.resident: set[str] = set()
         self.paths: dict[int, str] = {}
         self.requests: Counter[str] = Counter()
-        self.wanted, self.is_full = 0, False
+        self.wanted, self.is_full, self.budget = 0, False, budget
         self.adapters = Adapters(self, ranks=2, budget=budget)
 
     def read_adapter(self, number: int, path: str) -> None:
@@ -29,9 +33,11 @@ class Host:
 
     def add_adapter(self, name: str, number: int) -> None:
         self.told.append(f"add {name}")
+        self.resident.add(name)
 
     def drop_adapter(self, name: str) -> None:
         self.told.append(f"drop {name}")
+        self.resident.remove(name)
 
     def adapter_requests(self, name: str) -> int:
         return self.requests[name]
@@ -59,8 +65,12 @@ class Host:
         for _ in range(2):
             self.adapters.was_read(AdapterRead(number, self.paths[number], 4, size // 2, error))
 
-    def hold(self, request_id: int, adapter: str) -> bool:
-        return self.adapters.hold(Submit(request_id, [1], SamplingParams(), adapter=adapter))
+    def hold(self, request_id: int, adapter: str, tenant: str = "", priority: int = 0) -> bool:
+        return self.adapters.hold(self.request(request_id, adapter, tenant, priority))
+
+    @staticmethod
+    def request(request_id: int, adapter: str, tenant: str = "", priority: int = 0) -> Submit:
+        return Submit(request_id, [1], SamplingParams(tenant=tenant, priority=priority), adapter=adapter)
 
 
 def test_one_that_all_ranks_have_read_is_added() -> None:
@@ -245,3 +255,120 @@ def test_one_rank_s_word_lets_no_further_one_be_read() -> None:
     assert [*host.paths.values()] == [*"ab"]
     host.adapters.was_read(AdapterRead(0, "a", 4, 25))
     assert [*host.paths.values()] == [*"abc"]
+
+
+class Crowd:
+    """Tenants that ask for more adapters than have room; each request runs for a few rounds once it is taken."""
+
+    def __init__(self, room: int, names: list[str]) -> None:
+        self.host = Host(budget=50 * room)
+        for name in names:
+            assert self.host.load(name).loaded
+        self._ends: dict[int, tuple[int, str]] = {}
+        self._now, self._done = 0, len(self.host.paths)
+        self._rounds: dict[int, int] = {}
+        self.taken: set[int] = set()
+
+    def send(self, request_id: int, adapter: str, tenant: str, rounds: int, priority: int = 0) -> None:
+        self._rounds[request_id] = rounds
+        self._give(self.host.request(request_id, adapter, tenant, priority))
+
+    def round(self) -> None:
+        """Some requests end, what is being read is read, and the engine's heart beats."""
+        self._now += 1
+        for request_id, (end, adapter) in list(self._ends.items()):
+            if end <= self._now:
+                del self._ends[request_id]
+                self.host.requests[adapter] -= 1
+        for number in range(self._done, len(self.host.paths)):
+            path = self.host.paths[number]
+            for _ in range(2):
+                outcome = self.host.adapters.was_read(AdapterRead(number, path, 4, 25))
+            assert outcome
+            for request in outcome.requests:
+                self._take(request)
+            self._done += 1
+        self.host.adapters.read_again()
+        for request in self.host.adapters.take_ready():
+            self._take(request)
+        assert self.host.adapters.used() <= self.host.budget
+
+    def _give(self, request: Submit) -> None:
+        if not self.host.adapters.hold(request):
+            self._take(request)
+
+    def _take(self, request: Submit) -> None:
+        assert request.request_id not in self.taken
+        assert request.adapter in self.host.resident
+        self.taken.add(request.request_id)
+        self.host.requests[request.adapter] += 1
+        self._ends[request.request_id] = self._now + self._rounds[request.request_id], request.adapter
+
+
+CROWD = [f"flood{number}" for number in range(6)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 8),
+    st.lists(st.lists(st.sampled_from(CROWD), max_size=4), min_size=1, max_size=12),
+    st.integers(0, 30),
+)
+def test_a_flood_for_many_adapters_does_not_keep_another_tenant_s_out_of_memory(
+    room: int, rounds: int, flood: list[list[str]], before: int
+) -> None:
+    """It waits for those that were taken before, and for a reading or two; never for those that come after it."""
+    crowd = Crowd(room, [*CROWD, "quiet"])
+    for now in range(before + rounds + 5):
+        if now == before:
+            crowd.send(10**6, "quiet", "quiet", 1)
+        for place, name in enumerate(flood[now % len(flood)]):
+            crowd.send(100 * now + place, name, "flood", rounds)
+        crowd.round()
+        if 10**6 in crowd.taken:
+            return
+    raise AssertionError("it waits still")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 5), st.lists(st.sampled_from(CROWD), min_size=1, max_size=8))
+def test_all_of_one_tenant_s_adapters_get_their_turn(room: int, rounds: int, often: list[str]) -> None:
+    """Also those that are asked for once, beside others that are asked for in each round."""
+    crowd = Crowd(room, [*CROWD, "rare"])
+    for now in range(10 + (len(CROWD) + 1) * (rounds + 4)):
+        if now == 10:
+            crowd.send(10**6, "rare", "", 1)
+        for place, name in enumerate(often):
+            crowd.send(100 * now + place, name, "", rounds)
+        crowd.round()
+    assert 10**6 in crowd.taken
+
+
+def test_the_more_urgent_comes_first_and_what_it_asks_for_makes_no_room() -> None:
+    host = Host(budget=50)
+    for name in "abc":
+        assert host.load(name).loaded
+    host.requests["c"] = 1
+    assert host.hold(1, "a", priority=5)
+    assert host.hold(2, "b")
+    assert host.hold(3, "c", priority=5)  # it is to make room
+    host.adapters.read_again()
+    assert host.adapters.take_ready() == []
+    assert host.hold(4, "c", priority=-1)
+    host.adapters.read_again()
+    assert [request.request_id for request in host.adapters.take_ready()] == [3, 4]
+    host.requests["c"] = 0
+    host.adapters.read_again()
+    assert host.read()[1] == [2]
+
+
+def test_of_idle_ones_those_of_the_tenant_that_has_most_leave_memory_first() -> None:
+    host = Host(budget=150)
+    for name in "abc":
+        assert host.load(name).loaded
+    assert not host.hold(1, "a", "quiet")
+    assert not host.hold(2, "b", "busy")
+    assert not host.hold(3, "c", "busy")
+    host.load("d")
+    assert host.told[-2:] == ["drop b", "add d"]

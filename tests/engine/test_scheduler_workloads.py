@@ -13,6 +13,8 @@ from tidewright.engine.plan import PENDING, DrawnToken, ScheduledSequence, Seque
 from tidewright.engine.sequence import Sequence
 from tidewright.schema import SamplingParams
 
+ADAPTERS = ("x", "y", "z")
+
 
 def next_token(history: tuple[int, ...]) -> int:
     """What the fake model generates: repeats itself now and then, so that guesses are sometimes right."""
@@ -102,6 +104,7 @@ class Arrival:
     needs_history: bool
     tenant: str
     weight: int
+    adapter: str
 
     def longest(self, work: Workload) -> int:
         return min(len(self.prompt) + self.max_tokens, int(str(work.config["max_model_len"])))
@@ -140,6 +143,7 @@ def workloads(draw: st.DrawFn) -> Workload:
                 needs_history=draw(st.integers(0, 7)) == 7,
                 tenant=draw(st.sampled_from(["", "", "a", "b"])),
                 weight=draw(st.integers(1, 3)),
+                adapter=draw(st.sampled_from(["", "", *ADAPTERS])),
             )
         )
     events = st.sets(st.tuples(st.integers(0, 40), st.integers(0, len(arrivals) - 1)), max_size=4)
@@ -150,6 +154,7 @@ def workloads(draw: st.DrawFn) -> Workload:
         "max_model_len": room + 1,
         "prefix_caching": draw(st.booleans()),
         "speculative_tokens": draw(st.integers(-3, 3).map(lambda count: max(count, 0))),
+        "adapter_slots": draw(st.integers(1, 2)),
     }
     failures = draw(st.dictionaries(st.integers(0, 30), st.integers(0, 3), max_size=4))
     resizes = draw(st.dictionaries(st.integers(0, 30), st.integers(0, 10), max_size=4))
@@ -162,7 +167,11 @@ def test_random_workloads(work: Workload) -> None:
     (first, pool), (second, _) = (make(work.blocks, **work.config) for _ in range(2))
     block_size = int(str(work.config["block_size"]))
     least = -(-int(str(work.config["max_model_len"])) // block_size)
-    model = FakeModel(block_size, {i: a.salt for i, a in enumerate(work.arrivals)}, work.blocks)
+    model = FakeModel(block_size, {i: f"{a.salt} {a.adapter}" for i, a in enumerate(work.arrivals)}, work.blocks)
+    slots: dict[int, str] = {}
+    for name in ADAPTERS:
+        for scheduler in (first, second):
+            scheduler.adapters.add(name, f"digest of {name}")
     arrivals = work.arrivals
     produced: dict[int, list[int]] = {}
     ends: dict[int, list[str]] = {}
@@ -200,7 +209,7 @@ def test_random_workloads(work: Workload) -> None:
                     tenant_weight=a.weight,
                 )
                 for scheduler in (first, second):
-                    scheduler.add(Sequence(request_id, list(a.prompt), params))
+                    scheduler.add(Sequence(request_id, list(a.prompt), params, adapter=a.adapter))
                 produced[request_id], ends[request_id] = [], []
         for request_id in sorted(request for at, request in work.aborts if at == now and request in produced):
             first.abort(request_id)
@@ -230,7 +239,9 @@ def test_random_workloads(work: Workload) -> None:
             count = sum(planned.count for planned in plan.sequences)
             assert count <= first.step_tokens <= work.config["max_batched_tokens"]  # type: ignore[operator]
             assert len(plan.sequences) <= work.config["max_running"]  # type: ignore[operator]
+            slots |= dict(plan.adapters)
             for planned in plan.sequences:
+                assert slots.get(planned.adapter, "") == arrivals[planned.request_id].adapter
                 assert planned.request_id not in aborted
                 assert not ends[planned.request_id]
                 assert planned.count >= 1

@@ -31,7 +31,7 @@ class Tenants:
         self._computed: Counter[int] = Counter()
         self._drawn: set[tuple[int, int]] = set()
 
-    def send(self, tenant: str, prompt: int, output: int, **params: object) -> int:
+    def send(self, tenant: str, prompt: int, output: int, adapter: str = "", **params: object) -> int:
         request_id = next(self._ids)
         sampling = SamplingParams(
             tenant=tenant,
@@ -40,7 +40,7 @@ class Tenants:
             ignore_eos=True,
             **params,  # type: ignore[arg-type]
         )
-        self.scheduler.add(Sequence(request_id, [request_id % 90] * prompt, sampling))
+        self.scheduler.add(Sequence(request_id, [request_id % 90] * prompt, sampling, adapter=adapter))
         self._tenant_of[request_id] = tenant
         self.waiting[tenant] += 1
         return request_id

@@ -3,13 +3,18 @@
 All ranks read an adapter, and the engine takes it only if all could. Then it enters the scheduler between two steps, as
 an input like any other. The least recently used adapters without requests give way when the host's budget is full; they
 stay loaded for the bridge, and are read again when a request wants them, which waits meanwhile. If there is no room, as
-requests have all the others, it waits until there is: only a first load is refused for that.
+requests have all the others, it waits for its turn: only a first load is refused for that.
+
+Memory is shared between tenants as places are (fairness.py), by the number of adapters and the tenants' weights: what a
+tenant with less than its share waits for comes first, and the adapters of those that have most make room for it, as
+soon as the requests have ended that were taken before. New requests for these wait themselves meanwhile.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -35,6 +40,8 @@ class _Known:
     is_resident: bool = False  # in the host's memory
     is_read: bool = False  # just now, by all ranks, or soon
     held: list[Submit] = field(default_factory=list)  # requests that wait for it
+    tenant: str = ""  # that asked for it last, and its weight
+    weight: int = 1
 
 
 class Outcome(NamedTuple):
@@ -65,7 +72,9 @@ class Adapters:
         self._to_read: list[str] = []  # once fewer than READ_AHEAD are
         self._readings: dict[int, tuple[str, list[AdapterRead]]] = {}
         self._leaving: set[str] = set()
-        self._lacking: dict[str, None] = {}  # room; requests wait for these, in this order
+        self._lacking: dict[str, None] = {}  # requests wait for these: for room, or for their turn to use it again
+        self._yielding: set[str] = set()  # get no new requests, so that others have their room
+        self._ready: list[Submit] = []  # for adapters that are in memory, and stay there until these are taken
 
     def used(self) -> int:
         """Bytes, on all ranks; as the other sizes here."""
@@ -76,11 +85,11 @@ class Adapters:
         return sum(self._known[name].bytes for name in self._idle())
 
     def evict(self, size: int) -> int:
-        """The least recently used of these go until so much is free; what that gave."""
+        """Of the tenants that have most, the least recently used of these go until so much is free; what that gave."""
         given = 0
-        for name in self._idle():
-            if given >= size:
-                break
+        while given < size and (idle := self._idle()):
+            shares = self._shares()
+            name = max(idle, key=lambda name: shares[self._known[name].tenant])
             given += self._known[name].bytes
             self._evict(name)
         return given
@@ -114,39 +123,51 @@ class Adapters:
 
     def hold(self, request: Submit) -> bool:
         """Whether the request waits here for its adapter; else the engine takes or refuses it."""
-        known = self._known.get(request.adapter)
-        if known is None or request.adapter in self._leaving:
+        name = request.adapter
+        known = self._known.get(name)
+        if known is None or name in self._leaving:
             return False
-        if self._lacking and not self._host.adapter_requests(request.adapter):
+        if self._lacking and not self._host.adapter_requests(name):
             self.read_again()  # its room may be what others wait for, and they came first
-        self._known[request.adapter] = self._known.pop(request.adapter)
-        if known.is_resident:
+        self._known[name] = self._known.pop(name)
+        known.tenant, known.weight = request.sampling.tenant, request.sampling.tenant_weight
+        if known.is_resident and name not in self._yielding:
             return False
         known.held.append(request)
-        if known.is_read or request.adapter in self._lacking:
-            return True
-        if self._lacking or self._lack(known.bytes) > self.idle():
-            self._lacking[request.adapter] = None
-        else:
-            self._begin_reading(request.adapter)
+        if not known.is_read and name not in self._lacking:
+            self._lacking[name] = None
+            self.read_again()  # at once, if there is room, which nobody else has from then on
         return True
 
     def read_again(self) -> None:
-        """To be called now and then: those that found no room are read again, in order, as far as there is some."""
-        for name in list(self._lacking):
+        """To be called now and then: those that found no room are read again, in turn, as far as there is some."""
+        self._lacking = {name: None for name in self._lacking if self._known[name].held}
+        while self._lacking:
+            name = self._next_lacking()
             known = self._known[name]
-            if known.held and not self._make_room(known.bytes):
+            if not known.is_resident and not self._make_room(known.bytes):
+                self._yielding = self._makes_room_for(name)
                 return
             del self._lacking[name]
-            if known.held:
+            if known.is_resident:  # it was to make room, and its turn has come before that
+                self._yielding.discard(name)
+                self._ready += known.held
+                known.held = []
+            else:
                 self._begin_reading(name)
+        self._yielding = set()
+
+    def take_ready(self) -> list[Submit]:
+        """Requests that waited, and that the engine takes now."""
+        ready, self._ready = self._ready, []
+        return ready
 
     def drop(self, request_id: int) -> bool:
         """The request is no longer wanted; whether it waited here."""
-        for known in self._known.values():
-            for request in known.held:
+        for waiting in (self._ready, *(known.held for known in self._known.values())):
+            for request in waiting:
                 if request.request_id == request_id:
-                    known.held.remove(request)
+                    waiting.remove(request)
                     return True
         return False
 
@@ -230,15 +251,57 @@ class Adapters:
         self.evict(lack)
         return self._host.make_room(size)
 
+    def _shares(self) -> defaultdict[str, float]:
+        """Adapters in memory by tenant, divided by its weight."""
+        shares: defaultdict[str, float] = defaultdict(float)
+        for known in self._known.values():
+            if known.is_resident or known.is_read:
+                shares[known.tenant] += 1 / known.weight
+        return shares
+
+    def _next_lacking(self) -> str:
+        """The most urgent, then of the tenant that has least, then the first that came."""
+        shares = self._shares()
+
+        def turn(name: str) -> tuple[int, float]:
+            known = self._known[name]
+            return min(request.sampling.priority for request in known.held), shares[known.tenant]
+
+        return min(self._lacking, key=turn)
+
+    def _makes_room_for(self, name: str) -> set[str]:
+        """Which of those that requests have: its tenant's own, or of tenants that have more than that would have then.
+
+        One that has none takes turns with all others. Once chosen, an adapter stays so.
+        """
+        wanted, shares, requests = self._known[name], self._shares(), self._host.adapter_requests
+        own = shares[wanted.tenant]
+        lack = self._lack(wanted.bytes) - self.idle()
+        found = set()
+        used = [name for name, known in self._known.items() if known.is_resident and requests(name)]
+        for other in sorted(used, key=lambda name: (name not in self._yielding, -shares[self._known[name].tenant])):
+            known = self._known[other]
+            if lack > 0 and (
+                not own or known.tenant == wanted.tenant or shares[known.tenant] > own + 1 / wanted.weight
+            ):
+                found.add(other)
+                lack -= known.bytes
+        return found
+
     def _idle(self) -> list[str]:
         """Least recently used first."""
-        requests = self._host.adapter_requests
-        return [name for name, known in self._known.items() if known.is_resident and not requests(name)]
+        requests, ready = self._host.adapter_requests, {request.adapter for request in self._ready}
+        return [
+            name
+            for name, known in self._known.items()
+            if known.is_resident and not requests(name) and name not in ready
+        ]
 
     def _forget(self, name: str) -> None:
         del self._known[name]
         self._leaving.discard(name)
         self._lacking.pop(name, None)
+        self._yielding.discard(name)
 
     def _evict(self, name: str) -> None:
         if self._known[name].is_resident:

@@ -141,7 +141,7 @@ class EngineProcess:
 
     def _take_messages(self) -> bool:
         """Acts on all that came in, waiting for it if there is nothing else to do; False after `Shutdown`."""
-        refused: list[SequenceOutput] = []
+        refused = [refusal for request in self._adapters.take_ready() if (refusal := self._engine.submit(request))]
         message = self._next_message()
         while message is not None:
             if isinstance(message, Submit) and message.sampling.guided:

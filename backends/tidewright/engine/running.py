@@ -6,7 +6,9 @@ Which one gets tokens, and when, is the scheduler's choice (scheduler.py). Pure,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 
+from tidewright.engine.adapter_turns import sharers
 from tidewright.engine.fairness import FairQueue, victims
 from tidewright.engine.limits import SchedulerConfig
 from tidewright.engine.sequence import Sequence
@@ -40,13 +42,20 @@ class RunningSequences:
         """Moves one that waits to place `index`, with its blocks: the `shared` ones, and as many more as it needs.
 
         One block is left for each running sequence: without it, the new one would soon be preempted again. Where
-        `max_running` run, the new one takes the place of another. False if it does not fit.
+        `max_running` run, the new one takes the place of another, and where its LoRA adapter has no slot, that of all
+        that share one. False if it does not fit.
         """
         needed = self._blocks(sequence.num_known) - len(shared)
         # Those from `index` on are not yet part of this step.
         size = max_running, self._cache.pool.num_blocks
-        others = victims(sequence, self.line, index, needed + len(shared), size)
-        if not self._make_room(others, shared, needed, lambda left, running: running <= min(left, max_running - 1)):
+        has_slot = self._adapters.can_run(sequence.adapter)
+        leaving = [] if has_slot else sharers(sequence, self.line, index)
+        if not has_slot and not leaving:
+            return False
+        staying = [other for other in self.line if other not in leaving] if leaving else self.line
+        others = chain(leaving, victims(sequence, staying, index, needed + len(shared), size))
+        most = min(max_running - 1, len(staying))
+        if not self._make_room(others, shared, needed, lambda left, running: running <= min(left, most)):
             return False
         self._waiting.begin(sequence)
         self.line.insert(index, sequence)

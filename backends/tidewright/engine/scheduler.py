@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Collection
 
+from tidewright.engine.adapter_turns import sharers
 from tidewright.engine.draws import accept, draw_after, embedded, guesses
-from tidewright.engine.fairness import FairQueue, fair_order, goes_before
+from tidewright.engine.fairness import Account, FairQueue, fair_order, goes_before
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig, check_request, check_share, longest, stop_ids
 from tidewright.engine.messages import EngineStats, SequenceOutput
 from tidewright.engine.pace import UNPACED, Allowance, StepPace
@@ -119,7 +120,7 @@ class Scheduler:
         before = self._running.line
         if self.waiting.is_shared:
             self._running.line = sorted(before, key=fair_order)
-        budget, index, waiting = self._budget.tokens, 0, self._next_waiting()
+        budget, index, waiting = self._budget.tokens, 0, self._next_waiting(0)
         allowance = Allowance(pace, any(s.decodes for s in self.running))
         preemptions = self._running.preemptions
         scheduled: list[ScheduledSequence] = []
@@ -157,7 +158,7 @@ class Scheduler:
             if self._running.preemptions != preemptions:
                 waiting = None
             elif sequence is waiting:
-                waiting = self._next_waiting()  # now that it is known what this one costs
+                waiting = self._next_waiting(index + 1)  # now that it is known what this one costs
             index += 1
         if not scheduled:
             self._running.line = before  # for other ranks make no plan where this one's is empty
@@ -250,12 +251,20 @@ class Scheduler:
         """Raises BlockPoolError if a block was lost or is owned twice. Walks all blocks: for tests."""
         self.cache.check_integrity(sequence.block_table for sequence in self.running)
 
-    def _next_waiting(self) -> Sequence | None:
-        """Whose turn it is, of those whose LoRA adapter has a slot or can have one."""
+    def _next_waiting(self, index: int) -> Sequence | None:
+        """Whose turn it is, of those whose LoRA adapter has a slot or can have one, also of those from `index` on."""
         first = self.waiting.first()
         if first is None or self.adapters.can_run(first.adapter):
             return first
-        return self.adapters.first_admissible(self.waiting.in_order())
+        tried: set[Account] = set()  # all of a tenant that have no slot can have the same
+
+        def takes_one(sequence: Sequence) -> bool:
+            if sequence.account in tried:
+                return False
+            tried.add(sequence.account)
+            return bool(sharers(sequence, self._running.line, index))
+
+        return self.adapters.first_admissible(self.waiting.in_order(), takes_one)
 
     def _admit(self, sequence: Sequence, index: int, limit: int, allowance: Allowance) -> bool:
         """Moves a waiting sequence to place `index` of the running ones, if it fits and comes on in this step.

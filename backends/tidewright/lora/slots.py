@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, TypeVar
 
 
@@ -56,8 +56,10 @@ class AdapterSlots:
         if not self._requests[name]:
             del self._requests[name]
 
-    def first_admissible(self, waiting: Iterable[Request]) -> Request | None:
-        """The first of the requests that wait, in order, whose adapter may run now.
+    def first_admissible(
+        self, waiting: Iterable[Request], takes_one: Callable[[Request], bool] = lambda _: False
+    ) -> Request | None:
+        """The first of the requests that wait, in order, whose adapter may run now, or that `takes_one` from others.
 
         A request that needs a slot does not block those behind it, but for each adapter that waits for one, the least
         recently used of those that run is given to nobody behind it: so its slot becomes free.
@@ -67,6 +69,8 @@ class AdapterSlots:
         for request in waiting:
             name = request.adapter
             if name not in blocked and self.can_run(name):
+                return request
+            if name not in self._slots and takes_one(request):
                 return request
             if name not in blocked and name not in self._slots:
                 blocked.update(other for other in [next(in_use, None)] if other is not None)
