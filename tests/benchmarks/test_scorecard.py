@@ -156,7 +156,8 @@ PRINTED = {
     "tenancy_latency": ("refused, 0 late at first, 7.37/s\nratio 5.26\n", {"G2.goodput": 5.26}),
     "tenancy_memory": (
         "24 resizes between 5.6 MiB and 47.8 MiB: 12.5 s, 0 failed, 24 of 24 outputs equal, 84 preemptions\n"
-        "budget 480.0 MiB (weights 256.7 MiB, workspace 138.2 MiB, KV cache 85.1 MiB): 99.0% in use while requests wait\n",
+        "budget 480.0 MiB (weights 256.7 MiB, workspace 138.2 MiB, KV cache 85.1 MiB): "
+        "99.0% in use while requests wait\n",
         {"G1.failed": 0, "G1.used": 99.0},
     ),
     "tenancy_lora": (
