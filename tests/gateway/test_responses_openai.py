@@ -47,7 +47,7 @@ def gateway(model_dir: Path, server: RunningServer) -> Iterator[RunningGateway]:
         {"input": CHAT, "max_output_tokens": 24},
         {"input": CHAT, "max_output_tokens": 24, "instructions": "Answer in one word."},
         {"input": CHAT, "max_output_tokens": 8, "include": ["message.output_text.logprobs"], "top_logprobs": 2},
-        {"input": "Add 2 and 3.", "tools": [TOOL], "tool_choice": "required"},
+        {"input": "Add 2 and 3.", "tools": [TOOL], "tool_choice": "required", "max_output_tokens": 96},
         {"input": "Add 2 and 3.", "tools": [TOOL], "max_output_tokens": 24},
     ],
 )
