@@ -10,6 +10,7 @@ import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -79,56 +80,37 @@ def test_a_stuck_engine_is_replaced(model_dir: Path) -> None:
         assert server.metric("engine_restarts_total") == 1
 
 
-def test_an_idle_server_ends_cleanly(serve: type[Serve]) -> None:
-    """By Ctrl-C; by SIGTERM: test_fallback.py."""
-    running = serve()
-    running.wait_ready()
-    assert re.search(r"curl -N http://127\.0\.0\.1:\d+/v2/models/decoder/generate_stream", running.log)
-    os.kill(running.process.pid, signal.SIGINT)
-    assert running.wait(timeout=60) == 0
-    running.assert_nothing_left()
-
-
-def test_running_streams_finish_within_the_grace_time(serve: type[Serve]) -> None:
-    running = serve("--shutdown-grace", "60")
-    running.wait_ready()
-    body = {"text_input": "Once", "stream": True, "temperature": 0, "max_tokens": 60, "ignore_eos": True}
-    url = f"http://127.0.0.1:{running.http}/v2/models/decoder/generate"
-    whole = httpx.post(
-        url, json={**body, "stream": False, "exclude_input_in_output": True}, timeout=60, trust_env=False
-    ).json()["text_output"]
-    with httpx.stream("POST", f"{url}_stream", json=body, timeout=60, trust_env=False) as response:
-        lines = response.iter_lines()
-        answers = [next(lines)]
-        os.kill(running.process.pid, signal.SIGTERM)
-        answers += [line for line in lines if line]
-    texts = [json.loads(line.removeprefix("data:"))["text_output"] for line in answers]
-    assert len(texts) > 5
-    assert "".join(texts) == whole
-    assert running.wait(timeout=60) == 0
-    running.assert_nothing_left()
-
-
-def test_what_runs_through_the_gateway_finishes_within_the_grace_time(serve: type[Serve]) -> None:
+def test_what_runs_finishes_within_the_grace_time(serve: type[Serve]) -> None:
+    """Through Triton and through the gateway, whole and streamed. With nothing to do: test_embeddings.py."""
     running = serve("--shutdown-grace", "60", "--threads", "1")  # two wait for each other where cores are busy
     running.wait_ready()
+    assert re.search(r"curl -N http://127\.0\.0\.1:\d+/v2/models/decoder/generate_stream", running.log)
     assert f"http://127.0.0.1:{running.gateway}/docs" in running.log
-    url = f"http://127.0.0.1:{running.gateway}/v1/completions"
-    body = {"model": "smollm2-135m", "prompt": "Once", "temperature": 0, "max_tokens": 80, "ignore_eos": True}
+    sampling = {"temperature": 0, "max_tokens": 80, "ignore_eos": True}
+    triton = f"http://127.0.0.1:{running.http}/v2/models/decoder/generate"
+    of_triton = {"text_input": "Once", "stream": True, **sampling}
+    gateway = f"http://127.0.0.1:{running.gateway}/v1/completions"
+    of_gateway = {"model": "smollm2-135m", "prompt": "Once", **sampling}
+    options: dict[str, Any] = {"timeout": 60, "trust_env": False}
     with ThreadPoolExecutor() as pool:
-        whole = pool.submit(httpx.post, url, json=body, timeout=60, trust_env=False)
-        with httpx.stream("POST", url, json={**body, "stream": True}, timeout=60, trust_env=False) as response:
-            lines = response.iter_lines()
-            events = [next(lines)]
+        whole = pool.submit(httpx.post, gateway, json=of_gateway, **options)
+        with (
+            httpx.stream("POST", f"{triton}_stream", json=of_triton, **options) as direct,
+            httpx.stream("POST", gateway, json={**of_gateway, "stream": True}, **options) as response,
+        ):
+            of_direct, lines = direct.iter_lines(), response.iter_lines()
+            answers, events = [next(of_direct)], [next(lines)]
             os.kill(running.process.pid, signal.SIGINT)
             events += [line for line in lines if line]
-        assert events[-1] == "data: [DONE]", events[-3:]
+            answers += [line for line in of_direct if line]
         answer = whole.result()
+    assert events[-1] == "data: [DONE]", events[-3:]
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] == 80
-    assert answer.json()["choices"][0]["text"] == "".join(
-        json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in events[:-1]
-    )
+    text = answer.json()["choices"][0]["text"]
+    assert text == "".join(json.loads(line.removeprefix("data: "))["choices"][0]["text"] for line in events[:-1])
+    assert len(answers) > 5
+    assert text == "".join(json.loads(line.removeprefix("data:"))["text_output"] for line in answers)
     assert running.wait(timeout=60) == 0
     assert "Traceback" not in running.log
     running.assert_nothing_left()
