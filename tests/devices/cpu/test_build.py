@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tidewright.engine.torch_import import SPINS
 
 OPENMP = """
@@ -65,6 +67,7 @@ def test_one_openmp_library_serves_torch_and_the_kernels() -> None:
     assert f"GOMP_SPINCOUNT = '{SPINS}'" in settings
 
 
+@pytest.mark.heavy
 def test_two_processes_may_build_at_once(tmp_path: Path) -> None:
     # Without optimization, which takes most of a compilation.
     compiler = tmp_path / "quick"
