@@ -31,11 +31,6 @@ pytestmark = [pytest.mark.image, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    return Builder(tmp_path_factory.mktemp("image"))
-
-
-@pytest.fixture(scope="module")
 def models(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model cache with the prepared model and nothing else: no kernels that were compiled for this machine."""
     folder = tmp_path_factory.mktemp("cache")
@@ -80,10 +75,10 @@ def assert_is_contained(container: Container) -> None:
     assert container.exec("python", "-c", PIP).returncode == 0
 
 
-def test_the_gateway_needs_neither_torch_nor_triton(
-    builder: Builder, models: Path, containers: list[Container]
+def check_that_the_gateway_needs_neither_torch_nor_triton(
+    image: Image, models: Path, containers: list[Container]
 ) -> None:
-    gateway = builder.build("gateway").run(volumes={CACHE: models})
+    gateway = image.run(volumes={CACHE: models})
     containers.append(gateway)
     wait_for("The gateway listens on http://127.0.0.1:8080/v1", gateway)
     assert_is_contained(gateway)
@@ -97,11 +92,14 @@ def test_the_gateway_needs_neither_torch_nor_triton(
 @pytest.mark.server
 @pytest.mark.gateway
 @pytest.mark.chaos
-def test_the_whole_stack_serves_from_read_only_roots(
-    builder: Builder, models: Path, containers: list[Container]
-) -> None:
-    """CMD and HEALTHCHECK as they stand, one network as in a pod, and a model cache that can't be written."""
-    check_that_it_serves(builder.build("cpu"), builder.build("gateway"), models, containers)
+def test_the_whole_stack_serves_from_read_only_roots(models: Path, containers: list[Container], tmp_path: Path) -> None:
+    """The gateway alone, then both: CMD and HEALTHCHECK as they stand, one network as in a pod, and a model cache that
+    can't be written.
+    """
+    builder = Builder(tmp_path)
+    gateway = builder.build("gateway")
+    check_that_the_gateway_needs_neither_torch_nor_triton(gateway, models, containers)
+    check_that_it_serves(builder.build("cpu"), gateway, models, containers)
 
 
 def check_that_it_serves(cpu: Image, gateway: Image, models: Path, containers: list[Container]) -> None:

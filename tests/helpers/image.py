@@ -30,7 +30,7 @@ _COMPILERS = [
     f"/usr/bin/{name}" for name in ("*cc", "*c++", "*gcc*", "*g++*", "clang*", "*cpp*", "as", "*-as", "ld", "*-ld")
 ]
 _BORROWED = "/opt/borrowed"
-_INSTEAD = {"apt-get": "exit 0", "g++": 'exec /usr/bin/g++ "$@" -O0'}
+_EMPTY = 'for object; do :; done; exec /usr/bin/g++ -x c++ -c /dev/null -o "$object"'  # its last argument
 _NO_PRIVILEGES = "--clear-groups --no-new-privs --bounding-set=-all --inh-caps=-all"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -40,7 +40,8 @@ class Builder:
     """`base`: the root folder in place of the base image.
 
     Without it, what takes minutes is left out: apt-get does nothing (this machine has the packages), the target cpu
-    gets its dependencies from the environment of the tests, and kernels are not optimized.
+    gets its dependencies from the environment of the tests, and of the kernels only those that are chosen here are
+    compiled, not optimized; tests/devices/cpu/test_baselines.py compiles all.
     """
 
     def __init__(self, folder: Path, base: Path | None = None) -> None:
@@ -93,7 +94,7 @@ class Builder:
         (layer / "usr/local/bin/python").symlink_to("/usr/bin/python3")
         if self.is_this_machine:
             (layer / _BORROWED.lstrip("/")).mkdir(parents=True)
-            for name, script in _INSTEAD.items():
+            for name, script in {"apt-get": "exit 0", "g++": _compiler()}.items():
                 program = layer / "usr/local/bin" / name
                 program.write_text(f"#!/bin/sh\n{script}\n")
                 program.chmod(0o755)
@@ -300,6 +301,15 @@ class Container:
             self.process.kill()  # with --kill-child, process 1 and so all of its namespace
             self.process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _compiler() -> str:
+    """Script: a g++ that makes empty objects of what is compiled for another baseline than the one chosen here."""
+    from tidewright.devices.cpu import build  # here, as it imports torch
+    from tidewright.devices.cpu.baselines import fitting
+
+    chosen = " ".join(fitting(build.processor())[0].flags)
+    return f'case "$*" in *" {chosen} -c "*) ;; *" -c "*) {_EMPTY};; esac\nexec /usr/bin/g++ "$@" -O0'
 
 
 def _in_root(environment: Mapping[str, str]) -> str:
