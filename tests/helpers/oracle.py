@@ -28,7 +28,7 @@ PROMPTS = {
     "special tokens": "<|im_start|>user\nHi!<|im_end|>\n<|im_start|>assistant\n",
     "punctuation": "... --- !!! ???",
     "mixed": "Order #42: 3× café au lait @ €4.50 → total",
-    "long": "The river ran past the old mill and under the bridge. " * 166,
+    "long": "The river ran past the old mill and under the bridge. " * 90,
 }
 
 
