@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from helpers.requests import ENGINE, tensors
-from tidewright.bridge.request import GenerationRequest, parse_request, parse_sampling
+from tidewright.bridge.request import GenerationRequest, parse_request
+from tidewright.bridge.sampling_parameters import parse_sampling
 from tidewright.errors import InvalidRequestError
 from tidewright.schema import MAX_PARAMETERS_LENGTH
 from tidewright.tokenization import Tokenizer

@@ -14,7 +14,8 @@ from helpers.otlp import OtlpReceiver
 from helpers.scripted import Caller, World
 from tidewright.bridge.active_request import Origin
 from tidewright.bridge.output_sequence import MAX_EVENTS
-from tidewright.bridge.request import GenerationRequest, OutputOptions, parse_sampling
+from tidewright.bridge.request import GenerationRequest, OutputOptions
+from tidewright.bridge.sampling_parameters import parse_sampling
 from tidewright.bridge.traces import EXPORTED, BridgeTraces, origin_of
 from tidewright.engine.messages import SequenceOutput, StepTimes
 from tidewright.schema import SamplingParams, Timings

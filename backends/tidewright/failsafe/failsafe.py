@@ -16,7 +16,7 @@ import time
 
 import msgspec
 
-from tidewright.bridge.request import with_max_tokens
+from tidewright.bridge.sampling_parameters import with_max_tokens
 from tidewright.config import Settings
 from tidewright.failsafe.limits import TimeLimits, overdue
 from tidewright.failsafe.metrics import BREAKER_OPEN, DEGRADED, Counters, samples

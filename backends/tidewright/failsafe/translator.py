@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tidewright.bridge.request import decode_text, single
+from tidewright.bridge.tensors import decode_text, single
 from tidewright.cache import find_prepared
 from tidewright.config import Settings
 from tidewright.onnx_export.manifest import read_manifest, tokenizer_sha256

@@ -13,7 +13,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tidewright import stub
-from tidewright.bridge.request import decode_text, parse_sampling, single
+from tidewright.bridge.sampling_parameters import parse_sampling
+from tidewright.bridge.tensors import decode_text, single
 from tidewright.bridge.traces import origin_of
 from tidewright.errors import InvalidRequestError, RequestError
 from tidewright.failsafe.failsafe import Failsafe

@@ -6,7 +6,8 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from tidewright import stub
-from tidewright.bridge.request import check_prompt_length, decode_text, single
+from tidewright.bridge.request import check_prompt_length
+from tidewright.bridge.tensors import decode_text, single
 from tidewright.cache import find_prepared
 from tidewright.errors import InvalidRequestError
 from tidewright.parent_death import end_within
