@@ -17,7 +17,7 @@ import transformers
 from helpers.checkpoints import SIZES, save
 from helpers.engine_process import PATIENCE
 from helpers.scripted import Caller
-from tidewright.bridge import engine_client
+from tidewright.bridge import engine_process
 from tidewright.bridge.bridge import Bridge
 from tidewright.bridge.request import GenerationRequest, OutputOptions
 from tidewright.config import Settings
@@ -82,7 +82,7 @@ def test_a_stream_survives_engine_and_memory(
     save(model, transformers.LlamaConfig(**SIZES | {"max_position_embeddings": 2048}))
     python.write_text(_PYTHON.format(python=sys.executable, file=str(free)))
     python.chmod(0o755)
-    monkeypatch.setattr(engine_client, "_python", lambda: str(python))
+    monkeypatch.setattr(engine_process, "_python", lambda: str(python))
     free.write_text(str(620 * BYTES_PER_TOKEN))
     settings = Settings(dtype="float32", kv_cache_memory="80%", block_size=16, threads=1)
     config = msgspec.structs.replace(settings.engine_config(model), standby=False)

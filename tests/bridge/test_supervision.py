@@ -20,7 +20,9 @@ import psutil
 import pytest
 
 from tidewright.bridge import engine_client as module
-from tidewright.bridge.engine_client import EngineClient, EngineEvents, EngineStartError
+from tidewright.bridge import engine_process
+from tidewright.bridge.engine_client import EngineClient, EngineEvents
+from tidewright.bridge.engine_process import EngineStartError
 from tidewright.engine.messages import EngineConfig, Ready, SequenceOutput, Submit
 from tidewright.errors import EngineUnavailableError
 from tidewright.schema import SamplingParams
@@ -94,8 +96,8 @@ def engine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script = tmp_path / "python3"
     script.write_text(_ENGINE)
     script.chmod(0o755)
-    monkeypatch.setattr(module, "_python", lambda: str(script))
-    monkeypatch.setattr(module, "STANDBY_DELAY", 0.1)
+    monkeypatch.setattr(engine_process, "_python", lambda: str(script))
+    monkeypatch.setattr(engine_process, "STANDBY_DELAY", 0.1)
     monkeypatch.setattr(module, "POLL_INTERVAL", 0.05)
     return script
 
@@ -151,18 +153,18 @@ NO_MORE = [OSError(number, os.strerror(number)) for number in (errno.EMFILE, err
 def test_a_standby_that_can_not_be_started_costs_nothing(
     engine: Path, popen: type[Popen], monkeypatch: pytest.MonkeyPatch, error: OSError
 ) -> None:
-    monkeypatch.setattr(module, "STANDBY_RETRY", 0.3)
+    monkeypatch.setattr(engine_process, "STANDBY_RETRY", 0.3)
     with started(standby=True) as (client, heard):
         popen.errors = [error, error]
         wait_for(lambda: popen.starts > 3)  # tried again until it works
         ask(client, ANSWER)
         wait_for(lambda: heard.outputs)
         assert (client.available, client.trouble, client.restarts, heard.causes) == (True, "", 0, [])
-        wait_for(lambda: client._standby)
-        standby = client._standby
+        wait_for(lambda: client._standby.process)
+        standby = client._standby.process
         assert standby
-        standby[0].kill()  # another takes its place
-        wait_for(lambda: client._standby not in (None, standby))
+        os.kill(standby.pid, signal.SIGKILL)  # another takes its place
+        wait_for(lambda: client._standby.process not in (None, standby))
         os.kill(heard.ups[0].pid, signal.SIGKILL)
         wait_for(lambda: len(heard.ups) == 2)
 
@@ -171,7 +173,7 @@ def test_a_first_start_without_python_fails(engine: Path, monkeypatch: pytest.Mo
     def nowhere() -> str:
         raise EngineStartError("no python3 found")
 
-    monkeypatch.setattr(module, "_python", nowhere)
+    monkeypatch.setattr(engine_process, "_python", nowhere)
     with pytest.raises(EngineStartError, match="no python3 found"), started():
         pass
 
@@ -298,9 +300,9 @@ def test_later_engines_get_the_blocks_that_the_first_counted(engine: Path) -> No
 
 def test_an_engine_that_lacks_memory_is_followed_by_one_with_smaller_steps(engine: Path) -> None:
     with started(standby=True, max_batched_tokens=2048) as (client, heard):
-        wait_for(lambda: client._standby)
-        assert client._standby
-        told_otherwise = client._standby[0].pid
+        wait_for(lambda: client._standby.process)
+        assert client._standby.process
+        told_otherwise = client._standby.process.pid
         ask(client, LACK)
         wait_for(lambda: len(heard.ups) == 2)
         assert (heard.out_of_memory, heard.causes) == (["a step of 600 tokens"], [])

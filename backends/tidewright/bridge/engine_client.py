@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
-import os
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from tidewright.bridge.engine_process import KILL_TIMEOUT, EngineProcess, EngineStartError, Standby
 from tidewright.bridge.liveness import Work
 from tidewright.engine.messages import (
     AdapterChanged,
     Begin,
-    Configure,
     EngineConfig,
     EngineStats,
     Failed,
@@ -48,24 +40,9 @@ LONGEST_WORK = 5.0  # seconds that work alone passes for a sign of life
 QUIET = 3.0  # seconds without a message and without work, after which an engine is in trouble
 POLL_INTERVAL = 0.25  # seconds; how often deadlines are looked at
 STOP_TIMEOUT = 3.0  # seconds from the polite request to SIGKILL
-KILL_TIMEOUT = 10.0  # seconds from SIGKILL to the end of a process that works
 LEAST_STEP = 128  # tokens: smaller steps take hardly less memory, and the next engine may find more
-STANDBY_DELAY = 3.0  # seconds that an engine is up before the next one gets ready to replace it
-STANDBY_RETRY = 60.0  # seconds until the next try to start one that could not be started, or that died
-
-# A step's large tensors come and go: kept memory saves the page faults (a tenth of a long prefill's time on a CPU), and
-# huge pages save some more. glibc reads this at the start of a process only; other C libraries ignore it.
-_MALLOC = {
-    "GLIBC_TUNABLES": "glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=4294967296"
-    ":glibc.malloc.hugetlb=1"
-}
-
 
 _T = TypeVar("_T")
-
-
-class EngineStartError(RuntimeError):
-    """The engine did not start; the message is its own."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +84,8 @@ class EngineClient:
         self._heartbeat_timeout = heartbeat_timeout
         self._send_lock = threading.Lock()
         self._connection: Connection | None = None  # set while the engine takes requests
-        self._process: subprocess.Popen[bytes] | None = None
-        self._standby: tuple[subprocess.Popen[bytes], Connection] | None = None
-        self._next_standby = 0.0  # time.monotonic() from when on one may be started
-        self._up_at = 0.0  # time.monotonic() when the engine came up
-        self._heard_at = self._worked_at = 0.0  # likewise, when it last said something, and did something
+        self._standby = Standby()
+        self._heard_at = self._worked_at = 0.0  # time.monotonic() when it last said something, and did something
         self._work: Work | None = None
         self._lacked_memory = False  # the engine that ended last
         self._quiet = 0.0  # seconds without a message and without work
@@ -222,16 +196,17 @@ class EngineClient:
                 self.restarts += 1
                 self.restarted_at = time.time()
         finally:
-            self._drop_standby()
+            self._standby.drop()
             self._first_start_over.set()
 
     def _run_engine(self) -> None:
         """Run one engine process until it ends, by itself or by us, and keep why it ended."""
-        cause, connection, self._lacked_memory, self._has_answered = "", None, False, False
+        cause, process, self._lacked_memory, self._has_answered = "", None, False, False
         try:
-            self._process, connection = self._take_standby() or self._start_process()
-            connection.send_bytes(encode(Begin(self._replayed_tokens(), self._num_blocks, self._most_blocks)))
-            cause = self._read_messages(connection)
+            process = self._standby.take() or EngineProcess(self._config)
+            begin = Begin(self._replayed_tokens(), self._num_blocks, self._most_blocks)
+            process.connection.send_bytes(encode(begin))
+            cause = self._read_messages(process.connection)
         except (EOFError, OSError):
             pass  # how the process ended says more
         except EngineStartError as error:
@@ -241,13 +216,14 @@ class EngineClient:
             log.exception("the engine is given up")
             cause = f"{type(error).__name__}: {error}"
         # First of all: a send to a stuck engine blocks, with the lock held, for as long as the engine is there.
-        ended = self._end_process()
+        patience = max(self._stop_by - time.monotonic(), 0.0) if self._stopping.is_set() else 0.5
+        ended = process.end(patience) if process else "it could not be started"
         with self._send_lock:
             self._connection = None
             self._cause = cause or ended
         self._quiet = 0.0
-        if connection:
-            connection.close()
+        if process:
+            process.connection.close()
         if self._came_up and not self._stopping.is_set():
             self._report(self._events.out_of_memory if self._lacked_memory else self._events.lost, self._cause)
 
@@ -258,59 +234,12 @@ class EngineClient:
         except Exception:
             log.exception("what the engine said could not be handed on")
 
-    def _take_standby(self) -> tuple[subprocess.Popen[bytes], Connection] | None:
-        standby, self._standby = self._standby, None
-        if standby and standby[0].poll() is not None:
-            standby[1].close()
-            return None
-        return standby
-
-    def _keep_standby(self) -> None:
-        """Have another process stand by. It is a convenience: one that can't be started is tried again later."""
-        now = time.monotonic()
-        if now < max(self._next_standby, self._up_at + STANDBY_DELAY):
-            return
-        if self._standby and self._standby[0].poll() is None:
-            return
-        self._next_standby = now + STANDBY_RETRY
-        self._drop_standby()
-        try:
-            self._standby = self._start_process()
-        except EngineStartError as error:
-            extra = event("engine_start_failed")
-            log.warning("no engine can stand by: %s; trying again in %g s", error, STANDBY_RETRY, extra=extra)
-
-    def _drop_standby(self) -> None:
-        standby, self._standby = self._standby, None
-        if standby:
-            _kill(standby[0])
-            standby[1].close()
-
-    def _start_process(self) -> tuple[subprocess.Popen[bytes], Connection]:
-        """An engine process that gets ready to begin; raises EngineStartError."""
-        python = _python()
-        try:
-            ours, theirs = socket.socketpair()
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(theirs)
-                stack.callback(ours.close)
-                command = [python, "-m", "tidewright.engine", str(theirs.fileno())]
-                process = subprocess.Popen(
-                    command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env={**_MALLOC, **os.environ}
-                )
-                connection = Connection(ours.detach())
-        except OSError as error:
-            raise EngineStartError(f"the engine's process could not be started: {error}") from None
-        with contextlib.suppress(OSError):  # it died already; reading will show it
-            connection.send_bytes(encode(Configure(self._config)))
-        return process, connection
-
     def _read_messages(self, connection: Connection) -> str:
         """Hand on what the engine says until a deadline passes or (EOFError) it is gone; return the cause."""
         deadline = time.monotonic() + self._start_timeout
         while True:
             if self._connection and self._config.standby:
-                self._keep_standby()
+                self._standby.keep(self._config)
             if self._stopping.is_set() and self._connection is None:
                 return "stopped while starting"
             if not connection.poll(POLL_INTERVAL):
@@ -351,7 +280,7 @@ class EngineClient:
                 self._num_blocks = self._num_blocks or message.num_blocks
                 self._work = Work(message.pid)
                 self._connection = connection
-                self._up_at = time.monotonic()
+                self._standby.engine_up()
                 self._report(self._events.up, message)
                 self._came_up = True
                 self._first_start_over.set()
@@ -367,44 +296,4 @@ class EngineClient:
         self._lacked_memory = True
         log.warning("steps of engines to come have up to %d tokens", tokens, extra=event("out_of_memory"))
         self._config = msgspec.structs.replace(self._config, max_batched_tokens=tokens)
-        self._drop_standby()  # which has been told otherwise
-
-    def _end_process(self) -> str:
-        """Make sure that the process is gone; return how it ended."""
-        process, self._process = self._process, None
-        if process is None:
-            return "it could not be started"
-        # It may be about to exit by itself (crash, shutdown); its own exit code says more than our kill.
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(max(self._stop_by - time.monotonic(), 0.0) if self._stopping.is_set() else 0.5)
-        code = process.returncode if process.returncode is not None else _kill(process)
-        if code is None:
-            return "it does not end"
-        return f"killed by {_signal_name(-code)}" if code < 0 else f"exit code {code}, see its log above"
-
-
-def _kill(process: subprocess.Popen[bytes]) -> int | None:
-    """Its exit code. One that the kernel does not let go, as in a call of a broken driver, is left to itself: None."""
-    process.kill()
-    try:
-        return process.wait(KILL_TIMEOUT)
-    except subprocess.TimeoutExpired:
-        log.error("engine process %d has not ended %g s after SIGKILL; it is left to itself", process.pid, KILL_TIMEOUT)
-        return None
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
-
-
-def _python() -> str:
-    """The interpreter of this environment. Inside Triton's stub `sys.executable` may be the stub itself."""
-    if Path(sys.executable or "").name.startswith("python"):
-        return sys.executable
-    for name in (f"{sys.prefix}/bin/python3", shutil.which("python3")):
-        if name and Path(name).is_file():
-            return name
-    raise EngineStartError(f"no python3 found in {sys.prefix}/bin or on PATH to start the engine with")
+        self._standby.drop()  # which has been told otherwise

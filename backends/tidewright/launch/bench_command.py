@@ -21,7 +21,7 @@ from rich.progress import Progress
 from tidewright.bench import chart, compare, machine, peers, sweep, tables
 from tidewright.bench.targets import EngineTarget, Target, TargetError, TransformersTarget, TritonTarget, running_server
 from tidewright.bench.workloads import WORKLOADS, parse_mix, token_ids
-from tidewright.bridge.engine_client import EngineStartError
+from tidewright.bridge.engine_process import EngineStartError
 from tidewright.cache import EMBEDDED_MODEL
 from tidewright.config import Settings
 from tidewright.launch.errors import LaunchError
