@@ -137,7 +137,7 @@ def test_at_the_end_all_is_given_out(outgoing: Outgoing, clock: Clock) -> None:
 
 def test_first_tokens_and_ends_do_not_wait_for_a_round(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LONGEST_WAIT", 3600.0)
-    world.bridge._outgoing.share = 1e-9  # no second round comes
+    world.bridge._in_flight.outgoing.share = 1e-9  # no second round comes
     begin, middle, end = world.ids(" a"), world.ids(" b"), world.ids(" c")
     one, other = world.submit(stream=True), world.submit(stream=True, client_id="other")
     for number, caller in ((1, one), (2, other)):
@@ -155,4 +155,4 @@ def test_first_tokens_and_ends_do_not_wait_for_a_round(world: World, monkeypatch
 def test_a_model_on_a_gpu_is_not_spared(world: World, device: str, per_core: float | None) -> None:
     world.engine.events.up(Ready(1, device, "float32", 16, 100, 1000, 49152, 0.1))
     wanted = 1.0 if per_core is None else per_core * len(os.sched_getaffinity(0))
-    assert world.bridge._outgoing.share == pytest.approx(wanted)
+    assert world.bridge._in_flight.outgoing.share == pytest.approx(wanted)

@@ -101,7 +101,7 @@ def test_what_is_given_up_leaves_the_engine(world: World, monkeypatch: pytest.Mo
     world.submit_for(caller, stream=True, n=2)
     world.engine.says(SequenceOutput(1, [5]))
     wait_for(lambda: world.engine.aborted() == [1, 2])
-    assert not world.bridge._sequences
+    assert not world.bridge._in_flight.sequences
     caller.taken.set()
 
 
@@ -114,7 +114,7 @@ def test_a_send_that_comes_back_goes_on_in_order_and_by_one_thread(
     tokens = world.ids(" one two three four")
     world.engine.says(SequenceOutput(1, tokens[:1]))
     assert caller.asked.wait(PATIENCE)
-    wait_for(lambda: world.bridge._sender._blocked)
+    wait_for(lambda: world.bridge._in_flight.sender._blocked)
     for token in tokens[1:]:
         world.engine.says(SequenceOutput(1, [token]))
     other = world.submit()
@@ -141,7 +141,7 @@ def test_an_end_that_hangs_is_one_end(world: World, monkeypatch: pytest.MonkeyPa
     wait_for(lambda: world.bridge.active == 0)
     caller.taken.set()
     caller.wait(lambda caller: caller.ends)
-    wait_for(lambda: not world.bridge._sender._blocked)
+    wait_for(lambda: not world.bridge._in_flight.sender._blocked)
     assert caller.ends == 1
     assert sum(world.bridge.request_stats.read_finished().values()) == 1
 
@@ -183,7 +183,7 @@ def test_an_answer_that_hangs_holds_up_no_request(world: World, monkeypatch: pyt
     world.engine.says(SequenceOutput(1, [5], "length"))
     assert caller.end()
     taken.set()
-    wait_for(lambda: not world.bridge._sender._blocked)
+    wait_for(lambda: not world.bridge._in_flight.sender._blocked)
     done = threading.Event()
     world.bridge.reply(lambda: 1 / 0)  # type: ignore[arg-type,return-value]
     world.bridge.reply(done.set)
@@ -196,7 +196,7 @@ def test_a_process_that_was_stopped_for_long_blames_nobody(world: World) -> None
     world.submit_for(caller, stream=True)
     world.engine.says(SequenceOutput(1, [5]))
     assert caller.asked.wait(PATIENCE)
-    sender = world.bridge._sender
+    sender = world.bridge._in_flight.sender
     sender._looked_at -= 1000  # since then, no look
     sender.watch()
     assert world.bridge.trouble == ""

@@ -82,7 +82,7 @@ def test_what_is_kept_of_a_request_is_bounded(world: World) -> None:
 def test_it_is_told_only_if_asked_for_and_the_engine_knows_the_trace(world: World) -> None:
     caller = submit(world, timings=False, origin=Origin(TraceParent(TRACE, SPAN, False), False))
     assert [message.trace_id for message in world.engine.submitted()] == [TRACE]
-    assert next(iter(world.bridge._active)).trace_id == TRACE
+    assert next(iter(world.bridge._in_flight.active)).trace_id == TRACE
     world.engine.says(SequenceOutput(1, [5], "length"))
     caller.end()
     assert caller.responses[-1].timings is None
@@ -94,7 +94,7 @@ def test_it_is_told_only_if_asked_for_and_the_engine_knows_the_trace(world: Worl
 def test_the_bridge_exports_what_nobody_else_does(world: World, sampled: bool, asks: bool, exported: bool) -> None:
     with OtlpReceiver() as receiver:
         traces = BridgeTraces(receiver.url)
-        world.bridge._answers._traces = traces
+        world.bridge._in_flight._answers._traces = traces
         caller = submit(world, timings=asks, origin=Origin(TraceParent(TRACE, SPAN, sampled), True))
         world.engine.says(SequenceOutput(1, [5], "length", times=StepTimes(time.monotonic(), 1, time.monotonic())))
         caller.end()

@@ -154,7 +154,7 @@ def test_a_thread_that_has_ended_is_trouble(world: World, monkeypatch: pytest.Mo
     elif name == "watch":
         monkeypatch.setattr(bridge._watch, "is_alive", lambda: False)
     else:
-        owner = {"sender": bridge._sender, "feeder": bridge._feeder, "canceller": bridge._canceller}[name]
+        owner = {"sender": bridge._in_flight.sender, "feeder": bridge._feeder, "canceller": bridge._canceller}[name]
         monkeypatch.setattr(owner._thread, "is_alive", lambda: False)
     assert bridge.trouble == f"{STUCK}the {name} thread has ended; see the log"
 
@@ -166,7 +166,7 @@ def test_an_error_while_it_looks_does_not_end_the_watch(world: World, monkeypatc
         looks.append(1)
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(world.bridge._sender, "watch", look)
+    monkeypatch.setattr(world.bridge._in_flight.sender, "watch", look)
     wait_for(lambda: len(looks) > 1)
     lose_engine(world)
     caller = world.submit(timeout=0.1)

@@ -137,6 +137,6 @@ class World:
 
     def wait_idle(self) -> None:
         deadline = time.monotonic() + PATIENCE
-        while self.bridge.active or self.bridge._sequences:
+        while self.bridge.active or self.bridge._in_flight.sequences:
             assert time.monotonic() < deadline
             time.sleep(0.002)

@@ -28,7 +28,7 @@ class Origin:
 
 
 class ActiveRequest:
-    """One request of one caller. `Bridge._changed` guards `error` and `abandoned`; the rest is the sender's."""
+    """One request. `RequestsInFlight.changed` guards `error` and `abandoned`; the rest is the sender's."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class ActiveRequest:
         return self.origin.trace.trace_id if self.origin else ""
 
     def end_overdue(self, why: str) -> None:
-        """Ends it, although no engine has: none is up, or it hangs. With `Bridge._changed` held."""
+        """Ends it, although no engine has: none is up, or it hangs. With `RequestsInFlight.changed` held."""
         message = f"timed out after {self.parsed.sampling.timeout:g} s; {why}"
         for sequence in self.sequences:
             if not sequence.overdue:

@@ -1,13 +1,12 @@
-"""Requests in flight: hands them to the engine, makes text of its tokens, and ends each exactly once.
+"""Between Triton and the engine: takes requests, keeps an engine running for them, and says how both are.
 
 Six threads meet here. Triton's calls `submit`; the feeder gives the engine its work (feeder.py), the engine client's
-delivers tokens; the sender turns them into responses (sender.py); the canceller asks Triton who hung up; the watch
-looks for what hangs or is overdue. Only the sender answers a request once it was submitted.
+delivers tokens; the sender turns them into responses (in_flight.py, sender.py); the canceller asks Triton who hung up;
+the watch looks for what hangs or is overdue.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 import math
@@ -24,27 +23,20 @@ from tidewright.bridge.canceller import Canceller
 from tidewright.bridge.drain import Drain
 from tidewright.bridge.engine_client import EngineClient, EngineEvents
 from tidewright.bridge.feeder import Feeder
-from tidewright.bridge.outgoing import Job, Outgoing, Reply
+from tidewright.bridge.in_flight import RequestsInFlight
+from tidewright.bridge.outgoing import Reply
 from tidewright.bridge.output_sequence import OutputSequence
 from tidewright.bridge.request import GenerationRequest
 from tidewright.bridge.response import Responder
-from tidewright.bridge.sender import Sender
 from tidewright.bridge.stats import CumulativeStats, RequestStats
 from tidewright.bridge.traces import BridgeTraces
 from tidewright.config import Settings
 from tidewright.cores import usable_cores
 from tidewright.engine.class_targets import ClassTargets
-from tidewright.engine.messages import EngineConfig, EngineStats, Ready, SequenceOutput
-from tidewright.errors import (
-    CancelledError,
-    EngineUnavailableError,
-    InvalidRequestError,
-    OverloadedError,
-    RequestError,
-    TimedOutError,
-)
+from tidewright.engine.messages import EngineConfig, EngineStats, Ready
+from tidewright.errors import CancelledError, EngineUnavailableError, InvalidRequestError, RequestError, TimedOutError
 from tidewright.logs import event
-from tidewright.schema import DRAINING, PROTOCOL, STUCK, DecoderStatus, attempt_of
+from tidewright.schema import DRAINING, PROTOCOL, STUCK, DecoderStatus
 from tidewright.tokenization import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -70,19 +62,15 @@ class Bridge:
         """`is_loaded`: whether Triton still gives this model requests; asked now and then while it has some."""
         self._tokenizer = tokenizer
         self._model_name, self._max_running = Path(config.model_dir).name, config.max_running
-        self._limit, self._max_waiting = config.max_running + config.max_waiting, config.max_waiting
+        self._max_waiting = config.max_waiting
         self._ids = itertools.count(1)
-        self._active: dict[ActiveRequest, None] = {}  # in order of arrival
-        self._sequences: dict[int, OutputSequence] = {}  # sequences that have not ended, by the engine's request id
-        self._changed = threading.Condition()
-        self._outgoing = Outgoing(self._changed)
         self._streaming_share = settings.streaming_share
         self._stopping = threading.Event()
         self._drain = Drain(settings.shutdown_grace)
         self._client = EngineClient(
             config,
             EngineEvents(
-                self._on_outputs,
+                lambda outputs: self._in_flight.take_outputs(outputs),
                 self._on_stats,
                 self._on_up,
                 self._on_lost,
@@ -93,22 +81,24 @@ class Bridge:
             heartbeat_timeout=settings.heartbeat_timeout,
             replayed_tokens=self._longest_in_flight,
         )
-        self._sender = Sender(self._changed, self._outgoing, self._send, self._abandon, self._release)
-        self._ask_triton = is_loaded
-        self._canceller = Canceller(self._changed, self._active, self._hung_up, self._is_loaded, self._unloaded)
         self._watch = threading.Thread(target=self._watch_loop, name="watch", daemon=True)
-        self._feeder = Feeder(self._client.send, self._give_up)
         self._failed_starts = 0  # of engines, since one was up
         self._failing = ""  # why nobody waits for the engine any longer
         self._cumulative_stats = CumulativeStats()
         self.request_stats = RequestStats()
         self.traces = traces
-        self._answers = Answers(
+        answers = Answers(
             self.request_stats,
             traces,
             ttft_target=config.ttft_target,
             tpot_target=config.tpot_target,
             classes=ClassTargets(config.class_targets),
+        )
+        self._feeder = Feeder(self._client.send, self._give_up)
+        self._in_flight = RequestsInFlight(config.max_running + config.max_waiting, answers, self._feeder)
+        self._ask_triton = is_loaded
+        self._canceller = Canceller(
+            self._in_flight.changed, self._in_flight.active, self._hung_up, self._is_loaded, self._unloaded
         )
         self.engine: Ready | None = None
         """What the running engine said of itself; kept while it restarts."""
@@ -132,11 +122,11 @@ class Bridge:
     @property
     def _stuck(self) -> str:
         """What only a new process can mend."""
-        hanging, seconds = self._sender.stuck
+        hanging, seconds = self._in_flight.sender.stuck
         if hanging:
             return f"Triton has not taken {hanging} responses for up to {seconds:.0f} s, as if their caller had died"
         threads = {
-            "sender": self._sender.alive,
+            "sender": self._in_flight.sender.alive,
             "feeder": self._feeder.alive,
             "canceller": self._canceller.alive,
             "watch": self._watch.is_alive(),
@@ -147,20 +137,13 @@ class Bridge:
     @property
     def status(self) -> DecoderStatus:
         stats, engine = self.engine_stats, self.engine
-        with self._changed:
-            # In order of arrival, and so do they begin: those that wait are the last of those without a token.
-            arrived = [
-                request.arrived_at
-                for request in self._active
-                if not any(sequence.has_new_tokens for sequence in request.sequences)
-            ]
-            waiting = arrived[-stats.waiting :] if stats.waiting else []
+        since = self._in_flight.waiting_since(stats.waiting)
         return DecoderStatus(
             trouble=self.trouble,
             draining=self._drain.has_begun,
             silence=self._client.silence(),
             waiting=stats.waiting / max(self._max_waiting, 1),
-            wait=time.monotonic() - waiting[0] if waiting else 0.0,
+            wait=0.0 if since is None else time.monotonic() - since,
             kv_usage=stats.kv_usage,
             active=self.active,
             max_model_len=engine.max_model_len if engine else 0,
@@ -199,7 +182,7 @@ class Bridge:
     @property
     def active(self) -> int:
         """Requests in flight."""
-        return len(self._active)
+        return len(self._in_flight.active)
 
     def start(self) -> None:
         """Start the engine and wait for its model; raises `EngineStartError`."""
@@ -209,13 +192,13 @@ class Bridge:
         except Exception:
             self._feeder.stop(JOIN_TIMEOUT)
             raise
-        self._sender.start()
+        self._in_flight.sender.start()
         self._canceller.start()
         self._watch.start()
 
     def drain(self, why: str = "the server is shutting down", longest: float = math.inf) -> None:
         """Take no new requests; those in flight get `shutdown_grace` seconds, then they end with the reason."""
-        with self._changed:  # one that is being submitted is taken, or sees it
+        with self._in_flight.changed:  # one that is being submitted is taken, or sees it
             self._drain.begin(why, longest)
 
     def stop(self) -> None:
@@ -224,7 +207,7 @@ class Bridge:
         self._client.stop()
         self._feeder.stop(JOIN_TIMEOUT)
         self._fail_all("the server is shutting down")
-        self._sender.stop(JOIN_TIMEOUT)
+        self._in_flight.sender.stop(JOIN_TIMEOUT)
         self._canceller.stop(JOIN_TIMEOUT)
         self._watch.join(JOIN_TIMEOUT)
 
@@ -253,14 +236,12 @@ class Bridge:
             raise TimedOutError(f"timed out at once: timeout is {sampling.timeout:g} s; raise it or leave it out")
         ids = [next(self._ids) for _ in range(sampling.n)]
         request = ActiveRequest(parsed, responder, self._tokenizer, ids, arrived_at, deadline, client_id, origin)
-        with self._changed:
+        with self._in_flight.changed:
             self._check_open()
-            self._check_room(sampling.n)
+            self._in_flight.check_room(sampling.n)
             if parsed.adapter:
                 self._check_adapter(parsed.adapter)
-            self._active[request] = None
-            self._sequences.update((sequence.engine_request_id, sequence) for sequence in request.sequences)
-            self._changed.notify_all()
+            self._in_flight.add(request)
         log.debug("received; the engine has it as %s", ids, extra=event("request_received", **ids_of(request)))
         for sequence in request.sequences:
             self._feeder.submit(sequence)
@@ -270,16 +251,11 @@ class Bridge:
 
         Triton's thread must not send it: a caller that has died would block it.
         """
-        with self._changed:
-            self._sender.add(Reply(send), urgent=True)
+        self._in_flight.reply(Reply(send))
 
     def cancel(self, client_id: str) -> int:
         """End the requests of that id, which their clients chose, or that attempt at one; how many are in flight."""
-        with self._changed:
-            found = [request for request in self._active if attempt_of(request.client_id, client_id)]
-            for request in found:
-                self._fail(request, CancelledError("cancelled by its id"))
-        return len(found)
+        return self._in_flight.cancel(client_id)
 
     def resize_cache(self, size: str) -> None:
         """Have the engine's KV cache grow or shrink to so many bytes. It happens between two steps, and requests go on.
@@ -335,31 +311,6 @@ class Bridge:
         if adapter is None or adapter.state == "unloading":
             raise unknown_adapter(name, known)
 
-    def _check_room(self, n: int) -> None:
-        if n > self._limit:
-            raise InvalidRequestError(
-                f"n is {n}, but only {self._limit} sequences (max_running + max_waiting) may be in flight"
-            )
-        if len(self._sequences) + n > self._limit:
-            raise OverloadedError(
-                f"{len(self._sequences)} requests are running or waiting, each of n counted, and max_running + "
-                f"max_waiting allow {self._limit}; try again later"
-            )
-
-    def _on_outputs(self, outputs: list[SequenceOutput]) -> None:
-        with self._changed:
-            for output in outputs:
-                sequence = self._sequences.get(output.request_id)
-                if sequence is None:
-                    continue
-                is_first = not sequence.has_new_tokens
-                sequence.arrived.append(output)
-                sequence.token_ids += output.token_ids
-                sequence.progressed = True
-                if sequence.deaths:
-                    self._feeder.acquit(sequence)
-                self._wake_sender(sequence.request, urgent=is_first or output.finish_reason is not None)
-
     def _on_stats(self, stats: EngineStats) -> None:
         self._cumulative_stats.update(stats)
 
@@ -367,7 +318,7 @@ class Bridge:
         self.engine = ready
         # A GPU's work is not held up.
         on_cpu = ready.device.startswith("cpu")
-        self._outgoing.share = self._streaming_share * usable_cores() if on_cpu else 1.0
+        self._in_flight.outgoing.share = self._streaming_share * usable_cores() if on_cpu else 1.0
         self._failed_starts, self._failing = 0, ""
         self._feeder.engine_up()
 
@@ -378,11 +329,8 @@ class Bridge:
         """Tokens of prompt and output, at most, as the engine that took them counts."""
         if not (engine := self.engine):
             return 0
-        with self._changed:
-            requests = [request.parsed for request in self._active]
-        output = 0 if engine.embedding_size else 1  # embeddings have none
-        longest = max((len(one.prompt_token_ids) + output * one.sampling.max_tokens for one in requests), default=0)
-        return min(longest, engine.max_model_len)
+        # Embeddings have no output.
+        return min(self._in_flight.longest(generates=not engine.embedding_size), engine.max_model_len)
 
     def _on_lost(self, cause: str, to_blame: bool = True) -> None:
         self._cumulative_stats.engine_lost()
@@ -396,72 +344,13 @@ class Bridge:
             self._feeder.fail_adapters(self._failing)
 
     def _give_up(self, sequence: OutputSequence, error: RequestError) -> None:
-        with self._changed:
-            self._fail(sequence.request, error)
+        self._in_flight.fail(sequence.request, error)
 
     def _fail_all(self, message: str) -> None:
-        with self._changed:
-            for request in self._active:
-                self._fail(request, EngineUnavailableError(message))
-
-    def _fail(self, request: ActiveRequest, error: RequestError) -> None:
-        """With `_changed` held: let the sender end it with an error, unless it has one."""
-        request.error = request.error or error
-        self._wake_sender(request, urgent=True)
-
-    def _wake_sender(self, request: ActiveRequest, urgent: bool) -> None:
-        """With `_changed` held. An ended request must not be answered again, as when a cancel is noticed meanwhile."""
-        if request in self._active:
-            self._sender.add(request, urgent)
-
-    def _send(self, job: Job) -> None:
-        if isinstance(job, Reply):
-            try:
-                job.send()
-            except Exception:
-                log.exception("an answer could not be sent")
-            return
-        with self._changed:
-            arrived = [sequence.arrived for sequence in job.sequences]
-            for sequence in job.sequences:
-                sequence.arrived = []
-        try:
-            reason = self._answers.answer(job, arrived)
-        except Exception:
-            log.exception("a request could not be answered")
-            with contextlib.suppress(Exception):  # it may have ended before it went wrong
-                job.responder.fail(RequestError("the response could not be made; see the server's log"))
-            reason = RequestError.reason
-            self._answers.ended(job, reason)
-        self._forget(job, job.sequences if reason else [sequence for sequence in job.sequences if sequence.over])
-
-    def _abandon(self, job: Job) -> None:
-        """Triton does not take its response: end it here. Should the send return, it ends there too, with an error."""
-        if isinstance(job, ActiveRequest):
-            with self._changed:
-                job.error = job.error or CancelledError("cancelled: its caller took no response")
-                self._answers.ended(job, CancelledError.reason)
-                job.abandoned = True
-            self._forget(job, job.sequences)
-
-    def _release(self, job: Job) -> None:
-        """With `_changed` held: a send that took long is over."""
-        if isinstance(job, ActiveRequest):
-            self._wake_sender(job, urgent=True)
-
-    def _forget(self, request: ActiveRequest, ended: list[OutputSequence]) -> None:
-        """Drop sequences that have ended here, and abort those that the engine still has."""
-        with self._changed:
-            dropped = [sequence for sequence in ended if self._sequences.pop(sequence.engine_request_id, None)]
-            if len(ended) == len(request.sequences):
-                self._active.pop(request, None)
-                self._outgoing.discard(request)
-        for sequence in dropped:
-            self._feeder.drop(sequence)
+        self._in_flight.fail_all(EngineUnavailableError(message))
 
     def _hung_up(self, request: ActiveRequest) -> None:
-        with self._changed:
-            self._fail(request, CancelledError("cancelled by the client"))
+        self._in_flight.fail(request, CancelledError("cancelled by the client"))
 
     def _is_loaded(self) -> bool:
         # Asked while it ends, Triton can crash the stub, and all streams with it. Who drains needs no answer.
@@ -473,7 +362,7 @@ class Bridge:
 
     def _watch_loop(self) -> None:
         while not self._stopping.wait(WATCH_INTERVAL):
-            for look in (self._sender.watch, self._end_overdue, self._end_drain):
+            for look in (self._in_flight.sender.watch, self._end_overdue, self._end_drain):
                 try:
                     look()
                 except Exception:
@@ -487,8 +376,4 @@ class Bridge:
         """Ends requests whose deadline has passed and that no engine has ended: none is up, or it hangs."""
         now = time.monotonic()
         late = now - LATE if self._client.available else now
-        with self._changed:
-            for request in self._active:
-                if request.deadline is not None and request.deadline < late:
-                    request.end_overdue(self._client.trouble or "the engine is busy")
-                    self._wake_sender(request, urgent=True)
+        self._in_flight.end_overdue(late, self._client.trouble or "the engine is busy")

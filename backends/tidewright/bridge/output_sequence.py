@@ -21,9 +21,9 @@ MAX_EVENTS = 32  # preemptions and replays of a sequence that are kept
 
 
 class OutputSequence:
-    """`Bridge._changed` guards `arrived` and `overdue`. The engine client's thread writes `token_ids` and `progressed`
-    while an engine has it, the feeder's in between; `accepted` and `deaths` are the feeder's. The rest is the sender's
-    alone.
+    """`RequestsInFlight.changed` guards `arrived` and `overdue`. The engine client's thread writes `token_ids` and
+    `progressed` while an engine has it, the feeder's in between; `accepted` and `deaths` are the feeder's. The rest is
+    the sender's alone.
     """
 
     def __init__(self, request: ActiveRequest, index: int, engine_request_id: int, tokenizer: Tokenizer) -> None:
