@@ -2,8 +2,8 @@
 
     cheap checks → who → reserve a request → validate → tokenize → reserve tokens → queue → place → generate → settle
 
-The cheap checks (sizes, encodings, hosts) are in `http/middleware.py`. `Pipeline.admit` has the next five phases and
-settles, `Pipeline._generate` queues, places and generates.
+The cheap checks (sizes, encodings, hosts) are in `http/middleware.py`, what follows the reservation of tokens is in
+`execution.py`, and the rest, settling included, is here.
 """
 
 from __future__ import annotations
@@ -11,42 +11,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import replace
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import msgspec
 
 from tidewright.resilience.deadline import Deadline
-from tidewright.resilience.degradation import Route
-from tidewright.resilience.errors import ModelError
 from tidewright.schema import SamplingParams
 from tidewright_gateway.admission.limits import Estimates, Limiter, subjects_of
 from tidewright_gateway.admission.limits.store import Subject
-from tidewright_gateway.admission.queue import priority_class
-from tidewright_gateway.admission.smaller_variant import SERVED_BY, can_replace
+from tidewright_gateway.admission.smaller_variant import can_replace
 from tidewright_gateway.auth import Authenticator
 from tidewright_gateway.auth.callers import priority_of, salt_of, tenant_of
-from tidewright_gateway.cache.responses import Replies, ResponseCache, cache_key, is_repeatable
+from tidewright_gateway.cache.responses import ResponseCache, is_repeatable
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.context import RequestContext
+from tidewright_gateway.execution import Execution
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.models import Models
 from tidewright_gateway.openai.chat import ChatRequest
 from tidewright_gateway.openai.errors import ApiError, invalid
 from tidewright_gateway.openai.parsing import parse
 from tidewright_gateway.openai.protocol import Body, GenerationBody
-from tidewright_gateway.replicas.failover import Generation, timed_out
-from tidewright_gateway.replicas.triton import Reply
+from tidewright_gateway.replicas.failover import Generation
 
 log = logging.getLogger(__name__)
 
 B = TypeVar("B", bound=Body)
 G = TypeVar("G", bound=GenerationBody)
 
-EMBEDDED_AT_ONCE = 64  # prompts of one request, at most
 REVOKED_INTERVAL = 0.5  # seconds between two checks of the keys of running requests
 
 
@@ -61,10 +55,10 @@ class Pipeline:
         metrics: Metrics,
     ) -> None:
         self._settings, self._authenticator, self._limiter = settings, authenticator, limiter
-        self._models, self._cache = models, cache
-        self.metrics = metrics
+        self._models, self.metrics = models, metrics
         self._estimates = Estimates()
         self._running: dict[RequestContext, asyncio.Task[object]] = {}
+        self.execution = Execution(settings.queue_timeout, limiter, cache, metrics, self._running)
 
     @asynccontextmanager
     async def admit(
@@ -74,7 +68,7 @@ class Pipeline:
         body: bytes,
         translate: Callable[[RequestContext, B], Awaitable[G]],
     ) -> AsyncGenerator[G, None]:
-        """A request that generates, from its arrival to its end; pass its context to `replies`.
+        """A request that generates, from its arrival to its end; pass its context to `execution`.
 
         Args:
             translate: makes the request of a body in another API's format.
@@ -262,99 +256,6 @@ class Pipeline:
                 made.trace, made.record, made.index = context.trace, context.record, index
                 context.generations.append(made)
 
-    # Queue, place, generate.
-
-    async def replies(self, context: RequestContext) -> AsyncGenerator[tuple[int, Reply], None]:
-        """Yields replies of all generations as they arrive, each with its index. Closing it early ends them.
-
-        Raises:
-            ModelError: one of them failed; the others are cancelled.
-        """
-        if len(context.generations) == 1:
-            async with aclosing(self._source(context, context.generations[0])) as replies:
-                async for reply in replies:
-                    self._note(context, 0, reply)
-                    yield 0, reply
-            return
-        arrived: asyncio.Queue[tuple[int, Reply] | Exception | None] = asyncio.Queue(maxsize=len(context.generations))
-
-        async def forward(index: int) -> None:
-            try:
-                async with aclosing(self._source(context, context.generations[index])) as replies:
-                    async for reply in replies:
-                        await arrived.put((index, reply))
-                await arrived.put(None)
-            except Exception as error:
-                await arrived.put(error)
-
-        jobs = [asyncio.create_task(forward(index)) for index in range(len(context.generations))]
-        running = len(jobs)
-        try:
-            while running:
-                item = await arrived.get()
-                if isinstance(item, Exception):
-                    raise item
-                if item is None:
-                    running -= 1
-                else:
-                    self._note(context, *item)
-                    yield item
-        finally:
-            for job in jobs:
-                job.cancel()
-            await asyncio.gather(*jobs, return_exceptions=True)
-
-    def _note(self, context: RequestContext, index: int, reply: Reply) -> None:
-        is_first = context.first_token_after is None
-        context.take(index, reply)
-        if is_first and context.first_token_after is not None:
-            self.metrics.first_token(context.first_token_after)
-
-    def _source(self, context: RequestContext, generation: Generation) -> Replies:
-        """The replies of a generation, from the cache or an identical running one if possible."""
-        key: bytes | None = None
-        if context.is_repeatable and context.route is Route.DECODER and not context.is_smaller:
-            model = context.served.name
-            if adapter := context.adapter:  # another one may have had this name before
-                model += f"\n{adapter.path}\n{adapter.at}"
-            key = cache_key(context.caller, model, generation.prompt, generation.sampling, generation.logprobs)
-        state, replies = self._cache.open(
-            key,
-            lambda: self._generate(context, generation),
-            context.policy,
-            lambda: generation.model == "decoder" and not context.limited_by,
-            generation.sampling.ttft_target,
-        )
-        context.cache_states.append(state)
-        self.metrics.cache(state)
-        return replies
-
-    async def _generate(self, context: RequestContext, generation: Generation) -> AsyncGenerator[Reply, None]:
-        """Queues, then runs the generation on a replica."""
-        self.metrics.asked(time.monotonic() - context.arrived_at)
-        began, priority = time.monotonic(), generation.sampling.priority
-        until = min(began + self._settings.queue_timeout, generation.deadline.at)
-        try:
-            place = await context.served.queue.enter(context.caller.key_id, priority, until, context.caller.weight)
-        except ModelError as error:
-            raise (timed_out(error) if generation.deadline.expired(time.monotonic()) else error) from None
-        finally:
-            waited = time.monotonic() - began
-            self.metrics.queued(priority_class(priority), waited)
-            context.queued_for = max(context.queued_for or 0.0, waited)
-            generation.record.took("queue", began, generation.index)
-        try:
-            async with aclosing(context.served.failover.generate(generation, context.route)) as replies:
-                async for reply in replies:
-                    if context.is_smaller:
-                        reply = replace(reply, served_by=SERVED_BY)
-                    if context.growth and not reply.finish_reason and await self._is_over(context, reply):
-                        yield replace(reply, finish_reason="length")
-                        return
-                    yield reply
-        finally:
-            place.leave()
-
     async def embed(
         self, context: RequestContext, prompts: Sequence[list[int]], user: str | None, priority: int
     ) -> list[bytes]:
@@ -381,33 +282,7 @@ class Pipeline:
             Generation(f"{context.request_id}-{index}", prompt, sampling, deadline, False, *shared, index, embeds=True)
             for index, prompt in enumerate(prompts)
         ]
-        found, pending = [b""] * len(prompts), enumerate(context.generations)
-
-        async def work() -> None:
-            for index, generation in pending:
-                async with aclosing(self._generate(context, generation)) as replies:
-                    async for reply in replies:
-                        self._note(context, index, reply)
-                        found[index] = reply.embedding or b""
-
-        # No more than are computed at once, so that a long list alone does not fill the queue.
-        width = max(min(len(prompts), EMBEDDED_AT_ONCE, context.served.queue.capacity), 1)
-        jobs = [asyncio.create_task(work()) for _ in range(width)]
-        try:
-            await asyncio.gather(*jobs)
-        finally:
-            for job in jobs:
-                job.cancel()
-            await asyncio.gather(*jobs, return_exceptions=True)
-        return found
-
-    async def _is_over(self, context: RequestContext, reply: Reply) -> bool:
-        """Whether the caller's limits allow nothing after this reply."""
-        used = context.num_prompt_tokens + context.num_tokens + len(reply.token_ids)
-        # A shared generation may outlive the request that began it.
-        if not context.limited_by and used >= context.reservation.cost and context in self._running:
-            context.limited_by = await self._limiter.grow(context.reservation, context.growth)
-        return context.limited_by is not None
+        return await self.execution.embeddings(context)
 
 
 def _seeds(sampling: SamplingParams, n: int) -> list[int | None]:

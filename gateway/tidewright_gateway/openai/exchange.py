@@ -71,7 +71,7 @@ class Exchange(Response):
 
     async def _whole(self, context: RequestContext, answer: Answer, writer: _Writer) -> bytes:
         whole = WholeAnswer(answer, len(context.generations))
-        async with aclosing(self._pipeline.replies(context)) as replies:
+        async with aclosing(self._pipeline.execution.replies(context)) as replies:
             async for index, reply in replies:
                 whole.take(index, reply)
         return whole.body()
@@ -82,7 +82,7 @@ class Exchange(Response):
         writer.keep_alive()
         self._pipeline.metrics.stream("sse", 1)
         try:
-            async with aclosing(self._pipeline.replies(context)) as replies:
+            async with aclosing(self._pipeline.execution.replies(context)) as replies:
                 async for index, reply in replies:
                     last = events.take(index, reply)
                     if last and not events.are_all:

@@ -100,7 +100,7 @@ class PipelineBackend:
             with logs.about_request(context):
                 async with self._pipeline.admit(context, kind, body, _as_it_is) as request:
                     _check_streams(request)
-                    yield _Running(context, self._pipeline.replies(context))
+                    yield _Running(context, self._pipeline.execution.replies(context))
             status = 200
         except (ApiError, ModelError) as error:
             made = context.wording.told(error)
