@@ -183,3 +183,20 @@ def test_resilience_names_every_outcome_with_its_verdict(verdict: Verdict) -> No
         rf"^\| (.*) \| {counts_as}[:|\s].*$", (ROOT / "docs" / "resilience.md").read_text(), re.MULTILINE
     )
     assert re.findall(r"`(\w+)`", row) == [outcome.name for outcome in Outcome if outcome.verdict is verdict]
+
+
+def test_the_reading_list_is_the_tree() -> None:
+    """Its files are there, and as long as it says, to a tenth."""
+    text = (ROOT / "docs" / "architecture.md").read_text().partition("\n## Where to read\n")[2]
+    listed, _, _ = text.partition("\nAround it")
+    sizes = {}
+    for row in re.findall(r"^\| (`.*?) \|", listed, re.MULTILINE):
+        folder = ""
+        for name in re.findall(r"`(.*?)`", row):
+            folder = name.rpartition("/")[0] or folder
+            path = Path(folder, name.rpartition("/")[2])
+            sizes[str(path)] = len((ROOT / "backends" / "tidewright" / path).read_text().splitlines())
+    in_order = list(sizes)
+    of_engine = sum(sizes[path] for path in in_order[in_order.index("engine/messages.py") :])
+    said = [int(number.replace(",", "")) for number in re.findall(r"[\d,]{5,}", listed)]
+    assert said == pytest.approx([sum(sizes.values()), of_engine], rel=0.1)

@@ -149,6 +149,13 @@ async def until(what: Callable[[], object]) -> None:
         await asyncio.sleep(0.005)
 
 
+async def has_begun(client: type[ScriptedClient]) -> None:
+    """A generation was asked for, and what its script has at once has arrived."""
+    await until(lambda: client.requests)
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
 def error(outcome: Outcome) -> ModelError:
     return ModelError("scripted", outcome)
 
