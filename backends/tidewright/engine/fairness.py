@@ -38,10 +38,10 @@ class Account:
         "claims_until",
         "counter",
         "its_class",
+        "place",
         "queued",
         "rank",
         "running",
-        "standing",
         "tenant",
         "unit",
         "waiting",
@@ -51,7 +51,7 @@ class Account:
     def __init__(self, tenant: str, counter: int, its_class: _Class) -> None:
         self.tenant, self.weight, self.unit, self.its_class = tenant, 1, UNIT, its_class
         self.counter = self.rank = counter  # `rank`: as it was when the step began that is planned
-        self.standing = counter  # its rank, less `CLAIM` while it has a claim
+        self.place = its_class.priority, counter  # in the order of those that run: its rank, less `CLAIM` if it has one
         self.claims_until = counter  # a rank
         self.waiting: list[Sequence] = []  # by arrival
         self.running = 0
@@ -63,12 +63,12 @@ class Account:
 
     @property
     def claims(self) -> bool:
-        return self.standing < self.rank
+        return self.place[1] < self.rank
 
     def stand(self, rank: int) -> None:
         """Where it is while the next step is planned."""
         self.rank = rank
-        self.standing = rank - CLAIM if rank < self.claims_until else rank
+        self.place = self.its_class.priority, rank - CLAIM if rank < self.claims_until else rank
 
     @property
     def turn(self) -> tuple[int, bool, int, Account]:
@@ -89,7 +89,8 @@ class _Ahead:
 class _Class:
     """The requests of one priority."""
 
-    def __init__(self) -> None:
+    def __init__(self, priority: int) -> None:
+        self.priority = priority
         self.accounts: dict[str, Account] = {}
         self.num_waiting = self.num_active = 0
         self._time = 0  # virtual: where a tenant begins that comes back
@@ -337,23 +338,22 @@ class FairQueue:
         account.counter += (cost + draws) * account.unit
 
     def _enqueue(self, sequence: Sequence, is_new: bool) -> None:
-        self._classes.setdefault(sequence.order[0], _Class()).enqueue(sequence, is_new)
+        priority = sequence.order[0]
+        if priority not in self._classes:
+            self._classes[priority] = _Class(priority)
+        self._classes[priority].enqueue(sequence, is_new)
 
 
 def goes_before(sequence: Sequence, running: Sequence) -> bool:
     """Whether one that waits gets its tokens and its blocks before one that runs."""
-    if sequence.order[0] != running.order[0]:
-        return sequence.order[0] < running.order[0]
     account, other = sequence.account, running.account
     if account is other:
         return False  # first come, first served
-    return account.standing < other.standing or (account.standing == other.standing and not account.running)
+    return account.place < other.place or (account.place == other.place and not account.running)
 
 
-def fair_order(sequence: Sequence) -> tuple[int, int, int]:
-    """Of those that run."""
-    priority, arrival = sequence.order
-    return priority, sequence.account.standing, arrival
+fair_order = attrgetter("account.place", "order")
+"""Of those that run."""
 
 
 def victims(

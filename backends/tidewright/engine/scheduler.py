@@ -124,7 +124,8 @@ class Scheduler:
         allowance = Allowance(pace, any(s.decodes for s in self.running))
         preemptions = self._running.preemptions
         scheduled: list[ScheduledSequence] = []
-        line = self._running.line
+        sequences: list[Sequence] = []  # of these
+        line, guessing = self._running.line, self.config.speculative_tokens
         while budget:
             running = line[index] if index < len(line) else None
             if waiting and (running is None or goes_before(waiting, running)):
@@ -135,24 +136,27 @@ class Scheduler:
                     continue
             elif running is None:
                 break
-            elif self._is_complete(running) or not self._running.grow(running, index):
+            elif not self._goes_on(running, index):
                 index += 1  # no token is left or no block to be had; it keeps its place for the next step
                 continue
             sequence = line[index]
-            # One token is left for each that runs behind this one.
-            share = max(budget - (len(line) - index - 1), 1)
             decodes = sequence.decodes
-            if not decodes:
-                share = min(share, allowance.tokens(sequence.num_computed, sequence.account.claims))
+            share = 1
+            if guessing or not decodes:
+                # One token is left for each that runs behind this one.
+                share = max(budget - (len(line) - index - 1), 1)
+                if not decodes:
+                    share = min(share, allowance.tokens(sequence.num_computed, sequence.account.claims))
                 if not share:
                     index += 1  # in a later step
                     continue
             if not scheduled:
                 self.cache.begin_step()
-            planned = self._take(sequence, share)
+            planned = self._take(sequence, share) if guessing or not decodes else self._take_next(sequence)
             self.waiting.charge(sequence, bool(planned.draws))
             scheduled.append(planned)
-            budget -= planned.count
+            sequences.append(sequence)
+            budget -= len(planned.token_ids)
             if not decodes:
                 allowance.take(planned.start, planned.count)
             if self._running.preemptions != preemptions:
@@ -165,7 +169,7 @@ class Scheduler:
             return StepPlan(())
         self.waiting.end_step()
         self._steps += 1
-        self._in_flight.append([self._by_id[planned.request_id] for planned in scheduled])
+        self._in_flight.append(sequences)
         ended, self._ended = tuple(self._ended), []
         preempted, self._running.preempted = tuple(self._running.preempted), []
         return StepPlan(tuple(scheduled), ended, preempted, self.adapters.take_moves())
@@ -301,11 +305,34 @@ class Scheduler:
         sequence.ended = True
         self._ended.append(sequence.request_id)
 
-    def _is_complete(self, sequence: Sequence) -> bool:
-        """The last that there is to compute for it is in flight."""
-        if self.config.embeds:
-            return sequence.num_computed == sequence.num_known
-        return sequence.num_pending > 0 and sequence.num_expected >= sequence.longest
+    def _goes_on(self, sequence: Sequence, index: int) -> bool:
+        """There is a token of it to compute, for the last may be in flight, and a block for that."""
+        config, expected = self.config, sequence.num_expected
+        if config.embeds:
+            if sequence.num_computed == expected:
+                return False
+        elif sequence.num_pending and expected >= sequence.longest:
+            return False
+        return expected <= len(sequence.block_table) * config.block_size or self._running.grow(sequence, index)
+
+    def _take_next(self, sequence: Sequence) -> ScheduledSequence:
+        """As `_take`, of one that decodes, without guesses: in half the time, for that is paid for every token."""
+        start, known = sequence.num_computed, sequence.token_ids
+        token_id = known[start] if start < len(known) else PENDING
+        draw = draw_after(sequence)
+        sequence.num_pending += 1
+        sequence.num_computed = start + 1
+        if start + 1 >= (sequence.num_registered + 1) * self.config.block_size:
+            self._running.register(sequence)
+        request_id, slot = sequence.request_id, sequence.adapter_slot
+        first_block, num_blocks = sequence.num_planned_blocks, len(sequence.block_table)
+        new_blocks: tuple[int, ...] = ()
+        if num_blocks > first_block:
+            new_blocks = tuple(sequence.block_table[first_block:])
+            sequence.num_planned_blocks = num_blocks
+        return ScheduledSequence(
+            request_id, start, (token_id,), new_blocks, (draw,), None, (), False, first_block, slot
+        )
 
     def _take(self, sequence: Sequence, budget: int) -> ScheduledSequence:
         """Plans as many of its tokens as there are within `budget`, and what is drawn after them."""
@@ -317,7 +344,7 @@ class Scheduler:
         draws: tuple[Draw, ...] = ()
         completes = end == num_expected
         if completes and not self.config.embeds:
-            draws = (draw_after(sequence, []),)
+            draws = (draw_after(sequence),)
             most = min(self.config.speculative_tokens, budget - len(token_ids))
             # Guesses cost nobody a token or a block.
             if most > 0 and (drafts := guesses(sequence, most)) and self._running.grow_by(sequence, len(drafts)):

@@ -64,7 +64,10 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """It has a token already, or a step in flight draws it, and waits for the next one."""
-        return len(self.prompt_token_ids) < self.num_expected == self.num_computed + 1
+        expected = (
+            len(self.token_ids) + self.num_pending
+        )  # as num_expected, whose call would cost as much as all of this
+        return expected == self.num_computed + 1 and expected > len(self.prompt_token_ids)
 
     @property
     def may_yield(self) -> bool:
