@@ -18,7 +18,7 @@ serve: $(VENV)/.server  ## Set up and serve the embedded model through Triton
 doctor: $(VENV)/.server  ## Check this machine and say what to fix
 	@$(BIN)/tidewright doctor
 
-check: lint $(VENV)/.programs  ## Style, types and all quick tests that start no server of any kind: three to four minutes
+check: lint $(VENV)/.programs  ## Style, types and all quick tests that start no server of any kind: under three minutes
 	@$(BIN)/tidewright prepare
 	$(BIN)/python tests/suite.py --without-servers $(ARGS)
 

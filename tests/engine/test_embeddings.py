@@ -151,6 +151,7 @@ def test_a_checkpoint_without_a_head_and_without_prefixes(tmp_path: Path) -> Non
     np.testing.assert_allclose(got, expected(model, PROMPTS[1]), atol=2e-5)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_two_ranks_give_the_same(checkpoint: tuple[Path, transformers.PreTrainedModel], pooling: Pooling) -> None:
     folder, model = checkpoint

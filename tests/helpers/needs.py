@@ -27,7 +27,7 @@ MARKS = {
     "hosts": "makes network namespaces",
     "clients": "runs a client of other people",
     "image": "runs the steps of docker/Dockerfile in namespaces",
-    "heavy": "takes ten seconds of a core and more, without a server; `make check` leaves it out",
+    "heavy": "takes ten seconds of a core and more, or starts several engines; `make check` leaves it out",
     "slow": "takes a minute or more to make its environment; `make test-clients`, `test-image`, `test-rust` run it",
 }
 _TESTS = str(Path(__file__).parent.parent)

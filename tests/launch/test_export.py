@@ -140,6 +140,7 @@ def test_ctrl_c_leaves_nothing_and_keeps_what_was_there(model: Path, monkeypatch
     assert [path.name for path in target.parent.iterdir() if path.suffix != ".lock"] == [target.name]
 
 
+@pytest.mark.heavy
 def test_a_killed_run_leaves_nothing_that_looks_ready(model: Path) -> None:
     code = (
         "import time; from tidewright.launch.cli import main; from tidewright.onnx_export import weights\n"

@@ -104,6 +104,7 @@ def test_the_file_itself_answers_as_transformers_does(
     assert greedy(runner, prompts, 8, 8) == [expected(theirs, ids, 8) for ids in prompts]
 
 
+@pytest.mark.heavy
 def test_the_kept_file_has_the_converted_weights(cache: Path, converted: Path, gguf_file: Path) -> None:
     folder, expected = prepare(str(gguf_file), QUIET), load_file(converted / "model.safetensors")
     with open_checkpoint(folder) as weights:
@@ -338,6 +339,7 @@ def test_a_run_killed_half_way_leaves_nothing_that_looks_ready(cache: Path, gguf
     assert not partial.exists()
 
 
+@pytest.mark.heavy
 def test_two_runs_at_once_make_one_folder(cache: Path, gguf_file: Path) -> None:
     code = f"from tidewright.launch.prepare import prepare; print(prepare({str(gguf_file)!r}))"
     runs = [

@@ -225,5 +225,6 @@ def _in_two_processes(rank: int, rendezvous: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.heavy
 def test_real_collectives(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(_in_two_processes, args=(str(tmp_path / "rendezvous"),), nprocs=2)
