@@ -98,6 +98,7 @@ def test_streams_go_on_where_their_replica_left_them(
                 deadline = time.monotonic() + 30
                 while not gateway.metric("replica_up", replica=pair[0].grpc_url):
                     assert time.monotonic() < deadline
+                    time.sleep(0.05)
         if "kill" in blows:
             the_last_one_dies_and_comes_back(gateway, pair[1])
 
@@ -159,12 +160,14 @@ def test_when_all_are_gone_requests_wait_and_then_get_a_503_and_a_replica_that_c
         deadline = time.monotonic() + 30
         while gateway.metric("generation_probes_total", outcome="success") < 3:
             assert time.monotonic() < deadline
+            time.sleep(0.05)
         assert gateway.metric("generation_probes_total") == gateway.metric("generation_probes_total", outcome="success")
         engine.suspend()
         try:
             deadline = time.monotonic() + 60
             while gateway.http.get("/health/ready").status_code == 200:
                 assert time.monotonic() < deadline
+                time.sleep(0.05)
             refused = gateway.post("/v1/completions", body)
             assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
             assert "no replica can take requests" in refused.json()["error"]["message"]
@@ -189,9 +192,9 @@ def test_round_robin_gives_equal_shares_and_one_that_drains_ends_what_it_has(
 
         body = {"prompt": "Once", "max_tokens": 4, "ignore_eos": True}
         with ThreadPoolExecutor(4) as pool:
-            statuses = list(pool.map(lambda _: gateway.post("/v1/completions", body).status_code, range(200)))
-        assert statuses == [200] * 200
-        assert shares() == [100, 100]
+            statuses = list(pool.map(lambda _: gateway.post("/v1/completions", body).status_code, range(40)))
+        assert statuses == [200] * 40
+        assert shares() == [20, 20]
 
         undisturbed = all_at_once(gateway)
 

@@ -83,11 +83,12 @@ def test_a_timeout_holds_while_the_engine_restarts(server: RunningServer) -> Non
 def test_an_engine_in_long_steps_is_well(server: RunningServer) -> None:
     with server.stream() as stream:
         for number in range(2):
-            stream.send(str(number), input_ids=[1000 + number] * 5000, sampling_parameters={"max_tokens": 1})
+            stream.send(str(number), input_ids=[1000 + number] * 2500, sampling_parameters={"max_tokens": 1})
         troubles = set()
         deadline = time.monotonic() + 4 * TIMEOUT
-        while server.metric("prompt_tokens_total") < 10_000:
+        while server.metric("prompt_tokens_total") < 5000:
             assert time.monotonic() < deadline
             troubles.add(health(server))
+            time.sleep(0.02)
         assert troubles == {""}
         assert not any(generation.error for generation in stream.finish().values())

@@ -115,6 +115,7 @@ def test_status_tells_that_the_engine_is_silent_before_it_is_given_up(bf16_serve
         deadline = time.monotonic() + 60
         while not is_reached(status_of(bf16_server).silence):
             assert time.monotonic() < deadline
+            time.sleep(0.02)
 
     engine.suspend()
     try:
