@@ -30,7 +30,8 @@ namespace {
 
 constexpr int LINE = 64;  // bytes that memory hands out at once
 constexpr int VECTORS = 2, BLOCK = VECTORS * LANES, UNIT = BLOCK * 4, UNIT_LINES = UNIT / LINE;  // a unit: a word a feature
-constexpr int TILE_ROWS = LANES == 16 ? 12 : 4;
+// Of x, at once. The sums of more rows, which are there as integers and as floats, find no room in the registers.
+constexpr int TILE_ROWS = LANES == 16 ? 8 : 4;
 constexpr int MOST_STEPS = 384;
 constexpr int PANEL_ROWS = 16 * TILE_ROWS;
 constexpr int AHEAD = 2048;  // bytes
