@@ -22,7 +22,6 @@ from tidewright.cache import cache_dir
 PINS = Path(__file__).resolve().parent.parent / "tests" / "clients" / "environments" / "aiperf.txt"
 TIMEOUT = 3600  # seconds
 TEMPLATE = "triton.json"  # a file, as aiperf cuts options at commas
-MS = 1000.0
 
 
 class AiperfError(Exception):

@@ -22,9 +22,6 @@ TEXTS = [
 ]
 
 
-LETTERS = st.sampled_from("ab👍\n ")
-
-
 def run(tokenizer: Tokenizer, token_ids: list[int], stop: tuple[str, ...] = (), **sampling: Any) -> list[str]:
     stream = TextStream(tokenizer, [], SamplingParams(stop=list(stop), **sampling))
     pieces = []

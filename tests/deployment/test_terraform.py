@@ -16,6 +16,7 @@ import pytest
 
 from helpers.checkov import check_policies
 from helpers.families import FAMILIES
+from helpers.model_shapes import LLAMA_8B, LLAMA_70B
 from helpers.terraform import MISSING, outputs, terraform
 from tidewright.config import Settings
 from tidewright.models.families import read_config
@@ -42,19 +43,6 @@ UNVALIDATED = {
     ("tidewright", "context"),
     ("tidewright", "secrets_revision"),
 }
-LLAMA_8B = read_config(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    }
-)
-LLAMA_70B = replace(LLAMA_8B, hidden_size=8192, intermediate_size=28672, layers=LLAMA_8B.layers[:1] * 80, num_heads=64)
 SMOLLM = replace(
     LLAMA_8B,
     vocab_size=49152,

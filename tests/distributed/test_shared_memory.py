@@ -32,10 +32,6 @@ def together(size: int, work: Callable[[int], object]) -> list[object]:
         return list(pool.map(work, range(size)))
 
 
-def random_rows(width: int, seed: int) -> torch.Tensor:
-    return torch.randn(2, width, generator=torch.Generator().manual_seed(seed))
-
-
 @pytest.mark.parametrize("size", [2, 3, 5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_collectives_in_a_row(file: int, size: int, dtype: torch.dtype) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,3 @@ def save_adapter(
                 weight.mul_(scale)
     adapted.save_pretrained(folder)
     return adapted
-
-
-def change_config(folder: Path, **changes: Any) -> None:
-    file = folder / "adapter_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from helpers.checkpoints import SIZES
+from helpers.model_shapes import LLAMA_8B, LLAMA_70B
 from tidewright.engine.engine import Engine as RealEngine
 from tidewright.engine.messages import EngineConfig
 from tidewright.kv_cache.budget import blocks_of
@@ -31,19 +32,6 @@ from tidewright.planning.plan import (
 )
 
 GIB = 2**30
-LLAMA_8B = read_config(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    }
-)
-LLAMA_70B = replace(LLAMA_8B, hidden_size=8192, intermediate_size=28672, layers=LLAMA_8B.layers[:1] * 80, num_heads=64)
 SMALL = read_config({"architectures": ["LlamaForCausalLM"], **SIZES})
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from tidewright.models.families import read_config
+from helpers.model_shapes import LLAMA_8B
 from tidewright.planning.gpus import GPUS
 from tidewright.planning.plan import Engine, Load, Machine, make_plan
 from tidewright.planning.roofline import estimate
@@ -15,18 +15,6 @@ LAYER = 4096 * (32 * 128 * 2 + 2 * 8 * 128 + 3 * 14336)
 LAYERS = 32 * LAYER  # of Llama 3.1 8B
 MATRICES = LAYERS + 128256 * 4096  # with its head
 ATTENTION = 4 * 32 * 32 * 128  # multiplications and additions for one token and one of its context
-LLAMA_8B = read_config(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-    }
-)
 H200 = GPUS["H200"]
 
 

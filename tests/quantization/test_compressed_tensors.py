@@ -14,7 +14,6 @@ from helpers.quantized import LAYER, save
 from tidewright.quantization.affine import AffineSource, QuantizationError
 from tidewright.quantization.checkpoint import CheckpointError, open_checkpoint
 
-INPUTS = QuantizationArgs(num_bits=8, strategy="token", dynamic=True)
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "int8 per channel": ("int-quantized", {"num_bits": 8, "strategy": "channel"}),
     "int8 per tensor": ("int-quantized", {"num_bits": 8, "strategy": "tensor"}),
