@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from tidewright_gateway.auth.stores import FileStore
 CONTEXT, BLOCK, RUNNING = 1024, 16, 4
 BLOCK_BYTES = 3 * 2 * 2 * 8 * BLOCK * 4  # layers, keys and values, heads, head size, tokens, float32
 BLOCKS = 2 * CONTEXT // BLOCK + 48  # two of the longest prompts, and what B has
-OF_A, TOKENS_OF_B = 12, 1_000_000  # limits: concurrent requests, tokens a day
+OF_A, TOKENS_OF_B = 16, 1_000_000  # limits: concurrent requests, tokens a day
 PROMPTS = ["the quick brown fox jumps over the lazy dog and runs on into the deep dark wood " + end for end in "xyz"]
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 8}
 # Ends each engine that is to compute a prompt with this end.
@@ -140,20 +140,21 @@ def test_a_flood(world: World) -> None:
     def served() -> int:
         return sum(answer.status_code == 200 for answer in list(done))
 
-    with ThreadPoolExecutor(OF_A + len(PROMPTS)) as pool:
+    with ThreadPoolExecutor(OF_A) as pool:
         floods = [pool.submit(flood, number) for number in range(OF_A)]
         try:
             while (refused := world.ask("A", "the")).status_code != 429:
                 assert not any(one.done() for one in floods)
-            before = served()
-            of_b = [pool.submit(world.ask, "B", prompt, max_tokens=40) for prompt in PROMPTS * 3]
-            wait(of_b)
-            # Equal weights: as many of A's, give or take what can run at a time.
-            assert served() - before <= len(of_b) + 2 * RUNNING
+            during: list[int] = []  # each of B's requests, so many of A's were served
+            for prompt in PROMPTS * 2:
+                before = served()
+                assert world.ask("B", prompt, max_tokens=40).status_code == 200
+                during.append(served() - before)
             world.usual()
         finally:
             stop.set()
-    assert all(one.result().status_code == 200 for one in of_b)
+    # Those that ran beside it. If it waited behind the flood's queue, all of that would be served first, each time.
+    assert min(during) <= 2 * RUNNING, during
     assert {answer.status_code for answer in done} <= {200, 429}
     assert refused.json()["error"]["code"] == "rate_limit_exceeded"
     assert f"{OF_A} requests at one time" in refused.json()["error"]["message"]
@@ -213,34 +214,33 @@ def test_bad_requests_of_all_kinds(world: World) -> None:
         assert answer.json()["error"]["message"], (path, str(body)[:100])
 
 
-def test_requests_that_kill_the_engine(world: World) -> None:
-    """The first costs three engines, the next one: its tenant is on probation. The cache of an engine dies with it."""
+def test_a_request_that_kills_the_engine(world: World) -> None:
+    """It costs engines until it is found by trials; the prefix cache of an engine dies with it."""
     deaths = world.server.metric("engine_restarts_total")
-    for _ in range(2):
-        (answer,) = world.beside(lambda: world.ask("A", "the " + POISON), is_cached=False)
-        assert answer.status_code >= 500
-        assert KILLS_ENGINES in answer.json()["error"]["message"]
-    assert 4 <= world.server.metric("engine_restarts_total") - deaths <= 6
+    (answer,) = world.beside(lambda: world.ask("A", "the " + POISON), is_cached=False)
+    assert answer.status_code >= 500
+    assert KILLS_ENGINES in answer.json()["error"]["message"]
+    assert 2 <= world.server.metric("engine_restarts_total") - deaths <= 4
     assert world.ask("A", "the").status_code == 200
     world.usual()
 
 
 def test_cache_churn(world: World) -> None:
     """Twice what the cache has, so that all would be new without shares."""
-    length = 15 * BLOCK
-    number = 2 * BLOCKS * BLOCK // length
-    evictions = world.server.metric("prefix_cache_evictions_total")
-    answers = world.beside(*(lambda at=at: world.ask("A", distinct(at, length, "m")) for at in range(number)))  # type: ignore[misc]
-    assert {answer.status_code for answer in answers} <= {200, 429}
-    while world.server.metric("prefix_cache_evictions_total") - evictions < BLOCKS // 2:
-        world.usual()
+    length, evictions = 15 * BLOCK, world.server.metric("prefix_cache_evictions_total")
+    for first in range(0, 2 * BLOCKS * BLOCK // length, 10):
+        prompts = [distinct(number, length, "m") for number in range(first, first + 10)]
+        answers = world.beside(*(lambda prompt=prompt: world.ask("A", prompt) for prompt in prompts))  # type: ignore[misc]
+        assert {answer.status_code for answer in answers} == {200}
+    world.server.wait_idle()
+    assert world.server.metric("prefix_cache_evictions_total") - evictions > BLOCKS
 
 
 def test_the_same_user_under_two_keys_shares_no_prefix(world: World) -> None:
-    prompt = distinct(99, 5 * BLOCK)
+    prompt, user = distinct(99, 5 * BLOCK), f"alice, {world.used}"
 
     def cached(who: str, **body: Any) -> int:
-        answer = world.ask(who, prompt, user="alice", **body)
+        answer = world.ask(who, prompt, user=user, **body)
         assert answer.status_code == 200
         return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
 
