@@ -9,6 +9,7 @@ import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +25,13 @@ from tidewright.engine.messages import (
     Failed,
     Heartbeat,
     Ready,
+    SequenceOutput,
     Shutdown,
     StepOutputs,
     Submit,
 )
+from tidewright.engine.process import EngineProcess
+from tidewright.sampling.grammar_compiler import Compiled
 from tidewright.schema import SamplingParams
 
 
@@ -266,3 +270,22 @@ def test_a_block_lost_from_the_books_ends_the_idle_engine(model: Path) -> None:
         assert len(tokens_of(started, [submit(1)])[1]) == 4
         assert "has 1 references and is in the free list" in hear_failed(started)
         assert started.exit_code() == 1
+
+
+def test_the_grammar_of_a_refused_request_is_forgotten() -> None:
+    """It was made before the scheduler was asked, which never tells of the request's end."""
+    forgotten: list[int] = []
+    put: list[SequenceOutput] = []
+    refusal = SequenceOutput(7, [], "overloaded", message="too many requests")
+    started = EngineProcess(SimpleNamespace())  # type: ignore[arg-type]
+    guided = SimpleNamespace(forget=forgotten.extend)
+    started._engine = SimpleNamespace(  # type: ignore[assignment]
+        has_work=True, runner=SimpleNamespace(guided=guided), submit=lambda request: refusal
+    )
+    started._adapters = SimpleNamespace(take_ready=list)  # type: ignore[assignment]
+    started._grammars = SimpleNamespace(take=lambda compiled: True)  # type: ignore[assignment]
+    started._outbox = SimpleNamespace(put_outputs=put.extend)  # type: ignore[assignment]
+    started._inbox.put(Compiled(Submit(7, [1], SamplingParams(guided_regex="a"))))
+    assert started._take_messages()
+    assert put == [refusal]
+    assert forgotten == [7]

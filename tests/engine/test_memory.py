@@ -88,6 +88,16 @@ def test_the_kv_cache_gets_what_the_largest_step_leaves(
     assert 0 < counter.peak <= step_bytes
 
 
+def test_what_a_device_gave_the_cache_is_its_own_used_or_not(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is taken when it is made: none of it is only promised, as on a CPU."""
+    memory = CountedMemory(8 * MIB)
+    on(memory, monkeypatch)
+    engine = Engine(config(folder))
+    before, memory.total = engine.num_blocks, 100_000  # that is left
+    engine.memory.look(1e9)
+    assert engine.num_blocks == before
+
+
 def test_an_amount_has_to_fit_beside_the_largest_step(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = CountedMemory(2 * MIB)
     on(memory, monkeypatch)

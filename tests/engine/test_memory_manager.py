@@ -140,6 +140,22 @@ def test_a_size_that_an_operator_wants_is_kept_within_the_bounds() -> None:
     assert pool.num_blocks == 250  # as soon as there is memory
 
 
+def test_a_pool_that_is_copied_grows_at_once_by_all_that_there_is() -> None:
+    """Each resize copies all of it, and has CUDA graphs recorded anew."""
+    pool, machine = NumberedPool(100, 50), [3000]
+    fixed = FixedMemory(10_000, 150, 50, BLOCK, 320)
+    free, marks = (lambda: machine[0] - pool.num_blocks * BLOCK), Watermarks(0, 100)
+    made = MemoryManager(fixed, pool, pool.num_blocks, free, marks, in_slabs=False)
+    made.set_target(320)
+    assert pool.sizes == [290]  # up to the high watermark
+    machine[0] += 150
+    looks(made, 5)
+    assert pool.sizes == [290]  # less than a slab is not worth it
+    machine[0] += 1000
+    looks(made, 5, 1e6)
+    assert pool.sizes == [290, 320]
+
+
 def test_it_looks_now_and_then_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_manager, "LOOK_INTERVAL", 1.0)
     pool = NumberedPool(160, 10)

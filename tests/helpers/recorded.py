@@ -22,6 +22,9 @@ class RecorderOnCpu(TorchDispatchMode):
         self._calls: list[Callable[[], None]] | None = None
         self.replays: list[int] = []
 
+    def begin(self) -> None:
+        pass
+
     def watch(self, start: Callable[..., None]) -> Callable[..., None]:
         """The same launch of a kernel, which is recorded, and not what the interpreter does for it."""
 

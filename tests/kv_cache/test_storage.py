@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+from helpers.counted_memory import CountedMemory
 from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.memory import out_of_memory
 from tidewright.kv_cache import storage
@@ -104,6 +106,29 @@ def test_a_lack_of_memory_amid_moves_is_an_error_of_its_own() -> None:
     with Indexed(room=3), pytest.raises(BlockMoveError, match=r"no memory to move 1 blocks .* out of memory") as raised:
         cache.move({9: 2})
     assert not out_of_memory(raised.value)
+
+
+@pytest.mark.parametrize(("num_blocks", "left"), [(6, 6), (14, 10)])
+def test_a_copy_without_memory_costs_no_block(num_blocks: int, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several ranks one alone may lack it, and the others have resized theirs."""
+    memory = CountedMemory(1 << 30)
+    cache = KVCache(SHAPE, 10, memory)
+    for own in cache.layers:
+        for tensor in own.tensors:
+            tensor[:] = torch.arange(10)[:, None, None, None]
+    given = iter([torch.zeros] * 2)
+
+    def zeros(dimensions: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if (make := next(given, None)) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(dimensions, dtype=dtype)
+
+    monkeypatch.setattr(memory, "zeros", zeros)
+    with contextlib.nullcontext() if num_blocks < 10 else pytest.raises(torch.OutOfMemoryError):
+        assert cache.resize(num_blocks)
+    assert cache.num_blocks == left
+    assert len({len(own.keys_NSKD) for own in cache.layers}) == 2  # the first layer is elsewhere
+    assert all(tensor[:left, 0, 0, 0].tolist() == [*range(left)] for own in cache.layers for tensor in own.tensors)
 
 
 def test_blocks_that_go_give_their_memory_back() -> None:

@@ -144,9 +144,7 @@ class Engine:
                 return False
             self.scheduler.resize(num_blocks)
         else:
-            moves = self.scheduler.resize(num_blocks)
-            # Without memory for the copy of a layer the others are smaller, and all that is left of the pool is there.
-            _, lack = _attempt(lambda: self.runner.resize(num_blocks, moves))
+            self.runner.resize(num_blocks, self.scheduler.resize(num_blocks))
         self._tell_ranks(Resize(num_blocks))
         return True
 
@@ -189,7 +187,7 @@ class Engine:
         memory, layers = runner.device.memory, len(runner.kv_cache.layers)
         if memory.is_bounded:  # others can't take what is this engine's; a copy of a layer must have room
             marks = Watermarks(0, fixed.block * target // layers)
-            return MemoryManager(fixed, self, target, memory.free, marks, layers)
+            return MemoryManager(fixed, self, target, memory.free, marks, layers, in_slabs=memory.reserves)
         marks = Watermarks.of(memory.capacity())
         return MemoryManager(fixed, self, target, lambda: machine_memory().free, marks, layers, config.local_ranks)
 

@@ -70,12 +70,14 @@ class MemoryManager:
         marks: Watermarks,
         layers: int = 1,
         ranks: int = 1,
+        in_slabs: bool = True,
     ) -> None:
         """`target`: blocks that the pool has whenever it can. `free`: bytes of the machine, that `ranks` of them share;
-        None: it is not watched.
+        None: it is not watched. `in_slabs`: the pool grows by one at a time; else each resize copies all of it, so it
+        gets all that there is at once, and a slab at least.
         """
         self._fixed, self._pool, self._target = fixed, pool, target
-        self._free, self._marks, self._ranks = free, marks, ranks
+        self._free, self._marks, self._ranks, self._in_slabs = free, marks, ranks, in_slabs
         slab = math.ceil(2 * layers * _SLAB / fixed.block)
         self._slab = max(min(slab, fixed.most_blocks // _SLABS), 1)  # blocks
         self._looked = 0.0
@@ -138,15 +140,19 @@ class MemoryManager:
         return self._free() - untouched * self._fixed.block * self._ranks
 
     def _grow(self, why: str) -> bool:
-        """By a slab, if it lacks some and can have it."""
+        """By a slab or more, if it lacks some and can have it."""
         block = self._fixed.block
         lacking = min(self._target - self._pool.num_blocks, self._budget_free() // block)
         if lacking <= 0:
             return False
-        size = min(lacking, self._slab) * block * self._ranks
-        if self._free and not to_give_back(self._machine_free(), self._marks, size, size):
-            return False
-        return self._resize(self._pool.num_blocks + min(lacking, self._slab), why)
+        size = min(lacking, self._slab)
+        if self._free:
+            free, unit = self._machine_free(), block * self._ranks
+            if not to_give_back(free, self._marks, size * unit, size * unit):
+                return False
+            if not self._in_slabs:
+                size = min(lacking, (free - self._marks.high) // unit)
+        return self._resize(self._pool.num_blocks + size, why)
 
     def _reclaim(self, wanted: int, why: str) -> None:
         pool, block = self._pool, self._fixed.block

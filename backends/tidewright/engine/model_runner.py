@@ -183,7 +183,8 @@ class ModelRunner:
 
     @property
     def touched_blocks(self) -> int:
-        return self._buffers.highest_block + 1
+        """Those that have taken memory."""
+        return self._buffers.highest_block + 1 if self.device.memory.reserves else self.num_blocks
 
     @property
     def progress(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -164,6 +165,8 @@ class EngineProcess:
                 return False
             message = self._inbox.get_nowait() if not self._inbox.empty() else None
         if refused:
+            # A grammar may have been made for them, and the scheduler never knew them.
+            self._engine.runner.guided.forget([output.request_id for output in refused])
             self._outbox.put_outputs(refused)
         return True
 
@@ -235,4 +238,5 @@ def _yield_to_others(niceness: int) -> None:
     load at low priority takes minutes, and the server is not ready before."""
     before = os.getpriority(os.PRIO_PROCESS, 0)
     for thread in os.listdir("/proc/self/task"):
-        os.setpriority(os.PRIO_PROCESS, int(thread), before + niceness)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.setpriority(os.PRIO_PROCESS, int(thread), before + niceness)

@@ -115,8 +115,8 @@ class KVCache:
         """Gives back what is behind the first `num_blocks`, or gets what is missing.
 
         Where memory is reserved, layers stay where they are. Otherwise one after the other is copied, so that there
-        must be memory for one more; True: they are elsewhere now. One that runs out of memory in between has at least
-        as many blocks as it needs, if it was to shrink, and as it had, if it was to grow.
+        must be memory for one more; True: they are elsewhere now. If it runs out in between, a cache that shrinks keeps
+        some layers larger than needed, and one that grows has as many blocks as before and raises the error.
         """
         before, self.num_blocks = self.num_blocks, num_blocks
         if self._memory.reserves:
@@ -126,8 +126,12 @@ class KVCache:
                     self._memory.release(tensor[num_blocks:before])
             return False
         self.num_blocks = min(before, num_blocks)
-        for index in range(len(self.layers)):
-            self.layers[index] = LayerCache(*(self._copied(x, num_blocks) for x in self.layers[index].tensors))
+        try:
+            for index in range(len(self.layers)):
+                self.layers[index] = LayerCache(*(self._copied(x, num_blocks) for x in self.layers[index].tensors))
+        except Exception as error:
+            if num_blocks > before or not out_of_memory(error):
+                raise
         self.num_blocks = self.room = num_blocks
         self._memory.trim()
         return True

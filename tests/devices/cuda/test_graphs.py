@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from tidewright.step.buffers import StepBuffers, StepLimits
 with interpreted():
     from tidewright.devices.cuda import activations, norms, paged_attention, rope_and_cache, sampling
     from tidewright.devices.cuda.device import CudaDevice
-    from tidewright.devices.cuda.graphs import sizes_of
+    from tidewright.devices.cuda.graphs import CudaRecorder, sizes_of
 
 CPU = torch.device("cpu")
 
@@ -92,3 +94,49 @@ def test_without_memory_for_graphs_decodes_run_eagerly(
     batch = buffers.fill(StepPlan((ScheduledSequence(1, 9, (5,), (0, 1, 2)),)))
     assert batch.padded_to == 1
     assert device.forward(model, batch, model).tolist() == [9]
+
+
+class Graph:
+    """As torch's allocator has it: a graph is taken into a pool only while another one of it is there."""
+
+    pools: ClassVar[weakref.WeakKeyDictionary[Graph, object]] = weakref.WeakKeyDictionary()
+
+    def replay(self) -> None:
+        pass
+
+    def pool(self) -> object:
+        return self.pools[self]
+
+    @classmethod
+    @contextlib.contextmanager
+    def capture(cls, graph: Graph, pool: object, capture_error_mode: str) -> Iterator[None]:
+        assert pool is None or pool in [*cls.pools.values()], "INTERNAL ASSERT FAILED: use_count > 0"
+        cls.pools[graph] = pool or object()
+        yield
+
+
+def test_graphs_share_memory_with_those_beside_them_but_not_with_those_that_are_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As when they are recorded anew for a cache of another size."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in {
+        "device": lambda _: contextlib.nullcontext(),
+        "stream": lambda _: contextlib.nullcontext(),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "CUDAGraph": Graph,
+        "graph": Graph.capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    limits = StepLimits(max_running=4, max_batched_tokens=8, max_model_len=16, block_size=4)
+    device, buffers = CudaDevice(CPU, CpuMemory(), CudaRecorder(CPU)), StepBuffers(limits, CPU, sizes=(1, 2, 4))
+    monkeypatch.setattr(Device, "forward", lambda self, model, batch, kv_cache: batch.positions_T)
+    model: Any = SimpleNamespace(group=ALONE)
+    pools = []
+    for _ in range(2):
+        device.prepare(model, model, buffers)
+        assert len(Graph.pools) == 3
+        (pool,) = {*Graph.pools.values()}
+        pools.append(pool)
+    assert pools[0] is not pools[1]

@@ -25,6 +25,9 @@ def sizes_of(most: int) -> tuple[int, ...]:
 
 
 class Recorder(Protocol):
+    def begin(self) -> None:
+        """Nothing that was recorded before is replayed again, and nobody holds it."""
+
     def record(self, compute: Replay) -> Replay:
         """What does on the device all that `compute` does, on the same tensors, without its Python."""
 
@@ -33,6 +36,9 @@ class CudaRecorder:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool: Any = None  # torch's handle of the graphs' memory
+
+    def begin(self) -> None:
+        self._pool = None  # torch takes no graph into a pool whose graphs are all gone, if any memory of it is in use
 
     def record(self, compute: Replay) -> Replay:
         with torch.cuda.device(self._device):
@@ -59,6 +65,7 @@ class DecodeGraphs:
         compute: Callable[[StepBatch], torch.Tensor],
     ) -> None:
         """`compute` gives the hidden states of a batch of single tokens, which `batch_of` makes of a size."""
+        recorder.begin()
         self._replays: dict[int, Replay] = {}
         hidden_BE: torch.Tensor | None = None
         for size in sorted(sizes, reverse=True):  # later ones fit into the memory of the first
