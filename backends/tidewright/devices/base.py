@@ -96,6 +96,10 @@ class Device:
         """What adapters add to a linear layer of these projections, `max_rank` at most each."""
         return LoraLayer(part_features, slots)
 
+    def adapter_memory(self, size: int) -> torch.Tensor:
+        """[size] bytes on the host, for one adapter. Called beside all else."""
+        return torch.empty(size, dtype=torch.uint8)
+
     # Steps
 
     def finish(self, model: LlamaForCausalLM) -> None:

@@ -106,7 +106,7 @@ class ModelRunner:
         self.model = make_model(self.device.torch_device)
         name = "" if group.rank or folder.suffix == ".gguf" else folder.name  # the file's says little
         allowed = AdapterLimits(Path(config.adapter_folder), config.max_lora_rank, self.dtype, name)
-        self._lora = LoraModel(self.model.projections(), allowed)
+        self._lora = LoraModel(self.model.projections(), allowed, self.device.adapter_memory)
         self.embedding_size, self._pooler = 0, None
         if config.task == "embed":
             self.embedding_size = model_config.hidden_size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -26,9 +26,11 @@ def make_lora_layers(model: LlamaForCausalLM, device: Device, slots: int, max_ra
 class LoraModel:
     """`read` may run beside all else; the rest is for the thread that runs the steps."""
 
-    def __init__(self, projections: Mapping[str, Projection], limits: AdapterLimits) -> None:
-        """Of a model with LoRA layers."""
-        self._limits, self._projections = limits, projections
+    def __init__(
+        self, projections: Mapping[str, Projection], limits: AdapterLimits, allocate: Callable[[int], torch.Tensor]
+    ) -> None:
+        """Of a model with LoRA layers. `allocate`: so many bytes for an adapter."""
+        self._limits, self._projections, self._allocate = limits, projections, allocate
         self._shapes = {name: Shape(one.rows, one.columns) for name, one in projections.items()}
         self._layers: dict[LinearLayer, dict[int, str]] = {}  # by part, the projection's name
         for name, projection in projections.items():
@@ -54,8 +56,10 @@ class LoraModel:
             for names in layers
             for matrix in (*(updates[name].a for name in names), *(updates[name].b for name in names))
         ]
-        pieces = torch.cat([matrix.flatten() for matrix in matrices]).split([matrix.numel() for matrix in matrices])
-        placed = {id(matrix): piece.view_as(matrix) for matrix, piece in zip(matrices, pieces, strict=True)}
+        memory = self._allocate(sum(matrix.nbytes for matrix in matrices)).view(self._limits.dtype)
+        placed: dict[int, torch.Tensor] = {}
+        for matrix, piece in zip(matrices, memory.split([matrix.numel() for matrix in matrices]), strict=True):
+            placed[id(matrix)] = piece.view_as(matrix).copy_(matrix)
         moved = {name: replace(one, a=placed[id(one.a)], b=placed[id(one.b)]) for name, one in updates.items()}
         return replace(adapter, updates=moved)
 

@@ -13,6 +13,7 @@ from tidewright.attention.base import Attention
 from tidewright.devices.base import Device
 from tidewright.devices.cpu.build import processor
 from tidewright.devices.cpu.fusion import fuse_layers
+from tidewright.devices.cpu.huge_pages import huge_empty
 from tidewright.devices.cpu.kernels import kernels_for, kernels_of
 from tidewright.devices.cpu.layer import CpuLayer, LayerStep
 from tidewright.devices.cpu.linear import CpuLinear, native_rows
@@ -88,6 +89,9 @@ class CpuDevice(Device):
         if kernels_of(dtype) is None:
             return super().lora_layer(part_features, in_features, slots, max_rank)
         return CpuLora(part_features, in_features, slots, max_rank, dtype)
+
+    def adapter_memory(self, size: int) -> torch.Tensor:
+        return huge_empty(size)  # steps read all of it
 
     def finish(self, model: LlamaForCausalLM) -> None:
         super().finish(model)

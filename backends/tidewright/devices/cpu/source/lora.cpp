@@ -84,9 +84,10 @@ void add_lora(const Lora& lora, const LoraRows& rows, const T* x, T* out) {
     float* shrunk = memory.data();
     int64_t depth = (lora.depth + LANES - 1) / LANES * LANES, chunks = (lora.most_rank + TILE - 1) / TILE;
     int64_t blocks = (lora.most_features + BLOCK - 1) / BLOCK;
+    // Threads take whole stretches, the same tiles in both loops: so what each of them reads is one stream of memory.
 #pragma omp parallel
     {
-#pragma omp for schedule(static, 1) collapse(3)
+#pragma omp for schedule(static) collapse(3)
         for (int64_t t = 0; t < rows.num_tiles; t++)
             for (int64_t part = 0; part < lora.parts; part++)
                 for (int64_t chunk = 0; chunk < chunks; chunk++) {
@@ -108,7 +109,7 @@ void add_lora(const Lora& lora, const LoraRows& rows, const T* x, T* out) {
                         shrink_some<T>(count, ranks, from, a, lora.depth, update.scale, to);
                     }
                 }
-#pragma omp for schedule(static, 1) collapse(3)
+#pragma omp for schedule(static) nowait collapse(3)
         for (int64_t t = 0; t < rows.num_tiles; t++)
             for (int64_t part = 0; part < lora.parts; part++)
                 for (int64_t block = 0; block < blocks; block++) {
