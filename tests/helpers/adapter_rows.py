@@ -11,6 +11,6 @@ from tidewright.step.arena import Arena
 
 def adapter_rows(slots: list[int]) -> AdapterRows:
     arena = Arena(adapter_arrays(len(slots), max(slots) + 1), torch.device("cpu"), staged=False)
-    rows = AdapterColumn(arena).gather(np.array(slots, np.int32))
+    rows = AdapterColumn(arena, max(slots) + 1).gather(np.array(slots, np.int32))
     assert rows
     return rows

@@ -89,7 +89,8 @@ class StepBuffers:
         self._arena = Arena(arrays, device, staged)
         self._tables = BlockTables(places, blocks, self._arena, device, staged)
         self._sampling = SamplingColumns(places, self._arena)
-        self._adapters = AdapterColumn(self._arena)
+        self._adapters = AdapterColumn(self._arena, limits.adapter_slots)
+        self.has_adapters = limits.adapter_slots > 0
         self._uploaded = torch.cuda.Event() if device.type == "cuda" else None
         # The last token that was drawn for the sequence at each place, so that a step can take it as input that is
         # launched before the host knows it. The last entry is for tokens after which the same step draws another.
@@ -110,11 +111,17 @@ class StepBuffers:
             return self._advance(self._last, plan)
         return self._fill(plan, self._padded_size(plan))
 
-    def decodes(self, size: int) -> StepBatch:
-        """Padding alone: what every step sees that is padded to this size, before it is filled."""
+    def decodes(self, size: int, adapted: bool = False) -> StepBatch:
+        """Padding alone: what every step sees that is padded to this size, before it is filled.
+
+        `adapted`: a step in which some rows have a LoRA adapter.
+        """
+        self._await_upload()
+        adapters = self._adapters.padding(size) if adapted else None
         batch, on_device = self._fill(StepPlan(()), size), self._arena.device
         return replace(
             batch,
+            adapters=adapters,
             token_ids_T=on_device["token_ids"][:size],
             positions_T=on_device["positions"][:size],
             slots_T=on_device["slots"][:size],
@@ -128,8 +135,7 @@ class StepBuffers:
     def _padded_size(self, plan: StepPlan) -> int:
         """0: it is not padded."""
         count = len(plan.sequences)
-        # Adapters are not part of what is recorded for padded steps.
-        if not count or any(len(planned.token_ids) != 1 or planned.adapter >= 0 for planned in plan.sequences):
+        if not count or any(len(planned.token_ids) != 1 for planned in plan.sequences):
             return 0
         at = bisect_left(self.sizes, count)
         return self.sizes[at] if at < len(self.sizes) else 0
@@ -177,7 +183,7 @@ class StepBuffers:
         adapters = None
         if any(planned.adapter >= 0 for planned in sequences):
             adapters_B = np.array([sequences[i].adapter for i in order_B.tolist()], np.int32)
-            adapters = self._adapters.gather(np.repeat(adapters_B, sorted_counts_B))
+            adapters = self._adapters.gather(np.repeat(adapters_B, sorted_counts_B), padded_to)
 
         if padded_to:
             self._pad(num_sequences, padded_to)

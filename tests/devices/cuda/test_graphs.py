@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 
+from helpers.adapters import save_adapter
 from helpers.checkpoints import SIZES, engine_config, expected, prompt, save
 from helpers.interpreted import interpreted
 from helpers.recorded import RecorderOnCpu, recording
@@ -28,7 +29,7 @@ from tidewright.schema import SamplingParams
 from tidewright.step.buffers import StepBuffers, StepLimits
 
 with interpreted():
-    from tidewright.devices.cuda import activations, norms, paged_attention, rope_and_cache, sampling
+    from tidewright.devices.cuda import activations, lora, norms, paged_attention, rope_and_cache, sampling
     from tidewright.devices.cuda.device import CudaDevice
     from tidewright.devices.cuda.graphs import CudaRecorder, sizes_of
 
@@ -76,6 +77,32 @@ def test_an_engine_that_replays_says_what_transformers_says(tmp_path: Path, monk
     assert recorder.replays[:3] == old
     assert any(recorder.replays[3:])
     assert all(map(sum, zip(old, recorder.replays[3:], strict=True)))
+
+
+def test_steps_with_adapters_are_replayed_as_those_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save(tmp_path / "model", transformers.LlamaConfig(**SIZES | {"num_hidden_layers": 1}))
+    says: dict[str, transformers.PreTrainedModel] = {"": model}
+    for seed, name in enumerate("ab"):
+        says[name] = save_adapter(model, tmp_path / "adapters" / name, seed, scale=0.3)
+    recorder = recording(monkeypatch, [activations, lora, norms, paged_attention, rope_and_cache, sampling])
+    device = CudaDevice(CPU, CpuMemory(), recorder)
+    monkeypatch.setattr(model_runner, "make_device", lambda *_, **__: device)
+    adapters = {"adapter_folder": str(tmp_path / "adapters"), "max_adapters": 2, "max_lora_rank": 4}
+    engine = Engine(engine_config(tmp_path / "model", block_size=16, max_running=2, **adapters))
+    assert recorder.replays == [0] * 4  # two sequences with adapters, two without, one with, one without
+    for name in "ab":
+        engine.add_adapter(name, engine.runner.read_adapter(name))
+    ids, tokens = prompt(6, seed=1), {number: [] for number in range(4)}
+    for number, (name, count) in enumerate((("a", 2), ("", 3), ("b", 3), ("", 2))):
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, seed=0)
+        engine.submit(Submit(number, ids, params, adapter=name))
+        while engine.has_work and number > 1:  # the first three come at once, the last one alone
+            for output in engine.step():
+                tokens[output.request_id] += output.token_ids
+    assert [*tokens.values()] == [
+        expected(says[name], ids, count) for name, count in (("a", 2), ("", 3), ("b", 3), ("", 2))
+    ]
+    assert recorder.replays == [1, 0, 2, 1]
 
 
 def test_without_memory_for_graphs_decodes_run_eagerly(

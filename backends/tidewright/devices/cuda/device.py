@@ -96,7 +96,7 @@ class CudaDevice(Device):
         began, before = time.monotonic(), self.memory.free()
         compute = functools.partial(super().forward, model, kv_cache=kv_cache)
         try:
-            self._graphs = DecodeGraphs(self._recorder, buffers.sizes, buffers.decodes, compute)
+            self._graphs = DecodeGraphs(self._recorder, buffers.sizes, buffers.decodes, compute, buffers.has_adapters)
         except Exception as error:
             # The end of a recording that ran out of memory has an error of its own.
             before_it = error.__context__

@@ -2,13 +2,16 @@
 
 A graph is recorded for each of some batch sizes, over the step's persistent buffers. A step of single tokens replays
 the smallest that has room for it; the rows beyond it are padding: they have no context, and no cache keeps their keys
-and values. Whose memory is what: the input is the step buffers', the output is `_hidden_BE`, one for all sizes, and
-what lies between is the recorder's, shared by all graphs, as only one of them runs at a time. Other steps run eagerly.
+and values. Where there are LoRA adapters, each size has a second graph for steps with some, with as many tiles of rows
+as there may be: other steps need not launch what adds nothing. Whose memory is what: the input is the step buffers',
+the output is `_hidden_BE`, one for all sizes, and what lies between is the recorder's, shared by all graphs, as only
+one of them runs at a time. Other steps run eagerly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from typing import Any, Protocol
 
 import torch
@@ -61,26 +64,31 @@ class DecodeGraphs:
         self,
         recorder: Recorder,
         sizes: Sequence[int],
-        batch_of: Callable[[int], StepBatch],
+        batch_of: Callable[[int, bool], StepBatch],
         compute: Callable[[StepBatch], torch.Tensor],
+        has_adapters: bool = False,
     ) -> None:
-        """`compute` gives the hidden states of a batch of single tokens, which `batch_of` makes of a size."""
+        """`compute` gives the hidden states of a batch of single tokens.
+
+        `batch_of` makes one of a size, with LoRA adapters or without.
+        """
         recorder.begin()
-        self._replays: dict[int, Replay] = {}
+        self._replays: dict[tuple[int, bool], Replay] = {}
         hidden_BE: torch.Tensor | None = None
-        for size in sorted(sizes, reverse=True):  # later ones fit into the memory of the first
-            batch = batch_of(size)
+        kinds = (True, False) if has_adapters else (False,)
+        for size, adapted in product(sorted(sizes, reverse=True), kinds):  # later ones fit into the memory of the first
+            batch = batch_of(size, adapted)
             if hidden_BE is None:
                 hidden_BE = torch.empty_like(compute(batch))
 
             def run(batch: StepBatch = batch, out_BE: torch.Tensor = hidden_BE[:size]) -> None:
                 out_BE.copy_(compute(batch))
 
-            self._replays[size] = recorder.record(run)
+            self._replays[size, adapted] = recorder.record(run)
         assert hidden_BE is not None
         self._hidden_BE = hidden_BE
 
     def forward(self, batch: StepBatch) -> torch.Tensor:
         """Hidden states of a batch that is padded to a size. The next forward overwrites them."""
-        self._replays[batch.padded_to]()
+        self._replays[batch.padded_to, batch.adapters is not None]()
         return self._hidden_BE[: len(batch.token_ids_T)]

@@ -37,7 +37,7 @@ def shrink_kernel(
     slot = tl.load(tiles_M3 + tile * 3)
     first = tl.load(tiles_M3 + tile * 3 + 1)
     count = tl.load(tiles_M3 + tile * 3 + 2)
-    if group * RANKS < tl.load(ranks_SP + slot * parts + part):
+    if (count > 0) & (group * RANKS < tl.load(ranks_SP + slot * parts + part)):
         places_M = tl.arange(0, ROWS)
         mask_M = places_M < count
         rows_M = tl.load(rows_N + first + places_M, mask=mask_M, other=0).to(tl.int64)
@@ -83,7 +83,7 @@ def expand_kernel(
     end = tl.load(ends_P + part)
     begin = tl.load(ends_P + part - 1, mask=part > 0, other=0)
     outputs_F = begin + block * F + tl.arange(0, F)
-    if (rank > 0) & (begin + block * F < end):
+    if (count > 0) & (rank > 0) & (begin + block * F < end):
         mask_F = outputs_F < end
         places_M = tl.arange(0, ROWS)
         mask_M = places_M < count
