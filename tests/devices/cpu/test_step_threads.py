@@ -35,12 +35,16 @@ class Clock:
 
 
 class FakeWaits:
-    def __init__(self) -> None:
+    """For `share` of the time, whether there are steps or not."""
+
+    def __init__(self, clock: Clock) -> None:
         self.share, self.calls = 0.0, 0
+        self._clock, self._last = clock, 0.0
 
     def seconds(self) -> float:
         self.calls += 1
-        return self.share * WINDOW
+        passed, self._last = self._clock.now - self._last, self._clock.now
+        return self.share * passed
 
 
 @pytest.fixture
@@ -59,11 +63,11 @@ def run(threads: StepThreads, clock: Clock, seconds: float, step: float = WINDOW
 
 def test_it_yields_cores_and_takes_them_back(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, step_threads.__name__)
-    waits = FakeWaits()
+    waits = FakeWaits(clock)
     threads = StepThreads(set_threads(3, 1), waits)
-    run(threads, clock, 5.0)
+    run(threads, clock, 5.0, step=WINDOW / 100)
     assert (torch.get_num_threads(), caplog.messages) == (3, [])
-    assert 30 < waits.calls <= 5.0 / WINDOW, "not at each step"
+    assert 300 < waits.calls <= 50 / WINDOW, "not at each step"
     waits.share = 1.0
     run(threads, clock, WINDOW * (PATIENCE + 1))
     assert torch.get_num_threads() == 2
@@ -76,26 +80,35 @@ def test_it_yields_cores_and_takes_them_back(clock: Clock, caplog: pytest.LogCap
 
 def test_trials_that_fail_are_not_logged(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, step_threads.__name__)
-    waits = FakeWaits()
+    waits = FakeWaits(clock)
     threads = StepThreads(set_threads(2, 1), waits)
     numbers = []
-    for _ in range(600):
+    for _ in range(2400):
         waits.share = 0.5 if torch.get_num_threads() == 2 else 0.0
-        run(threads, clock, WINDOW)
+        run(threads, clock, WINDOW / 4)
         numbers.append(torch.get_num_threads())
     assert 2 in numbers[10:]
     assert len(caplog.messages) == 1
 
 
 def test_idle_time_is_no_time_of_steps(clock: Clock) -> None:
-    waits = FakeWaits()
+    waits = FakeWaits(clock)
     threads = StepThreads(set_threads(2, 1), waits)
-    waits.share = 0.5
-    for _ in range(20 * PATIENCE):
-        with threads.step():
-            clock.now += WINDOW / 10
-        clock.now += 10.0
+
+    def run_now_and_then(in_steps: float, between: float) -> None:
+        for _ in range(20 * PATIENCE):
+            waits.share = in_steps
+            with threads.step():
+                clock.now += WINDOW / 5
+            waits.share = between
+            clock.now += 10.0
+
+    run_now_and_then(in_steps=0.0, between=1.0)
+    assert torch.get_num_threads() == 2
+    run_now_and_then(in_steps=0.5, between=0.0)
     assert torch.get_num_threads() == 1
+    run_now_and_then(in_steps=0.0, between=1.0)
+    assert torch.get_num_threads() == 2
 
 
 def test_what_was_asked_for_is_what_there_is() -> None:

@@ -17,6 +17,8 @@ from tidewright.devices.cpu.thread_count import ThreadCount
 from tidewright.logs import event
 
 WINDOW = 0.1  # seconds of steps that are judged together
+_PART = WINDOW / 10  # seconds of steps after which waits are read
+_PAUSE = 0.005  # seconds between two steps; after a longer one, what the thread that runs them waited for is not theirs
 
 log = logging.getLogger(__name__)
 
@@ -45,22 +47,32 @@ class StepThreads:
     def __init__(self, most: int, waits: Waits | None) -> None:
         self._waits = waits
         self._count = ThreadCount(most)
-        self._seconds = 0.0
+        self._seconds = self._waited = 0.0  # in this window, as far as waits have been read
+        self._unread = 0.0  # seconds of steps since
+        self._ended = 0.0  # the last step
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
         """Around each step."""
         began = time.monotonic()
+        waits = self._waits if self._count.most > 1 else None
+        if waits and began - self._ended > _PAUSE:
+            waits.seconds()
+            self._unread = 0.0
         yield
-        now = time.monotonic()
-        self._seconds += now - began
-        if self._waits and self._count.most > 1 and self._seconds >= WINDOW:
-            self._judge(now, self._waits.seconds())
+        now = self._ended = time.monotonic()
+        self._unread += now - began
+        if waits and self._unread >= _PART:
+            self._waited += waits.seconds()
+            self._seconds += self._unread
+            self._unread = 0.0
+            if self._seconds >= WINDOW:
+                self._judge(now)
 
-    def _judge(self, now: float, waited: float) -> None:
+    def _judge(self, now: float) -> None:
         before, settled = self._count.current, self._count.settled
-        self._count.observe(now, self._seconds, waited)
-        self._seconds = 0.0
+        self._count.observe(now, self._seconds, self._waited)
+        self._seconds = self._waited = 0.0
         if self._count.current != before:
             torch.set_num_threads(self._count.current)
         if self._count.settled != settled:

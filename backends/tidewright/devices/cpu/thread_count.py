@@ -10,7 +10,7 @@ from __future__ import annotations
 
 LIMIT = 0.7  # of n * s: below 1, because memory is shared, so the last thread adds less than its share
 PATIENCE = 3  # windows over the limit in a row before the number changes: short disturbances do not count
-FIRST_HOLD = 1.0  # seconds until one more thread is tried; doubles with each trial that fails
+FIRST_HOLD = 0.25  # seconds until one more thread is tried; doubles with each trial that fails
 LONGEST_HOLD = 30.0
 
 
