@@ -130,6 +130,19 @@ def test_costs_are_found(base: float, stream: float, token: float, context: floa
         assert cost.prompt(start, 300) == pytest.approx(exact, rel=0.1, abs=0.05 * (base + 64 * stream))
 
 
+def test_a_step_that_took_no_time_makes_the_next_ones_no_longer() -> None:
+    """Its error, relative to the little that was measured, outweighed all others: steps took four times as long."""
+    cost = StepCost(64)
+    for _ in range(20):
+        cost.computed(StepLoad(4, 0, 0.0), 0.02)
+    for number in range(30):
+        load = StepLoad(4, 100, 100 * (1000.0 + 100 * number))
+        cost.computed(load, 0.02 + 100 * 0.002 * (0.1 if number == 26 else 1.0))
+    assert cost.prompt(4000, 100) == pytest.approx(0.2, rel=0.15)
+    cost.computed(StepLoad(4, 0, 0.0), 0.002)
+    assert cost.decode(4) == pytest.approx(0.02, rel=0.15)
+
+
 def test_a_few_steps_that_were_held_up_change_little_and_a_lasting_change_is_followed() -> None:
     cost = StepCost(64)
     for number in range(40):

@@ -22,8 +22,9 @@ _CONTEXT_UNIT = 4096  # tokens; of the order of a long context, so that both coe
 class _Fit:
     """value = first * x + second * y, with neither negative: weighted least squares of relative errors.
 
-    An error relative to what was measured is at most 1 for a step that took too long, whatever held it up, so a
-    few such steps move nothing; a change that lasts is followed: half of a threefold slowdown after 20 steps.
+    An error is relative to what was measured or to what was expected, whichever is more, so it is at most 1 for a step
+    that took too long, whatever held it up, and for one that took no time: a few such steps move nothing. A change
+    that lasts is followed: half of a threefold slowdown after 20 steps.
     """
 
     def __init__(self) -> None:
@@ -31,8 +32,9 @@ class _Fit:
         self.count = 0
         self._xx = self._xy = self._yy = self._xv = self._yv = 0.0
 
-    def add(self, x: float, y: float, value: float, scale: float) -> None:
-        """`scale`: what errors are relative to."""
+    def add(self, x: float, y: float, value: float, least: float = 0.0) -> None:
+        """`least`: what errors are relative to at least."""
+        scale = max(value, self.first * x + self.second * y, least)
         x, y, value = x / scale, y / scale, value / scale
         self._xx = _DECAY * self._xx + x * x
         self._xy = _DECAY * self._xy + x * y
@@ -84,10 +86,10 @@ class StepCost:
     def computed(self, load: StepLoad, seconds: float) -> None:
         seconds = max(seconds, 1e-6)
         if not load.tokens:
-            self._streams.add(1.0, load.streams / self._stream_unit, seconds, seconds)
+            self._streams.add(1.0, load.streams / self._stream_unit, seconds)
             return
         rest = seconds - self.decode(load.streams)
-        self._prompts.add(load.tokens, load.context / _CONTEXT_UNIT, rest, max(rest, _LEAST_REST * seconds))
+        self._prompts.add(load.tokens, load.context / _CONTEXT_UNIT, rest, _LEAST_REST * seconds)
 
     @property
     def is_known(self) -> bool:
