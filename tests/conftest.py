@@ -95,12 +95,13 @@ def oracle(model_dir: Path) -> Oracle:
 
 @pytest.fixture(scope="session")
 def float32_fallback(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The embedded model in ONNX, whose tokens can be held against transformers'."""
+    """The embedded model in ONNX, whose tokens can be held against transformers'. All workers of a run share it."""
     from rich.console import Console
 
     from tidewright.launch.export import export
 
-    folder = tmp_path_factory.mktemp("fallback") / "float32"
+    base = tmp_path_factory.getbasetemp()  # of this worker, below that of the run
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "float32_fallback"
     export(model_dir, folder, ("float32",), Console(quiet=True))
     return folder
 
