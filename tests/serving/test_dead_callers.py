@@ -108,17 +108,25 @@ def check(server: RunningServer, model: str, hanging: int) -> None:
         assert (got.error, len(got.token_ids)) == (None, 3)
 
 
-def with_a_server(check: Callable[[RunningServer], None], model_dir: Path, **options: object) -> None:
+@pytest.fixture(scope="module")
+def server(model_dir: Path) -> Iterator[RunningServer]:
+    """Each test leaves it as it was, or it is started again."""
+    with RunningServer(model_dir) as running:
+        yield running
+
+
+def unless_aborted(server: RunningServer, check: Callable[[RunningServer], None]) -> None:
     for _ in range(TRIES):
-        with contextlib.suppress(TritonAbortedError), RunningServer(model_dir, **options) as server:
-            with alive(server):
-                check(server)
+        if not server.is_well():
+            server.triton.start_again()
+        with contextlib.suppress(TritonAbortedError), alive(server):
+            check(server)
             return
     pytest.fail(f"Triton aborted {TRIES} times")
 
 
-def test_a_killed_failsafe_takes_nobody_along(model_dir: Path) -> None:
-    with_a_server(lambda server: check(server, "decoder", 16), model_dir)
+def test_a_killed_failsafe_takes_nobody_along(server: RunningServer) -> None:
+    unless_aborted(server, lambda server: check(server, "decoder", 16))
 
 
 def test_a_killed_failsafe_takes_no_fallback_along(model_dir: Path, float32_fallback: Path) -> None:
@@ -128,10 +136,11 @@ def test_a_killed_failsafe_takes_no_fallback_along(model_dir: Path, float32_fall
         check(server, "fallback", 4)
 
     options = {"fallback": str(float32_fallback), "heartbeat_timeout": 600.0}
-    with_a_server(check_fallback, model_dir, **options)
+    with RunningServer(model_dir, **options) as server:
+        unless_aborted(server, check_fallback)
 
 
-def test_more_streams_than_triton_has_threads(model_dir: Path) -> None:
+def test_more_streams_than_triton_has_threads(server: RunningServer) -> None:
     """Then nothing gets through any longer: it must be seen in time that the model is to be loaded again."""
 
     def check_many(server: RunningServer) -> None:
@@ -152,10 +161,10 @@ def test_more_streams_than_triton_has_threads(model_dir: Path) -> None:
                 reload(server, name)
             wait_for(lambda: health(server, "decoder") == "")
 
-    with_a_server(check_many, model_dir)
+    unless_aborted(server, check_many)
 
 
-def test_a_caller_that_is_only_stopped_gets_all(model_dir: Path) -> None:
+def test_a_caller_that_is_only_stopped_gets_all(server: RunningServer) -> None:
     """What hung comes back: nothing is lost, and there is no trouble any more."""
 
     def check_stopped(server: RunningServer) -> None:
@@ -174,10 +183,10 @@ def test_a_caller_that_is_only_stopped_gets_all(model_dir: Path) -> None:
         assert (got.error, len(got.token_ids), got.ended) == (None, 300, 1)
         assert health(server, "decoder") == ""
 
-    with_a_server(check_stopped, model_dir)
+    unless_aborted(server, check_stopped)
 
 
-def test_a_control_question_of_a_dead_caller_blocks_nobody(model_dir: Path) -> None:
+def test_a_control_question_of_a_dead_caller_blocks_nobody(server: RunningServer) -> None:
     """Failsafe asks for the status all the time; Triton's one thread that takes requests must not send the answer."""
 
     def check_questions(server: RunningServer) -> None:
@@ -192,4 +201,4 @@ def test_a_control_question_of_a_dead_caller_blocks_nobody(model_dir: Path) -> N
         got = server.generate("failsafe", text_input="Once", sampling_parameters={"max_tokens": 1})
         assert got.error is None
 
-    with_a_server(check_questions, model_dir)
+    unless_aborted(server, check_questions)
