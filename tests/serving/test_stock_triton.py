@@ -84,7 +84,7 @@ class StockTriton:
             family = psutil.Process(self.process.pid).children(recursive=True)
             self.process.terminate()
             try:
-                self.process.wait(60)
+                self.process.wait(5)  # how it ends has a test; here a model whose stub was killed may never be unloaded
             except subprocess.TimeoutExpired:
                 self.process.kill()
             psutil.wait_procs(family, 20)
