@@ -39,10 +39,6 @@ class ClassTargets:
         """Likewise, between two tokens."""
         return self._of(priority).get("tpot", server)
 
-    @property
-    def limits_gaps(self) -> bool:
-        return any(targets.get("tpot") for targets in self._targets)
-
     def _of(self, priority: int) -> dict[str, float]:
         place = bisect_right(self._priorities, priority)
         return self._targets[place - 1] if place else {}
