@@ -121,7 +121,9 @@ class AffineWeight:
     def columns(self, first: int, last: int) -> AffineWeight:
         """Inputs from `first` up to, not including, `last`. Raises QuantizationError: a group would be cut."""
         if self.order:
-            raise QuantizationError("columns that are not in the order of inputs can't be cut")
+            if (first, last) != (0, self.order.count):
+                raise QuantizationError("columns that are not in the order of inputs can't be cut")
+            return self
         depth, size = self.codes_FE.shape[1], self.group_size
         groups = groups_of_columns(depth, size, first, last)
         return replace(
