@@ -26,6 +26,7 @@ from tidewright.bridge.traces import BridgeTraces, origin_of
 from tidewright.cache import find_prepared
 from tidewright.engine.messages import TokenLogprob
 from tidewright.errors import CancelledError, EngineUnavailableError, InvalidRequestError, RequestError
+from tidewright.memory import ledger
 from tidewright.metrics import PREFIX, MetricsMirror
 from tidewright.onnx_export.manifest import load_manifest
 from tidewright.parent_death import end_within
@@ -37,6 +38,7 @@ from tidewright.schema import (
     DECODER_INPUTS,
     EMBEDDING,
     FAILED,
+    LIMIT,
     LOAD_LORA,
     RESIZE,
     UNLOAD_LORA,
@@ -73,6 +75,9 @@ class TritonPythonModel:
             self._name, self._version = args["model_name"], args["model_version"]
             self._traces = BridgeTraces(settings.otlp_endpoint) if settings.otlp_endpoint else None
             engine_config = config(model_dir)
+            if not is_fallback:
+                limit = ledger.limit_of(self._name)
+                engine_config = msgspec.structs.replace(engine_config, kv_limit=limit)
             self._bridge = Bridge(settings, engine_config, self._tokenizer, self._is_loaded, self._traces)
             self._adapters = AdapterCommands(self._bridge, engine_config.adapter_folder)
             limit = settings.max_running + settings.max_waiting
@@ -150,9 +155,10 @@ class TritonPythonModel:
     def _control(self, sender: object, word: str) -> None:
         if word.startswith(CANCEL):
             return self._cancel(sender, word.removeprefix(CANCEL))
-        if word.startswith(RESIZE):
-            self._bridge.resize_cache(word.removeprefix(RESIZE))
-            return self._bridge.reply(lambda: stub.send_text(sender, b"ok"))
+        for change, resize in ((RESIZE, self._bridge.resize_cache), (LIMIT, self._bridge.limit_cache)):
+            if word.startswith(change):
+                resize(word.removeprefix(change))
+                return self._bridge.reply(lambda: stub.send_text(sender, b"ok"))
         for command, run in ((LOAD_LORA, self._adapters.load), (UNLOAD_LORA, self._adapters.unload)):
             if word.startswith(command):
                 return run(word.removeprefix(command), lambda error: self._answer(sender, error))
@@ -160,6 +166,7 @@ class TritonPythonModel:
             commands = (
                 f"{CANCEL}<request id>",
                 f"{RESIZE}<bytes of KV cache>",
+                f"{LIMIT}<bytes of KV cache>",
                 f"{LOAD_LORA}<JSON>",
                 f"{UNLOAD_LORA}<JSON>",
             )

@@ -61,6 +61,8 @@ CONTROL_WORDS: tuple[str, ...] = get_args(ControlWord)
 CANCEL = "cancel:"
 # Before a number of bytes: the KV cache is to have so many, while requests run.
 RESIZE = "resize:"
+# Before a number of bytes: of the memory that several models share, the KV cache may have so many. For `serve`.
+LIMIT = "kv_limit:"
 # Before an AdapterOrder in JSON: load and unload a LoRA adapter. Answered when that is done.
 LOAD_LORA, UNLOAD_LORA = "load_lora:", "unload_lora:"
 MAX_CONTROL_LENGTH = 8192  # characters

@@ -54,7 +54,8 @@ def mirror(bridge: Any, family: type[Family]) -> MetricsMirror:
 def test_every_sample_arrives_under_its_name(bridge: Any, family: type[Family]) -> None:
     fields = EngineStats.__struct_fields__
     stats: dict[str, Any] = dict(zip(fields, range(101, 200), strict=False))
-    stats["memory"] = MemoryAccount(1000, 300, 100, 50, kv_used=200, kv_cached=30, kv_free=40, block=10, kv_target=400)
+    kv_cache = {"kv_used": 200, "kv_cached": 30, "kv_free": 40, "block": 10, "kv_target": 400, "kv_wanted": 500}
+    stats["memory"] = MemoryAccount(1000, 300, 100, 50, **kv_cache)
     stats["reclaimed"] = {"pool_tail": 60}
     bridge.cumulative_stats.update(EngineStats(**stats))
     bridge.engine_restarts, bridge.active, bridge.engine_restarted_at = 90, 91, 92
@@ -92,6 +93,7 @@ def test_every_sample_arrives_under_its_name(bridge: Any, family: type[Family]) 
         "memory_budget_bytes": 1000,
         "memory_utilisation_ratio": 0.65,
         "kv_cache_target_bytes": 400,
+        "kv_cache_wanted_bytes": 500,
         "kv_cache_resizes_total": stats["cache_resizes"],
         "engine_steps_total": stats["steps"],
         "prompt_tokens_total": stats["prompt_tokens"],

@@ -113,17 +113,21 @@ def test_rank_0_takes_its_gpu_before_anything_else_and_tells_the_others_the_kind
     def note(what: str) -> Any:
         return lambda *values, **_: calls.append(" ".join([what, *(str(v) for v in values if isinstance(v, str))]))
 
+    def gather(config: EngineConfig, *_: object) -> None:
+        calls.append(f"gather {config.device}, {config.num_blocks} to {config.most_blocks} blocks")
+
     def engine(config: EngineConfig, *_: object) -> None:
         calls.append(f"load on {config.device}")
 
-    ranks = SimpleNamespace(host="127.0.0.1", shared_file=None, gather=note("gather"))
+    ranks = SimpleNamespace(host="127.0.0.1", shared_file=None, gather=gather)
     group = SimpleNamespace(wait_for_all=lambda: None)
     monkeypatch.setattr(process, "make_store", lambda *_: SimpleNamespace(port=1))
     monkeypatch.setattr(process, "join_group", lambda *values: (note("join on")(values[3]), group)[1])
     monkeypatch.setattr(process, "Engine", engine)
-    config = EngineConfig(model_dir="m", device="auto", tensor_parallel_size=2)
+    kept = {"num_blocks": 5, "most_blocks": 9}  # of an engine before
+    config = EngineConfig(model_dir="m", device="auto", tensor_parallel_size=2, **kept)
     EngineProcess(SimpleNamespace())._make_engine(config, ranks)  # type: ignore[arg-type]
-    assert calls == ["current cuda:0", "gather cuda", "join on cuda:0", "load on cuda:0"]
+    assert calls == ["current cuda:0", "gather cuda, 5 to 9 blocks", "join on cuda:0", "load on cuda:0"]
 
 
 def test_another_rank_takes_its_gpu_before_anything_else(calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,7 +161,9 @@ def test_gpus_meet_by_nccl_on_their_own_gpu_and_cpus_by_gloo(
 
 def test_of_a_budget_a_model_gets_its_share_and_an_automatic_cache_stays_what_is_left() -> None:
     config = EngineConfig(model_dir="", device="cpu", kv_cache_share=0.25, memory_budget="8GiB")
-    assert place(config, 0) == msgspec.structs.replace(config, kv_cache_share=1.0, memory_budget=f"{2 << 30}B")
+    assert place(config, 0) == msgspec.structs.replace(
+        config, kv_cache_share=1.0, memory_share=0.25, memory_budget=f"{2 << 30}B"
+    )
     config = msgspec.structs.replace(config, kv_cache_memory="1GiB", memory_budget="80%")
     placed = place(config, 0)
     assert (placed.kv_cache_memory, placed.memory_budget) == (f"{256 << 20}B", "20%")

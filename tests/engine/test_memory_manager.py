@@ -33,6 +33,10 @@ class NumberedPool:
         return self.num_blocks - self.used_blocks
 
     @property
+    def wanted_blocks(self) -> int:
+        return self.used_blocks
+
+    @property
     def touched_blocks(self) -> int:
         return self.num_blocks
 
@@ -67,11 +71,16 @@ class NumberedAdapters:
 
 
 def manager(
-    pool: NumberedPool, machine: list[int] | None = None, budget: int = 0, most: int = 0, target: int = 0
+    pool: NumberedPool,
+    machine: list[int] | None = None,
+    budget: int = 0,
+    most: int = 0,
+    target: int = 0,
+    room: int = 0,
 ) -> MemoryManager:
     """`machine`: free bytes beside the pool's blocks, all of which are in memory. Watermarks at 50 and 100 bytes."""
     most = most or pool.num_blocks
-    fixed = FixedMemory(budget or 200 + most * BLOCK, 150, 50, BLOCK, most)
+    fixed = FixedMemory(budget or 200 + most * BLOCK, 150, 50, BLOCK, most, room)
     free = (lambda: machine[0] - pool.num_blocks * BLOCK) if machine else None
     return MemoryManager(fixed, pool, target or pool.num_blocks, free, Watermarks(50, 100))
 
@@ -154,6 +163,61 @@ def test_a_pool_that_is_copied_grows_at_once_by_all_that_there_is() -> None:
     machine[0] += 1000
     looks(made, 5, 1e6)
     assert pool.sizes == [290, 320]
+
+
+def test_a_share_of_the_memory_changes_budget_and_pool_alike() -> None:
+    pool = NumberedPool(160, 20, used_blocks=100)
+    made = manager(pool, room=300)
+    before = made.account()
+    made.limit(120)
+    account = made.account()
+    assert (account.kv_most, account.kv_target, account.kv_pool) == (1200, 1200, 1200)
+    assert before.budget - account.budget == 400
+    assert account.kv_room == 3000
+    made.limit(280)
+    assert (pool.num_blocks, made.account().budget) == (280, before.budget + 1200)
+    made.set_target(50)  # by an operator: so it stays
+    for most, pool_size in ((200, 50), (30, 30), (200, 50)):
+        made.limit(most)
+        assert (pool.num_blocks, made.account().kv_room) == (pool_size, 500)
+    made.set_target(200)
+    made.limit(5)
+    assert (pool.num_blocks, made.account().kv_most) == (20, 200)  # one request needs as much
+    made.limit(1000)
+    assert (pool.num_blocks, made.account().kv_most) == (300, 3000)
+
+
+def test_a_smaller_share_takes_what_idle_adapters_have_of_it() -> None:
+    pool = NumberedPool(140, 100)
+    made = manager(pool, most=160)
+    adapters = made.adapters = NumberedAdapters(held=180, unused=180)
+    assert made.account().adapters_in_pool == 180
+    made.limit(110)
+    account = made.account()
+    assert (pool.num_blocks, adapters.held) == (100, 90)
+    assert account.committed <= account.budget
+    adapters.unused = 0  # requests have them: what is to go stays for a while, and the account says so
+    made.limit(105)
+    account = made.account()
+    assert account.committed > account.budget
+
+
+def test_engines_of_one_machine_make_up_for_a_shortage_together() -> None:
+    """Each sees all of it at the same moment."""
+    pools = [NumberedPool(320, 10), NumberedPool(320, 10)]
+    machine = [6400 - 20]
+    free = machine[0] - 6400
+    made = [
+        MemoryManager(FixedMemory(3400, 150, 50, BLOCK, 320), pool, 320, lambda: free, Watermarks(200, 400), share=0.5)
+        for pool in pools
+    ]
+    looks(made[0], 1)
+    looks(made[1], 1)
+    given = 6400 - sum(pool.num_blocks * BLOCK for pool in pools)
+    assert 420 <= given <= 420 + 2 * 20 * BLOCK  # slabs
+    free = 380 + 400  # a slab of each would be above the high watermark, both would not
+    looks(made[0], 1, 1e6)
+    assert pools[0].num_blocks < 320
 
 
 def test_it_looks_now_and_then_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,23 +78,37 @@ def size(budget: str, weights: int, workspace: int, **changes: Any) -> PoolSize:
     """On a device of 200 blocks; all in blocks."""
     config = EngineConfig(model_dir="", **{"memory_budget": budget, **changes})
     made = pool_size(config, SHAPE, 12, CountedMemory(200 * SIZE), weights * SIZE, workspace * SIZE, workspace * SIZE)
-    assert made.num_blocks <= made.most_blocks
+    assert made.num_blocks <= made.most_blocks <= made.room_blocks
     assert (weights + workspace + made.most_blocks) * SIZE <= made.budget
-    return PoolSize(made.num_blocks, made.most_blocks, made.budget // SIZE)
+    return PoolSize(made.num_blocks, made.most_blocks, made.budget // SIZE, made.room_blocks)
 
 
 def test_the_cache_has_what_the_budget_leaves() -> None:
-    assert size("50%", 20, 10) == PoolSize(70, 70, 100)
-    assert size(str(60 * SIZE), 20, 10) == PoolSize(30, 30, 60)
-    assert size("50%", 20, 10, kv_cache_memory=str(40 * SIZE)) == PoolSize(40, 70, 100)
-    assert size("50%", 20, 10, kv_cache_memory=str(90 * SIZE)) == PoolSize(70, 70, 100)
-    assert size("50%", 20, 10, num_blocks=55) == PoolSize(55, 70, 100)  # as it was set
+    assert size("50%", 20, 10) == PoolSize(70, 70, 100, 70)
+    assert size(str(60 * SIZE), 20, 10) == PoolSize(30, 30, 60, 30)
+    assert size("50%", 20, 10, kv_cache_memory=str(40 * SIZE)) == PoolSize(40, 70, 100, 70)
+    assert size("50%", 20, 10, kv_cache_memory=str(90 * SIZE)) == PoolSize(70, 70, 100, 70)
+    assert size("50%", 20, 10, num_blocks=55) == PoolSize(55, 70, 100, 70)  # as it was set
 
 
 def test_without_a_budget_it_is_what_all_take_together() -> None:
-    assert size("auto", 20, 10, kv_cache_memory=str(40 * SIZE)) == PoolSize(40, 40, 70)
+    assert size("auto", 20, 10, kv_cache_memory=str(40 * SIZE)) == PoolSize(40, 40, 70, 40)
     later = size("auto", 20, 10, kv_cache_memory=str(40 * SIZE), num_blocks=15, most_blocks=40)
-    assert later == PoolSize(15, 40, 70)
+    assert later == PoolSize(15, 40, 70, 40)
+
+
+def test_of_several_models_each_begins_with_its_share_or_with_what_the_others_left_and_has_room_for_all() -> None:
+    half = {"kv_cache_memory": str(40 * SIZE), "memory_share": 0.5}
+    assert size("auto", 20, 10, **half) == PoolSize(40, 40, 70, 80)
+    assert size("auto", 20, 10, **half, kv_limit=7 * SIZE) == PoolSize(7, 7, 37, 80)
+    assert size("auto", 20, 10, **half, kv_limit=60 * SIZE) == PoolSize(60, 60, 90, 80)
+    # An engine that takes another's place has what that one had.
+    later = size("auto", 20, 10, **half, kv_limit=7 * SIZE, num_blocks=15, most_blocks=25)
+    assert later == PoolSize(15, 25, 55, 80)
+    half = {"memory_share": 0.5}
+    assert size(str(60 * SIZE), 20, 10, **half) == PoolSize(30, 30, 60, 90)
+    assert size(str(60 * SIZE), 20, 10, **half, kv_limit=7 * SIZE) == PoolSize(7, 7, 37, 90)
+    assert size(str(60 * SIZE), 20, 10, **half, num_blocks=20, most_blocks=50) == PoolSize(20, 50, 80, 90)
 
 
 def test_a_budget_that_pays_for_no_request_is_refused() -> None:

@@ -33,7 +33,14 @@ class ScriptedTriton:
         """By what a question is about, as `of`: another answer than a good one."""
         self.running, self.asked_to_end, self.exit_code = True, False, None
         self.settings = SimpleNamespace(
-            heartbeat_timeout=2.0, start_timeout=5, shutdown_grace=0, task="generate", models=[]
+            heartbeat_timeout=2.0,
+            start_timeout=5,
+            shutdown_grace=0,
+            task="generate",
+            models=[],
+            model_name="first",
+            device="cpu",
+            of=lambda name: SimpleNamespace(device="cpu", tensor_parallel_size=1),
         )
         self.models_with_engine = {"decoder", "fallback"}
         self.starts = 0

@@ -280,6 +280,25 @@ def two_models(triton: ScriptedTriton) -> ScriptedTriton:
     return triton
 
 
+def test_one_that_is_unloaded_while_it_stays_away_is_not_tried_again(two_models: ScriptedTriton) -> None:
+    """Triton can't say so of its decoder, which is away already, but of its tokenizer."""
+    two_models.broken |= {"health decoder_small": DEAD, "load decoder_small": (500, b'{"error": "no memory"}')}
+    world = World(two_models)
+    world.hears("it stays unloaded, and the other models go on")
+    away = (400, b'{"error": "Request for unknown model"}')
+    index = b"""[{"name": "tokenizer_small", "state": "UNAVAILABLE", "reason": "unloaded"},
+                 {"name": "decoder_small", "state": "UNAVAILABLE", "reason": "unloaded"}]"""
+    two_models.broken |= {"infer tokenizer_small": away, "health decoder_small": away, "index": (200, index)}
+    world.hears("decoder_small was unloaded by request, and is not tried again")
+    before = two_models.count("load decoder_small")
+    world.asks("health decoder_small", 5)
+    world.asks("token decoder", 5)
+    assert two_models.count("load decoder_small") == before
+    two_models.broken.clear()  # somebody loads it
+    world.hears("decoder_small is loaded again")
+    world.stop()
+
+
 @pytest.mark.parametrize(
     ("broken", "why"),
     [

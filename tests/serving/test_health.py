@@ -75,7 +75,7 @@ def test_an_unknown_control_word_is_refused(bf16_server: RunningServer) -> None:
     answer = bf16_server.control("reboot")
     assert answer.json() == {
         "error": "control is 'reboot'; it can be: health, drain, status, memory, list_lora, cancel:<request id>, "
-        "resize:<bytes of KV cache>, load_lora:<JSON>, unload_lora:<JSON> [invalid]"
+        "resize:<bytes of KV cache>, kv_limit:<bytes of KV cache>, load_lora:<JSON>, unload_lora:<JSON> [invalid]"
     }
 
 

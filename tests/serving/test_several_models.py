@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,9 @@ from helpers.gateway import RunningGateway
 from helpers.processes import child
 from helpers.triton import RunningServer
 from tidewright.cache import MANIFEST
+from tidewright.launch import memory_balance, memory_command
 from tidewright.launch.cli import main
+from tidewright.launch.memory_balance import MemoryBalance
 
 PROMPT, COUNT = [5, 6, 7], 8
 NAMES = {"one": "decoder", "two": "decoder_two"}
@@ -138,9 +142,73 @@ def test_one_budget_is_divided_and_each_engine_has_its_own_series(server: Runnin
     assert lines['tidewright_batch_places{model="two"}'] == "3"
 
 
+@dataclass
+class Memory:
+    """`serve` moves it while this is stepped."""
+
+    server: RunningServer
+    unloaded: list[str]
+    """Decoders."""
+
+    def __post_init__(self) -> None:
+        self._balance = MemoryBalance(self.server.triton, self.unloaded.__contains__)
+
+    def account(self, name: str) -> dict[str, int]:
+        return memory_command.ask(self.server.triton.http_url, NAMES[name])
+
+    def until(self, what: Callable[[], object]) -> None:
+        def stepped() -> object:
+            self._balance.step()
+            return what()
+
+        until(stepped)
+
+
+@pytest.fixture
+def memory(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> Memory:
+    for name, value in {"LOOK_INTERVAL": 0.05, "MOVE_INTERVAL": 0.0, "POLL_INTERVAL": 0.02}.items():
+        monkeypatch.setattr(memory_balance, name, value)
+    return Memory(server, [])
+
+
+def test_memory_goes_to_the_model_whose_requests_wait_for_it(server: RunningServer, memory: Memory) -> None:
+    """No request fails for it, and outputs stay the same."""
+    prompts = [random.Random(number).choices(range(3, 100), k=150) for number in range(60)]
+    greedy = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
+
+    def generate() -> list[list[int]]:
+        with server.stream() as stream:
+            for number, prompt in enumerate(prompts):
+                stream.send(str(number), input_ids=prompt, sampling_parameters=greedy)
+            done = stream.finish()
+        assert not any(each.error for each in done.values())
+        return [done[str(number)].token_ids for number in range(len(prompts))]
+
+    expected_ids, moved = generate(), threading.Event()
+    before = memory.account("one")["kv_most"], memory.account("two")["kv_most"]
+
+    def keep_busy() -> list[list[list[int]]]:
+        """14 blocks each, of the 170 that the first has."""
+        rounds = []
+        while not moved.is_set():
+            rounds.append(generate())
+        return rounds
+
+    with ThreadPoolExecutor() as pool:
+        busy = pool.submit(keep_busy)
+        try:
+            memory.until(lambda: memory.account("one")["kv_target"] > before[0])
+        finally:
+            moved.set()
+        assert all(ids == expected_ids for ids in busy.result())
+    assert memory.account("one")["kv_most"] + memory.account("two")["kv_most"] <= sum(before)
+
+
 def test_one_is_unloaded_and_loaded_under_load_of_the_other(
-    models: dict[str, Served], server: RunningServer, gateway: RunningGateway
+    models: dict[str, Served], server: RunningServer, gateway: RunningGateway, memory: Memory
 ) -> None:
+    whole, least = sum(memory.account(name)["kv_most"] for name in NAMES), memory.account("two")["kv_least"]
+    memory.until(lambda: memory._balance._whole == whole)  # it knows both
     with Load(gateway, "one") as load:
         url = server.triton.http_url
         assert run("model", "unload", "two", "--url", gateway.url) == "Unloaded two.\n"
@@ -148,8 +216,11 @@ def test_one_is_unloaded_and_loaded_under_load_of_the_other(
         until(lambda: run("model", "list", "--url", url) == "decoder  loaded\ntwo      not loaded\n")
         until(lambda: run("model", "list", "--url", gateway.url) == "one  served\ntwo  no replica can serve it\n")
         load.more()
+        memory.unloaded.append("decoder_two")
+        memory.until(lambda: memory.account("one")["kv_most"] > whole - least - 10_000)  # less than two blocks are lost
         assert run("model", "load", "two", "--url", gateway.url) == "Loaded two.\n"
         until(lambda: complete(gateway, "two").status_code == 200)
+        assert memory.account("two")["kv_most"] == least  # the rest when it needs it
         load.more()
     assert {text_of(answer) for answer in load.answers} == {models["one"].text}
 

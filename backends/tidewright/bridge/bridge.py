@@ -264,15 +264,28 @@ class Bridge:
             InvalidRequestError: that is no size which the KV cache can have.
             EngineUnavailableError: no engine is up.
         """
+        self._feeder.resize_cache(self._blocks(size, is_limit=False))
+
+    def limit_cache(self, size: str) -> None:
+        """Of the budget that several models share, the KV cache may have so many bytes from now on.
+
+        Raises as `resize_cache`.
+        """
+        self._feeder.limit_cache(self._blocks(size, is_limit=True))
+
+    def _blocks(self, size: str, is_limit: bool) -> int:
+        """Of so many bytes of KV cache, as it is or as it may become."""
         account = self.engine_stats.memory
         if not account.block:
             raise EngineUnavailableError("the engine has not told its memory yet; try again")
-        if not (size.isascii() and size.isdigit() and account.kv_least <= int(size[:20]) <= account.kv_most):
+        most = max(account.kv_most, account.kv_room * is_limit)
+        if not (size.isascii() and size.isdigit() and account.kv_least <= int(size[:20]) <= most):
+            whose = "the budgets of all models pay" if is_limit else "memory_budget pays"
             raise InvalidRequestError(
-                f"the KV cache can have {account.kv_least} to {account.kv_most} bytes, not {size[:20]!r}: at least one "
-                "request of max_model_len, at most what memory_budget pays for"
+                f"the KV cache can have {account.kv_least} to {most} bytes, not {size[:20]!r}: at least one request of "
+                f"max_model_len, at most what {whose} for"
             )
-        self._feeder.resize_cache(int(size) // account.block)
+        return int(size) // account.block
 
     @property
     def adapters(self) -> list[Adapter]:

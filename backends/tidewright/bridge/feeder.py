@@ -28,7 +28,7 @@ import msgspec
 
 from tidewright.bridge.adapters import Adapters, Done
 from tidewright.bridge.output_sequence import OutputSequence
-from tidewright.engine.messages import Abort, AdapterChanged, ResizeCache, Submit, ToEngine
+from tidewright.engine.messages import Abort, AdapterChanged, LimitCache, ResizeCache, Submit, ToEngine
 from tidewright.errors import EngineUnavailableError, InvalidRequestError, RequestError
 from tidewright.schema import KILLS_ENGINES
 
@@ -88,6 +88,9 @@ class Feeder:
 
     def resize_cache(self, num_blocks: int) -> None:
         self._notes.put(lambda: self._tell(ResizeCache(num_blocks)))
+
+    def limit_cache(self, most_blocks: int) -> None:
+        self._notes.put(lambda: self._tell(LimitCache(most_blocks)))
 
     def load_adapter(self, name: str, path: str, done: Done) -> None:
         self._notes.put(lambda: self.adapters.load(name, path, done))

@@ -119,6 +119,12 @@ METRICS = (
         "Share of the budget without cached and free blocks of the KV cache, 0 to 1",
     ),
     MetricSpec("kv_cache_target_bytes", "gauge", "The KV cache's size whenever there is memory for it"),
+    MetricSpec(
+        "kv_cache_wanted_bytes",
+        "gauge",
+        "KV cache that requests use, and that those which wait would use now: more than there is means that they wait "
+        "for memory",
+    ),
     MetricSpec("kv_cache_resizes_total", "counter", "Times that the KV cache grew or shrank while requests ran"),
     MetricSpec(
         "memory_reclaimed_bytes_total",
@@ -175,6 +181,7 @@ def samples(bridge: Bridge) -> Samples:
         "memory_budget_bytes": stats.memory.budget,
         "memory_utilisation_ratio": stats.memory.utilisation,
         "kv_cache_target_bytes": stats.memory.kv_target,
+        "kv_cache_wanted_bytes": stats.memory.kv_wanted,
         "kv_cache_resizes_total": stats.cache_resizes,
         "kv_slots_unused": stats.slots_unused,
         "prefix_cache_queries_total": stats.prefix_queries,

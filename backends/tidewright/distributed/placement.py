@@ -37,7 +37,7 @@ def place(config: EngineConfig, local_rank: int) -> EngineConfig:
         elif memory == "auto":
             memory = AUTO_GPU if is_gpu else AUTO_CPU
         memory = memory if memory == "auto" else part_of(memory, share)
-        config = msgspec.structs.replace(config, kv_cache_memory=memory, kv_cache_share=1.0)
+        config = msgspec.structs.replace(config, kv_cache_memory=memory, kv_cache_share=1.0, memory_share=share)
     if is_gpu and not config.is_onnx:
         gpus = gpus_of(config.device, ranks)
         whose = f"the {ranks} ranks of this host need" if ranks > 1 else f"device {config.device!r} needs"

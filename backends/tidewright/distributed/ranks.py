@@ -106,10 +106,11 @@ class Ranks:
             command += map(str, inherited)
             self._children[rank] = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=inherited)
 
-    def gather(self, device: str, store_port: int, on_lost: Callable[[str, int], None]) -> None:
+    def gather(self, config: EngineConfig, store_port: int, on_lost: Callable[[str, int], None]) -> None:
         """Waits for all ranks, tells them to join torch.distributed's group, and begins to watch them.
 
-        `device` is as configured, but for "auto", which each host would take for something else.
+        `config`: with what was kept of an engine before, and without a device "auto", which each host would take for
+        something else.
         `on_lost` is called, from a thread of its own, with the cause when one of them is gone; and with the tokens
         that steps may have, if it is a lack of memory, else 0.
 
@@ -134,7 +135,7 @@ class Ranks:
         self._reception.close()
         for rank, connection in self._connections.items():
             end_when_silent(connection, lost_patience(self._config))
-            self._send_to(rank, encode(Join(msgspec.structs.replace(self._config, device=device), store_port)))
+            self._send_to(rank, encode(Join(config, store_port)))
         start_vital_thread("rank-watch", lambda: self._watch(on_lost), lambda cause: on_lost(cause, 0))
 
     def send(self, plan: StepPlan, inputs: list[Input], pace: StepPace) -> None:

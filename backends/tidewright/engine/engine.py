@@ -176,6 +176,10 @@ class Engine:
         return self.scheduler.config.least_blocks
 
     @property
+    def wanted_blocks(self) -> int:
+        return self.scheduler.wanted_blocks(self._latency.running)
+
+    @property
     def touched_blocks(self) -> int:
         return self.runner.touched_blocks
 
@@ -189,7 +193,8 @@ class Engine:
             marks = Watermarks(0, fixed.block * target // layers)
             return MemoryManager(fixed, self, target, memory.free, marks, layers, in_slabs=memory.reserves)
         marks = Watermarks.of(memory.capacity())
-        return MemoryManager(fixed, self, target, lambda: machine_memory().free, marks, layers, config.local_ranks)
+        sharers = config.local_ranks, config.memory_share
+        return MemoryManager(fixed, self, target, lambda: machine_memory().free, marks, layers, *sharers)
 
     def step(self) -> list[SequenceOutput]:
         """Launches what can be launched, waits for the oldest step in flight, and tells what it has brought."""

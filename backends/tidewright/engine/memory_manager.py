@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from tidewright.kv_cache.budget import mib
@@ -36,6 +37,8 @@ class Pool(Protocol):
     def free_blocks(self) -> int: ...  # that can go without a preemption, now or soon
     @property
     def least_blocks(self) -> int: ...
+    @property
+    def wanted_blocks(self) -> int: ...  # used ones, and those that waiting requests would take
     @property
     def touched_blocks(self) -> int: ...  # of which the machine knows: the others take no memory yet
     def resize(self, num_blocks: int) -> bool: ...  # False: memory does not suffice
@@ -70,14 +73,21 @@ class MemoryManager:
         marks: Watermarks,
         layers: int = 1,
         ranks: int = 1,
+        share: float = 1.0,
         in_slabs: bool = True,
     ) -> None:
         """`target`: blocks that the pool has whenever it can. `free`: bytes of the machine, that `ranks` of them share;
         None: it is not watched. `in_slabs`: the pool grows by one at a time; else each resize copies all of it, so it
         gets all that there is at once, and a slab at least.
+
+        `share`: of the memory of all models of the server. Their engines see the same shortage at the same moment, so
+        each makes up for its share of it.
         """
         self._fixed, self._pool, self._target = fixed, pool, target
-        self._free, self._marks, self._ranks, self._in_slabs = free, marks, ranks, in_slabs
+        self._wish = math.inf if target >= fixed.most_blocks else target
+        """Of an operator: blocks that the pool should not exceed."""
+        self._free, self._marks, self._in_slabs = free, marks, in_slabs
+        self._ranks, self._share = ranks, share
         slab = math.ceil(2 * layers * _SLAB / fixed.block)
         self._slab = max(min(slab, fixed.most_blocks // _SLABS), 1)  # blocks
         self._looked = 0.0
@@ -103,14 +113,39 @@ class MemoryManager:
             kv_least=self.least_blocks * fixed.block,
             kv_most=fixed.most_blocks * fixed.block,
             kv_target=self._target * fixed.block,
+            kv_wanted=pool.wanted_blocks * fixed.block,
+            kv_room=int(min(self._wish, self._room)) * fixed.block,
         )
+
+    @property
+    def _room(self) -> int:
+        return max(self._fixed.room_blocks, self._fixed.most_blocks)
 
     def set_target(self, num_blocks: int) -> None:
         """By an operator: the pool gets so many blocks, within its bounds, or as many as there is memory for."""
-        self._target = min(max(num_blocks, self.least_blocks), self._fixed.most_blocks)
+        self._wish = math.inf if num_blocks >= self._fixed.most_blocks else max(num_blocks, self.least_blocks)
+        self._follow("by request")
+
+    def limit(self, most_blocks: int) -> None:
+        """Another part of the budget that several models share: the pool may have so many blocks, as far as possible.
+
+        It has them at once if the operator has set no smaller size, and if there is memory for them.
+        """
+        fixed = self._fixed
+        most = min(max(most_blocks, self._pool.least_blocks), self._room)
+        budget = fixed.budget + (most - fixed.most_blocks) * fixed.block
+        self._fixed = replace(fixed, budget=budget, most_blocks=most, room_blocks=self._room)
+        why = "another share of the memory"
+        self._follow(why)
+        if (lack := -self._budget_free()) > 0:
+            self._reclaim(lack, why)
+
+    def _follow(self, why: str) -> None:
+        """The pool gets the size that is wanted now, or the one that there is memory for."""
+        self._target = int(min(self._wish, self._fixed.most_blocks))
         if self._target < self._pool.num_blocks:
-            self._resize(self._target, "by request")
-        while self._target > self._pool.num_blocks and self._grow("by request"):
+            self._resize(self._target, why)
+        while self._target > self._pool.num_blocks and self._grow(why):
             pass
 
     def look(self, now: float | None = None) -> None:
@@ -120,7 +155,7 @@ class MemoryManager:
             return
         self._looked = now
         if self._free and (wanted := to_reclaim(self._machine_free(), self._marks)):
-            self._reclaim(math.ceil(wanted / self._ranks), "the machine is short of memory")
+            self._reclaim(math.ceil(wanted * self._share / self._ranks), "the machine is short of memory")
         else:
             self._grow("there is memory again")
 
@@ -147,7 +182,7 @@ class MemoryManager:
             return False
         size = min(lacking, self._slab)
         if self._free:
-            free, unit = self._machine_free(), block * self._ranks
+            free, unit = self._machine_free(), int(block * self._ranks / self._share)  # if all grow at this moment
             if not to_give_back(free, self._marks, size * unit, size * unit):
                 return False
             if not self._in_slabs:

@@ -1,7 +1,7 @@
 """What the bridge and the engine process say to each other: msgpack structs over one local socket.
 
-Bridge to engine: one `Configure`, one `Begin`, then `Submit`, `Abort`, `ResizeCache`, `LoadAdapter`, `UnloadAdapter`,
-`Shutdown`.
+Bridge to engine: one `Configure`, one `Begin`, then `Submit`, `Abort`, `ResizeCache`, `LimitCache`, `LoadAdapter`,
+`UnloadAdapter`, `Shutdown`.
 Engine to bridge: `Ready`, then `StepOutputs`, `AdapterChanged` and `Heartbeat`; at any time `Failed`, as the last.
 """
 
@@ -34,6 +34,8 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = 16  # tokens a block
     kv_cache_memory: str = "auto"  # as tidewright.kv_cache.budget reads it
     kv_cache_share: float = 1.0  # of it, for this engine; other models of the server have the rest
+    memory_share: float = 1.0  # that was taken of the two, by distributed/placement.py
+    kv_limit: int = 0  # bytes that the KV cache may have at first, by memory/ledger.py; 0: what its share pays for
     memory_budget: str = "auto"  # of all that the engine takes, as tidewright.kv_cache.budget reads it
     num_blocks: int = 0  # of the KV cache that the engine before had, as `Begin` says; 0: this is the first
     most_blocks: int = 0  # likewise, that the KV cache of the engine before could have
@@ -125,6 +127,12 @@ class Abort(msgspec.Struct, frozen=True, tag="abort", array_like=True):
     """Stop a request without a further output; unknown ids are ignored (it may just have ended)."""
 
     request_id: int
+
+
+class LimitCache(msgspec.Struct, frozen=True, tag="limit_cache", array_like=True):
+    """The KV cache may have so many blocks from now on, and the budget changes with it: other models have the rest."""
+
+    most_blocks: int
 
 
 class ResizeCache(msgspec.Struct, frozen=True, tag="resize_cache", array_like=True):
@@ -272,7 +280,7 @@ class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", array_like=True):
     stats: EngineStats
 
 
-ToEngine = Configure | Begin | Submit | Abort | ResizeCache | LoadAdapter | UnloadAdapter | Shutdown
+ToEngine = Configure | Begin | Submit | Abort | LimitCache | ResizeCache | LoadAdapter | UnloadAdapter | Shutdown
 ToBridge = Ready | Failed | StepOutputs | AdapterChanged | Heartbeat
 
 encode = msgspec.msgpack.Encoder().encode

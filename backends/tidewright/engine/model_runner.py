@@ -127,8 +127,9 @@ class ModelRunner:
         memory, step_bytes = self.device.memory, self._measure_largest_step(config, shape, limits)
         weights, workspace = weight_bytes(self.model), step_bytes or _workspace(model_config, config, self.dtype)
         size = pool_size(config, shape, needed, memory, weights, workspace, step_bytes, group)
-        self.fixed_memory = FixedMemory(size.budget, weights, workspace, shape.bytes_per_block, size.most_blocks)
-        self.kv_cache = KVCache(shape, size.num_blocks, memory, size.most_blocks)
+        bounds = size.most_blocks, size.room_blocks
+        self.fixed_memory = FixedMemory(size.budget, weights, workspace, shape.bytes_per_block, *bounds)
+        self.kv_cache = KVCache(shape, size.num_blocks, memory, size.room_blocks)
         self.forward_seconds = self.sample_seconds = 0.0
         self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
         limits = replace(limits, max_model_len=self.max_model_len)

@@ -27,6 +27,7 @@ class PoolSize:
     num_blocks: int
     most_blocks: int  # that `memory_budget` pays for
     budget: int  # bytes of this rank, for everything
+    room_blocks: int  # that the budgets of all models together could pay for
 
 
 def pool_size(
@@ -44,27 +45,41 @@ def pool_size(
     Raises:
         KVCacheMemoryError: as `pool_blocks`, or the budget does not pay for `needed_tokens` beside the rest.
     """
+    block, limit = shape.bytes_per_block, config.kv_limit // shape.bytes_per_block
     if config.memory_budget == "auto":
+        whole = _whole_cache(config, memory)
+        if limit:
+            config = msgspec.structs.replace(config, kv_cache_memory=str(limit * block))
         num_blocks = pool_blocks(config, shape, needed_tokens, memory, step_bytes, group)
-        most = max(num_blocks, config.num_blocks, config.most_blocks)
-        return PoolSize(
-            num_blocks, most, weights + workspace + _adapters(config, memory) + most * shape.bytes_per_block
-        )
+        most = config.most_blocks or max(num_blocks, config.num_blocks)
+        room = max(most, group.smallest(whole // block))
+        return PoolSize(num_blocks, most, weights + workspace + _adapters(config, memory) + most * block, room)
     budget = parse_memory(config.memory_budget, memory.capacity())
     if not memory.is_bounded:
         budget //= config.local_ranks  # which share it
-    most = max(budget - weights - workspace, 0) // shape.bytes_per_block
+    room = max(int(budget / config.memory_share) - weights - workspace, 0) // block
+    most = max(budget - weights - workspace, 0) // block
     if most < (needed := blocks_of(needed_tokens, shape.block_size)):
         raise KVCacheMemoryError(
             f"memory_budget is {mib(budget)} on each rank, of which weights take {mib(weights)} and a step up to "
-            f"{mib(workspace)}; one sequence may need {mib(needed * shape.bytes_per_block)} of KV cache: raise it, or "
+            f"{mib(workspace)}; one sequence may need {mib(needed * block)} of KV cache: raise it, or "
             "lower max_model_len, max_batched_tokens or max_running"
         )
+    if allowed := config.most_blocks or limit:
+        most, budget = allowed, budget + (allowed - most) * block
     if config.kv_cache_memory == "auto":
-        config = msgspec.structs.replace(config, kv_cache_memory=str(most * shape.bytes_per_block))
+        config = msgspec.structs.replace(config, kv_cache_memory=str(most * block))
     num_blocks = pool_blocks(config, shape, needed_tokens, memory, step_bytes, group)
     most = group.smallest(most)
-    return PoolSize(min(num_blocks, most), most, budget)
+    return PoolSize(min(num_blocks, most), most, budget, max(most, group.smallest(room)))
+
+
+def _whole_cache(config: EngineConfig, memory: DeviceMemory) -> int:
+    """Bytes of `kv_cache_memory`, of which this model has a share; 0 if it has all of it."""
+    if config.memory_share == 1:
+        return 0
+    text = memory.kv_budget if config.kv_cache_memory == "auto" else config.kv_cache_memory
+    return int(parse_memory(text, memory.free()) / config.memory_share)
 
 
 def _adapters(config: EngineConfig, memory: DeviceMemory) -> int:

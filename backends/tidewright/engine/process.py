@@ -25,6 +25,7 @@ from tidewright.engine.messages import (
     AdapterChanged,
     EngineConfig,
     Failed,
+    LimitCache,
     LoadAdapter,
     ResizeCache,
     SequenceOutput,
@@ -105,7 +106,7 @@ class EngineProcess:
         config = take_place(resolved, 0)
         if ranks:
             store = make_store(ranks.host, config.start_timeout)
-            ranks.gather(resolved.device, store.port, self._rank_lost)
+            ranks.gather(resolved, store.port, self._rank_lost)
             size, timeout = config.tensor_parallel_size, config.heartbeat_timeout / 2
             group = join_group(store, 0, size, config.device, ranks.host, timeout, ranks.shared_file)
         engine = Engine(config, group, ranks)
@@ -157,6 +158,8 @@ class EngineProcess:
                 self._engine.abort(message.request_id)
             elif isinstance(message, ResizeCache):
                 self._engine.memory.set_target(message.num_blocks)
+            elif isinstance(message, LimitCache):
+                self._engine.memory.limit(message.most_blocks)
             elif isinstance(message, LoadAdapter | UnloadAdapter):
                 self._change_adapter(message)
             elif isinstance(message, AdapterRead):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection
+from itertools import islice
 
 from tidewright.engine.adapter_turns import sharers
 from tidewright.engine.draws import accept, draw_after, embedded, guesses
@@ -22,6 +23,7 @@ from tidewright.engine.running import RunningSequences
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.step_budget import StepBudget
 from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
+from tidewright.kv_cache.budget import blocks_of
 from tidewright.kv_cache.prefix_cache import PrefixCache
 from tidewright.lora.slots import AdapterSlots
 from tidewright.schema import NO_ADAPTER
@@ -214,6 +216,12 @@ class Scheduler:
         self._undone += 1
         for sequence in [*reversed(self._running.line)]:
             self._running.preempt(sequence)
+
+    def wanted_blocks(self, running: int) -> int:
+        """That sequences have, and that those which wait would take now, if `running` may run."""
+        waiting = islice(self.waiting.in_order(), max(running - len(self.running), 0))
+        size = self.config.block_size
+        return self.cache.pool.num_used + sum(blocks_of(sequence.num_known, size) for sequence in waiting)
 
     def resize(self, num_blocks: int) -> dict[int, int]:
         """Gives the KV cache so many blocks from the next plan on; which blocks' content has to move, and where to.

@@ -25,8 +25,9 @@ def memory(url: str, kv: str | None, model: str, timeout: float) -> None:
     """Show the memory of a server's model by owner, or resize its KV cache while requests run.
 
     The figures are those of one rank. The KV cache shrinks at most until one request of max_model_len fits in alone,
-    and grows at most until the budget (memory_budget) is used up. Requests go on, and say the same; those for which
-    there is no room left wait, and are computed anew. docs/memory.md has the rest.
+    and grows at most until the budget (memory_budget) is used up: without one, until its size at the start. Of that,
+    LoRA adapters in memory keep what they have. Requests go on, and say the same; those for which there is no room left
+    wait, and are computed anew. docs/memory.md has the rest.
 
     \b
     Examples:
@@ -68,7 +69,7 @@ def _resize(url: str, model: str, kv: str, account: dict[str, int], timeout: flo
     wanted = size // block * block
     told(url, f"resize:{size}", CONNECT_TIMEOUT, model)
     deadline = time.monotonic() + timeout
-    while account["kv_target"] != wanted or _pool(account) != wanted:
+    while account["kv_target"] != wanted or _pool(account) != _reachable(account):
         if time.monotonic() > deadline:
             raise TroubleError(
                 f"the KV cache has {mib(_pool(account))} after {timeout:g} s, not {mib(wanted)}: there may be no "
@@ -77,6 +78,12 @@ def _resize(url: str, model: str, kv: str, account: dict[str, int], timeout: flo
         time.sleep(POLL_INTERVAL)
         account = ask(url, model)
     return account
+
+
+def _reachable(account: dict[str, int]) -> int:
+    """Bytes of the KV cache that was asked for, less what adapters have of them."""
+    beside = account["budget"] - account["weights"] - account["workspace"] - account["adapters"]
+    return min(account["kv_target"], beside // account["block"] * account["block"])
 
 
 def _pool(account: dict[str, int]) -> int:
@@ -99,5 +106,6 @@ def _report(account: dict[str, int]) -> list[str]:
         ("    free", account["kv_free"], ""),
     ]
     if account["kv_target"] != pool:
-        rows.append(("  KV cache, wanted", account["kv_target"], "as soon as there is memory"))
+        why = "adapters have the rest" if pool == _reachable(account) else "as soon as there is memory"
+        rows.append(("  KV cache, wanted", account["kv_target"], why))
     return [f"{name:<20}{mib(size):>14}  {remark}".rstrip() for name, size, remark in rows]

@@ -96,6 +96,7 @@ class ModelWatch:
         self.is_wanted = True
         """Nobody has unloaded it since it was loaded."""
         self._mends = False  # is loading the model, or about to
+        self._stays_down = False  # about to, in a while
         self._down_interval = DOWN_INTERVAL
         self._stub = server.stub(model)
         generates = self._kind in GENERATION_INTERVALS
@@ -140,6 +141,19 @@ class ModelWatch:
     def load(self) -> None:
         """Of a model beside the first, with its chain: Triton was started again, with the first alone."""
         self._replace_tasks([self._come_up()])
+
+    @property
+    def is_down(self) -> bool:
+        """It takes no requests, and will not without somebody's doing, or not soon."""
+        return not self.is_wanted or self._stays_down
+
+    def give_up(self) -> None:
+        """Somebody has unloaded the rest of its chain: do not try to load it again."""
+        if self._stays_down:
+            self._say(f"{self._model} was unloaded by request, and is not tried again")
+            self._replace_tasks([])
+            self._mends = self._stays_down = self.is_wanted = False
+            self.allow(ALL_CHECKS)
 
     def allow(self, checks: int) -> None:
         """Run so many of the checks: while another model is loaded, not all."""
@@ -325,7 +339,9 @@ class ModelWatch:
             wait, self._down_interval = self._down_interval, min(2 * self._down_interval, DOWN_INTERVAL_LIMIT)
             self._say(f"{why}; it stays unloaded, and the other models go on; trying again in {wait:g} s")
             self.leaves = ALL_CHECKS
+            self._stays_down = True
             yield from pause(wait)
+            self._stays_down = False
             try:
                 yield from self._load(*self._chain)
                 return self._is_back(began)

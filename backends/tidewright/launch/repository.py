@@ -38,6 +38,14 @@ def why_away(index: bytes, url: str, model: str) -> str:
     return f"{model} could not be loaded: {reason}"
 
 
+def is_unloaded(index: bytes, model: str) -> bool:
+    """Of Triton's answer to INDEX: it is not there, and is neither coming nor going."""
+    try:
+        return all(one.get("state") == "UNAVAILABLE" for one in json.loads(index) if one.get("name") == model)
+    except (ValueError, TypeError, AttributeError):
+        return False
+
+
 def is_loading(index: bytes) -> bool:
     """Of Triton's answer to INDEX: some model is being loaded."""
     try:

@@ -29,6 +29,7 @@ from tidewright.launch.model_chain import write_chain
 from tidewright.launch.triton_install import assemble_backend_dir, find_triton, libpython_dirs
 from tidewright.logs import LogHandler, LogLevel, open_handler
 from tidewright.logs.relay import MAX_LINE, structured
+from tidewright.memory.ledger import LEDGER_VARIABLE
 from tidewright.schema import EMBED, EMBEDDING
 from tidewright.served_models import ServedModel, chain_of, decoder_of, further_name
 from tidewright.tracing.endpoint import traces_url
@@ -141,6 +142,12 @@ class TritonServer(ChildProcess):
         """The repository of the models beside the first."""
         assert self._leftovers is not None
         return self._leftovers.folder / "models"
+
+    @property
+    def ledger(self) -> Path:
+        """What memory/ledger.py writes for the models that this server loads. A new server has a new one."""
+        assert self._leftovers is not None
+        return self._leftovers.folder / "memory.json"
 
     def wait_ready(self) -> None:
         """Wait until each model has generated one token, or computed an embedding, through its whole chain.
@@ -297,6 +304,7 @@ class TritonServer(ChildProcess):
         environment = {**os.environ, **self.settings.as_environment()}
         environment.pop(CONFIG_FILE_VARIABLE, None)  # its values are in the settings already
         environment[ERROR_FILE_VARIABLE] = str(self._start_error)
+        environment[LEDGER_VARIABLE] = str(self.ledger)
         environment["PATH"] = f"{Path(sys.prefix) / 'bin'}{os.pathsep}{environment.get('PATH', os.defpath)}"
         if sys.prefix != sys.base_prefix:
             environment["VIRTUAL_ENV"] = sys.prefix

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from tidewright.launch.control import NoAnswerError, Waiting, ask
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.gateway_process import GatewayProcess
+from tidewright.launch.memory_balance import MemoryBalance
 from tidewright.launch.model_watch import DrainingError, HopelessError, ModelWatch, pause
 from tidewright.launch.server import ANSWER_TIME, TritonServer
 from tidewright.served_models import chain_of, decoder_of, further_name
@@ -58,12 +59,16 @@ class Watchdog:
         }
         for model, is_wanted in wanted.items():
             self._models[model].is_wanted = is_wanted
+        self._memory = MemoryBalance(self._server, lambda decoder: self._models[decoder].is_down)
 
     def _look(self) -> None:
         """Raises HopelessError and DrainingError."""
         next(self._live)
         for watch in self._models.values():
             watch.step()
+        for decoder in self._further:
+            self._give_up_if_unloaded(decoder)
+        self._memory.step()
         checks = min(watch.leaves for watch in self._models.values())
         for watch in self._models.values():
             watch.allow(checks)
@@ -85,6 +90,13 @@ class Watchdog:
             if time.monotonic() - answered_at > patience:
                 raise HopelessError(f"no answer for {patience:g} s")
             yield from pause(LIVE_INTERVAL)
+
+    def _give_up_if_unloaded(self, decoder: str) -> None:
+        """Its tokenizer is unloaded, too: where the decoder is away already, nothing else shows what somebody wants."""
+        tokenizer = chain_of(further_name(decoder))[0]
+        for one, other in ((decoder, tokenizer), (tokenizer, decoder)):
+            if not self._models[other].is_wanted:
+                self._models[one].give_up()
 
     def _lost(self, model: str) -> None:
         for other in CALLED_BY_FAILSAFE if model == "failsafe" else ():

@@ -15,6 +15,7 @@ EVENTS: dict[str, str] = {
     "start_failed": "serve or gateway could not start; the message says what to change.",
     "stopping": "serve was asked to stop, and drains.",
     "watchdog": "What the watchdog saw or did: a model that does not answer, a reload, a restart.",
+    "memory_moved": "serve gave some of one model's memory to another; the message has the sizes, and why.",
     "gave_up": "serve ends, because tritonserver does not stay well.",
     # bridge and engine
     "engine_ready": "The first engine process of a bridge has loaded its model.",

@@ -20,6 +20,7 @@ class FixedMemory:
     workspace: int
     block: int  # of the KV cache
     most_blocks: int  # that the budget pays for
+    room_blocks: int = 0  # that it could pay for with the budgets of all models beside this one; 0: there are none
 
 
 class MemoryAccount(msgspec.Struct, frozen=True, array_like=True):
@@ -36,6 +37,8 @@ class MemoryAccount(msgspec.Struct, frozen=True, array_like=True):
     kv_least: int = 0  # the pool is never smaller: the longest request fits in alone
     kv_most: int = 0  # the pool is never larger: the budget pays for no more
     kv_target: int = 0  # the pool is as large whenever there is memory for it
+    kv_wanted: int = 0  # blocks that requests have, and those that wait for blocks would take now
+    kv_room: int = 0  # `kv_most` can become as much, if other models give up as much of their budgets
 
     @property
     def kv_pool(self) -> int:
@@ -48,6 +51,11 @@ class MemoryAccount(msgspec.Struct, frozen=True, array_like=True):
     @property
     def most_blocks(self) -> int:
         return self.kv_most // self.block if self.block else 0
+
+    @property
+    def adapters_in_pool(self) -> int:
+        """Bytes of adapters in what the budget pays for the KV cache: all of them, unless they have a part of it."""
+        return max(self.adapters - (self.budget - self.weights - self.workspace - self.kv_most), 0)
 
     @property
     def committed(self) -> int:
