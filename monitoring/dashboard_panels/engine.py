@@ -180,7 +180,7 @@ ENGINE = Dashboard(
                         Query(f"sum by (model, owner) ({of_engine('memory_bytes')})", "{{model}} {{owner}}"),
                         Query(f"sum by (model) ({of_engine('memory_budget_bytes')})", "{{model}} budget"),
                         Query(f"sum by (model) ({of_engine('kv_cache_target_bytes')})", "{{model}} KV cache, target"),
-                        Query(f"sum by (model) ({of_engine('kv_cache_wanted_bytes')})", "{{model}} KV cache, all requests"),
+                        Query(f"sum by (model) ({of_engine('kv_cache_wanted_bytes')})", "{{model}} KV cache, needed"),
                     ),
                     "Of one rank of each replica",
                 ),

@@ -216,6 +216,29 @@ SCENARIOS = {
         ),
         Scenario("KvCacheFull", "5m", ("2m", "9m"), {engine("kv_usage_ratio"): "0.9x10 0.99x12 0.5x60"}, "15s"),
         Scenario("PreemptionStorm", "5m", ("2m", "9m"), {engine("preemptions_total"): "0x12 0+30x10 300x60"}, "15s"),
+        Scenario(
+            "MemoryShort",
+            "35m",
+            ("15m", "50m"),
+            {
+                engine("kv_cache_target_bytes"): "1000x60",
+                engine("memory_bytes", 'owner="adapters"'): "20x60",
+                engine("memory_bytes", 'owner="kv_used"'): "600x60",
+                engine("memory_bytes", 'owner="kv_free"'): "370x20 250x20 370x20",
+                engine("memory_bytes", 'owner="weights"'): "5000x60",
+            },
+            "1m",
+        ),
+        Scenario(
+            "AdapterLoadsFail",
+            "25m",
+            ("15m", "40m"),
+            {
+                engine("adapter_changes_total", 'change="failed"'): "0x20 1x60",
+                engine("adapter_changes_total", 'change="loaded"'): "0+1x80",
+            },
+            "1m",
+        ),
         Scenario("StepsOutOfMemory", "4m", ("2m", "14m"), {engine("steps_out_of_memory_total"): "0x12 2x60"}, "15s"),
         Scenario("Degraded", "4m", ("2m", "9m"), {gateway("degradation_level"): "0x12 2x10 0x60"}, "15s"),
         Scenario(

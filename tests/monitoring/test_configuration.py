@@ -150,7 +150,7 @@ def test_each_alert_of_one_replica_is_inhibited_with_all_replicas() -> None:
     """Their label `scope` is what the inhibition matches."""
     for alert in ALERTS:
         is_of_one = re.search(
-            r"replica_up|job=\"triton\"|tidewright_(engine|healthy|kv|preemptions|steps)|nv_",
+            r"replica_up|job=\"triton\"|tidewright_(adapter|engine|healthy|kv|preemptions|steps)|nv_",
             alert["expr"],
         )
         assert (alert["labels"].get("scope") == "replica") == bool(is_of_one or alert["alert"] == "ModelProcessDead"), (
