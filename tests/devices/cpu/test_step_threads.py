@@ -38,13 +38,27 @@ class FakeWaits:
     """For `share` of the time, whether there are steps or not."""
 
     def __init__(self, clock: Clock) -> None:
-        self.share, self.calls = 0.0, 0
-        self._clock, self._last = clock, 0.0
+        self.calls = 0
+        self._clock, self._share, self._last, self._waited = clock, 0.0, 0.0, 0.0
+
+    @property
+    def share(self) -> float:
+        return self._share
+
+    @share.setter
+    def share(self, share: float) -> None:
+        self._pass()
+        self._share = share
+
+    def _pass(self) -> None:
+        self._waited += self._share * (self._clock.now - self._last)
+        self._last = self._clock.now
 
     def seconds(self) -> float:
         self.calls += 1
-        passed, self._last = self._clock.now - self._last, self._clock.now
-        return self.share * passed
+        self._pass()
+        waited, self._waited = self._waited, 0.0
+        return waited
 
 
 @pytest.fixture
