@@ -108,7 +108,7 @@ def test_idle_adapters_go_before_what_requests_have() -> None:
     made.adapters = NumberedAdapters(held=90, unused=60)
     looks(made, 1)
     assert made.adapters.used() == 30
-    assert made.reclaimed == {"free_blocks": 0, "idle_adapters": 60, "pool_tail": 200, "idle_model": 0}
+    assert made.reclaimed == {"free_blocks": 0, "idle_adapters": 60, "pool_tail": 200}
     assert (pool.num_blocks, pool.preempted) == (140, 20)
 
 

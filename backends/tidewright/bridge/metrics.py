@@ -130,7 +130,7 @@ METRICS = (
         "memory_reclaimed_bytes_total",
         "counter",
         "Memory that was taken back because it was short, by what gave it, in the order in which it is asked: "
-        "free_blocks of the KV cache, idle_adapters, pool_tail, for which requests were preempted, idle_model",
+        "free_blocks of the KV cache, idle_adapters, pool_tail, for which requests were preempted",
         (Label("stage", STAGES),),
     ),
     MetricSpec("kv_slots_unused", "gauge", "Fragmentation: token slots of used blocks that hold no token"),

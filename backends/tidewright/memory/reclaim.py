@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-STAGES = ("free_blocks", "idle_adapters", "pool_tail", "idle_model")
+STAGES = ("free_blocks", "idle_adapters", "pool_tail")
 """In the order in which they give: blocks of the KV cache that no request has (prefixes that they hold are forgotten),
-adapters that no request uses, more of the KV cache (requests are preempted), and a whole model that has none."""
+adapters that no request uses, and more of the KV cache (requests are preempted)."""
 
 
 @dataclass(frozen=True)
