@@ -125,7 +125,7 @@ def test_one_that_finds_no_place_says_which_limit(world: World) -> None:
         (b"GET /long?secret HTTP/1.1\r\nA: " + b"x" * 70_000 + b"\r\n\r\n", 431, "headers_too_large", "/long"),
         (
             b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-            b"X-Request-Id: never-sent\r\nContent-Length: 9\r\n\r\n{",
+            b"X-Request-Id: never-sent\r\nAuthorization: KEY\r\nContent-Length: 9\r\n\r\n{",
             408,
             "timeout",
             "/v1/completions",
@@ -135,6 +135,7 @@ def test_one_that_finds_no_place_says_which_limit(world: World) -> None:
 def test_what_is_no_whole_request_has_one_line_too(
     world: World, data: bytes, status: int, error: str, path: str
 ) -> None:
+    data = data.replace(b"KEY", world.headers["Authorization"].encode())
     assert world.raw(data).startswith(f"HTTP/1.1 {status}".encode())
     line = world.logged(lambda line: line["status"] == status and line.get("error") == error)
     assert (line["event"], line["client"], line["path"]) == ("request_refused", "127.0.0.1", path)
