@@ -71,14 +71,18 @@ def add_arguments(parser: LocustArgumentParser) -> None:
 
 
 @events.init.add_listener
-def prepare(environment: Environment, **_: Any) -> None:
-    environment.tidewright = Recorder(environment, GIVEN)  # type: ignore[attr-defined]
+def prepare(environment: Environment, **_: Any) -> Recorder:
+    """A worker whose master waits for it may hear that the test starts before locust says that it is initialized."""
+    if not hasattr(environment, "tidewright"):
+        environment.tidewright = Recorder(environment, GIVEN)
+    recorder: Recorder = environment.tidewright
+    return recorder
 
 
 @events.test_start.add_listener
 def begin(environment: Environment, **_: Any) -> None:
     runner: Any = environment.runner
-    recorder: Recorder = environment.tidewright  # type: ignore[attr-defined]
+    recorder = prepare(environment)
     if isinstance(runner, WorkerRunner):
         assert environment.parsed_options
         recorder.options = msgspec.json.decode(environment.parsed_options.tidewright, type=Options)
