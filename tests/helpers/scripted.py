@@ -16,7 +16,7 @@ from tidewright.errors import RequestError
 from tidewright.schema import SamplingParams
 from tidewright.tokenization import Tokenizer
 
-PATIENCE = 20.0  # seconds
+PATIENCE = 60.0  # seconds
 
 
 class ScriptedEngine:
