@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers.quantized import LAYER, Layer, awq, gptq, save
+from tidewright.layers.loading import load_weights
 from tidewright.quantization.affine import AffineSource, QuantizationError
 from tidewright.quantization.checkpoint import CheckpointError, open_checkpoint
 
@@ -19,6 +20,19 @@ def made(form: str, symmetric: bool) -> tuple[Layer, dict[str, torch.Tensor], di
     layer = Layer(96, 24 if form == "awq" else 21, 32, 8 if "8" in form else 4, symmetric)
     make: Callable[..., Any] = {"awq": awq, "gptq": gptq, "gptq 8": gptq, "gptq v2": lambda of: gptq(of, 2)}[form]
     return (layer, *make(layer))
+
+
+def test_a_bias_of_zeros_where_the_architecture_has_none_is_left_out(tmp_path: Path) -> None:
+    """AutoGPTQ gives one to every layer that it quantizes."""
+    _, tensors, config = made("gptq", symmetric=True)
+    bias, loaded = torch.zeros(21, dtype=torch.float16), list[object]()
+    load_weights(save(tmp_path / "zero", tensors | {f"{LAYER}.bias": bias}, config), {f"{LAYER}.weight": loaded.append})
+    assert len(loaded) == 1
+    bias[20] = 1
+    with pytest.raises(CheckpointError, match=rf"this architecture has no weight named {LAYER}\.bias"):
+        load_weights(
+            save(tmp_path / "other", tensors | {f"{LAYER}.bias": bias}, config), {f"{LAYER}.weight": loaded.append}
+        )
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

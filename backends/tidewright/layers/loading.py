@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from tidewright.layers.weights import Loader
+from tidewright.quantization.affine import AffineSource
 from tidewright.quantization.checkpoint import CheckpointError, Source, open_checkpoint
 
 __all__ = ["CheckpointError", "load_weights"]
@@ -32,12 +33,20 @@ def load_weights(
             name = stored if stored in loaders or stored in ignored else f"model.{stored}"
             if name in loaders:
                 _load(stored, loaders[name], source)
-            elif name not in ignored:
+            elif name not in ignored and not _is_filler(stored, weights):
                 raise CheckpointError(f"{folder}: this architecture has no weight named {stored}")
             loaded.add(name)
     if missing := sorted(set(loaders) - loaded):
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise CheckpointError(f"{folder}: the checkpoint lacks {shown}")
+
+
+def _is_filler(name: str, weights: Mapping[str, Source]) -> bool:
+    """A bias of zeros: AutoGPTQ gives one to every layer that it quantizes, also where the architecture has none."""
+    bias, weight = weights[name], weights.get(f"{name.removesuffix('bias')}weight")
+    if not name.endswith(".bias") or not isinstance(weight, AffineSource) or isinstance(bias, AffineSource):
+        return False
+    return len(bias.get_shape()) == 1 and not bias[(slice(None),)].any()
 
 
 def _load(name: str, loader: Loader, source: Source) -> None:
