@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import threading
 import time
 
 import pytest
@@ -75,14 +76,43 @@ def test_what_is_written_meanwhile_stays() -> None:
         assert not memory[1::7].any()
 
 
-def test_it_stands_back_while_a_step_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefault, "_QUIET", 0.5)  # longer than it takes to get into the second step
+class Clock:
+    """Told what time it is; who sleeps has asked before."""
+
+    def __init__(self) -> None:
+        self.now, self._asked = 0.0, threading.Condition()
+        self._times = 0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        with self._asked:
+            self._times += 1
+            self._asked.notify_all()
+        time.sleep(0.001)
+
+    def wait_until_asked(self) -> None:
+        """By somebody who begins to ask only now."""
+        with self._asked:
+            end = self._times + 2
+            assert self._asked.wait_for(lambda: self._times >= end, timeout=60)
+
+
+def test_it_stands_back_while_a_step_runs_and_shortly_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    monkeypatch.setattr(prefault, "time", clock)
     kv = cache()
     made = Prefaulter(kv, ahead=BLOCKS * SHAPE.bytes_per_block)
     step(made, 0)
-    with made.step(0):  # before the first has been quiet for long enough
-        time.sleep(1.2)
-        assert sum(map(resident, tensors(kv))) == 0
+    clock.wait_until_asked()  # the step before was just now
+    with made.step(0):
+        clock.wait_until_asked()
+        clock.now = 10.0
+        clock.wait_until_asked()
+    clock.wait_until_asked()
+    assert sum(map(resident, tensors(kv))) == 0
+    clock.now = 20.0
     made.wait()
     assert all(resident(memory) == 1 for memory in tensors(kv))
 

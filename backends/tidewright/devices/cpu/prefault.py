@@ -46,7 +46,8 @@ class Prefaulter:
         try:
             yield
         finally:
-            self._in_step, self._last_step = False, time.monotonic()
+            # In this order: the worker would take the time since the step before for quiet.
+            self._last_step, self._in_step = time.monotonic(), False
             end = min(block + 1 + self._ahead, self._cache.num_blocks)
             is_worth_it = end - self._end > self._ahead // 4 or self._end < end == self._cache.num_blocks
             if is_worth_it and (self._worker is None or not self._worker.is_alive()):
