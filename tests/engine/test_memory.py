@@ -37,6 +37,12 @@ def test_the_largest_step_has_guesses_as_real_steps_have_them() -> None:
         assert all(draw.history.length + len(draw.history.drafts) == draw.position for draw in planned.draws)
 
 
+def test_the_largest_step_has_adapters_in_all_rows() -> None:
+    """What their ranks take beside the products counts."""
+    plan = largest_step(StepLimits(6, 2048, 4096, 16, adapter_slots=4))
+    assert {planned.adapter for planned in plan.sequences} == {0, 1, 2, 3}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")

@@ -12,7 +12,7 @@ _COSTLIEST = SamplingParams(temperature=1.0, top_p=0.9, frequency_penalty=0.1, l
 
 
 def largest_step(limits: StepLimits, speculative_tokens: int = 0, embeds: bool = False) -> StepPlan:
-    """As many tokens and sequences as there may be, and a draw at the end of each.
+    """As many tokens and sequences as there may be, and a draw at the end of each; with LoRA, all in slots.
 
     All blocks are number 0, so a cache of one block is enough: what is computed means nothing.
     """
@@ -42,4 +42,5 @@ def _sequence(request_id: int, count: int, draws: int, limits: StepLimits, embed
             for position in range(known, end + 1)
         ),
         embeds=embeds,
+        adapter=request_id % limits.adapter_slots if limits.adapter_slots else -1,
     )

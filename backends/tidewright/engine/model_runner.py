@@ -194,7 +194,8 @@ class ModelRunner:
     def _warm_up(self, limits: StepLimits) -> None:
         began = time.monotonic()
         most = min(limits.max_batched_tokens, limits.max_model_len - 1)
-        for plan in warm_up_plans(most, limits.block_size, embeds=self._pooler is not None):
+        embeds, has_adapters = self._pooler is not None, limits.adapter_slots > 0
+        for plan in warm_up_plans(most, limits.block_size, embeds, has_adapters):
             self.launch(plan).result()
             ended = tuple(planned.request_id for planned in plan.sequences)
         self._sampler.forget(ended)

@@ -19,8 +19,11 @@ _ASKED: tuple[dict[str, Any], ...] = (
 )
 
 
-def warm_up_plans(max_tokens: int, block_size: int, embeds: bool) -> Iterator[StepPlan]:
-    """One request after the other, with prompts of up to `max_tokens`. The last of them has not ended."""
+def warm_up_plans(max_tokens: int, block_size: int, embeds: bool, has_adapters: bool = False) -> Iterator[StepPlan]:
+    """One request after the other, with prompts of up to `max_tokens`. The last of them has not ended.
+
+    `has_adapters`: they have the LoRA adapter of the first slot, which may be empty: beside it all kernels are needed.
+    """
     counts = [1 << bit for bit in range(_MOST_TOKENS.bit_length()) if 1 << bit <= max_tokens]
     steps = max(len(counts), len(_ASKED))
     ended: tuple[int, ...] = ()
@@ -29,5 +32,7 @@ def warm_up_plans(max_tokens: int, block_size: int, embeds: bool) -> Iterator[St
         token_ids, blocks = (0,) * count, tuple(range(-(-count // block_size)))
         history = History(token_ids, count, count)
         draws = () if embeds else (Draw(request_id, SamplingParams(seed=0, **asked), count, history=history),)
-        yield StepPlan((ScheduledSequence(request_id, 0, token_ids, blocks, draws, embeds=embeds),), ended)
+        adapter = 0 if has_adapters else -1
+        sequence = ScheduledSequence(request_id, 0, token_ids, blocks, draws, embeds=embeds, adapter=adapter)
+        yield StepPlan((sequence,), ended)
         ended = (request_id,)
