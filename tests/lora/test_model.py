@@ -14,6 +14,8 @@ from helpers.adapters import ALL, save_adapter
 from helpers.checkpoints import engine_config, logits, prompt, save
 from helpers.families import FAMILIES
 from tidewright.engine.model_runner import ModelRunner
+from tidewright.lora import checkpoint
+from tidewright.lora.config import AdapterError
 
 IDS = prompt(23, seed=1)
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -95,3 +97,19 @@ def test_on_quantized_weights_the_adapter_adds_the_same(folder: Path, model: tra
         base = model(torch.tensor([IDS])).logits[0]
     change = with_adapter(runner, "quantized") - logits(runner, IDS, 9)
     assert float((change - (wanted - base)).norm() / (wanted - base).norm()) < 0.2
+
+
+def test_what_can_not_fit_into_the_memory_for_adapters_is_not_read(
+    folder: Path, model: transformers.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(model, folder / "large")
+    file = folder / "large" / checkpoint.WEIGHTS_FILE
+    monkeypatch.setattr(checkpoint, "_HEADER", 2**14)
+    numbers = (file.stat().st_size - 2**14) // 4
+    read: list[Path] = []
+    monkeypatch.setattr(checkpoint, "read_at_most", lambda file, most: read.append(file) or file.read_bytes())
+    with pytest.raises(AdapterError, match=r"it takes 0\.\d MiB or more, but there are 0\.\d MiB .*adapter_memory"):
+        runner_of(folder, adapter_memory=f"{4 * numbers - 1}B").read_adapter("large")
+    assert read == []
+    assert runner_of(folder, adapter_memory=f"{4 * numbers}B").read_adapter("large").rank == 4
+    assert read == [file]

@@ -24,7 +24,7 @@ from tidewright.engine.pool import pool_size
 from tidewright.engine.pooling import Pooler
 from tidewright.engine.runner import USEFUL_TOKENS, EngineConfigError, LaunchedStep
 from tidewright.engine.warm_up import warm_up_plans
-from tidewright.kv_cache.budget import mib
+from tidewright.kv_cache.budget import mib, parse_memory
 from tidewright.kv_cache.storage import KVCache, KVCacheShape
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.layers.loading import load_weights
@@ -105,7 +105,8 @@ class ModelRunner:
             _check_fits(make_model(torch.device("meta")), self.device.memory)
         self.model = make_model(self.device.torch_device)
         name = "" if group.rank or folder.suffix == ".gguf" else folder.name  # the file's says little
-        allowed = AdapterLimits(Path(config.adapter_folder), config.max_lora_rank, self.dtype, name)
+        memory = parse_memory(config.adapter_memory, 0)
+        allowed = AdapterLimits(Path(config.adapter_folder), config.max_lora_rank, self.dtype, name, memory)
         self._lora = LoraModel(self.model.projections(), allowed, self.device.adapter_memory)
         self.embedding_size, self._pooler = 0, None
         if config.task == "embed":

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 
 from tidewright.distributed.sharding import Cut
+from tidewright.kv_cache.budget import mib
 from tidewright.lora.adapter import Adapter, LowRank, Update
 from tidewright.lora.config import (
     CONFIG_FILE,
@@ -53,6 +54,7 @@ class AdapterLimits:
     max_rank: int
     dtype: torch.dtype
     model: str = ""  # name of the model that is served; empty: nobody is warned of another base model
+    memory: int = 0  # bytes for all adapters, on all ranks; 0: any number
 
 
 def read_adapter(
@@ -73,6 +75,11 @@ def read_adapter(
         size, most = file.stat().st_size, _largest(config.highest_rank, shapes)
         if size > most:
             raise AdapterError(f"{WEIGHTS_FILE} has {size} bytes, but rank {config.highest_rank} needs {most} at most")
+        # To read it takes several times as much. Of the numbers in the file, all are on some rank.
+        least = (size - _HEADER) // _WIDEST * limits.dtype.itemsize
+        if limits.memory and least > limits.memory:
+            needed = f"it takes {mib(least)} or more"
+            raise AdapterError(f"{needed}, but there are {mib(limits.memory)} for all adapters (adapter_memory)")
         content = read_at_most(file, most)
     except OSError as error:
         raise AdapterError(f"{path} can't be read: {error.strerror or error}") from None
