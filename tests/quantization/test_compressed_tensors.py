@@ -99,6 +99,18 @@ def test_numbers_that_are_not_whole_are_damage(tmp_path: Path, part: str) -> Non
             weights[f"{LAYER}.weight"].cut(slice(0, ROWS), slice(0, COLUMNS))  # type: ignore[union-attr]
 
 
+def test_scales_of_activations_and_of_a_kv_cache_are_left_out(tmp_path: Path) -> None:
+    """Those of a KV cache stand beside projections, quantized or not, or with the attention."""
+    tensors, config, _ = compressed(*FORMATS["fp8 per tensor"])
+    wanted = {*tensors} - {f"{LAYER}.weight_scale"}
+    extra = [f"{LAYER}.{part}" for part in ("input_scale", "input_zero_point", "output_scale", "k_scale")]
+    attention = "model.layers.0.self_attn"
+    extra += [f"{attention}.{part}" for part in ("k_scale", "v_scale", "q_scale", "kv_scale", "v_proj.output_scale")]
+    scales = {name: torch.ones(1) for name in extra}
+    with open_checkpoint(save(tmp_path / "model", tensors | scales, config)) as weights:
+        assert {*weights} == wanted
+
+
 @pytest.mark.parametrize("name", ["int4", "int4, zero points"])
 def test_the_order_of_activations(tmp_path: Path, name: str) -> None:
     """actorder: group. An input has the scale of its group, wherever that lies."""

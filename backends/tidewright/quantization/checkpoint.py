@@ -35,7 +35,7 @@ _READERS = {
     GPTQ: gptq_weights,
 }
 # Beside a layer's weight: what the layer is made of, and scales of a KV cache, which finds its own.
-_NEVER_LOADED = ("k_scale", "v_scale", "q_scale", "input_scale", "input_zero_point", "output_scale")
+_NEVER_LOADED = ("k_scale", "v_scale", "kv_scale", "q_scale", "input_scale", "input_zero_point", "output_scale")
 
 
 class CheckpointError(ValueError):
