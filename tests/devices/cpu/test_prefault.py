@@ -58,7 +58,8 @@ def test_blocks_ahead_of_the_highest_are_in_memory_in_all_layers() -> None:
     made.wait()
     for memory in tensors(kv):
         assert resident(memory[:3000]) == 1
-        assert resident(memory[4096:]) == 0  # a huge page may reach a little further
+        # A huge page may reach a little further, and one of the next layer lie partly in this one.
+        assert resident(memory[4096:-512]) == 0
     step(made, 5000)
     made.wait()
     assert resident(kv.layers[-1].values_NSKD[:6000]) == 1
