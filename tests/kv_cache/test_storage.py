@@ -131,6 +131,29 @@ def test_a_copy_without_memory_costs_no_block(num_blocks: int, left: int, monkey
     assert all(tensor[:left, 0, 0, 0].tolist() == [*range(left)] for own in cache.layers for tensor in own.tensors)
 
 
+def test_what_can_not_grow_gives_back_what_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or memory that nobody uses would be lacking, so that it is never tried again."""
+    memory = CountedMemory(1 << 30)
+    cache = KVCache(SHAPE, 10, memory)
+    for own in cache.layers:
+        for tensor in own.tensors:
+            tensor[:] = torch.arange(10)[:, None, None, None]
+    made: list[int] = []
+
+    def zeros(dimensions: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        if made.count(14) == 3 and dimensions[0] == 14:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        made.append(dimensions[0])
+        return torch.zeros(dimensions, dtype=dtype)
+
+    monkeypatch.setattr(memory, "zeros", zeros)
+    with pytest.raises(torch.OutOfMemoryError):
+        cache.resize(14)
+    assert made == [14, 14, 14, 10, 10]  # two of the first layer, one of the second
+    assert (cache.num_blocks, cache.room) == (10, 10)
+    assert all(tensor[:, 0, 0, 0].tolist() == [*range(10)] for own in cache.layers for tensor in own.tensors)
+
+
 def test_blocks_that_go_give_their_memory_back() -> None:
     shape = KVCacheShape(num_layers=2, num_kv_heads=1, head_dim=64, block_size=16, dtype=torch.float32)
     cache = KVCache(shape, 1000, CpuMemory(), most_blocks=1 << 20)  # 16 GiB, of which nothing is used

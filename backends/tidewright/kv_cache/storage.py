@@ -116,7 +116,8 @@ class KVCache:
 
         Where memory is reserved, layers stay where they are. Otherwise one after the other is copied, so that there
         must be memory for one more; True: they are elsewhere now. If it runs out in between, a cache that shrinks keeps
-        some layers larger than needed, and one that grows has as many blocks as before and raises the error.
+        some layers larger than needed, and one that grows raises the error and has as many blocks as before, for which
+        it gives back what some layers got already.
         """
         before, self.num_blocks = self.num_blocks, num_blocks
         if self._memory.reserves:
@@ -127,14 +128,30 @@ class KVCache:
             return False
         self.num_blocks = min(before, num_blocks)
         try:
-            for index in range(len(self.layers)):
-                self.layers[index] = LayerCache(*(self._copied(x, num_blocks) for x in self.layers[index].tensors))
+            self._copy(num_blocks)
         except Exception as error:
-            if num_blocks > before or not out_of_memory(error):
+            if not out_of_memory(error):
+                raise
+            if num_blocks > before:
+                self._give_back(before)
                 raise
         self.num_blocks = self.room = num_blocks
         self._memory.trim()
         return True
+
+    def _copy(self, num_blocks: int) -> None:
+        """Layers of another size, to memory for so many blocks."""
+        for index, layer in enumerate(self.layers):
+            if len(layer.keys_NSKD) != num_blocks:
+                self.layers[index] = LayerCache(*(self._copied(tensor, num_blocks) for tensor in layer.tensors))
+
+    def _give_back(self, num_blocks: int) -> None:
+        """What layers have beyond so many blocks, if there is memory for a copy: less than what has just failed."""
+        try:
+            self._copy(num_blocks)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
 
     def _copied(self, tensor: torch.Tensor, num_blocks: int) -> torch.Tensor:
         made = self._memory.zeros((num_blocks, *tensor.shape[1:]), tensor.dtype)
