@@ -101,6 +101,8 @@ def test_the_digest_is_of_the_content(tmp_path: Path) -> None:
         ({"rank_pattern": {"q_proj": 10**6}}, "its rank is 1000000, but"),
         ({"rank_pattern": {"q_.*": 2}}, r"rank_pattern has the regular expression 'q_\.\*'"),
         ({"rank_pattern": {"q_proj": 2}}, r"lora_A of model.layers.0.self_attn.q_proj has the shape \(4, 8\)"),
+        ({"rank_pattern": {f"a{n}": 1 for n in range(4097)}}, "rank_pattern has 4097 entries, but 4096 is the limit"),
+        ({"target_modules": ["q_proj"] * 4097}, "target_modules has 4097 entries"),
         ({"r": 0}, "r has 0"),
         ({"r": True}, "r has True"),
         ({"r": "4"}, "r has '4'"),

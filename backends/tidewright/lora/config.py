@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     # The others change the base model's weights as well.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
+_MOST_NAMES = 4096  # of a list or pattern: a module has one at most, and all are compared with all modules
 _SIMPLE_KEY = re.compile(r"\^?[\w.]+\$?")
 
 
@@ -81,6 +82,7 @@ def read_config(content: bytes) -> AdapterConfig:
     names = tuple(targets) if isinstance(targets, list) and all(isinstance(name, str) for name in targets) else ()
     if not names and not isinstance(targets, str):
         raise AdapterError(f"target_modules is {_shown(targets)}, but must be names, or a pattern")
+    _check_count("target_modules", names)
     use_rslora = config.get("use_rslora") or False
     if not isinstance(use_rslora, bool):
         raise AdapterError(f"use_rslora is {_shown(use_rslora)}, but must be true or false")
@@ -125,9 +127,15 @@ def _pattern(config: Mapping[str, Any], option: str) -> Mapping[str, Any]:
     pattern = config.get(option) or {}
     if not isinstance(pattern, dict):
         raise AdapterError(f"{option} is {_shown(pattern)}, but must be an object")
+    _check_count(option, pattern)
     if odd := next((key for key in pattern if not _SIMPLE_KEY.fullmatch(key)), None):
         raise AdapterError(f"{option} has the regular expression {_shown(odd)}; only names of modules are served")
     return pattern
+
+
+def _check_count(option: str, names: Collection[str]) -> None:
+    if len(names) > _MOST_NAMES:
+        raise AdapterError(f"{option} has {len(names)} entries, but {_MOST_NAMES} is the limit")
 
 
 def _rank(option: str, value: object) -> int:
