@@ -75,6 +75,7 @@ def test_fewer_run_where_the_class_is_strict_and_all_where_it_has_no_target() ->
             controller.computed(StepLoad(64, 0, 0.0), seconds)
         return controller.pace(running).running  # type: ignore[arg-type]
 
-    assert places([batch], 0.2) == UNPACED.running
-    assert places([strict, batch], 0.2) == 48
-    assert places([batch], 0.2) == UNPACED.running
+    # As admission predicts, and as the metrics say.
+    assert (places([batch], 0.2), controller.running) == (UNPACED.running, 64)
+    assert (places([strict, batch], 0.2), controller.running) == (48, 48)
+    assert (places([batch], 0.2), controller.running) == (UNPACED.running, 64)

@@ -44,8 +44,12 @@ class LatencyController:
         self._streams = 0  # at most, in these
         self._own_targets = False
         self.cost = StepCost(max_running)
-        self.running = max_running
+        self._running = max_running  # while something holds that number
+
+    @property
+    def running(self) -> int:
         """Sequences that may run."""
+        return self._running if self._held else self._max_running
 
     def submitted(self, sampling: SamplingParams) -> None:
         self._own_targets |= sampling.tpot_target is not None
@@ -73,7 +77,7 @@ class LatencyController:
             context=self.cost.context,
             least=min(LEAST, self._max_tokens),
             most=self._most,
-            running=self.running if self._held else UNPACED.running,
+            running=self._running if self._held else UNPACED.running,
         )
 
     def prompt_seconds(self, streams: int, target: float = 0.0) -> float:
@@ -97,8 +101,8 @@ class LatencyController:
 
     def _adapt(self, seconds: float, streams: int) -> None:
         """`streams` took so long. More than may run since the last change: wait until some have ended."""
-        if seconds > HOLD * self._held and streams <= self.running:
+        if seconds > HOLD * self._held and streams <= self._running:
             fewer = int(streams * max(HOLD * self._held / seconds, _SHARPEST))
-            self.running = max(min(fewer, self.running - 1), 1)
-        elif seconds < RELEASE * self._held and streams >= self.running:
-            self.running = min(self.running + 1, self._max_running)
+            self._running = max(min(fewer, self._running - 1), 1)
+        elif seconds < RELEASE * self._held and streams >= self._running:
+            self._running = min(self._running + 1, self._max_running)
