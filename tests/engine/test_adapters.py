@@ -23,6 +23,7 @@ class Host:
         self.paths: dict[int, str] = {}
         self.requests: Counter[str] = Counter()
         self.wanted, self.is_full, self.budget = 0, False, budget
+        self.shared = 10**9  # bytes that adapters may have of the memory that they share with others
         self.adapters = Adapters(self, ranks=2, budget=budget)
 
     def read_adapter(self, number: int, path: str) -> None:
@@ -42,9 +43,14 @@ class Host:
     def adapter_requests(self, name: str) -> int:
         return self.requests[name]
 
-    def make_room(self, size: int) -> bool:
+    def lack(self, size: int) -> int:
         self.wanted = size
-        return not self.is_full
+        return size if self.is_full else max(self.adapters.used() + size - self.shared - self.adapters.idle(), 0)
+
+    def make_room(self, size: int) -> bool:
+        if (lack := self.adapters.used() + size - self.shared) > 0:
+            self.adapters.evict(lack)
+        return not self.is_full and self.adapters.used() + size <= self.shared
 
     def load(self, name: str, **result: object) -> AdapterChanged:
         assert self.adapters.load(LoadAdapter(name, name)) is None
@@ -260,10 +266,11 @@ def test_one_rank_s_word_lets_no_further_one_be_read() -> None:
 class Crowd:
     """Tenants that ask for more adapters than have room; each request runs for a few rounds once it is taken."""
 
-    def __init__(self, room: int, names: list[str]) -> None:
+    def __init__(self, room: int, names: list[str], sizes: dict[str, int] | None = None) -> None:
         self.host = Host(budget=50 * room)
+        self._sizes = dict.fromkeys(names, 50) | (sizes or {})
         for name in names:
-            assert self.host.load(name).loaded
+            assert self.host.load(name, size=self._sizes[name]).loaded
         self._ends: dict[int, tuple[int, str]] = {}
         self._now, self._done = 0, len(self.host.paths)
         self._rounds: dict[int, int] = {}
@@ -283,7 +290,7 @@ class Crowd:
         for number in range(self._done, len(self.host.paths)):
             path = self.host.paths[number]
             for _ in range(2):
-                outcome = self.host.adapters.was_read(AdapterRead(number, path, 4, 25))
+                outcome = self.host.adapters.was_read(AdapterRead(number, path, 4, self._sizes[path] // 2))
             assert outcome
             for request in outcome.requests:
                 self._take(request)
@@ -342,6 +349,34 @@ def test_all_of_one_tenant_s_adapters_get_their_turn(room: int, rounds: int, oft
         for place, name in enumerate(often):
             crowd.send(100 * now + place, name, "", rounds)
         crowd.round()
+    assert 10**6 in crowd.taken
+
+
+def test_a_tenant_whose_one_is_small_gets_the_room_of_a_large_one_in_its_turn() -> None:
+    """Sharing by number alone would give it nothing: each has one, and its own does not make room enough."""
+    crowd = Crowd(2, ["small", "wanted", "large"], {"small": 10, "wanted": 60, "large": 90})
+    for now in range(40):
+        crowd.send(100 * now, "large", "other", 3)
+        crowd.send(100 * now + 1, "small", "own", 3)
+        if now == 10:
+            crowd.send(10**6, "wanted", "own", 1)
+        crowd.round()
+    assert 10**6 in crowd.taken
+    assert {2000, 2001} <= crowd.taken  # and those go on in theirs
+
+
+def test_what_others_than_adapters_have_of_the_memory_makes_it_no_less_shared() -> None:
+    """The budget for adapters is larger than what the KV cache leaves."""
+    crowd = Crowd(4, ["flood0", "flood1", "quiet"])
+    crowd.host.adapters.evict(50)
+    crowd.host.shared = 100
+    for now in range(20):
+        for place, name in enumerate(("flood0", "flood1")):
+            crowd.send(100 * now + place, name, "flood", 3)
+        if now == 10:
+            crowd.send(10**6, "quiet", "quiet", 1)
+        crowd.round()
+        assert crowd.host.adapters.used() <= 100
     assert 10**6 in crowd.taken
 
 

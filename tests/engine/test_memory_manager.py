@@ -119,6 +119,7 @@ def test_room_for_adapters_is_made_within_the_budget() -> None:
     assert made.make_room(555)
     assert pool.num_blocks == 100  # slabs
     adapters.held = 555
+    assert made.lack(500) == 455
     assert not made.make_room(500)
     assert pool.num_blocks == 100
     looks(made, 5)
@@ -127,6 +128,17 @@ def test_room_for_adapters_is_made_within_the_budget() -> None:
     adapters.held = 0
     looks(made, 20, 1e6)
     assert pool.num_blocks == 160
+
+
+def test_what_will_not_suffice_for_an_adapter_is_not_taken_from_anybody() -> None:
+    """A request that waits for its adapter asks again and again."""
+    pool = NumberedPool(160, 100, used_blocks=160)
+    made = manager(pool, budget=200 + 1600 + 60)
+    adapters = made.adapters = NumberedAdapters(held=60, unused=30)
+    for second in range(1, 5):
+        assert not made.make_room(700)
+        looks(made, 1, 1000.0 * second)
+    assert (pool.sizes, pool.preempted, adapters.unused) == ([], 0, 30)
 
 
 def test_a_size_that_an_operator_wants_is_kept_within_the_bounds() -> None:

@@ -45,6 +45,10 @@ class AdapterHost:
     def adapter_requests(self, name: str) -> int:
         return self._engine.scheduler.adapters.requests(name)
 
+    def lack(self, size: int) -> int:
+        ranks = self._engine.config.tensor_parallel_size
+        return self._engine.memory.lack(math.ceil(size / ranks)) * ranks if self._engine.has_adapters_beside else 0
+
     def make_room(self, size: int) -> bool:
         if not self._engine.has_adapters_beside:
             return True

@@ -60,7 +60,9 @@ class Host(Protocol):
     def add_adapter(self, name: str, number: int) -> None: ...
     def drop_adapter(self, name: str) -> None: ...
     def adapter_requests(self, name: str) -> int: ...
-    def make_room(self, size: int) -> bool: ...  # in the memory that adapters share with others
+    # In the memory that adapters share with others:
+    def lack(self, size: int) -> int: ...  # bytes that even all idle adapters, and what others can spare, don't give
+    def make_room(self, size: int) -> bool: ...
 
 
 class Adapters:
@@ -246,7 +248,7 @@ class Adapters:
     def _make_room(self, size: int) -> bool:
         """By evicting adapters that no request has; none, if that does not suffice."""
         lack = self._lack(size)
-        if lack > self.idle():
+        if lack > self.idle() or self._host.lack(size):
             return False
         self.evict(lack)
         return self._host.make_room(size)
@@ -272,20 +274,22 @@ class Adapters:
     def _makes_room_for(self, name: str) -> set[str]:
         """Which of those that requests have: its tenant's own, or of tenants that have more than that would have then.
 
-        One that has none takes turns with all others. Once chosen, an adapter stays so.
+        One that has none takes turns with all others, and so does one that will have given all that it has, and lacks
+        more: adapters are counted, but differ in size. Once chosen, an adapter stays so.
         """
         wanted, shares, requests = self._known[name], self._shares(), self._host.adapter_requests
         own = shares[wanted.tenant]
-        lack = self._lack(wanted.bytes) - self.idle()
-        found = set()
+        lack = max(self._lack(wanted.bytes) - self.idle(), self._host.lack(wanted.bytes))
+        found: set[str] = set()
         used = [name for name, known in self._known.items() if known.is_resident and requests(name)]
-        for other in sorted(used, key=lambda name: (name not in self._yielding, -shares[self._known[name].tenant])):
-            known = self._known[other]
-            if lack > 0 and (
-                not own or known.tenant == wanted.tenant or shares[known.tenant] > own + 1 / wanted.weight
-            ):
-                found.add(other)
-                lack -= known.bytes
+        used.sort(key=lambda name: (name not in self._yielding, -shares[self._known[name].tenant]))
+        for has_some in (own > 0, False):
+            for other in used:
+                known = self._known[other]
+                has_more = known.tenant == wanted.tenant or shares[known.tenant] > own + 1 / wanted.weight
+                if lack > 0 and other not in found and (has_more or not has_some):
+                    found.add(other)
+                    lack -= known.bytes
         return found
 
     def _idle(self) -> list[str]:

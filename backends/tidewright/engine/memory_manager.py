@@ -159,8 +159,18 @@ class MemoryManager:
         else:
             self._grow("there is memory again")
 
+    def lack(self, size: int) -> int:
+        """Bytes that would be missing for so many of adapters after all that can be reclaimed was; 0: they can fit."""
+        tail = (self._pool.num_blocks - self.least_blocks) * self._fixed.block
+        return max(size - self._budget_free() - tail - self.adapters.idle(), 0)
+
     def make_room(self, size: int) -> bool:
-        """For so many bytes of adapters: whether they fit into the budget now, after what can be reclaimed was."""
+        """For so many bytes of adapters: whether they fit into the budget now, after what they lacked was reclaimed.
+
+        Nothing is, if that does not suffice.
+        """
+        if self.lack(size):
+            return False
         if (lack := size - self._budget_free()) > 0:
             self._reclaim(lack, "adapters need memory")
         return size <= self._budget_free()
