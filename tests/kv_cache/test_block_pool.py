@@ -93,11 +93,15 @@ def test_random_use_agrees_with_a_plain_count(size: int, operations: list[tuple[
         pool.check_integrity(range(pool.num_blocks))
 
 
-def test_a_pool_that_grows_gives_its_new_blocks_out_first_and_in_order() -> None:
-    pool = BlockPool(3)
-    assert pool.resize(5) == {}
-    assert (pool.num_blocks, pool.num_free) == (5, 5)
-    assert pool.allocate(5) == [3, 4, 0, 1, 2]
+def test_a_pool_that_grows_gives_its_new_blocks_out_after_the_unused_ones_and_before_what_is_cached() -> None:
+    """Those that were never used take no memory yet, and it is the highest used one that tells which those are."""
+    pool = BlockPool(4)
+    assert pool.allocate(2) == [0, 1]
+    assert pool.resize(3) == {}
+    assert pool.resize(6) == {}
+    assert (pool.num_blocks, pool.num_free) == (6, 4)
+    pool.free(0)
+    assert pool.allocate(5) == [2, 3, 4, 5, 0]
 
 
 def test_a_pool_that_shrinks_moves_what_is_used_at_its_end_into_what_is_free() -> None:

@@ -23,8 +23,8 @@ class BlockPool:
         self.num_blocks = num_blocks
         self._references = [0] * num_blocks
         self._free = FreeBlocks()
-        for block in reversed(range(num_blocks)):
-            self._free.add_empty(block)
+        for block in range(num_blocks):
+            self._free.add_empty(block, is_new=True)
 
     @property
     def num_free(self) -> int:
@@ -74,8 +74,9 @@ class BlockPool:
         """
         if num_blocks < max(self.num_used, 1):
             raise BlockPoolError(f"{self.num_used} blocks are in use, which do not fit into {num_blocks}")
-        for block in reversed(range(self.num_blocks, num_blocks)):  # they hold nothing: the lowest is used first
-            self._free.add_empty(block)
+        # Up to the highest that was ever used, blocks count as memory that is taken: so the lowest are used first.
+        for block in range(self.num_blocks, num_blocks):
+            self._free.add_empty(block, is_new=True)
         self._references += [0] * (num_blocks - self.num_blocks)
         gone = range(num_blocks, self.num_blocks)
         for block in gone:

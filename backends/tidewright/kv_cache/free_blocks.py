@@ -35,10 +35,10 @@ class FreeBlocks:
         yield from self._empty
         yield from self._cached
 
-    def add_empty(self, block: int) -> None:
-        """Of all, it is reused first."""
+    def add_empty(self, block: int, is_new: bool = False) -> None:
+        """Of all, it is reused first; if it is new, after the others that hold nothing."""
         self._empty[block] = None
-        self._empty.move_to_end(block, last=False)
+        self._empty.move_to_end(block, last=is_new)
 
     def add_cached(self, block: int, owner: str) -> None:
         """It holds something of this tenant."""
