@@ -17,13 +17,16 @@ import torch
 import transformers
 
 from helpers.engine_process import PATIENCE, Bridge, bridge, config, hear_failed, hear_ready, submit, tokens_of
+from helpers.scheduling import make
 from tidewright.distributed.placement import place
+from tidewright.engine.adapters import Adapters
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import (
     Abort,
     EngineConfig,
     Failed,
     Heartbeat,
+    LoadAdapter,
     Ready,
     SequenceOutput,
     Shutdown,
@@ -31,7 +34,7 @@ from tidewright.engine.messages import (
     Submit,
 )
 from tidewright.engine.process import EngineProcess
-from tidewright.sampling.grammar_compiler import Compiled
+from tidewright.sampling.grammar_compiler import Compiled, GrammarCompiler
 from tidewright.schema import SamplingParams
 
 
@@ -289,3 +292,31 @@ def test_the_grammar_of_a_refused_request_is_forgotten() -> None:
     assert started._take_messages()
     assert put == [refusal]
     assert forgotten == [7]
+
+
+@pytest.mark.parametrize(("adapter", "regex"), [("a", None), ("", "a")])
+def test_what_waits_for_an_adapter_or_a_grammar_counts_for_its_tenant_s_share_of_the_queue(
+    adapter: str, regex: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would leave no place for others, of all that the bridge lets in."""
+    put: list[SequenceOutput] = []
+    engine = Engine.__new__(Engine)
+    engine.scheduler, _ = make(max_running=2, max_waiting=8)
+    engine.runner = SimpleNamespace(guided=SimpleNamespace(forget=lambda _: None))  # type: ignore[assignment]
+    monkeypatch.setattr(Engine, "has_work", True)
+    monkeypatch.setattr(Engine, "submit", lambda *_: None)
+    monkeypatch.setattr("tidewright.sampling.grammar_compiler.start_vital_thread", lambda *_: None)  # it takes for ever
+    started = EngineProcess(SimpleNamespace())  # type: ignore[arg-type]
+    started._engine, started._outbox = engine, SimpleNamespace(put_outputs=put.extend)  # type: ignore[assignment]
+    host = SimpleNamespace(read_adapter=lambda *_: None, adapter_requests=lambda _: 0)
+    started._adapters = Adapters(host, 1, 100)  # type: ignore[arg-type]
+    started._adapters.load(LoadAdapter("a", "a"))
+    started._grammars = GrammarCompiler(lambda *_: None, lambda _: None, lambda _: None)
+    for number in range(10):
+        sampling = SamplingParams(tenant="flood", guided_regex=regex)
+        started._inbox.put(Submit(number, [1], sampling, adapter=adapter))
+    started._inbox.put(Submit(10, [1], SamplingParams(tenant="quiet")))
+    started._inbox.put(Submit(11, [1], SamplingParams(tenant="flood"), accepted_before=True))
+    assert started._take_messages()
+    assert [output.request_id for output in put] == [8, 9]  # it may have all of max_running, and 6 of 8
+    assert "share of the queue" in put[0].message

@@ -15,6 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -164,9 +165,18 @@ class Adapters:
         ready, self._ready = self._ready, []
         return ready
 
+    @property
+    def tenants(self) -> list[str]:
+        """Of the requests that wait here."""
+        return [request.sampling.tenant for waiting in self._waiting() for request in waiting]
+
+    def _waiting(self) -> Iterator[list[Submit]]:
+        yield self._ready
+        yield from (known.held for known in self._known.values())
+
     def drop(self, request_id: int) -> bool:
         """The request is no longer wanted; whether it waited here."""
-        for waiting in (self._ready, *(known.held for known in self._known.values())):
+        for waiting in self._waiting():
             for request in waiting:
                 if request.request_id == request_id:
                     waiting.remove(request)

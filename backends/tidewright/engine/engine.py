@@ -100,8 +100,7 @@ class Engine:
             predicted = self._admission.check(request, sequence)
             self.scheduler.add(sequence)
         except RequestRefusedError as error:
-            log.debug("request %d refused: %s", request.request_id, error, extra=event("request_refused"))
-            return SequenceOutput(request.request_id, [], error.reason, message=str(error))
+            return _refusal(request, error)
         except Exception as error:
             log.exception("request %d could not be taken", request.request_id)
             message = f"the engine can't take this request ({type(error).__name__}: {error})"
@@ -114,6 +113,14 @@ class Engine:
         self._timing.arrived(request.request_id, now)
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+        return None
+
+    def beyond_share(self, request: Submit, held: int, own: int) -> SequenceOutput | None:
+        """The output that ends a request which is to be held back, as `held` others are, `own` of them its tenant's."""
+        try:
+            self.scheduler.check_share(request.sampling.tenant, held, own)
+        except RequestRefusedError as error:
+            return _refusal(request, error)
         return None
 
     def abort(self, request_id: int) -> None:
@@ -324,6 +331,11 @@ class Engine:
             eos_ids=list(self.runner.eos_ids),
             embedding_size=self.runner.embedding_size,
         )
+
+
+def _refusal(request: Submit, error: RequestRefusedError) -> SequenceOutput:
+    log.debug("request %d refused: %s", request.request_id, error, extra=event("request_refused"))
+    return SequenceOutput(request.request_id, [], error.reason, message=str(error))
 
 
 def _attempt(compute: Callable[[], _T]) -> tuple[_T | None, str]:

@@ -74,14 +74,14 @@ def check_request(sequence: Sequence, config: SchedulerConfig, num_blocks: int) 
         )
 
 
-def check_share(sequence: Sequence, config: SchedulerConfig, requests: int, own: int) -> None:
-    """Raises RequestRefusedError: of all `requests`, its tenant has `own`, and too few places are left for others.
+def check_share(tenant: str, config: SchedulerConfig, requests: int, own: int) -> None:
+    """Raises RequestRefusedError: of all `requests`, the tenant has `own`, and too few places are left for others.
 
     The bound shrinks with the places that are left (dynamic thresholds, Choudhury and Hahne 1998): several floods leave
     some as well. Requests without a tenant may have the whole queue.
     """
     free = config.max_running + config.max_waiting - requests
-    if sequence.sampling.tenant and own - config.max_running >= QUEUE_SHARE * free:
+    if tenant and own - config.max_running >= QUEUE_SHARE * free:
         raise RequestRefusedError(
             f"{own} requests of this tenant run or wait already, which is its share of the queue; try again later",
             "overloaded",

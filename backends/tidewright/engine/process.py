@@ -146,7 +146,9 @@ class EngineProcess:
         refused = [refusal for request in self._adapters.take_ready() if (refusal := self._engine.submit(request))]
         message = self._next_message()
         while message is not None:
-            if isinstance(message, Submit) and message.sampling.guided:
+            if isinstance(message, Submit) and (refusal := self._beyond_share(message)):
+                refused.append(refusal)
+            elif isinstance(message, Submit) and message.sampling.guided:
                 self._grammars.put(message)  # and comes back as Compiled
             elif isinstance(message, Submit | Compiled):
                 refusal = self._submit(message)
@@ -172,6 +174,14 @@ class EngineProcess:
             self._engine.runner.guided.forget([output.request_id for output in refused])
             self._outbox.put_outputs(refused)
         return True
+
+    def _beyond_share(self, request: Submit) -> SequenceOutput | None:
+        """Those count as well that wait for a grammar or an adapter, of which the scheduler does not know yet."""
+        tenant = request.sampling.tenant
+        held = [*self._grammars.tenants, *self._adapters.tenants]
+        if not held or request.accepted_before:
+            return None
+        return self._engine.beyond_share(request, len(held), held.count(tenant))
 
     def _submit(self, message: Submit | Compiled) -> SequenceOutput | None:
         """The output that ends it at once, if it can't be taken."""

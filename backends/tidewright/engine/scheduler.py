@@ -84,7 +84,7 @@ class Scheduler:
         if len(self._by_id) >= self.config.max_running + self.config.max_waiting:
             raise RequestRefusedError(f"{len(self._by_id)} requests run or wait already; try again later", "overloaded")
         if not sequence.accepted_before:
-            check_share(sequence, self.config, len(self._by_id), self.waiting.requests(sequence.sampling.tenant))
+            self.check_share(sequence.sampling.tenant)
         check_request(sequence, self.config, self.cache.pool.num_blocks)
         if sequence.adapter:
             if self.adapters.digest(sequence.adapter) is None:
@@ -96,6 +96,10 @@ class Scheduler:
         self._arrivals += 1
         self._by_id[sequence.request_id] = sequence
         self.waiting.add(sequence)
+
+    def check_share(self, tenant: str, held: int = 0, own: int = 0) -> None:
+        """As limits.py's. `held`: requests that wait for something else before they come here, `own` the tenant's."""
+        check_share(tenant, self.config, len(self._by_id) + held, self.waiting.requests(tenant) + own)
 
     def abort(self, request_id: int) -> None:
         """Ends a request without output; unknown ids are ignored."""

@@ -7,7 +7,7 @@ enters the scheduler when its grammar is ready, as an input like any other: all 
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 from tidewright.engine.messages import SequenceOutput, Submit
@@ -26,7 +26,7 @@ class Compiled:
 
 
 class GrammarCompiler:
-    """`put`, `drop` and `take` are for one thread."""
+    """`put`, `drop`, `take` and `tenants` are for one thread."""
 
     def __init__(
         self,
@@ -40,25 +40,28 @@ class GrammarCompiler:
         """
         self._make, self._done, self._tell = make, done, tell
         self._requests: queue.SimpleQueue[Submit] = queue.SimpleQueue()
-        self._wanted: set[int] = set()
+        self._wanted: dict[int, str] = {}  # requests, and their tenants
         self._is_started = False
 
     def put(self, request: Submit) -> None:
         if not self._is_started:
             self._is_started = True
             start_vital_thread("grammars", self._loop, self._tell)
-        self._wanted.add(request.request_id)
+        self._wanted[request.request_id] = request.sampling.tenant
         self._requests.put(request)
 
     def drop(self, request_id: int) -> None:
         """The request is no longer wanted, if it is here."""
-        self._wanted.discard(request_id)
+        self._wanted.pop(request_id, None)
+
+    @property
+    def tenants(self) -> Collection[str]:
+        """Of the requests that wait here."""
+        return self._wanted.values()
 
     def take(self, compiled: Compiled) -> bool:
         """Whether a request that was `done` is still wanted."""
-        wanted = compiled.request.request_id in self._wanted
-        self._wanted.discard(compiled.request.request_id)
-        return wanted
+        return self._wanted.pop(compiled.request.request_id, None) is not None
 
     def _loop(self) -> None:
         while True:
