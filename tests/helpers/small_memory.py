@@ -25,7 +25,8 @@ class SmallMemory:
         """Limit it to so many bytes more than it has now; caches of files give way."""
         used = int(self._file("current", "usage_in_bytes").read_text())
         lines = (line.split() for line in (self.folder / "memory.stat").read_text().splitlines())
-        caches = int(dict(lines)["total_inactive_file" if self._is_v1 else "inactive_file"])
+        figures, prefix = dict(lines), "total_" if self._is_v1 else ""
+        caches = sum(int(figures[f"{prefix}{kind}_file"]) for kind in ("inactive", "active"))
         self._file("max", "limit_in_bytes").write_text(str(used - caches + size))
 
     @property

@@ -29,8 +29,17 @@ def tree(root: Path, mount: str, cgroup: str, files: dict[str, str]) -> Path:
     [
         ({}, 1000, 600),
         ({"memory.max": "max", "memory.current": "5"}, 1000, 600),
-        # Caches of files that nobody used lately are as good as free.
+        # Caches of files are as good as free, also of those that were used lately.
         ({"memory.max": "409600", "memory.current": "204800", "memory.stat": "anon 5\ninactive_file 51200"}, 400, 250),
+        (
+            {
+                "memory.max": "409600",
+                "memory.current": "409600",
+                "memory.stat": "inactive_anon 7\ninactive_file 51200\nactive_file 102400",
+            },
+            400,
+            150,
+        ),
         # Its own cgroup has room, the one above has less.
         (
             {
@@ -52,7 +61,7 @@ def test_version_1(tmp_path: Path) -> None:
     files = {
         "memory/pod/memory.limit_in_bytes": "409600",
         "memory/pod/memory.usage_in_bytes": "307200",
-        "memory/pod/memory.stat": "inactive_file 1\ntotal_inactive_file 10240",
+        "memory/pod/memory.stat": "inactive_file 1\ntotal_inactive_file 5120\ntotal_active_file 5120",
         "memory/memory.limit_in_bytes": "9223372036854771712",  # none
         "memory/memory.usage_in_bytes": "512000",
     }

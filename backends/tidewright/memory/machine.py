@@ -42,7 +42,9 @@ def _cgroup(folder: Path) -> MachineMemory | None:
     used = _number(folder / ("memory.current" if is_new else "memory.usage_in_bytes"))
     if limit is None or used is None:
         return None
-    caches = _figures(folder / "memory.stat").get("inactive_file" if is_new else "total_inactive_file", 0)
+    # The active ones as well, as in MemAvailable: of a model's files, read twice, most are, and they give way likewise.
+    figures, prefix = _figures(folder / "memory.stat"), "" if is_new else "total_"
+    caches = sum(figures.get(f"{prefix}{kind}_file", 0) for kind in ("inactive", "active"))
     return MachineMemory(limit, limit - used + caches)
 
 
