@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -363,6 +364,34 @@ def test_a_tenant_whose_one_is_small_gets_the_room_of_a_large_one_in_its_turn() 
         crowd.round()
     assert 10**6 in crowd.taken
     assert {2000, 2001} <= crowd.taken  # and those go on in theirs
+
+
+@pytest.mark.parametrize("of_one_tenant", [False, True])
+def test_one_that_needs_the_room_of_several_gets_it_though_they_are_never_idle_together(of_one_tenant: bool) -> None:
+    """One that has made room was taken again while the other still had requests, and so on for ever."""
+    crowd = Crowd(2, ["one", "two", "large"], {"large": 100})
+    for now in range(60):
+        if now % 6 == 0:
+            crowd.send(now, "one", "first", 4)
+        elif now % 6 == 3:
+            crowd.send(now, "two", "first" if of_one_tenant else "second", 4)
+        if now == 10:
+            crowd.send(10**6, "large", "third", 1)
+        crowd.round()
+    assert 10**6 in crowd.taken
+    assert {30, 33} <= crowd.taken  # and those go on in their turn
+
+
+def test_two_are_not_read_for_the_same_room() -> None:
+    """The one that came second found it taken, and had to begin behind all others."""
+    host = Host(budget=400)
+    for name in "ab":
+        assert host.load(name, size=60).loaded
+    host.adapters.evict(120)
+    host.shared, readings = 100, len(host.paths)
+    assert [host.hold(1, "a"), host.hold(2, "b")] == [True, True]
+    assert len(host.paths) == readings + 1
+    assert host.read(size=60)[1] == [1]
 
 
 def test_what_others_than_adapters_have_of_the_memory_makes_it_no_less_shared() -> None:

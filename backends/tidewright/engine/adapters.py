@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -250,48 +250,54 @@ class Adapters:
         known.bytes = sum(result.bytes for result in results)
         return ""
 
+    @property
+    def _coming(self) -> int:
+        """Bytes of those that are just read again: their room is not for others."""
+        return sum(known.bytes for known in self._known.values() if known.is_read)
+
     def _lack(self, size: int) -> int:
         """Bytes that are to be freed for so many; those that are just read again have their room already."""
-        coming = sum(known.bytes for known in self._known.values() if known.is_read)
-        return self.used() + coming + size - self._budget
+        return self.used() + self._coming + size - self._budget
 
     def _make_room(self, size: int) -> bool:
         """By evicting adapters that no request has; none, if that does not suffice."""
         lack = self._lack(size)
-        if lack > self.idle() or self._host.lack(size):
+        if lack > self.idle() or self._host.lack(self._coming + size):
             return False
         self.evict(lack)
-        return self._host.make_room(size)
+        return self._host.make_room(self._coming + size)
 
-    def _shares(self) -> defaultdict[str, float]:
-        """Adapters in memory by tenant, divided by its weight."""
+    def _shares(self, but: Collection[str] = ()) -> defaultdict[str, float]:
+        """Adapters in memory by tenant, `but` some, divided by its weight."""
         shares: defaultdict[str, float] = defaultdict(float)
-        for known in self._known.values():
-            if known.is_resident or known.is_read:
+        for name, known in self._known.items():
+            if (known.is_resident or known.is_read) and name not in but:
                 shares[known.tenant] += 1 / known.weight
         return shares
 
     def _next_lacking(self) -> str:
-        """The most urgent, then of the tenant that has least, then the first that came."""
-        shares = self._shares()
+        """The most urgent, then of the tenant that uses least, then of one with none in memory, then the first."""
+        in_use, shares = self._shares(but=self._idle()), self._shares()
 
-        def turn(name: str) -> tuple[int, float]:
+        def turn(name: str) -> tuple[int, float, bool]:
             known = self._known[name]
-            return min(request.sampling.priority for request in known.held), shares[known.tenant]
+            priority = min(request.sampling.priority for request in known.held)
+            return priority, in_use[known.tenant], shares[known.tenant] > 0
 
         return min(self._lacking, key=turn)
 
     def _makes_room_for(self, name: str) -> set[str]:
-        """Which of those that requests have: its tenant's own, or of tenants that have more than that would have then.
+        """The idle ones, its tenant's own that requests have, and those of tenants that use more than it would then.
 
         One that has none takes turns with all others, and so does one that will have given all that it has, and lacks
         more: adapters are counted, but differ in size. Once chosen, an adapter stays so.
         """
-        wanted, shares, requests = self._known[name], self._shares(), self._host.adapter_requests
+        # Those that are idle now stay so, or they would be in use again when others have made room.
+        found = set(self._idle())
+        wanted, shares = self._known[name], self._shares(but=found)
         own = shares[wanted.tenant]
-        lack = max(self._lack(wanted.bytes) - self.idle(), self._host.lack(wanted.bytes))
-        found: set[str] = set()
-        used = [name for name, known in self._known.items() if known.is_resident and requests(name)]
+        lack = max(self._lack(wanted.bytes) - self.idle(), self._host.lack(self._coming + wanted.bytes))
+        used = [name for name, known in self._known.items() if known.is_resident and name not in found]
         used.sort(key=lambda name: (name not in self._yielding, -shares[self._known[name].tenant]))
         for has_some in (own > 0, False):
             for other in used:
