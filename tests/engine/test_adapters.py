@@ -382,6 +382,25 @@ def test_one_that_needs_the_room_of_several_gets_it_though_they_are_never_idle_t
     assert {30, 33} <= crowd.taken  # and those go on in their turn
 
 
+def test_one_that_no_longer_fits_holds_up_nobody() -> None:
+    """What adapters share with the KV cache may be less than when it was loaded."""
+    host = Host(budget=200)
+    for name, size in {"large": 100, "a": 50, "b": 50}.items():
+        assert host.load(name, size=size).loaded
+    host.adapters.evict(150)
+    host.shared = 60
+    assert [host.hold(1, "large"), host.hold(2, "b")] == [True, False]
+    host.requests["b"] = 1
+    assert [host.hold(3, "a"), host.hold(4, "a")] == [True, True]
+    host.requests["b"] = 0
+    host.adapters.read_again()
+    assert host.read()[1] == [3, 4]
+    host.requests["a"] = 1
+    host.shared = 160
+    host.adapters.read_again()
+    assert host.read(size=100)[1] == [1]
+
+
 def test_two_are_not_read_for_the_same_room() -> None:
     """The one that came second found it taken, and had to begin behind all others."""
     host = Host(budget=400)

@@ -145,10 +145,14 @@ class Adapters:
     def read_again(self) -> None:
         """To be called now and then: those that found no room are read again, in turn, as far as there is some."""
         self._lacking = {name: None for name in self._lacking if self._known[name].held}
-        while self._lacking:
-            name = self._next_lacking()
+        too_large: set[str] = set()
+        while names := self._lacking.keys() - too_large:
+            name = self._next_lacking(names)
             known = self._known[name]
             if not known.is_resident and not self._make_room(known.bytes):
+                if not self._may_fit(known.bytes):
+                    too_large.add(name)  # until the others of the memory give some of it back
+                    continue
                 self._yielding = self._makes_room_for(name)
                 return
             del self._lacking[name]
@@ -275,7 +279,11 @@ class Adapters:
                 shares[known.tenant] += 1 / known.weight
         return shares
 
-    def _next_lacking(self) -> str:
+    def _may_fit(self, size: int) -> bool:
+        """If all adapters make room."""
+        return size <= self._budget and self._host.lack(size) <= self.used() - self.idle()
+
+    def _next_lacking(self, names: Collection[str]) -> str:
         """The most urgent, then of the tenant that uses least, then of one with none in memory, then the first."""
         in_use, shares = self._shares(but=self._idle()), self._shares()
 
@@ -284,7 +292,7 @@ class Adapters:
             priority = min(request.sampling.priority for request in known.held)
             return priority, in_use[known.tenant], shares[known.tenant] > 0
 
-        return min(self._lacking, key=turn)
+        return min((name for name in self._lacking if name in names), key=turn)
 
     def _makes_room_for(self, name: str) -> set[str]:
         """The idle ones, its tenant's own that requests have, and those of tenants that use more than it would then.
