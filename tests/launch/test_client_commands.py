@@ -12,11 +12,14 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 from tidewright.launch.cli import main
+from tidewright.launch.client import RequestFailedError, _Gateway
+from tidewright_client import InvalidRequest
 
 
 class Double(ThreadingHTTPServer):
@@ -169,6 +172,26 @@ def test_bytes_that_are_no_text_do_no_harm(double: Double) -> None:
     result = subprocess.run([*command, b"caf\xe9"], capture_output=True, check=False)
     assert (result.returncode, result.stdout) == (0, b"x\n")
     assert double.asked[0][1]["text_input"] == "caf?"
+
+
+def test_bytes_that_are_no_text_do_no_harm_before_a_gateway(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does what its client refuses before anything is sent."""
+    asked: list[Any] = []
+
+    def refuse(*words: Any, extra: Any) -> None:
+        asked.extend((*words, extra))
+        raise InvalidRequest("no such thing")
+
+    gateway = _Gateway("http://127.0.0.1:1", None, "m")
+    monkeypatch.setattr(gateway._client, "stream_complete", refuse)
+    monkeypatch.setattr(gateway._client, "stream_chat", refuse)
+    for deltas in (
+        gateway.complete("caf\udce9", {"stop": ["\udce9"]}),
+        gateway.chat([{"role": "user", "content": "caf\udce9"}], {}),
+    ):
+        with pytest.raises(RequestFailedError, match="no such thing"):
+            next(deltas)
+    assert asked == ["caf?", {"stop": ["?"]}, [{"role": "user", "content": "caf?"}], {}]
 
 
 def test_an_error_in_the_stream_ends_with_its_message(double: Double) -> None:

@@ -212,17 +212,19 @@ class _Gateway(_Server):
         self._client = GatewayClient(url, key=key or "", model=model, timeout=None, idle_timeout=_SILENCE)
 
     def chat(self, messages: Messages, sampling: Sampling) -> Deltas:
-        return self._deltas(self._client.stream_chat(messages, extra=sampling))
+        messages, sampling = _as_sent(messages), _as_sent(sampling)
+        return self._deltas(lambda: self._client.stream_chat(messages, extra=sampling))
 
     def complete(self, prompt: str, sampling: Sampling) -> Deltas:
-        return self._deltas(self._client.stream_complete(prompt, extra=sampling))
+        prompt, sampling = _as_sent(prompt), _as_sent(sampling)
+        return self._deltas(lambda: self._client.stream_complete(prompt, extra=sampling))
 
     def close(self) -> None:
         self._client.close()
 
-    def _deltas(self, stream: Stream) -> Deltas:
+    def _deltas(self, begin: Callable[[], Stream]) -> Deltas:
         try:
-            with stream:
+            with begin() as stream:
                 for event in stream:
                     if isinstance(event, Text):
                         yield Delta(event.text, None)
@@ -265,6 +267,11 @@ def _certificate_error(error: BaseException | None) -> ssl.SSLCertVerificationEr
 def _to_json(value: Any) -> bytes:
     """UTF-8, in which a byte of the command line that was none becomes a question mark."""
     return json.dumps(value, ensure_ascii=False).encode("utf-8", errors="replace")
+
+
+def _as_sent(value: Any) -> Any:
+    """For the gateway's client, which refuses what is no text."""
+    return json.loads(_to_json(value))
 
 
 def _events(chunks: Iterable[bytes]) -> Iterator[dict[str, Any]]:

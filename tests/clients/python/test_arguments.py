@@ -16,6 +16,7 @@ from tidewright_client.triton import AsyncTritonClient, TritonClient
 
 CHAT = [{"role": "user", "content": "Hi"}]
 NOBODY = "http://127.0.0.1:1"
+CUT = "a\ud83d"  # half of an emoji, as Java and JavaScript cut one
 
 
 @pytest.mark.parametrize("make", [Client, AsyncClient])
@@ -96,6 +97,35 @@ def test_numbers_that_json_has_not(value: float, options: Callable[[float], Any]
 def test_numbers_that_json_has_not_to_triton() -> None:
     with TritonClient("127.0.0.1:1") as client, pytest.raises(InvalidRequest, match=r"^temperature is nan"):
         client.stream("x", temperature=math.nan)
+
+
+@pytest.mark.parametrize(
+    ("options", "path"),
+    [
+        ({}, "prompt"),
+        ({"stop": ["a", CUT]}, "stop[1]"),
+        ({"extra": {"metadata": {CUT: 1}}}, "metadata"),
+        ({"extra": {CUT: 1}}, "the name of a field"),
+        ({"model": CUT}, "model"),
+    ],
+)
+def test_half_a_character_is_refused_before_it_is_sent(options: dict[str, Any], path: str) -> None:
+    """As "?" it would be another text; and in a session it would break the connection of all generations."""
+    prompt = "x" if options else CUT
+    with Client(NOBODY, model="m") as client, client.session() as session:
+        for call in (client.complete, client.stream_complete, session.stream_complete):
+            with pytest.raises(InvalidRequest, match="is not valid Unicode") as caught:
+                call(prompt, **options)
+            assert caught.value.message.startswith(f"{path} ")
+        assert not session._core.live
+
+
+def test_half_a_character_to_triton() -> None:
+    with TritonClient("127.0.0.1:1") as client:
+        for options in ({"model": CUT}, {"request_id": CUT}, {"traceparent": CUT}, {"cache_salt": CUT}):
+            with pytest.raises(InvalidRequest, match="is not valid Unicode") as caught:
+                client.stream("x", **options)
+            assert caught.value.param == next(iter(options))
 
 
 def test_values_that_json_has_not() -> None:

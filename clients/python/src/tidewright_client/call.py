@@ -73,7 +73,7 @@ class Call:
         if body is not None:
             if (timeout := self.deadline.of_server()) is not None:
                 body = {"timeout": timeout, **body}
-            content = json.dumps(body, ensure_ascii=False).encode("utf-8", errors="replace")
+            content = json.dumps(body, ensure_ascii=False).encode()
         reading = self.deadline.at_most(self.patience)
         timeouts = {
             "connect": self.deadline.at_most(CONNECT_TIMEOUT),

@@ -46,25 +46,44 @@ def timeout_of_call(value: object, none: str = "None for no end") -> None:
 
 
 def json_values(fields: Mapping[str, Any]) -> None:
-    """JSON has them all. Raises InvalidRequest for what is no number, TypeError for what is no value of JSON."""
+    """JSON has them all.
+
+    Raises:
+        InvalidRequest: a float is no number, or a text no Unicode.
+        TypeError: a value of another kind.
+    """
     try:
         for name, value in fields.items():
+            unicode("extra", "the name of a field", str(name))
             _json_value(name, name, value)
     except RecursionError:
         raise InvalidRequest("the request is nested too deeply, or holds itself") from None
 
 
 def _json_value(field: str, path: str, value: Any) -> None:
-    if isinstance(value, str | int | None):  # most of them
+    if isinstance(value, str):
+        unicode(field, path, value)
+    elif isinstance(value, int | None):
         return
-    if isinstance(value, float):
+    elif isinstance(value, float):
         if not math.isfinite(value):
             raise InvalidRequest(f"{path} is {value}, which is no number that JSON has", param=field)
     elif isinstance(value, dict):
         for name, inner in value.items():
+            unicode(field, path, str(name))
             _json_value(field, f"{path}.{name}", inner)
     elif isinstance(value, list | tuple):
         for position, inner in enumerate(value):
             _json_value(field, f"{path}[{position}]", inner)
     else:
         raise TypeError(f"{path} must be a value that JSON has, not {type(value).__name__}")
+
+
+def unicode(field: str, path: str, text: str) -> None:
+    """Raises InvalidRequest: it has half of a surrogate pair, as a cut of UTF-16 leaves it, which can't be sent."""
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(f"{path} is not valid Unicode: {error}", param=field) from None

@@ -129,6 +129,8 @@ def order_of(
     number = sampling.get("n")
     if number is not None and (not isinstance(number, int) or not 1 <= number <= wire.MAX_OUTPUTS):
         raise InvalidRequest(f"n must be 1 to {wire.MAX_OUTPUTS}", param="n")
+    for name, text in (("model", model), ("request_id", request_id), ("traceparent", traceparent)):
+        checks.unicode(name, name, text or "")
     try:
         checks.json_values(sampling)
     except TypeError as error:
