@@ -82,7 +82,7 @@ class AsyncSession:
 
     async def _began(self) -> None:
         await self._notify()
-        await self._send()
+        await self._flush()
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -94,8 +94,13 @@ class AsyncSession:
             self._outbox += [(self._connection, message) for message in messages if message]
 
     async def _send(self, *messages: str | None) -> None:
-        """If the connection breaks, the core knows what the next one needs."""
+        """In a task of its own: a caller that is cancelled must not lose what it sends, which may be others' too."""
         self._post(*messages)
+        if self._outbox:
+            await asyncio.shield(self._soon(self._flush()))
+
+    async def _flush(self) -> None:
+        """If the connection breaks, the core knows what the next one needs."""
         async with self._is_sending:
             while self._outbox:
                 connection, message = self._outbox.popleft()
@@ -108,13 +113,14 @@ class AsyncSession:
             while not state.events and not state.is_over and not state.deadline.is_over:
                 with anyio.move_on_after(state.deadline.at_most(None)):
                     await self._changed.wait()
-        message, event = None, None
+        event = None
         if state.events:
             event = state.take()
-            message = state.grant()
+            self._post(state.grant())
         elif not state.is_over:
-            message = self._core.late(state)
-        await self._send(message)
+            self._post(self._core.late(state))
+        if self._outbox:  # it is not waited for: a caller that is cancelled meanwhile would lose the event
+            self._soon(self._flush())
         if event is None and state.error:
             raise state.error
         return event
@@ -175,10 +181,11 @@ class AsyncSession:
             return
         self._soon(self._cancel(state))
 
-    def _soon(self, work: Coroutine[Any, Any, None]) -> None:
+    def _soon(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
 
 class AsyncGeneration(AsyncIterator[Event]):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import ssl
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,9 @@ class Session:
         self._changed = threading.Condition()
         """Guards the core; notified whenever a generation may have something."""
         self._connection: ClientConnection | None = None
+        self._outbox: deque[tuple[ClientConnection, str]] = deque()
+        """In their order, whichever thread sends them: a cancel must not come before what it cancels."""
+        self._is_sending = threading.Lock()
         self._is_closed = False
         self._thread = threading.Thread(target=self._run, name="tidewright-session", daemon=True)
         self._thread.start()
@@ -56,10 +60,10 @@ class Session:
     def close(self) -> None:
         """Cancels what runs."""
         with self._changed:
-            messages = [self._core.cancel(one) for one in list(self._core.live.values())]
-        self._send(*messages)
-        with self._changed:
             self._is_closed = True
+            self._post(*[self._core.cancel(one) for one in list(self._core.live.values())])
+        self._send()
+        with self._changed:
             self._core.give_up(ConnectionFailed("the session was closed"))
             connection = self._connection
             self._changed.notify_all()
@@ -79,40 +83,47 @@ class Session:
             if self._is_closed:
                 raise InvalidRequest("the session is closed")
             state = self._core.begin(request, credits)
-            message = state.generate() if self._core.is_open else None
+            if self._core.is_open:
+                self._post(state.generate())
             self._changed.notify_all()
-        self._send(message)
+        self._send()
         return Generation(self, state)
 
-    def _send(self, *messages: str | None) -> None:
+    def _post(self, *messages: str | None) -> None:
+        """With the lock held. To the connection that there is now: what the next one needs is said anew."""
+        if self._connection:
+            self._outbox += [(self._connection, message) for message in messages if message]
+
+    def _send(self) -> None:
         """If the connection breaks, the core knows what the next one needs."""
-        connection = self._connection
-        if connection:
-            with contextlib.suppress(*FAILURES):
-                for message in messages:
-                    if message:
-                        connection.send(message)
+        if not self._outbox:
+            return
+        with self._is_sending:
+            while self._outbox:
+                connection, message = self._outbox.popleft()
+                with contextlib.suppress(*FAILURES):
+                    connection.send(message)
 
     def _next(self, state: GenerationState) -> Event | None:
         """None at the end. Raises TidewrightError."""
         with self._changed:
             while not state.events and not state.is_over and not state.deadline.is_over:
                 self._changed.wait(state.deadline.at_most(None))
-            message, event = None, None
+            event = None
             if state.events:
                 event = state.take()
-                message = state.grant()
+                self._post(state.grant())
             elif not state.is_over:
-                message = self._core.late(state)
-        self._send(message)
+                self._post(self._core.late(state))
+        self._send()
         if event is None and state.error:
             raise state.error
         return event
 
     def _cancel(self, state: GenerationState) -> None:
         with self._changed:
-            message = self._core.cancel(state)
-        self._send(message)
+            self._post(self._core.cancel(state))
+        self._send()
 
     def _run(self) -> None:
         wait: float | None = None
@@ -158,9 +169,9 @@ class Session:
                         return None
                 for text in connection:
                     with self._changed:
-                        messages = core.receive(text)
+                        self._post(*core.receive(text))
                         self._changed.notify_all()
-                    self._send(*messages)
+                    self._send()
         except TidewrightError as error:
             return error
         except Exception as error:  # whatever it is, nobody may wait for ever
