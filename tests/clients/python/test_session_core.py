@@ -108,7 +108,9 @@ def test_a_late_credit_or_cancel_does_no_harm() -> None:
 
 
 def test_a_message_that_can_not_be_read_ends_what_runs() -> None:
-    for message in ("{", "[]", '{"type": "done", "id": "1"}', '{"type": "token", "id": "1"}', '{"type": "opened"}'):
+    token = '{"type": "token", "id": "1", "seq": 1e999, "text": "", "token_ids": []}'  # beyond all numbers
+    messages = ("{", "[]", '{"type": "done", "id": "1"}', '{"type": "token", "id": "1"}', '{"type": "opened"}', token)
+    for message in messages:
         one = session()
         generation = one.begin(Request("complete", "", {"prompt": "x"}), 1)
         with pytest.raises(UnexpectedAnswer) as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,14 +90,21 @@ class Answer:
         return made
 
 
+CALL_SIZE = 64
+"""Bytes that a tool call counts for beside its texts, so that empty ones are bounded as well."""
+
+
 class Accumulator:
     """Adds events up to an Answer."""
 
     def __init__(self, request_id: str | None = None) -> None:
         self.request_id = request_id
         self.is_finished = False
-        self._texts: list[str] = []
-        self._calls: dict[int, tuple[str, str, list[str]]] = {}
+        self.size = 0
+        """Bytes of text and tool calls."""
+        # Not lists: a part of a few characters would take many times its size.
+        self._text = io.StringIO()
+        self._calls: dict[int, tuple[str, str, io.StringIO]] = {}
         self._finish: Finish | None = None
         self._usage: Usage | None = None
         self._served_by: str | None = None
@@ -121,17 +129,20 @@ class Accumulator:
 
     @property
     def is_begun(self) -> bool:
-        return bool(self._texts or self._calls or self._finish or self._usage)
+        return bool(self.size or self._finish or self._usage)
 
     def served_by(self, name: str | None) -> None:
         self._served_by = name or self._served_by
 
     def add(self, event: Event) -> None:
         if isinstance(event, Text):
-            self._texts.append(event.text)
+            self._text.write(event.text)
+            self.size += _size(event.text)
         elif isinstance(event, ToolCall):
-            id, name, arguments = self._calls.get(event.index, ("", "", []))
-            arguments.append(event.arguments)
+            self.size += _size(event.id + event.name + event.arguments)
+            self.size += 0 if event.index in self._calls else CALL_SIZE
+            id, name, arguments = self._calls.get(event.index, ("", "", io.StringIO()))
+            arguments.write(event.arguments)
             self._calls[event.index] = id or event.id, name or event.name, arguments
         elif isinstance(event, Finish):
             self._finish = event
@@ -142,9 +153,9 @@ class Accumulator:
     def answer(self) -> Answer:
         """So far."""
         return Answer(
-            text="".join(self._texts),
+            text=self._text.getvalue(),
             tool_calls=tuple(
-                ToolCall(index, id, name, "".join(arguments))
+                ToolCall(index, id, name, arguments.getvalue())
                 for index, (id, name, arguments) in sorted(self._calls.items())
             ),
             finish_reason=self._finish.reason if self._finish else None,
@@ -204,8 +215,12 @@ def _usage(told: dict[str, Any]) -> Usage | None:
     try:
         prompt, completion = int(usage["prompt_tokens"]), int(usage.get("completion_tokens", 0))
         return Usage(prompt, completion, int(usage.get("total_tokens", prompt + completion)))
-    except (TypeError, KeyError, ValueError, AttributeError):
+    except (TypeError, KeyError, ValueError, OverflowError, AttributeError):
         raise ShapeError("usage has no token counts") from None
+
+
+def _size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
 def _text(told: dict[str, Any], name: str) -> str | None:

@@ -11,7 +11,6 @@ import json
 import random
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import httpx
@@ -154,6 +153,11 @@ class Call:
         """The error of a call whose time is over while bytes still come."""
         return self._timed_out() if self.deadline.is_over else None
 
+    def too_long(self, size: int) -> UnexpectedAnswer | None:
+        """The error of an answer of so many bytes."""
+        most = self.settings.max_answer_bytes
+        return explain.too_long(self.settings, most) if size > most else None
+
     def first_token(self) -> None:
         tell(self.settings.hooks.on_first_token, self.info)
 
@@ -168,31 +172,18 @@ class Call:
             tell(self.settings.hooks.on_end, self.info, answer, error)
 
 
-@dataclass
-class _Bytes:
-    """Counts those of an answer."""
-
-    call: Call
-    size: int = 0
-
-    def count(self, chunk: bytes) -> UnexpectedAnswer | None:
-        self.size += len(chunk)
-        if self.size <= (most := self.call.settings.max_answer_bytes):
-            return None
-        return explain.too_long(self.call.settings, most)
-
-
 class Whole:
     """An answer that is not streamed."""
 
     def __init__(self, call: Call, request_id: str | None) -> None:
         self._call, self._request_id = call, request_id
-        self._bytes = _Bytes(call)
+        self._size = 0
         self._chunks: list[bytes] = []
 
     def feed(self, chunk: bytes) -> None:
         """Raises UnexpectedAnswer, TimedOut."""
-        if error := self._bytes.count(chunk) or self._call.late():
+        self._size += len(chunk)
+        if error := self._call.too_long(self._size) or self._call.late():
             raise self._call.end(error)
         self._chunks.append(chunk)
 
@@ -241,7 +232,7 @@ class Reader:
 
     def __init__(self, call: Call, request_id: str | None) -> None:
         self._call, self._request_id = call, request_id
-        self._parser, self._bytes = sse.Parser(), _Bytes(call)
+        self._parser = sse.Parser()
         self._sum = Accumulator(request_id)
         self._has_begun = False
         self.is_done = False
@@ -255,15 +246,12 @@ class Reader:
         if not chunk or self.is_done or self.error:
             return events
         try:
-            if (error := self._bytes.count(chunk)) is None:
-                for data in self._parser.feed(chunk):
-                    if data == "[DONE]":
-                        self.is_done = True
-                        break
-                    if data:
-                        events += self._events_of(data)
-            else:
-                self._fail(error)
+            for data in self._parser.feed(chunk):
+                if data == "[DONE]":
+                    self.is_done = True
+                    break
+                if data:
+                    events += self._events_of(data)
         except sse.TooLongError as error:
             self._fail(explain.unexpected(self._call.settings, f"sent no event stream that can be read: {error}"))
         except (ValueError, RecursionError) as error:
@@ -281,7 +269,10 @@ class Reader:
         told = json.loads(data)
         if error := explain.error_in(told):
             raise explain.of_event(self._call.settings, error, self._request_id)
-        return self._sum.chunk(told)
+        events = self._sum.chunk(told)
+        if too_long := self._call.too_long(self._sum.size):
+            raise too_long
+        return events
 
     def _fail(self, error: TidewrightError) -> None:
         error.partial = self.answer()

@@ -47,6 +47,7 @@ class Client:
             model: Of calls that name none.
             timeout: Seconds of a call, retries included; None for no end.
             idle_timeout: Seconds without a byte after which a stream is given up.
+            max_answer_bytes: Of a whole answer's JSON; of a stream, its text and tool calls.
             tls: Default: the machine's certificates.
 
         Raises:

@@ -54,7 +54,7 @@ class GenerationState:
         self.events: deque[tuple[Event, int]] = deque()
         """With the number of tokens that each is worth."""
         self.untaken = self.ungranted = 0  # tokens: that wait in `events`, and that were taken since the last grant
-        self._request, self._settings, self._size = request, settings, 0
+        self._request, self._settings = request, settings
         timeout = settings.timeout if isinstance(request.timeout, type(...)) else request.timeout
         self.deadline = Deadline(timeout, time.monotonic)
         self._info = CallInfo(request.operation, settings.url, request.model, True)
@@ -101,13 +101,12 @@ class GenerationState:
         if seq <= self.received:
             return
         self.received = seq
-        self._size += len(text)
-        if self._size > (most := self._settings.max_answer_bytes):
-            raise explain.too_long(self._settings, most)
         if text:
             self.add(Text(text), tokens)
         else:
             self.ungranted += tokens
+        if self.sum.size > (most := self._settings.max_answer_bytes):
+            raise explain.too_long(self._settings, most)
 
     def done(self, told: dict[str, Any]) -> None:
         """Raises KeyError, TypeError."""
@@ -205,7 +204,7 @@ class SessionCore:
         try:
             told = json.loads(text)
             return self._receive(told, str(told["type"]))
-        except (ValueError, RecursionError, KeyError, TypeError) as error:
+        except (ValueError, OverflowError, RecursionError, KeyError, TypeError, AttributeError) as error:
             raise explain.unexpected(self.settings, f"sent a message that can't be read ({error!r})") from None
 
     def _receive(self, told: dict[str, Any], type: str) -> list[str]:
