@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tidewright_client import AsyncClient, Client, InvalidRequest
+from tidewright_client.sessions.core import SessionCore
 from tidewright_client.triton import AsyncTritonClient, TritonClient
 
 CHAT = [{"role": "user", "content": "Hi"}]
@@ -146,6 +147,34 @@ def test_an_address_with_a_path_of_the_api(path: str) -> None:
     for make in (Client, AsyncClient):
         with pytest.raises(InvalidRequest, match="give the gateway's URL, without a path"):
             make(f"http://127.0.0.1:8080{path}")
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        (f"http://{'a' * 64}:8080", "label too long"),
+        ("http://a..b", "label"),
+        ("http://a\tb", "non-printable"),
+        ("http://a\u2026b", "IDNA"),
+    ],
+)
+def test_a_host_whose_name_can_not_be_one(url: str, why: str) -> None:
+    for make in (Client, AsyncClient):
+        with pytest.raises(InvalidRequest, match="is no address of a gateway") as caught:
+            make(url)
+        assert why in caught.value.message
+
+
+@pytest.mark.parametrize("url", ["ftp://me:secret@h", "me:secret@h", "http://me:secret@h:a", "http://me:secret@[::1"])
+def test_a_password_in_a_wrong_address_is_not_shown(url: str) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        Client(url)
+    assert "secret" not in caught.value.message
+
+
+def test_a_scheme_in_capitals() -> None:
+    core = SessionCore(Client("HTTP://http-host:8080")._settings)
+    assert (core.settings.url, core.address) == ("http://http-host:8080", "ws://http-host:8080/v1/stream")
 
 
 def test_a_closed_client_says_so() -> None:

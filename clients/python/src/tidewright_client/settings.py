@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
+import httpx
+
 from tidewright_client import checks
 from tidewright_client.errors import InvalidRequest
 from tidewright_client.hooks import Hooks
@@ -95,8 +97,17 @@ def _base(url: str) -> str:
             fault = "it must end with its path"
         elif any(parts.path.endswith(path) for path in _PATHS):
             fault = "give the gateway's URL, without a path of its API: the client adds it"
-    except ValueError as error:
+        else:
+            httpx.URL(base).raw_host.decode().encode("idna")  # as it is to be resolved
+    except (ValueError, httpx.InvalidURL) as error:
         fault = str(error)
     if fault:
-        raise InvalidRequest(f"{url!r} is no address of a gateway, such as {DEFAULT_URL}: {fault}")
-    return base
+        raise InvalidRequest(f"{_shown(url)!r} is no address of a gateway, such as {DEFAULT_URL}: {fault}")
+    scheme, _, rest = base.partition(":")
+    return f"{scheme.lower()}:{rest}"
+
+
+def _shown(url: str) -> str:
+    """Without what may be a password in it."""
+    _, at, rest = url.rpartition("@")
+    return f"...@{rest}" if at else url
