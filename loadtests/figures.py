@@ -98,7 +98,7 @@ def steps(samples: Sequence[Sample], options: Options, began: float, seconds: fl
     parts: dict[int, list[Sample]] = {users: [] for users in at_users}
     for one in samples:
         users = users_at(options.shape, one.at + one.last - began, options.duration, options.users)
-        if users:
+        if users in parts:  # not that of a step that had just begun
             parts[users].append(one)
     return [{"users": users, **summary(part, at_users[users] * width)} for users, part in sorted(parts.items())]
 

@@ -133,6 +133,17 @@ def test_steps_know_how_long_there_were_so_many() -> None:
     assert [step["requests_per_second"] for step in early] == pytest.approx([1.0, 1.0])
 
 
+@pytest.mark.parametrize("shape", ["ramp", "burst", "spike"])
+def test_a_test_may_end_at_any_moment(shape: str) -> None:
+    """Also just after more users came: the report of a test that was stopped must not be lost."""
+    options = Options(shape=shape, users=8, duration=240.0)
+    for moment in range(2, 240, 2):
+        end = moment + 0.001
+        samples = [sample(0.0, last=at) for at in (1.0, end)]
+        found = figures.steps(samples, options, BEGAN, end)
+        assert 1 <= sum(one["requests"] for one in found) <= 2, moment
+
+
 def test_growth_is_numpys_regression_after_the_warm_up() -> None:
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.01, 600)
