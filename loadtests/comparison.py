@@ -11,8 +11,8 @@ from loadtests import report as reports
 from loadtests.figures import PERCENTILES
 
 NOISE = 1.1  # a ratio within it is neither better nor worse
-SAME = ("mix", "scale", "shape", "users", "duration", "seed", "protocols", "think", "max_prompt", "max_answer")
-"""Options that two tests must share to be compared."""
+OF_A_PLACE = {"url", "grpc", "samples", "silence", "give_up"}
+"""Options that two tests need not share to be compared."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,11 @@ class Row:
     @property
     def better(self) -> bool | None:
         """None where it is neither."""
-        if self.ratio is None or self.lower_is_better is None or 1 / NOISE < self.ratio < NOISE:
+        if self.lower_is_better is None or self.old is None or self.new is None or self.old == self.new:
             return None
-        return (self.ratio < 1) == self.lower_is_better
+        if self.ratio is not None and 1 / NOISE < self.ratio < NOISE:
+            return None
+        return (self.new < self.old) == self.lower_is_better
 
 
 def rows(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Row]:
@@ -55,7 +57,8 @@ def rows(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Row]:
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Why the two can't be compared as they are."""
-    pairs = ((name, old["options"].get(name), new["options"].get(name)) for name in SAME)
+    names = sorted((old["options"].keys() | new["options"].keys()) - OF_A_PLACE)
+    pairs = ((name, old["options"].get(name), new["options"].get(name)) for name in names)
     found = [
         f"not the same test: {name} was {before}, and is {after}" for name, before, after in pairs if before != after
     ]

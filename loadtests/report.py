@@ -64,7 +64,7 @@ def read(path: Path) -> dict[str, Any]:
         raise ReportError(f"{path}: {error.strerror}") from None
     except ValueError as error:
         raise ReportError(f"{path} is no JSON: {error}") from None
-    if not isinstance(found, dict) or not {"version", "summary", "cdf_ms", "groups"} <= found.keys():
+    if not isinstance(found, dict) or not {"version", "summary", "cdf_ms", "groups", "knee", "options"} <= found.keys():
         raise ReportError(f"{path} is no report of a load test")
     if found["version"] != VERSION:
         raise ReportError(f"{path} has version {found['version']}, not {VERSION}: make it again with this version")

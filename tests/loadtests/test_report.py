@@ -101,6 +101,33 @@ def test_a_comparison_says_what_is_better() -> None:
     assert len(comparison.differences(old, other)) == 2
 
 
+@pytest.mark.parametrize("option", ["fixed", "model", "requests", "cancel_share", "keys", "users"])
+def test_a_comparison_of_different_tests_says_so(option: str) -> None:
+    old = made()
+    new = {**old, "options": {**old["options"], option: "another"}}
+    (line,) = comparison.differences(old, new)
+    assert line.startswith(f"not the same test: {option} was ")
+    elsewhere = {**old["options"], "url": "http://there", "grpc": "there:1"}
+    assert comparison.differences(old, {**old, "options": elsewhere}) == []
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lower_is_better", "better"),
+    [
+        (0, 1000, True, False),
+        (1000, 0, True, True),
+        (0, 0, True, None),
+        (0.0, 5.0, False, True),
+        (5.0, 0.0, False, False),
+        (1.0, 1.05, True, None),
+        (None, 1.0, True, None),
+        (0, 1000, None, None),
+    ],
+)
+def test_what_was_none_can_be_worse(old: float, new: float, lower_is_better: bool | None, better: bool | None) -> None:
+    assert comparison.Row("failed", old, new, lower_is_better).better is better
+
+
 def test_the_compare_command_prints_and_writes(tmp_path: Path) -> None:
     files = [tmp_path / "old", tmp_path / "new"]
     for folder, slowness in zip(files, (1.0, 2.0), strict=True):
@@ -122,7 +149,8 @@ def test_the_compare_command_prints_and_writes(tmp_path: Path) -> None:
         ("{", "is no JSON"),
         ("[1]", "is no report"),
         ('{"version": 1}', "is no report"),
-        ('{"version": 99, "summary": {}, "cdf_ms": {}, "groups": {}}', "has version 99"),
+        ('{"version": 1, "summary": {}, "cdf_ms": {}, "groups": {}}', "is no report"),
+        ('{"version": 99, "summary": {}, "cdf_ms": {}, "groups": {}, "knee": {}, "options": {}}', "has version 99"),
     ],
 )
 def test_what_is_no_report_is_one_line(tmp_path: Path, content: str | None, why: str) -> None:
