@@ -27,6 +27,8 @@ def main() -> None:
     # A shell starts what runs in the background with SIGINT ignored, and so would be locust.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup leaves
+        signal.signal(signal.SIGHUP, _terminate)  # else what was started would outlive its terminal
 
 
 def _terminate(*_: object) -> None:
@@ -54,7 +56,7 @@ def lengths_of(text: str) -> tuple[int, int]:
     Raises:
         click.BadParameter: it is not written so.
     """
-    parts = [int(part) for part in text.split(":") if part.isdecimal()]
+    parts = [int(part) if part.isdecimal() and len(part) < 9 else 0 for part in text.split(":")]
     if len(parts) != 2 or not all(1 <= part <= 1 << 20 for part in parts):
         raise click.BadParameter(f"{text!r} must be like 128:64, tokens in and out")
     return parts[0], parts[1]
@@ -241,6 +243,8 @@ def soak(minutes: float, users: int, scale: float, pause: float, threads: int, s
     for row in report["verdict"]:
         word = {True: "met   ", False: "MISSED", None: "-     "}[row["met"]]
         click.echo(f"{word} {row['promise']}: {row['measured']} ({row['target']})")
+    if report["stopped"]:
+        raise click.ClickException(report["stopped"])
     if broken:
         raise click.ClickException(f"{len(broken)} of {len(report['verdict'])} promises were broken")
 

@@ -64,6 +64,28 @@ class Result:
     status: int
     words: str
     """What locust said."""
+    ran: float = 0.0
+    """Seconds from locust's start to its end."""
+
+    def stopped(self, options: Options) -> str:
+        """Why the test ended early; empty if it did not, or if the user wanted so."""
+        if found := [line for line in self.words.splitlines() if line.startswith("Stopped: ")]:
+            return found[-1]
+        is_whole = self.ran >= options.duration or 0 < options.requests <= len(self.samples)
+        if self.interrupted or is_whole:
+            return ""
+        last = last_lines(self.words, 1)
+        return (
+            f"Stopped: locust ended by itself after {self.ran:.0f} of {options.duration:.0f} s, with the status "
+            f"{self.status}{f': {last}' if last else ''}"
+        )
+
+
+def command(options: Options, fleet: Fleet) -> list[str]:
+    return [
+        *(sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"),
+        *("--loglevel=WARNING", f"--stop-timeout={DRAIN}", f"--host={options.url}", *fleet.arguments()),
+    ]
 
 
 class Run:
@@ -74,11 +96,9 @@ class Run:
         Path(self.options.samples).write_bytes(b"")
         self._file = Path(self.options.samples).open("rb")  # noqa: SIM115 - as long as the run
         self._words = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, "-m", "locust", "-f", str(LOCUSTFILE), "--headless", "--only-summary"]
-        command += ["--loglevel=WARNING", f"--stop-timeout={DRAIN}", f"--host={options.url}", *fleet.arguments()]
-        self.began = time.time()
+        self.began, self._started = time.time(), time.monotonic()
         self.process = subprocess.Popen(
-            command,
+            command(options, fleet),
             env=self.options.environment(),
             stdout=subprocess.DEVNULL,
             stderr=self._words,
@@ -103,13 +123,19 @@ class Run:
         self.interrupted = True
         Path(self.options.samples).with_suffix(STOP).touch()
 
-    def result(self) -> Result:
-        try:
-            self.process.wait(DRAIN + GRACE)
-        except subprocess.TimeoutExpired:
+    def end(self) -> None:
+        """At once, if it still runs: it would go on without us."""
+        if self.process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
+
+    def result(self) -> Result:
+        ran = time.monotonic() - self._started
+        try:
+            self.process.wait(DRAIN + GRACE)
+        except subprocess.TimeoutExpired:
+            self.end()
         self.poll()
         self._file.close()
         self._words.seek(0)
@@ -117,7 +143,7 @@ class Run:
         self._words.close()
         began = min((one.at for one in self.samples), default=self.began)
         ended = max((one.at + one.last for one in self.samples), default=began)
-        return Result(self.samples, began, ended, self.interrupted, self.process.returncode, words)
+        return Result(self.samples, began, ended, self.interrupted, self.process.returncode, words, ran)
 
 
 def run(options: Options, fleet: Fleet, folder: Path, lines: Iterator[str] | None = None) -> Result:
@@ -127,6 +153,16 @@ def run(options: Options, fleet: Fleet, folder: Path, lines: Iterator[str] | Non
         LoadError: no request was made.
     """
     one = Run(options, fleet, folder)
+    try:
+        result = _watched(one)
+    finally:
+        one.end()
+    if not result.samples and not result.interrupted:
+        raise LoadError(f"locust made no request (status {result.status}):\n{last_lines(result.words)}")
+    return result
+
+
+def _watched(one: Run) -> Result:
     due = time.monotonic() + PROGRESS_EVERY
     while True:
         try:
@@ -139,10 +175,7 @@ def run(options: Options, fleet: Fleet, folder: Path, lines: Iterator[str] | Non
         except KeyboardInterrupt:
             print("Stopping: running requests end first; Ctrl-C again does not wait for them.", file=sys.stderr)
             one.interrupt()
-    result = one.result()
-    if not result.samples and not result.interrupted:
-        raise LoadError(f"locust made no request (status {result.status}):\n{last_lines(result.words)}")
-    return result
+    return one.result()
 
 
 def progress(one: Run) -> str:

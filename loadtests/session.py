@@ -54,18 +54,12 @@ def run(options: Options, fleet: Fleet, folder: Path, watched: Sequence[int] = (
         result.began,
         result.ended,
         interrupted=result.interrupted,
-        stopped=_stopped(result),
+        stopped=result.stopped(options),
         machine=machine.description(),
         processes=resources.figures(watch.series, result.began, min(WARM_UP, options.duration / 3)),
     )
     finish(made, folder)
     return made
-
-
-def _stopped(result: driver.Result) -> str:
-    """Why locust ended the test early; empty if it did not."""
-    found = [line for line in result.words.splitlines() if line.startswith("Stopped: ")]
-    return found[-1] if found else ""
 
 
 def finish(made: dict[str, Any], folder: Path) -> None:

@@ -65,13 +65,12 @@ def running(folder: Path, more: Sequence[str] = ()) -> Iterator[Cluster]:
     Raises:
         ServerError: a part did not start.
     """
-    commands: list[Command] = []
-    try:
+    with contextlib.ExitStack() as stack:  # all of it is stopped, also if a stop is interrupted
         replicas = []
         for number in range(1, NUM_REPLICAS + 1):
             log = folder / f"replica-{number}.log"
             replicas.append(Server(with_gateway=False, more=[*_FLAGS, *more], log=log))
-            commands.append(replicas[-1].command)
+            stack.callback(replicas[-1].command.stop)
         for replica in replicas:
             replica.wait_ready()
         (port,) = free_ports(1)
@@ -79,12 +78,9 @@ def running(folder: Path, more: Sequence[str] = ()) -> Iterator[Cluster]:
         gateway = Command(
             ["gateway", f"--port={port}", f"--replicas={addresses}", "--fallback=false"], folder / "gateway.log"
         )
-        commands.append(gateway)
+        stack.callback(gateway.stop)
         gateway.wait_for(f"http://127.0.0.1:{port}/health/ready")
         cluster = Cluster(replicas, gateway, port)
         if not cluster.wait_whole(60):
             raise ServerError("the gateway does not find both replicas healthy")
         yield cluster
-    finally:
-        for command in reversed(commands):
-            command.stop()

@@ -51,7 +51,7 @@ def run(options: Options, pause: float, folder: Path, more: Sequence[str] = ()) 
         result.began,
         result.ended,
         interrupted=result.interrupted,
-        stopped="",
+        stopped=result.stopped(options),
         machine=machine.description(),
         processes=resources.figures(watch.series, result.began, min(WARM_UP, options.duration / 3)),
         kills=kills,
