@@ -82,20 +82,26 @@ def run(plan: Plan) -> dict[str, Any]:
         AiperfError: it failed.
     """
     print("Making aiperf's environment, if there is none yet (some minutes).", file=sys.stderr)
-    program = python_of(made(PINS, cache_dir() / "clients", install_with_pip))
+    try:
+        program = python_of(made(PINS, cache_dir() / "clients", install_with_pip))
+    except RuntimeError as error:
+        raise AiperfError(str(error)) from None
     with tempfile.TemporaryDirectory() as scratch:
         (Path(scratch) / TEMPLATE).write_text(template(plan.answer), encoding="utf-8")
         # HF_HUB_OFFLINE would make it refuse a folder as tokenizer.
         environment = {**os.environ, "HF_HOME": scratch, "NO_PROXY": "127.0.0.1"}
-        done = subprocess.run(
-            command(plan, program, Path(scratch)),
-            env=environment,
-            capture_output=True,
-            text=True,
-            stdin=subprocess.DEVNULL,
-            timeout=TIMEOUT,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                command(plan, program, Path(scratch)),
+                env=environment,
+                capture_output=True,
+                text=True,
+                stdin=subprocess.DEVNULL,
+                timeout=TIMEOUT,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise AiperfError(f"aiperf did not end within {TIMEOUT} s: ask for fewer requests") from None
         found = list(Path(scratch).rglob("profile_export_aiperf.json"))
         if done.returncode or not found:
             words = (done.stdout + done.stderr).strip().splitlines()[-15:]

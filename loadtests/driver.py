@@ -23,6 +23,7 @@ from loadtests.shapes import users_at
 
 LOCUSTFILE = Path(__file__).with_name("locustfile.py")
 PROGRESS_EVERY = 5.0  # seconds
+WINDOW = 10.0  # seconds of which a line of progress tells
 DRAIN = 60  # seconds that running requests get at the end
 GRACE = 15.0  # beyond that, before locust is killed
 
@@ -180,7 +181,13 @@ def _watched(one: Run) -> Result:
 
 def progress(one: Run) -> str:
     now, began = time.time(), min((sample.at for sample in one.samples[:1000]), default=time.time())
-    recent = [sample for sample in one.samples[-2000:] if sample.at + sample.last > now - 10]
+    recent = []
+    for sample in reversed(one.samples):
+        age = now - sample.at - sample.last
+        if age < WINDOW:
+            recent.append(sample)
+        elif age > 2 * WINDOW:  # workers report theirs seconds later, so their order is not quite that of time
+            break
     firsts = [1000 * sample.first for sample in recent if sample.served]
     passed, options = max(0.0, now - began), one.options
     users = users_at(options.shape, passed, options.duration, options.users)
@@ -189,7 +196,7 @@ def progress(one: Run) -> str:
     text += f" of {options.requests}" if options.requests else ""
     if firsts:
         p50, p99 = np.percentile(firsts, (50, 99))
-        text += f"  {len(recent) / 10:.1f}/s  TTFT p50 {p50:.0f} ms, p99 {p99:.0f} ms"
+        text += f"  {len(recent) / WINDOW:.1f}/s  TTFT p50 {p50:.0f} ms, p99 {p99:.0f} ms"
     if failed := [sample.error for sample in one.samples if sample.error]:
         text += f"  {len(failed)} failed, the last: {failed[-1][:60]}"
     return text

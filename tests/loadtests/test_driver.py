@@ -33,6 +33,14 @@ def test_progress_says_what_ends_the_test(options: dict[str, Any], begins: str) 
     assert progress(cast("Run", run)).startswith(begins)
 
 
+def test_progress_counts_all_of_the_last_ten_seconds() -> None:
+    now = time.time()
+    old, new = (Sample(now + age, "http", "chat", "", 10, 10, 0.2, 0.4, 0.1) for age in (-100.0, 60.0))  # for good
+    samples = [old] * 100 + [new] * 6000
+    run = SimpleNamespace(samples=samples, options=SimpleNamespace(shape="steady", users=4, requests=0, duration=600.0))
+    assert "  6100 requests  600.0/s" in progress(cast("Run", run))
+
+
 SAMPLE = Sample(0.0, "http", "chat", "", 10, 10, 0.2, 0.4, 0.1)
 
 
