@@ -18,18 +18,19 @@ class CallInfo:
     """A call, from its beginning to its end. Hooks may keep what they like in `state`."""
 
     operation: str
-    """`chat`, `complete`, `models`, `health` or `session`."""
+    """`chat`, `complete`, `models` or `health`; of a TritonClient `generate`."""
     url: str
     model: str | None
     is_stream: bool
     headers: dict[str, str] = field(default_factory=dict, repr=False)
-    """Of the next attempt. A hook may add some."""
+    """Of the next attempt. A hook may add some. Of a TritonClient only `traceparent` is sent, of a session nothing."""
     retries: int = 0
     state: dict[str, Any] = field(default_factory=dict)
 
 
 class Hooks:
-    """Does nothing; override what you need. They run in the caller's thread or event loop: return soon.
+    """Does nothing; override what you need. They run in the caller's thread or event loop, or in that of a session,
+    whose other generations wait meanwhile: return soon.
 
     An exception in a hook is logged, and the call goes on.
     """
