@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -70,6 +71,8 @@ class HttpCaller:
             raise RequestError(f"{SILENT}{self._options.silence:g} s") from None
         except OSError as error:
             raise RequestError(f"connection: {error.strerror or type(error).__name__}") from None
+        except HTTPException as error:  # of a server that went away, most of all
+            raise RequestError(f"connection: {error}") from None
         except (ValueError, msgspec.DecodeError) as error:
             raise RequestError(f"not an answer of the API: {type(error).__name__}") from None
         finally:

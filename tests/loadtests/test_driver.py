@@ -99,6 +99,31 @@ except KeyboardInterrupt:
     assert done.stdout.strip() == ("goes on" if ignored else "ends")
 
 
+def test_a_server_that_closes_connections_is_no_fault_of_ours() -> None:
+    """In a process of its own: locust patches what it is imported into."""
+    code = """
+import random
+from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError
+from loadtests.lengths import Lengths
+from loadtests.options import Options
+from loadtests.users.base import RequestError, Tokens, Wanted
+from loadtests.users.http import HttpCaller
+
+def gone(*_):
+    raise error
+
+caller = HttpCaller(Options())
+for error in (HTTPConnectionClosed("connection closed."), HTTPParseError("no head")):
+    caller._client.request = gone
+    try:
+        caller.call(Wanted(random.Random(0), Lengths("chat", 5, 5), "", 0), Tokens())
+    except RequestError as problem:
+        print(problem)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout.splitlines() == ["connection: connection closed.", "connection: no head"], done.stderr
+
+
 @pytest.mark.parametrize("text", ["128", "128:x", "128:x:64", "128:64:", "0:5", ":", "9" * 5000 + ":1", "-1:5"])
 def test_lengths_that_are_none(text: str) -> None:
     with pytest.raises(click.BadParameter, match="must be like 128:64"):
