@@ -115,8 +115,9 @@ func (c *call) attempt(asked asked) (*reply, *Error, time.Duration) {
 		failed := c.why(err, beforeAnswer)
 		return nil, failed, retriedIf(failed.Kind == ErrConnectionFailed)
 	}
+	watch.body = response.Body
 	if response.StatusCode < 200 || response.StatusCode > 299 {
-		failed, wait := c.refusal(asked, response)
+		failed, wait := c.refusal(asked, response, watch)
 		return nil, failed, wait
 	}
 	reply := &reply{Response: response}
@@ -124,7 +125,6 @@ func (c *call) attempt(asked asked) (*reply, *Error, time.Duration) {
 		response.Body.Close()
 		return nil, failed, never
 	}
-	watch.body = response.Body
 	body := bufio.NewReader(watch)
 	if _, err := body.Peek(1); err != nil && err != io.EOF {
 		response.Body.Close()
@@ -189,10 +189,10 @@ func told(left time.Duration) time.Duration {
 	return max(left-margin, time.Millisecond)
 }
 
-// refusal is what an answer says that is no success.
-func (c *call) refusal(asked asked, response *http.Response) (*Error, time.Duration) {
+// refusal is what an answer says that is no success; text is its body.
+func (c *call) refusal(asked asked, response *http.Response, text io.Reader) (*Error, time.Duration) {
 	defer response.Body.Close()
-	body, err := io.ReadAll(io.LimitReader(response.Body, mostOfError))
+	body, err := io.ReadAll(io.LimitReader(text, mostOfError))
 	status := response.StatusCode
 	if err != nil && c.ctx.Err() != nil {
 		return c.why(err, inAnswer), never

@@ -144,6 +144,19 @@ func TestTheCallersOwnPausesAreNoIdleTime(t *testing.T) {
 	}
 }
 
+func TestAnErrorThatDoesNotEndIsIdleToo(t *testing.T) {
+	url := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		w.WriteHeader(502)
+		w.(http.Flusher).Flush()
+		<-r.Context().Done()
+	})
+	client := newClient(t, tidewright.Options{URL: url, IdleTimeout: 300 * time.Millisecond, Timeout: time.Minute})
+	_, err := client.StreamChat(context.Background(), hi)
+	if !errors.Is(err, tidewright.ErrTimedOut) || !strings.Contains(err.Error(), "said nothing for 300ms") {
+		t.Error(err)
+	}
+}
+
 func TestAServerThatGoesOnAfterTheEndIsLeft(t *testing.T) {
 	gone := make(chan struct{})
 	url := serve(t, func(w http.ResponseWriter, r *http.Request) {
