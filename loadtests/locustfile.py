@@ -74,8 +74,8 @@ def add_arguments(parser: LocustArgumentParser) -> None:
 def prepare(environment: Environment, **_: Any) -> Recorder:
     """A worker whose master waits for it may hear that the test starts before locust says that it is initialized."""
     if not hasattr(environment, "tidewright"):
-        environment.tidewright = Recorder(environment, GIVEN)
-    recorder: Recorder = environment.tidewright
+        environment.tidewright = Recorder(environment, GIVEN)  # type: ignore[attr-defined]
+    recorder: Recorder = environment.tidewright  # type: ignore[attr-defined]
     return recorder
 
 

@@ -105,8 +105,8 @@ class ModelRunner:
             _check_fits(make_model(torch.device("meta")), self.device.memory)
         self.model = make_model(self.device.torch_device)
         name = "" if group.rank or folder.suffix == ".gguf" else folder.name  # the file's says little
-        memory = parse_memory(config.adapter_memory, 0)
-        allowed = AdapterLimits(Path(config.adapter_folder), config.max_lora_rank, self.dtype, name, memory)
+        most = parse_memory(config.adapter_memory, 0)
+        allowed = AdapterLimits(Path(config.adapter_folder), config.max_lora_rank, self.dtype, name, most)
         self._lora = LoraModel(self.model.projections(), allowed, self.device.adapter_memory)
         self.embedding_size, self._pooler = 0, None
         if config.task == "embed":
