@@ -66,8 +66,10 @@ class Watch:
             part = process_name(process)
             if process.status() == psutil.STATUS_ZOMBIE or (root == LOAD_GENERATOR and part not in OWN_PARTS):
                 return
-            cpu = process.cpu_times()
-            point = Point(time.time(), cpu.user + cpu.system, process.memory_full_info().uss / 2**20, process.num_fds())
+            cpu, own, descriptors = process.cpu_times(), process.memory_full_info().uss, process.num_fds()
+            if not own or not descriptors:
+                return  # it is just ending
+            point = Point(time.time(), cpu.user + cpu.system, own / 2**20, descriptors)
             series = self.series.setdefault((f"{root}: {part}", process.pid), [])
             series.append(point)
             if len(series) > MAX_POINTS:
