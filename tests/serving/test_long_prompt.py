@@ -6,7 +6,7 @@ from pathlib import Path
 
 from helpers.triton import RunningServer
 
-LENGTH = 1000  # tokens of the prompt: one step's work without a pace
+LENGTH = 1900  # tokens of the prompt: one step's work without a pace
 
 
 def test_a_stream_goes_on_beside_a_long_prompt(model_dir: Path) -> None:
