@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from distributed.test_ranks import group
 from helpers.checkpoints import SIZES, prompt, save
 from helpers.engine_process import config, tokens_of
+from helpers.one_engine import tokens_of_engine
 from tidewright.distributed.placement import place
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import Submit
@@ -77,12 +78,6 @@ def test_quantized_ranks_give_the_tokens_of_one(tmp_path: Path, size: int, make:
     model = make(tmp_path)
     greedy = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, seed=0)
     requests = [Submit(i, prompt(length, seed=i), greedy) for i, length in enumerate((5, 30, 70))]
-    alone = Engine(place(config(model), 0))
-    wanted: dict[int, list[int]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        assert alone.submit(request) is None
-    while alone.has_work:
-        for output in alone.step():
-            wanted[output.request_id] += output.token_ids
+    wanted = tokens_of_engine(Engine(place(config(model), 0)), requests)
     with group(model, size) as started:
         assert tokens_of(started, requests) == wanted

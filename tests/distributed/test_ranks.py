@@ -28,6 +28,7 @@ from helpers.engine_process import (
     submit,
     tokens_of,
 )
+from helpers.one_engine import tokens_of_engine
 from helpers.oracle import PROMPTS, Oracle
 from tidewright.distributed.placement import place
 from tidewright.engine.engine import Engine
@@ -108,13 +109,7 @@ def test_two_ranks_with_a_quantized_cache_give_the_tokens_of_one(checkpoint: tup
     # What steps take decides how much of a prompt comes and how many run: one rank measures it, both must agree.
     options = {**HARD, "kv_cache_dtype": "int8", "tpot_target": 0.005}
     requests = [request for request in a_bit_of_everything() if request.sampling.temperature == 0]
-    alone = Engine(place(config(checkpoint[0], **options), 0))
-    wanted: dict[int, list[int]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        assert alone.submit(request) is None
-    while alone.has_work:
-        for output in alone.step():
-            wanted[output.request_id] += output.token_ids
+    wanted = tokens_of_engine(Engine(place(config(checkpoint[0], **options), 0)), requests)
     with group(checkpoint[0], 2, **options) as started:
         assert tokens_of(started, requests) == wanted
 

@@ -14,22 +14,13 @@ import pytest
 from click.testing import CliRunner
 
 from helpers.checkpoints import SIZES
+from helpers.model_shapes import LLAMA_8B_JSON
 from tidewright.config import Settings
 from tidewright.launch.cli import main
 from tidewright.planning.gpus import GB, GPUS, TFLOPS
 
 DOCUMENT = Path(__file__).parent.parent.parent / "docs" / "sizing.md"
 
-LLAMA_8B = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-}
 # In an interpreter that has no torch and no numpy; both are imported by most of the engine.
 WITHOUT_TORCH = """
 import sys
@@ -45,7 +36,7 @@ main(sys.argv[1:])
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    return written(tmp_path / "model", LLAMA_8B)
+    return written(tmp_path / "model", LLAMA_8B_JSON)
 
 
 def written(folder: Path, config: dict[str, Any]) -> Path:
@@ -84,8 +75,8 @@ def test_json_says_what_llama_8b_needs(folder: Path) -> None:
 
 
 def test_an_fp8_checkpoint_takes_16_bits_where_the_card_dequantizes_it(tmp_path: Path) -> None:
-    model = written(tmp_path / "model", {**LLAMA_8B, "quantization_config": {"quant_method": "fp8"}})
-    plain = written(tmp_path / "plain", LLAMA_8B)
+    model = written(tmp_path / "model", {**LLAMA_8B_JSON, "quantization_config": {"quant_method": "fp8"}})
+    plain = written(tmp_path / "plain", LLAMA_8B_JSON)
 
     def weights(folder: Path, card: str) -> int:
         return planned("--model", folder, "--gpu", card, "--context", 512)["per_gpu"]["weight_bytes"]
@@ -253,7 +244,7 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
 def test_the_document_shows_what_it_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = DOCUMENT.read_text()
     command, shown = re.findall(r"```(?:bash)?\n(.*?)\n```", text, re.DOTALL)[:2]
-    written(tmp_path / "llama-3.1-8b", LLAMA_8B)
+    written(tmp_path / "llama-3.1-8b", LLAMA_8B_JSON)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("COLUMNS", raising=False)
     words = shlex.split(command)
