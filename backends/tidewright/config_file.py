@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
 
 from tidewright import __version__
 
@@ -73,6 +75,21 @@ def read_options(path: Path, groups: Mapping[str, Sequence[str]]) -> dict[str, A
         elif value is not None:
             raise ValueError(f"{path}: {name} must have options of its own, a line each, indented")
     return options
+
+
+def sources(
+    first: Sequence[PydanticBaseSettingsSource],
+    settings: type[BaseSettings],
+    variable: str,
+    groups: Mapping[str, Sequence[str]],
+) -> tuple[PydanticBaseSettingsSource, ...]:
+    """The `first`, and the file that this environment variable names, if it names one; `groups` as for `read_options`.
+
+    Raises as `read_options`.
+    """
+    if not (file := os.environ.get(variable)):
+        return tuple(first)
+    return (*first, InitSettingsSource(settings, read_options(Path(file), groups)))
 
 
 def as_file(options: Mapping[str, Any]) -> str:

@@ -250,6 +250,7 @@ FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 
 MAX_LOGPROBS = 20
 MAX_N = 16
+MIN_PRIORITY, MAX_PRIORITY = -(2**31), 2**31 - 1
 MAX_TOKENS = 2**31 - 1  # of any count of tokens, and of any token id: what an INT32 tensor holds
 MAX_TIMEOUT = 1e9  # seconds; threads can't wait much longer
 MAX_TARGET = 3600.0  # seconds of a latency target
@@ -332,7 +333,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     """The same for each prompt token but the first, which has none."""
     n: Annotated[int, msgspec.Meta(ge=1, le=MAX_N)] = 1
     """So many independent outputs of one prompt."""
-    priority: Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)] = 0
+    priority: Annotated[int, msgspec.Meta(ge=MIN_PRIORITY, le=MAX_PRIORITY)] = 0
     """Lower values run first, and are preempted last."""
     timeout: Annotated[float, msgspec.Meta(ge=0.0, le=MAX_TIMEOUT)] | None = None
     """Seconds from arrival after which the request ends with `timeout`, with the tokens it has."""

@@ -7,19 +7,18 @@ and docs/configuration.md are made from their fields.
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from pydantic import ValidationError, model_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tidewright.config.engine import EngineSettings
 from tidewright.config.fallback import FallbackSettings
 from tidewright.config.processes import ProcessSettings
 from tidewright.config.server import ServerSettings
-from tidewright.config_file import read_options
+from tidewright.config_file import sources
 from tidewright.engine.messages import EngineConfig
 from tidewright.resilience.config import ResilienceSettings
 from tidewright.served_models import ServedModel, check_names
@@ -89,11 +88,8 @@ class Settings(ResilienceSettings, ProcessSettings, FallbackSettings, EngineSett
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        sources = (init_settings, env_settings)
-        if file := os.environ.get(CONFIG_FILE_VARIABLE):
-            options = read_options(Path(file), {"": tuple(settings_cls.model_fields)})
-            return (*sources, InitSettingsSource(settings_cls, options))
-        return sources
+        groups = {"": tuple(settings_cls.model_fields)}
+        return sources((init_settings, env_settings), settings_cls, CONFIG_FILE_VARIABLE, groups)
 
     def of(self, name: str) -> Settings:
         """Those of one of the models, as if it were alone but for its part of the memory.

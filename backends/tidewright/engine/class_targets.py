@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 
-from tidewright.schema import MAX_TARGET
+from tidewright.schema import MAX_PRIORITY, MAX_TARGET, MIN_PRIORITY
 
 MAX_CLASSES = 16
 _FORM = "write PRIORITY:ttft=SECONDS:tpot=SECONDS, of which one may be left out, e.g. 0:ttft=2,100:ttft=60:tpot=1"
@@ -52,8 +52,8 @@ def _priority(number: str, part: str) -> int:
         priority = int(number)
     except ValueError:
         raise ValueError(f"{part!r} does not begin with a priority: {_FORM}") from None
-    if not -(2**31) <= priority < 2**31:
-        raise ValueError(f"priority {priority} is not within -2147483648 and 2147483647")
+    if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
+        raise ValueError(f"priority {priority} is not within {MIN_PRIORITY} and {MAX_PRIORITY}")
     return priority
 
 

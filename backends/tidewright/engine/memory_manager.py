@@ -83,7 +83,7 @@ class MemoryManager:
         `share`: of the memory of all models of the server. Their engines see the same shortage at the same moment, so
         each makes up for its share of it.
         """
-        self._fixed, self._pool, self._target = fixed, pool, target
+        self._fixed, self._pool = fixed, pool
         self._wish = math.inf if target >= fixed.most_blocks else target
         """Of an operator: blocks that the pool should not exceed."""
         self._free, self._marks, self._in_slabs = free, marks, in_slabs
@@ -118,6 +118,11 @@ class MemoryManager:
         )
 
     @property
+    def _target(self) -> int:
+        """Blocks that the pool gets as soon as there is memory for them."""
+        return int(min(self._wish, self._fixed.most_blocks))
+
+    @property
     def _room(self) -> int:
         return max(self._fixed.room_blocks, self._fixed.most_blocks)
 
@@ -142,7 +147,6 @@ class MemoryManager:
 
     def _follow(self, why: str) -> None:
         """The pool gets the size that is wanted now, or the one that there is memory for."""
-        self._target = int(min(self._wish, self._fixed.most_blocks))
         if self._target < self._pool.num_blocks:
             self._resize(self._target, why)
         while self._target > self._pool.num_blocks and self._grow(why):

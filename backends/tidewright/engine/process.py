@@ -177,11 +177,10 @@ class EngineProcess:
 
     def _beyond_share(self, request: Submit) -> SequenceOutput | None:
         """Those count as well that wait for a grammar or an adapter, of which the scheduler does not know yet."""
-        tenant = request.sampling.tenant
-        held = [*self._grammars.tenants, *self._adapters.tenants]
-        if not held or request.accepted_before:
+        if request.accepted_before:
             return None
-        return self._engine.beyond_share(request, len(held), held.count(tenant))
+        held = [*self._grammars.tenants, *self._adapters.tenants]
+        return self._engine.beyond_share(request, len(held), held.count(request.sampling.tenant)) if held else None
 
     def _submit(self, message: Submit | Compiled) -> SequenceOutput | None:
         """The output that ends it at once, if it can't be taken."""

@@ -64,9 +64,8 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """It has a token already, or a step in flight draws it, and waits for the next one."""
-        expected = (
-            len(self.token_ids) + self.num_pending
-        )  # as num_expected, whose call would cost as much as all of this
+        # As num_expected, whose call would cost as much as all of this.
+        expected = len(self.token_ids) + self.num_pending
         return expected == self.num_computed + 1 and expected > len(self.prompt_token_ids)
 
     @property

@@ -182,9 +182,17 @@ def told(url: str, word: str, timeout: float, model: str = "decoder") -> str:
     Raises one of the errors above; TroubleError also if there is another answer than a decoder's.
     """
     try:
-        return str(json.loads(_control(url, word, timeout, model))["text_output"])
-    except (ValueError, KeyError, TypeError):
+        return text_of(_control(url, word, timeout, model))
+    except ValueError:
         raise TroubleError(f"{url} did not answer as the decoder does") from None
+
+
+def text_of(answer: bytes) -> str:
+    """What a decoder says in an answer of Triton. Raises ValueError: it is another's answer."""
+    try:
+        return str(json.loads(answer)["text_output"])
+    except (KeyError, TypeError):
+        raise ValueError("no answer of a decoder") from None
 
 
 def _control(url: str, word: str, timeout: float, model: str) -> bytes:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tidewright.config import Settings
 from tidewright.kv_cache.budget import mib
-from tidewright.launch.control import TroubleError, Waiting, ask
+from tidewright.launch.control import TroubleError, Waiting, ask, text_of
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.model_watch import pause
 from tidewright.launch.repository import INDEX, is_unloaded
@@ -204,8 +204,8 @@ class MemoryBalance:
         """Raises LaunchError."""
         answer = yield from self._ask(name, "memory")
         try:
-            return MemoryAccount(**json.loads(json.loads(answer)["text_output"]))
-        except (ValueError, KeyError, TypeError):
+            return MemoryAccount(**json.loads(text_of(answer)))
+        except (ValueError, TypeError):
             raise LaunchError(f"{name} did not tell its memory") from None
 
     def _write(self, changes: Mapping[str, int]) -> None:

@@ -22,6 +22,7 @@ from tidewright.launch.control import (
     UnreachableError,
     Waiting,
     ask,
+    text_of,
 )
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.repository import INDEX, is_away, is_loading, why_away
@@ -308,8 +309,8 @@ class ModelWatch:
             return (yield from self._triton_answers())
         try:
             answer = yield from ask(f"{self._url}/generate", {"control": "status"}, LOOK_PATIENCE)
-            status = msgspec.json.decode(json.loads(answer)["text_output"], type=DecoderStatus)
-        except (LaunchError, ValueError, KeyError):
+            status = msgspec.json.decode(text_of(answer), type=DecoderStatus)
+        except (LaunchError, ValueError):
             return False
         return not status.trouble and status.silence < SILENT
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from tidewright.logs import event
@@ -19,6 +20,16 @@ from tidewright_gateway.replicas.failover import Failover
 log = logging.getLogger(__name__)
 
 TICK = 0.25  # seconds
+
+
+async def tick_always(tick: Callable[[float], None]) -> None:
+    """Calls it with the time again and again; an error ends one look at the load, not all to come."""
+    while True:
+        try:
+            tick(time.monotonic())
+        except Exception:
+            log.exception("the load could not be looked at")
+        await asyncio.sleep(TICK)
 
 
 class LoadLadder:
@@ -38,12 +49,8 @@ class LoadLadder:
 
     async def run(self) -> None:
         """Runs for ever, so that an idle gateway recovers as well."""
-        while self._settings.degradation:
-            try:
-                self.tick(time.monotonic())
-            except Exception:
-                log.exception("the load could not be looked at")
-            await asyncio.sleep(TICK)
+        if self._settings.degradation:
+            await tick_always(self.tick)
 
     def tick(self, now: float) -> None:
         """Updates the level. Only queueing counts as load: a long prefill takes its time on an idle server too."""

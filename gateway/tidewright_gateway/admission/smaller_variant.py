@@ -6,15 +6,13 @@ a log line, a metric, a header and `served_by` say so.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tidewright.logs import event
 from tidewright.resilience.degradation import Ladder, Level, Load
-from tidewright_gateway.admission.ladder import TICK
+from tidewright_gateway.admission.ladder import tick_always
 from tidewright_gateway.config import GatewaySettings
 from tidewright_gateway.metrics import Metrics
 
@@ -57,12 +55,7 @@ class SmallerVariant:
 
     async def run(self) -> None:
         """Runs for ever."""
-        while True:
-            try:
-                self.tick(time.monotonic())
-            except Exception:
-                log.exception("the load could not be looked at")
-            await asyncio.sleep(TICK)
+        await tick_always(self.tick)
 
     def tick(self, now: float) -> None:
         """While it answers both loads count, or the one that falls then would bring the requests back at once."""

@@ -6,17 +6,16 @@ Precedence: flags, then `TIDEWRIGHT_GATEWAY_*`, then the YAML file, then the def
 from __future__ import annotations
 
 import ipaddress
-import os
 import re
 import ssl
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, field_validator, model_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from tidewright.address import check_redis_url, check_url
-from tidewright.config_file import read_options
+from tidewright.config_file import sources
 from tidewright.resilience.config import ResilienceSettings
 from tidewright.served_models import check_names, served_name
 from tidewright_gateway.config.api import ApiSettings
@@ -73,11 +72,8 @@ class GatewaySettings(
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        file = os.environ.get(CONFIG_FILE_VARIABLE)
-        if not file:
-            return init_settings, env_settings
         groups = {name: tuple(group.model_fields) for name, group in GROUPS.items()}
-        return init_settings, env_settings, InitSettingsSource(settings_cls, read_options(Path(file), groups))
+        return sources((init_settings, env_settings), settings_cls, CONFIG_FILE_VARIABLE, groups)
 
     def in_groups(self) -> dict[str, dict[str, Any]]:
         """As the YAML file has them; passwords in addresses are left out."""
