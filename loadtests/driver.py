@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import msgspec
@@ -147,12 +148,14 @@ class Run:
         return Result(self.samples, began, ended, self.interrupted, self.process.returncode, words, ran)
 
 
-def run(options: Options, fleet: Fleet, folder: Path, lines: Iterator[str] | None = None) -> Result:
+def run(options: Options, fleet: Fleet, folder: Path) -> Result:
     """The whole of a test, with a line of progress every few seconds; Ctrl-C ends it early.
 
     Raises:
-        LoadError: no request was made.
+        LoadError: no request was made, or there is no locust.
     """
+    if find_spec("locust") is None:
+        raise LoadError("locust is not installed here: `make loadtest` installs it, or pip install -e '.[dev]'")
     one = Run(options, fleet, folder)
     try:
         result = _watched(one)

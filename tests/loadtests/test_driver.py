@@ -14,7 +14,7 @@ import click
 import pytest
 
 from loadtests import cli, driver
-from loadtests.driver import Fleet, Result, Run, progress
+from loadtests.driver import Fleet, LoadError, Result, Run, progress
 from loadtests.options import Options
 from loadtests.samples import Sample
 
@@ -129,3 +129,10 @@ def test_lengths_that_are_none(text: str) -> None:
     with pytest.raises(click.BadParameter, match="must be like 128:64"):
         cli.lengths_of(text)
     assert cli.lengths_of("128:64") == (128, 64)
+
+
+def test_without_locust_it_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in an environment that only `make serve` has set up."""
+    monkeypatch.setattr(driver, "find_spec", lambda name: None)
+    with pytest.raises(LoadError, match="`make loadtest` installs it"):
+        driver.run(Options(), Fleet(), tmp_path)
