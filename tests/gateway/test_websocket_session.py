@@ -55,6 +55,15 @@ def test_generations_run_beside_each_other_and_each_ends_once(gateway: ScriptedG
     gateway.wait(running=0)
 
 
+def test_what_ended_an_answer_early_is_said_as_over_http(client: StreamClient) -> None:
+    for prompt, ended_by, limited_by in (("late", "timeout", None), ("limited", None, "tokens_per_minute")):
+        client.start("a", model="m", prompt=prompt, max_tokens=2)
+        _, (done,) = client.rest()
+        (choice,) = done["choices"]
+        assert (choice["finish_reason"], choice.get("ended_by")) == ("length", ended_by)
+        assert done.get("limited_by") == limited_by
+
+
 def test_credit_is_never_exceeded_and_what_waits_comes_joined(gateway: ScriptedGateway, client: StreamClient) -> None:
     client.start("a", credits=3, model="m", prompt="a", max_tokens=40)
     got = client.tokens(3)

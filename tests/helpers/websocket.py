@@ -108,6 +108,7 @@ class _Scripted:
     num_choices: int = 1
     usage_prompt: int = 3
     served_by: str = "script"
+    limited_by: str | None = None
 
 
 class ScriptedBackend:
@@ -130,7 +131,8 @@ class ScriptedBackend:
         assert isinstance(request, CompletionRequest)
         if request.prompt == "refused":
             raise ApiError(429, "too much", code="rate_limited", retry_after=2.5)
-        yield _Scripted(self._replies(request))
+        limited_by = "tokens_per_minute" if request.prompt == "limited" else None
+        yield _Scripted(self._replies(request), limited_by=limited_by)
 
     async def _replies(self, body: CompletionRequest) -> AsyncGenerator[tuple[int, Reply], None]:
         self.running += 1
@@ -143,7 +145,7 @@ class ScriptedBackend:
                 number += 1
             if body.prompt == "fails":
                 raise RuntimeError("a fault in the gateway")
-            yield 0, Reply("", [], "length", None)
+            yield 0, Reply("", [], "timeout" if body.prompt == "late" else "length", None)
         finally:
             self.running -= 1
 

@@ -147,8 +147,7 @@ class Choice:
         return CallDelta(call, False, event.text)
 
     def _end(self, reason: str) -> None:
-        if reason not in _PUBLIC_REASONS:
-            self.ended_by, reason = reason, "length"
+        reason, self.ended_by = public_reason(reason)
         if reason == "stop" and self.calls and not (isinstance(self.stop_reason, str) and self._is_cut):
             reason = "tool_calls"
         self.finish_reason = reason
@@ -157,6 +156,11 @@ class Choice:
     def _is_cut(self) -> bool:
         """Its last call is not whole."""
         return not is_json_object(self.calls[-1].arguments)
+
+
+def public_reason(reason: str) -> tuple[str, str | None]:
+    """A model's finish_reason in OpenAI's words, and `ended_by`: the reason itself where OpenAI has no word for it."""
+    return (reason, None) if reason in _PUBLIC_REASONS else ("length", reason)
 
 
 class Answer(ABC):

@@ -42,6 +42,10 @@ class RunningRequest(Protocol):
         """Who answers, as far as known: of use once the replies have ended."""
 
     @property
+    def limited_by(self) -> str | None:
+        """The limit that ended it early."""
+
+    @property
     def replies(self) -> AsyncGenerator[tuple[int, Reply], None]:
         """Each with the index of its choice."""
 
@@ -75,6 +79,10 @@ class _Running:
     @property
     def served_by(self) -> str:
         return self._context.served_by
+
+    @property
+    def limited_by(self) -> str | None:
+        return self._context.limited_by
 
 
 class PipelineBackend:

@@ -82,6 +82,7 @@ class Done(_Message):
     choices: list[ChoiceEnd]
     usage: dict[str, int]
     served_by: str = ""
+    limited_by: str | None = None
     error: Failure | None = None
 
 
@@ -102,12 +103,13 @@ class Pong(_Message):
     pass
 
 
-class ChoiceEnd(msgspec.Struct):
+class ChoiceEnd(msgspec.Struct, omit_defaults=True):
     """A part of `done`."""
 
     index: int
     seq: int
     finish_reason: str | None
+    ended_by: str | None = None
 
 
 class Failure(msgspec.Struct, omit_defaults=True):

@@ -11,6 +11,7 @@ from typing import Protocol
 from tidewright.logs.events import INTERNAL_ERROR, event
 from tidewright.resilience.errors import ModelError
 from tidewright_gateway.auth.callers import Caller
+from tidewright_gateway.openai.answers import public_reason
 from tidewright_gateway.openai.errors import ApiError, internal, of_model
 from tidewright_gateway.openai.openai_answer import usage
 from tidewright_gateway.websocket.backend import Backend, Kind, RunningRequest
@@ -132,14 +133,19 @@ class ResumableStream:
             return Token(self.id, piece.index, piece.seq, piece.text, piece.token_ids, piece.logprobs)
         if self.is_running or not (self.is_dropped or self.outbox.is_sent):
             return None
-        unfinished = None if self._failure else "cancelled"
         return Done(
             self.id,
-            [ChoiceEnd(index, seq, reason or unfinished) for index, (seq, reason) in enumerate(self.outbox.ends)],
+            [self._choice_end(index, seq, reason) for index, (seq, reason) in enumerate(self.outbox.ends)],
             usage(self._running.usage_prompt if self._running else 0, self.outbox.num_tokens),
             self._running.served_by if self._running else "",
+            self._running.limited_by if self._running else None,
             self._failure,
         )
+
+    def _choice_end(self, index: int, seq: int, reason: str | None) -> ChoiceEnd:
+        if reason is None:
+            return ChoiceEnd(index, seq, None if self._failure else "cancelled")
+        return ChoiceEnd(index, seq, *public_reason(reason))
 
 
 def too_much(message: str, limit: str) -> ApiError:

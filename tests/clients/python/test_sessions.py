@@ -43,6 +43,19 @@ def text(tokens: int = TOKENS) -> str:
     return "".join(f"{number} " for number in range(tokens))
 
 
+@pytest.mark.parametrize(
+    ("prompt", "ended_by", "limited_by"), [("late", "timeout", None), ("limited", None, "tokens_per_minute")]
+)
+def test_an_answer_says_what_ended_it_early(
+    gateway: ScriptedGateway, prompt: str, ended_by: str | None, limited_by: str | None
+) -> None:
+    with Client(gateway.url, model="m") as client, client.session() as session:
+        with session.stream_complete(prompt, max_tokens=2) as generation:
+            assert list(generation)[-2] == Finish("length", ended_by, limited_by)
+            answer = generation.answer()
+    assert (answer.finish_reason, answer.ended_by, answer.limited_by) == ("length", ended_by, limited_by)
+
+
 def by_threads(url: str, credits: int, count: int) -> list[list[Event]]:
     """Several generations over one session, each read in turn by an event."""
     found: list[list[Event]] = [[] for _ in range(count)]

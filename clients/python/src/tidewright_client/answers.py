@@ -114,12 +114,12 @@ class Accumulator:
         """The events of a chunk of a stream. Raises ShapeError."""
         if not isinstance(told, dict):
             raise ShapeError("not an object")
-        self._model = _text(told, "model") or self._model
-        self._served_by = _text(told, "served_by") or self._served_by
+        self._model = optional_text(told, "model") or self._model
+        self._served_by = optional_text(told, "served_by") or self._served_by
         choices = told.get("choices", [])
         if not isinstance(choices, list):
             raise ShapeError("choices is not a list")
-        limited_by = _text(told, "limited_by")
+        limited_by = optional_text(told, "limited_by")
         events = [event for choice in choices for event in _events_of(choice, limited_by)]
         if usage := _usage(told):
             events.append(UsageReport(usage))
@@ -186,15 +186,15 @@ def _events_of(choice: Any, limited_by: str | None) -> Iterator[Event]:
     said = choice.get("delta") or choice.get("message") or {}
     if not isinstance(said, dict):
         raise ShapeError("a choice's message is not an object")
-    if text := _text(said, "content") or _text(choice, "text"):
+    if text := optional_text(said, "content") or optional_text(choice, "text"):
         yield Text(text)
     calls = said.get("tool_calls") or []
     if not isinstance(calls, list):
         raise ShapeError("tool_calls is not a list")
     for position, call in enumerate(calls):
         yield _call(call, position)
-    if reason := _text(choice, "finish_reason"):
-        yield Finish(reason, _text(choice, "ended_by"), limited_by)
+    if reason := optional_text(choice, "finish_reason"):
+        yield Finish(reason, optional_text(choice, "ended_by"), limited_by)
 
 
 def _call(call: Any, position: int) -> ToolCall:
@@ -204,7 +204,7 @@ def _call(call: Any, position: int) -> ToolCall:
     index = call.get("index", position)
     if not isinstance(index, int):
         raise ShapeError("the index of a tool call is no number")
-    texts = _text(call, "id"), _text(function, "name"), _text(function, "arguments")
+    texts = optional_text(call, "id"), optional_text(function, "name"), optional_text(function, "arguments")
     return ToolCall(index, *(text or "" for text in texts))
 
 
@@ -223,7 +223,8 @@ def _size(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode(errors="surrogatepass"))
 
 
-def _text(told: dict[str, Any], name: str) -> str | None:
+def optional_text(told: dict[str, Any], name: str) -> str | None:
+    """Raises ShapeError."""
     value = told.get(name)
     if value is not None and not isinstance(value, str):
         raise ShapeError(f"{name} is not a text")

@@ -14,7 +14,7 @@ from collections import deque
 from typing import Any
 
 from tidewright_client import explain, retries
-from tidewright_client.answers import Accumulator, Answer, Event, Finish, Text, Usage, UsageReport
+from tidewright_client.answers import Accumulator, Answer, Event, Finish, Text, Usage, UsageReport, optional_text
 from tidewright_client.deadline import Deadline
 from tidewright_client.errors import (
     ASK_AGAIN,
@@ -109,7 +109,7 @@ class GenerationState:
             raise explain.too_long(self._settings, most)
 
     def done(self, told: dict[str, Any]) -> None:
-        """Raises KeyError, TypeError."""
+        """Raises KeyError, TypeError, ShapeError."""
         self.sum.served_by(told.get("served_by"))
         (choice,) = told["choices"]
         error = told.get("error")
@@ -121,7 +121,8 @@ class GenerationState:
             )
         else:
             if reason := choice.get("finish_reason"):
-                self.add(Finish(str(reason)))
+                ended_by, limited_by = optional_text(choice, "ended_by"), optional_text(told, "limited_by")
+                self.add(Finish(str(reason), ended_by, limited_by))
             usage = told["usage"]
             self.add(UsageReport(Usage(*(int(usage[name]) for name in Usage.__dataclass_fields__))))
             self.end(None)
