@@ -7,9 +7,11 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.frames import Frame, Opcode
 
 from helpers.websocket import ScriptedGateway, StreamClient, fruitless, text_of
 from tidewright_gateway.auth.callers import ANONYMOUS
@@ -18,7 +20,9 @@ from tidewright_gateway.replicas.triton import Reply
 from tidewright_gateway.websocket import session
 from tidewright_gateway.websocket.messages import Done, Token
 from tidewright_gateway.websocket.resumable import ResumableStream
+from tidewright_gateway.websocket.server import BEFORE_OPEN
 
+MIB = 2**20
 ENDLESS = {"model": "m", "prompt": "a"}
 
 
@@ -258,6 +262,38 @@ def test_pages_of_other_hosts_are_refused_however_they_name_theirs(gateway: Scri
         StreamClient(gateway.url, origin=origin)
     assert refused.value.response.status_code == 403
     assert b"cross_site" in refused.value.response.body
+
+
+def test_before_open_no_more_is_read_than_of_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has no key can't have the gateway keep a message of max_body bytes."""
+    frame = Frame(Opcode.TEXT, b"x" * (64 * MIB)).serialize(mask=True)
+    options = {"max_body": 64 * MIB, "ws_send_timeout": 0.5}
+    with ScriptedGateway(**options) as gateway, StreamClient(gateway.url, opens=False) as client:
+        gateway.wait(connections=1)
+        (protocol,) = gateway.server.server_state.connections
+        client.connection.socket.settimeout(1)
+        with pytest.raises(TimeoutError):  # the kernel keeps some MiB
+            client.connection.socket.sendall(frame)
+        assert len(protocol.conn.reader.buffer) <= BEFORE_OPEN
+        assert 0 < len(protocol._held) <= MIB
+        monkeypatch.setattr(session, "OPEN_TIMEOUT", 0.0)
+        gateway.wait(sockets=0)
+
+
+def test_what_follows_open_at_once_may_be_long() -> None:
+    with ScriptedGateway(max_body=8 * MIB) as gateway, StreamClient(gateway.url, opens=False) as client:
+        messages: list[dict[str, Any]] = [{"type": "ping"}] * 3 + [{"type": "open", "token": "a"}]
+        request = {"model": "m", "prompt": "x" * (4 * MIB), "max_tokens": 2}
+        messages += [{"type": "generate", "id": str(number), "request": request} for number in range(3)]
+        frames = [Frame(Opcode.TEXT, json.dumps(one).encode()).serialize(mask=True) for one in messages]
+        client.connection.socket.sendall(b"".join(frames))
+        assert [client.receive()["type"] for _ in range(4)] == ["pong", "pong", "pong", "opened"]
+        done: list[dict[str, Any]] = []
+        while len(done) < 3:
+            if (message := client.receive())["type"] == "done":
+                done.append(message)
+        assert sorted(one["id"] for one in done) == ["0", "1", "2"]
+        assert not any("error" in one for one in done)
 
 
 def test_before_open_nothing_goes_but_a_ping(gateway: ScriptedGateway) -> None:

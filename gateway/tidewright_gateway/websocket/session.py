@@ -198,6 +198,7 @@ class Session:
         credential = f"Bearer {message.token}" if message.token else credential_of(dict(self._socket.headers.raw))
         self._caller = await self._backend.authenticate(credential)
         self._credential = credential
+        self._transport.opened()
         if context := self._socket.scope.get("state", {}).get("context"):
             context.caller = self._caller  # for the access log
         if message.credits is not UNSET:
