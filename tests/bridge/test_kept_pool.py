@@ -32,8 +32,8 @@ _PYTHON = """#!{python}
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-import psutil
-psutil.virtual_memory = lambda: SimpleNamespace(available=int(Path({file!r}).read_text()))
+from tidewright.devices.cpu import memory
+memory.machine_memory = lambda: SimpleNamespace(free=int(Path({file!r}).read_text()), total=1 << 40)
 from tidewright.kv_cache import storage
 storage.PATIENCE = 0.1
 sys.argv[1:3] = []

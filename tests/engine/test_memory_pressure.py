@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from helpers.checkpoints import expected, save
 from helpers.engine_process import bridge, config, hear_ready, heartbeat, submit, tokens_of
 from helpers.exports import save_tokenizer
@@ -11,6 +13,19 @@ from helpers.families import FAMILIES
 from helpers.small_memory import small_memory
 
 POOL = 64 * 2**20  # bytes
+
+
+@pytest.mark.parametrize(("size", "share"), [("50%", 0.5), ("auto", 0.8)])
+def test_the_first_size_is_what_a_container_has_room_for(tmp_path: Path, size: str, share: float) -> None:
+    """Whatever the machine has. 1 GiB, as `auto` asks for, would not fit."""
+    save(tmp_path, FAMILIES["llama, tied"])
+    save_tokenizer(tmp_path)
+    with small_memory() as cgroup, bridge() as engine:
+        cgroup.take(engine.process.pid)
+        cgroup.leave(2**30)
+        engine.begin(config(tmp_path, kv_cache_memory=size))
+        hear_ready(engine)
+        assert 0.2 * share * 2**30 < heartbeat(engine, lambda stats: True).memory.kv_target < share * 2**30
 
 
 def test_the_kv_cache_gives_way_to_a_container_s_limit_and_comes_back(tmp_path: Path) -> None:

@@ -74,10 +74,21 @@ def test_nor_if_it_is_of_no_use_at_all() -> None:
         blocks(3, num_blocks=50)
 
 
-def size(budget: str, weights: int, workspace: int, **changes: Any) -> PoolSize:
+def test_an_automatic_size_is_no_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountedMemory, "is_bounded", False)
+    monkeypatch.setattr(CountedMemory, "kv_budget", str(50 * SIZE))
+    assert [blocks(free, kv_cache_memory="auto") for free in (100, 60, 20)] == [50, 48, 16]
+    assert blocks(60, kv_cache_memory="auto", tensor_parallel_size=2) == 24  # they share a machine
+    assert size("90%", 20, 10, kv_cache_memory="auto", free=100).num_blocks == 80
+    with pytest.raises(KVCacheMemoryError, match="lower kv_cache_memory"):
+        blocks(20, kv_cache_memory=str(50 * SIZE))
+
+
+def size(budget: str, weights: int, workspace: int, free: int = 200, **changes: Any) -> PoolSize:
     """On a device of 200 blocks; all in blocks."""
-    config = EngineConfig(model_dir="", **{"memory_budget": budget, **changes})
-    made = pool_size(config, SHAPE, 12, CountedMemory(200 * SIZE), weights * SIZE, workspace * SIZE, workspace * SIZE)
+    config, memory = EngineConfig(model_dir="", **{"memory_budget": budget, **changes}), CountedMemory(200 * SIZE)
+    memory.free = lambda: free * SIZE  # type: ignore[method-assign]
+    made = pool_size(config, SHAPE, 12, memory, weights * SIZE, workspace * SIZE, workspace * SIZE)
     assert made.num_blocks <= made.most_blocks <= made.room_blocks
     assert (weights + workspace + made.most_blocks) * SIZE <= made.budget
     return PoolSize(made.num_blocks, made.most_blocks, made.budget // SIZE, made.room_blocks)

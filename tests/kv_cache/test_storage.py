@@ -12,10 +12,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from helpers.counted_memory import CountedMemory
+from tidewright.devices.cpu import memory as cpu_memory
 from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.memory import out_of_memory
 from tidewright.kv_cache import storage
 from tidewright.kv_cache.storage import BlockMoveError, KVCache, KVCacheMemoryError, KVCacheShape, count_blocks
+from tidewright.memory.machine import MachineMemory
 
 SHAPE = KVCacheShape(num_layers=2, num_kv_heads=3, head_dim=8, block_size=4, dtype=torch.bfloat16)
 BLOCK_BYTES = 2 * 2 * 3 * 8 * 4 * 2  # k and v, layers, heads, head size, tokens, bytes a value
@@ -183,7 +185,8 @@ def test_a_cache_larger_than_the_memory_is_refused() -> None:
         count_blocks(SHAPE, "1000000GiB", 9, CPU)
 
 
-def test_a_share_is_of_the_free_memory() -> None:
-    assert count_blocks(SHAPE, "0.01%", 4, CPU) * BLOCK_BYTES == pytest.approx(
-        psutil.virtual_memory().available * 0.0001, rel=0.2
-    )
+def test_a_share_is_of_the_free_memory_of_machine_or_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_memory, "machine_memory", lambda: MachineMemory(total=1000 * BLOCK_BYTES, free=90_000))
+    assert count_blocks(SHAPE, "50%", 4, CPU) == 45_000 // BLOCK_BYTES
+    with pytest.raises(KVCacheMemoryError, match="lower kv_cache_memory"):
+        count_blocks(SHAPE, "100KiB", 4, CPU)

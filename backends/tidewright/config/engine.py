@@ -70,7 +70,8 @@ class EngineSettings(BaseModel):
     kv_cache_memory: str = Field(
         "auto",
         description="Memory of the KV cache, for all models together: 1GiB, 512MiB, or 80% of what is free once the "
-        "weights are loaded (on a GPU less what the largest step takes). auto: 1GiB on a CPU, 90% on a GPU.",
+        "weights are loaded (on a GPU less what the largest step takes; in a container, of what its limit leaves). "
+        "auto: 1GiB on a CPU, or 80% of what is free where that is less; 90% on a GPU.",
     )
     kv_cache_share: float = Field(
         0.0,

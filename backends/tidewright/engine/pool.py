@@ -17,7 +17,7 @@ from tidewright.kv_cache.budget import blocks_of, is_share, mib, parse_memory
 from tidewright.kv_cache.storage import KVCacheMemoryError, KVCacheShape, as_many_blocks, count_blocks
 from tidewright.logs import event
 
-_SHARE = 80  # percent of the free memory, if an engine finds less than an amount that was configured
+_SHARE = 80  # percent of the free memory, if an engine finds less than an amount that was configured, or is automatic
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +68,17 @@ def pool_size(
     if allowed := config.most_blocks or limit:
         most, budget = allowed, budget + (allowed - most) * block
     if config.kv_cache_memory == "auto":
-        config = msgspec.structs.replace(config, kv_cache_memory=str(most * block))
+        config = msgspec.structs.replace(config, kv_cache_memory=_automatic(most * block, config, memory))
     num_blocks = pool_blocks(config, shape, needed_tokens, memory, step_bytes, group)
     most = group.smallest(most)
     return PoolSize(min(num_blocks, most), most, budget, max(most, group.smallest(room)))
+
+
+def _automatic(size: int, config: EngineConfig, memory: DeviceMemory) -> str:
+    """Of the bytes of a KV cache that nobody asked for, what there is memory for. A GPU's have been measured."""
+    if not memory.is_bounded:
+        size = min(size, parse_memory(f"{_SHARE / config.local_ranks}%", memory.free()))
+    return str(size)
 
 
 def _whole_cache(config: EngineConfig, memory: DeviceMemory) -> int:
@@ -102,10 +109,13 @@ def pool_blocks(
     Raises:
         KVCacheMemoryError: there is no memory for one that is of use; for a later engine, for its requests in flight.
     """
-    kept = config.num_blocks
+    kept, budget = config.num_blocks, config.kv_cache_memory
+    if budget == "auto":
+        budget = memory.kv_budget
+        if not is_share(budget):
+            budget = _automatic(parse_memory(budget, 0), config, memory)
     if not kept:
-        return group.smallest(count_blocks(shape, config.kv_cache_memory, needed_tokens, memory, step_bytes))
-    budget = memory.kv_budget if config.kv_cache_memory == "auto" else config.kv_cache_memory
+        return group.smallest(count_blocks(shape, budget, needed_tokens, memory, step_bytes))
     if not is_share(budget):
         budget = f"{_SHARE if memory.is_bounded else _SHARE / config.local_ranks}%"
     num_blocks = group.smallest(as_many_blocks(shape, kept, budget, needed_tokens, memory, step_bytes))

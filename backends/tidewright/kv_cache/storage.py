@@ -173,7 +173,7 @@ def _move(tensor_NX: torch.Tensor, sources: list[int], places: list[int]) -> Non
 def count_blocks(
     shape: KVCacheShape, budget: str, needed_tokens: int, memory: DeviceMemory, step_bytes: int = 0
 ) -> int:
-    """As many blocks as `budget` pays for: an amount, a share of the free memory, or "auto".
+    """As many blocks as `budget` pays for: an amount, or a share of the free memory.
 
     `step_bytes`: what the largest step takes; of a share it comes off.
 
@@ -181,7 +181,6 @@ def count_blocks(
         KVCacheMemoryError: fewer than `needed_tokens` tokens fit, or the memory is not there.
     """
     available = memory.free()
-    budget = memory.kv_budget if budget == "auto" else budget
     budget_bytes = parse_memory(budget, available) - (step_bytes if is_share(budget) else 0)
     budget_bytes, beside = max(budget_bytes, 0), _beside(step_bytes)
     num_blocks = budget_bytes // shape.bytes_per_block

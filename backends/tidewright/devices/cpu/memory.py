@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import psutil
 import torch
 from torch import nn
 
@@ -25,7 +24,7 @@ class CpuMemory(DeviceMemory):
         """For weights that get their memory as they are loaded."""
 
     def free(self) -> int:
-        return psutil.virtual_memory().available
+        return machine_memory().free
 
     def capacity(self) -> int:
         return machine_memory().total
