@@ -258,6 +258,23 @@ def test_a_failing_step_ends_the_process_with_a_traceback(model: Path) -> None:
         assert b"RuntimeError: out of luck" in started.process.stderr.read()
 
 
+def test_an_engine_that_finds_no_memory_at_its_start_says_so(model: Path) -> None:
+    """As where a kernel counts what is only reserved (vm.overcommit_memory=2)."""
+    full = (
+        "from tidewright.engine import __main__; from tidewright.devices.cpu import memory\n"
+        "make = memory.huge_empty\n"
+        "memory.huge_empty = lambda size, reserves: make(1 << 60, reserves)\n"
+        "__main__.main()"
+    )
+    with bridge("-c", full) as started:
+        started.begin(config(model))
+        assert hear_failed(started) == (
+            "the engine can't start for lack of memory ([Errno 12] Cannot allocate memory): end what else takes it, "
+            "or lower kv_cache_memory"
+        )
+        assert started.exit_code() == 1
+
+
 def test_a_block_lost_from_the_books_ends_the_idle_engine(model: Path) -> None:
     """Of a kind that only the look at every block finds, which takes several calls."""
     broken = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable
 
@@ -12,7 +13,19 @@ from tidewright.kv_cache.budget import AUTO_GPU
 
 PATIENCE = 5.0  # seconds that an engine waits for the memory of the one whose place it takes
 _POLL = 0.1  # seconds
-_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory", "CUDA error: out of memory"
+# Words of errors that have no type of their own: torch's, the C library's through torch, a C++ library's,
+# onnxruntime's, cuBLAS's, and the driver's as torch, onnxruntime, Triton's language and NCCL quote it.
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "Cannot allocate memory",
+    "std::bad_alloc",
+    "Failed to allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
+    "CUDA failure 2: out of memory",
+    "[CUDA]: out of memory",
+    "Cuda failure 2 'out of memory'",
+)
 _LONGEST = 300  # characters of such an error; torch's goes on with advice about its settings
 
 
@@ -74,11 +87,14 @@ class DeviceMemory:
 def out_of_memory(error: Exception) -> str:
     """What it says, if it is that memory did not suffice; else empty.
 
-    Torch has a type for GPUs only; a CPU's allocators and the driver raise others. The error itself keeps all tensors
-    of the frames that it came through.
+    Torch has a type for GPUs only; a CPU's allocators, the driver and other libraries raise others, and the kernel's
+    refusal to map memory is an OSError. The error itself keeps all tensors of the frames that it came through.
     """
     text = " ".join(str(error).split()) or type(error).__name__
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    if known or (isinstance(error, RuntimeError) and any(words in text for words in _OUT_OF_MEMORY)):
+    known = known or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    # onnxruntime's types have no base of their own.
+    is_worded = isinstance(error, RuntimeError) or type(error).__module__.startswith("onnxruntime.")
+    if known or (is_worded and any(words in text for words in _OUT_OF_MEMORY)):
         return text[:_LONGEST]
     return ""

@@ -12,6 +12,7 @@ import time
 from multiprocessing.connection import Connection
 
 from tidewright.devices.base import DeviceError
+from tidewright.devices.memory import out_of_memory
 from tidewright.distributed.group import ALONE
 from tidewright.distributed.placement import resolve, take_place
 from tidewright.distributed.process_group import join_group, make_store
@@ -121,6 +122,8 @@ class EngineProcess:
         log.error("%s: %s", what, error, exc_info=None if isinstance(error, _EXPLAINED) else error)
         explained = isinstance(error, ValueError | RankError | StepMemoryError)
         reason = str(error) if explained else f"{type(error).__name__}: {error}"
+        if not explained and (lack := out_of_memory(error)):
+            reason = f"{what} for lack of memory ({lack}): end what else takes it, or lower kv_cache_memory"
         self._tell_failure(reason, error.step_tokens if isinstance(error, StepMemoryError) else 0)
 
     def _tell_failure(self, cause: str, step_tokens: int = 0) -> None:

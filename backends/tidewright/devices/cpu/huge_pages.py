@@ -38,7 +38,8 @@ def release_pages(memory: torch.Tensor) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     dont_need = ctypes.c_int(mmap.MADV_DONTNEED)
     if start < end and libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), dont_need) != 0:
-        raise OSError(ctypes.get_errno(), "madvise")  # not a page of ours: a bug
+        # Not a page of ours: a bug. No OSError, whose ENOMEM would pass for a lack of memory.
+        raise RuntimeError(f"madvise failed with errno {ctypes.get_errno()}")
 
 
 class HugePages:
