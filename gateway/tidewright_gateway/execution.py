@@ -13,7 +13,8 @@ from tidewright.resilience.errors import ModelError
 from tidewright_gateway.admission.limits import Limiter
 from tidewright_gateway.admission.queue import priority_class
 from tidewright_gateway.admission.smaller_variant import SERVED_BY
-from tidewright_gateway.cache.responses import Replies, ResponseCache, cache_key
+from tidewright_gateway.cache.joined_run import JoinedRun
+from tidewright_gateway.cache.responses import CacheState, Replies, ResponseCache, cache_key
 from tidewright_gateway.context import RequestContext
 from tidewright_gateway.metrics import Metrics
 from tidewright_gateway.replicas.failover import Generation, timed_out
@@ -90,22 +91,29 @@ class Execution:
             if adapter := context.adapter:  # another one may have had this name before
                 model += f"\n{adapter.path}\n{adapter.at}"
             key = cache_key(context.caller, model, generation.prompt, generation.sampling, generation.logprobs)
+        began = time.monotonic()
+
+        def run() -> AsyncGenerator[Reply, None]:
+            return self._generate(context, generation, began)
+
         state, replies = self._cache.open(
             key,
-            lambda: self._generate(context, generation),
+            run,
             context.policy,
             lambda: generation.model == "decoder" and not context.limited_by,
             generation.sampling.ttft_target,
         )
         context.cache_states.append(state)
         self._metrics.cache(state)
-        return replies
+        return JoinedRun(replies, generation, run) if state is CacheState.SHARED else replies
 
-    async def _generate(self, context: RequestContext, generation: Generation) -> AsyncGenerator[Reply, None]:
-        """Queues, then runs the generation on a replica."""
+    async def _generate(
+        self, context: RequestContext, generation: Generation, since: float
+    ) -> AsyncGenerator[Reply, None]:
+        """Queues, then runs the generation on a replica. `since`: when it began to wait (time.monotonic())."""
         self._metrics.asked(time.monotonic() - context.arrived_at)
         began, priority = time.monotonic(), generation.sampling.priority
-        until = min(began + self._queue_timeout, generation.deadline.at)
+        until = min(since + self._queue_timeout, generation.deadline.at)
         try:
             place = await context.served.queue.enter(context.caller.key_id, priority, until, context.caller.weight)
         except ModelError as error:
@@ -137,7 +145,7 @@ class Execution:
 
         async def work() -> None:
             for index, generation in pending:
-                async with aclosing(self._generate(context, generation)) as replies:
+                async with aclosing(self._generate(context, generation, time.monotonic())) as replies:
                     async for reply in replies:
                         self._note(context, index, reply)
                         found[index] = reply.embedding or b""
