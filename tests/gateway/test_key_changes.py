@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
+from redis.client import Pipeline
 
 from helpers.api_keys import add, refusal, running, until_logged, until_refused, until_taken
 from helpers.redis import RunningRedis
@@ -150,6 +153,84 @@ def test_a_broken_entry_in_redis_costs_only_its_own_key(redis: RunningRedis, cap
             await until_taken(ask, keys_of["broken"])
 
     asyncio.run(main())
+
+
+def num_reads(server: RunningRedis) -> int:
+    return int(server.client.info("commandstats").get("cmdstat_hgetall", {"calls": 0})["calls"])
+
+
+def test_keys_in_redis_are_read_again_only_after_a_change(redis: RunningRedis) -> None:
+    redis.client.flushall()
+    reader, writer = open_store(redis.url), open_store(redis.url)
+    add(writer, "alice")
+    assert reader.read() is not None
+    before = num_reads(redis)
+    for _ in range(5):
+        assert reader.read() is None
+    assert num_reads(redis) == before
+    # Whoever changes it, and however.
+    copy = redis.client.hget(REDIS_HASH, "alice")
+    assert isinstance(copy, bytes)
+    changes: list[tuple[Callable[[], object], set[str]]] = [
+        (lambda: add(writer, "bob"), {"alice", "bob"}),
+        (lambda: redis.client.hdel(REDIS_HASH, "bob"), {"alice"}),
+        (lambda: redis.client.hset(REDIS_HASH, "carl", copy.replace(b"alice", b"carl")), {"alice", "carl"}),
+        (lambda: redis.client.rename(REDIS_HASH, "elsewhere"), set()),
+        (lambda: redis.client.rename("elsewhere", REDIS_HASH), {"alice", "carl"}),
+        (redis.client.flushall, set()),
+        (lambda: redis.client.hset(REDIS_HASH, "alice", copy), {"alice"}),
+        (lambda: redis.client.client_kill_filter(_type="normal", skipme=True), {"alice"}),  # the connections that watch
+        (lambda: redis.client.pexpire(REDIS_HASH, 1), set()),
+    ]
+    seen = {"alice"}
+    for change, expected in changes:
+        change()
+        deadline = time.monotonic() + 30
+        while seen != expected:
+            assert time.monotonic() < deadline, (seen, expected)
+            if found := reader.read():
+                seen = set(found[0])
+        assert reader.read() is None
+
+
+@pytest.mark.parametrize(
+    ("step", "has_changed"),
+    [
+        *((step, has_changed) for step in ("watch", "multi", "execute") for has_changed in (True, False)),
+        ("hgetall", True),
+    ],
+)
+@pytest.mark.parametrize("is_before", [True, False])
+def test_no_change_falls_between_two_reads_of_redis(
+    redis: RunningRedis, monkeypatch: pytest.MonkeyPatch, step: str, has_changed: bool, is_before: bool
+) -> None:
+    """`has_changed`: before the first of them, too."""
+    redis.client.flushall()
+    reader = open_store(redis.url)
+    for name in ("alice", "bob"):
+        add(open_store(redis.url), name)
+    reader.read()
+    if has_changed:
+        redis.client.hdel(REDIS_HASH, "bob")
+    done = getattr(Pipeline, step)
+    seen = {"alice", "bob"}
+
+    def with_a_change(pipe: Pipeline, *args: object) -> object:
+        monkeypatch.setattr(Pipeline, step, done)
+        if is_before:
+            redis.client.hdel(REDIS_HASH, "alice")
+        try:
+            return done(pipe, *args)
+        finally:
+            if not is_before:
+                redis.client.hdel(REDIS_HASH, "alice")
+
+    monkeypatch.setattr(Pipeline, step, with_a_change)
+    for _ in range(2):
+        if found := reader.read():
+            seen = set(found[0])
+    assert getattr(Pipeline, step) is done
+    assert seen == (set() if has_changed else {"bob"})
 
 
 def test_changes_at_the_same_time_are_all_kept(where: str) -> None:

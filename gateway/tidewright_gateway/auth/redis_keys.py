@@ -19,7 +19,12 @@ _REDIS_TIMEOUT = 2.0  # seconds
 
 
 class RedisStore(KeyStore):
-    """One hash, key id to JSON. Gateways share it, so a broken entry costs only its own key."""
+    """One hash, key id to JSON. Gateways share it, so a broken entry costs only its own key.
+
+    It is read as a whole only after it has changed, which Redis itself tells of a key that is watched, whoever changes
+    it: a transaction of the connection that watches it fails then. A transaction ends the watch, so the next connection
+    watches before, and no change falls between two of them.
+    """
 
     def __init__(self, url: str) -> None:
         try:
@@ -34,14 +39,23 @@ class RedisStore(KeyStore):
         except ValueError as error:
             raise AuthSetupError(f"keys: not a Redis address, such as redis://127.0.0.1:6379/0: {error}") from None
         self.name = f"{parts.scheme}://{parts.hostname}{port}{parts.path}"
+        self._watch: Any = None  # a pipeline that has watched the hash since the last read
         self._seen: dict[bytes, bytes] | None = None
         self._entries: Entries = {}
 
     def read(self) -> tuple[Entries, list[str]] | None:
+        watch: Any = self._redis.pipeline()
         try:
-            fields: dict[bytes, bytes] = self._redis.hgetall(REDIS_HASH)  # type: ignore[assignment]
+            watch.watch(REDIS_HASH)
+            last, self._watch = self._watch, None
+            if last and _is_unchanged(last):
+                self._watch = watch
+                return None
+            fields: dict[bytes, bytes] = watch.hgetall(REDIS_HASH)
         except redis.RedisError as error:
+            watch.reset()
             raise self._unreachable(error) from None
+        self._watch = watch
         if fields == self._seen:
             return None
         entries: Entries = {}
@@ -82,3 +96,14 @@ class RedisStore(KeyStore):
 
     def _unreachable(self, error: redis.RedisError) -> AuthSetupError:
         return AuthSetupError(f"{self.name}: {error}")
+
+
+def _is_unchanged(watch: Any) -> bool:
+    """What it watches; ends the watch. False also if the connection broke."""
+    try:
+        watch.multi()
+        watch.ping()
+        watch.execute()
+    except redis.RedisError:
+        return False
+    return True
