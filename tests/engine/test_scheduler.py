@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+
 import pytest
 
-from helpers.scheduling import EOS, VOCAB, make, sequence, shape, step
+from helpers.scheduling import EOS, VOCAB, make, result, sequence, shape, step
 from tidewright.engine.limits import RequestRefusedError
 from tidewright.engine.messages import SequenceOutput
 from tidewright.engine.plan import StepPlan
@@ -222,3 +225,38 @@ def test_a_plan_carries_only_the_blocks_that_are_new() -> None:
         *[(3, ())] * 3,
         (3, (3,)),
     ]
+
+
+def python_calls(work: Callable[[], object]) -> int:
+    """Work that can be counted: seconds depend on the machine."""
+    calls = 0
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+@pytest.mark.parametrize("tenants", [1, 8, 64])
+def test_the_next_token_of_a_stream_takes_few_calls_however_many_tenants_there_are(
+    tenants: int, prefix_caching: bool
+) -> None:
+    scheduler, _ = make(1000, max_running=64, max_batched_tokens=512, block_size=16, prefix_caching=prefix_caching)
+    for request_id in range(128):
+        scheduler.add(sequence(request_id, 4, tenant=f"{request_id % tenants}", max_tokens=50))
+    for _ in range(5):
+        plan, _ = step(scheduler)
+    assert [one.count for one in plan.sequences] == [1] * 64
+    planning = python_calls(scheduler.schedule)
+    computed = result(plan)
+    committing = python_calls(lambda: scheduler.commit(plan, computed))
+    # Of each stream: its draw. Of each tenant: its rank, and its turn among those that wait. Of a step: what is left.
+    assert planning <= 64 + 3 * tenants + 60
+    assert committing <= 3 * 64 + 10

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tidewright.engine.messages import SequenceOutput
-from tidewright.engine.plan import NO_HISTORY, Draw, DrawnToken, History, SequenceResult
+from tidewright.engine.plan import NO_HISTORY, Draw, History, SequenceResult
 from tidewright.engine.sequence import Sequence
 from tidewright.schema import FinishReason
 
 
-def draw_after(sequence: Sequence, drafts: Collection[int] = ()) -> Draw:
-    """Of the token after all that it has or expects, and after these guesses."""
-    num_expected, prompt_length = sequence.num_expected, len(sequence.prompt_token_ids)
-    position, sampling = num_expected + len(drafts), sequence.sampling
-    may_stop = position - prompt_length >= sampling.min_tokens
-    banned_ids = () if may_stop else tuple(sorted(sequence.stop_ids))
+def draw_after(sequence: Sequence, position: int, drafts: Collection[int] = ()) -> Draw:
+    """Of the token at `position`, which follows all that it has or expects, and these guesses."""
+    banned_ids = () if position >= sequence.shortest else tuple(sorted(sequence.stop_ids))
     history = NO_HISTORY
     if sequence.needs_history:
-        history = History(sequence.token_ids, num_expected, prompt_length, tuple(drafts))
+        history = History(sequence.token_ids, position - len(drafts), sequence.prompt_length, tuple(drafts))
     # By place: names cost half as much again, for each token that is generated.
-    return Draw(sequence.request_id, sampling, position, banned_ids, sequence.bad_words_ids, history)
+    return Draw(sequence.request_id, sequence.sampling, position, banned_ids, sequence.bad_words_ids, history)
 
 
 def guesses(sequence: Sequence, most: int) -> list[int]:
@@ -41,34 +38,37 @@ def accept(sequence: Sequence, drafts: tuple[int, ...], computed: SequenceResult
     Returns:
         The output, with a reason if the sequence ends with it, and how many guesses were right.
     """
-    first = sequence.num_generated == 0
+    known, sampling = sequence.token_ids, sequence.sampling
+    first = len(known) == sequence.prompt_length
     right = 0
     while right < len(drafts) and drafts[right] == computed.drawn[right].token_id:
         right += 1
-    accepted: list[DrawnToken] = []
+    accepted: list[int] = []
     reason: FinishReason | None = None
     message = ""
     for drawn in computed.drawn[: right + 1]:
         if drawn.error:
             reason, message = "invalid", drawn.error  # its own parameters: any other engine would say the same
             break
-        sequence.token_ids.append(drawn.token_id)
-        accepted.append(drawn)
-        reason = _finish_reason(sequence)
-        if reason:
+        token_id = drawn.token_id
+        known.append(token_id)
+        accepted.append(token_id)
+        if token_id in sequence.stop_ids:
+            reason = "stop"
             break
-    sequence.num_computed += max(len(accepted) - 1, 0)  # the guesses that were right
-    asked = sequence.sampling.prompt_logprobs is not None
+        if len(known) >= sequence.longest:
+            reason = "length"
+            break
+    count = len(accepted)
+    if drafts:
+        sequence.num_computed += max(count - 1, 0)  # the guesses that were right
+    logprobs = None if sampling.logprobs is None else [drawn.logprobs or [] for drawn in computed.drawn[:count]]
+    prompt_logprobs = sequence.prompt_logprobs if first and sampling.prompt_logprobs is not None else None
+    cached_tokens = (sequence.cached_tokens or 0) if first else 0
     output = SequenceOutput(
-        request_id=sequence.request_id,
-        token_ids=[drawn.token_id for drawn in accepted],
-        finish_reason=reason,
-        logprobs=None if sequence.sampling.logprobs is None else [drawn.logprobs or [] for drawn in accepted],
-        prompt_logprobs=sequence.prompt_logprobs if first and asked else None,
-        cached_tokens=(sequence.cached_tokens or 0) if first else 0,
-        message=message,
-    )
-    return output, min(right, len(accepted))
+        sequence.request_id, accepted, reason, logprobs, prompt_logprobs, cached_tokens, message
+    )  # by place, as above
+    return output, min(right, count)
 
 
 def embedded(sequence: Sequence, computed: SequenceResult) -> SequenceOutput:
@@ -76,9 +76,3 @@ def embedded(sequence: Sequence, computed: SequenceResult) -> SequenceOutput:
     return SequenceOutput(
         sequence.request_id, [], "stop", cached_tokens=sequence.cached_tokens or 0, embedding=computed.embedding
     )
-
-
-def _finish_reason(sequence: Sequence) -> FinishReason | None:
-    if sequence.token_ids[-1] in sequence.stop_ids:
-        return "stop"
-    return "length" if len(sequence.token_ids) >= sequence.longest else None

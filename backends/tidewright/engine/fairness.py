@@ -93,6 +93,7 @@ class _Class:
         self.priority = priority
         self.accounts: dict[str, Account] = {}
         self.num_waiting = self.num_active = 0
+        self.charged: list[Account] = []  # in the step that is planned
         self._time = 0  # virtual: where a tenant begins that comes back
         self._weights = 0  # of all that wait or run
         # Both are lazy: what an entry says may be out of date, but never too high.
@@ -196,14 +197,20 @@ class _Class:
         self._time = max(self._time, first.account.rank)
         self._forget()
 
-    def served(self, accounts: list[Account]) -> None:
-        """What these were charged: a tenant that comes from now on has missed it.
+    def end_step(self) -> None:
+        """A step is planned: a tenant that comes from now on has missed it.
 
-        But it does not begin behind all of them: once those that are ahead have left, nobody is owed anything.
+        But it does not begin behind all who were charged: once those that are ahead have left, nobody is owed anything.
         """
-        cost = sum((account.counter - account.rank) * account.weight for account in accounts)
-        highest = max(account.counter for account in accounts)
+        if not self.charged:
+            return
+        cost = highest = 0
+        for account in self.charged:
+            cost += (account.counter - account.rank) * account.weight
+            highest = max(highest, account.counter)
+            account.stand(account.counter)
         self._time = max(self._time, min(self._time + cost // max(self._weights, 1), highest))
+        self.charged.clear()
 
     def leave(self, sequence: Sequence) -> None:
         """It ran, and does not any more."""
@@ -233,7 +240,6 @@ class FairQueue:
 
     def __init__(self) -> None:
         self._classes: dict[int, _Class] = {}
-        self._charged: list[Account] = []  # in the step that is planned
         self._requests: dict[str, int] = {}  # by tenant: that wait or run
 
     def __len__(self) -> int:
@@ -265,14 +271,8 @@ class FairQueue:
 
     def end_step(self) -> None:
         """A step is planned: ranks, which don't change meanwhile, are what counters are now."""
-        charged: dict[_Class, list[Account]] = {}
-        for account in self._charged:
-            charged.setdefault(account.its_class, []).append(account)
-        for its_class, accounts in charged.items():
-            its_class.served(accounts)
-        for account in self._charged:
-            account.stand(account.counter)
-        self._charged.clear()
+        for each in self._classes.values():
+            each.end_step()
 
     def first(self) -> Sequence | None:
         """Whose turn it is."""
@@ -322,20 +322,21 @@ class FairQueue:
         if not self._requests[tenant]:
             del self._requests[tenant]
 
-    def charge(self, sequence: Sequence, draws: bool) -> None:
-        """Of what is computed of it now, what was not before; a token drawn counts as one more.
+    def charge(self, sequences: Iterable[Sequence], draws: bool) -> None:
+        """Of what is computed of them now, what was not before; a token that each draws counts as one more.
 
         So a generated token costs two of a prompt, as in the paper. What the cache has, and what is computed again
         (after a preemption, or a step that was taken back), costs nothing.
         """
-        cost = sequence.num_computed - sequence.num_charged
-        if cost <= 0:
-            return
-        sequence.num_charged = sequence.num_computed
-        account = sequence.account
-        if account.counter == account.rank:
-            self._charged.append(account)
-        account.counter += (cost + draws) * account.unit
+        for sequence in sequences:
+            cost = sequence.num_computed - sequence.num_charged
+            if cost <= 0:
+                continue
+            sequence.num_charged = sequence.num_computed
+            account = sequence.account
+            if account.counter == account.rank:
+                account.its_class.charged.append(account)
+            account.counter += (cost + draws) * account.unit
 
     def _enqueue(self, sequence: Sequence, is_new: bool) -> None:
         priority = sequence.order[0]

@@ -84,7 +84,7 @@ class ScheduledSequence(msgspec.Struct, frozen=True, gc=False):
     @property
     def drafts(self) -> tuple[int, ...]:
         """The speculative ones of `token_ids`."""
-        return self.token_ids[len(self.token_ids) - max(len(self.draws) - 1, 0) :]
+        return self.token_ids[1 - len(self.draws) :] if len(self.draws) > 1 else ()
 
 
 class StepPlan(msgspec.Struct, frozen=True, gc=False):

@@ -8,6 +8,7 @@ running.py has the blocks that hold these tokens, and preempts sequences to get 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection
 from itertools import islice
@@ -126,23 +127,30 @@ class Scheduler:
         before = self._running.line
         if self.waiting.is_shared:
             self._running.line = sorted(before, key=fair_order)
+        line, guessing = self._running.line, self.config.speculative_tokens
         budget, index, waiting = self._budget.tokens, 0, self._next_waiting(0)
-        allowance = Allowance(pace, any(s.decodes for s in self.running))
+        turn = self._turn(waiting, 0)
+        allowance = Allowance(pace, any(s.decodes for s in line))
         preemptions = self._running.preemptions
         scheduled: list[ScheduledSequence] = []
         sequences: list[Sequence] = []  # of these
-        line, guessing = self._running.line, self.config.speculative_tokens
+        self.cache.begin_step()
         while budget:
-            running = line[index] if index < len(line) else None
-            if waiting and (running is None or goes_before(waiting, running)):
+            if waiting and index == turn:
                 # A request that does not fit blocks those behind it, or it might wait forever. And one that was just
                 # preempted is not admitted again in the same step.
                 if not self._admit(waiting, index, pace.running, allowance):
-                    waiting = None
+                    waiting, turn = None, len(line)
                     continue
-            elif running is None:
+            elif index >= len(line):
                 break
-            elif not self._goes_on(running, index):
+            elif not guessing and (streams := self._take_streams(line[index : min(turn, index + budget)], scheduled)):
+                sequences += streams
+                self.waiting.charge(streams, draws=True)
+                budget -= len(streams)
+                index += len(streams)
+                continue
+            elif not self._goes_on(line[index], index):
                 index += 1  # no token is left or no block to be had; it keeps its place for the next step
                 continue
             sequence = line[index]
@@ -156,21 +164,21 @@ class Scheduler:
                 if not share:
                     index += 1  # in a later step
                     continue
-            if not scheduled:
-                self.cache.begin_step()
-            planned = self._take(sequence, share) if guessing or not decodes else self._take_next(sequence)
-            self.waiting.charge(sequence, bool(planned.draws))
+            planned = self._take(sequence, share)
+            self.waiting.charge([sequence], bool(planned.draws))
             scheduled.append(planned)
             sequences.append(sequence)
             budget -= len(planned.token_ids)
             if not decodes:
                 allowance.take(planned.start, planned.count)
-            if self._running.preemptions != preemptions:
-                waiting = None
-            elif sequence is waiting:
-                waiting = self._next_waiting(index + 1)  # now that it is known what this one costs
             index += 1
+            if self._running.preemptions != preemptions:
+                waiting, turn = None, len(line)
+            elif sequence is waiting:
+                waiting = self._next_waiting(index)  # now that it is known what this one costs
+                turn = self._turn(waiting, index)
         if not scheduled:
+            self.cache.cancel_step()
             self._running.line = before  # for other ranks make no plan where this one's is empty
             return StepPlan(())
         self.waiting.end_step()
@@ -189,7 +197,8 @@ class Scheduler:
         self._budget.computed()
         sequences = self._in_flight.popleft()
         for sequence, planned, computed in zip(sequences, plan.sequences, result.sequences, strict=True):
-            sequence.num_pending -= bool(planned.draws)
+            if planned.draws:
+                sequence.num_pending -= 1
             if sequence.ended:
                 continue
             if computed.prompt_logprobs:
@@ -282,6 +291,13 @@ class Scheduler:
 
         return self.adapters.first_admissible(self.waiting.in_order(), takes_one)
 
+    def _turn(self, waiting: Sequence | None, index: int) -> int:
+        """The place in the line, from `index` on, where one that waits gets its tokens; behind all if none does."""
+        line = self._running.line
+        if waiting is None:
+            return len(line)
+        return bisect_left(line, True, index, key=lambda running: goes_before(waiting, running))
+
     def _admit(self, sequence: Sequence, index: int, limit: int, allowance: Allowance) -> bool:
         """Moves a waiting sequence to place `index` of the running ones, if it fits and comes on in this step.
 
@@ -327,24 +343,30 @@ class Scheduler:
             return False
         return expected <= len(sequence.block_table) * config.block_size or self._running.grow(sequence, index)
 
-    def _take_next(self, sequence: Sequence) -> ScheduledSequence:
-        """As `_take`, of one that decodes, without guesses: in half the time, for that is paid for every token."""
-        start, known = sequence.num_computed, sequence.token_ids
-        token_id = known[start] if start < len(known) else PENDING
-        draw = draw_after(sequence)
-        sequence.num_pending += 1
-        sequence.num_computed = start + 1
-        if start + 1 >= (sequence.num_registered + 1) * self.config.block_size:
-            self._running.register(sequence)
-        request_id, slot = sequence.request_id, sequence.adapter_slot
-        first_block, num_blocks = sequence.num_planned_blocks, len(sequence.block_table)
-        new_blocks: tuple[int, ...] = ()
-        if num_blocks > first_block:
-            new_blocks = tuple(sequence.block_table[first_block:])
-            sequence.num_planned_blocks = num_blocks
-        return ScheduledSequence(
-            request_id, start, (token_id,), new_blocks, (draw,), None, (), False, first_block, slot
-        )
+    def _take_streams(self, line: list[Sequence], scheduled: list[ScheduledSequence]) -> list[Sequence]:
+        """Plans the next token of those at the beginning of `line` that need nothing else, as a block; which these are.
+
+        As `_goes_on` and `_take` without guesses, in a third of the time: for that is paid for every token.
+        """
+        size = self.config.block_size
+        for place, sequence in enumerate(line):
+            known, start, pending = sequence.token_ids, sequence.num_computed, sequence.num_pending
+            expected, num_blocks = len(known) + pending, sequence.num_planned_blocks
+            decodes = expected == start + 1 and expected > sequence.prompt_length
+            has_block = expected <= num_blocks * size and num_blocks == len(sequence.block_table)
+            if not (decodes and has_block) or (pending and expected >= sequence.longest):
+                return line[:place]
+            draws = (draw_after(sequence, expected),)
+            sequence.num_pending = pending + 1
+            sequence.num_computed = expected
+            if expected >= (sequence.num_registered + 1) * size:
+                self._running.register(sequence)
+            token_ids = (PENDING if pending else known[start],)
+            request_id, slot = sequence.request_id, sequence.adapter_slot
+            scheduled.append(
+                ScheduledSequence(request_id, start, token_ids, (), draws, None, (), False, num_blocks, slot)
+            )
+        return line
 
     def _take(self, sequence: Sequence, budget: int) -> ScheduledSequence:
         """Plans as many of its tokens as there are within `budget`, and what is drawn after them."""
@@ -356,11 +378,11 @@ class Scheduler:
         draws: tuple[Draw, ...] = ()
         completes = end == num_expected
         if completes and not self.config.embeds:
-            draws = (draw_after(sequence),)
+            draws = (draw_after(sequence, end),)
             most = min(self.config.speculative_tokens, budget - len(token_ids))
             # Guesses cost nobody a token or a block.
             if most > 0 and (drafts := guesses(sequence, most)) and self._running.grow_by(sequence, len(drafts)):
-                draws += tuple(draw_after(sequence, drafts[:count]) for count in range(1, len(drafts) + 1))
+                draws += tuple(draw_after(sequence, end + count, drafts[:count]) for count in range(1, len(drafts) + 1))
                 token_ids += tuple(drafts)
             sequence.num_pending += 1
         sequence.num_computed = end
@@ -370,7 +392,7 @@ class Scheduler:
         sequence.num_planned_blocks = num_blocks
         new_blocks = tuple(sequence.block_table[first_block:]) if num_blocks > first_block else ()
         logprobs = sequence.sampling.prompt_logprobs
-        if logprobs is not None and sequence.num_generated:
+        if logprobs is not None and num_expected > sequence.prompt_length:
             logprobs = None
         following = () if logprobs is None else tuple(sequence.prompt_token_ids[start + 1 : end + 1])
         embeds = completes and self.config.embeds
@@ -381,11 +403,13 @@ class Scheduler:
         )
 
     def _drawn(self, sequence: Sequence, planned: ScheduledSequence, computed: SequenceResult) -> SequenceOutput:
-        first = sequence.num_generated == 0
-        output, num_right = accept(sequence, planned.drafts, computed)
-        self._drafted += len(planned.drafts)
-        self._accepted += num_right
-        self._prompt_tokens += len(sequence.prompt_token_ids) if first else 0
+        if len(sequence.token_ids) == sequence.prompt_length:
+            self._prompt_tokens += sequence.prompt_length
+        drafts = planned.drafts
+        output, num_right = accept(sequence, drafts, computed)
+        if drafts:
+            self._drafted += len(drafts)
+            self._accepted += num_right
         self._generated_tokens += len(output.token_ids)
         if output.finish_reason:
             self._running.register(sequence)  # what was not known yet when it was planned

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tidewright.engine.fairness import Account
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)  # slots: a step reads a dozen attributes for each token
 class Sequence:
     request_id: int
     prompt_token_ids: list[int]
@@ -26,7 +26,10 @@ class Sequence:
     accepted_before: bool = False  # so that its tenant's share of the queue does not matter
 
     token_ids: list[int] = field(init=False)  # the prompt and what was generated
-    needs_history: bool = field(init=False)  # asked for in every step, so looked up once
+    # Asked for in every step, so looked up once.
+    prompt_length: int = field(init=False)
+    shortest: int = field(init=False)  # tokens of prompt and output, at least
+    needs_history: bool = field(init=False)
     # Tokens whose keys and values are in the cache, or come there by the steps in flight.
     num_computed: int = field(init=False, default=0)
     num_pending: int = field(init=False, default=0)  # tokens that steps in flight draw
@@ -50,6 +53,8 @@ class Sequence:
 
     def __post_init__(self, output_token_ids: Iterable[int]) -> None:
         self.token_ids = [*self.prompt_token_ids, *output_token_ids]
+        self.prompt_length = len(self.prompt_token_ids)
+        self.shortest = self.prompt_length + self.sampling.min_tokens
         self.needs_history = self.sampling.needs_history
 
     @property
@@ -66,7 +71,7 @@ class Sequence:
         """It has a token already, or a step in flight draws it, and waits for the next one."""
         # As num_expected, whose call would cost as much as all of this.
         expected = len(self.token_ids) + self.num_pending
-        return expected == self.num_computed + 1 and expected > len(self.prompt_token_ids)
+        return expected == self.num_computed + 1 and expected > self.prompt_length
 
     @property
     def may_yield(self) -> bool:
@@ -75,4 +80,4 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
-        return len(self.token_ids) - len(self.prompt_token_ids)
+        return len(self.token_ids) - self.prompt_length

@@ -153,7 +153,7 @@ class PrefixCache:
         """
         size = self._block_size
         if not self._enabled or end // size == first:
-            return first
+            return end // size
         chain.extend(token_ids)
         for index in range(first, end // size):
             digest, block = chain.digests[index], block_table[index]
@@ -168,6 +168,10 @@ class PrefixCache:
     def begin_step(self) -> None:
         """What is registered from here on belongs to this step, and is in the cache once it is computed."""
         self._unwritten.append([])
+
+    def cancel_step(self) -> None:
+        """The latest step that was begun computes nothing."""
+        self._unwritten.pop()
 
     def step_computed(self) -> None:
         """The oldest step that was begun: what it registered stays findable."""
