@@ -47,13 +47,14 @@ class _Decodes:
         """The plan is the next token of the same sequences, and of no other."""
         if plan.ended or plan.preempted or len(plan.sequences) != len(self.sequences):
             return False
-        return all(
-            planned.request_id == before.request_id
-            and planned.start == before.start + 1
-            and len(planned.token_ids) == 1 == len(planned.draws)
-            and not (planned.new_blocks and planned.first_block == 0)
-            for planned, before in zip(plan.sequences, self.sequences, strict=True)
-        )
+        for planned, before in zip(plan.sequences, self.sequences, strict=True):
+            if planned.request_id != before.request_id or planned.start != before.start + 1:
+                return False
+            if len(planned.token_ids) != 1 or len(planned.draws) != 1:
+                return False
+            if planned.new_blocks and planned.first_block == 0:
+                return False
+        return True
 
 
 class StepBuffers:
@@ -221,15 +222,16 @@ class StepBuffers:
         count = len(sequences)
         token_ids = [sequences[i].token_ids[0] for i in last.order]
         host["token_ids"][:count] = token_ids
-        host["positions"][:count] += 1
+        positions_B, slots_B = host["positions"][:count], host["slots"][:count]
+        positions_B += 1
+        slots_B += 1
         host["lengths"][:count] += 1
         last.batch.host_spans_B4[:, 1] += 1
-        slots_T = host["slots"]
-        slots_T[:count] += 1
-        for row, i in enumerate(last.order):
-            if sequences[i].start % size == 0:  # the first of a block
-                slots_T[row] = tables.host_PM[last.sorted_places_B[row], sequences[i].start // size] * size
-        sampling = self._sampling.gather([planned.draws[0] for planned in sequences], last.places_B)
+        first_B = np.flatnonzero(positions_B % size == 0)  # those that begin a block
+        if len(first_B):
+            blocks_B = tables.host_PM[last.sorted_places_B[first_B], positions_B[first_B] // size]
+            slots_B[first_B] = blocks_B.astype(np.int64) * size
+        sampling = self._sampling.advance(last.batch.sampling, [planned.draws[0] for planned in sequences])
         self._upload(token_ids, last.sorted_places_B)
         last.sequences, last.batch = sequences, replace(last.batch, sampling=sampling)
         return last.batch

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Generic, TypeVar
 
@@ -111,6 +111,10 @@ def unusable(error: Exception) -> str:
     return f"no token can be drawn with these sampling parameters ({cause})"
 
 
+def _any_banned(draws: Sequence[Draw]) -> bool:
+    return any(draw.banned_ids or draw.bad_words_ids for draw in draws)
+
+
 class SamplingColumns:
     """Keeps the parameters of running sequences, by place, and copies those of a step's rows into the arena.
 
@@ -144,7 +148,7 @@ class SamplingColumns:
             to_keep_R[:-1][places_R[1:] == places_R[:-1]] = len(self._params)
             self._is_plain_step = bool(self._is_plain[places_R].all())
         self._host.position[: len(draws)] = [draw.position for draw in draws]
-        is_plain = self._is_plain_step and not any(draw.banned_ids or draw.bad_words_ids for draw in draws)
+        is_plain = self._is_plain_step and not _any_banned(draws)
         errors: dict[int, str] = {}
         if self._errors:
             errors = {row: self._errors[place] for row, place in enumerate(places_R.tolist()) if place in self._errors}
@@ -157,6 +161,12 @@ class SamplingColumns:
             host_places_R=places_R,
             places_R=self._device_place[: len(draws)],
         )
+
+    def advance(self, last: SamplingBatch, draws: Sequence[Draw]) -> SamplingBatch:
+        """Likewise, where the step before has drawn the token before for each of the same sequences, as `last` says."""
+        self._host.position[: len(draws)] += 1
+        is_plain = last.is_plain or (self._is_plain_step and not last.errors and not _any_banned(draws))
+        return replace(last, draws=draws, is_plain=is_plain)
 
     def _read(self, place: int, params: SamplingParams) -> None:
         self._params[place] = params
