@@ -15,6 +15,7 @@ MAX_ERROR = 160  # characters of an error's text
 SILENT = "no byte for "
 UNENDED = "still running a minute after the end of the test"
 """The errors of streams without an end begin with one of these."""
+NO_CONNECTION = "connection: none came in time"
 
 
 class Sample(msgspec.Struct, frozen=True, array_like=True):

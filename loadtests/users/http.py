@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from http.client import HTTPException
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,7 +13,7 @@ from geventhttpclient import HTTPClient
 
 from loadtests import prompts
 from loadtests.options import Options
-from loadtests.samples import SILENT
+from loadtests.samples import NO_CONNECTION, SILENT
 from loadtests.users.base import GenerationUser, RequestError, Tokens, Wanted
 
 CONNECT = 10.0  # seconds
@@ -46,7 +47,7 @@ class HttpCaller:
             parts.port or (443 if is_tls else 80),
             ssl=is_tls,
             concurrency=1,
-            connection_timeout=CONNECT,
+            connection_timeout=min(CONNECT, self._options.silence / 4),  # of each address of the host
             network_timeout=self._options.silence,
         )
 
@@ -60,7 +61,7 @@ class HttpCaller:
         headers = {"Content-Type": "application/json"}
         if wanted.key:
             headers["Authorization"] = f"Bearer {wanted.key}"
-        whole = False
+        whole, began = False, time.monotonic()
         try:
             answer = self._client.request("POST", self._prefix + PATH, msgspec.json.encode(content), headers)
             if answer.status_code != 200:
@@ -68,6 +69,8 @@ class HttpCaller:
             whole = self._read(answer, wanted, tokens)
             return whole
         except gevent.socket.timeout:
+            if time.monotonic() - began < self._options.silence:
+                raise RequestError(NO_CONNECTION) from None
             raise RequestError(f"{SILENT}{self._options.silence:g} s") from None
         except OSError as error:
             raise RequestError(f"connection: {error.strerror or type(error).__name__}") from None

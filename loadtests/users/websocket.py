@@ -9,7 +9,7 @@ import msgspec
 import websocket
 
 from loadtests.options import Options
-from loadtests.samples import SILENT
+from loadtests.samples import NO_CONNECTION, SILENT
 from loadtests.users.base import GenerationUser, RequestError, Tokens, Wanted
 from loadtests.users.http import body
 
@@ -61,10 +61,15 @@ class WebSocketCaller:
                 return not (left and message["choices"][0]["finish_reason"] == "cancelled")
 
     def _open(self, key: str) -> None:
-        self._socket = websocket.create_connection(self._url, timeout=self._options.silence)
-        self._key = key
-        self._send(type="open", **({"token": key} if key else {}))
-        if (message := self._receive())["type"] != "opened":
+        try:
+            self._socket = websocket.create_connection(self._url, timeout=self._options.silence)
+            self._key = key
+            self._send(type="open", **({"token": key} if key else {}))
+            message = self._receive()
+        except (websocket.WebSocketTimeoutException, TimeoutError):  # no generation has begun
+            self.close()
+            raise RequestError(NO_CONNECTION) from None
+        if message["type"] != "opened":
             self.close()
             raise RequestError(f"status {message.get('status')}: {message.get('message')}")
 
