@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
@@ -27,7 +29,9 @@ from tidewright_client import (
     Unavailable,
     UnexpectedAnswer,
     UsageReport,
+    requests,
 )
+from tidewright_client.sessions.core import SessionCore
 
 TOKENS = 200
 
@@ -264,6 +268,42 @@ def test_too_long_an_answer_is_cancelled(gateway: ScriptedGateway) -> None:
         with pytest.raises(UnexpectedAnswer, match="1000"):
             list(session.stream_complete("x"))
         gateway.wait(running=0)
+
+
+def test_a_refused_handshake_says_when_to_try_again() -> None:
+    class Refusing(BaseHTTPRequestHandler):
+        protocol_version, asked = "HTTP/1.1", 0
+
+        def do_GET(self) -> None:
+            Refusing.asked += 1
+            self.send_response(503)
+            self.send_header("Retry-After", "100")
+            self.send_header("Connection", "close")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        with Client(url, model="m") as client, client.session() as session:
+            with pytest.raises(Unavailable) as caught:  # nobody waits for so long
+                list(session.stream_complete("x"))
+        server.shutdown()
+    assert (caught.value.retry_after, Refusing.asked) == (100.0, 1)
+
+
+@pytest.mark.parametrize("was_open", [False, True])
+def test_it_waits_for_as_long_as_it_is_told(was_open: bool) -> None:
+    with Client("http://127.0.0.1:1", model="m") as client:
+        core = SessionCore(client._settings)
+    core._was_open = was_open
+    for retry_after, expected in ((7.0, 7.0), (100.0, None)):
+        state = core.begin(requests.completion("x", {}, "m", False), 10)
+        assert core.lost(None, Unavailable("busy", retry_after=retry_after)) == expected
+        assert state.is_over == (expected is None)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "https://127.0.0.1:1"])

@@ -269,7 +269,7 @@ class SessionCore:
     def lost(self, error: Exception | None, cause: TidewrightError) -> float | None:
         """The connection ended, or none was made. Seconds before the next attempt; None if none is needed now.
 
-        `cause`: what the error means, for the generations that end with it.
+        `cause`: what the error means, for the generations that end with it. Its `retry_after` is waited for.
         """
         self.is_open = False
         for generation in self.live.values():
@@ -282,10 +282,12 @@ class SessionCore:
         if self._was_open:
             # Without delay, unless the connection before this one brought nothing either.
             wait = min(_LONGEST_WAIT, 0.1 * 2.0**self._failures) * (1 - random.random() / 2) if self._failures else 0.0
+            wait = max(wait, cause.retry_after or 0.0)
             is_hopeless = now + wait - self._lost_at > self._grace
         else:
-            wait = retries.wait_before(self._failures, None, None, random.random) or 0.0
-            is_hopeless = self._failures >= self.settings.max_retries or explain.is_hopeless(error or Exception())
+            told = retries.wait_before(self._failures, cause.retry_after, None, random.random)
+            wait, is_over = told or 0.0, told is None or self._failures >= self.settings.max_retries
+            is_hopeless = is_over or explain.is_hopeless(error or Exception())
         self._failures += 1
         if is_hopeless:
             self._give_up(cause, self._was_open)
