@@ -22,6 +22,7 @@ from tidewright.engine.newcomers import Newcomers
 from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.step_cost import StepLoad
+from tidewright.engine.targets import Targets
 from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.schema import SamplingParams
 
@@ -41,7 +42,7 @@ class Simulation:
     def __post_init__(self) -> None:
         config = SchedulerConfig(16, 2048, self.running, 512, 8192, vocab_size=VOCAB)
         self.scheduler = Scheduler(config, BlockPool(4096))
-        self.latency = LatencyController(0.25, self.target, 2048, self.running)
+        self.latency = LatencyController(0.25, Targets(tpot=self.target), 2048, self.running)
         self.newcomers = Newcomers(self.latency.cost)
         self.random, self.last = random.Random(0), 0
 

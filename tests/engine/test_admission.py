@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from typing import Any, NoReturn
 
@@ -11,13 +12,13 @@ import pytest
 from helpers.scheduling import make, result
 from tidewright.engine import admission as admission_module
 from tidewright.engine.admission import Admission
-from tidewright.engine.class_targets import ClassTargets
 from tidewright.engine.engine import make_sequence
 from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError
 from tidewright.engine.messages import Submit
 from tidewright.engine.prediction import Backlog, Work, seconds_to_first_token
 from tidewright.engine.step_cost import StepLoad
+from tidewright.engine.targets import Targets
 from tidewright.resilience.errors import ModelError
 from tidewright.schema import SamplingParams
 
@@ -33,10 +34,11 @@ class Machine:
     ) -> None:
         values = {"max_running": 8, "max_waiting": 1000, "max_batched_tokens": 256, "max_model_len": 2000}
         self.scheduler, _ = make(**{"blocks": 4000, **values, **changes})  # type: ignore[arg-type]
-        self.latency = LatencyController(0.1, 0.0, 256, 8)
+        targets = Targets(ttft_target, 0.0, class_targets)
+        self.latency = LatencyController(0.1, targets, 256, 8)
         self.now = 100.0
         monkeypatch.setattr(admission_module.time, "monotonic", lambda: self.now)
-        self.admission = Admission(self.scheduler, self.latency, ttft_target, ClassTargets(class_targets))
+        self.admission = Admission(self.scheduler, self.latency, targets)
         self.first: dict[int, float] = {}
         self.arrived: dict[int, float] = {}
         self.predicted: dict[int, float] = {}
@@ -99,6 +101,21 @@ def test_a_prediction_is_what_comes_true(machine: Machine, seed: int) -> None:
     machine.run_until(lambda: last in machine.first)
     assert machine.predicted[last] == pytest.approx(machine.first[last], rel=0.2)
     assert machine.predicted[last] > 0.5
+
+
+@pytest.mark.parametrize("classes", ["0:tpot=0.03,100:tpot=1", "0:tpot=1,100:tpot=0.03"])
+def test_a_prediction_counts_with_the_steps_of_the_strictest_class_that_runs(
+    monkeypatch: pytest.MonkeyPatch, classes: str
+) -> None:
+    """Steps of 0.03 s have little time for prompts beside streams, those of the server's 0.1 s have more."""
+    machine = Machine(monkeypatch, class_targets=classes)
+    machine.measure()
+    draw = random.Random(1)
+    for number in range(30):
+        machine.submit(draw.randint(200, 900), 25, timeout=1e6, priority=100 * (number % 2))
+    last = machine.submit(100, 10, timeout=1e6, priority=100)
+    machine.run_until(lambda: last in machine.first)
+    assert machine.predicted[last] == pytest.approx(machine.first[last], rel=0.05)
 
 
 def test_a_full_cache_is_waited_for_as_full_places_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,9 +309,9 @@ def test_nothing_is_kept_of_requests_that_ended(machine: Machine) -> None:
 
 
 def test_alone_it_takes_its_prompt_and_a_step() -> None:
-    latency = LatencyController(0.0, 0.0, 2048, 8)
+    latency = LatencyController(0.0, Targets(), 2048, 8)
     for _ in range(20):
         latency.computed(StepLoad(1, 0, 0.0), 0.01)
         latency.computed(StepLoad(0, 100, 5000.0), 0.11)
-    found = seconds_to_first_token(Backlog([], [], 99, 8), Work(300, 0, 5, 10), latency)
+    found = seconds_to_first_token(Backlog([], [], 99, 8), Work(300, 0, 5, 10, math.inf), latency)
     assert found == pytest.approx(0.31, rel=0.1)

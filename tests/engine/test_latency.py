@@ -13,6 +13,7 @@ from helpers.scheduling import make, result, sequence
 from tidewright.engine.latency import FIRST, LEAST, SHARE, LatencyController
 from tidewright.engine.pace import UNPACED
 from tidewright.engine.step_cost import StepCost, StepLoad
+from tidewright.engine.targets import Targets
 
 
 @dataclass
@@ -46,7 +47,7 @@ def run(
     `holds`: as a tpot_target, so that fewer may run.
     """
     scheduler, _ = make(blocks=2100, block_size=16, max_batched_tokens=2048, max_running=64, max_model_len=20_000)
-    controller = LatencyController(*((0.25, target) if holds else (target, 0.0)), 2048, 64)
+    controller = LatencyController(*((0.25, Targets(tpot=target)) if holds else (target, Targets())), 2048, 64)
     for request_id in range(streams):
         scheduler.add(sequence(request_id, 8, max_tokens=10_000, ignore_eos=True))
     times, parts = [], []
@@ -176,7 +177,10 @@ def settle(controller: LatencyController, machine: Machine, waiting: int, steps:
 def test_as_many_run_as_the_target_allows_and_never_none(
     base: float, stream: float, noise: float, target: float
 ) -> None:
-    machine, controller = Machine(base, stream, 0.0, 0.0, noise), LatencyController(0.25, target, 2048, 64)
+    machine, controller = (
+        Machine(base, stream, 0.0, 0.0, noise),
+        LatencyController(0.25, Targets(tpot=target), 2048, 64),
+    )
     settle(controller, machine, 64, 1500)
     history = settle(controller, machine, 64, 300, running=controller.running)
     assert min(history) >= 1
@@ -186,14 +190,14 @@ def test_as_many_run_as_the_target_allows_and_never_none(
 
 
 def test_without_noise_the_number_comes_to_rest() -> None:
-    controller = LatencyController(0.25, 0.1, 2048, 64)
+    controller = LatencyController(0.25, Targets(tpot=0.1), 2048, 64)
     machine = Machine(0.01, 0.002, 0.0, 0.0)
     settle(controller, machine, 64, 1000)
     assert len(set(settle(controller, machine, 64, 200, running=controller.running))) == 1
 
 
 def test_the_number_waits_until_those_above_it_have_ended() -> None:
-    controller = LatencyController(0.25, 0.1, 2048, 64)
+    controller = LatencyController(0.25, Targets(tpot=0.1), 2048, 64)
     for _ in range(400):
         controller.computed(StepLoad(64, 0, 0.0), 0.2)
     assert controller.running == 48
@@ -202,7 +206,7 @@ def test_the_number_waits_until_those_above_it_have_ended() -> None:
 def test_a_stream_with_guesses_is_one_stream() -> None:
     """Tokens were counted, of which there were always more than may run: so the number never went down."""
     scheduler, _ = make(blocks=400, max_batched_tokens=256, max_running=8, max_model_len=200, speculative_tokens=4)
-    controller = LatencyController(0.25, 0.1, 256, 8)
+    controller = LatencyController(0.25, Targets(tpot=0.1), 256, 8)
     for request_id in range(8):
         scheduler.add(sequence(request_id, 60, max_tokens=130, ignore_eos=True))
     for _ in range(24):
@@ -215,17 +219,17 @@ def test_a_stream_with_guesses_is_one_stream() -> None:
 
 
 def test_without_a_target_any_number_runs_and_steps_take_step_time() -> None:
-    controller = LatencyController(0.25, 0.0, 2048, 64)
+    controller = LatencyController(0.25, Targets(), 2048, 64)
     for _ in range(400):
         controller.computed(StepLoad(64, 0, 0.0), 2.0)
     assert controller.running == 64
-    assert LatencyController(0.25, 0.1, 2048, 64).prompt_seconds(0) == 0.1
-    assert LatencyController(0.25, 0.0, 2048, 64).prompt_seconds(0) == 0.25
-    assert LatencyController(0.0, 0.0, 2048, 64).pace([]) == UNPACED
+    assert LatencyController(0.25, Targets(tpot=0.1), 2048, 64).pace([]).seconds == 0.1
+    assert LatencyController(0.25, Targets(), 2048, 64).pace([]).seconds == 0.25
+    assert LatencyController(0.0, Targets(), 2048, 64).pace([]) == UNPACED
 
 
 def test_a_caller_may_loosen_the_pace_of_its_own_stream_and_never_tighten_that_of_others() -> None:
-    controller = LatencyController(0.25, 0.1, 2048, 64)
+    controller = LatencyController(0.25, Targets(tpot=0.1), 2048, 64)
     loose, strict, plain = (sequence(n, 3, **more) for n, more in enumerate(OWN))
     for one in (loose, strict, plain):
         controller.submitted(one.sampling)

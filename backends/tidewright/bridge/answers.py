@@ -8,8 +8,8 @@ import time
 from tidewright.bridge.active_request import ActiveRequest, ids_of
 from tidewright.bridge.stats import RequestStats
 from tidewright.bridge.traces import BridgeTraces
-from tidewright.engine.class_targets import NO_CLASSES, ClassTargets
 from tidewright.engine.messages import SequenceOutput
+from tidewright.engine.targets import Targets
 from tidewright.errors import CancelledError
 from tidewright.logs import event
 from tidewright.schema import FinishReason
@@ -20,18 +20,8 @@ log = logging.getLogger(__name__)
 class Answers:
     """For the sender's threads; never two of them with the same request."""
 
-    def __init__(
-        self,
-        stats: RequestStats,
-        traces: BridgeTraces | None = None,
-        *,
-        ttft_target: float = 0.0,
-        tpot_target: float = 0.0,
-        classes: ClassTargets = NO_CLASSES,
-    ) -> None:
-        """The targets, in seconds, of requests that have none of their own; 0: none."""
-        self._stats, self._traces = stats, traces
-        self._ttft_target, self._tpot_target, self._classes = ttft_target, tpot_target, classes
+    def __init__(self, stats: RequestStats, traces: BridgeTraces | None, targets: Targets) -> None:
+        self._stats, self._traces, self._targets = stats, traces, targets
 
     def ended(self, request: ActiveRequest, reason: FinishReason, since_arrival: float | None = None) -> None:
         if request.abandoned:  # then it was counted
@@ -70,9 +60,8 @@ class Answers:
 
     def _compare(self, request: ActiveRequest, now: float) -> None:
         """With the latency targets."""
-        sampling, classes = request.parsed.sampling, self._classes
-        ttft = sampling.ttft_target or classes.ttft(sampling.priority, self._ttft_target)
-        tpot = sampling.tpot_target or classes.tpot(sampling.priority, self._tpot_target)
+        sampling = request.parsed.sampling
+        ttft, tpot = self._targets.ttft(sampling), self._targets.tpot(sampling)
         # An embedding has no tokens: it is what comes first.
         first = min((sequence.first_sent or now for sequence in request.sequences), default=now) - request.arrived_at
         longest = max(sequence.seconds_per_token for sequence in request.sequences)

@@ -32,8 +32,8 @@ from tidewright.bridge.stats import CumulativeStats, RequestStats
 from tidewright.bridge.traces import BridgeTraces
 from tidewright.config import Settings
 from tidewright.cores import usable_cores
-from tidewright.engine.class_targets import ClassTargets
 from tidewright.engine.messages import EngineConfig, EngineStats, Ready
+from tidewright.engine.targets import Targets
 from tidewright.errors import CancelledError, EngineUnavailableError, InvalidRequestError, RequestError, TimedOutError
 from tidewright.logs import event
 from tidewright.schema import DRAINING, PROTOCOL, STUCK, DecoderStatus
@@ -87,13 +87,8 @@ class Bridge:
         self._cumulative_stats = CumulativeStats()
         self.request_stats = RequestStats()
         self.traces = traces
-        answers = Answers(
-            self.request_stats,
-            traces,
-            ttft_target=config.ttft_target,
-            tpot_target=config.tpot_target,
-            classes=ClassTargets(config.class_targets),
-        )
+        targets = Targets(config.ttft_target, config.tpot_target, config.class_targets)
+        answers = Answers(self.request_stats, traces, targets)
         self._feeder = Feeder(self._client.send, self._give_up)
         self._in_flight = RequestsInFlight(config.max_running + config.max_waiting, answers, self._feeder)
         self._ask_triton = is_loaded

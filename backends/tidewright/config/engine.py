@@ -9,8 +9,8 @@ import msgspec
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from tidewright.distributed.gpu_choice import DEVICE_PATTERN, gpus_of
-from tidewright.engine.class_targets import ClassTargets
 from tidewright.engine.messages import AsyncScheduling, parse_rendezvous
+from tidewright.engine.targets import Targets
 from tidewright.kv_cache.budget import is_share, parse_memory
 from tidewright.schema import MAX_ADAPTER_NAME, MAX_ADAPTERS_KNOWN, AdapterName, Pooling, Task
 
@@ -193,7 +193,7 @@ class EngineSettings(BaseModel):
     @field_validator("class_targets")
     @classmethod
     def _class_targets_are_readable(cls, value: str) -> str:
-        ClassTargets(value)
+        Targets(classes=value)
         return value
 
     @property

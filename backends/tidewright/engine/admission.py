@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tidewright.engine.class_targets import NO_CLASSES, ClassTargets
 from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError, longest
 from tidewright.engine.messages import SequenceOutput, Submit
 from tidewright.engine.prediction import Backlog, Work, seconds_to_first_token
 from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
+from tidewright.engine.targets import Targets
 from tidewright.kv_cache.budget import blocks_of
 from tidewright.schema import expected_wait
 
@@ -46,11 +46,9 @@ class _Last(NamedTuple):
 
 
 class Admission:
-    def __init__(
-        self, scheduler: Scheduler, latency: LatencyController, ttft_target: float, classes: ClassTargets = NO_CLASSES
-    ) -> None:
-        """`ttft_target`: in seconds; 0: only deadlines count."""
-        self._scheduler, self._latency, self._target, self._classes = scheduler, latency, ttft_target, classes
+    def __init__(self, scheduler: Scheduler, latency: LatencyController, targets: Targets) -> None:
+        """Of `targets`, those for the first token. Without one, only deadlines count."""
+        self._scheduler, self._latency, self._targets = scheduler, latency, targets
         self._accepted: dict[int, _Accepted] = {}  # that have not ended
         self._ended = 0
         self._used = 1.0  # of the tokens that outputs might have, the share that they have
@@ -66,7 +64,7 @@ class Admission:
         Raises:
             RequestRefusedError: it would come too late.
         """
-        target = sequence.sampling.ttft_target or self._classes.ttft(sequence.sampling.priority, self._target)
+        target = self._targets.ttft(sequence.sampling)
         if not self._is_measured:
             return 0.0
         sequence.likely_cached = self._scheduler.likely_cached(sequence)  # also for those that come behind it
@@ -177,7 +175,8 @@ class Admission:
         # One that is longer than most are goes on for a while.
         output = max(expected - sequence.num_generated, expected // 4, 1)
         prompt = 0 if sequence.decodes else max(sequence.num_expected - start, 1)
-        return Work(prompt, start, min(output, most - sequence.num_generated), blocks)
+        target = self._latency.step_target(sequence.sampling.priority, sequence.sampling.tpot_target)
+        return Work(prompt, start, min(output, most - sequence.num_generated), blocks, target)
 
     def _most_output(self, sequence: Sequence) -> int:
         return longest(sequence, self._scheduler.config) - len(sequence.prompt_token_ids)

@@ -17,7 +17,6 @@ from tidewright.distributed.group import ALONE, TensorParallelGroup
 from tidewright.distributed.rank_messages import AddAdapter, Committed, DropAdapter, Expire, Input, Resize
 from tidewright.distributed.ranks import Ranks
 from tidewright.engine.admission import Admission
-from tidewright.engine.class_targets import ClassTargets
 from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig
 from tidewright.engine.memory_manager import MemoryManager
@@ -31,6 +30,7 @@ from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.step_budget import memory_error
 from tidewright.engine.step_cost import StepLoad
+from tidewright.engine.targets import Targets
 from tidewright.engine.timing import Timing
 from tidewright.kv_cache.block_pool import BlockPool
 from tidewright.kv_cache.idle_audit import IdleAudit
@@ -69,12 +69,12 @@ class Engine:
         self.config = config
         self.scheduler = make_scheduler(config, self.runner)
         self.idle_audit = IdleAudit(self.scheduler.cache)
-        classes = ClassTargets(config.class_targets)
+        targets = Targets(config.ttft_target, config.tpot_target, config.class_targets)
         self._latency = LatencyController(
-            config.prefill_step_time, config.tpot_target, config.max_batched_tokens, config.max_running, classes
+            config.prefill_step_time, targets, config.max_batched_tokens, config.max_running
         )
         self._newcomers = Newcomers(self._latency.cost)
-        self._admission = Admission(self.scheduler, self._latency, config.ttft_target, classes)
+        self._admission = Admission(self.scheduler, self._latency, targets)
         self.memory = self._manage_memory()
         self._ranks = ranks
         self._inputs: list[Input] = []  # that the other ranks have not got yet

@@ -10,10 +10,10 @@ import math
 from collections.abc import Collection
 from statistics import median
 
-from tidewright.engine.class_targets import NO_CLASSES, ClassTargets
 from tidewright.engine.pace import UNPACED, StepPace
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.step_cost import StepCost, StepLoad
+from tidewright.engine.targets import Targets
 from tidewright.schema import SamplingParams
 
 FIRST = 64  # prompt tokens, until a step with prompts has been measured; then at most twice as many as ever
@@ -26,18 +26,11 @@ _SHARPEST = 0.75  # of what ran: no change takes more away at once
 
 
 class LatencyController:
-    def __init__(
-        self,
-        step_time: float,
-        tpot_target: float,
-        max_tokens: int,
-        max_running: int,
-        classes: ClassTargets = NO_CLASSES,
-    ) -> None:
-        """In seconds. `step_time` holds without a target for tokens (0), and sizes steps only; 0: any time."""
-        self._step_time, self._tpot_target, self._classes = step_time, tpot_target, classes
-        self._target = tpot_target or step_time
-        self._held = tpot_target  # by the number that runs; 0: by nothing
+    def __init__(self, step_time: float, targets: Targets, max_tokens: int, max_running: int) -> None:
+        """`step_time`: in seconds, where there is no target for tokens, and for the size of steps only; 0: any time."""
+        self._step_time, self._targets = step_time, targets
+        self._idle_target = targets.server_tpot or step_time or math.inf
+        self._held = targets.server_tpot  # by the number that runs; 0: by nothing
         self._max_tokens, self._max_running = max_tokens, max_running
         self._most = min(FIRST, max_tokens)
         self._recent: list[float] = []  # seconds that streams took of each step
@@ -68,8 +61,8 @@ class LatencyController:
 
     def pace(self, running: Collection[Sequence]) -> StepPace:
         """For the next step."""
-        target = self._effective_target(running)
-        if not target:
+        target = self._strictest(running)
+        if target == math.inf:
             return UNPACED
         return StepPace(
             seconds=self.prompt_seconds(len(running), target),
@@ -80,24 +73,28 @@ class LatencyController:
             running=self._running if self._held else UNPACED.running,
         )
 
-    def prompt_seconds(self, streams: int, target: float = 0.0) -> float:
-        """For prompts, in a step beside so many streams. `target`: another than the server's."""
-        target, decode = target or self._target, self.cost.decode(streams)
-        return max(target - decode, SHARE * max(target, decode)) if target else float("inf")
+    def prompt_seconds(self, streams: int, target: float) -> float:
+        """For prompts, in a step beside so many streams that is to take `target` seconds."""
+        decode = self.cost.decode(streams)
+        return max(target - decode, SHARE * max(target, decode))
 
-    def _effective_target(self, running: Collection[Sequence]) -> float:
-        """The strictest of those that run, but none below its class's: no caller slows the others' prompts. 0: none."""
-        if not (self._own_targets or self._classes) or not running:
-            return self._target
-        priorities = {sequence.sampling.priority for sequence in running}
-        classes = {priority: self._classes.tpot(priority, self._tpot_target) for priority in priorities}
-        if self._classes:
-            self._held = min(filter(None, classes.values()), default=0.0)
-        strictest = math.inf
-        for sequence in running:
-            if target := classes[sequence.sampling.priority] or self._step_time:
-                strictest = min(strictest, max(target, sequence.sampling.tpot_target or target))
-        return strictest if strictest < math.inf else 0.0
+    def step_target(self, priority: int, own: float | None) -> float:
+        """Seconds that a step may take while such a request runs, whose `own` target for tokens may be None; inf: any.
+
+        Its own may be looser than its class's, and is never stricter: no caller slows the others' prompts.
+        """
+        target = self._targets.class_tpot(priority) or self._step_time
+        return max(target, own or target) if target else math.inf
+
+    def _strictest(self, running: Collection[Sequence]) -> float:
+        """Of the step targets of those that run; while none does, the server's."""
+        if not (self._own_targets or self._targets.has_classes) or not running:
+            return self._idle_target
+        asked = {(sequence.sampling.priority, sequence.sampling.tpot_target) for sequence in running}
+        if self._targets.has_classes:
+            held = {self._targets.class_tpot(priority) for priority, _ in asked}
+            self._held = min(filter(None, held), default=0.0)
+        return min(self.step_target(*each) for each in asked)
 
     def _adapt(self, seconds: float, streams: int) -> None:
         """`streams` took so long. More than may run since the last change: wait until some have ended."""

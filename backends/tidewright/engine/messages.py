@@ -45,7 +45,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     prefill_step_time: float = 0.25  # seconds of a step that computes prompts beside running streams, about; 0: any
     ttft_target: float = 0.0  # seconds from arrival to the first token; 0: none
     tpot_target: float = 0.0  # seconds between two tokens of a stream; it replaces prefill_step_time; 0: none
-    class_targets: str = ""  # of priorities, as tidewright.engine.class_targets reads them
+    class_targets: str = ""  # of priorities, as tidewright.engine.targets reads them
     max_running: int = 64  # sequences in one step
     max_waiting: int = 512  # requests beyond those that run; one more is refused
     prefix_caching: bool = True

@@ -7,6 +7,7 @@ Preemptions, and memory that outputs take later, are left out.
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ class Work(NamedTuple):
     start: int  # that are computed, or that the prefix cache has
     output: int  # to generate, as expected
     blocks: int  # of the KV cache that it takes when it is admitted; it holds them until it ends
+    target: float  # seconds that a step may take while it runs; inf: any
 
 
 class Backlog(NamedTuple):
@@ -33,12 +35,17 @@ def seconds_to_first_token(backlog: Backlog, own: Work, latency: LatencyControll
     decode = latency.cost.decode
     seconds, steps, free = 0.0, 0.0, backlog.free_blocks
     occupied = 0
-    ends: list[tuple[float, int]] = []  # a heap, of streams: after how many steps each ends, and its blocks
+    ends: list[tuple[float, int, float]] = []  # a heap, of streams: after how many steps each ends; blocks, target
+    targets: Counter[float] = Counter()  # of streams
 
     def leave() -> None:
         nonlocal occupied, free
+        _, blocks, target = heapq.heappop(ends)
         occupied -= 1
-        free += heapq.heappop(ends)[1]
+        free += blocks
+        targets[target] -= 1
+        if not targets[target]:
+            del targets[target]
 
     for work, runs in _in_order(backlog, own):
         while not runs and ends and (occupied >= backlog.places or free < work.blocks):
@@ -51,10 +58,12 @@ def seconds_to_first_token(backlog: Backlog, own: Work, latency: LatencyControll
         if work.prompt:
             streams = len(ends)
             prompt = latency.cost.prompt(work.start, work.prompt)
-            more = prompt / latency.prompt_seconds(streams) if streams else 0.0
+            target = min([work.target, *targets])
+            more = prompt / latency.prompt_seconds(streams, target) if streams else 0.0
             seconds += prompt + more * decode(streams)
             steps += more
-        heapq.heappush(ends, (steps + work.output, work.blocks))
+        heapq.heappush(ends, (steps + work.output, work.blocks, work.target))
+        targets[work.target] += 1
         while ends and ends[0][0] <= steps:
             leave()
     return seconds + decode(len(ends))

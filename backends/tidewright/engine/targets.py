@@ -1,23 +1,26 @@
-"""Latency targets of priority classes, which take the place of the server's. Pure."""
+"""The latency targets of requests: their own, or else those of their priority class, or else the server's. Pure."""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
 
-from tidewright.schema import MAX_PRIORITY, MAX_TARGET, MIN_PRIORITY
+from tidewright.schema import MAX_PRIORITY, MAX_TARGET, MIN_PRIORITY, SamplingParams
 
 MAX_CLASSES = 16
 _FORM = "write PRIORITY:ttft=SECONDS:tpot=SECONDS, of which one may be left out, e.g. 0:ttft=2,100:ttft=60:tpot=1"
 
 
-class ClassTargets:
-    """A class holds for its priority and all less urgent ones (larger numbers), up to the next class."""
+class Targets:
+    """A class holds for its priority and all less urgent ones (larger numbers), up to the next class.
 
-    def __init__(self, text: str = "") -> None:
-        """Raises ValueError, which says what to write."""
+    All targets are in seconds; 0: none.
+    """
+
+    def __init__(self, ttft: float = 0.0, tpot: float = 0.0, classes: str = "") -> None:
+        """The server's targets. Raises ValueError if `classes` can't be read, which says what to write."""
         found: dict[int, dict[str, float]] = {}
-        for part in filter(None, (part.strip() for part in text.split(","))):
+        for part in filter(None, (part.strip() for part in classes.split(","))):
             number, *targets = part.split(":")
             priority = _priority(number, part)
             if priority in found:
@@ -26,25 +29,28 @@ class ClassTargets:
         if len(found) > MAX_CLASSES:
             raise ValueError(f"there are {len(found)} classes, more than the limit of {MAX_CLASSES}")
         self._priorities = sorted(found)
-        self._targets = [found[priority] for priority in self._priorities]
+        self.server_tpot = tpot
+        server = {"ttft": ttft, "tpot": tpot}
+        self._targets = [server, *(server | found[priority] for priority in self._priorities)]
 
-    def __bool__(self) -> bool:
+    @property
+    def has_classes(self) -> bool:
         return bool(self._priorities)
 
-    def ttft(self, priority: int, server: float) -> float:
-        """Seconds to the first token, of a request without a target of its own; 0: any."""
-        return self._of(priority).get("ttft", server)
+    def ttft(self, request: SamplingParams) -> float:
+        """From arrival to the first token."""
+        return request.ttft_target or self._of(request.priority)["ttft"]
 
-    def tpot(self, priority: int, server: float) -> float:
-        """Likewise, between two tokens."""
-        return self._of(priority).get("tpot", server)
+    def tpot(self, request: SamplingParams) -> float:
+        """Between two tokens."""
+        return request.tpot_target or self.class_tpot(request.priority)
+
+    def class_tpot(self, priority: int) -> float:
+        """Likewise, of requests without a target of their own."""
+        return self._of(priority)["tpot"]
 
     def _of(self, priority: int) -> dict[str, float]:
-        place = bisect_right(self._priorities, priority)
-        return self._targets[place - 1] if place else {}
-
-
-NO_CLASSES = ClassTargets()
+        return self._targets[bisect_right(self._priorities, priority)]
 
 
 def _priority(number: str, part: str) -> int:

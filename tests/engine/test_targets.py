@@ -1,4 +1,4 @@
-"""engine/class_targets.py: which target holds for which priority, and what it changes."""
+"""engine/targets.py: which target holds for which request, and what it changes."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import pytest
 
 from helpers.scheduling import sequence
 from tidewright.config import Settings
-from tidewright.engine.class_targets import MAX_CLASSES, ClassTargets
 from tidewright.engine.latency import WINDOW, LatencyController
 from tidewright.engine.pace import UNPACED
 from tidewright.engine.step_cost import StepLoad
+from tidewright.engine.targets import MAX_CLASSES, Targets
+from tidewright.schema import SamplingParams
 
 TEXT = "0:ttft=2:tpot=0.1, 100:tpot=1,-5:ttft=0.5"
 
 
-def test_a_class_holds_up_to_the_next_one() -> None:
-    classes = ClassTargets(TEXT)
-    assert [classes.ttft(priority, 9.0) for priority in (-6, -5, -1, 0, 99, 100, 5000)] == [9, 0.5, 0.5, 2, 2, 9, 9]
-    assert [classes.tpot(priority, 8.0) for priority in (-6, -5, -1, 0, 99, 100, 5000)] == [8, 8, 8, 0.1, 0.1, 1, 1]
-    assert ClassTargets("").ttft(3, 7.0) == ClassTargets().tpot(3, 7.0) == 7.0
+def test_a_class_holds_up_to_the_next_one_and_the_servers_targets_elsewhere() -> None:
+    targets = Targets(9.0, 8.0, TEXT)
+    requests = [SamplingParams(priority=priority) for priority in (-6, -5, -1, 0, 99, 100, 5000)]
+    assert [*map(targets.ttft, requests)] == [9, 0.5, 0.5, 2, 2, 9, 9]
+    assert [*map(targets.tpot, requests)] == [8, 8, 8, 0.1, 0.1, 1, 1]
+    own = SamplingParams(priority=0, ttft_target=5.0, tpot_target=0.01)
+    assert (targets.ttft(own), targets.tpot(own), targets.class_tpot(0)) == (5.0, 0.01, 0.1)
+    assert (Targets().ttft(requests[0]), Targets().tpot(requests[0])) == (0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +49,7 @@ def test_what_is_no_class_is_refused_with_what_to_write(text: str, message: str)
 
 
 def test_steps_are_paced_for_the_strictest_class_that_runs() -> None:
-    controller = LatencyController(0.25, 0.5, 2048, 64, ClassTargets("0:tpot=0.1,100:tpot=2,200:tpot=0"))
+    controller = LatencyController(0.25, Targets(tpot=0.5, classes="0:tpot=0.1,100:tpot=2,200:tpot=0"), 2048, 64)
     strict, batch, any_time, server = (sequence(n, 3, priority=p) for n, p in enumerate((0, 100, 200, -1)))
     for running, seconds in [
         ([strict, batch], 0.1),
@@ -62,11 +66,11 @@ def test_steps_are_paced_for_the_strictest_class_that_runs() -> None:
         controller.submitted(one.sampling)
     assert controller.pace([loose]).seconds == 0.3
     assert controller.pace([hasty]).seconds == 2.0
-    assert LatencyController(0.0, 0.0, 2048, 64, ClassTargets("0:tpot=0")).pace([strict]) == UNPACED
+    assert LatencyController(0.0, Targets(classes="0:tpot=0"), 2048, 64).pace([strict]) == UNPACED
 
 
 def test_fewer_run_where_the_class_is_strict_and_all_where_it_has_no_target() -> None:
-    controller = LatencyController(0.25, 0.0, 2048, 64, ClassTargets("0:tpot=0.1,100:tpot=0"))
+    controller = LatencyController(0.25, Targets(classes="0:tpot=0.1,100:tpot=0"), 2048, 64)
     strict, batch = sequence(0, 3), sequence(1, 3, priority=100)
 
     def places(running: list[object], seconds: float) -> int:
