@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -11,8 +12,11 @@ import pytest
 import torch
 import transformers
 
+from tidewright.devices import moments
+from tidewright.engine import engine as engine_module
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import EngineConfig, SequenceOutput, Submit
+from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.plan import StepPlan
 from tidewright.engine.runner import LaunchedStep
 from tidewright.schema import SamplingParams
@@ -303,14 +307,34 @@ def test_nothing_is_kept_of_requests_that_ended_early(folder: Path) -> None:
     assert (waiting, made._timing._preempted) == ({}, {})
 
 
-def test_step_time_is_accounted_for(folder: Path) -> None:
+def test_step_time_is_accounted_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that the parts of a step alone move."""
     made = engine(folder)
-    began = time.monotonic()
+    clock = SimpleNamespace(now=0.0)
+    clock.monotonic = lambda: clock.now
+    for module in (engine_module, moments):
+        monkeypatch.setattr(module, "time", clock)
+
+    def takes(seconds: float, owner: object, name: str) -> None:
+        work = getattr(owner, name)
+
+        def timed(*arguments: object) -> object:
+            clock.now += seconds
+            return work(*arguments)
+
+        monkeypatch.setattr(owner, name, timed)
+
+    assert isinstance(made.runner, ModelRunner)
+    takes(1.0, made.scheduler, "schedule")
+    takes(2.0, made.scheduler, "commit")
+    takes(10.0, made.runner.device, "forward")
+    takes(100.0, made.runner, "_sample")
     run(made, requests())
-    took, stats = time.monotonic() - began, made.stats()
+    stats = made.stats()
     parts = (stats.schedule_seconds, stats.forward_seconds, stats.sample_seconds)
-    assert min(parts) > 0
-    assert 0.3 * took < sum(parts) < took
+    assert stats.steps > 1
+    assert parts == (3.0 * stats.steps, 10.0 * stats.steps, 100.0 * stats.steps)
+    assert sum(parts) == clock.now
 
 
 def test_a_refusal_says_why(folder: Path) -> None:
