@@ -34,8 +34,8 @@ class World:
             raise RuntimeError("it broke")
         self.made.append(request_id)
 
-    def put(self, request_id: int, regex: str = "a") -> None:
-        self.compiler.put(Submit(request_id, [1], SamplingParams(guided_regex=regex)))
+    def put(self, request_id: int, regex: str = "a", tenant: str = "") -> None:
+        self.compiler.put(Submit(request_id, [1], SamplingParams(guided_regex=regex, tenant=tenant)))
 
     def next(self) -> Compiled:
         return self.done.get(timeout=PATIENCE)
@@ -69,6 +69,17 @@ def test_one_that_is_dropped_is_neither_made_nor_taken() -> None:
     it.go_on.release()
     assert not any(it.compiler.take(it.next()) for _ in range(2))
     assert it.made == [1]
+
+
+def test_one_tenants_many_do_not_keep_anothers_waiting() -> None:
+    it = World()
+    for request_id in range(1, 5):
+        it.put(request_id, tenant="flood")
+    assert it.begun.acquire(timeout=PATIENCE)
+    it.put(9, tenant="quiet")
+    for _ in range(5):
+        it.go_on.release()
+    assert [it.next().request.request_id for _ in range(5)] == [1, 9, 2, 3, 4]
 
 
 @pytest.fixture(scope="module")
