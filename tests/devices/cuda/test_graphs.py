@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from tidewright.engine.engine import Engine
 from tidewright.engine.messages import Submit
 from tidewright.engine.plan import ScheduledSequence, StepPlan
 from tidewright.schema import SamplingParams
+from tidewright.step.batch import StepBatch
 from tidewright.step.buffers import StepBuffers, StepLimits
 
 with interpreted():
@@ -117,53 +118,154 @@ def test_without_memory_for_graphs_decodes_run_eagerly(
     monkeypatch.setattr(Device, "forward", lambda self, model, batch, kv_cache: batch.positions_T)
     model: Any = SimpleNamespace(group=ALONE)
     device.prepare(model, model, buffers)
-    assert "no CUDA graphs, so decodes are slower: tried to allocate 5 GiB" in caplog.text
+    assert "no CUDA graphs for decodes of 1, 2 sequences, which are slower: tried to allocate 5 GiB" in caplog.text
     batch = buffers.fill(StepPlan((ScheduledSequence(1, 9, (5,), (0, 1, 2)),)))
     assert batch.padded_to == 1
     assert device.forward(model, batch, model).tolist() == [9]
 
 
-class Graph:
-    """As torch's allocator has it: a graph is taken into a pool only while another one of it is there."""
+def test_only_sizes_without_memory_for_their_graph_run_eagerly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Short(RecorderOnCpu):
+        tries = 0
 
-    pools: ClassVar[weakref.WeakKeyDictionary[Graph, object]] = weakref.WeakKeyDictionary()
+        def record(self, compute: Callable[[], None]) -> Callable[[], None]:
+            self.tries += 1
+            if self.tries == 2:
+                raise torch.OutOfMemoryError("tried to allocate 5 GiB")
+            return super().record(compute)
+
+    limits = StepLimits(max_running=4, max_batched_tokens=8, max_model_len=16, block_size=4)
+    recorder = Short()
+    device, buffers = CudaDevice(CPU, CpuMemory(), recorder), StepBuffers(limits, CPU, sizes=(1, 2, 4))
+    monkeypatch.setattr(Device, "forward", lambda self, model, batch, kv_cache: batch.positions_T + 0)
+    model: Any = SimpleNamespace(group=ALONE, layers=(), layers_computed=0)
+    device.prepare(model, model, buffers)
+    assert "no CUDA graphs for decodes of 2 sequences, which are slower: tried" in caplog.text
+    for count, replays in ((4, [1, 0]), (2, [1, 0]), (1, [1, 1])):
+        planned = [
+            ScheduledSequence(count * 10 + row, 9 + row, (5,), (3 * row, 3 * row + 1, 3 * row + 2))
+            for row in range(count)
+        ]
+        batch = buffers.fill(StepPlan(tuple(planned), tuple(range(100))))
+        assert batch.padded_to == count
+        with torch.inference_mode():
+            assert device.forward(model, batch, model).tolist() == [*range(9, 9 + count)]
+        assert recorder.replays == replays
+
+
+class Cuda:
+    """Of torch what graphs need, with its rules: aten/src/ATen/cuda/CUDAGraph.cpp, torch/cuda/graphs.py."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current, self.underway, self.uses = "main", list[object](), Counter[object]()
+        self.gives_up = False  # CUDA gives a recording up that had an error, so that its end has one, too
+        of_cuda: dict[str, Any] = {
+            "device": lambda _: contextlib.nullcontext(),
+            "current_device": lambda: 0,
+            "stream": self.stream,
+            "Stream": lambda: SimpleNamespace(wait_stream=lambda other: None),
+            "current_stream": lambda: SimpleNamespace(name=self.current, wait_stream=lambda other: None),
+            "graph_pool_handle": object,
+            "CUDAGraph": lambda: Graph(self),
+            "graph": self.graph,
+        }
+        for name, value in of_cuda.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_allocate, raising=False)
+        monkeypatch.setattr(torch._C, "_cuda_releasePool", self.release, raising=False)
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        before, self.current = self.current, getattr(stream, "name", "side")
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph: Graph, pool: object, capture_error_mode: str) -> Iterator[None]:
+        before, self.current = self.current, "capture"
+        assert pool not in self.uses or self.uses[pool], "INTERNAL ASSERT FAILED: use_count > 0"
+        self.uses[pool] += 1
+        self.underway.append(pool)
+        graph.memory = pool
+        try:
+            yield
+        except RuntimeError:
+            if self.gives_up:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture") from None
+            self._end(graph, before)
+            raise
+        self._end(graph, before)
+
+    def _end(self, graph: Graph, stream: str) -> None:
+        self.end_allocate(0, graph.memory)
+        graph.ended, self.current = True, stream
+
+    def end_allocate(self, device: int, pool: object) -> None:
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+    def release(self, device: int, pool: object) -> None:
+        self.uses[pool] -= 1
+        assert self.uses[pool] >= 0
+
+
+class Graph:
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda, self.ended, self.memory = cuda, False, object()
 
     def replay(self) -> None:
         pass
 
-    def pool(self) -> object:
-        return self.pools[self]
+    def reset(self) -> None:
+        if self.ended:
+            self._cuda.release(0, self.memory)
+        self.ended = False
 
-    @classmethod
-    @contextlib.contextmanager
-    def capture(cls, graph: Graph, pool: object, capture_error_mode: str) -> Iterator[None]:
-        assert pool is None or pool in [*cls.pools.values()], "INTERNAL ASSERT FAILED: use_count > 0"
-        cls.pools[graph] = pool or object()
-        yield
+    def __del__(self) -> None:
+        self.reset()
 
 
 def test_graphs_share_memory_with_those_beside_them_but_not_with_those_that_are_gone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As when they are recorded anew for a cache of another size."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in {
-        "device": lambda _: contextlib.nullcontext(),
-        "stream": lambda _: contextlib.nullcontext(),
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "CUDAGraph": Graph,
-        "graph": Graph.capture,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
+    cuda = Cuda(monkeypatch)
     limits = StepLimits(max_running=4, max_batched_tokens=8, max_model_len=16, block_size=4)
     device, buffers = CudaDevice(CPU, CpuMemory(), CudaRecorder(CPU)), StepBuffers(limits, CPU, sizes=(1, 2, 4))
     monkeypatch.setattr(Device, "forward", lambda self, model, batch, kv_cache: batch.positions_T)
     model: Any = SimpleNamespace(group=ALONE)
-    pools = []
-    for _ in range(2):
+    for number in range(1, 3):
         device.prepare(model, model, buffers)
-        assert len(Graph.pools) == 3
-        (pool,) = {*Graph.pools.values()}
-        pools.append(pool)
-    assert pools[0] is not pools[1]
+        assert sorted(cuda.uses.values()) == [0] * (number - 1) + [3]
+    assert (cuda.underway, cuda.current) == ([], "main")
+
+
+@pytest.mark.parametrize("gives_up", [False, True])
+@pytest.mark.parametrize("failing", [4, 2])
+def test_a_recording_that_ran_out_of_memory_is_ended(
+    gives_up: bool, failing: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Or torch's allocator would give no memory back any more, and what follows would run on the recording's stream."""
+    cuda = Cuda(monkeypatch)
+    cuda.gives_up = gives_up
+
+    def forward(self: Device, model: Any, batch: StepBatch, kv_cache: Any) -> torch.Tensor:
+        if cuda.underway and len(batch.positions_T) == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch.positions_T
+
+    limits = StepLimits(max_running=4, max_batched_tokens=8, max_model_len=16, block_size=4)
+    device, buffers = CudaDevice(CPU, CpuMemory(), CudaRecorder(CPU)), StepBuffers(limits, CPU, sizes=(1, 2, 4))
+    monkeypatch.setattr(Device, "forward", forward)
+    model: Any = SimpleNamespace(group=ALONE)
+    for _ in range(2):
+        caplog.clear()
+        device.prepare(model, model, buffers)
+        assert f"no CUDA graphs for decodes of {failing} sequences, which are slower: CUDA out of memory" in caplog.text
+        assert (cuda.underway, cuda.current) == ([], "main")
+        assert sum(cuda.uses.values()) == max(cuda.uses.values()) == 2  # of the others, which share theirs

@@ -18,7 +18,7 @@ from tidewright.devices.cuda.graphs import CudaRecorder, DecodeGraphs, Recorder,
 from tidewright.devices.cuda.lora import CudaLora
 from tidewright.devices.cuda.quantized_linear import CudaQuantizedLinear
 from tidewright.devices.cuda.sampler import CudaSampler
-from tidewright.devices.memory import DeviceMemory, out_of_memory
+from tidewright.devices.memory import DeviceMemory
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.lora.layer import LoraLayer
 from tidewright.quantization.hardware import Hardware, of_card
@@ -95,21 +95,15 @@ class CudaDevice(Device):
         self._graphs = None  # those that there were knew another cache
         began, before = time.monotonic(), self.memory.free()
         compute = functools.partial(super().forward, model, kv_cache=kv_cache)
-        try:
-            self._graphs = DecodeGraphs(self._recorder, buffers.sizes, buffers.decodes, compute, buffers.has_adapters)
-        except Exception as error:
-            # The end of a recording that ran out of memory has an error of its own.
-            before_it = error.__context__
-            reason = out_of_memory(error) or (isinstance(before_it, Exception) and out_of_memory(before_it))
-            if not reason:
-                raise
-            log.warning("no CUDA graphs, so decodes are slower: %s", reason)
-            return
+        self._graphs = DecodeGraphs(self._recorder, buffers.sizes, buffers.decodes, compute, buffers.has_adapters)
+        if lacks := self._graphs.lacks:
+            sizes, lack = ", ".join(map(str, sorted(lacks))), next(iter(lacks.values()))
+            log.warning("no CUDA graphs for decodes of %s sequences, which are slower: %s", sizes, lack)
         took, mib = time.monotonic() - began, (before - self.memory.free()) / 2**20
         log.info("recorded CUDA graphs in %.1f s; they take %.0f MiB", took, mib)
 
     def forward(self, model: LlamaForCausalLM, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
-        if self._graphs is None or not batch.padded_to:
+        if self._graphs is None or not self._graphs.has(batch):
             return super().forward(model, batch, kv_cache)
         model.layers_computed += len(model.layers)
         return self._graphs.forward(batch)
