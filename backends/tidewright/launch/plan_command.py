@@ -123,6 +123,7 @@ def plan(
     Only config.json is read; no weights, GPU or torch are needed. Memory is counted as the engine counts it; throughput
     is an upper bound from the GPU's data sheet. Sequences are planned with the whole --context, or with the mean
     lengths of prompt and output if these are given: if all are long at a time, some then wait or are preempted.
+    Of several models in one server, plan each alone, with its part of the GPU as --gpu-memory.
 
     \b
     Examples:

@@ -35,7 +35,7 @@ def weight_bytes(
     """`value_bytes`: of what is not quantized; `formats`: of matrices, else as the others. Raises ShardingError."""
     formats = formats or WeightFormats.plain(value_bytes)
     matrices = sum(
-        one.times * (formats.head if one.is_head else formats.layers).bytes(one.depth, one.rows)
+        one.times * (formats.head if one.is_head else formats.layers).bytes(one.depth, one.rows, one.whole)
         for one in _matrices(model, rank, size)
     )
     biases = _biases(model, rank, size) * value_bytes
@@ -105,7 +105,7 @@ def head_values(model: DecoderConfig, size: int = 1) -> int:
 def layer_bytes(model: DecoderConfig, formats: WeightFormats, size: int = 1) -> int:
     """Of those weights, which a step reads."""
     matrices = [one for one in _largest_matrices(model, size) if not one.is_head]
-    return sum(one.times * formats.layers.bytes(one.depth, one.rows) for one in matrices)
+    return sum(one.times * formats.layers.bytes(one.depth, one.rows, one.whole) for one in matrices)
 
 
 def head_bytes(model: DecoderConfig, formats: WeightFormats, size: int = 1) -> int:
@@ -124,6 +124,8 @@ class _Matrix(NamedTuple):
     times: int
     is_head: bool = False
     """Or an embedding."""
+    whole: int = 0
+    """Inputs over all ranks, where they divide them; else 0."""
 
 
 def _matrices(model: DecoderConfig, rank: int, size: int) -> list[_Matrix]:
@@ -141,9 +143,9 @@ def _shapes(model: DecoderConfig, heads: int, kv_heads: int, features: int, size
     hidden, head_dim, layers = model.hidden_size, model.head_dim, model.num_layers
     return [
         _Matrix((heads + 2 * kv_heads) * head_dim, hidden, layers),
-        _Matrix(hidden, heads * head_dim, layers),
+        _Matrix(hidden, heads * head_dim, layers, whole=model.num_heads * head_dim),
         _Matrix(2 * features, hidden, layers),
-        _Matrix(hidden, features, layers),
+        _Matrix(hidden, features, layers, whole=model.intermediate_size),
         _Matrix(vocabulary_rows(model.vocab_size, size), hidden, 1 if model.tied_embeddings else 2, is_head=True),
     ]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from tidewright.quantization import hardware
 from tidewright.quantization.methods import AWQ, FP8, GPTQ, quantization_of
+from tidewright.quantization.order_parts import part_bits, part_sizes
 
 FLOAT16, FLOAT32 = 2, 4
 
@@ -22,11 +25,33 @@ class WeightFormat:
     """Rows are filled up to whole multiples of so many inputs."""
     output_bytes: int = FLOAT32
     """Of each output's scale or factor."""
+    is_ordered: bool = False
+    """Groups are of inputs anywhere, as GPTQ in the order of activations makes them."""
 
-    def bytes(self, depth: int, features: int) -> int:
-        of_groups = -(-depth // self.group) * FLOAT16 * (1 + self.has_offsets) if self.group else 0
-        filled = -(-depth // self.block) * self.block
-        return features * (filled * self.bits // 8 + of_groups + self.output_bytes)
+    def bytes(self, depth: int, features: int, whole: int = 0) -> int:
+        """`whole`: inputs of the layer, where ranks divide them; `depth` are those of one."""
+        columns, groups = depth, -(-depth // self.group) if self.group else 0
+        if self.is_ordered and self.group and whole > depth:
+            # It has some inputs of each group, in parts of which the last is filled up (quantization/input_order.py).
+            part, parts = _parts(self.group, depth / whole, self.bits)
+            groups = math.ceil(-(-whole // self.group) * parts)
+            columns = groups * part
+        filled = -(-columns // self.block) * self.block
+        return features * (filled * self.bits // 8 + groups * FLOAT16 * (1 + self.has_offsets) + self.output_bytes)
+
+
+@cache
+def _parts(group: int, share: float, bits: int) -> tuple[int, float]:
+    """Inputs of a part, and how many parts a group has on average, of whose inputs a rank has this share by chance."""
+
+    def likelihood(count: int) -> float:  # binomial
+        ways = math.lgamma(group + 1) - math.lgamma(count + 1) - math.lgamma(group - count + 1)
+        return math.exp(ways + count * math.log(share) + (group - count) * math.log1p(-share))
+
+    of_counts = [likelihood(count) for count in range(group + 1)]
+    means = {part: sum(of * -(-count // part) for count, of in enumerate(of_counts)) for part in part_sizes(group)}
+    part = min(means, key=lambda part: means[part] * part_bits(part, bits))
+    return part, means[part]
 
 
 @dataclass(frozen=True)
@@ -91,7 +116,8 @@ def stored_formats(config: Mapping[str, Any], value_bytes: int) -> WeightFormats
         bits = found.get("bits", found.get("w_bit", 4))
         group = found.get("group_size", found.get("q_group_size", 0))
         symmetric = found["quant_method"] == GPTQ and bool(found.get("sym", True))
-        return WeightFormats(_integers(bits, group, symmetric), plain)
+        ordered = bool(found.get("desc_act")) and not found.get("static_groups")
+        return WeightFormats(_integers(bits, group, symmetric, ordered), plain)
     listed = found.get("config_groups")
     groups = [group for group in listed.values() if isinstance(group, Mapping)] if isinstance(listed, Mapping) else []
     head = next((group for group in groups if "Embedding" in (group.get("targets") or ())), None)
@@ -104,11 +130,12 @@ def _of_group(group: Mapping[str, Any]) -> WeightFormat:
     weights = group.get("weights") or {}
     if weights.get("type") == "float":
         return SCHEMES["fp8"]
-    return _integers(weights.get("num_bits", 8), weights.get("group_size", 0), bool(weights.get("symmetric", True)))
+    symmetric, ordered = bool(weights.get("symmetric", True)), weights.get("actorder") == "group"
+    return _integers(weights.get("num_bits", 8), weights.get("group_size", 0), symmetric, ordered)
 
 
-def _integers(bits: object, group: object, symmetric: bool) -> WeightFormat:
+def _integers(bits: object, group: object, symmetric: bool, ordered: bool) -> WeightFormat:
     size = group if isinstance(group, int) and group > 0 else 0
     if bits == 8:
-        return WeightFormat(8, size, has_offsets=not symmetric and size > 0, block=32)
-    return WeightFormat(4, size, has_offsets=not symmetric, block=64)
+        return WeightFormat(8, size, has_offsets=not symmetric and size > 0, block=32, is_ordered=ordered)
+    return WeightFormat(4, size, has_offsets=not symmetric, block=64, is_ordered=ordered)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from tidewright.quantization.order_parts import part_bits, part_sizes
+
 _NO_INPUT = -1
-_PARTS = (16, 32, 64, 128)  # inputs of a part of an incomplete group: sizes that all devices' kernels take
-_SCALE_BITS = 32  # of a scale and an offset
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def by_group(groups_I: torch.Tensor, size: int, bits: int) -> tuple[InputOrder, 
     found_G, counts_G = torch.unique(groups_I, return_counts=True)
     if bool((counts_G[:-1] == size).all()) and int(counts_G[-1]) <= size:
         return InputOrder(inputs_E, len(groups_I)), found_G, size
-    sizes = [part for part in _PARTS if part <= size] or [size]
-    part = min(sizes, key=lambda part: int(-(-counts_G // part).sum()) * (part * bits + _SCALE_BITS))
+    part = min(part_sizes(size), key=lambda part: int(-(-counts_G // part).sum()) * part_bits(part, bits))
     filled = [
         F.pad(of_group, (0, -len(of_group) % part), value=_NO_INPUT) for of_group in inputs_E.split(counts_G.tolist())
     ]
