@@ -3,7 +3,8 @@
 There is no prefill phase and no decode phase: a sequence's computed tokens chase its known tokens, under one
 token budget a step. Every rank runs its own copy, so nothing here may depend on time, chance or hash order.
 
-running.py has the blocks that hold these tokens, and preempts sequences to get them.
+step_tokens.py says which tokens of one sequence these are, and running.py has the blocks that hold them, and preempts
+sequences to get them.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from collections.abc import Collection
 from itertools import islice
 
 from tidewright.engine.adapter_turns import sharers
-from tidewright.engine.draws import accept, draw_after, embedded, guesses
+from tidewright.engine.draws import accept, embedded
 from tidewright.engine.fairness import Account, FairQueue, fair_order, goes_before
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig, check_request, check_share, longest, stop_ids
 from tidewright.engine.messages import EngineStats, SequenceOutput
 from tidewright.engine.pace import UNPACED, Allowance, StepPace
-from tidewright.engine.plan import PENDING, Draw, ScheduledSequence, SequenceResult, StepPlan, StepResult
+from tidewright.engine.plan import ScheduledSequence, SequenceResult, StepPlan, StepResult
 from tidewright.engine.running import RunningSequences
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.step_budget import StepBudget
+from tidewright.engine.step_tokens import StepTokens
 from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
 from tidewright.kv_cache.budget import blocks_of
 from tidewright.kv_cache.prefix_cache import PrefixCache
@@ -46,6 +48,7 @@ class Scheduler:
         self.adapters = AdapterSlots(config.adapter_slots)
         self.waiting = FairQueue()
         self._running = RunningSequences(config, self.cache, self.adapters, self.waiting)
+        self._tokens = StepTokens(config, self._running)
         self._budget = StepBudget(config.max_batched_tokens)
         self._by_id: dict[int, Sequence] = {}
         self._in_flight: deque[list[Sequence]] = deque()  # of each plan
@@ -127,7 +130,7 @@ class Scheduler:
         before = self._running.line
         if self.waiting.is_shared:
             self._running.line = sorted(before, key=fair_order)
-        line, guessing = self._running.line, self.config.speculative_tokens
+        line, tokens, guessing = self._running.line, self._tokens, self.config.speculative_tokens
         budget, index, waiting = self._budget.tokens, 0, self._next_waiting(0)
         turn = self._turn(waiting, 0)
         allowance = Allowance(pace, any(s.decodes for s in line))
@@ -144,13 +147,13 @@ class Scheduler:
                     continue
             elif index >= len(line):
                 break
-            elif not guessing and (streams := self._take_streams(line[index : min(turn, index + budget)], scheduled)):
+            elif not guessing and (streams := tokens.take_streams(line[index : min(turn, index + budget)], scheduled)):
                 sequences += streams
                 self.waiting.charge(streams, draws=True)
                 budget -= len(streams)
                 index += len(streams)
                 continue
-            elif not self._goes_on(line[index], index):
+            elif not tokens.goes_on(line[index], index):
                 index += 1  # no token is left or no block to be had; it keeps its place for the next step
                 continue
             sequence = line[index]
@@ -164,7 +167,7 @@ class Scheduler:
                 if not share:
                     index += 1  # in a later step
                     continue
-            planned = self._take(sequence, share)
+            planned = tokens.take(sequence, share)
             self.waiting.charge([sequence], bool(planned.draws))
             scheduled.append(planned)
             sequences.append(sequence)
@@ -332,75 +335,6 @@ class Scheduler:
         del self._by_id[sequence.request_id]
         sequence.ended = True
         self._ended.append(sequence.request_id)
-
-    def _goes_on(self, sequence: Sequence, index: int) -> bool:
-        """There is a token of it to compute, for the last may be in flight, and a block for that."""
-        config, expected = self.config, sequence.num_expected
-        if config.embeds:
-            if sequence.num_computed == expected:
-                return False
-        elif sequence.num_pending and expected >= sequence.longest:
-            return False
-        return expected <= len(sequence.block_table) * config.block_size or self._running.grow(sequence, index)
-
-    def _take_streams(self, line: list[Sequence], scheduled: list[ScheduledSequence]) -> list[Sequence]:
-        """Plans the next token of those at the beginning of `line` that need nothing else, as a block; which these are.
-
-        As `_goes_on` and `_take` without guesses, in a third of the time: for that is paid for every token.
-        """
-        size = self.config.block_size
-        for place, sequence in enumerate(line):
-            known, start, pending = sequence.token_ids, sequence.num_computed, sequence.num_pending
-            expected, num_blocks = len(known) + pending, sequence.num_planned_blocks
-            decodes = expected == start + 1 and expected > sequence.prompt_length
-            has_block = expected <= num_blocks * size and num_blocks == len(sequence.block_table)
-            if not (decodes and has_block) or (pending and expected >= sequence.longest):
-                return line[:place]
-            draws = (draw_after(sequence, expected),)
-            sequence.num_pending = pending + 1
-            sequence.num_computed = expected
-            if expected >= (sequence.num_registered + 1) * size:
-                self._running.register(sequence)
-            token_ids = (PENDING if pending else known[start],)
-            request_id, slot = sequence.request_id, sequence.adapter_slot
-            scheduled.append(
-                ScheduledSequence(request_id, start, token_ids, (), draws, None, (), False, num_blocks, slot)
-            )
-        return line
-
-    def _take(self, sequence: Sequence, budget: int) -> ScheduledSequence:
-        """Plans as many of its tokens as there are within `budget`, and what is drawn after them."""
-        start, known, num_expected = sequence.num_computed, sequence.token_ids, sequence.num_expected
-        end = min(num_expected, start + budget)
-        token_ids = tuple(known[start:end])
-        if end > len(known):
-            token_ids += (PENDING,)
-        draws: tuple[Draw, ...] = ()
-        completes = end == num_expected
-        if completes and not self.config.embeds:
-            draws = (draw_after(sequence, end),)
-            most = min(self.config.speculative_tokens, budget - len(token_ids))
-            # Guesses cost nobody a token or a block.
-            if most > 0 and (drafts := guesses(sequence, most)) and self._running.grow_by(sequence, len(drafts)):
-                draws += tuple(draw_after(sequence, end + count, drafts[:count]) for count in range(1, len(drafts) + 1))
-                token_ids += tuple(drafts)
-            sequence.num_pending += 1
-        sequence.num_computed = end
-        if end >= (sequence.num_registered + 1) * self.config.block_size:
-            self._running.register(sequence)
-        first_block, num_blocks = sequence.num_planned_blocks, len(sequence.block_table)
-        sequence.num_planned_blocks = num_blocks
-        new_blocks = tuple(sequence.block_table[first_block:]) if num_blocks > first_block else ()
-        logprobs = sequence.sampling.prompt_logprobs
-        if logprobs is not None and num_expected > sequence.prompt_length:
-            logprobs = None
-        following = () if logprobs is None else tuple(sequence.prompt_token_ids[start + 1 : end + 1])
-        embeds = completes and self.config.embeds
-        request_id, slot = sequence.request_id, sequence.adapter_slot
-        # By place, as in draw_after.
-        return ScheduledSequence(
-            request_id, start, token_ids, new_blocks, draws, logprobs, following, embeds, first_block, slot
-        )
 
     def _drawn(self, sequence: Sequence, planned: ScheduledSequence, computed: SequenceResult) -> SequenceOutput:
         if len(sequence.token_ids) == sequence.prompt_length:
