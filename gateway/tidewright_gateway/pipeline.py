@@ -42,6 +42,7 @@ B = TypeVar("B", bound=Body)
 G = TypeVar("G", bound=GenerationBody)
 
 REVOKED_INTERVAL = 0.5  # seconds between two checks of the keys of running requests
+END_INTERVAL = 0.1  # seconds between two looks for requests to end, once the gateway's time is over
 
 
 class Pipeline:
@@ -58,6 +59,7 @@ class Pipeline:
         self._models, self.metrics = models, metrics
         self._estimates = Estimates()
         self._running: dict[RequestContext, asyncio.Task[object]] = {}
+        self._shuts_down = False
         self.execution = Execution(settings.queue_timeout, limiter, cache, metrics, self._running)
 
     @asynccontextmanager
@@ -127,6 +129,22 @@ class Pipeline:
                 self.metrics.tokens(caller.key_id, *used)
                 if (seconds := context.time_per_output_token) is not None:
                     self.metrics.time_per_output_token(seconds)
+
+    def shut_down(self) -> None:
+        """The process ends: requests that still run after `shutdown_grace` seconds end with that reason."""
+        if not self._shuts_down:
+            self._shuts_down = True
+            asyncio.get_running_loop().call_later(self._settings.shutdown_grace, self._end_all)
+
+    def _end_all(self) -> None:
+        error = ApiError(
+            503, "the gateway is shutting down, and shutdown_grace is over", code="going_away", retry_after=1
+        )
+        for context, task in self._running.items():
+            if context.ended_by is None:
+                context.ended_by = error
+                task.cancel()
+        asyncio.get_running_loop().call_later(END_INTERVAL, self._end_all)  # those that came meanwhile
 
     async def end_revoked(self) -> None:
         """Runs for ever: ends running requests whose key was revoked or has expired."""

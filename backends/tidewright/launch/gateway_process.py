@@ -22,6 +22,11 @@ from tidewright.served_models import smaller_name
 HOST = "127.0.0.1"
 START_TIMEOUT = 30.0  # seconds
 STOP_TIMEOUT = 2.0  # seconds
+GRACE_MARGIN = 1.0
+"""Seconds that its requests get beyond the server's `shutdown_grace`, so that the engine's last word reaches clients.
+
+Shorter than STOP_TIMEOUT: what still waits then, such as for another replica, ends with the gateway's own reason.
+"""
 
 
 class GatewayProcess(ChildProcess):
@@ -46,7 +51,7 @@ class GatewayProcess(ChildProcess):
             "TIDEWRIGHT_GATEWAY_TLS_KEY": "",
             "TIDEWRIGHT_GATEWAY_REPLICAS": f"{reachable(settings.host)}:{settings.grpc_port}",
             "TIDEWRIGHT_GATEWAY_FALLBACK": str(bool(settings.fallback)),
-            "TIDEWRIGHT_GATEWAY_SHUTDOWN_GRACE": str(settings.shutdown_grace),
+            "TIDEWRIGHT_GATEWAY_SHUTDOWN_GRACE": str(settings.shutdown_grace + GRACE_MARGIN),
             "TIDEWRIGHT_GATEWAY_LOG_LEVEL": settings.log_level,
             "TIDEWRIGHT_GATEWAY_LOG_FORMAT": settings.log_format,
             "TIDEWRIGHT_GATEWAY_LOG_FILE": settings.log_file,

@@ -84,5 +84,8 @@ class ServerSettings(BaseModel):
         600.0, gt=0, le=86400, description="Maximum duration of a request in seconds; its own `timeout` can be shorter."
     )
     shutdown_grace: float = Field(
-        10.0, ge=0, description="Seconds that running requests get to finish after Ctrl-C or SIGTERM."
+        10.0,
+        ge=0,
+        description="Seconds that running requests get to finish after Ctrl-C or SIGTERM; what still runs then ends "
+        "with the error `going_away`. `tidewright serve` gives its gateway 1 s more than itself.",
     )

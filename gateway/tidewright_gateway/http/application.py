@@ -82,7 +82,7 @@ def make_app(
     hub, shelf = Hub(settings), Shelf(make_store(settings, settings.workers), settings.max_body)
     parts = Parts(authenticator, limiter, models, cache, metrics, shelf.store, hub)
     sampler = Sampler(parts, settings.tls_cert)
-    PatientProtocol.refused = metrics.refused_connection
+    PatientProtocol.refused, PatientProtocol.going_away = metrics.refused_connection, pipeline.shut_down
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -29,6 +29,8 @@ class PatientProtocol(HttpToolsProtocol):
     open_connections = 0
     refused: Callable[[], None] = staticmethod(lambda: None)
     """Is called for each connection that is refused."""
+    going_away: Callable[[], None] = staticmethod(lambda: None)
+    """Is called when the process begins to end, for each of its connections (also by websocket/server.py)."""
 
     max_connections = 10_000
     read_timeout = 30.0  # seconds
@@ -108,6 +110,7 @@ class PatientProtocol(HttpToolsProtocol):
         uvicorn closes connections between two requests at once, and a request that is on its way then is lost.
         """
         self._going_away = True
+        PatientProtocol.going_away()
         if self._is_idle:
             self._await_last_request()
         elif not self.cycle.response_started:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import math
 import os
 import resource
 import signal
@@ -12,7 +13,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ _PARENT, _SETTINGS, _LIMITS = (f"_TIDEWRIGHT_GATEWAY_{name}" for name in ("PAREN
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"
 _LONGEST_FOLDER = 60  # characters
 _OTHER_FILES = 1000  # open files other than client connections
+_LAST_WORDS = 2  # seconds after shutdown_grace in which clients get the reason
 _WORKER_SILENCE = 30  # seconds until a worker that does not answer is replaced; some need more than 5 to start
 
 
@@ -57,7 +59,8 @@ def serve(settings: GatewaySettings, announce: Callable[[str], None] | None = No
         raise SetupError(str(error)) from error
     if settings.workers == 1:
         server = uvicorn.Server(uvicorn.Config(app, **_options(settings)))
-        server.run()
+        with suppress(KeyboardInterrupt):  # uvicorn raises the signal again once it has ended
+            server.run()
         if not server.started:
             raise SetupError("the gateway could not start; see above")
         return
@@ -125,7 +128,8 @@ def _options(settings: GatewaySettings) -> dict[str, Any]:
         "ssl_keyfile": settings.tls_key or None,
         "ssl_context_factory": certificates.make_context if settings.tls_cert else None,
         "timeout_keep_alive": settings.keep_alive,
-        "timeout_graceful_shutdown": max(1, round(settings.shutdown_grace)),
+        # The pipeline ends requests after shutdown_grace, with the reason; this cuts what does not take it.
+        "timeout_graceful_shutdown": math.ceil(settings.shutdown_grace) + _LAST_WORDS,
         "timeout_worker_healthcheck": _WORKER_SILENCE,
     }
 

@@ -13,6 +13,7 @@ from uvicorn._types import ASGIReceiveEvent
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from tidewright_gateway.config import GatewaySettings
+from tidewright_gateway.http.connection import PatientProtocol
 
 _KEY = "tidewright_transport"
 
@@ -82,6 +83,7 @@ class StreamProtocol(WebSocketsSansIOProtocol):
         await super().run_asgi()
 
     def shutdown(self) -> None:
+        PatientProtocol.going_away()
         if self._own is None or not self.handshake_complete or self.close_sent:
             super().shutdown()
         else:  # uvicorn would close it at once, in the middle of its generations
