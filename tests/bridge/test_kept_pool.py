@@ -75,6 +75,44 @@ def test_an_engine_that_takes_anothers_place_has_the_size_that_was_set_since(
 
 
 @pytest.mark.heavy
+def test_what_the_first_engine_and_an_operator_decided_outlasts_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """One of two models, without a max_model_len: what a request may have is what the first pool held."""
+    save(tmp_path, transformers.LlamaConfig(**SIZES | {"max_position_embeddings": 2048}))
+    settings = Settings(dtype="float32", kv_cache_memory=str(1280 * BYTES_PER_TOKEN), kv_cache_share=0.5, threads=1)
+    config = msgspec.structs.replace(settings.engine_config(tmp_path), kv_cache_share=0.5, standby=False)
+    bridge = Bridge(settings, config, tokenizer)
+    bridge.start()
+
+    def restart() -> None:
+        assert bridge.engine
+        restarts = bridge.engine_restarts
+        os.kill(bridge.engine.pid, signal.SIGKILL)
+        wait_for(lambda: bridge.engine_restarts > restarts and bridge.engine_stats.blocks_total)
+
+    try:
+        wait_for(lambda: bridge.engine_stats.blocks_total == 40)
+        assert bridge.engine
+        assert bridge.engine.max_model_len == 640
+        bridge.limit_cache(str(1280 * BYTES_PER_TOKEN))
+        wait_for(lambda: bridge.engine_stats.blocks_total == 80)
+        bridge.resize_cache(str(960 * BYTES_PER_TOKEN))
+        wait_for(lambda: bridge.engine_stats.blocks_total == 60)
+        bridge.limit_cache(str(800 * BYTES_PER_TOKEN))
+        wait_for(lambda: bridge.engine_stats.blocks_total == 50)
+        restart()
+        assert bridge.engine.max_model_len == 640
+        assert bridge.engine_stats.memory.kv_least == 640 * BYTES_PER_TOKEN
+        assert bridge.engine_stats.blocks_total == 50
+        assert bridge.engine_stats.memory.kv_room == 960 * BYTES_PER_TOKEN
+        bridge.limit_cache(str(960 * BYTES_PER_TOKEN))
+        wait_for(lambda: bridge.engine_stats.blocks_total == 60)
+        bridge.limit_cache(str(640 * BYTES_PER_TOKEN))
+        wait_for(lambda: bridge.engine_stats.blocks_total == 40)
+    finally:
+        bridge.stop()
+
+
+@pytest.mark.heavy
 def test_a_stream_survives_engine_and_memory(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -290,12 +290,12 @@ def configured(client: EngineClient) -> EngineConfig:
 
 def test_later_engines_get_the_blocks_that_the_first_counted(engine: Path) -> None:
     with started() as (client, heard):
-        assert client._num_blocks == 100
+        assert client._kept.num_blocks == 100
         engine.write_text(_ENGINE.replace("16, 100,", "16, 60,"))  # one that has less
         os.kill(heard.ups[0].pid, signal.SIGKILL)
         wait_for(lambda: len(heard.ups) == 2)
         assert heard.ups[1].num_blocks == 60
-        assert client._num_blocks == 100  # so that the next tries again
+        assert client._kept.num_blocks == 100  # so that the next tries again
 
 
 def test_an_engine_that_lacks_memory_is_followed_by_one_with_smaller_steps(engine: Path) -> None:

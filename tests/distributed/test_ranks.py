@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from helpers.one_engine import tokens_of_engine
 from helpers.oracle import PROMPTS, Oracle
 from tidewright.distributed.placement import place
 from tidewright.engine.engine import Engine
-from tidewright.engine.messages import Heartbeat, ResizeCache, StepOutputs, Submit
+from tidewright.engine.messages import Begin, Configure, Heartbeat, Ready, ResizeCache, StepOutputs, Submit
 from tidewright.schema import SamplingParams
 
 
@@ -125,6 +126,81 @@ def test_two_ranks_resize_their_caches_alike(checkpoint: tuple[Path, Any]) -> No
         resizes = [ResizeCache(num_blocks) for num_blocks in (60, 24, 40, 24) * 3]
         assert tokens_of(started, requests, resizes) == wanted
         assert heartbeat(started, lambda stats: stats.cache_resizes > 3).blocks_free > 0
+
+
+# Of rank 1, whose device has no memory for another block as long as a file is there.
+_SHORT_RANK = """#!{python}
+import sys
+from pathlib import Path
+import torch
+from tidewright.devices.cpu.memory import CpuMemory
+from tidewright.kv_cache import storage
+resize = storage.KVCache.resize
+def short(cache, num_blocks):
+    if Path({file!r}).exists() and num_blocks > cache.num_blocks:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return resize(cache, num_blocks)
+storage.KVCache.resize, storage.PATIENCE = short, 0.1
+CpuMemory.free = lambda memory: 50 * {block} if Path({file!r}).exists() else 1 << 30
+sys.argv[1:3] = []
+from tidewright.distributed.rank import main
+main()
+"""
+BLOCK = 2 * 3 * 8 * 4 * 4  # bytes on each of two ranks: keys and values, layers, head size, float32, tokens
+
+
+@contextmanager
+def short_rank(folder: Path) -> Iterator[tuple[Bridge, Path]]:
+    """A process that will be an engine, and the file that is there while rank 1's device is short of memory."""
+    file, python = folder / "short", folder / "python3"
+    python.write_text(_SHORT_RANK.format(python=sys.executable, file=str(file), block=BLOCK))
+    python.chmod(0o755)
+    begun = "import sys; from tidewright.engine import __main__; sys.executable = {!r}; __main__.main()"
+    with bridge("-c", begun.format(str(python))) as started:
+        yield started, file
+
+
+SMALL = {**HARD, "tensor_parallel_size": 2, "max_model_len": 64, "kv_cache_memory": f"{60 * BLOCK}B"}
+
+
+@pytest.mark.heavy
+def test_a_growth_that_one_rank_has_no_memory_for_is_taken_back_on_all(
+    checkpoint: tuple[Path, Any], tmp_path: Path
+) -> None:
+    requests = [submit(number, prompt=9, max_tokens=20, temperature=0.0) for number in range(4)]
+    with short_rank(tmp_path) as (started, file):
+        started.begin(config(checkpoint[0], **SMALL))
+        hear_ready(started)
+        wanted = tokens_of(started, requests)
+        started.say(ResizeCache(30))
+        heartbeat(started, lambda stats: stats.cache_resizes == 1)
+        file.touch()
+        assert tokens_of(started, requests, [ResizeCache(60)] * 3) == wanted
+        started.say(ResizeCache(60))  # also while there is no step
+        assert tokens_of(started, requests) == wanted
+        stats = heartbeat(started, lambda stats: True)
+        assert (stats.blocks_total, stats.cache_resizes, stats.memory.kv_target) == (30, 1, 30 * BLOCK)
+        file.unlink()
+        started.say(ResizeCache(60))
+        assert tokens_of(started, requests) == wanted
+        assert heartbeat(started, lambda stats: True).blocks_total == 60
+
+
+@pytest.mark.heavy
+def test_an_engine_that_takes_anothers_place_on_a_fuller_device_does_not_die_of_it(
+    checkpoint: tuple[Path, Any], tmp_path: Path
+) -> None:
+    """Nor do those after it: they would try the same."""
+    with short_rank(tmp_path) as (started, file):
+        file.touch()
+        started.say(Configure(config(checkpoint[0], **SMALL)))
+        started.say(Begin(num_blocks=60, most_blocks=60))
+        ready = started.hear()
+        assert isinstance(ready, Ready)
+        assert (ready.num_blocks, ready.memory.target_blocks) == (20, 60)  # 40 % of what rank 1 has
+        stats = heartbeat(started, lambda stats: stats.memory.target_blocks < 60)
+        assert (stats.blocks_total, stats.memory.target_blocks) == (20, 20)
+        assert len(tokens_of(started, [submit(1)])[1]) == 4
 
 
 @pytest.mark.heavy

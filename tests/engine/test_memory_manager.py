@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidewright.engine import memory_manager
-from tidewright.engine.memory_manager import MemoryManager
+from tidewright.engine.memory_manager import GrowthError, MemoryManager
 from tidewright.memory.account import FixedMemory
 from tidewright.memory.reclaim import Watermarks
 
@@ -26,6 +28,7 @@ class NumberedPool:
     cached_blocks: int = 0
     preempted: int = 0
     full: bool = False  # the device has no memory for more
+    lacking: str = ""  # another rank, which has none
     sizes: list[int] = field(default_factory=list)
 
     @property
@@ -44,6 +47,8 @@ class NumberedPool:
         assert num_blocks >= self.least_blocks
         if self.full and num_blocks > self.num_blocks:
             return False
+        if self.lacking and num_blocks > self.num_blocks:
+            raise GrowthError(self.lacking)
         self.preempted += max(self.used_blocks - num_blocks, 0)
         self.used_blocks = min(self.used_blocks, num_blocks)
         self.cached_blocks = min(self.cached_blocks, num_blocks - self.used_blocks)
@@ -75,14 +80,14 @@ def manager(
     machine: list[int] | None = None,
     budget: int = 0,
     most: int = 0,
-    target: int = 0,
+    wish: float = math.inf,
     room: int = 0,
 ) -> MemoryManager:
     """`machine`: free bytes beside the pool's blocks, all of which are in memory. Watermarks at 50 and 100 bytes."""
     most = most or pool.num_blocks
     fixed = FixedMemory(budget or 200 + most * BLOCK, 150, 50, BLOCK, most, room)
     free = (lambda: machine[0] - pool.num_blocks * BLOCK) if machine else None
-    return MemoryManager(fixed, pool, target or pool.num_blocks, free, Watermarks(50, 100))
+    return MemoryManager(fixed, pool, wish, free, Watermarks(50, 100))
 
 
 def looks(made: MemoryManager, count: int, start: float = 0.0) -> None:
@@ -143,7 +148,7 @@ def test_what_will_not_suffice_for_an_adapter_is_not_taken_from_anybody() -> Non
 
 def test_a_size_that_an_operator_wants_is_kept_within_the_bounds() -> None:
     pool = NumberedPool(160, 100)
-    made = manager(pool, [10_000], most=300)
+    made = manager(pool, [10_000], most=300, wish=160)
     made.set_target(50)
     assert pool.num_blocks == 100
     made.set_target(1000)
@@ -161,12 +166,41 @@ def test_a_size_that_an_operator_wants_is_kept_within_the_bounds() -> None:
     assert pool.num_blocks == 250  # as soon as there is memory
 
 
+def test_what_another_rank_has_no_memory_for_is_tried_again_by_request_only(caplog: pytest.LogCaptureFixture) -> None:
+    """Each try has all ranks copy their layers."""
+    pool = NumberedPool(100, 50, lacking="rank 1 (CUDA out of memory)")
+    made = manager(pool, most=160)
+    looks(made, 5)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.getMessage() == (
+        "the KV cache stays at 100 blocks (0.0 MiB), until it is resized by request: no memory for 0.0 MiB on rank 1 "
+        "(CUDA out of memory)"
+    )
+    assert (pool.sizes, made.account().kv_target, made.account().kv_wished) == ([], 1000, 1000)
+    pool.lacking = ""
+    looks(made, 5, 1e6)
+    assert pool.sizes == []
+    made.set_target(160)
+    assert pool.num_blocks == 160
+
+
+def test_what_an_operator_wished_outlasts_a_share_below_it() -> None:
+    pool = NumberedPool(60, 20)
+    made = manager(pool, most=60, room=300, wish=80)
+    assert (made.account().target_blocks, made.account().wished_blocks) == (60, 80)
+    made.limit(150)
+    assert pool.num_blocks == 80
+    made.set_target(150)
+    assert made.account().wished_blocks == 0
+
+
 def test_a_pool_that_is_copied_grows_at_once_by_all_that_there_is() -> None:
     """Each resize copies all of it, and has CUDA graphs recorded anew."""
     pool, machine = NumberedPool(100, 50), [3000]
     fixed = FixedMemory(10_000, 150, 50, BLOCK, 320)
     free, marks = (lambda: machine[0] - pool.num_blocks * BLOCK), Watermarks(0, 100)
-    made = MemoryManager(fixed, pool, pool.num_blocks, free, marks, in_slabs=False)
+    made = MemoryManager(fixed, pool, 100, free, marks, in_slabs=False)
     made.set_target(320)
     assert pool.sizes == [290]  # up to the high watermark
     machine[0] += 150
@@ -201,7 +235,7 @@ def test_a_share_of_the_memory_changes_budget_and_pool_alike() -> None:
 
 def test_a_smaller_share_takes_what_idle_adapters_have_of_it() -> None:
     pool = NumberedPool(140, 100)
-    made = manager(pool, most=160)
+    made = manager(pool, most=160, wish=140)
     adapters = made.adapters = NumberedAdapters(held=180, unused=180)
     assert made.account().adapters_in_pool == 180
     made.limit(110)
@@ -220,7 +254,9 @@ def test_engines_of_one_machine_make_up_for_a_shortage_together() -> None:
     machine = [6400 - 20]
     free = machine[0] - 6400
     made = [
-        MemoryManager(FixedMemory(3400, 150, 50, BLOCK, 320), pool, 320, lambda: free, Watermarks(200, 400), share=0.5)
+        MemoryManager(
+            FixedMemory(3400, 150, 50, BLOCK, 320), pool, math.inf, lambda: free, Watermarks(200, 400), share=0.5
+        )
         for pool in pools
     ]
     looks(made[0], 1)
@@ -256,7 +292,7 @@ def test_whatever_happens_nothing_is_over_committed_and_then_all_is_calm(
     actions: list[tuple[str, int]], least: int, spare: int
 ) -> None:
     pool, machine = NumberedPool(120, least), [2500]
-    made = manager(pool, machine, budget=200 + 120 * BLOCK + spare, most=120 + spare // BLOCK)
+    made = manager(pool, machine, budget=200 + 120 * BLOCK + spare, most=120 + spare // BLOCK, wish=120)
     adapters = made.adapters = NumberedAdapters()
     now = 0.0
     for action, number in actions:

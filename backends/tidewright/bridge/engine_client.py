@@ -32,6 +32,7 @@ from tidewright.engine.messages import (
 )
 from tidewright.errors import EngineUnavailableError
 from tidewright.logs import event
+from tidewright.memory.account import MemoryAccount
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class EngineClient:
     ) -> None:
         """`replayed_tokens`: of the longest request that is in flight, at its end."""
         self._config = config
-        self._num_blocks = self._most_blocks = 0  # of the KV cache, for engines to come; 0: the first counts them
+        self._kept = Begin()  # what the first engine decided, and operators since: for engines to come
         self._events, self._replayed_tokens = events, replayed_tokens
         self._start_timeout = start_timeout
         self._heartbeat_timeout = heartbeat_timeout
@@ -204,7 +205,7 @@ class EngineClient:
         cause, process, self._lacked_memory, self._has_answered = "", None, False, False
         try:
             process = self._standby.take() or EngineProcess(self._config)
-            begin = Begin(self._replayed_tokens(), self._num_blocks, self._most_blocks)
+            begin = msgspec.structs.replace(self._kept, replayed_tokens=self._replayed_tokens())
             process.connection.send_bytes(encode(begin))
             cause = self._read_messages(process.connection)
         except (EOFError, OSError):
@@ -265,9 +266,7 @@ class EngineClient:
                 )
                 self._report(self._events.outputs, message.outputs)
             elif isinstance(message, Heartbeat):
-                memory = message.stats.memory
-                self._num_blocks = memory.target_blocks or self._num_blocks
-                self._most_blocks = memory.most_blocks or self._most_blocks
+                self._keep(message.stats.memory)
                 self._report(self._events.stats, message.stats)
             elif isinstance(message, AdapterChanged):
                 self._report(self._events.adapter, message)
@@ -276,8 +275,13 @@ class EngineClient:
                     self._make_steps_smaller(message.step_tokens)
                 return message.message
             else:
-                # What it accepts, every later one has to take again.
-                self._num_blocks = self._num_blocks or message.num_blocks
+                # What it accepts, every later one has to take again, and means the same with a request of no length.
+                self._kept = msgspec.structs.replace(
+                    self._kept,
+                    num_blocks=self._kept.num_blocks or message.num_blocks,
+                    first_max_model_len=self._kept.first_max_model_len or message.max_model_len,
+                )
+                self._keep(message.memory)
                 self._work = Work(message.pid)
                 self._connection = connection
                 self._standby.engine_up()
@@ -287,6 +291,12 @@ class EngineClient:
                 extra = event("engine_restarted" if self.restarts else "engine_ready", engine_pid=message.pid)
                 what = message.pid, message.num_blocks, message.device
                 log.info("engine %d ready: %d KV blocks on %s", *what, extra=extra)
+
+    def _keep(self, memory: MemoryAccount) -> None:
+        """The size that the KV cache should have, now that it may have been set anew."""
+        if memory.block:
+            sizes = {"num_blocks": memory.target_blocks, "most_blocks": memory.most_blocks}
+            self._kept = msgspec.structs.replace(self._kept, **sizes, wished_blocks=memory.wished_blocks)
 
     def _make_steps_smaller(self, tokens: int) -> None:
         """Of all engines to come: with several ranks each further try of more would cost a restart."""

@@ -68,6 +68,16 @@ class Follower:
             raise PlanMismatchError("it made another plan than rank 0; both are in the log")
         self._in_flight.append((plan, _compute(plan, lambda: self._runner.launch(plan))))
 
+    def reserve(self, num_blocks: int) -> str:
+        """As `Reserve` says; what the device says if memory does not suffice, else empty."""
+        try:
+            self._runner.resize(num_blocks, {})
+        except Exception as error:
+            if not (lack := out_of_memory(error)):
+                raise
+            return lack
+        return ""
+
     def take(self, inputs: list[Input]) -> None:
         """Raises StepMemoryError."""
         for entry in inputs:
@@ -81,7 +91,9 @@ class Follower:
                 # The tokens are rank 0's: so they agree, however the ranks' processors round.
                 self._scheduler.commit(plan, StepResult(entry.results))
             elif isinstance(entry, Resize):
-                self._runner.resize(entry.num_blocks, self._scheduler.resize(entry.num_blocks))
+                moves = self._scheduler.resize(entry.num_blocks)
+                if entry.num_blocks < self._runner.num_blocks:
+                    self._runner.resize(entry.num_blocks, moves)
             elif isinstance(entry, AddAdapter):
                 self._scheduler.adapters.add(entry.name, entry.digest)
                 self._runner.add_adapter(entry.name, self._reader.take(entry.number))

@@ -38,6 +38,7 @@ from tidewright.distributed.rank_messages import (
     Pong,
     ReadAdapter,
     Refused,
+    Reserve,
     Step,
     decode_from_leader,
     end_when_silent,
@@ -114,6 +115,8 @@ class Rank:
                 follower.take(message.inputs)
             elif isinstance(message, Ping):
                 self._send(Pong(message.number))
+            elif isinstance(message, Reserve):
+                self._send(Pong(message.number, follower.reserve(message.num_blocks)))
             elif isinstance(message, ReadAdapter):
                 follower.read(message)
             elif isinstance(message, ForgetAdapter):

@@ -1,7 +1,7 @@
 """What rank 0 and the other tensor-parallel ranks say to each other: msgpack structs over one TCP connection each.
 
-A rank says `Hello` and is told `Join` or `Refused`. Then rank 0 sends `Step`, `Inputs` and `Ping`; a rank answers
-pings with `Pong`, and says `Failed` before it gives up.
+A rank says `Hello` and is told `Join` or `Refused`. Then rank 0 sends `Step`, `Inputs`, `Ping` and `Reserve`; a rank
+answers the last two with `Pong`, and says `Failed` before it gives up.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Committed(msgspec.Struct, frozen=True, tag="committed", array_like=True):
 
 
 class Resize(msgspec.Struct, frozen=True, tag="resize", array_like=True):
-    """The KV cache has another number of blocks, as Scheduler.resize says."""
+    """The KV cache has another number of blocks, as Scheduler.resize says; for more, there is memory (`Reserve`)."""
 
     num_blocks: int
 
@@ -89,8 +89,16 @@ class Ping(msgspec.Struct, frozen=True, tag="ping", array_like=True):
     number: int
 
 
+class Reserve(msgspec.Struct, frozen=True, tag="reserve", array_like=True):
+    """Get memory for so many blocks of KV cache, or give back what is beyond them. Plans know nothing of it yet."""
+
+    number: int
+    num_blocks: int
+
+
 class Pong(msgspec.Struct, frozen=True, tag="pong", array_like=True):
     number: int
+    lack: str = ""  # what the device says if memory does not suffice; then all is as before
 
 
 class ReadAdapter(msgspec.Struct, frozen=True, tag="read_adapter", array_like=True):
@@ -119,7 +127,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed", array_like=True):
     step_tokens: int = 0  # as in what the engine says to the bridge
 
 
-FromLeader = Join | Refused | Step | Inputs | Ping | ReadAdapter | ForgetAdapter
+FromLeader = Join | Refused | Step | Inputs | Ping | Reserve | ReadAdapter | ForgetAdapter
 FromRank = Hello | Pong | AdapterRead | Failed
 
 decode_from_leader = msgspec.msgpack.Decoder(FromLeader).decode

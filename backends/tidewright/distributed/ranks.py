@@ -34,6 +34,7 @@ from tidewright.distributed.rank_messages import (
     Pong,
     ReadAdapter,
     Refused,
+    Reserve,
     Step,
     decode_from_rank,
     end_when_silent,
@@ -69,7 +70,7 @@ class Ranks:
         self._config = config
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         self._connections: dict[int, Connection] = {}
-        self._pongs: dict[int, int] = {}
+        self._pongs: dict[int, Pong] = {}
         self._answered = threading.Condition()
         self._pings = 0
         self._plan: StepPlan | None = None  # of the latest step
@@ -171,7 +172,19 @@ class Ranks:
             RankError: one did not answer within half the heartbeat timeout.
         """
         self._pings += 1
-        message = encode(Ping(self._pings))
+        self._await_pongs(encode(Ping(self._pings)))
+
+    def reserve(self, num_blocks: int) -> str:
+        """Has every rank get memory for so many blocks of KV cache, or give back what is beyond them.
+
+        Which rank lacks it, and what its device says; empty if none does. Raises RankError as `ping`.
+        """
+        self._pings += 1
+        self._await_pongs(encode(Reserve(self._pings, num_blocks)))
+        lacking = [f"rank {rank} ({pong.lack})" for rank, pong in sorted(self._pongs.items()) if pong.lack]
+        return ", ".join(lacking)
+
+    def _await_pongs(self, message: bytes) -> None:
         for rank in self._connections:
             self._send_to(rank, message)
         patience = self._config.heartbeat_timeout / 2
@@ -196,7 +209,7 @@ class Ranks:
                 child.wait()
 
     def _silent(self) -> list[int]:
-        return [rank for rank in self._connections if self._pongs.get(rank) != self._pings]
+        return [rank for rank in self._connections if self._pongs.get(rank, Pong(0)).number != self._pings]
 
     def _who_is_missing(self, missing: list[int]) -> str:
         message = f"no rank {missing[0]} came to {self.address} within {0.8 * self._config.start_timeout:g} s"
@@ -264,7 +277,7 @@ class Ranks:
                     return
                 if isinstance(message, Pong):
                     with self._answered:
-                        self._pongs[ranks[ready]] = message.number
+                        self._pongs[ranks[ready]] = message
                         self._answered.notify_all()
                 elif isinstance(message, AdapterRead) and self.on_adapter:
                     named = f"rank {ranks[ready]}: {message.error}" if message.error else ""

@@ -38,8 +38,7 @@ def _run() -> int:
             from tidewright.engine.process import EngineProcess
 
         begin = _expect(Begin, connection)
-        kept = {"num_blocks": begin.num_blocks, "most_blocks": begin.most_blocks}
-        config = msgspec.structs.replace(config, replayed_tokens=begin.replayed_tokens, **kept)
+        config = msgspec.structs.replace(config, **msgspec.structs.asdict(begin))
         logs.rename("fallback_engine" if config.is_onnx else "engine")
         if config.nodes > 1:
             ranks = Ranks(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from tidewright.distributed.ranks import Ranks
 from tidewright.engine.admission import Admission
 from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError, SchedulerConfig
-from tidewright.engine.memory_manager import MemoryManager
+from tidewright.engine.memory_manager import GrowthError, MemoryManager
 from tidewright.engine.messages import Abort, EngineConfig, EngineStats, Ready, SequenceOutput, Submit
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.newcomers import Newcomers
@@ -142,13 +143,19 @@ class Engine:
     def resize(self, num_blocks: int) -> bool:
         """Gives the KV cache another number of blocks, while requests run; False: memory does not suffice for it.
 
-        Raises BlockMoveError: all has to begin anew.
+        Raises:
+            GrowthError: it does on this rank, but not on another. All have as many as before.
+            BlockMoveError: all has to begin anew.
         """
-        if num_blocks > self.num_blocks:
+        if num_blocks > (before := self.num_blocks):
             _, lack = _attempt(lambda: self.runner.resize(num_blocks, {}))
             if lack:
                 self.runner.trim()
                 return False
+            if self._ranks and (lacking := self._ranks.reserve(num_blocks)):
+                self.runner.resize(before, {})
+                self._ranks.reserve(before)
+                raise GrowthError(lacking)
             self.scheduler.resize(num_blocks)
         else:
             self.runner.resize(num_blocks, self.scheduler.resize(num_blocks))
@@ -192,16 +199,19 @@ class Engine:
 
     def _manage_memory(self) -> MemoryManager:
         fixed, config, runner = self.runner.fixed_memory, self.config, self.runner
-        target = max(self.num_blocks, min(config.num_blocks, fixed.most_blocks))
+        wish: float = config.wished_blocks
+        if not config.num_blocks and self.num_blocks < fixed.most_blocks:
+            wish = self.num_blocks  # the configuration's, of which the budget would pay for more
+        wish = wish or math.inf
         if not isinstance(runner, ModelRunner):
-            return MemoryManager(fixed, self, target, None, Watermarks(0, 0))
+            return MemoryManager(fixed, self, wish, None, Watermarks(0, 0))
         memory, layers = runner.device.memory, len(runner.kv_cache.layers)
         if memory.is_bounded:  # others can't take what is this engine's; a copy of a layer must have room
-            marks = Watermarks(0, fixed.block * target // layers)
-            return MemoryManager(fixed, self, target, memory.free, marks, layers, in_slabs=memory.reserves)
+            marks = Watermarks(0, fixed.block * int(min(wish, fixed.most_blocks)) // layers)
+            return MemoryManager(fixed, self, wish, memory.free, marks, layers, in_slabs=memory.reserves)
         marks = Watermarks.of(memory.capacity())
         sharers = config.local_ranks, config.memory_share
-        return MemoryManager(fixed, self, target, lambda: machine_memory().free, marks, layers, *sharers)
+        return MemoryManager(fixed, self, wish, lambda: machine_memory().free, marks, layers, *sharers)
 
     def step(self) -> list[SequenceOutput]:
         """Launches what can be launched, waits for the oldest step in flight, and tells what it has brought."""
@@ -330,6 +340,7 @@ class Engine:
             max_output_tokens=self.config.max_output_tokens,
             eos_ids=list(self.runner.eos_ids),
             embedding_size=self.runner.embedding_size,
+            memory=self.memory.account(),
         )
 
 

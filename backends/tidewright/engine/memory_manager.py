@@ -24,6 +24,10 @@ _SLABS = 16  # that a pool has at least
 log = logging.getLogger(__name__)
 
 
+class GrowthError(Exception):
+    """Memory for a larger pool is lacking elsewhere: of which this rank knows nothing, so it can't wait for it."""
+
+
 class Pool(Protocol):
     """The KV cache, in blocks."""
 
@@ -41,7 +45,7 @@ class Pool(Protocol):
     def wanted_blocks(self) -> int: ...  # used ones, and those that waiting requests would take
     @property
     def touched_blocks(self) -> int: ...  # of which the machine knows: the others take no memory yet
-    def resize(self, num_blocks: int) -> bool: ...  # False: memory does not suffice
+    def resize(self, num_blocks: int) -> bool: ...  # False: memory does not suffice; or raises GrowthError
 
 
 class Adapters(Protocol):
@@ -68,7 +72,7 @@ class MemoryManager:
         self,
         fixed: FixedMemory,
         pool: Pool,
-        target: int,
+        wish: float,
         free: Callable[[], int] | None,
         marks: Watermarks,
         layers: int = 1,
@@ -76,16 +80,16 @@ class MemoryManager:
         share: float = 1.0,
         in_slabs: bool = True,
     ) -> None:
-        """`target`: blocks that the pool has whenever it can. `free`: bytes of the machine, that `ranks` of them share;
-        None: it is not watched. `in_slabs`: the pool grows by one at a time; else each resize copies all of it, so it
-        gets all that there is at once, and a slab at least.
+        """`wish`: blocks that the pool should not exceed, as an operator says; infinity: nobody said anything.
+
+        `free`: bytes of the machine, that `ranks` of them share; None: it is not watched. `in_slabs`: the pool grows by
+        one at a time; else each resize copies all of it, so it gets all that there is at once, and a slab at least.
 
         `share`: of the memory of all models of the server. Their engines see the same shortage at the same moment, so
         each makes up for its share of it.
         """
         self._fixed, self._pool = fixed, pool
-        self._wish = math.inf if target >= fixed.most_blocks else target
-        """Of an operator: blocks that the pool should not exceed."""
+        self._wish = wish
         self._free, self._marks, self._in_slabs = free, marks, in_slabs
         self._ranks, self._share = ranks, share
         slab = math.ceil(2 * layers * _SLAB / fixed.block)
@@ -115,6 +119,7 @@ class MemoryManager:
             kv_target=self._target * fixed.block,
             kv_wanted=pool.wanted_blocks * fixed.block,
             kv_room=int(min(self._wish, self._room)) * fixed.block,
+            kv_wished=0 if math.isinf(self._wish) else int(self._wish) * fixed.block,
         )
 
     @property
@@ -227,7 +232,16 @@ class MemoryManager:
 
     def _resize(self, num_blocks: int, why: str) -> bool:
         before, block = self._pool.num_blocks, self._fixed.block
-        if not self._pool.resize(num_blocks):
+        try:
+            done = self._pool.resize(num_blocks)
+        except GrowthError as error:
+            self._wish = before
+            what = "the KV cache stays at %d blocks (%s), until it is resized by request: no memory for %s on %s"
+            log.warning(
+                what, before, mib(before * block), mib(num_blocks * block), error, extra=event("kv_cache_resized")
+            )
+            return False
+        if not done:
             log.warning("no memory for %s of KV cache", mib(num_blocks * block), extra=event("kv_cache_resized"))
             return False
         self.resizes += 1

@@ -37,9 +37,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory_share: float = 1.0  # that was taken of the two, by distributed/placement.py
     kv_limit: int = 0  # bytes that the KV cache may have at first, by memory/ledger.py; 0: what its share pays for
     memory_budget: str = "auto"  # of all that the engine takes, as tidewright.kv_cache.budget reads it
-    num_blocks: int = 0  # of the KV cache that the engine before had, as `Begin` says; 0: this is the first
-    most_blocks: int = 0  # likewise, that the KV cache of the engine before could have
-    replayed_tokens: int = 0  # of the longest request in flight, at its end; as `Begin` says
+    replayed_tokens: int = 0  # this and the next: as `Begin` says
+    num_blocks: int = 0
+    most_blocks: int = 0
+    wished_blocks: int = 0
+    first_max_model_len: int = 0
     max_model_len: int = 0  # tokens; 0: the model's own limit
     max_batched_tokens: int = 2048  # token budget of one step
     prefill_step_time: float = 0.25  # seconds of a step that computes prompts beside running streams, about; 0: any
@@ -107,6 +109,8 @@ class Begin(msgspec.Struct, frozen=True, tag="begin", array_like=True):
     replayed_tokens: int = 0  # of the longest request that will come again, at its end
     num_blocks: int = 0  # of the KV cache, as the first engine counted them or `ResizeCache` says; 0: this is the first
     most_blocks: int = 0  # that it may have
+    wished_blocks: int = 0  # that it should not exceed, as `ResizeCache` says; 0: nobody said anything
+    first_max_model_len: int = 0  # tokens that the first engine's pool let a request have: no later one takes more
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit", array_like=True):
@@ -171,6 +175,7 @@ class Ready(msgspec.Struct, frozen=True, tag="ready", array_like=True):
     max_output_tokens: int = 0  # 0: as many as a request asks for
     eos_ids: list[int] = []
     embedding_size: int = 0  # numbers; 0: the engine generates text
+    memory: MemoryAccount = MemoryAccount()
 
 
 class AdapterChanged(msgspec.Struct, frozen=True, tag="adapter", array_like=True):

@@ -132,7 +132,8 @@ class ModelRunner:
         self.fixed_memory = FixedMemory(size.budget, weights, workspace, shape.bytes_per_block, *bounds)
         self.kv_cache = KVCache(shape, size.num_blocks, memory, size.room_blocks)
         self.forward_seconds = self.sample_seconds = 0.0
-        self.max_model_len = min(wanted, self.kv_cache.num_blocks * config.block_size)
+        first = config.first_max_model_len or wanted
+        self.max_model_len = min(wanted, first, self.kv_cache.num_blocks * config.block_size)
         limits = replace(limits, max_model_len=self.max_model_len)
         self._first_blocks = tuple(range(-(-self.max_model_len // config.block_size)))
         sizes = self.device.decode_sizes(min(config.max_running, config.max_batched_tokens))

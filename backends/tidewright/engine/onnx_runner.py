@@ -62,7 +62,7 @@ class OnnxRunner:
         size = pool_size(config, shape, needed, CpuMemory(), weights, workspace=0)
         self.num_blocks = self.touched_blocks = size.num_blocks
         self.fixed_memory = FixedMemory(size.budget, weights, 0, shape.bytes_per_block, size.most_blocks)
-        self.max_model_len = min(wanted, self.num_blocks * config.block_size)
+        self.max_model_len = min(wanted, config.first_max_model_len or wanted, self.num_blocks * config.block_size)
         self.progress, self.steps_in_flight, self.adapter_slots = 0, 1, 0
         self.forward_seconds = self.sample_seconds = 0.0
         self.embedding_size = 0

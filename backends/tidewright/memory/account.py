@@ -39,6 +39,7 @@ class MemoryAccount(msgspec.Struct, frozen=True, array_like=True):
     kv_target: int = 0  # the pool is as large whenever there is memory for it
     kv_wanted: int = 0  # blocks that requests have, and those that wait for blocks would take now
     kv_room: int = 0  # `kv_most` can become as much, if other models give up as much of their budgets
+    kv_wished: int = 0  # the pool should not become larger, as an operator says; 0: nobody said anything
 
     @property
     def kv_pool(self) -> int:
@@ -51,6 +52,10 @@ class MemoryAccount(msgspec.Struct, frozen=True, array_like=True):
     @property
     def most_blocks(self) -> int:
         return self.kv_most // self.block if self.block else 0
+
+    @property
+    def wished_blocks(self) -> int:
+        return self.kv_wished // self.block if self.block else 0
 
     @property
     def adapters_in_pool(self) -> int:
