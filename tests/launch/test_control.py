@@ -164,3 +164,15 @@ def test_the_health_command_imports_nothing_heavy(answer: bytes, flags: list[str
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "alive\n" if flags else "healthy\n", "")
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_an_answer_that_is_too_long_is_refused_and_not_cut(monkeypatch: pytest.MonkeyPatch, more: int) -> None:
+    """Half of the metrics would say that requests have ended which run."""
+    monkeypatch.setattr(control_module, "MAX_ANSWER", 1000)
+    with listener(response(200, b"x" * (1000 + more))) as url:
+        if more:
+            with pytest.raises(TroubleError, match="answered with more than 1000 bytes"):
+                Question(url).answer(PATIENCE)
+        else:
+            assert Question(url).answer(PATIENCE) == b"x" * 1000

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tidewright.schema import ControlWord
 
 CONNECT_TIMEOUT = 5.0  # seconds
-MAX_ANSWER = 2**20  # bytes
+MAX_ANSWER = 16 * 2**20  # bytes; the metrics and adapters of a large server take a few MiB at most
 STUCK = "stuck: "  # as schema.STUCK, which costs an import of msgspec
 WHICH_PORT = "give Triton's HTTP port (8000 by default), or the gateway's (8080)"
 
@@ -105,12 +105,16 @@ class Question:
         Raises:
             UnreachableError: the connection broke.
             NoAnswerError: it did not come in time.
+            TroubleError: it is longer than MAX_ANSWER.
         """
         assert self._connection is not None
         try:
             self._connection.sock.settimeout(timeout)
             response = self._connection.getresponse()
-            return Answer(response.status, response.read(MAX_ANSWER), response.getheader("Retry-After"))
+            content = response.read(MAX_ANSWER + 1)
+            if len(content) > MAX_ANSWER:  # half of it would be taken for another's answer, or for fewer requests
+                raise TroubleError(f"{self._url} answered with more than {MAX_ANSWER} bytes")
+            return Answer(response.status, content, response.getheader("Retry-After"))
         except TimeoutError:
             raise NoAnswerError(f"{self._url} did not answer within {timeout:g} s") from None
         except (OSError, http.client.HTTPException) as error:
