@@ -254,6 +254,16 @@ def test_adapters_are_a_list_of_names_and_paths_below_the_folder() -> None:
         Settings(adapters="a=b")
 
 
+def test_no_adapter_has_the_name_of_a_model() -> None:
+    for models in ([], [{"name": "q", "model": "m"}]):
+        with pytest.raises(ValueError, match="adapters: 'tide' is a model itself; choose another name"):
+            Settings(served_model_name="tide", adapter_folder="adapters", adapters="tide=p", models=models)
+    for own, name in (({}, "q"), ({"adapters": "tide=p"}, "tide")):
+        further = [{"name": "q", "model": "m", **own}]
+        with pytest.raises(ValueError, match=f"adapters: '{name}' is a model itself"):
+            Settings(served_model_name="tide", adapter_folder="adapters", adapters="" if own else "q=p", models=further)
+
+
 def test_a_smaller_variant_is_one_more_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = Settings(model="org/name", smaller_variant="int8", quantize_head="same")
     assert settings.names == ["name", "name-small"]

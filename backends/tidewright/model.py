@@ -79,7 +79,7 @@ class TritonPythonModel:
                 limit = ledger.limit_of(self._name)
                 engine_config = msgspec.structs.replace(engine_config, kv_limit=limit)
             self._bridge = Bridge(settings, engine_config, self._tokenizer, self._is_loaded, self._traces)
-            self._adapters = AdapterCommands(self._bridge, engine_config.adapter_folder)
+            self._adapters = AdapterCommands(self._bridge, engine_config.adapter_folder, stub.served_names())
             limit = settings.max_running + settings.max_waiting
             self._intake = Intake(self._take, lambda arrival, error: self._refuse(arrival.sender, error), limit)
             self._bridge.start()

@@ -28,6 +28,11 @@ def begin(args: Mapping[str, str]) -> Settings:
     return settings.of(parameter(args, PARAMETER) or settings.model_name)
 
 
+def served_names() -> list[str]:
+    """Of all models of this server."""
+    return Settings().names
+
+
 def parameter(args: Mapping[str, str], name: str) -> str:
     """A parameter of config.pbtxt; empty if it has none of that name."""
     found = json.loads(args["model_config"]).get("parameters", {}).get(name, {})

@@ -69,6 +69,14 @@ def test_a_load_is_answered_when_it_is_done_and_its_path_is_below_the_folder(
     assert commands.statuses == [AdapterStatus("sql", "/adapters/sql-v2", False, 7)]
 
 
+def test_no_adapter_takes_the_name_of_a_model(bridge: ScriptedBridge) -> None:
+    commands = AdapterCommands(bridge, "/adapters", ["tide", "q"])
+    for name in ("tide", "q"):
+        with pytest.raises(InvalidRequestError, match=f"'{name}' is a model itself; choose another name"):
+            commands.load(f'{{"name": "{name}", "path": "p"}}', lambda _: None)
+    assert bridge.asked == []
+
+
 def test_an_adapter_that_the_engine_lost_is_not_told_as_loaded(
     bridge: ScriptedBridge, commands: AdapterCommands
 ) -> None:

@@ -14,6 +14,7 @@ import pytest
 from helpers.echo_replica import EchoReplica
 from helpers.gateway import MODEL, RunningGateway
 from helpers.scripted_replicas import samples
+from tidewright.schema import AdapterStatus
 from tidewright_gateway.anthropic.models import model_list
 from tidewright_gateway.metrics import Metrics
 
@@ -163,6 +164,18 @@ def test_a_lora_adapter_is_of_one_model(gateway: RunningGateway, echo: EchoRepli
     assert tell("unload", lora_name="sql")[0] == 200
     assert gateway.post("/v1/completions", {"prompt": "Hi", "model": "sql"}).status_code == 404
     assert (echo.commands[-2:], echo.status.adapters) == (["load_lora sql", "unload_lora sql"], [])
+
+
+def test_an_adapter_that_a_replica_has_by_a_model_s_name_is_not_listed(
+    gateway: RunningGateway, echo: EchoReplica
+) -> None:
+    loaded = [AdapterStatus(name, "/adapters/sql-v2", True) for name in (MODEL, "small", "tax")]
+    echo.statuses["decoder_small"] = msgspec.structs.replace(echo.status, adapters=loaded)
+    deadline = time.monotonic() + 30
+    while "tax" not in (ids := [one["id"] for one in gateway.http.get("/v1/models").json()["data"]]):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert ids == [MODEL, "small", "tax"]
 
 
 def test_the_level_shown_is_that_of_the_model_that_is_worst_off() -> None:

@@ -111,6 +111,12 @@ def test_what_can_not_be_served_is_refused_with_the_reason(world: World, path: s
     assert world.ask(MODEL) == world.wanted(MODEL)
 
 
+def test_no_adapter_takes_the_model_s_name_at_triton(world: World) -> None:
+    name = world.server.triton.settings.model_name
+    assert f"'{name}' is a model itself; choose another name" in world.cli("load", name, "law")
+    assert name not in [line.split()[0] for line in world.cli("list").splitlines()]
+
+
 def test_an_unloaded_adapter_is_gone_and_its_name_can_be_another(world: World) -> None:
     assert world.cli("load", "tax", "sql") == "Loaded tax.\n"  # at Triton itself
     assert world.ask("tax") == world.wanted("sql")  # which the gateway hears of

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -38,9 +38,9 @@ class AdapterBridge(Protocol):
 
 
 class AdapterCommands:
-    def __init__(self, bridge: AdapterBridge, folder: str) -> None:
-        """`folder`: where adapters lie; empty: this server serves none."""
-        self._bridge, self._folder = bridge, folder
+    def __init__(self, bridge: AdapterBridge, folder: str, models: Collection[str] = ()) -> None:
+        """`folder`: where adapters lie; empty: this server serves none. `models`: names that no adapter can have."""
+        self._bridge, self._folder, self._models = bridge, folder, models
         self._lock = threading.Lock()
         self._commanded: dict[str, AdapterStatus] = {}  # the last command that was obeyed, by name
 
@@ -92,6 +92,8 @@ class AdapterCommands:
         order = self._read(text)
         if not order.path:
             raise InvalidRequestError('load_lora needs a path, as in {"name": "sql", "path": "sql-v2"}')
+        if order.name in self._models:  # requests that name it are for the model
+            raise InvalidRequestError(f"{order.name!r} is a model itself; choose another name")
         path = self._absolute(order.path)
         if (loaded := self._loaded(order.name)) and loaded.path == path:
             self._obeyed(order, path, is_loaded=True)  # told by two gateways at once

@@ -7,6 +7,7 @@ and docs/configuration.md are made from their fields.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ class Settings(ResilienceSettings, ProcessSettings, FallbackSettings, EngineSett
     def _models_agree(self) -> Settings:
         if self.smaller_variant and self.task == "embed":
             raise ValueError("smaller_variant is for models that generate, and task is embed; leave it out")
+        self._check_adapter_names(self.adapter_paths)
         if not self.models:
             return self
         check_names(self.model_name, self.models)
@@ -71,13 +73,19 @@ class Settings(ResilienceSettings, ProcessSettings, FallbackSettings, EngineSett
                     f"{', '.join(OF_A_MODEL)}"
                 )
             try:
-                self.of(one.name)
+                own = self.of(one.name)
             except ValidationError as error:
                 first = error.errors()[0]
                 place = ".".join(map(str, first["loc"])) or "its options"
                 message = first["msg"].removeprefix("Value error, ")
                 raise ValueError(f"models: {one.name}: {place}: {message}") from None
+            self._check_adapter_names(own.adapter_paths)
         return self
+
+    def _check_adapter_names(self, adapters: Collection[str]) -> None:
+        """Raises ValueError: one has the name of a model, which answers to it."""
+        if taken := next((name for name in adapters if name in self.names), None):
+            raise ValueError(f"adapters: {taken!r} is a model itself; choose another name")
 
     @classmethod
     def settings_customise_sources(

@@ -131,7 +131,9 @@ def make_model_router(models: Models, query: QueryCheck) -> APIRouter:
         shape."""
         found = []
         for model in models:
-            adapters = sorted(model.failover.adapters.loaded.values(), key=lambda adapter: adapter.name)
+            loaded = model.failover.adapters.loaded
+            # A replica may not know what its models are called here; such a name is for the model.
+            adapters = [loaded[name] for name in sorted(loaded.keys() - models.names)]
             found += [described(request, model), *(described(request, model, adapter) for adapter in adapters)]
         if _context(request).is_anthropic:
             return model_list(found, limit, after_id, before_id)
