@@ -37,7 +37,8 @@ INLINE typename Product<T>::Factor spread(const Element<T>& x) {
     if constexpr (Product<T>::OF_WORDS) return Words{} + x;
     else {
         typename Product<T>::Factor factor;
-        for (int p = 0; p < PAIR<T>; p++) factor.parts[p] = Floats{} + x.values[p];
+        // Minus zero: nothing, and so one load. Plus zero would be computed, as it makes +0 of -0.
+        for (int p = 0; p < PAIR<T>; p++) factor.parts[p] = x.values[p] - Floats{};
         return factor;
     }
 }

@@ -36,8 +36,10 @@ INLINE Floats load(const float* from) {
 INLINE Floats load(const BF16* from) {
     Halves bits;
     std::memcpy(&bits, from, sizeof bits);
-#ifdef __AVX512F__  // for which GCC 12 finds no single instruction
+#if defined(__AVX512F__)  // GCC 12 does not find the instruction that widens
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)bits), 16);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)bits), 16);
 #else
     return (Floats)(__builtin_convertvector(bits, Words) << 16);
 #endif
@@ -53,8 +55,11 @@ INLINE Words round_words(Floats x) {
 }
 
 INLINE void store(BF16* to, Floats x) {
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     Halves halves = (Halves)_mm512_cvtepi32_epi16((__m512i)(round_words(x) >> 16));
+#elif defined(__AVX2__)
+    __m256i words = (__m256i)(round_words(x) >> 16);
+    Halves halves = (Halves)_mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 #else
     Halves halves = __builtin_convertvector(round_words(x) >> 16, Halves);
 #endif
