@@ -23,6 +23,7 @@ from tidewright.quantization.affine import AffineWeight, Scheme, scheme_named
 # Of a layer: outputs by inputs of query, key and value; output; gate and up; down. And how many layers are computed.
 SHAPES = {
     "135m": ([(960, 576), (576, 576), (3072, 576), (576, 1536)], 30, (49152, 576)),
+    "135m-layer": ([(960, 576), (576, 576), (3072, 576), (576, 1536)], 1, None),  # stays in the caches
     "1b": ([(3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192)], 3, None),
     "8b": ([(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)], 1, None),
 }
@@ -108,7 +109,7 @@ def main() -> None:
                         times[name] = min(times[name], clock() - start)
                 for name, seconds in times.items():
                     print(
-                        f"{model:5} {rows:4} rows  {name:9} {seconds * 1e3:9.2f} ms "
+                        f"{model:10} {rows:4} rows  {name:9} {seconds * 1e3:9.2f} ms "
                         f"{made[name][1] / seconds / 1e9:6.1f} GB/s {2 * rows * values / seconds / 1e9:7.0f} Gop/s"
                         + (f"  {times['bf16'] / seconds:5.2f}x bf16" if "bf16" in times else ""),
                         flush=True,

@@ -72,10 +72,10 @@ def test_products(rows: int, depth: int, features: int, scheme: Scheme) -> None:
     assert (np.abs(actual - (expected + bias_F.numpy())) <= error).all()
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("bits", "group"), [(8, ACTIVATION_GROUP), (4, 32), (4, 128)])
 @pytest.mark.parametrize("extreme", [False, True])
 @pytest.mark.parametrize(("rows", "depth", "features"), [(1, 4096, 33), (14, 520, 40), (3, 7, 1)])
-def test_integer_sums_are_exact(rows: int, depth: int, features: int, bits: int, extreme: bool) -> None:
+def test_integer_sums_are_exact(rows: int, depth: int, features: int, bits: int, group: int, extreme: bool) -> None:
     """With scales of 1, a product is its groups' integers, added up as float32 in order."""
     low, high = (-128, 127) if bits == 8 else (0, 15)
     generator = np.random.default_rng(depth)
@@ -84,7 +84,6 @@ def test_integer_sums_are_exact(rows: int, depth: int, features: int, bits: int,
     if extreme:
         codes[:] = generator.choice([low, high], (features, 1))
         x[:] = generator.choice([-127, 127], (rows, 1))
-    group = ACTIVATION_GROUP if bits == 8 else 32
     x[:, ::group] = 127  # so that the scale of each group is 1
     size = depth if bits == 8 else group
     scales_FG = torch.ones(features, -(-depth // size))

@@ -9,11 +9,21 @@ namespace {
 
 constexpr int QUAD = 4;  // values of 8 bits in a word
 
-// total += the sum of four products in each word: of unsigned codes of the weight by signed codes of the activations. Exact.
-// What a vector of words of the weight becomes to be multiplied by many rows is its Factor.
+// sum += the sum of four products in each word: of unsigned codes of the weight by signed codes of the activations, which are
+// -127 to 127. Exact.
+// A Factor is what a vector of words of the weight becomes, to be multiplied by many rows; an Element, what a word of the
+// activations becomes, to be multiplied by many features. A Sum holds STEPS of these, and any number if STEPS is 0.
+struct OfWords {
+    typedef uint32_t Element;
+    static INLINE Element element(uint32_t codes) { return codes; }
+};
+struct Summed : OfWords {
+    typedef Ints Sum;
+    static constexpr int STEPS = 0;
+};
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 template <int BITS>
-struct Dot {
+struct Dot : Summed {
     typedef Words Factor;
     static INLINE Factor factor(Words codes) { return codes; }
     static INLINE void add(Ints& total, Factor w, uint32_t x) {
@@ -32,35 +42,51 @@ struct Dot {
 #define SIMD(name) _mm256_##name
 #define Simd __m256i
 #endif
-// Sums of two products in 16 bits: at most 2 * 15 * 128, so nothing saturates.
+// Sums of two products in 16 bits, at most 2 * 15 * 127, so nothing saturates. Eight of them fit as well, at most 30,480, which
+// saves widening seven.
 template <int BITS>
-struct Dot {
+struct Dot : OfWords {
     typedef Words Factor;
+    typedef Shorts Sum;
+    static constexpr int STEPS = 8;
     static INLINE Factor factor(Words codes) { return codes; }
-    static INLINE void add(Ints& total, Factor w, uint32_t x) {
-        Simd pairs = SIMD(maddubs_epi16)((Simd)w, SIMD(set1_epi32)((int)x));
-        total += (Ints)SIMD(madd_epi16)(pairs, SIMD(set1_epi16)(1));
+    static INLINE void add(Sum& sum, Factor w, uint32_t x) {
+        sum += (Shorts)SIMD(maddubs_epi16)((Simd)w, SIMD(set1_epi32)((int)x));
     }
+    static INLINE Ints total(Sum sum) { return (Ints)SIMD(madd_epi16)((Simd)sum, SIMD(set1_epi16)(1)); }
 };
-// Codes of 8 bits would saturate there: they are widened, the first and third of a word, and the second and fourth.
+// Codes of 8 bits would saturate there: they are widened, the first and third of a word, and the second and fourth. Those of
+// the activations are widened once, not for each block of features: that was a quarter of all operations.
 template <>
 struct Dot<8> {
+    typedef Ints Sum;
+    static constexpr int STEPS = 0;
     struct Factor {
         Simd odd, even;
+    };
+    struct Element {
+        int16_t odd[2], even[2];
     };
     static INLINE Factor factor(Words codes) {
         Simd w = (Simd)codes;
         return {(Simd)(codes & 0x00ff00ffu), SIMD(srli_epi16)(w, 8)};
     }
-    static INLINE void add(Ints& total, const Factor& w, uint32_t x) {
-        Simd all = SIMD(set1_epi32)((int)x);
-        Simd odd = SIMD(srai_epi16)(SIMD(slli_epi16)(all, 8), 8), even = SIMD(srai_epi16)(all, 8);
-        total += (Ints)SIMD(madd_epi16)(w.odd, odd) + (Ints)SIMD(madd_epi16)(w.even, even);
+    static INLINE Element element(uint32_t codes) {
+        return {{(int8_t)codes, (int8_t)(codes >> 16)}, {(int8_t)(codes >> 8), (int8_t)(codes >> 24)}};
+    }
+    static INLINE void add(Sum& sum, const Factor& w, const Element& x) {
+        sum += (Ints)SIMD(madd_epi16)(w.odd, spread(x.odd));
+        sum += (Ints)SIMD(madd_epi16)(w.even, spread(x.even));
+    }
+    static INLINE Simd spread(const int16_t* two) {
+        int word;
+        std::memcpy(&word, two, sizeof word);
+        return SIMD(set1_epi32)(word);
     }
 };
 #else
 template <int BITS>
-struct Dot {
+struct Dot : Summed {
     struct Factor {
         Ints parts[QUAD];
     };
@@ -114,8 +140,12 @@ INLINE Ints round_to_ints(Floats x) {
 
 INLINE void store_codes(int8_t* to, Ints codes, int64_t count) {
     int8_t buffer[LANES];
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
     _mm_storeu_si128((__m128i*)buffer, _mm512_cvtepi32_epi8((__m512i)codes));
+#elif defined(__AVX2__)
+    __m256i all = (__m256i)codes;
+    __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    _mm_storel_epi64((__m128i*)buffer, _mm_packs_epi16(halves, halves));
 #else
     for (int i = 0; i < LANES; i++) buffer[i] = (int8_t)codes[i];
 #endif

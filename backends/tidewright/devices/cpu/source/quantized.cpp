@@ -55,27 +55,59 @@ struct Layout {
 
 // Of a row and a group of inputs.
 struct GroupInfo {
-    float scale;
-    int32_t sum;  // of the codes
+    float scale, scaled_sum;  // scale times the sum of the codes
+    int32_t start;  // of the sum of products: takes the weight's zero back
 };
 
+template <int BITS>
 struct Problem {
     const QuantizedWeight& w;
     Layout layout;
-    const uint32_t* x;  // [rows, steps]
+    const typename Dot<BITS>::Element* x;  // [rows, steps]
     const GroupInfo* info;  // [rows, groups]
     int64_t rows;
 };
 
-// M rows of x times steps up to `end` of a block, added to `sums`, unless they are the first. Each unit prefetches LINES lines
-// that are `ahead` of it. No part of its caller, or compilation would take minutes.
+// M rows of x times `units` of a block, added to `sums`. Each unit prefetches LINES lines that are `ahead` of it.
+//
+// Not unrolled, and row by row: otherwise GCC computes products long before it adds them, and 16 registers don't hold them.
+template <int BITS, int M, int LINES>
+INLINE void add_units(
+    typename Dot<BITS>::Sum (&sums)[M][VECTORS], const typename Dot<BITS>::Element* x, int64_t x_stride, const uint8_t* w,
+    int64_t units, int64_t ahead) {
+    constexpr int STEPS = unit_steps(BITS);
+#pragma GCC unroll 1
+    for (int64_t unit = 0; unit < units; unit++, w += UNIT, x += STEPS) {
+#pragma GCC unroll 2
+        for (int i = 0; i < LINES; i++) __builtin_prefetch(w + ahead + i * LINE, 0, 2);
+        typename Dot<BITS>::Factor factors[STEPS][VECTORS];
+#pragma GCC unroll 2
+        for (int n = 0; n < VECTORS; n++) {
+            Words words;
+            std::memcpy(&words, w + n * sizeof words, sizeof words);
+            if constexpr (BITS == 8) factors[0][n] = Dot<BITS>::factor(words);
+            else {
+                factors[0][n] = Dot<BITS>::factor(words & 0x0f0f0f0fu);
+                factors[1][n] = Dot<BITS>::factor((words >> 4) & 0x0f0f0f0fu);
+            }
+        }
+#pragma GCC unroll 16
+        for (int m = 0; m < M; m++)
+#pragma GCC unroll 2
+            for (int s = 0; s < STEPS; s++)
+#pragma GCC unroll 2
+                for (int n = 0; n < VECTORS; n++) Dot<BITS>::add(sums[m][n], factors[s][n], x[m * x_stride + s]);
+    }
+}
+
+// M rows of x times steps up to `end` of a block, added to `sums`, unless they are the first. LINES and `ahead` as above.
+// No part of its caller, or compilation would take minutes.
 template <int BITS, bool SCALES, bool OFFSETS, int M, int LINES>
 __attribute__((noinline)) void tile(
-    const Problem& p, const uint32_t* x, const GroupInfo* info, const uint8_t* w, int64_t step, int64_t end, float* sums,
-    int64_t ahead) {
+    const Problem<BITS>& p, const typename Dot<BITS>::Element* x, const GroupInfo* info, const uint8_t* w, int64_t step,
+    int64_t end, float* sums, int64_t ahead) {
     constexpr int STEPS = unit_steps(BITS), HEADER = (SCALES + OFFSETS) * BLOCK * sizeof(uint16_t);
     const int64_t x_stride = p.layout.steps, info_stride = p.layout.groups, group_steps = p.layout.group_steps;
-    const int32_t zero = p.w.zero;
     Floats total[M][VECTORS];
 #pragma GCC unroll 16
     for (int m = 0; m < M; m++)
@@ -95,38 +127,31 @@ __attribute__((noinline)) void tile(
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-            for (int n = 0; n < VECTORS; n++) part[m][n] = Ints{} - zero * info[m * info_stride].sum;
+            for (int n = 0; n < VECTORS; n++) part[m][n] = Ints{} + info[m * info_stride].start;
         int64_t units = std::min(group_steps, end - step) / STEPS;
-        for (int64_t unit = 0; unit < units; unit++, w += UNIT, x += STEPS) {
-#pragma GCC unroll 2
-            for (int i = 0; i < LINES; i++) __builtin_prefetch(w + ahead + i * LINE, 0, 2);
-            typename Dot<BITS>::Factor factors[STEPS][VECTORS];
-#pragma GCC unroll 2
-            for (int n = 0; n < VECTORS; n++) {
-                Words words;
-                std::memcpy(&words, w + n * sizeof words, sizeof words);
-                if constexpr (BITS == 8) factors[0][n] = Dot<BITS>::factor(words);
-                else {
-                    factors[0][n] = Dot<BITS>::factor(words & 0x0f0f0f0fu);
-                    factors[1][n] = Dot<BITS>::factor((words >> 4) & 0x0f0f0f0fu);
-                }
-            }
-#pragma GCC unroll 2
-            for (int s = 0; s < STEPS; s++)
+        if constexpr (Dot<BITS>::STEPS == 0) {
+            add_units<BITS, M, LINES>(part, x, x_stride, w, units, ahead);
+            w += units * UNIT, x += units * STEPS;
+        } else
+            for (int64_t count; units; units -= count) {
+                count = std::min<int64_t>(units, Dot<BITS>::STEPS / STEPS);
+                typename Dot<BITS>::Sum few[M][VECTORS] = {};
+                add_units<BITS, M, LINES>(few, x, x_stride, w, count, ahead);
+                w += count * UNIT, x += count * STEPS;
 #pragma GCC unroll 16
                 for (int m = 0; m < M; m++)
 #pragma GCC unroll 2
-                    for (int n = 0; n < VECTORS; n++) Dot<BITS>::add(part[m][n], factors[s][n], x[m * x_stride + s]);
-        }
+                    for (int n = 0; n < VECTORS; n++) part[m][n] += Dot<BITS>::total(few[m][n]);
+            }
 #pragma GCC unroll 16
         for (int m = 0; m < M; m++) {
-            GroupInfo of = info[m * info_stride];
+            const GroupInfo& of = info[m * info_stride];
 #pragma GCC unroll 2
             for (int n = 0; n < VECTORS; n++) {
                 Floats value = to_floats(part[m][n]);
                 if (SCALES) value *= scales[n];
                 total[m][n] += value * of.scale;
-                if (OFFSETS) total[m][n] += offsets[n] * (of.scale * (float)of.sum);
+                if (OFFSETS) total[m][n] += offsets[n] * of.scaled_sum;
             }
         }
     }
@@ -165,7 +190,7 @@ void finish(
 
 // Some rows times a block.
 template <int BITS, bool SCALES, bool OFFSETS>
-void product(const Problem& p, const Output& output, int64_t first_row, int64_t rows, int64_t block) {
+void product(const Problem<BITS>& p, const Output& output, int64_t first_row, int64_t rows, int64_t block) {
     static thread_local std::vector<float> memory;
     const Layout& layout = p.layout;
     // A part of the depth is whole groups, about as many as the caches hold.
@@ -180,7 +205,7 @@ void product(const Problem& p, const Output& output, int64_t first_row, int64_t 
         int64_t bytes = groups * layout.header + (end - step) / layout.unit_steps * UNIT;
         for (int64_t number = 0; number < tiles; number++) {
             int64_t row = rows * number / tiles, count = rows * (number + 1) / tiles - row;
-            const uint32_t* x = p.x + (first_row + row) * layout.steps + step;
+            const auto* x = p.x + (first_row + row) * layout.steps + step;
             const GroupInfo* info = p.info + (first_row + row) * layout.groups + group;
             float* sums = memory.data() + (is_whole ? 0 : row * BLOCK);
             // Each of the first tiles prefetches one line of each unit of the part that follows this one.
@@ -194,7 +219,7 @@ void product(const Problem& p, const Output& output, int64_t first_row, int64_t 
 }
 
 template <int BITS, bool SCALES, bool OFFSETS>
-void products(const Problem& p, const Output& output) {
+void products(const Problem<BITS>& p, const Output& output) {
     int64_t blocks = (p.w.features + BLOCK - 1) / BLOCK, panels = (p.rows + PANEL_ROWS - 1) / PANEL_ROWS;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int64_t panel = 0; panel < panels; panel++)
@@ -204,51 +229,63 @@ void products(const Problem& p, const Output& output) {
         }
 }
 
-template <typename T>
-void quantize_rows(const QuantizedWeight& w, const Layout& layout, const T* x, int64_t rows, uint32_t* codes, GroupInfo* info) {
+template <int BITS, typename T>
+void quantize_rows(
+    const QuantizedWeight& w, const Layout& layout, const T* x, int64_t rows, typename Dot<BITS>::Element* elements,
+    GroupInfo* info) {
 #pragma omp parallel for schedule(static) if (rows > TILE_ROWS)
     for (int64_t row = 0; row < rows; row++) {
         static thread_local std::vector<T> gathered;
+        static thread_local std::vector<uint32_t> codes;
         const T* from = x + row * w.inputs;
         if (w.order) {
             gathered.resize(w.depth);
             for (int64_t k = 0; k < w.depth; k++) gathered[k] = w.order[k] < 0 ? T{} : from[w.order[k]];
             from = gathered.data();
         }
-        codes[(row + 1) * layout.steps - 1] = 0;
-        if (layout.unit_steps == 2) codes[(row + 1) * layout.steps - 2] = 0;
-        int8_t* to = (int8_t*)(codes + row * layout.steps);
+        codes.resize(layout.steps);
+        codes[layout.steps - 1] = 0;
+        if (layout.unit_steps == 2) codes[layout.steps - 2] = 0;
         for (int64_t group = 0; group < layout.groups; group++) {
             int64_t first = group * layout.group_steps * QUAD, count = std::min(layout.group_steps * QUAD, w.depth - first);
             GroupInfo& of = info[row * layout.groups + group];
-            of.scale = quantize(from + first, count, to + first, of.sum);
+            int32_t sum;
+            of.scale = quantize(from + first, count, (int8_t*)codes.data() + first, sum);
+            of.scaled_sum = of.scale * (float)sum;
+            of.start = -w.zero * sum;
         }
+        for (int64_t step = 0; step < layout.steps; step++)
+            elements[row * layout.steps + step] = Dot<BITS>::element(codes[step]);
     }
+}
+
+// `again`: with x and groups as in the call before.
+template <int BITS, typename T>
+void multiply(const QuantizedWeight& w, const T* x, const T* bias, T* out, int64_t rows, bool again) {
+    static thread_local std::vector<typename Dot<BITS>::Element> elements;
+    static thread_local std::vector<GroupInfo> info;
+    Layout layout(w);
+    if (!again) {
+        elements.resize(rows * layout.steps);
+        info.resize(rows * layout.groups);
+        quantize_rows<BITS>(w, layout, x, rows, elements.data(), info.data());
+    }
+    Output output = {bias, out, finish<T>};
+    Problem<BITS> p = {w, layout, elements.data(), info.data(), rows};
+    if (w.has_offsets) products<BITS, true, true>(p, output);
+    else if (w.has_scales) products<BITS, true, false>(p, output);
+    else if constexpr (BITS == 8) products<BITS, false, false>(p, output);
 }
 
 template <typename T>
 void multiply(const QuantizedWeight& weight, const T* x, const T* bias, T* out, int64_t rows) {
-    static thread_local std::vector<uint32_t> codes;
-    static thread_local std::vector<GroupInfo> info;
     if (!rows) return;
     const QuantizedWeight* before = nullptr;
     for (const QuantizedWeight* w = &weight; w; before = w, w = w->next) {
-        Layout layout(*w);
-        if (!before || before->group != w->group || before->bits != w->bits || before->order != w->order) {
-            codes.resize(rows * layout.steps);
-            info.resize(rows * layout.groups);
-            quantize_rows(*w, layout, x, rows, codes.data(), info.data());
-        }
-        Output output = {bias, out, finish<T>};
-        Problem p = {*w, layout, codes.data(), info.data(), rows};
-        if (w->bits == 8) {
-            if (w->has_offsets) products<8, true, true>(p, output);
-            else if (w->has_scales) products<8, true, false>(p, output);
-            else products<8, false, false>(p, output);
-        } else {
-            if (w->has_offsets) products<4, true, true>(p, output);
-            else products<4, true, false>(p, output);
-        }
+        bool again = before && before->group == w->group && before->bits == w->bits && before->zero == w->zero &&
+                     before->order == w->order;
+        if (w->bits == 8) multiply<8>(*w, x, bias, out, rows, again);
+        else multiply<4>(*w, x, bias, out, rows, again);
     }
 }
 
