@@ -242,6 +242,34 @@ def test_a_flood_of_one_tenant_and_less_urgent_requests_refuse_no_other(machine:
     assert machine.first[quiet] < 3.0
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("others", [{"tenant": "flood"}, {"priority": 5}, {"tenant": "flood", "priority": 5}])
+def test_a_place_that_another_tenant_or_class_makes_is_not_waited_for(
+    machine: Machine, others: dict[str, Any], seed: int
+) -> None:
+    """All places are taken, by long prompts and by long outputs."""
+    machine.measure()
+    draw = random.Random(seed)
+    for _ in range(20):
+        machine.submit(draw.randint(4, 1200), 600, **others)
+    for _ in range(draw.randint(1, 200)):
+        machine.step()
+    quiet = machine.submit(50, 20, timeout=1.0, tenant="quiet", tenant_weight=4)
+    machine.run_until(lambda: quiet in machine.first)
+    assert machine.predicted[quiet] > 0
+    assert machine.predicted[quiet] == pytest.approx(machine.first[quiet], rel=0.5, abs=0.1)
+
+
+def test_a_tenant_with_all_places_makes_none_for_itself(machine: Machine) -> None:
+    machine.measure()
+    for _ in range(7):
+        machine.submit(50, 1500, tenant="quiet")
+    machine.submit(50, 1500, tenant="flood")
+    machine.run_until(lambda: not machine.scheduler.waiting)
+    with pytest.raises(RequestRefusedError):
+        machine.submit(50, 20, timeout=1.0, tenant="quiet")
+
+
 def test_predictions_are_corrected_by_what_came_of_them_within_bounds(machine: Machine) -> None:
     machine.measure()
     machine.latency.cost._streams.first *= 0.5  # it believes in a machine that is faster than the real one

@@ -11,6 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from tidewright.engine.fairness import goes_before, victims
 from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError, longest
 from tidewright.engine.messages import SequenceOutput, Submit
@@ -152,14 +153,43 @@ class Admission:
         if len(self._last) >= _MOST_LAST:
             self._last.clear()
         scheduler = self._scheduler
+        # As the scheduler will set them.
+        sequence.account, sequence.order = (
+            scheduler.waiting.standing(sequence.sampling),
+            (sequence.sampling.priority, 0),
+        )
+        own, leaving = self._work(sequence), self._leaving(sequence)
+        # A tenant that would have to make room waits for its next turn behind the new request.
+        rivals = {other.account for other in leaving}
         ahead = scheduler.waiting.ahead(sequence.sampling, self._tokens)
         backlog = Backlog(
-            map(self._work, scheduler.running), map(self._work, ahead), scheduler.free_blocks, self._places
+            [self._beside(sequence, other) for other in scheduler.running if other not in leaving],
+            [self._work(other) for other in ahead if other.account not in rivals],
+            scheduler.free_blocks + sum(len(other.block_table) for other in leaving),
+            self._places,
         )
-        seconds = seconds_to_first_token(backlog, self._work(sequence), self._latency)
+        seconds = seconds_to_first_token(backlog, own, self._latency)
         self._last[key] = _Last(now, seconds)
         self._next_at = now + _COST * (time.monotonic() - now)
         return seconds
+
+    def _leaving(self, sequence: Sequence) -> list[Sequence]:
+        """Who would make room for it now; nobody, if it has room, or they would not suffice."""
+        scheduler, leaving = self._scheduler, list[Sequence]()
+        running, free, needed = list(scheduler.running), scheduler.free_blocks, self._work(sequence).blocks
+        others = victims(sequence, running, 0, needed, (self._places, scheduler.cache.pool.num_blocks))
+        while len(running) - len(leaving) >= self._places or free < needed:
+            other = next(others, None)
+            if other is None:
+                return []
+            leaving.append(other)
+            free += len(other.block_table)
+        return leaving
+
+    def _beside(self, sequence: Sequence, running: Sequence) -> Work:
+        """What is to do of one that runs; not its prompt, if the new one's goes before it."""
+        work = self._work(running)
+        return work._replace(prompt=0) if goes_before(sequence, running) else work
 
     def _tokens(self, sequence: Sequence) -> int:
         """That it will cost, as fairness counts them."""

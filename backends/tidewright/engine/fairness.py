@@ -83,6 +83,7 @@ class _Ahead:
     counter: int
     waiting: list[Sequence]
     weight: int
+    runs: bool
     taken: int = 0
 
 
@@ -156,20 +157,38 @@ class _Class:
                     self._turns.append(each.queued)
             heapq.heapify(self._turns)
 
+    def standing(self, tenant: str, weight: int) -> Account:
+        """The account that a new request would have, as `enqueue` makes it."""
+        known = self.accounts.get(tenant)
+        if known and not known.is_idle:
+            return known
+        least = self.first()
+        begins = max(self._time, least.account.rank if least else 0)
+        account = Account(tenant, max(known.counter if known else 0, begins), self)
+        account.weight = weight
+        account.claims_until = begins + CLAIM if account.counter == begins else account.counter
+        account.stand(account.counter)
+        return account
+
     def ahead(self, tenant: str, weight: int, cost: Callable[[Sequence], int]) -> list[Sequence]:
         """Those that get their turn before a new request of `tenant`, in order, if each costs `cost`."""
         found: list[Sequence] = []
         queued = [account for account in self.accounts.values() if account.waiting]
         least = min((account.counter for account in queued), default=self._time)
         known = self.accounts.get(tenant)
-        own = _Ahead(known.counter if known else 0, known.waiting if known else [], weight)
+        own = _Ahead(
+            known.counter if known else 0, known.waiting if known else [], weight, bool(known and known.running)
+        )
         if not own.waiting:
             own.counter = max(own.counter, least, self._time)
-        turns = [_Ahead(account.counter, account.waiting, account.weight) for account in queued if account is not known]
-        heap = [(each.counter, number, each) for number, each in enumerate([*turns, own])]
+        turns = [
+            _Ahead(each.counter, each.waiting, each.weight, each.running > 0) for each in queued if each is not known
+        ]
+        # As `turn` has them: of equal counters, who has nothing yet.
+        heap = [(each.counter, each.runs, number, each) for number, each in enumerate([*turns, own])]
         heapq.heapify(heap)
         while heap:
-            _, number, each = heap[0]
+            _, _, number, each = heap[0]
             if each.taken == len(each.waiting):  # its own requests are all served: it is the new one's turn
                 break
             sequence = each.waiting[each.taken]
@@ -179,7 +198,7 @@ class _Class:
             if each is not own and each.taken == len(each.waiting):
                 heapq.heappop(heap)
             else:
-                heapq.heapreplace(heap, (each.counter, number, each))
+                heapq.heapreplace(heap, (each.counter, True, number, each))
         return found
 
     def leave_queue(self, sequence: Sequence) -> None:
@@ -291,6 +310,11 @@ class FairQueue:
             elif priority == new.priority:
                 found += each.ahead(new.tenant, new.tenant_weight, cost)
         return found
+
+    def standing(self, new: SamplingParams) -> Account:
+        """Where a new request would stand: its tenant's account, or one such as it would get."""
+        its_class = self._classes.get(new.priority) or _Class(new.priority)
+        return its_class.standing(new.tenant, new.tenant_weight)
 
     def in_order(self) -> Iterator[Sequence]:
         """All that wait, as if nothing were computed meanwhile. Sorts: for when it is not the first one's turn."""
