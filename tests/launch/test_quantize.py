@@ -16,6 +16,7 @@ from helpers.small_disk import run_on_small_disk
 from tidewright.cache import cache_dir, find_prepared
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.launch import quantize as quantize_module
+from tidewright.launch import space
 from tidewright.launch.cli import main
 from tidewright.quantization import report as report_module
 from tidewright.quantization.quality import Quality
@@ -59,6 +60,7 @@ def refused(*words: object) -> str:
 def test_what_it_makes_is_served_and_made_once(model: Path, cache: Path) -> None:
     result = run(model, "--scheme", "int4-g32")
     assert result.exit_code == 0, result.output
+    assert result.stderr.split()[-2:] == ["100", "%"]
     folder = Path(result.stdout.strip())
     assert folder.parent == cache / "quantized"
     assert find_prepared(str(folder)) == folder
@@ -74,8 +76,20 @@ def test_what_it_makes_is_served_and_made_once(model: Path, cache: Path) -> None
     assert (folder / "config.json").stat().st_ino != made
     # Another head is another model.
     made = (folder / "config.json").stat().st_ino
-    run(model, "--scheme", "int4-g32", "--head", "keep")
+    run(model, "--scheme", "int4-g32", "--head", "keep", "--force")
     assert (folder / "config.json").stat().st_ino != made
+
+
+def test_another_quantized_model_is_replaced_only_by_force(model: Path, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    assert run(model, "--out", made).exit_code == 0
+    before = (made / "config.json").stat().st_ino
+    for words in (("--scheme", "int4-g32"), ("--head", "keep"), ("--scheme", "w8a8")):
+        said = refused(model, "--out", made, *words)
+        assert f"made holds {model} in int8 by rtn, head int8; --force replaces it, or choose another --out" in said
+    assert (made / "config.json").stat().st_ino == before
+    assert run(model, "--out", made, "--scheme", "int4-g32", "--force").exit_code == 0
+    assert (made / "config.json").stat().st_ino != before
 
 
 def test_gptq_reads_the_text_that_it_is_given(model: Path, tmp_path: Path) -> None:
@@ -147,7 +161,13 @@ def test_what_is_quantized_already_is_refused(model: Path, tmp_path: Path) -> No
     run(model, "--out", tmp_path / "once")
     said = refused(tmp_path / "once", "--out", tmp_path / "twice")
     assert "the model is quantized already (compressed-tensors); take the model that it was made from" in said
-    assert not [path for path in tmp_path.iterdir() if "twice" in path.name and path.suffix != ".lock"]
+    assert {path.name for path in tmp_path.iterdir()} == {"cache", "once"}
+
+
+def test_too_little_space_leaves_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(space, "free_bytes", lambda folder: 0)
+    assert "free some space" in refused(model, "--out", tmp_path / "made")
+    assert {path.name for path in tmp_path.iterdir()} == {"cache"}
 
 
 def test_an_interrupted_run_says_so_and_the_next_continues(
@@ -172,7 +192,9 @@ def test_an_interrupted_run_says_so_and_the_next_continues(
         whole(self, lambda done, total: reported.append(done / total))
 
     monkeypatch.setattr(QuantizationRun, "run", watched)
-    assert run(model, "--out", tmp_path / "made").exit_code == 0
+    result = run(model, "--out", tmp_path / "made")
+    assert result.exit_code == 0
+    assert "Continuing an earlier run; files finished: 1" in result.output
     assert (tmp_path / "made" / "model-00001-of-00004.safetensors").stat().st_mtime_ns == begun
     assert reported == sorted(reported)
     assert reported[-1] == 1

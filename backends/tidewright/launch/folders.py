@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 import msgspec
 from rich.console import Console
@@ -52,15 +54,30 @@ def put_in_place(partial: Path, target: Path) -> None:
 
 @contextmanager
 def locked(target: Path, console: Console) -> Iterator[None]:
-    """Hold the lock of `target`. The kernel frees it with its holder; the file stays: removing it races."""
+    """Hold the lock of `target`, a file beside it. The kernel frees it with its holder, which removes the file."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print("Another tidewright is preparing this model; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    path = target.with_name(f".{target.name}.lock")
+    while True:
+        with path.open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                console.print("Another tidewright is preparing this model; waiting for it")
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(path, file):  # removed by the one before, and perhaps made again by another
+                continue
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def write_json(file: Path, value: msgspec.Struct) -> None:

@@ -1,4 +1,4 @@
-"""What long work shows on a terminal; elsewhere, one line each."""
+"""What long work shows on a terminal; elsewhere, a line each, and one for each tenth that is done."""
 
 from __future__ import annotations
 
@@ -23,9 +23,22 @@ def waiting(console: Console, text: str) -> Iterator[None]:
 def progress_bar(console: Console, text: str) -> Iterator[Callable[[int, int], None]]:
     if not console.is_terminal:
         console.print(text)
-        yield lambda done, total: None
+        yield _tenths(console)
         return
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         task = progress.add_task(text, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _tenths(console: Console) -> Callable[[int, int], None]:
+    shown = 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        tenths = 10 * done // max(total, 1)
+        if tenths > shown:
+            shown = tenths
+            console.print(f"  {10 * tenths} %", highlight=False)
+
+    return show

@@ -69,6 +69,8 @@ def quantize(
 ) -> Path:
     """Make a quantized copy of `model` and return its folder. What is there already costs nothing.
 
+    `force`: made anew all the same, also in place of another quantized model.
+
     Raises:
         LaunchError: says what to change.
     """
@@ -84,8 +86,14 @@ def quantize(
     order = _order(model, source, scheme_name, head, method, text)
     try:
         with locked(target, console):
-            if not force and _is_made(target, order):
+            made = _read_order(target / _MADE)
+            if not force and made == order and (target / MANIFEST).is_file():
                 return target
+            if not force and (target / _MADE).is_file() and not (made and _is_same(made, order)):
+                what = (
+                    f"{made.model} in {made.scheme} by {made.method}, head {made.head}" if made else "another version's"
+                )
+                raise QuantizeError(f"{target} holds {what}; --force replaces it, or choose another --out")
             _make(source, target, order, text, console)
     except OSError as error:
         if is_full(error):
@@ -109,7 +117,15 @@ def _make(source: Path, target: Path, order: Order, text: str, console: Console)
     with _refused(order, partial):
         run = QuantizationRun(source, partial, _recipe(order, source, text))
         needed = run.bytes_needed() + _OTHER_FILES - _size(partial)
-    check_space(partial, needed, "the quantized model", _ELSEWHERE, QuantizeError)
+    finished = len(list(partial.glob("*.safetensors")))
+    try:
+        check_space(partial, needed, "the quantized model", _ELSEWHERE, QuantizeError)
+    except QuantizeError:
+        if not finished:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if finished:
+        console.print(f"Continuing an earlier run; files finished: {finished}")
     with _refused(order, partial):
         with progress_bar(console, f"Quantizing to {order.scheme} by {order.method}") as on_progress:
             run.run(on_progress)
@@ -188,8 +204,9 @@ def _order(model: str, source: Path, scheme: str, head: str, method: str, text: 
     )
 
 
-def _is_made(target: Path, order: Order) -> bool:
-    return (target / MANIFEST).is_file() and _read_order(target / _MADE) == order
+def _is_same(made: Order, order: Order) -> bool:
+    """But for the model's own changes and ours, after which it is to be made anew."""
+    return made == msgspec.structs.replace(order, format_version=made.format_version, fingerprint=made.fingerprint)
 
 
 def _continues(partial: Path, order: Order) -> bool:

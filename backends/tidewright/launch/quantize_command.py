@@ -43,7 +43,7 @@ INTERRUPTED = 130  # as shells say it of SIGINT
     show_default=True,
     help="Embedding and head: in 8 bits, by the same scheme as the layers, or kept as they are, as vLLM needs them.",
 )
-@click.option("--force", is_flag=True, help="Make it anew even if it is there.")
+@click.option("--force", is_flag=True, help="Make it anew even if it is there, or another quantized model is.")
 @click.option(
     "--report",
     is_flag=True,
@@ -68,7 +68,7 @@ def quantize(
     Schemes:
       int8       8-bit weights, one scale per output: half the memory
       w8a8       the same, and activations in 8 bits, too (on a CPU int8 does so as well)
-      int4-g64   4-bit weights in groups of 64 (also -g32, -g128): a quarter of the memory
+      int4-g64   4-bit weights in groups of 64 (also -g32, -g128): about a third of the memory
       fp8        8-bit floats, for GPUs
 
     \b
