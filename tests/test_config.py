@@ -254,6 +254,13 @@ def test_adapters_are_a_list_of_names_and_paths_below_the_folder() -> None:
         Settings(adapters="a=b")
 
 
+def test_a_length_without_output_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_model_len is 1, which leaves no token for the output"):
+        Settings(max_model_len=1)
+    assert Settings(max_model_len=1, task="embed").max_model_len == 1
+    assert Settings(max_model_len=2).max_model_len == 2
+
+
 def test_no_adapter_has_the_name_of_a_model() -> None:
     for models in ([], [{"name": "q", "model": "m"}]):
         with pytest.raises(ValueError, match="adapters: 'tide' is a model itself; choose another name"):

@@ -19,8 +19,8 @@ ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 24\r\n\r\n" + b'{"served_by": "dec
 class _Answering:
     """Swallows the first requests, then answers."""
 
-    def __init__(self, swallowed: int) -> None:
-        self._swallowed, self.asked = swallowed, 0
+    def __init__(self, swallowed: int, answer: bytes = ANSWER) -> None:
+        self._swallowed, self._answer, self.asked = swallowed, answer, 0
         self._socket = socket.create_server(("127.0.0.1", 0))
         self._kept: list[socket.socket] = []
         self.port = self._socket.getsockname()[1]
@@ -36,7 +36,7 @@ class _Answering:
             self.asked += 1
             connection.recv(65536)
             if self.asked > self._swallowed:
-                connection.sendall(ANSWER)
+                connection.sendall(self._answer)
                 connection.close()
 
     def close(self) -> None:
@@ -134,3 +134,14 @@ def test_a_start_after_an_end_is_with_the_first_model_alone(monkeypatch: pytest.
     assert asked == ["generate/generate", "generate_small/generate", "generate/generate"]
     assert server.models == {"tokenizer", "decoder", "failsafe", "generate", "generate_direct"}
     assert server.models_with_engine == {"decoder", "decoder_small"}
+
+
+@pytest.mark.usefixtures("starting")
+def test_a_server_that_refuses_the_first_request_for_good_says_why_at_once() -> None:
+    body = b'{"error": "the prompt has 3 tokens, but prompts and output are limited to 2 [invalid]"}'
+    answer = b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with closing(_Answering(0, answer)) as answering:
+        server = TritonServer(Settings(http_port=answering.port), Path())
+        with pytest.raises(ServerStartError, match="refuses even 'Hello' and one token: the prompt has 3 tokens"):
+            server.wait_ready()
+        assert answering.asked == 1

@@ -215,6 +215,8 @@ class EngineSettings(BaseModel):
             parse_rendezvous(self.rendezvous)
         if self.adapters and not self.adapter_folder:
             raise ValueError("adapters need adapter_folder: they are loaded from below it, and from nowhere else")
+        if self.max_model_len == 1 and self.task != "embed":
+            raise ValueError("max_model_len is 1, which leaves no token for the output beside a prompt; 2 is the least")
         if self.task == "embed" and self.speculative_tokens:
             raise ValueError("speculative_tokens is for generated text, of which task embed has none; leave it out")
         if self.task != "embed" and (self.pooling != "last" or not self.normalize):

@@ -38,6 +38,7 @@ IDLE_FOR = 1.0  # seconds without a running request that count as idle; the figu
 ANSWER_TIME = 0.5  # seconds after the grace time in which the bridge ends what is left
 KILL_AFTER = 2.0  # seconds from the end of the grace time, or from idle, to SIGKILL
 END_TIMEOUT = 10.0  # seconds from SIGKILL until the kernel has ended a process, at most
+REFUSED = " [invalid]"  # at the end of a decoder's error: the same request will never be accepted
 FIRST_PATIENCE = 15.0  # seconds for the first answer of a server that starts; twice as many for each further one
 _GRACE = 10.0  # seconds beyond start_timeout, within which the server itself says why it did not start
 _TAIL_LINES = 20
@@ -190,8 +191,10 @@ class TritonServer(ChildProcess):
             except NoAnswerError as error:  # a model may be that slow, but a request that was lost never ends
                 self.log_tail.append(f"serve: {error}; asking again\n")
                 patience *= 2
-            except LaunchError:
-                pass  # not yet
+            except LaunchError as error:
+                if str(error).endswith(REFUSED):
+                    raise ServerStartError(f"the server refuses even 'Hello' and one token: {error}") from None
+                # Else not yet.
             time.sleep(0.05)
         what = "embedding was computed" if embeds else "token was generated"
         what += "" if decoder == "decoder" else f" by {decoder}"
