@@ -195,6 +195,33 @@ def test_what_an_operator_wished_outlasts_a_share_below_it() -> None:
     assert made.account().wished_blocks == 0
 
 
+def test_the_log_has_a_line_for_each_change_and_not_for_each_slab(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+
+    def told() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return [line.removeprefix("the KV cache has ") for line in lines]
+
+    pool, machine = NumberedPool(160, 10), [1600 + 40]
+    made = manager(pool, machine)
+    looks(made, 1)
+    assert [line.split()[0] for line in told()] == ["150"]
+    machine[0] += 1000
+    looks(made, 20, 1e6)  # a slab at each
+    assert pool.num_blocks == 160
+    assert [(line.split()[0], line.partition(": ")[2]) for line in told()] == [("160", "there is memory again")]
+    made.set_target(20)
+    made.set_target(100)
+    assert len(pool.sizes) > 8
+    assert [(line.split()[0], line.partition(": ")[2]) for line in told()] == [
+        ("20", "by request"),
+        ("100", "by request"),
+    ]
+    looks(made, 5, 2e6)
+    assert told() == []
+
+
 def test_a_pool_that_is_copied_grows_at_once_by_all_that_there_is() -> None:
     """Each resize copies all of it, and has CUDA graphs recorded anew."""
     pool, machine = NumberedPool(100, 50), [3000]

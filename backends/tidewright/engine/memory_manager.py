@@ -20,6 +20,7 @@ from tidewright.memory.reclaim import STAGES, Watermarks, share_out, to_give_bac
 LOOK_INTERVAL = 1.0  # seconds between two looks at the machine
 _SLAB = 2 << 20  # bytes of one layer's keys: a huge page goes back as a whole
 _SLABS = 16  # that a pool has at least
+_GREW = "there is memory again"
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,7 @@ class MemoryManager:
         self._slab = max(min(slab, fixed.most_blocks // _SLABS), 1)  # blocks
         self._looked = 0.0
         self.adapters: Adapters = NoAdapters()
+        self._told = pool.num_blocks  # its size in the last line of the log
         self.resizes = 0
         self.reclaimed = dict.fromkeys(STAGES, 0)
 
@@ -152,10 +154,12 @@ class MemoryManager:
 
     def _follow(self, why: str) -> None:
         """The pool gets the size that is wanted now, or the one that there is memory for."""
+        self._tell(_GREW)
         if self._target < self._pool.num_blocks:
-            self._resize(self._target, why)
-        while self._target > self._pool.num_blocks and self._grow(why):
+            self._resize(self._target)
+        while self._target > self._pool.num_blocks and self._grow():
             pass
+        self._tell(why)
 
     def look(self, now: float | None = None) -> None:
         """To be called now and then, between two steps. `now`: on time.monotonic()."""
@@ -165,8 +169,8 @@ class MemoryManager:
         self._looked = now
         if self._free and (wanted := to_reclaim(self._machine_free(), self._marks)):
             self._reclaim(math.ceil(wanted * self._share / self._ranks), "the machine is short of memory")
-        else:
-            self._grow("there is memory again")
+        elif not self._grow():  # one line, once it has all that it can have
+            self._tell(_GREW)
 
     def lack(self, size: int) -> int:
         """Bytes that would be missing for so many of adapters after all that can be reclaimed was; 0: they can fit."""
@@ -193,7 +197,7 @@ class MemoryManager:
         untouched = max(self._pool.num_blocks - self._pool.touched_blocks, 0)
         return self._free() - untouched * self._fixed.block * self._ranks
 
-    def _grow(self, why: str) -> bool:
+    def _grow(self) -> bool:
         """By a slab or more, if it lacks some and can have it."""
         block = self._fixed.block
         lacking = min(self._target - self._pool.num_blocks, self._budget_free() // block)
@@ -206,9 +210,10 @@ class MemoryManager:
                 return False
             if not self._in_slabs:
                 size = min(lacking, (free - self._marks.high) // unit)
-        return self._resize(self._pool.num_blocks + size, why)
+        return self._resize(self._pool.num_blocks + size)
 
     def _reclaim(self, wanted: int, why: str) -> None:
+        self._tell(_GREW)
         pool, block = self._pool, self._fixed.block
         most = pool.num_blocks - self.least_blocks
         free = min(pool.free_blocks, most)
@@ -222,7 +227,8 @@ class MemoryManager:
         if taken["idle_adapters"]:
             self.reclaimed["idle_adapters"] += self.adapters.evict(taken["idle_adapters"])
         tail = min(self._slabs_of(taken["pool_tail"]), most - blocks)
-        if blocks + tail and self._resize(pool.num_blocks - blocks - tail, why):
+        if blocks + tail and self._resize(pool.num_blocks - blocks - tail):
+            self._tell(why)
             self.reclaimed["free_blocks"] += blocks * block
             self.reclaimed["pool_tail"] += tail * block
 
@@ -230,7 +236,7 @@ class MemoryManager:
         """Blocks of so many bytes, in whole slabs."""
         return math.ceil(size / (self._fixed.block * self._slab)) * self._slab
 
-    def _resize(self, num_blocks: int, why: str) -> bool:
+    def _resize(self, num_blocks: int) -> bool:
         before, block = self._pool.num_blocks, self._fixed.block
         try:
             done = self._pool.resize(num_blocks)
@@ -245,7 +251,13 @@ class MemoryManager:
             log.warning("no memory for %s of KV cache", mib(num_blocks * block), extra=event("kv_cache_resized"))
             return False
         self.resizes += 1
-        what = "the KV cache has %d blocks (%s) instead of %d (%s): %s"
-        sizes = num_blocks, mib(num_blocks * block), before, mib(before * block)
-        log.info(what, *sizes, why, extra=event("kv_cache_resized"))
         return True
+
+    def _tell(self, why: str) -> None:
+        """Logs what has changed since the last line, in however many steps."""
+        before, now, block = self._told, self._pool.num_blocks, self._fixed.block
+        if now != before:
+            self._told = now
+            what = "the KV cache has %d blocks (%s) instead of %d (%s): %s"
+            sizes = now, mib(now * block), before, mib(before * block)
+            log.info(what, *sizes, why, extra=event("kv_cache_resized"))
