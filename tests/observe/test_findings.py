@@ -198,7 +198,13 @@ def test_a_gateway_without_keys_says_so_although_it_shows_its_metrics_to_nobody(
     (found,) = gateway(nothing, {'store_lost{store="keys"}': 1}, key_store_empty=True, stores={"keys": "no keys"})
     assert (found.severity, found.runbook) == (Severity.CRITICAL, "no-keys")
     (found,) = diagnose([Look("http://g:8080/metrics", None, "refuses the API key", {"not_ready": "no replica"})])
-    assert found.cause == "it refuses the API key; no replica"
+    assert (found.severity, found.cause) == (Severity.CRITICAL, "it refuses the API key; no replica")
+
+
+def test_a_gateway_that_is_well_and_asks_for_a_key_is_not_down() -> None:
+    (found,) = diagnose([Look("http://g:8080/metrics", None, "requires an API key", {"status": "ready"})])
+    assert (found.severity, found.runbook) == (Severity.WARNING, "endpoint-down")
+    assert "it requires an API key; it takes requests" in found.cause
 
 
 def test_the_worst_comes_first_and_endpoints_that_are_gone_are_the_worst() -> None:

@@ -80,6 +80,9 @@ def _without_metrics(look: Look) -> Finding:
     """A gateway without keys gives its metrics to nobody, but its health to all."""
     if look.status.get("key_store_empty"):
         return Finding(CRITICAL, look.where, f"{NO_KEYS}, also to see its metrics", "no-keys")
+    if look.status.get("status") == "ready":
+        cause = f"it {look.trouble}; it takes requests, but nothing else of it could be looked at"
+        return Finding(WARNING, look.where, cause, "endpoint-down")
     told = f"; {why}" if (why := look.status.get("not_ready")) else ""
     return Finding(CRITICAL, look.where, f"it {look.trouble}{told}", "endpoint-down")
 
