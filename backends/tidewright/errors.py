@@ -5,6 +5,11 @@ from __future__ import annotations
 from tidewright.schema import FinishReason
 
 
+def seconds_text(timeout: float | None) -> str:
+    """A timeout for a message, in three digits or whole seconds: a gateway passes on the rest of its caller's."""
+    return "inf" if timeout is None else f"{timeout:.3g}" if timeout < 100 else f"{timeout:.0f}"
+
+
 class RequestError(Exception):
     """A request that ends without (further) text. The message says what the caller can change."""
 

@@ -213,6 +213,22 @@ def test_an_attempt_that_failed_is_logged_with_what_it_belongs_to(world: World) 
     assert (line["trace_id"], line["key_id"]) == ("ab" * 16, "me")
 
 
+def test_a_refusal_for_load_is_no_warning(world: World) -> None:
+    world.replica.errors = {"decoder": "1 request waits [overloaded]"}
+    try:
+        answer = world.gateway.http.post(
+            "/v1/completions", json={"model": MODEL, "prompt": SECRET}, headers=world.headers
+        )
+    finally:
+        world.replica.errors = {}
+    assert answer.status_code == 503
+    asked = f"{answer.headers['X-Request-Id']}-0"
+    lines = [line for line in world.read("gateway.log") if line["event"] == "attempt_failed"]
+    lines = [line for line in lines if line["request_id"] == asked]
+    assert {line["level"] for line in lines} == {"info"}
+    assert all(" refused: 1 request waits" in line["message"] for line in lines)
+
+
 def test_at_debug_no_prompt_answer_or_key_is_written_and_all_fields_are_documented(world: World) -> None:
     body = {"model": MODEL, "messages": [{"role": "user", "content": SECRET}], "max_tokens": 3}
     for stream in (False, True):

@@ -27,9 +27,15 @@ class World:
         self.triton = triton
         self.said: list[str] = []
         self.end: bool | None = None
-        self._watchdog = Watchdog(triton, None, say or self.said.append)  # type: ignore[arg-type]
+        self.well: list[str] = []
+        """Of what was said, what is good news."""
+        self._watchdog = Watchdog(triton, None, say or self.said.append, self._say_well)  # type: ignore[arg-type]
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+
+    def _say_well(self, text: str) -> None:
+        self.well.append(text)
+        self.said.append(text)
 
     def _run(self) -> None:
         self.end = self._watchdog.run()
@@ -204,6 +210,7 @@ def test_a_model_that_someone_unloads_stays_so_and_that_is_said_once(world: Worl
     world.triton.broken.clear()
     world.hears("decoder is loaded again")
     assert len(world.said) == 3
+    assert world.well == ["decoder is loaded again"]
     assert not world.triton.count("load decoder")
 
 

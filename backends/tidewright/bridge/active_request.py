@@ -12,7 +12,7 @@ from tidewright.bridge.output_sequence import ANSWERED, OutputSequence, seconds_
 from tidewright.bridge.request import GenerationRequest
 from tidewright.bridge.response import Responder, Response
 from tidewright.engine.messages import SequenceOutput
-from tidewright.errors import RequestError, TimedOutError
+from tidewright.errors import RequestError, TimedOutError, seconds_text
 from tidewright.schema import ATTEMPT, FinishReason, Timings
 from tidewright.tokenization import Tokenizer
 from tidewright.tracing.trace_context import TraceParent
@@ -71,8 +71,8 @@ class ActiveRequest:
         if self.finish_reason == "timeout" and not has_tokens:
             return TimedOutError(
                 self.sequences[0].timeout_message
-                or f"timed out after {self.parsed.sampling.timeout:.3g} s while queued, before the first token; "
-                "raise timeout, or try again when fewer requests wait"
+                or f"timed out after {seconds_text(self.parsed.sampling.timeout)} s while queued, "
+                "before the first token; raise timeout, or try again when fewer requests wait"
             )
         return None
 
@@ -87,7 +87,7 @@ class ActiveRequest:
 
     def end_overdue(self, why: str) -> None:
         """Ends it, although no engine has: none is up, or it hangs. With `RequestsInFlight.changed` held."""
-        message = f"timed out after {self.parsed.sampling.timeout:g} s; {why}"
+        message = f"timed out after {seconds_text(self.parsed.sampling.timeout)} s; {why}"
         for sequence in self.sequences:
             if not sequence.overdue:
                 sequence.overdue = True

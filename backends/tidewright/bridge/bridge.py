@@ -34,7 +34,14 @@ from tidewright.config import Settings
 from tidewright.cores import usable_cores
 from tidewright.engine.messages import EngineConfig, EngineStats, Ready
 from tidewright.engine.targets import Targets
-from tidewright.errors import CancelledError, EngineUnavailableError, InvalidRequestError, RequestError, TimedOutError
+from tidewright.errors import (
+    CancelledError,
+    EngineUnavailableError,
+    InvalidRequestError,
+    RequestError,
+    TimedOutError,
+    seconds_text,
+)
 from tidewright.logs import event
 from tidewright.schema import DRAINING, PROTOCOL, STUCK, DecoderStatus
 from tidewright.tokenization import Tokenizer
@@ -228,7 +235,8 @@ class Bridge:
         sampling = parsed.sampling
         deadline = None if sampling.timeout is None else arrived_at + sampling.timeout
         if deadline is not None and deadline <= time.monotonic() and not parsed.resume_ids:
-            raise TimedOutError(f"timed out at once: timeout is {sampling.timeout:g} s; raise it or leave it out")
+            given = seconds_text(sampling.timeout)
+            raise TimedOutError(f"timed out at once: timeout is {given} s; raise it or leave it out")
         ids = [next(self._ids) for _ in range(sampling.n)]
         request = ActiveRequest(parsed, responder, self._tokenizer, ids, arrived_at, deadline, client_id, origin)
         with self._in_flight.changed:

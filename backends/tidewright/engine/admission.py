@@ -19,6 +19,7 @@ from tidewright.engine.prediction import Backlog, Work, seconds_to_first_token
 from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.targets import Targets
+from tidewright.errors import seconds_text
 from tidewright.kv_cache.budget import blocks_of
 from tidewright.schema import expected_wait
 
@@ -80,12 +81,13 @@ class Admission:
             return predicted
         if expected > left:
             self.refused_by_timeout += 1
-            rule = f"its timeout leaves {left:.3g} s"
+            rule = f"its timeout leaves {seconds_text(left)} s"
         else:
             self.refused_by_target += 1
-            rule = f"{MARGIN:g} of its ttft_target are {MARGIN * target:.3g} s"
+            rule = f"{MARGIN:g} of its ttft_target are {seconds_text(MARGIN * target)} s"
         waiting = len(self._scheduler.waiting)
-        message = f"{waiting} requests wait, so that its first token is expected in {expected:.3g} s, but {rule}"
+        wait = "1 request waits" if waiting == 1 else f"{waiting} requests wait"
+        message = f"{wait}, so that its first token is expected in {seconds_text(expected)} s, but {rule}"
         raise RequestRefusedError(message + expected_wait(expected - limit), "overloaded")
 
     def accepted(self, sequence: Sequence, predicted: float) -> None:

@@ -25,6 +25,7 @@ from tidewright.engine.running import RunningSequences
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.step_budget import StepBudget
 from tidewright.engine.step_tokens import StepTokens
+from tidewright.errors import seconds_text
 from tidewright.kv_cache.block_pool import BlockPool, BlockPoolError
 from tidewright.kv_cache.budget import blocks_of
 from tidewright.kv_cache.prefix_cache import PrefixCache
@@ -117,7 +118,7 @@ class Scheduler:
             return None
         where = "while it ran" if sequence in self.running else "while it was queued"
         self._end(sequence)
-        message = f"timed out after {sequence.sampling.timeout:g} s {where}"
+        message = f"timed out after {seconds_text(sequence.sampling.timeout)} s {where}"
         return SequenceOutput(request_id, [], "timeout", message=message)
 
     def schedule(self, pace: StepPace = UNPACED) -> StepPlan:

@@ -18,6 +18,7 @@ import msgspec
 
 from tidewright.bridge.sampling_parameters import with_max_tokens
 from tidewright.config import Settings
+from tidewright.errors import seconds_text
 from tidewright.failsafe.limits import TimeLimits, overdue
 from tidewright.failsafe.metrics import BREAKER_OPEN, DEGRADED, Counters, samples
 from tidewright.failsafe.models import Control, Order, Request
@@ -234,7 +235,7 @@ class Failsafe:
             self._fail(relay, message, reason)
             return None
         if relay.deadline.expired(now):
-            self._fail(relay, f"timed out after {relay.sampling.timeout:g} s: {message}", "timeout")
+            self._fail(relay, f"timed out after {seconds_text(relay.sampling.timeout)} s: {message}", "timeout")
             return None
         is_foreign = failed.model == "fallback" and not relay.request.continues  # of what is delivered
         if relay.delivered and (is_foreign or not relay.can_go_on or self._settings.failsafe_resume == "fail"):
@@ -340,7 +341,7 @@ class Failsafe:
             self._end(relay, "cancelled by the client", Outcome.CANCELLED)
             return
         if now > relay.deadline.at + LATE:
-            self._end(relay, f"timed out after {relay.sampling.timeout:g} s", Outcome.REQUEST_TIMEOUT)
+            self._end(relay, f"timed out after {seconds_text(relay.sampling.timeout)} s", Outcome.REQUEST_TIMEOUT)
             return
         with relay.lock:
             attempt = relay.current

@@ -89,7 +89,14 @@ def keys() -> None:
     show_default=True,
     help="admin may use the admin endpoints as well.",
 )
-@click.option("--priority", type=int, default=0, show_default=True, help="Added to that of each request.")
+@click.option(
+    "--priority",
+    type=int,
+    default=0,
+    show_default=True,
+    help="Added to that of each request, which is 0 to 1000 (an admin's from -1000); lower runs first. "
+    "From -1000000 to 1000000: 1001 or more is behind all requests of keys with 0.",
+)
 @click.option(
     "--weight", type=int, default=1, show_default=True, help="Share of service beside other keys, from 1 to 1000."
 )

@@ -76,9 +76,16 @@ class ModelWatch:
     does not come back it stays unloaded, and is tried again later.
     """
 
-    def __init__(self, server: TritonServer, model: str, say: Callable[[str], None], lost: Callable[[], None]) -> None:
-        """`lost` is called when the model's process is gone, with all that it was at."""
-        self._server, self._model, self._say, self._lost = server, model, say, lost
+    def __init__(
+        self,
+        server: TritonServer,
+        model: str,
+        say: Callable[[str], None],
+        say_well: Callable[[str], None],
+        lost: Callable[[], None],
+    ) -> None:
+        """`say` and `say_well`: as a watchdog's. `lost` is called when its process is gone, with all that it was at."""
+        self._server, self._model, self._say, self._say_well, self._lost = server, model, say, say_well, lost
         # A model beside the first has a decoder_NAME, whose metrics have its name as a label.
         self._kind, _, self._name = model.partition("_")
         if answers := _ANSWERS.get(self._kind):
@@ -189,7 +196,7 @@ class ModelWatch:
                 if was_away:
                     self._stub, was_away = self._server.stub(self._model), False
                 if told:
-                    self._say(f"{self._model} is loaded again")
+                    self._say_well(f"{self._model} is loaded again")
                     told = ""
             except DeadStubError:
                 return DIED

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 import threading
 import time
 import types
+from logging import INFO, WARNING
 from pathlib import Path
 
 import click
@@ -111,7 +113,8 @@ def _run(settings: Settings, terminal: Terminal) -> int:
                 gateway.start()
                 gateway.wait_ready()
         _welcome(terminal, server, gateway, time.monotonic() - started)
-        if Watchdog(server, gateway, lambda text: terminal.warn(text, "watchdog")).run():
+        told = (functools.partial(terminal.tell, event="watchdog", level=level) for level in (WARNING, INFO))
+        if Watchdog(server, gateway, *told).run():
             raise _Stopped
         text = "tritonserver does not stay well; see its log above"
         terminal.fail(text, "gave_up", markup="[red]tritonserver does not stay well[/]; see its log above")

@@ -26,8 +26,15 @@ CALLED_BY_FAILSAFE = ("decoder", "fallback")
 
 
 class Watchdog:
-    def __init__(self, server: TritonServer, gateway: GatewayProcess | None, say: Callable[[str], None]) -> None:
-        self._server, self._gateway, self._tell = server, gateway, say
+    def __init__(
+        self,
+        server: TritonServer,
+        gateway: GatewayProcess | None,
+        say: Callable[[str], None],
+        say_well: Callable[[str], None] | None = None,
+    ) -> None:
+        """`say` gets what is wrong and what is done about it, `say_well` that all is well again; else `say` does."""
+        self._server, self._gateway, self._tell, self._tell_well = server, gateway, say, say_well or say
         self._restarts: deque[float] = deque(maxlen=MAX_RESTARTS)  # when (time.monotonic())
         self._further = {decoder_of(one.name): one.load for one in server.settings.models}
         self._begin(self._further)
@@ -54,7 +61,7 @@ class Watchdog:
         self._live = self._listen()
         engines = sorted(self._server.models_with_engine)
         self._models = {
-            model: ModelWatch(self._server, model, self._say, functools.partial(self._lost, model))
+            model: ModelWatch(self._server, model, self._say, self._say_well, functools.partial(self._lost, model))
             for model in ("tokenizer", "failsafe", *_tokenizers(engines), *engines)
         }
         for model, is_wanted in wanted.items():
@@ -124,12 +131,16 @@ class Watchdog:
         self._begin(wanted)
         for model in filter(wanted.get, wanted):
             self._models[model].load()
-        self._say(f"tritonserver is back after {time.monotonic() - began:.1f} s")
+        self._say_well(f"tritonserver is back after {time.monotonic() - began:.1f} s")
         return True
 
     def _say(self, text: str) -> None:
         with contextlib.suppress(Exception, SystemExit):  # rich exits if nobody reads its output any more
             self._tell(text)
+
+    def _say_well(self, text: str) -> None:
+        with contextlib.suppress(Exception, SystemExit):
+            self._tell_well(text)
 
 
 def _tokenizers(engines: Iterable[str]) -> list[str]:

@@ -43,7 +43,7 @@ EVENTS: dict[str, str] = {
     "adapter_refused": "A replica did not load or unload a LoRA adapter as it was told; the message says why.",
     "replica_drained": "An operator drains a replica.",
     "model_changed": "An operator loads or unloads one of several models.",
-    "attempt_failed": "A replica failed at a request; the gateway tries another, or the fallback.",
+    "attempt_failed": "A replica failed at a request, or refused it for load; another is tried, or the fallback.",
     "breaker_opened": "The breaker of a replica lets no requests through.",
     "breaker_closed": "It lets them through again.",
     "degradation": "The ladder's level has risen.",

@@ -218,10 +218,13 @@ class Failover:
     async def _next(self, generation: Generation, course: _Course, failed: Attempt, error: ModelError) -> Attempt:
         """The attempt after a failed one. Raises ModelError: there is none."""
         self._metrics.attempt_failed(failed.replica.label, failed.model, error.outcome)
-        level = logging.DEBUG if error.outcome in FINAL else logging.WARNING  # the former are the caller's
+        # What is the caller's alone, or load, is no failure of a replica.
+        is_refused = error.outcome is Outcome.OVERLOADED
+        level = logging.DEBUG if error.outcome in FINAL else logging.INFO if is_refused else logging.WARNING
+        did = "refused" if is_refused else "failed"
         address = failed.replica.label
         extra = event("attempt_failed", request_id=generation.request_id, replica=address)
-        log.log(level, "%s of %s failed: %s", failed.model, address, error, extra=extra)
+        log.log(level, "%s of %s %s: %s", failed.model, address, did, error, extra=extra)
         self._record(failed, error.outcome)
         if failed.model == FALLBACK:
             return await self._after_fallback(generation, course, failed, error)
