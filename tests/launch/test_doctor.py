@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import socket
 from collections import namedtuple
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from click.testing import CliRunner
@@ -21,12 +23,12 @@ from tidewright.launch.triton_install import TritonInstall
 Usage = namedtuple("Usage", "total used free")
 
 
-def by_name() -> dict[str, Check]:
-    return {check.name: check for check in run_checks()}
+def by_name(ports: Mapping[int, str] = MappingProxyType({})) -> dict[str, Check]:
+    return {check.name: check for check in run_checks(ports)}
 
 
 def test_every_problem_comes_with_its_cure() -> None:
-    checks = run_checks()
+    checks = run_checks({8000: "HTTP"})
     assert {"Python", "libpython", "Triton", "torch", "GPU", "port 8000", "/dev/shm", "cache", "model"} <= {
         check.name for check in checks
     }
@@ -114,14 +116,16 @@ def test_where_kernels_are_built_ahead_no_compiler_is_missed(monkeypatch: pytest
     assert "C++ compiler" not in checks
 
 
-def test_a_port_in_use_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_port_in_use_is_noticed() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        monkeypatch.setattr(doctor, "_PORTS", {port: "HTTP"})
-        check = by_name()[f"port {port}"]
+        result = CliRunner().invoke(main, ["doctor", "--http-port", str(port)], env={"TIDEWRIGHT_GATEWAY_PORT": "0"})
+        check = by_name({port: "HTTP"})[f"port {port}"]
+    assert f"port {port}" in result.output
+    assert "gateway" not in result.output.partition("port")[2].partition("/dev/shm")[0]
     assert check.status == "warn"
     assert "--http-port" in check.fix
-    assert by_name()[f"port {port}"].status == "ok"
+    assert by_name({port: "HTTP"})[f"port {port}"].status == "ok"
 
 
 def test_little_shared_memory_fails_and_little_disk_warns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,7 +151,7 @@ def test_an_unprepared_model_is_a_hint(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 @pytest.mark.parametrize(("status", "code"), [("ok", 0), ("warn", 0), ("fail", 1)])
 def test_the_command_ends_with_1_if_anything_failed(monkeypatch: pytest.MonkeyPatch, status: str, code: int) -> None:
-    monkeypatch.setattr(doctor, "run_checks", lambda: [Check("thing", status, "found", "fix [it]")])
+    monkeypatch.setattr(doctor, "run_checks", lambda ports: [Check("thing", status, "found", "fix [it]")])
     result = CliRunner().invoke(main, ["doctor"])
     assert result.exit_code == code
     assert "fix [it]" in result.output

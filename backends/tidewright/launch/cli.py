@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 
 import click
 
@@ -100,15 +101,32 @@ def prepare(model: str, force: bool, fallback: bool, fallback_model: str | None,
         raise click.ClickException(str(error)) from None
 
 
+def _port(name: str, default: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """An option of `serve`, whose environment variable counts as well."""
+    return click.option(
+        f"--{name}-port",
+        type=click.IntRange(0, 65535),
+        default=default,
+        show_default=True,
+        envvar=f"TIDEWRIGHT_{name.upper()}_PORT",
+        help="As of `tidewright serve`." + (" 0: no gateway." if name == "gateway" else ""),
+    )
+
+
 @main.command()
-def doctor() -> None:
+@_port("http", 8000)
+@_port("grpc", 8001)
+@_port("metrics", 8002)
+@_port("gateway", 8080)
+def doctor(http_port: int, grpc_port: int, metrics_port: int, gateway_port: int) -> None:
     """Check whether this machine can serve; ends with 1 if it can't.
 
     Each line names what was looked at, what was found and, where something is amiss, what to do about it.
     """
     from tidewright.launch.doctor import print_report, run_checks
 
-    checks = run_checks()
+    ports = {http_port: "HTTP", grpc_port: "gRPC", metrics_port: "metrics", gateway_port: "gateway"}
+    checks = run_checks({port: use for port, use in ports.items() if port})
     print_report(checks)
     if any(check.status == "fail" for check in checks):
         sys.exit(1)

@@ -10,8 +10,9 @@ import shutil
 import socket
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,6 @@ from tidewright.launch.triton_install import find_triton, libpython_dirs
 from tidewright.quantization.hardware import multiplies_float8, of_card, of_processor, summary
 
 _PYTHONS = ((3, 10), (3, 13))
-_PORTS = {8000: "HTTP", 8001: "gRPC", 8002: "metrics", 8080: "gateway"}
 _SHARED_MEMORY = 256 << 20
 _DISK = 1 << 30  # the embedded model takes 360 MB while it is made
 
@@ -40,8 +40,8 @@ class Check:
     fix: str = ""
 
 
-def run_checks() -> list[Check]:
-    """All checks, in the order in which their fixes make sense. Starts no server."""
+def run_checks(ports: Mapping[int, str]) -> list[Check]:
+    """All checks, in the order in which their fixes make sense. Starts no server. `ports`: what each is for."""
     parts: tuple[Callable[[], Iterator[Check]], ...] = (
         _python,
         _packages,
@@ -49,7 +49,7 @@ def run_checks() -> list[Check]:
         _torch,
         _compiler,
         _quantization,
-        _ports,
+        partial(_ports, ports),
         _shared_memory,
         _cache,
         _embedded_model,
@@ -193,8 +193,8 @@ def _compiler_name() -> str:
     return shlex.split(os.environ.get("CXX") or "g++")[0]
 
 
-def _ports() -> Iterator[Check]:
-    for port, use in _PORTS.items():
+def _ports(ports: Mapping[int, str]) -> Iterator[Check]:
+    for port, use in ports.items():
         with socket.socket() as probe:
             # As servers do: a connection that is only lingering is in nobody's way.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

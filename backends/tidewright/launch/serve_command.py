@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -180,5 +182,12 @@ def _examples(url: str, embeds: bool) -> str:
     return (
         f"  curl -N {url}/v2/models/decoder/generate_stream -d "
         """'{"text_input": "The sea is", "stream": true, "max_tokens": 32}'\n"""
-        f"  tidewright chat{'' if url == DEFAULT_URL else f' --url {url}'}\n"
+        f"  {_own_name()} chat{'' if url == DEFAULT_URL else f' --url {url}'}\n"
     )
+
+
+def _own_name() -> str:
+    """To be typed in another terminal: the path, if the shell there would find no command, or another one."""
+    own = Path(sys.argv[0])
+    found = shutil.which(own.name)
+    return own.name if not own.is_file() or (found and os.path.samefile(found, own)) else shlex.quote(str(own))
