@@ -72,3 +72,30 @@ def test_without_the_memory_it_gives_up_and_says_so(triton: ScriptedTriton) -> N
     assert "as soon as there is memory" in run(triton)[1]
     code, report = run(triton, "--kv", "60MiB")
     assert (code, "the KV cache can have 5.0 MiB to 50.0 MiB, not 60.0 MiB" in report) == (1, True)
+
+
+def test_a_model_is_called_as_by_the_other_commands_and_as_in_the_metrics(triton: ScriptedTriton) -> None:
+    triton.broken["memory decoder_q"] = triton.broken["memory decoder"]
+    for name in ("q", "decoder_q", "decoder"):
+        code, report = run(triton, "--model", name)
+        assert code == 0, report
+    assert [one for one in triton.asked if "memory" in one] == [*["memory decoder_q"] * 2, "memory decoder"]
+    unknown = b'{"error": "Request for unknown model: \'decoder_tokenizer\' is not found"}'
+    triton.broken |= {
+        "memory decoder_tokenizer": (400, unknown),
+        "index": (200, b'[{"name": "tokenizer"}, {"name": "decoder"}, {"name": "decoder_q"}]'),
+    }
+    code, report = run(triton, "--model", "tokenizer")
+    assert (code, "has no model 'tokenizer'; it was started with: decoder, q" in report) == (1, True)
+
+
+def test_a_gateway_is_named_as_one(triton: ScriptedTriton) -> None:
+    triton.broken["ready"] = 200, b'{"status": "ready"}'
+    code, report = run(triton)
+    assert (code, "is a gateway; memory is of one server: give its HTTP port (Triton's, 8000)" in report) == (1, True)
+
+
+def test_a_port_of_metrics_is_named_as_one(triton: ScriptedTriton) -> None:
+    triton.broken["memory decoder"] = 405, b'{"error": "Method Not Allowed"}'
+    code, report = run(triton)
+    assert (code, "takes no commands: perhaps it is a port of metrics; give Triton's HTTP port" in report) == (1, True)

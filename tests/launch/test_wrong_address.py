@@ -24,7 +24,7 @@ def error(url: str, command: tuple[str, ...]) -> str:
     return result.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, ("memory",)])
 @pytest.mark.parametrize(
     ("url", "why"),
     [

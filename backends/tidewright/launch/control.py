@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT = 5.0  # seconds
 MAX_ANSWER = 16 * 2**20  # bytes; the metrics and adapters of a large server take a few MiB at most
 STUCK = "stuck: "  # as schema.STUCK, which costs an import of msgspec
+NOT_ALLOWED = 405
 WHICH_PORT = "give Triton's HTTP port (8000 by default), or the gateway's (8080)"
 
 T = TypeVar("T")
@@ -127,6 +128,8 @@ class Question:
         status, content, _ = self.response(timeout)
         if status == 200:
             return content
+        if status == NOT_ALLOWED:  # by a server that only answers GET
+            raise TroubleError(f"{self._url} takes no commands: perhaps it is a port of metrics; {WHICH_PORT}")
         message = triton_error(content) or f"{self._url} answered with status {status}; is it a Tidewright server?"
         raise DeadStubError(message) if "Stub process" in message else TroubleError(message)
 

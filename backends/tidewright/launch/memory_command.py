@@ -7,9 +7,11 @@ import time
 
 import click
 
-from tidewright.launch import repository
+from tidewright.launch import gateway_control, repository
 from tidewright.launch.control import CONNECT_TIMEOUT, TroubleError, told
 from tidewright.launch.errors import LaunchError
+from tidewright.launch.model_command import decoder_at
+from tidewright.served_models import FIRST_DECODER, decoder_of, further_name
 
 POLL_INTERVAL = 0.2  # seconds
 
@@ -17,17 +19,20 @@ POLL_INTERVAL = 0.2  # seconds
 @click.command()
 @click.option("--url", default="http://127.0.0.1:8000", show_default=True, help="Address of Triton's HTTP port.")
 @click.option("--kv", metavar="SIZE", help="Give the KV cache so much: 512MiB, or 50% of what the budget pays for.")
-@click.option("--model", default="decoder", show_default=True, help="Triton's name of the model.")
+@click.option(
+    "--model", metavar="NAME", help="Of several models in one server, the one to ask; not needed for the first."
+)
 @click.option(
     "--timeout", type=click.FloatRange(0, min_open=True), default=30.0, show_default=True, help="Seconds for --kv."
 )
-def memory(url: str, kv: str | None, model: str, timeout: float) -> None:
+def memory(url: str, kv: str | None, model: str | None, timeout: float) -> None:
     """Show the memory of a server's model by owner, or resize its KV cache while requests run.
 
     The figures are those of one rank. The KV cache shrinks at most until one request of max_model_len fits in alone,
     and grows at most until the budget (memory_budget) is used up: without one, until its size at the start. Of that,
     LoRA adapters in memory keep what they have. Requests go on, and say the same; those for which there is no room left
-    wait, and are computed anew. docs/memory.md has the rest.
+    wait, and are computed anew. A gateway can't be asked, for each of its replicas has memory of its own.
+    docs/memory.md has the rest.
 
     \b
     Examples:
@@ -36,9 +41,16 @@ def memory(url: str, kv: str | None, model: str, timeout: float) -> None:
       tidewright memory --kv 100%
     """
     try:
-        account = ask(url, model)
+        url = gateway_control.base_url(url)
+        if gateway_control.find(url, None, CONNECT_TIMEOUT):
+            raise TroubleError(f"{url} is a gateway; memory is of one server: give its HTTP port (Triton's, 8000)")
+        # The name in Triton is known from the metrics.
+        decoder = FIRST_DECODER
+        if model and model != FIRST_DECODER:
+            decoder = decoder_of(further_name(model) or model)
+        account = ask(url, decoder)
         if kv is not None:
-            account = _resize(url, model, kv, account, timeout)
+            account = _resize(url, decoder, kv, account, timeout)
     except LaunchError as error:
         raise click.ClickException(str(error)) from None
     for line in _report(account):
@@ -51,6 +63,8 @@ def ask(url: str, model: str) -> dict[str, int]:
         answer = told(url, "memory", CONNECT_TIMEOUT, model)
         return {str(name): int(value) for name, value in json.loads(answer).items()}
     except TroubleError as error:
+        if repository.is_away(error):
+            decoder_at(url, further_name(model) or model)
         raise repository.explained(error, url, model) from None
     except (ValueError, TypeError, AttributeError):
         raise TroubleError(f"{url} did not answer as a Tidewright model does") from None

@@ -133,9 +133,14 @@ def _decoder(name: str) -> str:
 
 def _chain(url: str, name: str) -> Sequence[str]:
     """The Triton models of a model. Raises TroubleError: there is no such model."""
+    return changed_with(decoder_at(url, name))
+
+
+def decoder_at(url: str, name: str) -> str:
+    """The Triton model that generates for a model. Raises TroubleError: there is no such model."""
     states = _states(url)
     if _decoder(name) in states:
-        return changed_with(_decoder(name))
+        return _decoder(name)
     names = ", ".join(filter(None, map(_name, sorted(states))))
     raise TroubleError(f"{url} has no model {name!r}; it was started with: {names}")
 
