@@ -87,7 +87,7 @@ class TritonPythonModel:
                 self._adapters.load_at_start(settings.adapter_paths, settings.start_timeout)
             self._intake.start()
         except Exception as error:
-            report_start_error(error)
+            report_start_error(error, stub.parameter(args, PARAMETER))
             raise
         prefix = FALLBACK_PREFIX if is_fallback else PREFIX
         name = stub.parameter(args, PARAMETER)  # of a model beside the first, whose series stay as they are when alone

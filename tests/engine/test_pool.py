@@ -13,6 +13,7 @@ from tidewright.devices import memory as memory_module
 from tidewright.engine.messages import EngineConfig
 from tidewright.engine.pool import PoolSize, pool_blocks, pool_size
 from tidewright.kv_cache import storage
+from tidewright.kv_cache.budget import mib
 from tidewright.kv_cache.storage import KVCacheMemoryError, KVCacheShape
 
 SHAPE = KVCacheShape(num_layers=2, num_kv_heads=1, head_dim=32, block_size=4, dtype=torch.float32)
@@ -123,5 +124,10 @@ def test_of_several_models_each_begins_with_its_share_or_with_what_the_others_le
 
 
 def test_a_budget_that_pays_for_no_request_is_refused() -> None:
-    with pytest.raises(KVCacheMemoryError, match=r"memory_budget is .* one sequence may need .*: raise it, or lower"):
+    with pytest.raises(KVCacheMemoryError, match=r"memory_budget is .* one sequence may need .*: raise memory"):
         size(str(32 * SIZE), 20, 10)
+    with pytest.raises(KVCacheMemoryError) as caught:
+        size(str(32 * SIZE), 20, 10, memory_share=0.25)
+    whole, part = mib(128 * SIZE), mib(32 * SIZE)
+    assert f"is {whole} for all models, and the part of this one (kv_cache_share 0.25) {part}" in str(caught.value)
+    assert "raise memory_budget or the kv_cache_share of this model, or lower max_model_len" in str(caught.value)

@@ -61,9 +61,10 @@ def pool_size(
     most = max(budget - weights - workspace, 0) // block
     if most < (needed := blocks_of(needed_tokens, shape.block_size)):
         raise KVCacheMemoryError(
-            f"memory_budget is {mib(budget)} on each rank, of which weights take {mib(weights)} and a step up to "
-            f"{mib(workspace)}; one sequence may need {mib(needed * block)} of KV cache: raise it, or "
-            "lower max_model_len, max_batched_tokens or max_running"
+            f"{_part_of_budget(budget, config)}, of which weights take {mib(weights)} and a step up to "
+            f"{mib(workspace)}; one sequence may need {mib(needed * block)} of KV cache: raise memory_budget"
+            f"{' or the kv_cache_share of this model' if config.memory_share < 1 else ''}, or lower max_model_len, "
+            "max_batched_tokens or max_running"
         )
     if allowed := config.most_blocks or limit:
         most, budget = allowed, budget + (allowed - most) * block
@@ -72,6 +73,15 @@ def pool_size(
     num_blocks = pool_blocks(config, shape, needed_tokens, memory, step_bytes, group)
     most = group.smallest(most)
     return PoolSize(min(num_blocks, most), most, budget, max(most, group.smallest(room)))
+
+
+def _part_of_budget(budget: int, config: EngineConfig) -> str:
+    """As the operator gave it, and what of it this model has; `budget` is in bytes of a rank."""
+    each = " on each rank" if config.local_ranks > 1 else ""
+    if config.memory_share == 1:
+        return f"memory_budget is {mib(budget)}{each}"
+    whole, part = mib(int(budget / config.memory_share)), f"kv_cache_share {config.memory_share:g}"
+    return f"memory_budget is {whole}{each} for all models, and the part of this one ({part}) {mib(budget)}"
 
 
 def _automatic(size: int, config: EngineConfig, memory: DeviceMemory) -> str:
