@@ -265,3 +265,19 @@ def test_the_document_has_the_table_of_gpus_and_all_fields(folder: Path) -> None
     ]
     fields = re.findall(r"`(\w+)`", " ".join(re.findall(r"^\| (`.+?) \|", text, re.M)))
     assert set(planned("--model", folder, "--gpu", "H200")) == set(fields)
+
+
+def test_stored_weights_are_planned_as_auto_does_and_refused_where_none_are_named(folder: Path, tmp_path: Path) -> None:
+    words = ("--gpu", "H100", "--json", "--context", "8192")
+    assert "says nothing of quantized weights" in refusal("--model", folder, "--quantization", "stored", *words)
+    model = written(tmp_path / "fp8", {**LLAMA_8B_JSON, "quantization_config": {"quant_method": "fp8"}})
+    auto, stored = (
+        planned("--model", model, "--quantization", one, *words[:2], *words[3:]) for one in ("auto", "stored")
+    )
+    assert stored["per_gpu"] == auto["per_gpu"]
+
+
+def test_a_file_that_is_no_config_is_not_to_be_prepared(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# A model")
+    said = refusal("--model", tmp_path / "README.md", "--gpu", "H100")
+    assert "README.md is no config.json; give one, or a model's folder or name" in said

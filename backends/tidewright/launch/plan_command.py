@@ -77,7 +77,7 @@ _TOKENS = click.IntRange(1, MAX_TOKENS)
 )
 @click.option(
     "--quantization",
-    type=click.Choice(["auto", "none", *SCHEMES]),
+    type=click.Choice(["auto", "none", "stored", *SCHEMES]),
     default="auto",
     show_default=True,
     help="As of serve; auto is what config.json says.",
@@ -150,6 +150,8 @@ def plan(
         load = Load(context=longest, concurrent=concurrent, mean_tokens=sum(lengths) if lengths else longest)
         machine = Machine(gpu=gpu, gpus_per_node=gpus_per_node, headroom=headroom)
         stored = stored_formats(config, DTYPES[dtype])
+        if quantization == "stored" and stored is None:
+            raise PlanError(f"{file} says nothing of quantized weights; choose the --quantization nearest to theirs")
         stored_kind = kind_of(stored.layers) if stored else ""
         is_multiplied = not of_card(gpu.name, gpu.has_float8).lacks(stored_kind)
         engine = Engine(

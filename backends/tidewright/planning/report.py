@@ -39,7 +39,7 @@ class Report:
     @property
     def weights(self) -> str:
         """What they are quantized as, and why; else what would be smaller."""
-        if self.engine.quantization != "auto":
+        if self.engine.quantization not in ("auto", "stored"):
             return "" if self.engine.quantization == "none" else self.engine.quantization
         card = of_card(f"the {self.machine.gpu.name}", self.machine.gpu.has_float8)
         if not self.stored:

@@ -44,6 +44,8 @@ def _find(model: str) -> Path:
     except ModelNotPreparedError as error:
         if path.is_dir():
             raise ModelConfigError(f"{path} holds no config.json") from None
+        if path.is_file() and path.suffix != ".gguf":
+            raise ModelConfigError(f"{path} is no config.json; give one, or a model's folder or name") from None
         if (found := HUB_ID.fullmatch(model)) and not path.exists():
             return _in_hub_cache(model, found["repository"], found["revision"])
         raise ModelConfigError(str(error)) from None

@@ -102,7 +102,7 @@ def formats_of(quantization: str, head: str, value_bytes: int, stored: WeightFor
     if quantization in SCHEMES:
         layers = SCHEMES[quantization]
         return WeightFormats(layers, {"int8": SCHEMES["int8"], "same": layers, "keep": plain.head}[head])
-    return stored if stored and quantization == "auto" else plain
+    return stored if stored and quantization in ("auto", "stored") else plain
 
 
 def stored_formats(config: Mapping[str, Any], value_bytes: int) -> WeightFormats | None:
