@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 
 EMBEDDED_MODEL = "smollm2-135m"
+EMBEDDED_BASE = "smollm2-135m-instruct"
+"""The last part of its name on the Hugging Face hub, in small letters."""
 HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w.-]{1,100}))?")
 """A branch, a tag or a commit may follow: only a commit is always the same model."""
 MANIFEST = "tidewright.json"  # written last into a prepared folder: its presence means "complete"

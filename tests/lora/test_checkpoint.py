@@ -213,14 +213,24 @@ def test_no_more_is_read_than_may_be_whatever_the_size_was_before(
         read(tmp_path)
 
 
-def test_another_base_model_s_name_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_base_model_s_name_is_warned_of_once_each(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     limits = AdapterLimits(tmp_path, max_rank=8, dtype=torch.float32, model="Org--Tide-1B")
     for number, base in enumerate(["org/tide-1b", "/models/Tide-1B/", None, 5, "org/tide-2b", "org/tide-2b"]):
         save(tmp_path / str(number), base_model_name_or_path=base)
         read_adapter(str(number), SHAPES, limits, plain)
+        read_adapter(str(number), SHAPES, limits, plain)
     assert [record.message for record in caplog.records] == [
-        "an adapter was trained on 'org/tide-2b', but the model here is 'Org--Tide-1B': they may not fit"
+        f"the adapter in {number} was trained on 'org/tide-2b', but the model here is 'Org--Tide-1B': they may not fit"
+        for number in (4, 5)
     ]
+
+
+def test_the_embedded_model_is_known_by_its_name_on_the_hub(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    limits = AdapterLimits(tmp_path, max_rank=8, dtype=torch.float32, model="smollm2-135m")
+    for name, base in (("own", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("other", "meta-llama/Llama-3-8B")):
+        save(tmp_path / name, base_model_name_or_path=base)
+        read_adapter(name, SHAPES, limits, plain)
+    assert ["the adapter in other was trained on" in record.message for record in caplog.records] == [True]
 
 
 def test_damage_is_refused_and_never_anything_else(tmp_path: Path) -> None:

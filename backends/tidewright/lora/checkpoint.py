@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
+from tidewright.cache import EMBEDDED_BASE, EMBEDDED_MODEL
 from tidewright.distributed.sharding import Cut
 from tidewright.kv_cache.budget import mib
 from tidewright.lora.adapter import Adapter, LowRank, Update
@@ -68,7 +69,7 @@ def read_adapter(
         config_bytes = read_config_file(_file(limits.folder, folder, CONFIG_FILE))
         config = read_config(config_bytes)
         if limits.model and config.base_model:
-            _warn_of_another(config.base_model, limits.model)
+            _warn_of_another(path, config.base_model, limits.model)
         if config.highest_rank > limits.max_rank:
             raise AdapterError(f"its rank is {config.highest_rank}, but max_lora_rank is {limits.max_rank}")
         file = _file(limits.folder, folder, WEIGHTS_FILE)
@@ -96,10 +97,12 @@ def read_adapter(
 
 
 @functools.lru_cache(maxsize=256)  # one that is read again and again is said once
-def _warn_of_another(base: str, model: str) -> None:
+def _warn_of_another(path: str, base: str, model: str) -> None:
     """Only shapes can tell what does not fit, and models of one family often have the same."""
-    if _last_part(base) != _last_part(model):
-        log.warning("an adapter was trained on %.200r, but the model here is %.200r: they may not fit", base, model)
+    own = EMBEDDED_BASE if model == EMBEDDED_MODEL else _last_part(model)
+    if _last_part(base) != own:
+        what = "the adapter in %.200s was trained on %.200r, but the model here is %.200r: they may not fit"
+        log.warning(what, path, base, model)
 
 
 def _last_part(model: str) -> str:
