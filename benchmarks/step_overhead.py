@@ -41,7 +41,6 @@ class NoModel:
 
     hidden: torch.Tensor
     all_logits: torch.Tensor
-    layers_computed: int = 0
     called: float = 0.0
     returned: float = 0.0
 

@@ -191,7 +191,7 @@ class ModelRunner:
 
     @property
     def progress(self) -> int:
-        return self.model.layers_computed
+        return self.model.layers_computed.value
 
     def _warm_up(self, limits: StepLimits) -> None:
         began = time.monotonic()

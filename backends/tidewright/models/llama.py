@@ -6,6 +6,7 @@ It runs on tensor-parallel layers and paged attention. mistral.py, qwen.py and g
 from __future__ import annotations
 
 from collections.abc import Mapping
+from ctypes import c_int64
 
 import torch
 from torch import nn
@@ -154,7 +155,7 @@ class LlamaForCausalLM(nn.Module):
         layers = [self.layer_class(config, layer, group, device) for layer in config.layers]
         self.layers = nn.ModuleList(layers)
         self.num_kv_heads = layers[0].attention.qkv.num_kv_heads  # on this rank
-        self.layers_computed = 0  # so far, in all forwards
+        self.layers_computed = c_int64()  # so far, in all forwards; kernels count as well
         self.norm = make_norm(config.hidden_size, config, device)
         self.head: ParallelLMHead | None = ParallelLMHead(config.vocab_size, config.hidden_size, group, device)
         if config.tied_embeddings:
@@ -207,7 +208,7 @@ class LlamaForCausalLM(nn.Module):
         rotations = [rotary(batch.positions_T) for rotary in self.rotaries]
         for layer, rotary, cache in zip(self.layers, self._rotary_of_layer, kv_cache.layers, strict=True):
             x_TE, residual_TE = layer(x_TE, residual_TE, rotations[rotary], cache, batch)
-            self.layers_computed += 1
+            self.layers_computed.value += 1
         assert residual_TE is not None  # there is at least one layer
         return x_TE + residual_TE
 

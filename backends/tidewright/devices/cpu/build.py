@@ -36,7 +36,7 @@ PREBUILT = Path(__file__).parent / "prebuilt"
 _SOURCES = Path(__file__).parent / "source"
 # No -ffast-math: it would undo the rounding tricks, and let infinities and NaN pass as numbers.
 _FLAGS = ("-std=c++17", "-O3", "-fopenmp", "-fPIC", "-Wno-psabi")
-_TIMEOUT = 120  # seconds
+_TIMEOUT = 600  # seconds; some on an idle core are enough for a source, but cores may be far from idle
 
 logger = logging.getLogger(__name__)
 

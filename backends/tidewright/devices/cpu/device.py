@@ -15,7 +15,7 @@ from tidewright.devices.cpu.build import processor
 from tidewright.devices.cpu.fusion import fuse_layers
 from tidewright.devices.cpu.huge_pages import huge_empty
 from tidewright.devices.cpu.kernels import kernels_for, kernels_of
-from tidewright.devices.cpu.layer import CpuLayer, LayerStep
+from tidewright.devices.cpu.layer import CpuLayers, LayerStep
 from tidewright.devices.cpu.linear import CpuLinear, native_rows
 from tidewright.devices.cpu.lora import CpuLora
 from tidewright.devices.cpu.memory import CpuMemory
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
 
 
 class CpuDevice(Device):
-    """Steps of few rows go through each layer in two calls, see layer.py; results are the same to the bit."""
+    """Steps of few rows go through all layers in one call, see layer.py; results are the same to the bit."""
 
     def __init__(self, attention: Attention, threads: StepThreads | None = None) -> None:
         """Without `threads`, steps compute with as many as torch has."""
         memory = CpuMemory()
         super().__init__(torch.device("cpu"), attention, memory)
         self._weights = memory.weights
-        self._layers: list[CpuLayer] = []
+        self._layers: CpuLayers | None = None
         self.fused_rows = 0  # that go through them
         self._threads = threads or StepThreads(torch.get_num_threads(), None)
         self._prefaulter: Prefaulter | None = None
@@ -98,8 +98,7 @@ class CpuDevice(Device):
         if layers := fuse_layers(model):
             self._layers = layers
             # A plain weight, which a quantized checkpoint may have as well, has a faster way for many rows.
-            all_quantized = all(layer.is_quantized for layer in layers)
-            self.fused_rows = sys.maxsize if all_quantized else native_rows(model.dtype)
+            self.fused_rows = sys.maxsize if layers.are_quantized else native_rows(model.dtype)
 
     @contextmanager
     def step(self, cache: KVCache, newest_block: int) -> Iterator[None]:
@@ -113,11 +112,9 @@ class CpuDevice(Device):
             self._prefaulter.resized()
 
     def forward(self, model: LlamaForCausalLM, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
-        if len(batch.token_ids_T) > self.fused_rows:
+        if not self._layers or len(batch.token_ids_T) > self.fused_rows:
             return super().forward(model, batch, kv_cache)
         indices = batch.positions_T, batch.slots_T, batch.spans_B4, batch.tables_PM
-        step = LayerStep(model.embed(batch.token_ids_T), *indices, kv_cache, batch.adapters)
-        for layer in self._layers:
-            layer.run(step)
-            model.layers_computed += 1
+        step = LayerStep(model.embed(batch.token_ids_T), *indices, kv_cache, batch.adapters, model.layers_computed)
+        self._layers.run(step)
         return step.hidden()

@@ -1,9 +1,9 @@
-"""Which models' layers the kernels can compute in two calls each, and what those need of a layer."""
+"""Which models' layers the kernels can compute in one call, and what that needs of a layer."""
 
 from __future__ import annotations
 
 from tidewright.devices.cpu.attention import NativeCpuAttention
-from tidewright.devices.cpu.layer import CpuLayer, LayerParts, Weight
+from tidewright.devices.cpu.layer import CpuLayers, LayerParts, Weight
 from tidewright.devices.cpu.linear import CpuLinear
 from tidewright.devices.cpu.lora import CpuLora
 from tidewright.devices.cpu.quantized_linear import CpuQuantizedLinear
@@ -12,16 +12,16 @@ from tidewright.layers.tensor_parallel import LinearLayer
 from tidewright.models.llama import LlamaForCausalLM, LlamaLayer
 
 
-def fuse_layers(model: LlamaForCausalLM) -> list[CpuLayer]:
+def fuse_layers(model: LlamaForCausalLM) -> CpuLayers | None:
     """All layers, or none. The weights must have their last layout."""
     made = []
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, LlamaLayer)
         parts = _parts(layer, model.rotary_of(index))
         if parts is None:
-            return []
-        made.append(CpuLayer(index, parts, model.group.all_reduce))
-    return made
+            return None
+        made.append(parts)
+    return CpuLayers(made, model.group.all_reduce if model.group.size > 1 else None)
 
 
 def _parts(layer: LlamaLayer, rotary: RotaryEmbedding) -> LayerParts | None:

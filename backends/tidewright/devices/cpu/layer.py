@@ -1,4 +1,4 @@
-"""A Llama layer on a CPU in two calls of C instead of eight: in steps of few rows the calls themselves count.
+"""All layers of a Llama on a CPU in one call of C: in steps of few rows the calls themselves count.
 
 The same kernels on the same values as one by one, so the results are the same to the bit.
 """
@@ -8,8 +8,8 @@ The same kernels on the same values as one by one, so the results are the same t
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from collections.abc import Callable, Sequence
+from ctypes import CFUNCTYPE, POINTER, Structure, c_bool, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -77,6 +77,13 @@ class _MlpHalf(Structure):
     _fields_ = [("norm", c_void_p), ("gate_up", _Linear), ("down", _Linear), ("eps", c_float)]
 
 
+class _Layer(Structure):
+    _fields_ = [("attention", _AttentionHalf), ("mlp", _MlpHalf)]
+
+
+_AddUp = CFUNCTYPE(c_bool)
+
+
 class _Step(Structure):
     _fields_ = [
         ("rows", c_int64),
@@ -85,6 +92,7 @@ class _Step(Structure):
         ("cache", CacheStruct),
         ("layer_vectors", c_int64),
         ("adapters", c_void_p),
+        ("layers_computed", POINTER(c_int64)),
     ]
 
 
@@ -92,7 +100,7 @@ class LayerStep:
     """The tensors of one step: its hidden states on their way through the layers, and what attention needs to know.
 
     positions_T, slots_T, spans_B4 and tables as for `CpuKernels`' rotate_and_store and paged_attention; `embedded_TE`
-    becomes the residual stream and is used up.
+    becomes the residual stream and is used up. `layers_computed` is counted up after each layer.
     """
 
     def __init__(
@@ -103,7 +111,8 @@ class LayerStep:
         spans_B4: torch.Tensor,
         tables: torch.Tensor,
         cache: KVCache,
-        adapters: AdapterRows | None = None,
+        adapters: AdapterRows | None,
+        layers_computed: c_int64,
     ) -> None:
         self._adapters = AdapterRowsStruct(adapters) if adapters else None
         self._indices = positions_T, slots_T, spans_B4, tables  # C knows their addresses only
@@ -118,6 +127,7 @@ class LayerStep:
             CacheStruct.of(cache.layers[0], embedded_TE.dtype),
             blocks * block_size * kv_heads,
             self._adapters.address if self._adapters else None,
+            ctypes.pointer(layers_computed),
         )
         self.reference = ctypes.byref(self.struct)
 
@@ -126,59 +136,73 @@ class LayerStep:
         return self.added_TE + self.residual_TE
 
 
-class CpuLayer:
-    """Layer number `index`. `add_up` makes, in place, of the ranks' parts of [T, E] their sum."""
+class CpuLayers:
+    """All of a model. `add_up` makes, in place, of the ranks' parts of [T, E] their sum; None: there is one rank."""
 
-    def __init__(self, index: int, parts: LayerParts, add_up: Callable[[torch.Tensor], object]) -> None:
+    def __init__(self, parts: Sequence[LayerParts], add_up: Callable[[torch.Tensor], object] | None) -> None:
         """Raises KernelArgumentError: the kernels don't take these tensors."""
-        library, dtype = load_library(), parts.attention_norm.dtype
+        library, dtype = load_library(), parts[0].attention_norm.dtype
         if library is None or dtype not in SUFFIXES:
             raise KernelArgumentError(f"there are no kernels for {dtype}")
-        self._index, self._add_up = index, add_up
-        weights = (parts.qkv, parts.output, parts.gate_up, parts.down)
-        self.is_quantized = all(isinstance(weight.packed, PackedQuantizedWeight) for weight in weights)
-        self._kept = parts  # C knows the addresses only
-        self._attention_half = getattr(library, f"attention_half_{SUFFIXES[dtype]}")
-        self._attention_half.argtypes = [POINTER(_AttentionHalf), POINTER(_Step), c_int64] + [c_void_p] * 3
-        self._mlp_half = getattr(library, f"mlp_half_{SUFFIXES[dtype]}")
-        self._mlp_half.argtypes = [POINTER(_MlpHalf), POINTER(_Step)] + [c_void_p] * 3
-        self._attention_half.restype = self._mlp_half.restype = None
+        self._kept, self._add_up = parts, add_up  # C knows the addresses only
+        self._layers = (_Layer * len(parts))(*(_layer(one, dtype) for one in parts))
+        self._run = getattr(library, f"run_layers_{SUFFIXES[dtype]}")
+        self._run.argtypes = [POINTER(_Layer), c_int64, POINTER(_Step), c_void_p, c_void_p, _AddUp]
+        self._run.restype = c_bool
 
-        def address(tensor: torch.Tensor | None, wanted: torch.dtype = dtype) -> int | None:
-            if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == wanted):
-                raise KernelArgumentError(f"a contiguous {wanted} tensor on the CPU is needed, not {tensor.dtype}")
-            return None if tensor is None else tensor.data_ptr()
-
-        def linear(weight: Weight) -> _Linear:
-            packed, bias = weight.packed, address(weight.bias_F)
-            lora = weight.lora.address if weight.lora else None
-            if isinstance(packed, PackedQuantizedWeight):
-                return _Linear(None, packed.address, bias, lora, packed.depth, packed.features)
-            return _Linear(address(packed.values), None, bias, lora, packed.depth, packed.features)
-
-        self._attention = _AttentionHalf(
-            address(parts.attention_norm),
-            linear(parts.qkv),
-            linear(parts.output),
-            address(parts.q_norm),
-            address(parts.k_norm),
-            address(parts.cos, torch.float32),
-            address(parts.sin, torch.float32),
-            parts.num_heads,
-            parts.num_kv_heads,
-            parts.head_dim,
-            parts.window,
-            parts.norm_eps,
-            parts.scale,
-            parts.softcap,
-        )
-        self._mlp = _MlpHalf(address(parts.mlp_norm), linear(parts.gate_up), linear(parts.down), parts.norm_eps)
-        self._attention_reference, self._mlp_reference = ctypes.byref(self._attention), ctypes.byref(self._mlp)
+    @property
+    def are_quantized(self) -> bool:
+        """All of their weights."""
+        weights = (one for parts in self._kept for one in (parts.qkv, parts.output, parts.gate_up, parts.down))
+        return all(isinstance(weight.packed, PackedQuantizedWeight) for weight in weights)
 
     def run(self, step: LayerStep) -> None:
+        """Raises what `add_up` does."""
+        failures: list[BaseException] = []
+
+        def add_up() -> bool:
+            assert self._add_up
+            try:
+                self._add_up(step.added_TE)
+            except BaseException as failure:  # C knows no exceptions
+                failures.append(failure)
+            return not failures
+
         residual, added = step.residual_TE.data_ptr(), step.added_TE.data_ptr()
-        before = added if self._index else None  # the embedding alone is the stream
-        self._attention_half(self._attention_reference, step.reference, self._index, before, residual, added)
-        self._add_up(step.added_TE)
-        self._mlp_half(self._mlp_reference, step.reference, added, residual, added)
-        self._add_up(step.added_TE)
+        callback = _AddUp(add_up) if self._add_up else _AddUp()
+        if not self._run(self._layers, len(self._layers), step.reference, residual, added, callback):
+            raise failures[0]
+
+
+def _layer(parts: LayerParts, dtype: torch.dtype) -> _Layer:
+    def address(tensor: torch.Tensor | None, wanted: torch.dtype = dtype) -> int | None:
+        if tensor is not None and not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == wanted):
+            raise KernelArgumentError(f"a contiguous {wanted} tensor on the CPU is needed, not {tensor.dtype}")
+        return None if tensor is None else tensor.data_ptr()
+
+    def linear(weight: Weight) -> _Linear:
+        packed, bias = weight.packed, address(weight.bias_F)
+        lora = weight.lora.address if weight.lora else None
+        if isinstance(packed, PackedQuantizedWeight):
+            return _Linear(None, packed.address, bias, lora, packed.depth, packed.features)
+        return _Linear(address(packed.values), None, bias, lora, packed.depth, packed.features)
+
+    attention = _AttentionHalf(
+        address(parts.attention_norm),
+        linear(parts.qkv),
+        linear(parts.output),
+        address(parts.q_norm),
+        address(parts.k_norm),
+        address(parts.cos, torch.float32),
+        address(parts.sin, torch.float32),
+        parts.num_heads,
+        parts.num_kv_heads,
+        parts.head_dim,
+        parts.window,
+        parts.norm_eps,
+        parts.scale,
+        parts.softcap,
+    )
+    return _Layer(
+        attention, _MlpHalf(address(parts.mlp_norm), linear(parts.gate_up), linear(parts.down), parts.norm_eps)
+    )

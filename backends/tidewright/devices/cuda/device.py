@@ -105,5 +105,5 @@ class CudaDevice(Device):
     def forward(self, model: LlamaForCausalLM, batch: StepBatch, kv_cache: KVCache) -> torch.Tensor:
         if self._graphs is None or not self._graphs.has(batch):
             return super().forward(model, batch, kv_cache)
-        model.layers_computed += len(model.layers)
+        model.layers_computed.value += len(model.layers)
         return self._graphs.forward(batch)

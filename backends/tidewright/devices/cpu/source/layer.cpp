@@ -1,10 +1,11 @@
-// The two halves of a Llama layer, each ending where tensor-parallel ranks add up their results. The same kernels as one
-// by one, but in one call, on the same few buffers in every layer: for few rows, calling from Python costs a fifth.
+// All layers of a Llama in one call. The same kernels as one by one, on the same few buffers in every layer: for few rows,
+// calling each from Python costs a fifth. A layer has two halves, each ending where tensor-parallel ranks add up their results.
+#include <atomic>
 #include <vector>
 
 #include "kernels.h"
 
-// As kernels/layer.py lays them out.
+// As layer.py lays them out.
 struct Linear {
     const void* weight;
     const QuantizedWeight* quantized;  // in its place
@@ -28,6 +29,11 @@ struct MlpHalf {
     float eps;
 };
 
+struct Layer {
+    AttentionHalf attention;
+    MlpHalf mlp;
+};
+
 struct Step {
     int64_t rows;
     const int64_t *positions, *slots;
@@ -37,7 +43,11 @@ struct Step {
     Cache cache;            // the first layer's
     int64_t layer_vectors;  // of keys, from a layer to the next
     const LoraRows* adapters;  // null if no row has one
+    std::atomic<int64_t>* layers_computed;  // who waits for the step sees by it that it goes on
 };
+
+// Makes of this rank's part of what goes into the stream the sum of all ranks'; false: that failed.
+using AddUp = bool();
 
 namespace {
 
@@ -105,17 +115,25 @@ void mlp_half(const MlpHalf& half, const Step& step, const T* added, T* residual
     multiply(half.down, step, activated, out);
 }
 
+// `residual` has the embedding, the stream before the first layer. False: adding up failed.
+template <typename T>
+bool run_layers(const Layer* layers, int64_t count, const Step& step, T* residual, T* added, AddUp* add_up) {
+    for (int64_t i = 0; i < count; i++) {
+        attention_half(layers[i].attention, step, i, i ? added : nullptr, residual, added);
+        if (add_up && !add_up()) return false;
+        mlp_half(layers[i].mlp, step, added, residual, added);
+        if (add_up && !add_up()) return false;
+        step.layers_computed->fetch_add(1, std::memory_order_relaxed);
+    }
+    return true;
+}
+
 }  // namespace
 
 #define EXPORT(T, suffix)                                                                                             \
-    extern "C" {                                                                                                      \
-    void attention_half_##suffix(                                                                                     \
-        const AttentionHalf* half, const Step* step, int64_t layer, const T* added, T* residual, T* out) {            \
-        attention_half(*half, *step, layer, added, residual, out);                                                    \
-    }                                                                                                                 \
-    void mlp_half_##suffix(const MlpHalf* half, const Step* step, const T* added, T* residual, T* out) {              \
-        mlp_half(*half, *step, added, residual, out);                                                            \
-    }                                                                                                                 \
+    extern "C" bool run_layers_##suffix(                                                                              \
+        const Layer* layers, int64_t count, const Step* step, T* residual, T* added, AddUp* add_up) {                 \
+        return run_layers(layers, count, *step, residual, added, add_up);                                             \
     }
 EXPORT(float, f32)
 EXPORT(BF16, bf16)
