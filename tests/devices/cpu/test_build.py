@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from tidewright.devices.cpu import build
 from tidewright.engine.torch_import import SPINS
 
 OPENMP = """
@@ -55,7 +57,7 @@ def start(code: str, **environment: str) -> subprocess.Popen[str]:
 
 
 def output(process: subprocess.Popen[str]) -> tuple[str, str]:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=280)
     assert process.returncode == 0, err
     return out.strip(), err.strip()
 
@@ -97,3 +99,31 @@ def test_a_compiler_that_fails_is_named(tmp_path: Path) -> None:
     _, err = output(start(LOAD, CXX=str(compiler), TIDEWRIGHT_CACHE=str(tmp_path)))
     assert f"{compiler} failed: cpu.cpp:1: error: I am tired" in err
     assert list((tmp_path / "kernels").iterdir()) == []
+
+
+@pytest.mark.heavy
+def test_a_build_that_was_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    """As when the engine is killed for it, which takes too long to start on cores that others use."""
+    compiler, compiled, is_slow = tmp_path / "quick", tmp_path / "compiled", tmp_path / "slow"
+    compiler.write_text(f"""#!/bin/sh
+case "$*" in *elementwise.cpp*) while [ -e {is_slow} ]; do sleep 0.1; is_killed=1; done;; esac
+[ "$is_killed" ] && exit 1
+case "$*" in *.cpp*) echo "$*" >> {compiled};; esac
+exec {os.environ.get("CXX") or "g++"} "$@" -O0
+""")
+    compiler.chmod(0o755)
+    is_slow.touch()
+    environment = {"TIDEWRIGHT_CACHE": str(tmp_path), "CXX": str(compiler)}
+    slow = start(BUILD, **environment)
+    parts = tmp_path / "kernels"
+    others = {source.stem for source in build._sources() if source.suffix == ".cpp"} - {"elementwise"}
+    while {made.stem for made in parts.glob("*.parts/*.o")} != others:
+        assert slow.poll() is None
+        time.sleep(0.1)
+    slow.kill()
+    slow.communicate()
+    compiled.unlink()
+    is_slow.unlink()
+    library = Path(output(start(BUILD, **environment))[0])
+    assert [line.count("elementwise.cpp") for line in compiled.read_text().splitlines()] == [1]
+    assert list(parts.iterdir()) == [library]

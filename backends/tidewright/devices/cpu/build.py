@@ -17,8 +17,8 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -147,20 +147,29 @@ def _made(library: Path, flags: Sequence[str], openmp: Path) -> Path:
 def _compile(compiler: list[str], flags: Sequence[str], openmp: Path, library: Path) -> None:
     logger.info("compiling the CPU kernels; only the first start does this, some 10 s")
     sources = [source for source in _sources() if source.suffix == ".cpp"]
-    # Built beside its place and then renamed, so that another process sees all of it or nothing.
-    with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-
-        def compiled(source: Path) -> str:
-            made = f"{scratch}/{source.stem}.o"
-            _run([*compiler, *flags, "-c", str(source), "-o", made])
-            return made
-
+    # An engine that took too long to start is killed, and the next one goes on with the objects that were ready.
+    scratch = library.with_suffix(".parts")
+    scratch.mkdir(exist_ok=True)
+    try:
         with ThreadPoolExecutor(usable_threads()) as pool:
-            objects = list(pool.map(compiled, sources))
-        # Without -fopenmp, which would add the compiler's own OpenMP library.
-        built = f"{scratch}/{library.name}"
-        _run([*compiler, "-shared", *objects, str(openmp), "-o", built])
-        os.replace(built, library)
+            objects = list(pool.map(lambda source: _object(compiler, flags, source, scratch), sources))
+        # Beside its place and then renamed, so that another process sees all of it or nothing. Without -fopenmp,
+        # which would add the compiler's own OpenMP library.
+        built = scratch / library.name
+        _run([*compiler, "-shared", *map(str, objects), str(openmp), "-o", str(built)])
+        built.replace(library)
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _object(compiler: list[str], flags: Sequence[str], source: Path, folder: Path) -> Path:
+    """Compiled unless the folder has it."""
+    made = folder / f"{source.stem}.o"
+    if not made.exists():
+        unfinished = made.with_suffix(".unfinished")
+        _run([*compiler, *flags, "-c", str(source), "-o", str(unfinished)])
+        unfinished.replace(made)
+    return made
 
 
 def _native_flags() -> tuple[str, ...]:
