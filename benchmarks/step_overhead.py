@@ -30,7 +30,10 @@ SIZES = (1, 16, 64, 256)
 PARTS = ("plan", "batch", "sample", "commit")
 LOADS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
+    "random": {"temperature": 0.8},
     "top-p": {"temperature": 0.8, "top_p": 0.95},
+    "top-k": {"temperature": 0.8, "top_k": 50},
+    "min-p": {"temperature": 0.8, "min_p": 0.05},
     "penalties": {"temperature": 0.0, "repetition_penalty": 1.1, "frequency_penalty": 0.2},
 }
 

@@ -9,6 +9,7 @@ import torch
 
 from tidewright.engine.plan import Draw, DrawnToken, ScheduledSequence, StepPlan
 from tidewright.sampling.guided import GuidedDecoding
+from tidewright.sampling.sampler import Choose
 from tidewright.sampling.sampler import sample as sample_batch
 from tidewright.schema import SamplingParams
 from tidewright.step.batch import StepBatch
@@ -38,8 +39,13 @@ def in_order(spans: Sequence[Tokens], block_size: int) -> list[Tokens]:
     return [spans[i] for i in sorted(range(len(spans)), key=ends.__getitem__)]
 
 
-def sample(logits_BV: torch.Tensor, draws: Sequence[Draw], guided: GuidedDecoding | None = None) -> list[DrawnToken]:
-    return sample_batch(logits_BV, SamplingBatch.of(draws), guided)
+def sample(
+    logits_BV: torch.Tensor,
+    draws: Sequence[Draw],
+    guided: GuidedDecoding | None = None,
+    choose: Choose | None = None,
+) -> list[DrawnToken]:
+    return sample_batch(logits_BV, SamplingBatch.of(draws), guided, choose=choose).drawn.now()
 
 
 def columns(params: Sequence[SamplingParams]) -> Columns[torch.Tensor]:

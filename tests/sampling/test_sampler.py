@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from helpers.sampling_oracle import changed_logits, chi_square, chi_square_limit, distribution, kept_tokens
 from helpers.step_batches import columns, sample
+from tidewright.devices.cpu.sampling import CpuChoice, cpu_choice
 from tidewright.engine.plan import Draw, DrawnToken, History
 from tidewright.sampling import truncation
 from tidewright.sampling.logits import penalise
@@ -44,6 +45,15 @@ def race_winner(probs_V: np.ndarray, lots_E: np.ndarray) -> int:
     start = starts[int(np.argmax(times))]
     inside_S = probs_V[start : start + 64]
     return start + int(np.argmax(inside_S / lots_E[len(starts) : len(starts) + len(inside_S)]))
+
+
+@pytest.fixture(scope="module", params=["torch", "kernel"])
+def choose(request: pytest.FixtureRequest) -> CpuChoice | None:
+    if request.param == "torch":
+        return None
+    kernel = cpu_choice()
+    assert kernel, "the tests need g++"
+    return kernel
 
 
 def token_ids(drawn: list[DrawnToken]) -> list[int]:
@@ -94,23 +104,23 @@ FEATURES: list[dict] = [
 @pytest.mark.parametrize(
     ("vocab", "seed"), [(LARGE_VOCAB, 0), (LARGE_VOCAB, 1), *((VOCAB, seed) for seed in range(12))]
 )
-def test_agrees_with_numpy_row_by_row(vocab: int, seed: int) -> None:
+def test_agrees_with_numpy_row_by_row(vocab: int, seed: int, choose: CpuChoice | None) -> None:
     logits_BV = logits(len(FEATURES), seed, vocab)
     draws = [draw(position=row + 3, seed=seed + 10, **params) for row, params in enumerate(FEATURES)]
     expected = [
         race_winner(distribution(row.numpy(), d), exponentials([(d.params.seed or 0, d.position)], num_lots(vocab))[0])
         for row, d in zip(logits_BV, draws, strict=True)
     ]
-    assert token_ids(sample(logits_BV.clone(), draws)) == expected
+    assert token_ids(sample(logits_BV.clone(), draws, choose=choose)) == expected
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, LARGE_VOCAB, 49152])
-def test_a_seed_gives_the_same_alone_and_in_any_batch(vocab: int) -> None:
+def test_a_seed_gives_the_same_alone_and_in_any_batch(vocab: int, choose: CpuChoice | None) -> None:
     logits_BV = logits(len(FEATURES), vocab=vocab)
     draws = [draw(position=9, seed=4, **params) for params in FEATURES]
-    together = token_ids(sample(logits_BV.clone(), draws))
-    alone = [sample(logits_BV[i : i + 1].clone(), [d])[0].token_id for i, d in enumerate(draws)]
-    backwards = token_ids(sample(logits_BV.flip(0).clone(), draws[::-1]))[::-1]
+    together = token_ids(sample(logits_BV.clone(), draws, choose=choose))
+    alone = [sample(logits_BV[i : i + 1].clone(), [d], choose=choose)[0].token_id for i, d in enumerate(draws)]
+    backwards = token_ids(sample(logits_BV.flip(0).clone(), draws[::-1], choose=choose))[::-1]
     assert together == alone == backwards
 
 
@@ -125,7 +135,7 @@ def test_probabilities_do_not_depend_on_the_batch_by_a_single_bit() -> None:
         assert torch.equal(alone_1V[0], together_BV[row])
 
 
-def test_rounding_elsewhere_in_the_vocabulary_does_not_change_a_draw() -> None:
+def test_rounding_elsewhere_in_the_vocabulary_does_not_change_a_draw(choose: CpuChoice | None) -> None:
     """A replay computes in other batches than the first time: logits differ in the last bits, tokens must not."""
     generator = torch.Generator().manual_seed(7)
     changed = 0
@@ -134,19 +144,22 @@ def test_rounding_elsewhere_in_the_vocabulary_does_not_change_a_draw() -> None:
         logits_BV[:, 0] += 10  # Next to it the others are as likely as its rounding error.
         rounded_BV = logits_BV + 3e-6 * torch.randn(logits_BV.shape, generator=generator)
         draws = [draw(seed=seed, position=position) for position in range(50)]
-        first, second = token_ids(sample(logits_BV, draws)), token_ids(sample(rounded_BV, draws))
+        first, second = (
+            token_ids(sample(logits_BV, draws, choose=choose)),
+            token_ids(sample(rounded_BV, draws, choose=choose)),
+        )
         changed += sum(a != b for a, b in zip(first, second, strict=True))
     assert changed <= 1
 
 
 @pytest.mark.parametrize("params", FEATURES)
-def test_frequencies_follow_the_distribution(params: dict) -> None:
+def test_frequencies_follow_the_distribution(params: dict, choose: CpuChoice | None) -> None:
     size = 4000
     row = np.linspace(1.5, -1.5, VOCAB).astype(np.float32)
     row[:20] += 2
     draws = [draw(position=i, **params) for i in range(size)]
     expected = distribution(row, draws[0]) * size
-    counts = np.bincount(token_ids(sample(torch.tensor(row).repeat(size, 1), draws)), minlength=VOCAB)
+    counts = np.bincount(token_ids(sample(torch.tensor(row).repeat(size, 1), draws, choose=choose)), minlength=VOCAB)
     assert not counts[expected == 0].any()
     # A test of many rare tokens says little; each bin holds neighbours that are expected 20 times or more.
     bins = np.minimum(np.cumsum(expected) // 20, expected.sum() // 20 - 1).astype(int)
@@ -221,11 +234,11 @@ def test_penalties_are_those_of_a_loop(
     np.testing.assert_allclose(logits_BV[1].numpy(), changed_logits(before_BV[1].numpy(), one), rtol=1e-5, atol=1e-5)
 
 
-def test_a_bad_word_is_cut_at_its_last_token_only_behind_the_others() -> None:
+def test_a_bad_word_is_cut_at_its_last_token_only_behind_the_others(choose: CpuChoice | None) -> None:
     def banned(history: tuple[int, ...], *words: tuple[int, ...]) -> list[int]:
         # All but the banned tokens are drawn by some position, for the logits are equal.
         draws = [Draw(0, SamplingParams(seed=p), p, (), words, History(history, len(history))) for p in range(400)]
-        drawn = token_ids(sample(torch.zeros(400, 10), draws))
+        drawn = token_ids(sample(torch.zeros(400, 10), draws, choose=choose))
         return sorted(set(range(10)) - set(drawn))
 
     assert banned((1, 2), (4,), (2, 5), (1, 2, 6), (3, 2, 7), (0, 1, 2, 8)) == [4, 5, 6]
@@ -233,13 +246,13 @@ def test_a_bad_word_is_cut_at_its_last_token_only_behind_the_others() -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_bans_give_way_where_they_would_leave_no_allowed_token(temperature: float) -> None:
+def test_bans_give_way_where_they_would_leave_no_allowed_token(temperature: float, choose: CpuChoice | None) -> None:
     def drawn(allowed: list[int], banned: tuple[int, ...], *words: int) -> set[int]:
         bad_words = tuple((word,) for word in words)
         draws = [
             draw(p, banned, bad_words, seed=p, allowed_token_ids=allowed, temperature=temperature) for p in range(200)
         ]
-        return set(token_ids(sample(torch.zeros(200, VOCAB), draws)))
+        return set(token_ids(sample(torch.zeros(200, VOCAB), draws, choose=choose)))
 
     everything = temperature > 0
     assert drawn([5, 6, 7], (5,), 6) == {7}
@@ -249,16 +262,18 @@ def test_bans_give_way_where_they_would_leave_no_allowed_token(temperature: floa
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_only_allowed_tokens_come_also_of_logits_that_are_no_numbers(temperature: float, value: float) -> None:
+def test_only_allowed_tokens_come_also_of_logits_that_are_no_numbers(
+    temperature: float, value: float, choose: CpuChoice | None
+) -> None:
     draws = [draw(p, allowed_token_ids=[70, 150], temperature=temperature) for p in range(20)]
     logits_BV = torch.full((20, VOCAB), value)
     logits_BV[:, 3] = 1.0
     if value == -float("inf"):
         logits_BV[:, 150] = -3.0
-    assert set(token_ids(sample(logits_BV, draws))) <= {70, 150}
+    assert set(token_ids(sample(logits_BV, draws, choose=choose))) <= {70, 150}
 
 
-def test_banned_tokens_are_never_chosen_but_logprobs_are_raw() -> None:
+def test_banned_tokens_are_never_chosen_but_logprobs_are_raw(choose: CpuChoice | None) -> None:
     logits_BV = logits(3)
     best = logits_BV.argmax(dim=-1).tolist()
     raw = logits_BV.log_softmax(-1)
@@ -269,6 +284,7 @@ def test_banned_tokens_are_never_chosen_but_logprobs_are_raw() -> None:
             draw(temperature=1.0, banned=tuple(i for i in range(VOCAB) if i != 17), logprobs=0),
             draw(temperature=2.0, logit_bias={40: 100.0}, top_k=1, repetition_penalty=3.0, logprobs=0),
         ],
+        choose=choose,
     )
     assert token_ids(drawn) == [logits_BV[0].topk(2).indices[1], 17, 40]
     chosen, most_likely = drawn[0].logprobs or []
@@ -281,11 +297,13 @@ def test_banned_tokens_are_never_chosen_but_logprobs_are_raw() -> None:
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, LARGE_VOCAB])
-def test_logprobs_only_for_the_rows_that_ask(vocab: int) -> None:
+def test_logprobs_only_for_the_rows_that_ask(vocab: int, choose: CpuChoice | None) -> None:
     logits_BV = logits(4, vocab=vocab)
     raw = logits_BV.double().log_softmax(-1)
     drawn = sample(
-        logits_BV.clone(), [draw(), draw(logprobs=3, temperature=5.0), draw(temperature=0.0), draw(logprobs=0)]
+        logits_BV.clone(),
+        [draw(), draw(logprobs=3, temperature=5.0), draw(temperature=0.0), draw(logprobs=0)],
+        choose=choose,
     )
     assert [token.logprobs and len(token.logprobs) for token in drawn] == [None, 4, None, 1]
     for row in (1, 3):
@@ -310,20 +328,25 @@ def test_prompt_logprobs_are_of_the_tokens_that_follow() -> None:
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-6, 1e-5, 1e-3])
-def test_tiny_temperatures_are_greedy(temperature: float) -> None:
+def test_tiny_temperatures_are_greedy(temperature: float, choose: CpuChoice | None) -> None:
     logits_BV = logits(3)
-    assert token_ids(sample(logits_BV.clone(), [draw(temperature=temperature)] * 3)) == logits_BV.argmax(-1).tolist()
+    assert (
+        token_ids(sample(logits_BV.clone(), [draw(temperature=temperature)] * 3, choose=choose))
+        == logits_BV.argmax(-1).tolist()
+    )
 
 
 @pytest.mark.parametrize("params", FEATURES)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_logits_that_are_no_numbers_give_a_token_and_hurt_no_neighbour(params: dict, value: float) -> None:
+def test_logits_that_are_no_numbers_give_a_token_and_hurt_no_neighbour(
+    params: dict, value: float, choose: CpuChoice | None
+) -> None:
     logits_BV = logits(2)
-    (alone,) = sample(logits_BV[1:].clone(), [draw()])
+    (alone,) = sample(logits_BV[1:].clone(), [draw()], choose=choose)
     for tokens in (slice(None), slice(3, 5)):
         broken_BV = logits_BV.clone()
         broken_BV[0, tokens] = value
-        first, second = sample(broken_BV, [draw(**params), draw()])
+        first, second = sample(broken_BV, [draw(**params), draw()], choose=choose)
         assert 0 <= first.token_id < VOCAB
         assert second == alone
 
@@ -357,7 +380,7 @@ def test_block_searches_agree_with_a_sort(vocab: int, width: int, seed: int) -> 
     assert first_argmax(values_RV).tolist() == values_RV.numpy().argmax(-1).tolist()
 
 
-def test_bfloat16_logits_are_widened_first() -> None:
+def test_bfloat16_logits_are_widened_first(choose: CpuChoice | None) -> None:
     logits_BV = logits(2).bfloat16()
     draws = [draw(logprobs=0), draw(temperature=0.0)]
-    assert sample(logits_BV, draws) == sample(logits_BV.float(), draws)
+    assert sample(logits_BV, draws, choose=choose) == sample(logits_BV.float(), draws, choose=choose)

@@ -9,7 +9,7 @@ alone, in any batch, after a preemption and after a restart.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,17 +44,19 @@ class Sampled:
     drawn: Pending[list[DrawnToken]]
 
 
-class Sampler:
-    """Draws for the requests of one model, in plain torch, and keeps what it knows of each of them."""
+Choose = Callable[[torch.Tensor, SamplingBatch, TokenCounts], torch.Tensor]
+"""tokens_R, int64, of logits_RV, which it leaves as they are: penalties, temperature, truncation and the draw."""
 
-    def __init__(self, guided: GuidedDecoding) -> None:
-        self._guided, self._counts = guided, TokenCounts()
+
+class Sampler:
+    """Draws for the requests of one model, and keeps what it knows of each of them. `choose`: None is plain torch."""
+
+    def __init__(self, guided: GuidedDecoding, choose: Choose | None = None) -> None:
+        self._guided, self._counts, self._choose = guided, TokenCounts(), choose or choose_in_torch
 
     def sample(self, logits_RV: torch.Tensor, batch: SamplingBatch) -> Sampled:
         """As `sample`; waits for the device."""
-        drawn = sample(logits_RV, batch, self._guided, self._counts)
-        tokens_R = torch.tensor([token.token_id for token in drawn], device=logits_RV.device)
-        return Sampled(tokens_R, Pending((), lambda _: drawn))
+        return sample(logits_RV, batch, self._guided, self._counts, self._choose)
 
     def forget(self, ended: Sequence[int]) -> None:
         self._guided.forget(ended)
@@ -62,34 +64,39 @@ class Sampler:
 
 
 def sample(
-    logits_BV: torch.Tensor,
+    logits_RV: torch.Tensor,
     batch: SamplingBatch,
     guided: GuidedDecoding | None = None,
     counts: TokenCounts | None = None,
-) -> list[DrawnToken]:
+    choose: Choose | None = None,
+) -> Sampled:
     """One token for each row; without `guided` no grammar is followed, without `counts` all histories are counted.
 
     A row that fails by its request's parameters has an error and ends that request; the others go on. Only rank 0
     samples, and the other ranks learn of the error with the tokens: all decide the same.
     """
-    counts = TokenCounts() if counts is None else counts
+    counts, choose = counts or TokenCounts(), choose or choose_in_torch
     try:
-        return _sample(logits_BV, batch, guided, counts)
+        tokens_R, drawn = _sample(logits_RV, batch, guided, counts, choose)
     except Exception as error:
         if is_of_device(error):
             raise
         log.exception("a batch could not be sampled; trying its rows one by one")
-        drawn = [_sample_alone(logits_BV[row : row + 1], draw, guided, counts) for row, draw in enumerate(batch.draws)]
+        drawn = [
+            _sample_alone(logits_RV[row : row + 1], draw, guided, counts, choose)
+            for row, draw in enumerate(batch.draws)
+        ]
         if len(drawn) > 1 and all(token.error for token in drawn):
             raise error from None  # nobody's parameters
-        return drawn
+        tokens_R = torch.tensor([token.token_id for token in drawn], device=logits_RV.device)
+    return Sampled(tokens_R, Pending((), lambda _: drawn))
 
 
 def _sample_alone(
-    logits_1V: torch.Tensor, draw: Draw, guided: GuidedDecoding | None, counts: TokenCounts
+    logits_1V: torch.Tensor, draw: Draw, guided: GuidedDecoding | None, counts: TokenCounts, choose: Choose
 ) -> DrawnToken:
     try:
-        return _sample(logits_1V, SamplingBatch.of([draw], logits_1V.device), guided, counts)[0]
+        return _sample(logits_1V, SamplingBatch.of([draw], logits_1V.device), guided, counts, choose)[1][0]
     except Exception as error:
         if is_of_device(error):
             raise
@@ -97,43 +104,48 @@ def _sample_alone(
 
 
 def _sample(
-    logits_BV: torch.Tensor, batch: SamplingBatch, guided: GuidedDecoding | None, counts: TokenCounts
-) -> list[DrawnToken]:
+    logits_RV: torch.Tensor, batch: SamplingBatch, guided: GuidedDecoding | None, counts: TokenCounts, choose: Choose
+) -> tuple[torch.Tensor, list[DrawnToken]]:
     """The order is: raw log-probabilities for the report; grammar, allowed ids, banned ids and bad words; bias;
     penalties; temperature; min_p, top_k, top_p, each of what the one before left; the draw.
     """
     draws = batch.draws
-    logits_BV = logits_BV.to(torch.float32, copy=not batch.is_plain)  # the caller's stay as they are
     if batch.is_plain:
-        return [DrawnToken(token) for token in _choose(logits_BV, batch).tolist()]
-    wants_logprobs = [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]
-    # Before any change: logprobs tell what the model said.
-    logprobs_RV = logits_BV[wants_logprobs].log_softmax(dim=-1) if wants_logprobs else None
+        tokens_R = choose(logits_RV, batch, counts)
+        return tokens_R, [DrawnToken(token) for token in tokens_R.tolist()]
 
-    restrictions = Restrictions.of(draws, logits_BV.shape[1], guided)
-    restrict(logits_BV, restrictions)
-    penalise(logits_BV, batch, counts)
-
-    tokens_B = _choose(logits_BV, batch)
+    restrictions = Restrictions.of(draws, logits_RV.shape[1], guided)
+    changed_RV = logits_RV
+    if restrictions.changes_logits:
+        changed_RV = logits_RV.to(torch.float32, copy=True)
+        restrict(changed_RV, restrictions)
+    tokens_R = choose(changed_RV, batch, counts)
     errors = restrictions.errors | batch.errors
 
     logprobs: list[list[TokenLogprob] | None] = [None] * len(draws)
-    if logprobs_RV is not None:
+    if wants_logprobs := [row for row, draw in enumerate(draws) if draw.params.logprobs is not None]:
+        # Of the logits before any change: logprobs tell what the model said.
+        logprobs_WV = logits_RV[wants_logprobs].float().log_softmax(dim=-1)
         widths = [draws[row].params.logprobs or 0 for row in wants_logprobs]
-        for row, entry in zip(wants_logprobs, report(logprobs_RV, tokens_B[wants_logprobs], widths).now(), strict=True):
+        for row, entry in zip(wants_logprobs, report(logprobs_WV, tokens_R[wants_logprobs], widths).now(), strict=True):
             logprobs[row] = entry
-    return [DrawnToken(tokens, logprobs[row], errors.get(row, "")) for row, tokens in enumerate(tokens_B.tolist())]
+    return tokens_R, [
+        DrawnToken(token, logprobs[row], errors.get(row, "")) for row, token in enumerate(tokens_R.tolist())
+    ]
 
 
-def _choose(logits_BV: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """The most likely token of each row, or one drawn at random, as its temperature says."""
+def choose_in_torch(logits_RV: torch.Tensor, batch: SamplingBatch, counts: TokenCounts) -> torch.Tensor:
+    """`Choose` for any device; waits for it."""
+    logits_RV = logits_RV.to(torch.float32, copy=not batch.is_plain)
+    if not batch.is_plain:
+        penalise(logits_RV, batch, counts)
     random = np.flatnonzero(batch.host.is_random).tolist()
-    if len(random) == len(logits_BV):
-        return _draw(logits_BV, batch.host, batch.device)
-    tokens_B = first_argmax(logits_BV)
+    if len(random) == len(logits_RV):
+        return _draw(logits_RV, batch.host, batch.device)
+    tokens_R = first_argmax(logits_RV)
     if random:
-        tokens_B[random] = _draw(logits_BV[random], batch.host[random], batch.device[random])
-    return tokens_B
+        tokens_R[random] = _draw(logits_RV[random], batch.host[random], batch.device[random])
+    return tokens_R
 
 
 def _draw(logits_RV: torch.Tensor, host: Columns[np.ndarray], params: Columns[torch.Tensor]) -> torch.Tensor:

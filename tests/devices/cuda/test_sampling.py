@@ -76,7 +76,7 @@ def on_device(logits_BV: torch.Tensor, draws: Sequence[Draw], work: Work | None 
 
 
 def on_cpu(logits_BV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    return [token.token_id for token in sampler.sample(logits_BV, SamplingBatch.of(draws))]
+    return [token.token_id for token in sampler.sample(logits_BV, SamplingBatch.of(draws)).drawn.now()]
 
 
 def test_words_and_lots_are_equal_to_the_bit() -> None:

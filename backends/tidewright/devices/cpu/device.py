@@ -22,10 +22,13 @@ from tidewright.devices.cpu.memory import CpuMemory
 from tidewright.devices.cpu.prefault import Prefaulter
 from tidewright.devices.cpu.quantized import quantized_kernels_of
 from tidewright.devices.cpu.quantized_linear import CpuQuantizedLinear
+from tidewright.devices.cpu.sampling import cpu_choice
 from tidewright.devices.cpu.step_threads import StepThreads
 from tidewright.layers.linear_method import LinearMethod
 from tidewright.lora.layer import LoraLayer
 from tidewright.quantization.hardware import Hardware, of_processor
+from tidewright.sampling.guided import GuidedDecoding
+from tidewright.sampling.sampler import Sampler
 
 if TYPE_CHECKING:
     from tidewright.kv_cache.storage import KVCache
@@ -118,3 +121,6 @@ class CpuDevice(Device):
         step = LayerStep(model.embed(batch.token_ids_T), *indices, kv_cache, batch.adapters, model.layers_computed)
         self._layers.run(step)
         return step.hidden()
+
+    def sampler(self, guided: GuidedDecoding) -> Sampler:
+        return Sampler(guided, cpu_choice())
