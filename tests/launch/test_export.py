@@ -18,6 +18,7 @@ from helpers.checkpoints import prompt, save
 from helpers.exports import save_tokenizer
 from helpers.families import FAMILIES
 from helpers.killed import run_until_killed
+from helpers.own_cache import use_own_cache
 from tidewright.cache import fallback_path, prepared_path
 from tidewright.launch import export as export_module
 from tidewright.launch.cli import main
@@ -29,7 +30,7 @@ from tidewright.onnx_export.weights import write_model
 
 @pytest.fixture(autouse=True)
 def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIDEWRIGHT_CACHE", str(tmp_path / "cache"))
+    use_own_cache(tmp_path / "cache", monkeypatch)
 
 
 @pytest.fixture

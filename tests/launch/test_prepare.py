@@ -25,6 +25,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from helpers.checkpoints import engine_config, expected, greedy
 from helpers.killed import run_until_killed
+from helpers.own_cache import use_own_cache
 from tidewright.cache import EMBEDDED_MODEL, MANIFEST, ModelNotPreparedError, find_prepared, prepared_path
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.launch import prepare as prepare_module
@@ -56,7 +57,7 @@ def converted(gguf_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TIDEWRIGHT_CACHE", str(tmp_path / "cache"))
+    use_own_cache(tmp_path / "cache", monkeypatch)
     return tmp_path / "cache"
 
 

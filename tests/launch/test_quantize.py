@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from helpers.checkpoints import SIZES, VOCAB, engine_config, greedy, prompt
 from helpers.checkpoints import save as save_model
+from helpers.own_cache import use_own_cache
 from helpers.small_disk import run_on_small_disk
-from tidewright.cache import cache_dir, find_prepared
+from tidewright.cache import find_prepared
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.launch import quantize as quantize_module
 from tidewright.launch import space
@@ -39,10 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Empty but for the kernels, which take a while to compile."""
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "kernels").symlink_to(cache_dir() / "kernels")
-    monkeypatch.setenv("TIDEWRIGHT_CACHE", str(tmp_path / "cache"))
+    use_own_cache(tmp_path / "cache", monkeypatch)
     return tmp_path / "cache"
 
 
