@@ -62,9 +62,10 @@ def test_neighbours_in_a_batch_change_nothing(tmp_path: Path, name: str, int8: b
     together = decoder.begin(PROMPTS)
     alone = [decoder.begin([ids]) for ids in PROMPTS]
     for token_ids in ([7, 8, 9], [70, 80, 90]):
-        # In int8, a sum in another order may round a code to its neighbour; scales shared by a batch are off by 0.1.
+        # In int8, a sum in another order may round a code to its neighbour (0.006 with AVX2); scales shared by a batch
+        # are off by 0.1.
         wanted_BV = np.concatenate([one.logits_BV for one in alone])
-        np.testing.assert_allclose(together.logits_BV, wanted_BV, rtol=1e-5, atol=5e-3 if int8 else 1e-5)
+        np.testing.assert_allclose(together.logits_BV, wanted_BV, rtol=1e-5, atol=2e-2 if int8 else 1e-5)
         together.add(token_ids)
         for one, token in zip(alone, token_ids, strict=True):
             one.add([token])
