@@ -66,7 +66,7 @@ def test_a_device_that_fails_is_nobodys_fault(monkeypatch: pytest.MonkeyPatch, e
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(sampler, "_choose", fail)
+    monkeypatch.setattr(sampler, "choose_in_torch", fail)
     with pytest.raises(type(error)):
         sample(torch.zeros(2, VOCAB), [draw(1, SamplingParams(seed=1)), draw(2, SamplingParams(seed=1))])
 
@@ -75,7 +75,7 @@ def test_what_fails_for_all_is_nobodys_fault(monkeypatch: pytest.MonkeyPatch) ->
     def fail(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(sampler, "_choose", fail)
+    monkeypatch.setattr(sampler, "choose_in_torch", fail)
     with pytest.raises(ZeroDivisionError):
         sample(torch.zeros(2, VOCAB), [draw(1, SamplingParams(seed=1)), draw(2, SamplingParams(seed=1))])
 

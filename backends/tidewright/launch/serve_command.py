@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shlex
 import shutil
@@ -11,7 +10,6 @@ import sys
 import threading
 import time
 import types
-from logging import INFO, WARNING
 from pathlib import Path
 
 import click
@@ -115,7 +113,7 @@ def _run(settings: Settings, terminal: Terminal) -> int:
                 gateway.start()
                 gateway.wait_ready()
         _welcome(terminal, server, gateway, time.monotonic() - started)
-        told = (functools.partial(terminal.tell, event="watchdog", level=level) for level in (WARNING, INFO))
+        told = (lambda text: terminal.warn(text, "watchdog"), lambda text: terminal.say(text, "watchdog"))
         if Watchdog(server, gateway, *told).run():
             raise _Stopped
         text = "tritonserver does not stay well; see its log above"

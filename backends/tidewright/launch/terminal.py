@@ -41,9 +41,9 @@ class Terminal:
         if self._is_for_people:
             self.console.print(markup or escape(text), highlight=False, soft_wrap=True)
 
-    def tell(self, text: str, event: str, level: int) -> None:
+    def warn(self, text: str, event: str) -> None:
         """Text logs go to the terminal anyway."""
-        log.log(level, "%s", text, extra=logs.event(event))
+        log.warning("%s", text, extra=logs.event(event))
 
     def fail(self, text: str, event: str, markup: str = "") -> None:
         self._log(logging.ERROR, text, event, {})
