@@ -183,9 +183,9 @@ def test_another_plan_is_noticed_before_anything_is_computed(checkpoint: tuple[P
     """The rank schedules one token less than it should."""
     program = (
         "-c",
-        "import sys; from tidewright.distributed import rank; from tidewright.engine import scheduler\n"
-        "take = scheduler.Scheduler._take\n"
-        "scheduler.Scheduler._take = lambda self, s, budget: take(self, s, min(budget, 2))\n"
+        "import sys; from tidewright.distributed import rank; from tidewright.engine.step_tokens import StepTokens\n"
+        "take = StepTokens.take\n"
+        "StepTokens.take = lambda self, s, budget: take(self, s, min(budget, 2))\n"
         "sys.exit(rank.main())",
     )
     with two_hosts(checkpoint[0]) as (started, address), rank(address, 1, checkpoint[0], program) as other:
