@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from ctypes import c_int64
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,7 +141,7 @@ def test_only_sizes_without_memory_for_their_graph_run_eagerly(
     recorder = Short()
     device, buffers = CudaDevice(CPU, CpuMemory(), recorder), StepBuffers(limits, CPU, sizes=(1, 2, 4))
     monkeypatch.setattr(Device, "forward", lambda self, model, batch, kv_cache: batch.positions_T + 0)
-    model: Any = SimpleNamespace(group=ALONE, layers=(), layers_computed=0)
+    model: Any = SimpleNamespace(group=ALONE, layers=(), layers_computed=c_int64())
     device.prepare(model, model, buffers)
     assert "no CUDA graphs for decodes of 2 sequences, which are slower: tried" in caplog.text
     for count, replays in ((4, [1, 0]), (2, [1, 0]), (1, [1, 1])):
