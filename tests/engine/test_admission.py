@@ -270,6 +270,22 @@ def test_a_tenant_with_all_places_makes_none_for_itself(machine: Machine) -> Non
         machine.submit(50, 20, timeout=1.0, tenant="quiet")
 
 
+def test_what_the_prefix_cache_has_is_part_of_what_a_tenant_would_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So it holds half of the blocks, and the others a quarter of the places each: they make no room."""
+    machine = Machine(monkeypatch, blocks=400, prefix_caching=True)
+    machine.measure()
+    machine.submit(800, 4, first=91, tenant="quiet")
+    machine.run_until(lambda: not machine.scheduler.has_work)
+    for number in range(8):
+        machine.submit(4, 80, tenant=f"{number % 4}")
+    for _ in range(20):
+        machine.step()
+    quiet = machine.submit(800, 4, timeout=1e6, first=91, tenant="quiet")
+    machine.run_until(lambda: quiet in machine.first)
+    assert machine.scheduler.stats().preemptions == 0
+    assert machine.predicted[quiet] == pytest.approx(machine.first[quiet], rel=0.2)
+
+
 def test_predictions_are_corrected_by_what_came_of_them_within_bounds(machine: Machine) -> None:
     machine.measure()
     machine.latency.cost._streams.first *= 0.5  # it believes in a machine that is faster than the real one

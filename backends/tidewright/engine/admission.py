@@ -179,7 +179,8 @@ class Admission:
         """Who would make room for it now; nobody, if it has room, or they would not suffice."""
         scheduler, leaving = self._scheduler, list[Sequence]()
         running, free, needed = list(scheduler.running), scheduler.free_blocks, self._work(sequence).blocks
-        others = victims(sequence, running, 0, needed, (self._places, scheduler.cache.pool.num_blocks))
+        held = blocks_of(sequence.num_known, scheduler.config.block_size)  # with those of the prefix cache
+        others = victims(sequence, running, 0, held, (self._places, scheduler.cache.pool.num_blocks))
         while len(running) - len(leaving) >= self._places or free < needed:
             other = next(others, None)
             if other is None:
