@@ -123,7 +123,7 @@ def test_two_ranks_resize_their_caches_alike(checkpoint: tuple[Path, Any]) -> No
         wanted = tokens_of(started, requests)
         started.say(ResizeCache(30))
         assert heartbeat(started, lambda stats: stats.cache_resizes == 1).blocks_total == 30
-        resizes = [ResizeCache(num_blocks) for num_blocks in (60, 24, 40, 24) * 3]
+        resizes = [ResizeCache(num_blocks) for num_blocks in (60, 40, 24) * 4]
         assert tokens_of(started, requests, resizes) == wanted
         assert heartbeat(started, lambda stats: stats.cache_resizes > 3).blocks_free > 0
 

@@ -14,9 +14,11 @@ from helpers.checkpoints import SIZES, VOCAB, engine_config, prompt, save
 from helpers.counted_memory import CountedMemory
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.base import Device, DeviceError
+from tidewright.distributed.rank_messages import Input, Resize
 from tidewright.engine import model_runner
 from tidewright.engine.engine import Engine
 from tidewright.engine.largest_step import largest_step
+from tidewright.engine.memory_manager import GrowthError
 from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.engine.model_runner import ModelRunner
 from tidewright.engine.plan import StepPlan
@@ -208,6 +210,30 @@ def test_ranks_begin_anew_with_smaller_steps(folder: Path, monkeypatch: pytest.M
     with pytest.raises(StepMemoryError) as error:
         engine.step()
     assert (engine.stats().steps_out_of_memory, error.value.step_tokens) == (0, 30)
+
+
+def test_other_ranks_have_done_what_came_before_a_growth_when_they_get_its_memory(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else one that shrinks meanwhile would lose blocks that it is to move, and one that grows twice half of it."""
+    engine = Engine(engine_config(folder))
+    heard: list[Input | int] = []
+    ranks = SimpleNamespace(
+        send=lambda plan, inputs, pace: heard.extend(inputs),
+        tell=heard.extend,
+        reserve=lambda num_blocks: "rank 1 (no memory)" if heard.append(num_blocks) or num_blocks == 400 else "",
+    )
+    monkeypatch.setattr(engine, "_ranks", ranks)
+    assert engine.submit(mixed(1)[0]) is None
+    engine.step()
+    heard.clear()
+    for num_blocks in (100, 200, 300, 150):
+        assert engine.resize(num_blocks)
+    with pytest.raises(GrowthError, match="rank 1"):
+        engine.resize(400)
+    engine.step()
+    wanted = [Resize(100), 200, Resize(200), 300, Resize(300), Resize(150), 400, 150]
+    assert [entry for entry in heard if isinstance(entry, Resize | int)] == wanted
 
 
 def test_errors_of_another_kind_are_no_lack_of_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ class Step(msgspec.Struct, frozen=True, tag="step", array_like=True):
 
 
 class Inputs(msgspec.Struct, frozen=True, tag="inputs", array_like=True):
-    """As those of a step, when there is none to come: what they do must not wait for one."""
+    """As those of a step, when there is none to come, or a `Reserve` before it: what they do must not wait for one."""
 
     inputs: list[Input]
 

@@ -151,7 +151,7 @@ class Ranks:
             self._send_to(rank, message)
 
     def tell(self, inputs: list[Input]) -> None:
-        """As `send`, when there is no step to come. Raises RankError."""
+        """As `send`, without a step. Raises RankError."""
         message = encode(Inputs(inputs))
         for rank in self._connections:
             self._send_to(rank, message)

@@ -152,6 +152,7 @@ class Engine:
             if lack:
                 self.runner.trim()
                 return False
+            self._flush_inputs()  # what was decided before comes first: an earlier resize moves blocks
             if self._ranks and (lacking := self._ranks.reserve(num_blocks)):
                 self.runner.resize(before, {})
                 self._ranks.reserve(before)
@@ -286,6 +287,11 @@ class Engine:
             return
         self._inputs.append(entry)
         if not self.has_work:
+            self._flush_inputs()
+
+    def _flush_inputs(self) -> None:
+        """Tells the other ranks now what would come with the next step."""
+        if self._ranks and self._inputs:
             self._ranks.tell(self._inputs)
             self._inputs = []
 
