@@ -159,14 +159,15 @@ def _compile(compiler: list[str], flags: Sequence[str], openmp: Path, library: P
         _run([*compiler, "-shared", *map(str, objects), str(openmp), "-o", str(built)])
         built.replace(library)
     finally:
-        shutil.rmtree(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _object(compiler: list[str], flags: Sequence[str], source: Path, folder: Path) -> Path:
     """Compiled unless the folder has it."""
     made = folder / f"{source.stem}.o"
     if not made.exists():
-        unfinished = made.with_suffix(".unfinished")
+        # Not the name that the compiler of an engine that was killed, which goes on alone, may be writing to.
+        unfinished = folder / f"{source.stem}.{os.getpid()}.unfinished"
         _run([*compiler, *flags, "-c", str(source), "-o", str(unfinished)])
         unfinished.replace(made)
     return made
