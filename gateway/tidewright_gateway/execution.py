@@ -105,13 +105,14 @@ class Execution:
         )
         context.cache_states.append(state)
         self._metrics.cache(state)
+        if state in (CacheState.MISS, CacheState.BYPASS):
+            self._metrics.asked(began - context.arrived_at)
         return JoinedRun(replies, generation, run) if state is CacheState.SHARED else replies
 
     async def _generate(
         self, context: RequestContext, generation: Generation, since: float
     ) -> AsyncGenerator[Reply, None]:
         """Queues, then runs the generation on a replica. `since`: when it began to wait (time.monotonic())."""
-        self._metrics.asked(time.monotonic() - context.arrived_at)
         began, priority = time.monotonic(), generation.sampling.priority
         until = min(since + self._queue_timeout, generation.deadline.at)
         try:
@@ -129,7 +130,7 @@ class Execution:
                     if context.is_smaller:
                         reply = replace(reply, served_by=SERVED_BY)
                     if context.growth and not reply.finish_reason and await self._is_over(context, reply):
-                        yield replace(reply, finish_reason="length")
+                        yield replace(reply, finish_reason="length", is_limited=True)
                         return
                     yield reply
         finally:
@@ -142,6 +143,7 @@ class Execution:
             ModelError: one of them failed; the others are cancelled.
         """
         found, pending = [b""] * len(context.generations), enumerate(context.generations)
+        self._metrics.asked(time.monotonic() - context.arrived_at)
 
         async def work() -> None:
             for index, generation in pending:

@@ -63,8 +63,9 @@ def test_every_form_of_input_gives_its_embeddings_in_order(gateway: RunningGatew
 def test_many_texts_come_back_in_order(gateway: RunningGateway, replica: EchoReplica) -> None:
     """More than queue and replica take at once."""
     inputs = [[number + 1, 7] for number in range(2048)]
-    before = len(replica.requests)
+    before, sent_on = len(replica.requests), gateway.metric("overhead_seconds_count")
     data = embed(gateway, inputs).json()["data"]
+    assert gateway.metric("overhead_seconds_count") - sent_on == 1  # the wait of most is no work of the gateway's
     assert [entry["index"] for entry in data] == list(range(2048))
     assert [entry["embedding"][3] for entry in data] == [number + 1.0 for number in range(2048)]
     assert len(replica.requests) - before == 2048

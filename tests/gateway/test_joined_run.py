@@ -10,11 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from helpers.scripted_replicas import samples
 from tidewright.resilience.deadline import Deadline
 from tidewright.resilience.degradation import Route
 from tidewright.resilience.errors import ModelError
 from tidewright.resilience.outcome import Outcome
 from tidewright.schema import SamplingParams
+from tidewright_gateway.admission.limits import Reservation
+from tidewright_gateway.admission.limits.store import LimitName
 from tidewright_gateway.admission.queue import Queue
 from tidewright_gateway.cache.responses import CacheState, ResponseCache
 from tidewright_gateway.context import RequestContext
@@ -57,8 +60,9 @@ class World:
         self.model = ScriptedModel(self.first.generations[0], end, after)
         self.places = 1
         self.queue = Queue(lambda: self.places, 10)
-        limiter = SimpleNamespace(grow=None)
-        self.execution = Execution(60.0, limiter, ResponseCache(2**20, 60), Metrics(), {})  # type: ignore[arg-type]
+        limiter, self.metrics = SimpleNamespace(grow=self._grow), Metrics()
+        running = {self.first: None, self.second: None}
+        self.execution = Execution(60.0, limiter, ResponseCache(2**20, 60), self.metrics, running)  # type: ignore[arg-type]
         for context in (self.first, self.second):
             context.served = SimpleNamespace(name="m", queue=self.queue, failover=self.model)  # type: ignore[assignment]
 
@@ -68,6 +72,9 @@ class World:
         sampling = SamplingParams(temperature=0, max_tokens=TOKENS)
         context.generations = [Generation(name, [1], sampling, Deadline(deadline or math.inf))]
         return context
+
+    async def _grow(self, reservation: Reservation, cost: int) -> LimitName:
+        return "tokens_per_minute"
 
     async def read(self, context: RequestContext) -> list[Reply]:
         return [reply async for _, reply in self.execution.replies(context)]
@@ -91,7 +98,7 @@ def text(replies: list[Reply]) -> str:
     "end",
     [
         Reply(HELD_BACK, [99], "timeout", None),
-        Reply(HELD_BACK, [], "length", None),  # the first one's user had no tokens left
+        Reply(HELD_BACK, [], "length", None, is_limited=True),
         ModelError("request timed out", Outcome.REQUEST_TIMEOUT),
         ModelError("no place became free", Outcome.OVERLOADED, "queue_timeout"),
     ],
@@ -103,11 +110,23 @@ def test_it_goes_on_by_itself_after_the_tokens_that_came(end: Reply | ModelError
     assert [reply.finish_reason for reply in got] == [None] * (TOKENS - 1) + ["length"]
     assert world.model.asked == [("first", 0), ("second", after)]
     assert world.queue.num_running == 0
+    assert samples(world.metrics)["overhead_seconds_count",] == 1  # what it shared is no time of the gateway's own
 
 
-def test_a_run_that_ends_whole_is_all_it_needs() -> None:
+def test_it_goes_on_where_the_first_one_s_user_has_no_tokens_left() -> None:
     world = World()
+    world.first.growth = 1
     assert text(asyncio.run(world.run())) == "".join(WHOLE)
+    assert (world.first.limited_by, world.second.limited_by) == ("tokens_per_minute", None)
+    assert world.model.asked == [("first", 0), ("second", 0)]
+
+
+@pytest.mark.parametrize("end", [None, Reply("the end", [3], "length", None), Reply("the end", [], "stop", None)])
+def test_a_run_that_ends_whole_is_all_it_needs(end: Reply | None) -> None:
+    """Also by the model's context, before max_tokens."""
+    world = World(end)
+    got = asyncio.run(world.run())
+    assert text(got) == "".join([*WHOLE[:3], "the end"] if end else WHOLE)
     assert world.model.asked == [("first", 0)]
 
 

@@ -13,10 +13,10 @@ from tidewright_gateway.replicas.triton import Reply
 
 
 class JoinedRun(AsyncIterator[Reply]):
-    """Its own deadline, wait for a place and user's limits count, not those of the request that began the run.
+    """It does not end by the deadline, wait for a place or user's limits of the request that began the run.
 
-    Where those end it, `alone` continues after the tokens that came, as after a replica that failed. The reply that
-    such a run ends with is dropped: it may have text that the model had held back.
+    Where those end the run, `alone` continues after the tokens that came, as after a replica that failed. The reply
+    that such a run ends with is dropped: it may have text that the model had held back.
     """
 
     def __init__(
@@ -44,9 +44,7 @@ class JoinedRun(AsyncIterator[Reply]):
         await self._replies.aclose()
 
     def _is_cut(self, reply: Reply) -> bool:
-        if reply.finish_reason == "length":
-            return len(self._generation.delivered) + len(reply.token_ids) < self._generation.sampling.max_tokens
-        return reply.finish_reason == "timeout" and not self._is_late
+        return reply.is_limited or (reply.finish_reason == "timeout" and not self._is_late)
 
     @property
     def _is_late(self) -> bool:

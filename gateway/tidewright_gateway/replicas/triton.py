@@ -90,6 +90,8 @@ class Reply:
     """Of the prompt, instead of text: little-endian float32."""
     timings: bytes | None = None
     """In the last reply: JSON of schema.Timings, if asked for."""
+    is_limited: bool = False
+    """The last reply: not the model has ended the output, but the limits of the request's user (execution.py)."""
 
 
 class _Connections:
