@@ -99,6 +99,9 @@ def test_gptq_reads_the_text_that_it_is_given(model: Path, tmp_path: Path) -> No
         assert result.exit_code == 0, result.output
         made.append((Path(result.stdout.strip()) / "model-00001-of-00004.safetensors").read_bytes())
     assert made[0] != made[1]
+    text.write_text("w1 w2 w3")
+    said = refused(model, "--scheme", "int4-g32", "--out", tmp_path / "made-1", *words)
+    assert "in int4-g32 by gptq, head int8, with another calibration text; --force replaces it" in said
 
 
 def test_a_report_is_printed_and_kept(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,9 +90,7 @@ def quantize(
             if not force and made == order and (target / MANIFEST).is_file():
                 return target
             if not force and (target / _MADE).is_file() and not (made and _is_same(made, order)):
-                what = (
-                    f"{made.model} in {made.scheme} by {made.method}, head {made.head}" if made else "another version's"
-                )
+                what = _told(made, order) if made else "another version's"
                 raise QuantizeError(f"{target} holds {what}; --force replaces it, or choose another --out")
             _make(source, target, order, text, console)
     except OSError as error:
@@ -207,6 +205,12 @@ def _order(model: str, source: Path, scheme: str, head: str, method: str, text: 
 def _is_same(made: Order, order: Order) -> bool:
     """But for the model's own changes and ours, after which it is to be made anew."""
     return made == msgspec.structs.replace(order, format_version=made.format_version, fingerprint=made.fingerprint)
+
+
+def _told(made: Order, order: Order) -> str:
+    is_other_text = made.method == order.method and made.calibration_sha256 != order.calibration_sha256
+    text = ", with another calibration text" if is_other_text else ""
+    return f"{made.model} in {made.scheme} by {made.method}, head {made.head}{text}"
 
 
 def _continues(partial: Path, order: Order) -> bool:
