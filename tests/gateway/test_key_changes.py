@@ -14,7 +14,7 @@ from redis.client import Pipeline
 
 from helpers.api_keys import add, refusal, running, until_logged, until_refused, until_taken
 from helpers.redis import RunningRedis
-from tidewright_gateway.auth import Authenticator
+from tidewright_gateway.auth import Authenticator, AuthSetupError, redis_keys
 from tidewright_gateway.auth.keyring import Keyring
 from tidewright_gateway.auth.keys import KeyEntry, make_key
 from tidewright_gateway.auth.redis_keys import REDIS_HASH
@@ -231,6 +231,36 @@ def test_no_change_falls_between_two_reads_of_redis(
             seen = set(found[0])
     assert getattr(Pipeline, step) is done
     assert seen == (set() if has_changed else {"bob"})
+
+
+@pytest.mark.parametrize("step", ["watch", "execute", "hgetall"])
+def test_a_redis_that_hangs_in_a_read_costs_a_connection_no_longer_than_that(
+    redis: RunningRedis, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    monkeypatch.setattr(redis_keys, "_REDIS_TIMEOUT", 0.2)
+    redis.client.flushall()
+    reader = open_store(redis.url)
+    assert isinstance(reader, redis_keys.RedisStore)
+    add(open_store(redis.url), "alice")
+    reader.read()
+    if step == "hgetall":
+        add(open_store(redis.url), "bob")
+    done = getattr(Pipeline, step)
+
+    def hanging(pipe: Pipeline, *args: object) -> object:
+        redis.freeze()
+        return done(pipe, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, step, hanging)
+        try:
+            with pytest.raises(AuthSetupError, match=f"{redis.url}.*: "):
+                reader.read()
+        finally:
+            redis.thaw()
+    reader.read()
+    assert reader.read() is None
+    assert len(reader._redis.connection_pool._in_use_connections) == 1  # the one that watches
 
 
 def test_changes_at_the_same_time_are_all_kept(where: str) -> None:

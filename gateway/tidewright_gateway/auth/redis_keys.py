@@ -53,7 +53,7 @@ class RedisStore(KeyStore):
                 return None
             fields: dict[bytes, bytes] = watch.hgetall(REDIS_HASH)
         except redis.RedisError as error:
-            watch.reset()
+            _drop(watch)
             raise self._unreachable(error) from None
         self._watch = watch
         if fields == self._seen:
@@ -105,5 +105,14 @@ def _is_unchanged(watch: Any) -> bool:
         watch.ping()
         watch.execute()
     except redis.RedisError:
+        _drop(watch)
         return False
     return True
+
+
+def _drop(watch: Any) -> None:
+    """Ends a watch with its connection: to say it to a Redis that hangs would fail as well."""
+    if watch.connection:
+        watch.connection.disconnect()
+    watch.watching = False
+    watch.reset()
