@@ -21,6 +21,7 @@ from helpers.triton import Generation, RunningServer
 from tidewright.launch.leftovers import remove_those_of_the_dead
 
 LONG = {"temperature": 0, "max_tokens": 1000, "ignore_eos": True}
+QUEUED = re.compile(r"^tidewright_gateway_queue_length\{.*\} 1\.0$", re.MULTILINE)
 
 
 def test_a_killed_engine_is_replaced_and_nobody_notices(server: RunningServer) -> None:
@@ -113,6 +114,33 @@ def test_what_runs_finishes_within_the_grace_time(serve: type[Serve]) -> None:
     assert text == "".join(json.loads(line.removeprefix("data:"))["text_output"] for line in answers)
     assert running.wait(timeout=60) == 0
     assert "Traceback" not in running.log
+    running.assert_nothing_left()
+
+
+def test_what_waits_at_the_gateway_for_the_server_that_has_ended_is_answered(
+    serve: type[Serve], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDEWRIGHT_GATEWAY_WAIT_FOR_REPLICA", "8")  # longer than a server with nothing to do takes
+    running = serve("--shutdown-grace", "60", "--threads", "1", "--max-running", "1")
+    running.wait_ready()
+    gateway = f"http://127.0.0.1:{running.gateway}"
+    body = {"model": "smollm2-135m", "prompt": "Once", "temperature": 0, "max_tokens": 80, "ignore_eos": True}
+    options: dict[str, Any] = {"timeout": 60, "trust_env": False}
+    with ThreadPoolExecutor() as pool:
+        long = {**body, "stream": True, "max_tokens": 200}
+        with httpx.stream("POST", f"{gateway}/v1/completions", json=long, **options) as response:
+            lines = response.iter_lines()
+            next(lines)
+            waiting = pool.submit(httpx.post, f"{gateway}/v1/completions", json={**body, "prompt": "Twice"}, **options)
+            deadline = time.monotonic() + 30
+            while not QUEUED.search(httpx.get(f"{gateway}/metrics", **options).text):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            os.kill(running.process.pid, signal.SIGINT)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
+        answer = waiting.result()
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+    assert running.wait(timeout=60) == 0
     running.assert_nothing_left()
 
 

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -78,6 +79,14 @@ class GatewayProcess(ChildProcess):
         """No new requests; those that run may end."""
         if self._process and self.running:
             self._process.send_signal(signal.SIGTERM)
+
+    def wait_drained(self, until: float, hurry: threading.Event) -> None:
+        """Until its requests have ended: those that wait for the server that is gone get their answer, too.
+
+        At most to the time `until` (time.monotonic()), or until `hurry` is set.
+        """
+        while self.running and time.monotonic() < until and not hurry.is_set():
+            hurry.wait(0.05)
 
     def stop(self) -> None:
         """Ends it, however it is."""

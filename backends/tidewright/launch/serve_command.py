@@ -22,7 +22,7 @@ from tidewright.engine.messages import parse_rendezvous
 from tidewright.launch.client_commands import DEFAULT_URL
 from tidewright.launch.errors import LaunchError
 from tidewright.launch.export_command import is_export, prepare_fallback
-from tidewright.launch.gateway_process import GatewayProcess
+from tidewright.launch.gateway_process import GRACE_MARGIN, GatewayProcess
 from tidewright.launch.options import settings_from, settings_options
 from tidewright.launch.prepare import prepare
 from tidewright.launch.server import TritonServer
@@ -127,9 +127,12 @@ def _run(settings: Settings, terminal: Terminal) -> int:
             grace = settings.shutdown_grace
             text = f"Stopping. Running requests get up to {grace:g} s to finish; Ctrl-C again to stop now."
             terminal.say(text, "stopping", markup=f"\n{text}")
+            until = time.monotonic() + grace + GRACE_MARGIN
             if gateway:
                 gateway.drain()
             server.stop(grace, signals.hurry)
+            if gateway:
+                gateway.wait_drained(until, signals.hurry)
         return 0
     finally:
         if gateway is not None:
