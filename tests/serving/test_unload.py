@@ -99,7 +99,7 @@ def test_a_stream_that_ends_in_the_grace_time_ends_whole(model_dir: Path) -> Non
 
 def test_a_decoder_that_someone_unloads_stays_so_and_everyone_says_why(model_dir: Path, tmp_path: Path) -> None:
     log = tmp_path / "serve.log"
-    running = Serve("--threads=1", f"--model={model_dir}", f"--log-file={log}", "--log-level=warning")
+    running = Serve("--threads=1", f"--model={model_dir}", f"--log-file={log}", "--log-level=info")
     triton, gateway = f"http://127.0.0.1:{running.http}", f"http://127.0.0.1:{running.gateway}"
 
     def says(*command: str) -> str:
