@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from tidewright.engine.fairness import goes_before, victims
+from tidewright.engine.fairness import goes_before
 from tidewright.engine.latency import LatencyController
 from tidewright.engine.limits import RequestRefusedError, longest
 from tidewright.engine.messages import SequenceOutput, Submit
@@ -19,6 +19,7 @@ from tidewright.engine.prediction import Backlog, Work, seconds_to_first_token
 from tidewright.engine.scheduler import Scheduler
 from tidewright.engine.sequence import Sequence
 from tidewright.engine.targets import Targets
+from tidewright.engine.victims import victims
 from tidewright.errors import seconds_text
 from tidewright.kv_cache.budget import blocks_of
 from tidewright.schema import expected_wait
@@ -156,11 +157,10 @@ class Admission:
             self._last.clear()
         scheduler = self._scheduler
         # As the scheduler will set them.
-        sequence.account, sequence.order = (
-            scheduler.waiting.standing(sequence.sampling),
-            (sequence.sampling.priority, 0),
-        )
-        own, leaving = self._work(sequence), self._leaving(sequence)
+        sequence.account = scheduler.waiting.standing(sequence.sampling)
+        sequence.order = (sequence.sampling.priority, 0)
+        own = self._work(sequence)
+        leaving = self._leaving(sequence, own.blocks)
         # A tenant that would have to make room waits for its next turn behind the new request.
         rivals = {other.account for other in leaving}
         ahead = scheduler.waiting.ahead(sequence.sampling, self._tokens)
@@ -175,10 +175,10 @@ class Admission:
         self._next_at = now + _COST * (time.monotonic() - now)
         return seconds
 
-    def _leaving(self, sequence: Sequence) -> list[Sequence]:
-        """Who would make room for it now; nobody, if it has room, or they would not suffice."""
+    def _leaving(self, sequence: Sequence, needed: int) -> list[Sequence]:
+        """Who would make room for it and so many blocks now; nobody, if it has room, or they would not suffice."""
         scheduler, leaving = self._scheduler, list[Sequence]()
-        running, free, needed = list(scheduler.running), scheduler.free_blocks, self._work(sequence).blocks
+        running, free = list(scheduler.running), scheduler.free_blocks
         held = blocks_of(sequence.num_known, scheduler.config.block_size)  # with those of the prefix cache
         others = victims(sequence, running, 0, held, (self._places, scheduler.cache.pool.num_blocks))
         while len(running) - len(leaving) >= self._places or free < needed:

@@ -70,6 +70,15 @@ class Account:
         self.rank = rank
         self.place = self.its_class.priority, rank - CLAIM if rank < self.claims_until else rank
 
+    def begin(self, time: int) -> None:
+        """Its tenant has a request again, at that virtual time. Who is ahead has had more than its share already."""
+        self.claims_until = time + CLAIM if self.counter <= time else self.counter
+
+    def lift(self, time: int) -> None:
+        """Nobody's idle time counts: neither of those that come back, nor of those that only ran."""
+        self.counter = max(self.counter, time)
+        self.stand(max(self.rank, time))
+
     @property
     def turn(self) -> tuple[int, bool, int, Account]:
         """Lower goes first. Of equal counters, who has nothing yet, then who has waited for longest."""
@@ -111,18 +120,20 @@ class _Class:
         self.num_active += begins
         self._weights += weight - (0 if begins else account.weight)
         if not account.waiting:
-            # Nobody's idle time counts: neither of those that come back, nor of those that only ran.
-            least = self.first()
-            self._time = max(self._time, least.account.rank if least else 0)
-            if begins and is_new:  # one that is ahead has got more than its share already
-                account.claims_until = self._time + CLAIM if account.counter <= self._time else account.counter
-            account.counter = max(account.counter, self._time)
-            account.stand(max(account.rank, self._time))
+            self._time = self._now()
+            if begins and is_new:
+                account.begin(self._time)
+            account.lift(self._time)
         account.weight, account.unit = weight, UNIT // weight
         sequence.account = account
         insort(account.waiting, sequence, key=_arrival)
         self.num_waiting += 1
         self._queue(account)
+
+    def _now(self) -> int:
+        """The virtual time at which a tenant that comes begins."""
+        least = self.first()
+        return max(self._time, least.account.rank if least else 0)
 
     def first(self) -> Sequence | None:
         """Depends on who waits, and not on when this was last asked: ranks ask at different times."""
@@ -162,12 +173,11 @@ class _Class:
         known = self.accounts.get(tenant)
         if known and not known.is_idle:
             return known
-        least = self.first()
-        begins = max(self._time, least.account.rank if least else 0)
-        account = Account(tenant, max(known.counter if known else 0, begins), self)
+        now = self._now()
+        account = Account(tenant, known.counter if known else now, self)
         account.weight = weight
-        account.claims_until = begins + CLAIM if account.counter == begins else account.counter
-        account.stand(account.counter)
+        account.begin(now)
+        account.lift(now)
         return account
 
     def ahead(self, tenant: str, weight: int, cost: Callable[[Sequence], int]) -> list[Sequence]:
@@ -379,45 +389,3 @@ def goes_before(sequence: Sequence, running: Sequence) -> bool:
 
 fair_order = attrgetter("account.place", "order")
 """Of those that run."""
-
-
-def victims(
-    sequence: Sequence, running: list[Sequence], first: int, blocks: int, size: tuple[int, int]
-) -> Iterator[Sequence]:
-    """Which of `running`, from number `first` on, make room for one that waits and wants `blocks`, in this order.
-
-    First those of less urgent classes. Then, of its own class, those whose tenants are ahead of its own and hold more,
-    by weight, than its own would: the larger of their shares of places and blocks, of which there are `size` (dominant
-    shares, Ghodsi et al., NSDI 2011). As its own tenant then holds less than they did, they can't take it back.
-    """
-    for other in reversed(running[first:]):
-        if other.order[0] <= sequence.order[0]:
-            break
-        yield other
-    account = sequence.account
-    rivals = [s for s in running[first:] if s.order[0] == sequence.order[0] and s.account is not account]
-    if not rivals:
-        return
-    held = _held(running)
-    num_running, num_blocks = held.get(account, (0, 0))
-    own = _dominant((num_running + 1, num_blocks + blocks), size)
-    for other in reversed(rivals):
-        rival = other.account
-        if rival.rank < account.rank or not other.may_yield:
-            continue
-        if _dominant(held[rival], size) * account.weight > own * rival.weight:
-            held[rival] = held[rival][0] - 1, held[rival][1] - len(other.block_table)
-            yield other
-
-
-def _held(running: Iterable[Sequence]) -> dict[Account, tuple[int, int]]:
-    held: dict[Account, tuple[int, int]] = {}
-    for sequence in running:
-        count, blocks = held.get(sequence.account, (0, 0))
-        held[sequence.account] = count + 1, blocks + len(sequence.block_table)
-    return held
-
-
-def _dominant(held: tuple[int, int], size: tuple[int, int]) -> int:
-    """In units that only depend on `size`."""
-    return max(held[0] * size[1], held[1] * size[0])

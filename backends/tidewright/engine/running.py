@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 
 from tidewright.engine.adapter_turns import sharers
-from tidewright.engine.fairness import FairQueue, victims
+from tidewright.engine.fairness import FairQueue
 from tidewright.engine.limits import SchedulerConfig
 from tidewright.engine.sequence import Sequence
+from tidewright.engine.victims import victims
 from tidewright.kv_cache.budget import blocks_of
 from tidewright.kv_cache.prefix_cache import HashChain, PrefixCache
 from tidewright.lora.slots import AdapterSlots
