@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from helpers.one_engine import outputs_of_engine
 from tidewright.devices import moments
 from tidewright.engine import engine as engine_module
 from tidewright.engine.engine import Engine
@@ -60,23 +61,6 @@ def prompts() -> list[list[int]]:
     return [shared + own[0], shared + own[1], own[2], own[3], shared, shared, [5, 6, 7, 8] * 6]
 
 
-def run(engine: Engine, requests: list[Submit], steps_between: int = 0) -> dict[int, list[SequenceOutput]]:
-    outputs: dict[int, list[SequenceOutput]] = {request.request_id: [] for request in requests}
-
-    def step() -> None:
-        for output in engine.step():
-            outputs[output.request_id].append(output)
-
-    for request in requests:
-        assert engine.submit(request) is None
-        for _ in range(steps_between):
-            step()
-    while engine.has_work:
-        step()
-        engine.scheduler.check_integrity()
-    return outputs
-
-
 def tokens(outputs: dict[int, list[SequenceOutput]]) -> list[list[int]]:
     return [[token for output in own for token in output.token_ids] for own in outputs.values()]
 
@@ -99,7 +83,8 @@ def alone(folder: Path) -> dict[str, list[list[int]]]:
         greedy.append(out[0, len(ids) :].tolist())
     plain = engine(folder, prefix_caching=False)
     found = {
-        name: [tokens(run(plain, [request]))[0] for request in requests(**params)] for name, params in DRAWN.items()
+        name: [tokens(outputs_of_engine(plain, [request]))[0] for request in requests(**params)]
+        for name, params in DRAWN.items()
     }
     allowed = set(DRAWN["allowed"]["allowed_token_ids"])
     assert all(set(got) == allowed for got in found["allowed"])
@@ -131,7 +116,7 @@ def test_no_feature_changes_a_token(
 ) -> None:
     params = DRAWN.get(sampling, {})
     made = engine(folder, prefix_caching=prefix_caching, speculative_tokens=speculative_tokens, **changes)
-    outputs = run(made, requests(**params), steps_between=2)
+    outputs = outputs_of_engine(made, requests(**params), steps_between=2)
     # transformers never generates EOS when told to reach a minimum; where it would, the two part.
     for got, want in zip(tokens(outputs), alone[sampling], strict=True):
         cut = got.index(2) if sampling == "greedy" and 2 in got else len(got)
@@ -148,7 +133,7 @@ def test_no_feature_changes_a_token(
 def test_no_feature_changes_a_token_with_a_quantized_cache(folder: Path, kv_cache_dtype: str) -> None:
     """Codes depend on their vector alone, so they are the same however a token came to be computed."""
     plain = engine(folder, prefix_caching=False, kv_cache_dtype=kv_cache_dtype)
-    alone = [tokens(run(plain, [request]))[0] for request in requests()]
+    alone = [tokens(outputs_of_engine(plain, [request]))[0] for request in requests()]
     bytes_per_token = 2 * 2 * 2 * (8 + 4)
     for changes in (
         {"max_batched_tokens": 9},
@@ -157,7 +142,7 @@ def test_no_feature_changes_a_token_with_a_quantized_cache(folder: Path, kv_cach
     ):
         options = {"kv_cache_dtype": kv_cache_dtype, "speculative_tokens": 3, **changes}
         made = engine(folder, **options)
-        assert tokens(run(made, requests(), steps_between=2)) == alone
+        assert tokens(outputs_of_engine(made, requests(), steps_between=2)) == alone
         stats = made.stats()
         assert stats.prefix_hits > 0
         assert stats.tokens_accepted > 0
@@ -166,7 +151,9 @@ def test_no_feature_changes_a_token_with_a_quantized_cache(folder: Path, kv_cach
         msgspec.structs.replace(request, output_token_ids=done[:10])
         for request, done in zip(requests(), alone, strict=True)
     ]
-    assert tokens(run(engine(folder, kv_cache_dtype=kv_cache_dtype), replayed)) == [done[10:] for done in alone]
+    assert tokens(outputs_of_engine(engine(folder, kv_cache_dtype=kv_cache_dtype), replayed)) == [
+        done[10:] for done in alone
+    ]
 
 
 def test_a_step_is_launched_before_the_result_of_the_one_before_is_taken(folder: Path) -> None:
@@ -181,10 +168,10 @@ def test_a_step_is_launched_before_the_result_of_the_one_before_is_taken(folder:
         return LaunchedStep(lambda: (events.append(f"result {number}"), launched.result())[1])
 
     made.runner.launch = observed  # type: ignore[method-assign]
-    run(made, requests(max_tokens=3)[:2])
+    outputs_of_engine(made, requests(max_tokens=3)[:2])
     assert events == ["launch 0", "launch 1", "result 0", "launch 2", "result 1", "result 2"]
     events.clear()
-    run(made, requests(max_tokens=3, frequency_penalty=1.0)[:2])  # which depend on the token before
+    outputs_of_engine(made, requests(max_tokens=3, frequency_penalty=1.0)[:2])  # which depend on the token before
     assert events == ["launch 0", "result 0", "launch 1", "result 1", "launch 2", "result 2"]
 
 
@@ -209,7 +196,7 @@ def test_requests_of_all_kinds_are_answered_alike_with_async_scheduling(folder: 
         made.submit(Submit(98, prompts()[0], SamplingParams(max_tokens=30, seed=0)))
         made.step()
         made.abort(98)  # with "on" it is in flight still
-        found.append([whole(outputs) for outputs in run(made, mixed, steps_between=1).values()])
+        found.append([whole(outputs) for outputs in outputs_of_engine(made, mixed, steps_between=1).values()])
         stats = made.stats()
         assert (stats.blocks_free, made.has_work) == (stats.blocks_total, False)
     assert found[0] == found[1]
@@ -234,8 +221,10 @@ def test_prompt_logprobs_are_those_of_transformers_whatever_the_chunks(folder: P
     params = SamplingParams(temperature=0, max_tokens=2, prompt_logprobs=2, logprobs=1, seed=0)
     for changes in ({}, {"max_batched_tokens": 5}):
         made = engine(folder, **changes)
-        run(made, [Submit(1, ids, SamplingParams(temperature=0, max_tokens=1, seed=0))])  # now its blocks are cached
-        first, second = run(made, [Submit(2, ids, params)])[2]
+        outputs_of_engine(
+            made, [Submit(1, ids, SamplingParams(temperature=0, max_tokens=1, seed=0))]
+        )  # now its blocks are cached
+        first, second = outputs_of_engine(made, [Submit(2, ids, params)])[2]
         assert second.prompt_logprobs is None
         assert first.prompt_logprobs is not None
         assert len(first.prompt_logprobs) == len(ids) - 1
@@ -256,8 +245,8 @@ def test_prompt_logprobs_are_those_of_transformers_whatever_the_chunks(folder: P
 def test_prompt_logprobs_of_many_at_once_are_those_of_transformers(folder: Path, changes: dict[str, Any]) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     made = engine(folder, **changes)
-    run(made, requests(max_tokens=1))  # now their blocks are cached
-    outputs = run(made, requests(prompt_logprobs=0, logprobs=1), steps_between=1)
+    outputs_of_engine(made, requests(max_tokens=1))  # now their blocks are cached
+    outputs = outputs_of_engine(made, requests(prompt_logprobs=0, logprobs=1), steps_between=1)
     for ids, (first, *others) in zip(prompts(), outputs.values(), strict=True):
         assert [output.prompt_logprobs for output in others] == [None] * len(others)
         with torch.inference_mode():
@@ -288,7 +277,7 @@ def test_a_deadline_ends_a_request_where_it_is(folder: Path) -> None:
 def test_queue_time_comes_with_the_first_tokens_only(folder: Path) -> None:
     made = engine(folder, max_running=1)
     began = time.monotonic()
-    first, second = run(made, [r for r in requests(max_tokens=3) if r.request_id in (2, 3)]).values()
+    first, second = outputs_of_engine(made, [r for r in requests(max_tokens=3) if r.request_id in (2, 3)]).values()
     took = time.monotonic() - began
     assert [o.queued_seconds for o in first[1:]] == [0, 0]
     assert 0 < first[0].queued_seconds < second[0].queued_seconds < took
@@ -303,7 +292,7 @@ def test_nothing_is_kept_of_requests_that_ended_early(folder: Path) -> None:
     assert [(one, bool(times.began)) for one, times in waiting.items()] == [(1, True), (2, False)]
     made.abort(1)
     made.abort(2)
-    run(made, [Submit(3, [5, 6], SamplingParams(temperature=0, seed=0))])
+    outputs_of_engine(made, [Submit(3, [5, 6], SamplingParams(temperature=0, seed=0))])
     assert (waiting, made._timing._preempted) == ({}, {})
 
 
@@ -329,7 +318,7 @@ def test_step_time_is_accounted_for(folder: Path, monkeypatch: pytest.MonkeyPatc
     takes(2.0, made.scheduler, "commit")
     takes(10.0, made.runner.device, "forward")
     takes(100.0, made.runner, "_sample")
-    run(made, requests())
+    outputs_of_engine(made, requests())
     stats = made.stats()
     parts = (stats.schedule_seconds, stats.forward_seconds, stats.sample_seconds)
     assert stats.steps > 1
@@ -349,7 +338,7 @@ def test_a_refusal_says_why(folder: Path) -> None:
 
 def test_tenants_change_no_token(folder: Path) -> None:
     """However they take turns, preempt each other and share steps."""
-    alone = tokens(run(engine(folder), requests(max_tokens=12)))
+    alone = tokens(outputs_of_engine(engine(folder), requests(max_tokens=12)))
     several = [
         msgspec.structs.replace(
             request,
@@ -360,5 +349,5 @@ def test_tenants_change_no_token(folder: Path) -> None:
     crowded = engine(
         folder, max_running=3, max_batched_tokens=16, max_model_len=64, kv_cache_memory=f"{100 * BYTES_PER_TOKEN}B"
     )
-    assert tokens(run(crowded, several, steps_between=2)) == alone
+    assert tokens(outputs_of_engine(crowded, several, steps_between=2)) == alone
     assert crowded.stats().preemptions

@@ -13,6 +13,7 @@ import torch
 from helpers.adapters import save_adapter
 from helpers.checkpoints import expected, prompt, save
 from helpers.families import FAMILIES
+from helpers.one_engine import outputs_of_engine
 from tidewright.distributed.rank_messages import AddAdapter, DropAdapter, Input
 from tidewright.distributed.ranks import Ranks
 from tidewright.engine.engine import Engine
@@ -57,17 +58,6 @@ def requests(**params: Any) -> list[Submit]:
     return made
 
 
-def run(engine: Engine, wanted: list[Submit]) -> dict[int, list[SequenceOutput]]:
-    outputs: dict[int, list[SequenceOutput]] = {request.request_id: [] for request in wanted}
-    for request in wanted:
-        assert engine.submit(request) is None
-    while engine.has_work:
-        for output in engine.step():
-            outputs[output.request_id].append(output)
-        engine.scheduler.check_integrity()
-    return outputs
-
-
 def tokens(outputs: dict[int, list[SequenceOutput]]) -> dict[int, list[int]]:
     return {number: [token for output in own for token in output.token_ids] for number, own in outputs.items()}
 
@@ -89,7 +79,7 @@ def tokens(outputs: dict[int, list[SequenceOutput]]) -> dict[int, list[int]]:
 )
 def test_each_request_gets_its_adapter_s_tokens(folder: Path, oracles: dict[str, Any], changes: dict[str, Any]) -> None:
     engine, wanted = engine_of(folder, **changes), requests()
-    found = tokens(run(engine, wanted))
+    found = tokens(outputs_of_engine(engine, wanted))
     for request in wanted:
         assert found[request.request_id] == expected(oracles[request.adapter], request.prompt_token_ids, 12)
     if "kv_cache_memory" in changes:
@@ -101,9 +91,9 @@ def test_each_request_gets_its_adapter_s_tokens(folder: Path, oracles: dict[str,
 def test_in_one_batch_as_alone_to_the_bit(folder: Path, dtype: str) -> None:
     engine = engine_of(folder, dtype=dtype, prefix_caching=False)
     wanted = requests(logprobs=3, prompt_logprobs=1)
-    together = run(engine, wanted)
+    together = outputs_of_engine(engine, wanted)
     for request in wanted:
-        alone = run(engine, [request])[request.request_id]
+        alone = outputs_of_engine(engine, [request])[request.request_id]
         assert [msgspec.structs.replace(output, times=None, queued_seconds=0) for output in alone] == [
             msgspec.structs.replace(output, times=None, queued_seconds=0) for output in together[request.request_id]
         ]
@@ -116,7 +106,7 @@ def test_adapters_share_no_prefix_and_one_that_changed_finds_none_of_its_own(fol
 
     def cached(number: int, adapter: str) -> int:
         params = SamplingParams(max_tokens=1, temperature=0, seed=0)
-        (output,) = run(engine, [Submit(number, SHARED, params, adapter=adapter)])[number]
+        (output,) = outputs_of_engine(engine, [Submit(number, SHARED, params, adapter=adapter)])[number]
         return output.cached_tokens
 
     engine.add_adapter("a", engine.runner.read_adapter("one"))
@@ -134,7 +124,7 @@ def test_loads_and_unloads_beside_sixteen_streams_change_nothing(folder: Path) -
     engine = engine_of(folder, ("one",), max_adapters=2, dtype="bfloat16")
     params = SamplingParams(max_tokens=60, ignore_eos=True, seed=0)
     wanted = [Submit(number, prompt(7, number), params, adapter=("one", "")[number % 2]) for number in range(16)]
-    undisturbed = tokens(run(engine, wanted))
+    undisturbed = tokens(outputs_of_engine(engine, wanted))
     for request in wanted:
         assert engine.submit(request) is None
     found: dict[int, list[int]] = {number: [] for number in range(16)}
@@ -204,7 +194,7 @@ def test_without_an_adapter_folder_or_an_adapter_requests_are_refused(folder: Pa
 @pytest.mark.usefixtures("oracles")
 def test_a_step_that_ran_out_of_memory_fills_its_slots_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, wanted = engine_of(folder), requests()
-    undisturbed = tokens(run(engine, wanted))
+    undisturbed = tokens(outputs_of_engine(engine, wanted))
     engine = engine_of(folder)
     launch, launched = engine.runner.launch, []
 
@@ -215,5 +205,5 @@ def test_a_step_that_ran_out_of_memory_fills_its_slots_again(folder: Path, monke
         return launch(plan)
 
     monkeypatch.setattr(engine.runner, "launch", fail_once)
-    assert tokens(run(engine, wanted)) == undisturbed
+    assert tokens(outputs_of_engine(engine, wanted)) == undisturbed
     assert launched[0].adapters

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from engine.test_engine import alone, engine, folder, requests, run, tokens  # noqa: F401 (fixtures)
+from engine.test_engine import alone, engine, folder, requests, tokens  # noqa: F401 (fixtures)
+from helpers.one_engine import outputs_of_engine
 from tidewright.engine.messages import Submit
 from tidewright.engine.model_runner import LaunchedStep
 from tidewright.engine.plan import StepPlan
@@ -28,7 +29,7 @@ def test_tokens_on_cuda_are_those_of_the_cpu(
     params = {"temperature": 0.7, "top_k": 2, "seed": 11} if sampling == "seeded" else {}
     made = engine(folder, device="cuda", **changes)
     assert made.ready().device == "cuda"
-    for got, want in zip(tokens(run(made, requests(**params), 2)), alone[sampling], strict=True):
+    for got, want in zip(tokens(outputs_of_engine(made, requests(**params), 2)), alone[sampling], strict=True):
         cut = got.index(2) if sampling == "greedy" and 2 in got else len(got)
         assert got[:cut] == want[:cut]
 
@@ -45,7 +46,7 @@ def test_no_step_waits_for_the_gpu_before_its_result(folder: Path, monkeypatch: 
         Submit(number, request.prompt_token_ids, SamplingParams(seed=1, max_tokens=8, **mix[number % 3]))
         for number, request in enumerate(requests())
     ]
-    first = tokens(run(made, submits))  # compiles kernels, which may wait
+    first = tokens(outputs_of_engine(made, submits))  # compiles kernels, which may wait
     launch = made.runner.launch
 
     def watched(plan: StepPlan) -> LaunchedStep:
@@ -56,4 +57,4 @@ def test_no_step_waits_for_the_gpu_before_its_result(folder: Path, monkeypatch: 
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(made.runner, "launch", watched)
-    assert tokens(run(made, submits)) == first
+    assert tokens(outputs_of_engine(made, submits)) == first

@@ -12,6 +12,7 @@ import transformers
 
 from helpers.checkpoints import SIZES, VOCAB, engine_config, prompt, save
 from helpers.counted_memory import CountedMemory
+from helpers.one_engine import tokens_of_engine
 from tidewright.attention.reference import ReferenceAttention
 from tidewright.devices.base import Device, DeviceError
 from tidewright.distributed.rank_messages import Input, Resize
@@ -69,15 +70,7 @@ def mixed(count: int = 9, **params: Any) -> list[Submit]:
 
 
 def tokens(engine: Engine, requests: list[Submit]) -> dict[int, list[int]]:
-    got: dict[int, list[int]] = {request.request_id: [] for request in requests}
-    for request in requests:
-        assert engine.submit(request) is None
-    while engine.has_work:
-        for output in engine.step():
-            got[output.request_id] += output.token_ids
-            assert output.finish_reason in (None, "length")
-        engine.scheduler.check_integrity()
-    return got
+    return tokens_of_engine(engine, requests, ends=("length",))
 
 
 @pytest.mark.parametrize("changes", [{}, {"speculative_tokens": 2}], ids=str)

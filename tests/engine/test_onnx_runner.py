@@ -10,10 +10,11 @@ import torch
 import transformers
 from rich.console import Console
 
-from engine.test_engine import run, tokens
+from engine.test_engine import tokens
 from helpers.checkpoints import expected, prompt, save
 from helpers.exports import save_tokenizer
 from helpers.families import FAMILIES
+from helpers.one_engine import outputs_of_engine
 from tidewright.engine.engine import Engine
 from tidewright.engine.messages import EngineConfig, Submit
 from tidewright.engine.onnx_runner import OnnxRunner
@@ -69,7 +70,7 @@ def wanted(model: Model, ids: list[int]) -> list[int]:
 def test_greedy_tokens_are_those_of_transformers(model: Model, changes: dict[str, Any], steps_between: int) -> None:
     prompts = [prompt(length, seed=length) for length in LENGTHS]
     made = engine(model, **changes)
-    outputs = run(made, [Submit(i, ids, greedy()) for i, ids in enumerate(prompts)], steps_between)
+    outputs = outputs_of_engine(made, [Submit(i, ids, greedy()) for i, ids in enumerate(prompts)], steps_between)
     assert tokens(outputs) == [wanted(model, ids) for ids in prompts]
     stats = made.stats()
     assert stats.blocks_free == stats.blocks_total
@@ -100,20 +101,20 @@ def test_a_seeded_request_draws_the_same_alone_and_among_others(model: Model) ->
         Submit(i, prompt(length, seed=length), greedy(temperature=1.0, seed=i, top_p=0.9))
         for i, length in enumerate(LENGTHS)
     ]
-    alone = [tokens(run(engine(model), [request]))[0] for request in requests]
-    assert tokens(run(engine(model), requests)) == alone
+    alone = [tokens(outputs_of_engine(engine(model), [request]))[0] for request in requests]
+    assert tokens(outputs_of_engine(engine(model), requests)) == alone
 
 
 def test_only_allowed_tokens_come(model: Model) -> None:
     request = Submit(1, prompt(9, seed=3), greedy(temperature=1.0, allowed_token_ids=[5, 6], ignore_eos=True))
-    (got,) = tokens(run(engine(model), [request]))
+    (got,) = tokens(outputs_of_engine(engine(model), [request]))
     assert set(got) == {5, 6}
 
 
 def test_what_was_generated_elsewhere_is_gone_on_with(model: Model) -> None:
     ids = prompt(9, seed=3)
     whole = wanted(model, ids)
-    got = run(engine(model), [Submit(1, ids, greedy(), output_token_ids=whole[:4])])
+    got = outputs_of_engine(engine(model), [Submit(1, ids, greedy(), output_token_ids=whole[:4])])
     assert tokens(got) == [whole[4:]]
 
 
@@ -123,7 +124,7 @@ def test_prompt_logprobs_are_those_of_transformers(model: Model) -> None:
         wanted_TV = model[2](torch.tensor([ids])).logits[0].log_softmax(-1)
     params = greedy(prompt_logprobs=2, max_tokens=3)
     for changes in ({}, {"max_batched_tokens": 5}, {"max_batched_tokens": 1}):
-        first = run(engine(model, **changes), [Submit(1, ids, params)])[1][0]
+        first = outputs_of_engine(engine(model, **changes), [Submit(1, ids, params)])[1][0]
         assert first.prompt_logprobs is not None
         assert len(first.prompt_logprobs) == len(ids) - 1
         for row_V, token, entries in zip(wanted_TV, ids[1:], first.prompt_logprobs, strict=False):
